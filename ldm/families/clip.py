@@ -1,0 +1,94 @@
+"""A small CLIP learned from the run's own captions; afterwards its text tower is frozen and tells the UNet what to draw."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.batch import ImageBatch
+from ldm.config import Count, Fraction, Positive, config
+from ldm.families.family import Context, Family, Terms
+from ldm.folder import save_part
+from ldm.models.image_tower import ImageTowerConfig
+from ldm.rng import Rng
+from ldm.text import SmallText, TextEncoder, small_clip_text, train_tokenizer
+
+
+@config
+class Clip:
+    """Text and image towers trained with the contrastive loss of CLIP (Radford 2021, arXiv 2103.00020), from nothing."""
+
+    kind: Literal["clip"] = "clip"
+    text: SmallText = SmallText()  # the text tower
+    tower: ImageTowerConfig = ImageTowerConfig()  # the image tower
+    vocabulary: Positive = 512  # size of the byte-pair vocabulary that is learned from the captions
+    tokenizer_captions: Positive = 4000  # how many captions the vocabulary is learned from
+    temperature: Fraction = 0.07  # at the start; it is learned
+    tokenizer_seed: Count = 0  # which captions
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return ()
+
+    def build(self, context: Context) -> ClipFamily:
+        """The family, ready to train."""
+        count = min(self.tokenizer_captions, len(context.data))
+        index = list(range(count))
+        captions = context.data.captions(index, index, self.tokenizer_seed)
+        tokenizer = train_tokenizer(captions, self.vocabulary, self.text.max_tokens)
+        return ClipFamily(self, TextEncoder(small_clip_text(self.text, tokenizer), tokenizer))
+
+
+class ClipFamily(Family):
+    """Both towers with open_clip's contrastive loss."""
+
+    def __init__(self, config: Clip, text: TextEncoder) -> None:
+        super().__init__()
+        from open_clip.loss import ClipLoss
+
+        self.config = config
+        self.tokenizer = text.tokenizer
+        self.text_model = text.model.train().requires_grad_(True)
+        self.tower = config.tower.build()
+        self.projection = nn.Linear(config.text.width, config.tower.embedding, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self._clip_loss = ClipLoss
+
+    def loss(self, batch: ImageBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """Symmetric cross-entropy of image-to-text and text-to-image matching over all ranks' pairs."""
+        text = TextEncoder(self.text_model, self.tokenizer)
+        pooled = text.forward_train(list(batch.caption), batch.image.device)  # (B,D)
+        words = nn.functional.normalize(self.projection(pooled).float(), dim=-1)  # (B,E)
+        pictures = self.tower(batch.image)  # (B,E)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()
+        contrast = self._clip_loss(
+            local_loss=True, gather_with_grad=True, rank=self.ranks.rank, world_size=self.ranks.world
+        )
+        loss = contrast(pictures, words, scale)
+        with torch.no_grad():
+            best = (pictures @ words.T).argmax(1)
+            right = (best == torch.arange(len(best), device=best.device)).float().mean()
+        return {"contrastive": loss}, {"match_in_batch": right, "logit_scale": scale.detach()}
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Image-to-caption retrieval among 100 held-out pairs (chance 0.01)."""
+        count = min(100, len(context.val))
+        index = list(range(count))
+        batch = context.val.load(index, index, context.resolution, context.seed, False).to(context.device)
+        with torch.no_grad():
+            text = TextEncoder(self.text_model, self.tokenizer)
+            words = nn.functional.normalize(self.projection(text.forward_train(list(batch.caption), context.device)), dim=-1)
+            found = (self.tower(batch.image) @ words.T).argmax(1).cpu()
+        # Equal captions are equally right.
+        right = [batch.caption[int(f)] == batch.caption[i] for i, f in enumerate(found)]
+        return {"retrieval_at_1": sum(right) / count, "retrieval_of": count}
+
+    def save(self, folder: Path) -> None:
+        """text_encoder/ and tokenizer/ as transformers reads them; image_tower/ for the perceptual loss."""
+        TextEncoder(self.text_model, self.tokenizer).save(folder)
+        tower: dict[str, Tensor] = dict(self.tower.state_dict())
+        save_part(self.config.tower.to_dict(), tower, folder / "image_tower")

@@ -1,0 +1,66 @@
+"""The image side of a small CLIP: a convolutional tower that sees where things are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.config import Positive, config
+
+
+@config
+class ImageTowerConfig:
+    """Strided convolutions, then one linear layer over a 4x4 map, so that places are not averaged away."""
+
+    channels: tuple[Positive, ...] = (32, 64, 128)  # per stage; each stage halves height and width
+    embedding: Positive = 128  # width of the space shared with text
+    grid: Positive = 4  # the last map is pooled to grid x grid
+
+    def build(self) -> ImageTower:
+        """The network, freshly initialised."""
+        return ImageTower(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the part's config.json."""
+        return {
+            "_class_name": "ImageTower",
+            "channels": list(self.channels),
+            "embedding": self.embedding,
+            "grid": self.grid,
+        }
+
+
+class ImageTower(nn.Module):
+    """Images to one embedding each, or to the feature maps on the way there."""
+
+    def __init__(self, config: ImageTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (3, *config.channels)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, stride=2, padding=1),
+                nn.GroupNorm(1, b),
+                nn.SiLU(),
+                nn.Conv2d(b, b, 3, padding=1),
+                nn.SiLU(),
+            )
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.head = nn.Linear(widths[-1] * config.grid**2, config.embedding)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The map after every stage, [(B,C,H/2,W/2), ...], for an image (B,3,H,W) in [-1,1]."""
+        maps, x = [], image
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Unit-length embeddings of images (B,3,H,W) in [-1,1]."""
+        x = self.features(image)[-1]  # (B,C,h,w)
+        x = F.adaptive_avg_pool2d(x, self.config.grid)  # (B,C,g,g)
+        return F.normalize(self.head(x.flatten(1)).float(), dim=-1)  # (B,E)
