@@ -45,6 +45,17 @@ class ImageBatch(Movable):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MomentBatch(Movable):
+    """Cached encodings of images: what ImageBatch is before the frozen autoencoder."""
+
+    mean: Tensor  # (B,c,h,w) posterior mean, normalised to unit variance
+    std: Tensor | None  # (B,c,h,w) posterior deviation on the same scale; None for VQ
+    caption: tuple[str, ...]
+    size: Tensor  # (B,6) px, as in ImageBatch
+    position: Tensor  # (B,) int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text(Movable):
     """Encoded prompts."""
 

@@ -74,6 +74,10 @@ class Family(nn.Module):
         """Parameters by who learns them; each player's gradients are clipped apart."""
         return [Player(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
 
+    def idle(self) -> list[nn.Parameter]:
+        """Parameters that do not learn at this step; their gradients are dropped."""
+        return []
+
     def progress(self, images: int) -> None:
         """Told before each step how many images the stage has seen (start of an adversarial term, say)."""
 

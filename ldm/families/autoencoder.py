@@ -1,0 +1,281 @@
+"""Autoencoders, KL or VQ, with pixel, perceptual and adversarial losses in one forward and one backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.batch import ImageBatch
+from ldm.config import BY_KIND, Count, Fraction, NonNegative, PositiveFloat, config
+from ldm.families.codec import Statistics, measure, save_codec
+from ldm.families.family import Context, Family, Terms
+from ldm.families.perception import Perceptual, PerceptualNone
+from ldm.models.autoencoder import KLConfig, VQConfig, code_use, redraw_dead
+from ldm.models.critic import CriticConfig
+from ldm.optim import Player
+from ldm.rng import Rng
+
+
+@config
+class PixelLoss:
+    """Per-pixel distances, each a mean over all pixel values in [-1,1]."""
+
+    l1: NonNegative = 1.0  # weight of |a - b|
+    l2: NonNegative = 0.0  # weight of (a - b)^2; strong on corners, weak on grain
+    gradient: NonNegative = 0.0  # weight of |difference of neighbouring-pixel differences|
+
+
+@config
+class Adversarial:
+    """The critic's game: Esser 2021 (VQGAN, arXiv 2012.09841) eq. 7 with its adaptive weight."""
+
+    weight: NonNegative = 0.5  # factor on the adaptive weight; 0: no critic at all
+    start: Fraction = 0.5  # share of the stage before which the critic neither learns nor is heard
+    loss: Literal["hinge", "non_saturating"] = "hinge"  # both players' loss
+    max_weight: PositiveFloat = 1e4  # clamp of the adaptive weight before the factor
+    lr_scale: PositiveFloat = 1.0  # the critic's learning rate, as a share of the autoencoder's
+    critic: CriticConfig = CriticConfig()
+
+
+@config
+class KL:
+    """Autoencoder with a Gaussian posterior held near N(0,1) (Rombach 2022, arXiv 2112.10752, appendix G)."""
+
+    kind: Literal["kl"] = "kl"
+    network: KLConfig = KLConfig()
+    weight: NonNegative = 1e-6  # of the KL term: summed over the latent, divided by the number of pixel values
+    pixel: PixelLoss = PixelLoss()
+    perceptual: Perceptual = PerceptualNone()
+    adversarial: Adversarial = Adversarial()
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return self.perceptual.inputs()
+
+    def build(self, context: Context) -> AutoencoderFamily:
+        """The family, ready to train."""
+        return AutoencoderFamily(self, context)
+
+
+@config
+class VQ:
+    """Autoencoder whose latents are snapped to a learned codebook (van den Oord 2017, arXiv 1711.00937)."""
+
+    kind: Literal["vq"] = "vq"
+    network: VQConfig = VQConfig()
+    codebook: NonNegative = 1.0  # weight of the codebook term
+    commitment: NonNegative = 0.25  # weight of the commitment term (beta)
+    redraw_every: Count = 10  # steps between re-drawing codes that are not used; 0: never
+    redraw_until: Fraction = 0.7  # share of the stage after which codes are left alone
+    pixel: PixelLoss = PixelLoss()
+    perceptual: Perceptual = PerceptualNone()
+    adversarial: Adversarial = Adversarial()
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return self.perceptual.inputs()
+
+    def build(self, context: Context) -> AutoencoderFamily:
+        """The family, ready to train."""
+        return AutoencoderFamily(self, context)
+
+
+Autoencoder = Annotated[KL | VQ, BY_KIND]
+
+
+class AutoencoderFamily(Family):
+    """An autoencoder and its critic, learning from the same batch.
+
+    The loss's gradients with respect to the reconstruction are taken once, for the reconstruction loss and for the
+    critic's opinion apart; their norms at the decoder's last layer give the adaptive weight, and their weighted sum goes
+    back through the autoencoder once. The critic sees a detached reconstruction, so the players' gradients never mix.
+    """
+
+    usage: Tensor
+
+    def __init__(self, config: KL | VQ, context: Context) -> None:
+        super().__init__()
+        self.config = config
+        self.network = config.network.build()
+        self.total_images = context.total_images
+        self.images = 0
+        self.critic: nn.Module | None = config.adversarial.critic.build() if config.adversarial.weight else None
+        self.perceptual = config.perceptual.build(context)
+        self.statistics: Statistics | None = None
+        if isinstance(config, VQ):
+            self.register_buffer("usage", torch.ones(config.network.codes))
+        self._latest: Tensor | None = None  # encoder outputs of the present step, for re-drawing codes
+        self.steps = 0
+
+    def frozen(self) -> list[nn.Module]:
+        """The perceptual network, if there is one."""
+        return [self.perceptual] if isinstance(self.perceptual, nn.Module) else []
+
+    def players(self) -> list[Player]:
+        """The autoencoder and its critic."""
+        found = [Player(name="autoencoder", parameters=list(self.network.parameters()))]
+        if self.critic is not None:
+            found.append(Player("critic", list(self.critic.parameters()), self.config.adversarial.lr_scale))
+        return found
+
+    def progress(self, images: int) -> None:
+        """How far the stage is, for the critic's start."""
+        self.images = images
+
+    @property
+    def critic_active(self) -> bool:
+        """Whether the critic learns and is heard at this step."""
+        return self.critic is not None and self.images >= self.config.adversarial.start * self.total_images
+
+    def idle(self) -> list[nn.Parameter]:
+        """The critic's parameters before its start."""
+        return [] if self.critic is None or self.critic_active else list(self.critic.parameters())
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture of images (B,3,H,W) in [-1,1], through the posterior's mean or the codebook."""
+        if isinstance(self.config, VQ):
+            return self.network.decode(self.network.encode(image))
+        return self.network.decode(self.network.encode(image)[0])
+
+    def loss(self, batch: ImageBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """Pixel, perceptual, adversarial and latent terms; the critic's own term; gauges of the game."""
+        image = batch.image
+        recon, terms, gauges = self._vq(image) if isinstance(self.config, VQ) else self._kl(image, rng)
+
+        leaf = recon.detach().requires_grad_()
+        with torch.enable_grad():
+            seen = self._pixel(leaf, image)
+            if self.perceptual is not None:
+                seen["perceptual"] = self.perceptual(leaf, image).mean()
+            judged = torch.stack(list(seen.values())).sum()
+        (slope,) = torch.autograd.grad(judged, leaf)
+        gauges["psnr"] = -10 * torch.log10(F.mse_loss(recon.detach(), image) / 4)
+
+        if self.critic is not None and self.critic_active:
+            opinion, opinion_slope = self._opinion(leaf)
+            weight, game = self._adaptive_weight(recon, slope, opinion_slope)
+            gauges |= game
+            slope = slope + weight * opinion_slope
+            terms["adversarial"] = (weight * opinion).detach()
+            terms["critic"], logits = self._critic_loss(image, leaf.detach())
+            gauges |= logits
+        elif self.critic is not None:
+            # Every parameter takes part in every backward pass, so no wrapper need search for unused ones.
+            terms["critic"] = torch.stack([p.sum() * 0 for p in self.critic.parameters()]).sum()
+
+        # A term whose value is the loss and whose gradient is `slope`, already computed.
+        carried = (recon * slope).sum()
+        terms["reconstruction"] = judged.detach() + carried - carried.detach()
+        for name, value in seen.items():
+            gauges[name] = value.detach()
+        return terms, gauges
+
+    def _kl(self, image: Tensor, rng: Rng) -> tuple[Tensor, Terms, Terms]:
+        mean, logvar = self.network.encode(image)
+        mean, logvar = mean.float(), logvar.float()
+        noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)
+        recon = self.network.decode(mean + (0.5 * logvar).exp() * noise).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)  # eq. 10 of Kingma and Welling 2013, per latent value
+        assert isinstance(self.config, KL)
+        terms = {"kl": self.config.weight * kl.sum() / image.numel()}
+        return recon, terms, {"kl_nats": kl.detach().mean(), "posterior_std": (0.5 * logvar.detach()).exp().mean()}
+
+    def _vq(self, image: Tensor) -> tuple[Tensor, Terms, Terms]:
+        assert isinstance(self.config, VQ)
+        z = self.network.encode(image).float()
+        quantised, codes, distance = self.network.quantize(z)
+        recon = self.network.decode(quantised, quantise=False).float()
+        counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage.dtype)
+        with torch.no_grad():
+            self.usage.lerp_(self.ranks.mean(counts), 0.1)
+        self._latest = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
+        share, perplexity = code_use(self.usage)
+        terms = {
+            "codebook": self.config.codebook * distance["codebook"],
+            "commitment": self.config.commitment * distance["commitment"],
+        }
+        return recon, terms, {"code_use": share, "perplexity": perplexity}
+
+    def _pixel(self, recon: Tensor, image: Tensor) -> Terms:
+        weights, found = self.config.pixel, {}
+        if weights.l1:
+            found["l1"] = weights.l1 * F.l1_loss(recon, image)
+        if weights.l2:
+            found["l2"] = weights.l2 * F.mse_loss(recon, image)
+        if weights.gradient:
+            across = F.l1_loss(recon.diff(dim=3), image.diff(dim=3))
+            down = F.l1_loss(recon.diff(dim=2), image.diff(dim=2))
+            found["gradient"] = weights.gradient * (across + down)
+        return found
+
+    def _opinion(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.critic is not None
+        parameters = {name: p.detach() for name, p in self.critic.named_parameters()}
+        with torch.enable_grad():
+            logits = torch.func.functional_call(self.critic, parameters, (leaf,)).float()
+            hinge = self.config.adversarial.loss == "hinge"
+            opinion = -logits.mean() if hinge else F.softplus(-logits).mean()
+        (slope,) = torch.autograd.grad(opinion, leaf)
+        return opinion, slope
+
+    def _adaptive_weight(self, recon: Tensor, slope: Tensor, opinion_slope: Tensor) -> tuple[Tensor, Terms]:
+        """lambda = |grad rec| / (|grad gan| + 1e-4) at the last layer, over all ranks, clamped (Esser 2021, eq. 7)."""
+        last = self.network.last_layer
+        norms = [
+            self.ranks.mean(torch.autograd.grad(recon, last, s, retain_graph=True)[0]).norm() for s in (slope, opinion_slope)
+        ]
+        free = norms[0] / (norms[1] + 1e-4)
+        limit = self.config.adversarial.max_weight
+        weight = free.clamp(0, limit) * self.config.adversarial.weight
+        return weight.detach(), {"lambda": weight.detach(), "lambda_clamped": (free >= limit).float()}
+
+    def _critic_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, Terms]:
+        assert self.critic is not None
+        real, fake = self.critic(torch.cat([image, recon])).float().chunk(2)
+        if self.config.adversarial.loss == "hinge":
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        else:
+            loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        return loss, {
+            "logits_real": real.detach().mean(),
+            "logits_fake": fake.detach().mean(),
+            "logit_margin": (real.detach().mean() - fake.detach().mean()),
+        }
+
+    def after_step(self, rng: Rng) -> Terms:
+        """Re-draw codes that are hardly used from this step's encoder outputs (rank 0's, so that all ranks agree)."""
+        config = self.config
+        if not isinstance(config, VQ) or self._latest is None or not config.redraw_every:
+            return {}
+        self.steps += 1
+        if self.steps % config.redraw_every or self.images > config.redraw_until * self.total_images:
+            return {}
+        drawn = redraw_dead(self.network.codebook, self.usage, self._latest, rng)
+        fresh, dead = drawn
+        fresh = self.ranks.mean(fresh * (self.ranks.world if self.ranks.rank == 0 else 0))
+        with torch.no_grad():
+            self.network.codebook.copy_(torch.where(dead[:, None], fresh, self.network.codebook))
+            self.usage.masked_fill_(dead, float(self.usage.mean()))
+        return {"codes_redrawn": dead.sum().float()}
+
+    def averaged(self) -> list[nn.Parameter]:
+        """The autoencoder's own parameters; the critic is never used afterwards."""
+        return list(self.network.parameters())
+
+    def preview(self, batch: ImageBatch, seed: int) -> Tensor:
+        """Originals and their reconstructions in turn (N,3,H,W)."""
+        return torch.stack([batch.image, self.reconstruct(batch.image).float().clamp(-1, 1)], 1).flatten(0, 1)
+
+    def finish(self, context: Context) -> dict[str, Any]:
+        """Latent statistics per channel, over training images at the stage's resolution."""
+        self.statistics = measure(self.network, context.data, context.resolution, context.seed, context.device)
+        return {"latents": self.statistics.to_dict()}
+
+    def save(self, folder: Path) -> None:
+        """vae/ or vqvae/ in diffusers' layout, with the latent statistics."""
+        assert self.statistics is not None, "finish() measures the statistics before save()"
+        save_codec(folder / ("vqvae" if isinstance(self.config, VQ) else "vae"), self.network, self.statistics)

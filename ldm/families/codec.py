@@ -1,0 +1,132 @@
+"""A frozen autoencoder with its latent statistics: pixels to latents of unit variance, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import write_json
+from ldm.data.sources import DataSet
+from ldm.errors import UserError
+from ldm.folder import content_hash, load_module, load_part, save_part
+from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
+
+STATISTICS = "latents.json"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each latent channel, measured over images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int  # how many they were measured on; 0: taken from the file, not measured
+    resolution: int  # px
+
+    def to_dict(self) -> dict[str, object]:
+        """As it stands in latents.json and in the log."""
+        return {"mean": list(self.mean), "std": list(self.std), "images": self.images, "resolution": self.resolution}
+
+
+class Codec(nn.Module):
+    """An autoencoder seen from the diffusion's side.
+
+    Args:
+        network: KL or VQ.
+        statistics: of the raw latents.
+        hash: of the autoencoder's folder; latents and diffusion models remember it and refuse any other.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: KLAutoencoder | VQAutoencoder, statistics: Statistics, hash: str = "") -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.statistics = statistics
+        self.hash = hash
+        self.register_buffer("mean", torch.tensor(statistics.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics.std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return self.network.factor
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return self.network.latent_channels
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
+        if isinstance(self.network, VQAutoencoder):
+            return (self.network.encode(image).float() - self.mean) / self.std, None
+        mean, logvar = self.network.encode(image)
+        return (mean.float() - self.mean) / self.std, (0.5 * logvar.float()).exp() / self.std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
+        return self.network.decode((latent * self.std + self.mean).to(next(self.network.parameters()).dtype))
+
+
+def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics: Statistics) -> None:
+    """Write the autoencoder in diffusers' layout, with latents.json beside it."""
+    config = network.config.to_diffusers()
+    save_part(config, dict(network.state_dict()), folder)
+    write_json(folder / STATISTICS, statistics.to_dict())
+
+
+def load_codec(folder: Path) -> Codec:
+    """The autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
+
+    Without latents.json the folder's scaling_factor and shift_factor stand for them, as in Stable Diffusion.
+
+    Raises:
+        UserError: if the folder holds something else, or its weights do not fit its configuration.
+    """
+    config, state = load_part(folder)
+    kind = config.get("_class_name")
+    if kind not in ("AutoencoderKL", "VQModel"):
+        raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
+    made = KLConfig.from_diffusers(config) if kind == "AutoencoderKL" else VQConfig.from_diffusers(config)
+    network = load_module(made.build, state, folder)
+    file = folder / STATISTICS
+    if file.exists():
+        values = json.loads(file.read_text())
+        statistics = Statistics(tuple(values["mean"]), tuple(values["std"]), values["images"], values["resolution"])
+    else:
+        scale = float(config.get("scaling_factor") or 1.0)
+        shift = float(config.get("shift_factor") or 0.0)
+        channels = network.latent_channels
+        statistics = Statistics((shift,) * channels, (1 / scale,) * channels, 0, 0)
+    return Codec(network, statistics, content_hash(folder))
+
+
+@torch.no_grad()
+def measure(
+    network: KLAutoencoder | VQAutoencoder, data: DataSet, resolution: int, seed: int, device: torch.device, images: int = 1024
+) -> Statistics:
+    """Mean and deviation per latent channel over up to `images` images of `data`, posterior variance included."""
+    count, total = min(images, len(data)), 0.0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
+    for start in range(0, count, 64):
+        index = list(range(start, min(start + 64, count)))
+        image = data.load(index, index, resolution, seed, False).image.to(device)
+        if isinstance(network, VQAutoencoder):
+            mean, extra = network.encode(image).double(), 0.0
+        else:
+            posterior, logvar = network.encode(image)
+            mean, extra = posterior.double(), logvar.double().exp().sum((0, 2, 3))
+        first = first + mean.sum((0, 2, 3))
+        second = second + mean.square().sum((0, 2, 3)) + extra
+        total += mean.shape[0] * mean.shape[2] * mean.shape[3]
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    average = first / total
+    deviation = (second / total - average.square()).clamp_min(1e-12).sqrt()
+    return Statistics(tuple(average.tolist()), tuple(deviation.tolist()), count, resolution)

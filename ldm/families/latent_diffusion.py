@@ -1,0 +1,351 @@
+"""Text-to-image diffusion in the latents of a frozen autoencoder (Rombach 2022, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
+from ldm.checkpoint import write_json
+from ldm.config import Fraction, NonNegative, Positive, config
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.process import Process
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
+from ldm.families.codec import Codec, load_codec
+from ldm.families.family import Context, Family, Product, Terms
+from ldm.folder import content_hash, load_module, load_part, open_model, save_part
+from ldm.models.unet import UNet, UNetConfig
+from ldm.rng import Rng
+from ldm.text import TextEncoder
+
+RECORD = "ldm.json"
+
+
+@config
+class Defaults:
+    """How the finished model is sampled unless it is told otherwise."""
+
+    steps: Positive = 30  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale; 1: none
+    rescale: Fraction = 0.0  # guidance rescale (Lin 2023, arXiv 2305.08891, eq. 16)
+    sampler: str = "dpmpp_2m"  # a name of ldm.diffusion.samplers.SAMPLERS
+    chunk: Positive = 8  # images per network call; a part of the model's numerics, so that batch size is not
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler: got {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+
+
+@config
+class LatentDiffusion:
+    """A cross-attention UNet that denoises latents, told by the frozen text encoder what to draw."""
+
+    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    network: UNetConfig = UNetConfig()  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
+    process: Process = Process()  # how data becomes noise, and what the network predicts
+    caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
+    defaults: Defaults = Defaults()  # how the finished model is sampled
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return ("text", "autoencoder")
+
+    def build(self, context: Context) -> LatentDiffusionFamily:
+        """The family, ready to train, on the earlier products; an earlier stage's UNet is continued."""
+        text = TextEncoder.load(context.products["text"].folder)
+        codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
+        network = replace(
+            self.network, in_channels=codec.channels, out_channels=codec.channels, context_width=text.width
+        )
+        if context.init is None:
+            unet = network.build()
+        else:
+            unet = _continue(context.init, network, codec)
+        family = LatentDiffusionFamily(replace(self, network=network), unet, codec, text)
+        family.resolution = context.resolution
+        return family
+
+
+def autoencoder_folder(folder: Path) -> Path:
+    """vae/ or vqvae/ below a product or model folder."""
+    for name in ("vae", "vqvae"):
+        if (folder / name).is_dir():
+            return folder / name
+    raise UserError(f"{folder}: no autoencoder here; a folder named vae or vqvae was expected")
+
+
+def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
+    stored, state = load_part(init.folder / "unet")
+    record = _record(init.folder)
+    if record.get("autoencoder") not in (None, codec.hash):
+        raise UserError(
+            f"{init.folder}: this UNet was trained on the latents of another autoencoder "
+            f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
+        )
+    if UNetConfig.from_diffusers(stored) != network:
+        raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
+    return load_module(network.build, state, init.folder / "unet")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / RECORD
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one sampling call."""
+
+    steps: int
+    guidance: float
+    rescale: float
+    sampler: str
+    spacing: str | None
+    eta: float
+
+
+class LatentDiffusionFamily(Family):
+    """A UNet with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
+
+    def __init__(self, config: LatentDiffusion, unet: UNet, codec: Codec, text: TextEncoder) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = unet
+        self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
+        self.text = text
+        self.process = config.process
+        self.resolution = 0
+        self.content_hash = ""
+        self._empty: Cond | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The frozen autoencoder."""
+        return self._frozen[0]
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return self.codec.factor
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """size (height, width) in px, steps, guidance, rescale, sampler, chunk."""
+        d = self.config.defaults
+        size = (self.resolution, self.resolution)
+        return {"size": size, "steps": d.steps, "guidance": d.guidance, "rescale": d.rescale, "sampler": d.sampler, "chunk": d.chunk}
+
+    def frozen(self) -> list[nn.Module]:
+        """The autoencoder and the text encoder."""
+        return list(self._frozen)
+
+    # Training
+
+    @torch.no_grad()
+    def encode(self, batch: ImageBatch | MomentBatch, rng: Rng) -> LatentBatch:
+        """Latents drawn from the posterior, and the captions encoded."""
+        mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
+        x0 = mean.float()
+        if std is not None:
+            x0 = x0 + std.float() * rng.normal("posterior", mean.shape[1:]).to(x0.device)
+        text = self.text.encode(list(batch.caption))
+        return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
+
+    def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """Weighted squared error of the network's prediction, mean over latent values."""
+        latents = self.encode(batch, rng)
+        cond = latents.cond
+        if self.config.caption_dropout:
+            drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
+            cond = where(drop, self._without_caption(cond), cond)
+        noised = self.process.noise(latents.x0, rng)
+        output = self.unet(noised.x, noised.t, cond).float()
+        error = (output - noised.target).square().mean((1, 2, 3))  # (B,)
+        gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
+        return {"denoising": (noised.weight * error).mean()}, gauges
+
+    def _without_caption(self, cond: Cond) -> Cond:
+        assert cond.text is not None
+        batch = len(cond.text.tokens)
+        empty = self.text.encode([""])
+        text = replace(
+            empty,
+            tokens=empty.tokens.expand(batch, -1, -1),
+            mask=empty.mask.expand(batch, -1),
+            pooled=None if empty.pooled is None else empty.pooled.expand(batch, -1),
+        )
+        return replace(cond, text=text)
+
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
+        """One picture for each of the batch's captions, with the default settings."""
+        captions = list(batch.caption)
+        d = self.defaults
+        images = self.sample(
+            captions, list(range(seed, seed + len(captions))), steps=min(d["steps"], 20), guidance=d["guidance"],
+            sampler=d["sampler"], size=(self.resolution, self.resolution),
+        )  # fmt: skip
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def save(self, folder: Path) -> None:
+        """unet/ in diffusers' layout and ldm.json, which remembers the autoencoder."""
+        save_part(self.config.network.to_diffusers(), dict(self.unet.state_dict()), folder / "unet")
+        write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe()})
+
+    def describe(self) -> dict[str, Any]:
+        """What a model folder must say besides the networks' own configurations."""
+        return {"defaults": {**self.defaults}, "scheduler": self.process.scheduler_config()}
+
+    # Sampling
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
+        return self.codec.decode(self.codec.moments(image)[0]).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        rescale: float | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        eta: float = 0.0,
+        negative: str = "",
+        size: tuple[int, int] | None = None,
+        batch: int | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3).
+
+        Picture i depends on its own prompt, seed, size and settings alone: the networks always see `defaults["chunk"]`
+        images, padded where fewer are asked for, so neither `batch` (how many are worked on before `on_step` reports a
+        new round) nor the neighbours change a bit.
+
+        Args:
+            prompts: N texts.
+            seeds: N integers.
+            size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
+            on_step: called as on_step(steps done, steps in all) over the whole call.
+            latents: (N,c,h,w) initial noise of unit variance, in place of the seeds' own.
+
+        Raises:
+            UserError: on an unknown sampler or a size that is not a multiple of `factor`.
+        """
+        d = self.defaults
+        settings = Settings(
+            steps=d["steps"] if steps is None else steps,
+            guidance=d["guidance"] if guidance is None else guidance,
+            rescale=d["rescale"] if rescale is None else rescale,
+            sampler=sampler or d["sampler"], spacing=spacing, eta=eta,
+        )  # fmt: skip
+        height, width = size or d["size"]
+        if settings.sampler not in SAMPLERS:
+            raise UserError(f"sampler: got {settings.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        if height % self.factor or width % self.factor or min(height, width) < self.factor:
+            raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        shape = (self.codec.channels, height // self.factor, width // self.factor)
+        chunk = d["chunk"]
+        done: list[Tensor] = []
+        rounds = -(-len(prompts) // chunk)
+        was_training = self.unet.training
+        self.unet.eval()
+        try:
+            for i, start in enumerate(range(0, len(prompts), chunk)):
+                words, own = list(prompts[start : start + chunk]), list(seeds[start : start + chunk])
+                kept, missing = len(words), chunk - len(words)
+                rng = Rng(0, own + [own[-1]] * missing)
+                noise = rng.normal("init", shape) if latents is None else latents[start : start + chunk].cpu()
+                if latents is not None and missing:
+                    noise = torch.cat([noise, noise[-1:].expand(missing, -1, -1, -1)])
+                report = None if on_step is None else _offset(on_step, i, rounds, settings.steps)
+                image = self._chunk(words + [words[-1]] * missing, noise, rng, settings, negative, report)
+                done.append(image[:kept])
+        finally:
+            self.unet.train(was_training)
+        return torch.cat(done) if done else torch.empty(0, height, width, 3, dtype=torch.uint8)
+
+    def _chunk(
+        self,
+        prompts: list[str],
+        noise: Tensor,
+        rng: Rng,
+        settings: Settings,
+        negative: str,
+        on_step: Callable[[int], None] | None,
+    ) -> Tensor:
+        device = next(self.unet.parameters()).device
+        entry = SAMPLERS[settings.sampler]
+        grid = self.process.grid(settings.steps, settings.spacing or entry.spacing)
+        size = torch.tensor([[noise.shape[2] * self.factor, noise.shape[3] * self.factor, 0, 0] * 1]).float()
+        size = torch.cat([size, size[:, :2]], 1).expand(len(prompts), 6).to(device)
+        cond = Cond(text=self.text.encode(prompts), size=size)
+        uncond = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
+
+        dtype = next(self.unet.parameters()).dtype
+
+        def predict(x: Tensor, i: int, c: Cond) -> Tensor:
+            t = grid.t[i].to(device).expand(len(x))
+            output = self.unet(x.to(dtype), t, c).float()
+            return self.process.x0_from(output, x, t)
+
+        denoise = guided(predict, cond, uncond, settings.guidance, settings.rescale)
+        x = entry.start(noise.to(device), grid)
+        x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, on_step=on_step)
+        image = self.codec.decode(x).float()
+        return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps: int) -> Callable[[int], None]:
+    return lambda step: on_step(round_ * steps + step + 1, rounds * steps)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LatentDiffusionFamily:
+    """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not belong together.
+    """
+    root = open_model(Path(folder)).folder
+    record = _record(root)
+    codec = load_codec(autoencoder_folder(root))
+    if record.get("autoencoder") not in (None, codec.hash):
+        raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
+    text = TextEncoder.load(root)
+    stored, state = load_part(root / "unet")
+    network = UNetConfig.from_diffusers(stored)
+    unet = load_module(network.build, state, root / "unet")
+    process = Process.from_scheduler_config(_scheduler(root))
+    values = record.get("defaults", {})
+    size = values.pop("size", None)
+    defaults = Defaults(**values) if values else Defaults(guidance=7.5, chunk=1)
+    if not text.width == network.context_width:
+        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
+    made = LatentDiffusion(network=network, process=process, defaults=defaults)
+    family = LatentDiffusionFamily(made, unet.to(dtype), codec.to(dtype), text)
+    sample_size = stored.get("sample_size") or 64
+    family.resolution = size[0] if size else sample_size * codec.factor
+    family.content_hash = content_hash(root)
+    for module in (family, *family.frozen()):
+        module.to(device)
+    return family.eval()
+
+
+def _scheduler(root: Path) -> dict[str, Any]:
+    file = root / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        raise UserError(f"{file} is missing; a model folder needs it to know its noise schedule")
+    return json.loads(file.read_text())
