@@ -133,3 +133,14 @@ def where(choose: Tensor, yes: C, no: C) -> C:
         else:
             values[field.name] = tuple(x if c else y for c, x, y in zip(choose.tolist(), a, b, strict=True))
     return type(yes)(**values)
+
+
+def rows(batch: C, start: int, stop: int) -> C:
+    """Samples `start` to `stop` of a batch, field by field."""
+    values: dict[str, object] = {}
+    for field in fields(batch):  # type: ignore[arg-type]
+        value = getattr(batch, field.name)
+        values[field.name] = rows(value, start, stop) if isinstance(value, Movable) else value
+        if isinstance(value, Tensor | tuple):
+            values[field.name] = value[start:stop]
+    return type(batch)(**values)

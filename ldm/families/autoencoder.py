@@ -109,7 +109,6 @@ class AutoencoderFamily(Family):
         if isinstance(config, VQ):
             self.register_buffer("usage", torch.ones(config.network.codes))
         self._latest: Tensor | None = None  # encoder outputs of the present step, for re-drawing codes
-        self.steps = 0
 
     def frozen(self) -> list[nn.Module]:
         """The perceptual network, if there is one."""
@@ -246,16 +245,14 @@ class AutoencoderFamily(Family):
             "logit_margin": (real.detach().mean() - fake.detach().mean()),
         }
 
-    def after_step(self, rng: Rng) -> Terms:
+    def after_step(self, step: int, rng: Rng) -> Terms:
         """Re-draw codes that are hardly used from this step's encoder outputs (rank 0's, so that all ranks agree)."""
         config = self.config
         if not isinstance(config, VQ) or self._latest is None or not config.redraw_every:
             return {}
-        self.steps += 1
-        if self.steps % config.redraw_every or self.images > config.redraw_until * self.total_images:
+        if (step + 1) % config.redraw_every or self.images > config.redraw_until * self.total_images:
             return {}
-        drawn = redraw_dead(self.network.codebook, self.usage, self._latest, rng)
-        fresh, dead = drawn
+        fresh, dead = redraw_dead(self.network.codebook, self.usage, self._latest, rng)
         fresh = self.ranks.mean(fresh * (self.ranks.world if self.ranks.rank == 0 else 0))
         with torch.no_grad():
             self.network.codebook.copy_(torch.where(dead[:, None], fresh, self.network.codebook))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ class Context:
     device: torch.device = torch.device("cpu")
 
 
-class Family(nn.Module):
+class Family(nn.Module, ABC):
     """Networks with their loss.
 
     Trainable networks are submodules; frozen ones are listed by `frozen`, outside the module tree, so that no wrapper,
@@ -58,9 +59,9 @@ class Family(nn.Module):
 
     ranks: Ranks = Ranks()
 
+    @abstractmethod
     def loss(self, batch: Any, rng: Rng) -> tuple[Terms, Terms]:
         """Terms (scalars whose sum is minimised) and gauges (scalars to watch, no gradient) for one batch."""
-        raise NotImplementedError(type(self).__name__)
 
     def forward(self, batch: Any, rng: Rng) -> tuple[Terms, Terms]:
         """The loss."""
@@ -81,8 +82,8 @@ class Family(nn.Module):
     def progress(self, images: int) -> None:
         """Told before each step how many images the stage has seen (start of an adversarial term, say)."""
 
-    def after_step(self, rng: Rng) -> Terms:
-        """Called after each optimiser step (codebook maintenance, say); returns gauges."""
+    def after_step(self, step: int, rng: Rng) -> Terms:
+        """Called after the optimiser's step number `step` (codebook maintenance, say); returns gauges."""
         return {}
 
     def averaged(self) -> list[nn.Parameter]:
@@ -99,6 +100,6 @@ class Family(nn.Module):
         """Measurements on the final weights (latent statistics, say) that belong to the product; also logged."""
         return {}
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the parts in diffusers' layout below `folder`."""
-        raise NotImplementedError(type(self).__name__)

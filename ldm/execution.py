@@ -1,0 +1,297 @@
+"""One start of a run: through its stages in order, skipping what is done, doing and recording the rest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ldm import __version__, checkpoint
+from ldm.config import dump
+from ldm.errors import UserError
+from ldm.log import Log
+from ldm.rng import mix
+from ldm.run import DONE, Finished, Run, differences, finished, identity, inputs_of, key_of, plain_json
+from ldm.stages import Encode, Evaluate, Export
+from ldm.train import Processes, Stopped, Train, Trainer
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Within it no other start may use the run folder; the lock dies with its process.
+
+    Raises:
+        UserError: naming the process that has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"{folder}: in use by process {owner}; wait for it, or give this run another out=DIR") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a stage's folder out of the way of its successor; nothing that was trained is deleted."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+class Execution:
+    """One start of a run: it goes through the stages, skips what is done and does the rest."""
+
+    def __init__(self, run: Run, out: Path, processes: Processes) -> None:
+        self.run, self.out, self.processes = run, out, processes
+        self.data = run.data.build("train")
+        self.val = run.data.build("val")
+        self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
+        self.done: dict[str, Finished] = {}
+
+    def start(self) -> None:
+        """Do every stage that is not done.
+
+        Raises:
+            UserError: on anything the user can mend.
+            Stopped: when a signal asked for it and the state was saved.
+        """
+        from ldm.report import report
+
+        if self.processes.main:
+            described = {f"{k}": v for k, v in self.data.describe().items()}
+            self.log.note(f"data: {', '.join(f'{k} {v}' for k, v in described.items() if isinstance(v, int | str))}")
+        try:
+            for name in self.run.stages:
+                self._stage(name)
+        finally:
+            if self.processes.main and self.done:
+                self._write_metrics()
+                path = report(self.out)
+                self.log.note(f"report: {path}")
+            self.log.close()
+
+    def _stage(self, name: str) -> None:
+        folder = self.out / "stages" / name
+        needed = inputs_of(self.run, name)
+        hashes = {role: self.done[other].product or self.done[other].key for role, other in needed.items()}
+        wanted = identity(self.run, name, self.data, self.val, hashes)
+        key = key_of(wanted)
+        have = finished(folder)
+        complete = have is not None and have.key == key
+        if complete and not (isinstance(self.run.stages[name], Export) and not self._exported(have)):
+            assert have is not None
+            self.done[name] = have
+            self.log.note(f"{name}: done already, nothing it depends on has changed")
+            self._judge(name, have.result)
+            return
+        self.processes.wait()
+        if self.processes.main:
+            self._make_room(name, folder, key, wanted, have)
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(folder / "identity.json", wanted | {"key": key})
+        self.processes.wait()
+        started = time.monotonic()
+        result, images = self._do(name, folder, key, needed)
+        if self.processes.main:
+            product = checkpoint.folder_hash(folder / "model") if (folder / "model").is_dir() else ""
+            spent = time.monotonic() - started + self._earlier_seconds(folder)
+            values = {
+                "stage": name, "kind": self.run.stages[name].kind, "key": key, "identity": plain_json(wanted),
+                "inputs": hashes, "product": product, "result": result, "seconds": round(spent, 2), "images": images,
+                "version": __version__,
+            }  # fmt: skip
+            checkpoint.write_json(folder / DONE, values)
+            shutil.rmtree(folder / "state", ignore_errors=True)
+        self.processes.wait()
+        have = finished(folder)
+        assert have is not None, f"{folder} was just finished"
+        self.done[name] = have
+        self.log.note(f"{name}: finished in {have.seconds:.0f} s{_headline(result)}")
+        self._judge(name, have.result)
+
+    def _make_room(self, name: str, folder: Path, key: str, wanted: Mapping[str, Any], have: Finished | None) -> None:
+        """Put a stage of another key aside, saying what differs; an interrupted one of this key stays."""
+        try:
+            old = json.loads((folder / "identity.json").read_text())
+        except (OSError, ValueError):
+            old = None
+        if old is not None and old.get("key") == key and have is None:
+            return  # interrupted: its state is continued
+        if not folder.exists():
+            return
+        kept = set_aside(folder)
+        if old is not None and old.pop("key", None) != key:
+            changed = "; ".join(differences(old, plain_json(wanted))[:4])
+            self.log.note(f"{name}: runs anew, since {changed}; the former result is kept in {kept}")
+
+    def _earlier_seconds(self, folder: Path) -> float:
+        """Time that interrupted starts of this stage had already spent, as their log tells."""
+        return self.log.seconds_before(folder.name)
+
+    def _exported(self, have: Finished | None) -> bool:
+        return have is not None and (self.out / "model" / "model_index.json").exists()
+
+    def _do(self, name: str, folder: Path, key: str, needed: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+        stage = self.run.stages[name]
+        if isinstance(stage, Train):
+            return self._train(name, stage, folder, key, needed), stage.images
+        if isinstance(stage, Encode):
+            return self._encode(name, stage, folder, needed)
+        result: dict[str, Any] = {}
+        if self.processes.main:
+            result = self._evaluate(name, stage, folder, needed) if isinstance(stage, Evaluate) else self._export(stage, needed)
+        return result, 0
+
+    def _seed(self, name: str) -> int:
+        return mix(self.run.seed, name) % 2**63
+
+    def _train(self, name: str, stage: Train, folder: Path, key: str, needed: Mapping[str, str]) -> dict[str, Any]:
+        import torch
+
+        from ldm.data.cache import CachedLatents
+        from ldm.families.family import Context, Product
+
+        products = {role: Product(self.out / "stages" / other / "model", self.done[other].product) for role, other in needed.items()}
+        context = Context(
+            data=self.data, val=self.val, resolution=stage.resolution, seed=self._seed(name),
+            total_images=stage.images, products={k: v for k, v in products.items() if k not in ("init", "latents")},
+            init=products.get("init"), device=self.processes.device,
+        )  # fmt: skip
+        torch.manual_seed(context.seed)
+        family = self.run.family(stage.family).build(context)
+        data = CachedLatents(products["latents"].folder) if stage.latents else self.data
+        trainer = Trainer(
+            stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
+            processes=self.processes, log=self.log,
+        )  # fmt: skip
+        return trainer.run()
+
+    def _encode(self, name: str, stage: Encode, folder: Path, needed: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+        from ldm.data.cache import write_cache
+        from ldm.families.codec import load_codec
+        from ldm.families.latent_diffusion import autoencoder_folder
+
+        count = min(stage.images or len(self.data), len(self.data))
+        if self.processes.main:
+            codec = load_codec(autoencoder_folder(self.out / "stages" / needed["autoencoder"] / "model")).to(self.processes.device)
+            with self.log.stage(name, count, 0) as log:
+                write_cache(
+                    folder / "model", self.data, lambda image: codec.moments(image.to(self.processes.device)),
+                    images=count, resolution=stage.resolution, batch=stage.batch, seed=self._seed(name),
+                    autoencoder=codec.hash, on_images=log.advance,
+                )  # fmt: skip
+        self.processes.wait()
+        return {"images": count}, count
+
+    def _assemble(self, needed: Mapping[str, str], target: Path) -> None:
+        from ldm.export import assemble
+
+        folders = {role: self.out / "stages" / other / "model" for role, other in needed.items()}
+        assemble(folders["text"], folders["autoencoder"], folders["diffusion"], target, self._story())
+
+    def _story(self) -> dict[str, Any]:
+        stages = {
+            name: f"{stage.images:,} images at {stage.resolution} px" if isinstance(stage, Train) else stage.kind
+            for name, stage in self.run.stages.items()
+            if name in self.done
+        }
+        caption = next(iter(self.val.captions([0], [0], 0)), "a picture") if len(self.val) else "a picture"
+        described = self.data.describe()
+        return {
+            "name": self.run.name,
+            "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
+            "prompt": caption.replace('"', ""),
+            "stages": stages,
+        }
+
+    def _evaluate(self, name: str, stage: Evaluate, folder: Path, needed: Mapping[str, str]) -> dict[str, Any]:
+        from ldm.evaluate import measure
+        from ldm.families.codec import load_codec
+        from ldm.families.latent_diffusion import autoencoder_folder, load
+
+        of = self.run.stages[stage.of]
+        assert isinstance(of, Train)
+        if of.family == "autoencoder":
+            model: Any = load_codec(autoencoder_folder(self.out / "stages" / stage.of / "model")).to(self.processes.device)
+        else:
+            target = folder / "assembled"
+            self._assemble(needed, target)
+            model = load(target, device=self.processes.device)
+            shutil.rmtree(target)
+        with self.log.stage(name, 0, 0) as log:
+            return measure(
+                model, stage.metrics, data=self.val, resolution=of.resolution, seed=self.run.seed,
+                pictures=folder / "samples", progress=log.progress,
+            )  # fmt: skip
+
+    def _export(self, stage: Export, needed: Mapping[str, str]) -> dict[str, Any]:
+        self._assemble(needed, self.out / "model")
+        return {"model": "model", "hash": checkpoint.folder_hash(self.out / "model")}
+
+    def _judge(self, name: str, result: Mapping[str, Any]) -> None:
+        """Compare a measurement with what its stage requires.
+
+        Raises:
+            UserError: when a required value is missed and the stage says stop.
+        """
+        stage = self.run.stages[name]
+        if not isinstance(stage, Evaluate):
+            return
+        for path, least in stage.require.items():
+            value: Any = result
+            for word in path.split("."):
+                value = value.get(word) if isinstance(value, Mapping) else None
+            if not isinstance(value, int | float):
+                raise UserError(f"stages.{name}.require: {path!r} names no value of this stage's metrics")
+            if value >= least:
+                self.log.note(f"{name}: {path} {value:.3f} meets the required {least:g}")
+                continue
+            text = f"{name}: {path} is {value:.3f}, below the required {least:g}"
+            if stage.on_miss == "stop":
+                raise UserError(
+                    f"{text}. Train {stage.of} longer (stages.{stage.of}.images), or accept it with"
+                    f" stages.{name}.on_miss=warn; everything done so far is kept"
+                )
+            self.log.note(f"warning: {text}")
+
+    def _write_metrics(self) -> None:
+        metrics = {
+            name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Evaluate)
+        }
+        trained = {name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Train) and done.result}
+        if metrics or trained:
+            checkpoint.write_json(self.out / "metrics.json", {"version": __version__, "evaluations": metrics, "training": trained})
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    """The plain numbers of a result, for one line."""
+    shown = [f"{name} {value:.3g}" for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    return f"; {', '.join(shown)}" if shown else ""
+
+
+def start(run: Run, out: Path) -> int:
+    """Do a run in its folder; returns the exit code."""
+    processes = Processes()
+    with only_one(out) if processes.main else nullcontext():
+        if processes.main:
+            (out / "config.yaml").write_text(dump(run))
+        execution = Execution(run, out, processes)
+        try:
+            execution.start()
+        except Stopped:
+            execution.log.note("stopped, everything is saved; the same command goes on from here")
+    return 0

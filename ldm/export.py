@@ -1,0 +1,96 @@
+"""The finished model: a folder that diffusers opens, with what ldm itself wants to know beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ldm import __version__, checkpoint
+from ldm.card import model_card
+from ldm.errors import UserError
+from ldm.families.codec import STATISTICS, Statistics
+from ldm.families.latent_diffusion import RECORD, autoencoder_folder
+from ldm.folder import content_hash, load_part, save_part
+from ldm.models.autoencoder import KLConfig, fold_latent_stats
+
+
+def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
+    """Put the products of three stages together as a model folder, committed at once.
+
+    A KL autoencoder's latent statistics are folded into its quant convolutions, so that its latents have unit variance
+    with a scaling factor of 1 and any diffusers pipeline may use it. A VQ autoencoder keeps them in latents.json.
+
+    Args:
+        text: holds text_encoder/ and tokenizer/.
+        autoencoder: holds vae/ or vqvae/ with its latent statistics.
+        diffusion: holds unet/ and ldm.json.
+        target: the model folder; replaced when it is there.
+        story: what the model card tells besides: name, data, stages, metrics.
+
+    Raises:
+        UserError: if the UNet was trained on another autoencoder.
+    """
+    record = json.loads((diffusion / RECORD).read_text())
+    source = autoencoder_folder(autoencoder)
+    if record["autoencoder"] != content_hash(source):
+        raise UserError(f"{diffusion}: this UNet was trained on the latents of another autoencoder than {source}")
+
+    def write(folder: Path) -> None:
+        for name in ("text_encoder", "tokenizer"):
+            shutil.copytree(text / name, folder / name)
+        if source.name == "vae":
+            _fold(source, folder / "vae")
+        else:
+            shutil.copytree(source, folder / source.name)
+        size = tuple(record["defaults"]["size"])
+        config, state = load_part(diffusion / "unet")
+        factor = 2 ** (len(json.loads((source / "config.json").read_text())["block_out_channels"]) - 1)
+        save_part({**config, "sample_size": size[0] // factor}, state, folder / "unet")
+        (folder / "scheduler").mkdir()
+        _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
+        _write(folder / "model_index.json", _index(source.name, record["scheduler"]["_class_name"], config["_class_name"]))
+        own = content_hash(folder / source.name)
+        _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
+        (folder / "README.md").write_text(model_card(story, record, vq=source.name == "vqvae"))
+
+    checkpoint.commit(target, write)
+
+
+def _fold(source: Path, target: Path) -> None:
+    config, state = load_part(source)
+    values = json.loads((source / STATISTICS).read_text())
+    statistics = Statistics(tuple(values["mean"]), tuple(values["std"]), values["images"], values["resolution"])
+    made = KLConfig.from_diffusers(config)
+    folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
+    save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
+
+
+def _index(autoencoder: str, scheduler: str, unet: str) -> dict[str, Any]:
+    import diffusers
+
+    absent: list[None] = [None, None]
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", unet],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": absent,
+        "feature_extractor": absent,
+        "image_encoder": absent,
+        "requires_safety_checker": False,
+    }
+    if autoencoder == "vqvae":
+        # No stock pipeline joins these parts; the card shows the lines that do.
+        index["_class_name"] = "DiffusionPipeline"
+        del index["vae"]
+        index["vqvae"] = ["diffusers", "VQModel"]
+    return index
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2))

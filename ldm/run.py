@@ -1,0 +1,303 @@
+"""What a run is: stages linked by content hash, the plan before it starts, and the order in which it happens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import __version__, checkpoint
+from ldm.config import Count, config, plain
+from ldm.data.sources import Source
+from ldm.errors import UserError
+from ldm.families.autoencoder import KL, Autoencoder
+from ldm.families.clip import Clip
+from ldm.families.latent_diffusion import LatentDiffusion
+from ldm.rng import mix
+from ldm.stages import Encode, Evaluate, Export, Stage
+from ldm.train import Train
+
+if TYPE_CHECKING:
+    from ldm.data.sources import DataSet
+
+RUNS = Path("runs")
+DONE = "done.json"
+
+
+@config
+class Run:
+    """Everything that decides what a run makes; one YAML file."""
+
+    name: str = ""  # of the run and its model; empty: the configuration file's name
+    out: str = ""  # run folder; empty: runs/NAME
+    seed: Count = 0  # of all randomness: equal seeds give equal results
+    data: Source  # where images and captions come from
+    text: Clip = Clip()  # the text encoder
+    autoencoder: Autoencoder = KL()  # pixels to latents and back
+    diffusion: LatentDiffusion = LatentDiffusion()  # noise to latents
+    stages: dict[str, Stage]  # what is done, in this order
+    tracker: str = ""  # wandb: log there too (offline unless WANDB_MODE=online); empty: log.jsonl only
+    workers: Count = 2  # threads that load data
+
+    def __post_init__(self) -> None:
+        if problems := list(_problems(self)):
+            raise UserError("; ".join(problems))
+
+    def family(self, name: str) -> Clip | Autoencoder | LatentDiffusion:
+        """The configuration of a family by its field's name."""
+        return {"text": self.text, "autoencoder": self.autoencoder, "diffusion": self.diffusion}[name]
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """What is wrong between fields, before any work."""
+    if not run.stages:
+        yield "stages: none; a run needs at least one"
+    if run.tracker not in ("", "wandb"):
+        yield f"tracker: got {run.tracker!r}; allowed are wandb and nothing"
+    trained: dict[str, str] = {}  # the families made so far, and by which stage
+    encoded: dict[str, Encode] = {}
+    factor = 2 ** (len(run.autoencoder.network.channels) - 1)
+    for name, stage in run.stages.items():
+        where = f"stages.{name}"
+        if not name or set(name) & set("/\\. ") or name.startswith("-"):
+            yield f"{where}: a stage's name becomes a folder; use letters, digits, - and _"
+        for needed in _needs(run, stage):
+            if needed not in trained:
+                yield f"{where}: needs a stage before it that trains {needed} (kind: train, family: {needed})"
+        if isinstance(stage, Train | Encode) and stage.resolution % factor:
+            yield f"{where}.resolution: got {stage.resolution}; the autoencoder needs a multiple of {factor}"
+        if isinstance(stage, Train):
+            if stage.latents:
+                cache = encoded.get(stage.latents)
+                if cache is None:
+                    yield f"{where}.latents: {stage.latents!r} is no encode stage before this one"
+                elif cache.resolution != stage.resolution:
+                    yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
+                if stage.family != "diffusion":
+                    yield f"{where}.latents: only family: diffusion reads latents"
+            trained[stage.family] = name
+        elif isinstance(stage, Encode):
+            encoded[name] = stage
+        elif stage.of or isinstance(stage, Evaluate):
+            of = run.stages.get(stage.of)
+            before = stage.of in list(run.stages)[: list(run.stages).index(name)]
+            allowed = ("diffusion",) if isinstance(stage, Export) else ("autoencoder", "diffusion")
+            if not isinstance(of, Train) or of.family not in allowed or not before:
+                yield f"{where}.of: {stage.of!r} is no earlier train stage of {' or '.join(allowed)}"
+
+
+def _needs(run: Run, stage: Stage) -> tuple[str, ...]:
+    """The families that a stage reads, by their field's name."""
+    if isinstance(stage, Train):
+        return run.family(stage.family).inputs()
+    if isinstance(stage, Encode):
+        return ("autoencoder",)
+    of = run.stages.get(stage.of)
+    if isinstance(stage, Evaluate) and isinstance(of, Train) and of.family == "autoencoder":
+        return ("autoencoder",)
+    return ("text", "autoencoder", "diffusion")
+
+
+def inputs_of(run: Run, name: str) -> dict[str, str]:
+    """The earlier stages whose products a stage reads: by role, the stage's name."""
+    before = dict(list(run.stages.items())[: list(run.stages).index(name)])
+    latest = {stage.family: other for other, stage in before.items() if isinstance(stage, Train)}
+    stage = run.stages[name]
+    found = {family: latest[family] for family in _needs(run, stage)}
+    if isinstance(stage, Train):
+        if stage.family in latest:
+            found["init"] = latest[stage.family]
+        if stage.latents:
+            found["latents"] = stage.latents
+    elif isinstance(stage, Evaluate | Export) and stage.of:
+        found[run.stages[stage.of].family] = stage.of  # type: ignore[union-attr]
+    return found
+
+
+def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the result of a stage depends on, as plain values: its hash is the stage's key."""
+    stage = run.stages[name]
+    found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
+    if isinstance(stage, Train):
+        family = plain(run.family(stage.family))
+        found["family"] = {k: v for k, v in family.items() if k != "defaults"}
+    if isinstance(stage, Train | Encode):
+        found["data"] = data.fingerprint()
+    if isinstance(stage, Evaluate):
+        found["val"] = val.fingerprint()
+    if isinstance(stage, Evaluate | Export):
+        found["defaults"] = plain(run.diffusion.defaults)
+    return found
+
+
+def key_of(found: Mapping[str, Any]) -> str:
+    """The hash of an identity."""
+    text = json.dumps(found, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The leaves in which two identities differ, as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in [*old, *(k for k in new if k not in old)]:
+            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
+        return found
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        old, new = list(old), list(new)
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 24 else text
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What done.json says of a stage, and where it is."""
+
+    folder: Path
+    key: str
+    identity: dict[str, Any]
+    product: str  # hash of the product's folder; empty: none
+    result: dict[str, Any]
+    seconds: float
+    images: int
+
+
+def finished(folder: Path) -> Finished | None:
+    """The finished stage in a folder, or None where it is unfinished or its product is damaged."""
+    try:
+        values = json.loads((folder / DONE).read_text())
+        done = Finished(
+            folder=folder, key=values["key"], identity=values["identity"], product=values["product"],
+            result=values["result"], seconds=values["seconds"], images=values["images"],
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError):
+        return None
+    if done.product:
+        try:
+            if checkpoint.folder_hash(folder / "model") != done.product:
+                return None
+        except checkpoint.Damaged:
+            return None
+    return done
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a start will do with one stage, and why."""
+
+    name: str
+    skip: bool
+    why: str
+
+
+def plan(run: Run, out: Path, data: DataSet, val: DataSet) -> list[Planned]:
+    """For every stage whether it runs or is skipped, from what lies in the run folder now."""
+    done: dict[str, Finished] = {}
+    found: list[Planned] = []
+    for name in run.stages:
+        needed = inputs_of(run, name)
+        if waiting := [other for other in needed.values() if other not in done]:
+            found.append(Planned(name, False, f"because {waiting[0]} runs"))
+            continue
+        have = finished(out / "stages" / name)
+        wanted = identity(run, name, data, val, {role: done[other].product or done[other].key for role, other in needed.items()})
+        if have is not None and have.key == key_of(wanted):
+            done[name] = have
+            found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
+        elif have is not None:
+            found.append(Planned(name, False, f"changed: {'; '.join(differences(have.identity, plain_json(wanted))[:3])}"))
+        elif checkpoint.states(out / "stages" / name / "state"):
+            found.append(Planned(name, False, "was interrupted"))
+        else:
+            found.append(Planned(name, False, "not done yet"))
+    return found
+
+
+def plain_json(value: Any) -> Any:
+    """The value as it reads back from JSON."""
+    return json.loads(json.dumps(value, default=str))
+
+
+USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
+
+  CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
+  key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
+  --plan      say what would be done, and why, and stop
+  --help      this text; with a CONFIG also every field with its type, value and meaning
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """`train.py CONFIG [key=value ...]`: the exit code.
+
+    Raises:
+        UserError: on anything the user can mend.
+    """
+    from ldm.config import describe, load
+
+    options = {word for word in words if word.startswith("-")}
+    if unknown := options - {"--plan", "--help", "-h"}:
+        raise UserError(f"{sorted(unknown)[0]}: no such option; there are --plan and --help, and key=value words")
+    files = [word for word in words if word not in options and "=" not in word]
+    wants_help = bool(options & {"--help", "-h"})
+    if wants_help and not files:
+        print(USAGE)
+        print(describe(Run))
+        return 0
+    if len(files) != 1:
+        raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
+    file = Path(files[0])
+    if wants_help:
+        print(USAGE)
+        print(describe(Run))
+        return 0
+    run = load(file, [word for word in words if "=" in word], Run)
+    run, out = place(run, file)
+    return execute(run, out, only_plan="--plan" in options)
+
+
+def place(run: Run, file: Path | None) -> tuple[Run, Path]:
+    """The run with its name filled in, and its folder: `out`, else the config's own run folder, else runs/NAME."""
+    inside = file is not None and file.name == "config.yaml" and (file.parent / "stages").is_dir()
+    name = run.name or (file.stem if file is not None else "run")
+    out = Path(run.out) if run.out else file.parent if file is not None and inside else RUNS / name
+    # The folder is no part of what the run is: it may be moved, and its config.yaml repeats it there.
+    return replace(run, name=name, out=""), out
+
+
+def execute(run: Run, out: Path, *, only_plan: bool = False) -> int:
+    """Do a placed run, or print what would be done."""
+    if only_plan:
+        show_plan(run, out)
+        return 0
+    from ldm.execution import start
+
+    return start(run, out)
+
+
+def train(run: Run) -> Path:
+    """Do a run from Python; returns its folder.
+
+    Raises:
+        UserError: on anything the caller can mend.
+    """
+    placed, out = place(run, None)
+    execute(placed, out)
+    return out
+
+
+def show_plan(run: Run, out: Path) -> None:
+    """Print what a start would do with every stage, and why."""
+    data, val = run.data.build("train"), run.data.build("val")
+    print(f"run {run.name} in {out}; {len(data):,} training and {len(val):,} validation images")
+    for planned in plan(run, out, data, val):
+        stage = run.stages[planned.name]
+        amount = f"{stage.images:,} images at {stage.resolution} px, {stage.steps:,} updates" if isinstance(stage, Train) else ""
+        print(f"  {'skip' if planned.skip else 'run '}  {planned.name:<16} {stage.kind:<9} {amount}  [{planned.why}]")

@@ -1,0 +1,53 @@
+"""The kinds of stages besides training: cached latents, evaluation, export."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from ldm.config import BY_KIND, Count, Positive, config, plain
+from ldm.metrics.evaluator import Evaluator
+from ldm.train import Train
+
+
+@config
+class Encode:
+    """A stage that encodes the data once, so that diffusion reads latents instead of images."""
+
+    kind: Literal["encode"] = "encode"
+    resolution: Positive  # px, height and width
+    batch: Positive = 64  # images per call of the encoder
+    images: Count = 0  # how many; 0: the whole data set
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {name: value for name, value in plain(self).items() if name != "batch"}
+
+
+@config
+class Evaluate:
+    """A stage that measures the autoencoder, or the whole model as it would be exported."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    of: str  # the training stage whose result is measured
+    metrics: tuple[Evaluator, ...]  # what is measured
+    require: dict[str, float] = {}  # least values by the metric's name, NAME.VALUE, such as reconstruction.bind  # noqa: RUF012
+    on_miss: Literal["stop", "warn"] = "stop"  # when a required value is not reached
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return plain(self)
+
+
+@config
+class Export:
+    """A stage that assembles the finished model: a diffusers pipeline folder with a model card, at RUN/model."""
+
+    kind: Literal["export"] = "export"
+    of: str = ""  # the diffusion stage that is exported; empty: the latest
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return plain(self)
+
+
+Stage = Annotated[Train | Encode | Evaluate | Export, BY_KIND]

@@ -1,0 +1,392 @@
+"""The only training loop: any family, any number of processes, stopped anywhere and continued exactly."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm import checkpoint, optim
+from ldm.batch import rows
+from ldm.config import Count, Fraction, Positive, config
+from ldm.data.loader import batches
+from ldm.data.sources import DataSet
+from ldm.ema import Ema
+from ldm.errors import UserError
+from ldm.families.family import Context, Family, Ranks
+from ldm.optim import AdamW, Optim
+from ldm.pictures import save_grid
+from ldm.rng import Rng, mix
+
+if TYPE_CHECKING:
+    from ldm.log import Log, StageLog
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAILED_SAVES = 3  # so many in a row, and the run stops
+SKIPPED_UPDATES = 50  # so many in a row, and the run stops
+
+
+@config
+class Train:
+    """A stage that trains one family for a number of images."""
+
+    kind: Literal["train"] = "train"
+    family: Literal["text", "autoencoder", "diffusion"]  # which part of the model learns
+    images: Positive  # how many samples the stage sees; progress, schedules and periods count images
+    resolution: Positive  # px, height and width
+    batch: Positive = 32  # samples of one update, over all processes
+    micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
+    flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
+    latents: str = ""  # the encode stage whose cached latents are read instead of images
+    optim: Optim = AdamW()
+    ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    save_every_images: Positive = 100_000  # between checkpoints
+    keep: Positive = 2  # checkpoints
+    log_every_steps: Positive = 10  # between lines of the log
+    sample_every_images: Count = 0  # between sample grids; 0: only at the end
+    samples: Count = 8  # pictures in a grid, of the first validation captions
+    prompts: tuple[str, ...] = ()  # pictures in a grid, of these prompts instead
+
+    def __post_init__(self) -> None:
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+
+    @property
+    def steps(self) -> int:
+        """Updates until every image of the stage is seen."""
+        return -(-self.images // self.batch)
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: every field but those that only watch or keep."""
+        from ldm.config import plain
+
+        watching = {"save_every_images", "keep", "log_every_steps", "sample_every_images", "samples", "prompts"}
+        return {name: value for name, value in plain(self).items() if name not in watching}
+
+
+class Processes:
+    """The processes of this launch: which one this is, and what they do together. All of accelerate is here."""
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator
+
+        # Precision is the stage's, not the launcher's: stages of one run may differ in it.
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.main: bool = self.accelerator.is_main_process
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The average over processes."""
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor.clone(), "mean")
+
+    def ranks(self) -> Ranks:
+        """What a family may know of all this."""
+        return Ranks(rank=self.rank, world=self.world, mean=self.mean)
+
+    def wrap(self, family: Family) -> torch.nn.Module:
+        """The family on this process's device, its gradients averaged over processes in every backward pass."""
+        return self.accelerator.prepare_model(family)
+
+    def local(self, model: torch.nn.Module) -> Any:
+        """Within it gradients stay on this process (all micro-batches but the last)."""
+        return self.accelerator.no_sync(model)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.world == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and its state is saved."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT ask for a stop after the present step; a second one stops at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        old = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One stage being trained.
+
+    Args:
+        stage: its settings.
+        family: the networks with their loss, freshly built.
+        context: what the family was built from.
+        data: what is read: images or cached latents.
+        folder: stages/NAME.
+        key: hash of everything the result depends on; a checkpoint of another key is not continued.
+    """
+
+    def __init__(
+        self,
+        stage: Train,
+        family: Family,
+        context: Context,
+        *,
+        data: DataSet,
+        folder: Path,
+        key: str,
+        workers: int,
+        processes: Processes,
+        log: Log,
+    ) -> None:
+        if stage.batch % processes.world or (stage.micro_batch and stage.batch // processes.world % stage.micro_batch):
+            raise UserError(
+                f"batch: {stage.batch} cannot be shared by {processes.world} processes"
+                f" in micro-batches of {stage.micro_batch or 'any size'}; make it a multiple of their product"
+            )
+        self.stage, self.family, self.context, self.data = stage, family, context, data
+        self.folder, self.key, self.workers = folder, key, workers
+        self.processes, self.log = processes, log
+        self.seed = context.seed
+        self.device = processes.device
+        family.ranks = processes.ranks()
+        family.to(self.device).train()
+        for module in family.frozen():
+            module.to(self.device).eval()
+        self.players = family.players()
+        self.optimizers = optim.build(stage.optim, self.players)
+        self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
+        self.step = self._restore()
+        self.saved = self.step
+        self.failed_saves = 0
+        self.skipped = 0
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, write the product to `folder/model`, and return what `finish` measured.
+
+        Raises:
+            Stopped: after a stop was asked for and the state was saved.
+            UserError: when updates stay non-finite or checkpoints cannot be written.
+        """
+        stage = self.stage
+        model = self.processes.wrap(self.family)
+        feed = batches(
+            self.data, seed=self.seed, batch=stage.batch, resolution=stage.resolution, flip=stage.flip,
+            start=self.step, stop=stage.steps, rank=self.processes.rank, world=self.processes.world,
+            workers=self.workers,
+        )  # fmt: skip
+        start = self.step * stage.batch
+        name = self.folder.name
+        with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log:
+            for batch in feed:
+                terms, gauges = self._update(model, batch)
+                self.step += 1
+                last = self.step == stage.steps
+                if self.step % stage.log_every_steps == 0 or last:
+                    self._report(log, terms, gauges)
+                stop = self.processes.any(stopping())
+                if not last and (stop or self._due(stage.save_every_images)):
+                    self._save(must=stop)
+                if stop and not last:
+                    raise Stopped
+                if last or (stage.sample_every_images and self._due(stage.sample_every_images)):
+                    self._sample(log)
+            return self._finish()
+
+    def _due(self, every_images: int) -> bool:
+        """Whether this step crossed a multiple of `every_images`."""
+        batch = self.stage.batch
+        return (self.step * batch) // every_images > ((self.step - 1) * batch) // every_images
+
+    def _update(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One optimiser step; returns terms and gauges averaged over micro-batches."""
+        stage, step = self.stage, self.step
+        self.family.progress(step * stage.batch)
+        factor = optim.lr_factor(stage.optim, step * stage.batch, stage.images)
+        optim.set_lr(self.optimizers, factor)
+        # Dropout inside networks draws from torch's own generator: address it too.
+        torch.manual_seed(mix(self.seed, "torch", step, self.processes.rank) % 2**63)
+        count = len(batch.position)
+        size = stage.micro_batch or count
+        terms: dict[str, Tensor] = {}
+        gauges: dict[str, Tensor] = {}
+        for first in range(0, count, size):
+            part = rows(batch, first, first + size).to(self.device)
+            share = len(part.position) / count
+            waiting = first + size < count and self.processes.world > 1
+            with self.processes.local(model) if waiting else nullcontext():
+                with self._autocast():
+                    found, seen = model(part, Rng(self.seed, part.position))
+                loss = torch.stack([value.float() for value in found.values()]).sum()
+                self.scaler.scale(loss * share).backward()
+            for sums, values in ((terms, found), (gauges, seen)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() * share
+        for parameter in self.family.idle():
+            parameter.grad = None
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norms = optim.clip(self.players, stage.optim.clip)
+        gauges |= {f"grad_norm_{name}": norm.detach() for name, norm in norms.items()}
+        if all(bool(torch.isfinite(norm)) for norm in norms.values()):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            if self.ema:
+                self.ema.update()
+            gauges |= self.family.after_step(step, Rng(self.seed, [step]))
+            self.skipped = 0
+        else:
+            self._skip(norms)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return terms, gauges
+
+    def _autocast(self) -> torch.autocast:
+        kind = PRECISION[self.stage.precision]
+        return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
+
+    def _skip(self, norms: dict[str, Tensor]) -> None:
+        self.skipped += 1
+        found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
+        # fp16 finds its loss scale by overflowing a few times; that is no news.
+        if not self.scaler.is_enabled() or self.skipped > 10:
+            self.log.note(f"step {self.step}: gradient norm not finite ({found}); this update is skipped")
+        if self.skipped >= SKIPPED_UPDATES:
+            newest = next(iter(checkpoint.states(self.folder / "state")), None)
+            raise UserError(
+                f"{self.folder.name}: {self.skipped} updates in a row had gradients that are not finite; the weights are"
+                f" as before the first of them. Lower optim.lr, set optim.clip or use precision=bf16; the same command"
+                f" goes on from {newest or 'the beginning'}"
+            )
+
+    def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor]) -> None:
+        names = [*terms, *gauges]
+        values = torch.stack([v.detach().float().to(self.device) for v in (*terms.values(), *gauges.values())])
+        numbers = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
+        if self.processes.main:
+            log.step(
+                step=self.step,
+                images=self.step * self.stage.batch,
+                terms={name: numbers[name] for name in terms},
+                gauges={name: numbers[name] for name in gauges},
+                lr=self.optimizers[-1].param_groups[0]["lr"],
+            )
+
+    # Pictures
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights in place and no dropout, as in the product."""
+        self.family.eval()
+        with self.ema.applied() if self.ema else nullcontext(), torch.no_grad():
+            yield
+        self.family.train()
+
+    def _sample(self, log: StageLog) -> None:
+        if not self.processes.main:
+            return
+        count = len(self.stage.prompts) or self.stage.samples
+        count = min(count, len(self.context.val))
+        if not count:
+            return
+        index = list(range(count))
+        batch = self.context.val.load(index, index, self.stage.resolution, 0, False).to(self.device)
+        if self.stage.prompts:
+            batch = replace(batch, caption=self.stage.prompts[:count])
+        with self._averaged(), self._autocast():
+            pictures = self.family.preview(batch, seed=0)
+        if pictures is None:
+            return
+        path = self.folder / "samples" / f"{self.step * self.stage.batch:09d}.png"
+        try:
+            save_grid(pictures, path, self.family.preview_columns)
+        except OSError as error:
+            self.log.note(f"{path}: not written ({error.strerror or error}); training goes on")
+            return
+        log.pictures(path)
+
+    # State
+
+    def _restore(self) -> int:
+        """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
+        found = checkpoint.newest_valid(self.folder / "state", self.log.note)
+        if found is None:
+            return 0
+        path, tensors, meta = found
+        if meta["key"] != self.key:
+            return 0
+        self.family.load_state_dict(tensors["model"])
+        optim.restore_tensors(self.optimizers, tensors["optimizer"])
+        if self.ema:
+            self.ema.restore(tensors["ema"], meta["ema_updates"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(meta["scaler"])
+        self.log.note(f"{self.folder.name}: going on from {meta['images']} of {self.stage.images} images ({path.name})")
+        return int(meta["step"])
+
+    def _save(self, *, must: bool) -> None:
+        """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed."""
+        if self.processes.main:
+            tensors = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
+            if self.ema:
+                tensors["ema"] = self.ema.state()
+            meta = {
+                "key": self.key,
+                "step": self.step,
+                "images": self.step * self.stage.batch,
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "scaler": self.scaler.state_dict(),
+            }
+            try:
+                checkpoint.save_state(self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
+                self.failed_saves = 0
+            except OSError as error:
+                self._save_failed(error, tensors, must)
+        self.processes.wait()
+
+    def _save_failed(self, error: OSError, tensors: dict[str, dict[str, Tensor]], must: bool) -> None:
+        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+        free = shutil.disk_usage(self.folder).free
+        text = (
+            f"{self.folder / 'state'}: checkpoint at {self.step * self.stage.batch} images not written"
+            f" ({error.strerror or error}); {needed:,} bytes needed, {free:,} free"
+        )
+        self.failed_saves += 1
+        if must or self.failed_saves >= FAILED_SAVES:
+            raise UserError(f"{text}. Earlier checkpoints are whole; make room and run the same command again") from None
+        self.log.note(f"{text}; training goes on and tries again")
+
+    def _finish(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.processes.main:
+            with self._averaged():
+                result = self.family.finish(self.context)
+                checkpoint.commit(self.folder / "model", self.family.save)
+        self.processes.wait()
+        return result
+
