@@ -1,0 +1,74 @@
+"""What every data set can do, and the words that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar
+
+from ldm.batch import ImageBatch, MomentBatch
+from ldm.rng import Rng
+
+Split = Literal["train", "val"]
+B = TypeVar("B", ImageBatch, MomentBatch, covariant=True)
+
+
+class Samples(Protocol[B]):
+    """Samples by number, as images or as cached moments; safe to call from several threads."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> B:
+        """The samples `index`, each in the view that its global `position` draws.
+
+        Crop, flip and choice of caption are draws of `Rng(seed, position)`: equal arguments give equal bits, whatever the
+        neighbours, the rank or the thread. Images are float32 in [-1,1], exactly (len(index),3,resolution,resolution).
+
+        Args:
+            index: sample numbers in [0, len).
+            position: one global sample position per index.
+            resolution: px, the side of the square that comes out.
+            seed: the run's seed.
+            flip: whether half of the positions are mirrored.
+        """
+        ...
+
+    def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
+        """The captions that `load` would give, without decoding any image."""
+        ...
+
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """Every caption of each sample, at least one; `captions` and `load` draw from these."""
+        ...
+
+    def origin(self, index: int) -> str:
+        """Where a sample came from (a file's path, say), for messages."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """Counts, rejections by reason and the fingerprint, as plain JSON values for the log and the report."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of everything that the samples depend on."""
+        ...
+
+
+DataSet = Samples[ImageBatch]
+
+
+def draw_flips(seed: int, position: Sequence[int], flip: bool) -> list[bool]:
+    """Which of the global positions are mirrored: half of them if `flip`, else none."""
+    if not flip:
+        return [False] * len(position)
+    return [bool(u < 0.5) for u in Rng(seed, position).uniform("flip").tolist()]
+
+
+def draw_captions(choices: Sequence[Sequence[str]], position: Sequence[int], seed: int) -> list[str]:
+    """One of each sample's captions, drawn by its global position; no draw where there is one only."""
+    several = [i for i, c in enumerate(choices) if len(c) > 1]
+    chosen = [c[0] for c in choices]
+    for i, u in zip(several, Rng(seed, [position[i] for i in several]).uniform("caption").tolist(), strict=True):
+        chosen[i] = choices[i][int(u * len(choices[i]))]
+    return chosen

@@ -1,0 +1,7 @@
+"""The data a run can learn from: the union of source configurations, each of which builds a data set."""
+
+from __future__ import annotations
+
+from ldm.data.dataset import DataSet, Samples, Split
+
+__all__ = ["DataSet", "Samples", "Split"]
