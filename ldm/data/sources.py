@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from ldm.data.dataset import DataSet, Samples, Split
+from ldm.data.folder import FolderSource
 
-__all__ = ["DataSet", "Samples", "Split"]
+Source = FolderSource
+
+__all__ = ["DataSet", "FolderSource", "Samples", "Source", "Split"]

@@ -1,0 +1,169 @@
+"""Captions as people leave them beside their pictures: text files, metadata tables or file names, made into clean lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.data.images import Rejected
+from ldm.errors import UserError
+
+SIDECARS = (".txt", ".caption")
+TABLES = ("metadata.jsonl", "metadata.csv")
+COLUMNS = ("text", "caption", "captions", "prompt", "TEXT")
+MAX_CHARACTERS = 2000  # of one caption; the rest is cut
+MAX_SIDECAR_BYTES = 2**20
+
+
+def clean(text: str) -> str:
+    """One line of text: NFC, control characters as spaces, text-direction overrides and surrogates removed, blanks joined, cut.
+
+    Newlines are blanks here; whoever lets a line be a caption splits first. The joiners that emoji and some scripts need stay.
+    """
+    text = unicodedata.normalize("NFC", text[: 4 * MAX_CHARACTERS])
+    kept: list[str] = []
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind in ("Cc", "Zl", "Zp"):
+            kept.append(" ")
+        elif kind == "Cs" or character in "\ufeff\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069":
+            continue
+        else:
+            kept.append(character)
+    return " ".join("".join(kept).split())[:MAX_CHARACTERS].strip()
+
+
+def _text(data: bytes) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
+
+
+def sidecar(image: Path) -> tuple[str, ...]:
+    """The captions of the text file beside an image, one per line that is not blank; none if there is no such file.
+
+    Raises:
+        Rejected: if the file is there but holds nothing that can be a caption.
+    """
+    for suffix in SIDECARS:
+        file = image.with_suffix(suffix)
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_SIDECAR_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Rejected("unreadable caption", f"{file.name}: {error.strerror}") from None
+        if len(data) > MAX_SIDECAR_BYTES:
+            raise Rejected("caption too long", f"{file.name}: over {MAX_SIDECAR_BYTES} bytes")
+        try:
+            lines = re.split(r"\r\n|\r|\n", _text(data))
+        except UnicodeDecodeError:
+            raise Rejected("caption not UTF-8", file.name) from None
+        if found := tuple(line for line in map(clean, lines) if line):
+            return found
+        raise Rejected("empty caption", file.name)
+    return ()
+
+
+def from_name(image: Path) -> tuple[str, ...]:
+    """The file name as a caption: `a_red-circle_012.png` says "a red circle".
+
+    Raises:
+        Rejected: if the name is a number only.
+    """
+    words = clean(re.sub(r"[\s_-]*\(?\d+\)?$", "", image.stem).replace("_", " ").replace("-", " "))
+    if not words:
+        raise Rejected("empty caption", f"the name {image.name!r} has no words")
+    return (words,)
+
+
+@dataclass
+class Table:
+    """The rows of a folder's metadata files, joined by image."""
+
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by file name relative to the root, in the order of rows
+    rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
+    files: list[str] = field(default_factory=list)  # the metadata files that were read
+
+
+def read_tables(root: Path, found: list[Path]) -> Table:
+    """Read metadata.jsonl and metadata.csv files; `file_name` is relative to the file's own folder.
+
+    An image in several rows has several captions, and so has one whose caption is a list.
+
+    Raises:
+        UserError: if a file has no `file_name` or none of the caption columns, or is not UTF-8.
+    """
+    table = Table()
+    for path in found:
+        name = path.relative_to(root).as_posix()
+        table.files.append(name)
+        try:
+            text = _text(path.read_bytes())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        rows = _jsonl(text, name, table) if path.suffix == ".jsonl" else _csv(text, name, table)
+        columns: set[str] = set().union(*(row for _, row in rows)) if rows else set()
+        column = next((c for c in COLUMNS if c in columns), None)
+        if rows and ("file_name" not in columns or column is None):
+            raise UserError(
+                f"{path}: needs the columns file_name and one of {', '.join(COLUMNS)}; "
+                f"it has {', '.join(sorted(columns)) or 'none'}; rename the ones you mean"
+            )
+        for where, row in rows:
+            _take(table, root, path.parent, where, row.get("file_name"), row.get(column or ""))
+    return table
+
+
+def _jsonl(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+    rows: list[tuple[str, dict[str, object]]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            table.rejected.append((f"{name}:{number}", "bad metadata row", str(error)[:200]))
+            continue
+        if isinstance(row, dict):
+            rows.append((f"{name}:{number}", row))
+        else:
+            table.rejected.append((f"{name}:{number}", "bad metadata row", "not an object"))
+    return rows
+
+
+def _csv(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+    rows: list[tuple[str, dict[str, object]]] = []
+    reader = csv.DictReader(io.StringIO(text.replace("\0", " "), newline=""))
+    try:
+        for row in reader:
+            rows.append((f"{name}:{reader.line_num}", {k: v for k, v in row.items() if isinstance(k, str)}))
+    except csv.Error as error:
+        table.rejected.append((f"{name}:{reader.line_num}", "bad metadata row", str(error)))
+    return rows
+
+
+def _take(table: Table, root: Path, folder: Path, where: str, file: object, caption: object) -> None:
+    if not isinstance(file, str) or not file.strip():
+        table.rejected.append((where, "bad metadata row", "no file_name"))
+        return
+    relative = Path(file.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts:
+        table.rejected.append((where, "bad metadata row", f"{file!r} leads out of the folder"))
+        return
+    name = (folder / relative).relative_to(root).as_posix()
+    captions = table.captions.setdefault(name, [])
+    for text in caption if isinstance(caption, list) else [caption]:
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            table.rejected.append((where, "caption not text", f"{type(text).__name__} for {name}"))
+            continue
+        if (line := clean(text)) and line not in captions:
+            captions.append(line)

@@ -1,0 +1,186 @@
+"""Samples to batches: the order is a formula of (seed, global position), so any step can be addressed and any rank computes its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import count, islice
+from typing import TypeVar
+
+import numpy as np
+
+from ldm.batch import Movable, cat
+from ldm.data.dataset import B, Samples
+from ldm.errors import UserError
+from ldm.rng import mix
+
+R = TypeVar("R")
+
+ROUNDS = 8  # of the Feistel network
+AHEAD = 2  # batches that are being prepared while one is used
+SLICE = 16  # samples per task at most, so that workers share a batch and a stalled read is narrowed down
+STALLED_S = 60.0  # without a word from the oldest task
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele 2014): every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
+    """The sample numbers (int64, in [0,n)) at global positions, each epoch p // n being a permutation of its own.
+
+    A Feistel network over the next power of two, walked until it lands below n: constant time and memory per position.
+    """
+    if n < 1:
+        raise UserError("the data set is empty")
+    position = np.asarray(position, dtype=np.int64)
+    epoch, value = np.divmod(position, n)
+    if n == 1:
+        return value
+    bits = max(6, (n - 1).bit_length())  # below 64 values a Feistel network mixes poorly
+    low = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    key = _scramble(np.uint64(mix(seed, "order")) ^ _scramble(epoch.astype(np.uint64) + np.uint64(1)))
+    value = value.astype(np.uint64)
+    out = np.empty(len(position), np.int64)
+    todo = np.arange(len(position))
+    while len(todo):
+        left, right = value >> low, value & low_mask
+        for r in range(0, ROUNDS, 2):
+            left = left ^ (_scramble(key + right * np.uint64(ROUNDS) + np.uint64(r)) & high_mask)
+            right = right ^ (_scramble(key + left * np.uint64(ROUNDS) + np.uint64(r + 1)) & low_mask)
+        value = (left << low) | right
+        done = value < n
+        out[todo[done]] = value[done]
+        todo, value, key = todo[~done], value[~done], key[~done]
+    return out
+
+
+def batches(
+    data: Samples[B],
+    *,
+    seed: int,
+    batch: int,
+    resolution: int,
+    flip: bool = False,
+    start: int = 0,
+    stop: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[B]:
+    """This rank's part of the global batches start, start + 1, ... stop - 1.
+
+    Global batch s holds the global positions s * batch to (s + 1) * batch - 1, of which each rank takes a contiguous equal
+    share. Past the end of the data the next epoch's permutation goes on, inside a batch too; nothing is dropped or padded.
+
+    Args:
+        batch: samples over all ranks together.
+        stop: the step before which to end; None: never.
+        workers: threads that prepare batches ahead; 0: the caller's own thread does it when asked.
+
+    Raises:
+        UserError: if `batch` does not divide among the ranks, the data set is empty, or no sample arrives for a minute.
+    """
+    if batch % world:
+        raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; make it a multiple of {world}")
+    size = batch // world
+    cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
+
+    def tasks() -> Iterator[list[Callable[[], B]]]:
+        for step in count(start) if stop is None else range(start, stop):
+            first = step * batch + rank * size
+            position = np.arange(first, first + size)
+            index = shuffled(seed, position, len(data))
+            yield [_task(data, i, p, resolution, seed, flip) for i, p in _cut(index, position, cuts)]
+
+    for parts in ordered(tasks(), workers):
+        yield parts[0] if len(parts) == 1 else cat(parts)
+
+
+def _cut(index: np.ndarray, position: np.ndarray, cuts: int) -> Iterator[tuple[list[int], list[int]]]:
+    for i, p in zip(np.array_split(index, cuts), np.array_split(position, cuts), strict=True):
+        yield i.tolist(), p.tolist()
+
+
+class _Load:
+    """One slice of a batch, still to be loaded."""
+
+    def __init__(self, load: Callable[[], Movable], names: Callable[[], str]) -> None:
+        self.load, self.names = load, names
+
+    def __call__(self) -> Movable:
+        return self.load()
+
+    def __str__(self) -> str:
+        return self.names()
+
+
+def _task(
+    data: Samples[B], index: list[int], position: list[int], resolution: int, seed: int, flip: bool
+) -> Callable[[], B]:
+    return _Load(  # type: ignore[return-value]
+        lambda: data.load(index, position, resolution, seed, flip),
+        lambda: ", ".join(data.origin(i) for i in index),
+    )
+
+
+def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: float = STALLED_S) -> Iterator[list[R]]:
+    """Run groups of tasks and give their results group by group in order, with up to AHEAD groups being worked on.
+
+    The threads are daemons: one that hangs in a read never keeps the process from ending.
+
+    Raises:
+        UserError: naming the task, if the oldest one gives nothing for `stalled_s`.
+        Exception: whatever a task raised, where its result would have come.
+    """
+    if workers == 0:
+        for group in groups:
+            yield [task() for task in group]
+        return
+    todo: queue.SimpleQueue[tuple[Future[R], Callable[[], R]] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (item := todo.get()) is not None:
+            future, task = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(task())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def submit(group: list[Callable[[], R]]) -> list[tuple[Future[R], Callable[[], R]]]:
+        pairs = [(Future[R](), task) for task in group]
+        for pair in pairs:
+            todo.put(pair)
+        return pairs
+
+    for i in range(workers):
+        threading.Thread(target=work, daemon=True, name=f"loader-{i}").start()
+    running = deque(submit(group) for group in islice(groups, AHEAD))
+    try:
+        while running:
+            results: list[R] = []
+            for future, task in running[0]:
+                try:
+                    results.append(future.result(stalled_s))
+                except TimeoutError:
+                    if future.done():  # the task's own
+                        raise
+                    raise UserError(f"no data for {stalled_s:.0f} s; stuck while reading one of: {task}") from None
+            running.popleft()
+            running.extend(submit(group) for group in islice(groups, 1))
+            yield results
+    finally:
+        for group in running:
+            for future, _ in group:
+                future.cancel()
+        for _ in range(workers):
+            todo.put(None)
