@@ -1,4 +1,4 @@
-"""Captions as people leave them beside their pictures: text files, metadata tables or file names, made into clean lines."""
+"""Captions as people leave them beside their pictures: text files, tables or file names, made into clean lines."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ MAX_SIDECAR_BYTES = 2**20
 
 
 def clean(text: str) -> str:
-    """One line of text: NFC, control characters as spaces, text-direction overrides and surrogates removed, blanks joined, cut.
+    """One line of text: NFC, blanks joined, cut at MAX_CHARACTERS.
 
-    Newlines are blanks here; whoever lets a line be a caption splits first. The joiners that emoji and some scripts need stay.
+    Control characters and newlines become spaces; text-direction overrides, byte-order marks and lone surrogates go.
+    The joiners that emoji and some scripts need stay.
     """
     text = unicodedata.normalize("NFC", text[: 4 * MAX_CHARACTERS])
     kept: list[str] = []
@@ -87,7 +88,7 @@ def from_name(image: Path) -> tuple[str, ...]:
 class Table:
     """The rows of a folder's metadata files, joined by image."""
 
-    captions: dict[str, list[str]] = field(default_factory=dict)  # by file name relative to the root, in the order of rows
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
     rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
     files: list[str] = field(default_factory=list)  # the metadata files that were read
 

@@ -22,8 +22,8 @@ class Samples(Protocol[B]):
     def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> B:
         """The samples `index`, each in the view that its global `position` draws.
 
-        Crop, flip and choice of caption are draws of `Rng(seed, position)`: equal arguments give equal bits, whatever the
-        neighbours, the rank or the thread. Images are float32 in [-1,1], exactly (len(index),3,resolution,resolution).
+        Crop, flip and choice of caption are draws of `Rng(seed, position)`: equal arguments give equal bits, whatever
+        the neighbours, the rank or the thread. Images are float32 in [-1,1], (len(index),3,resolution,resolution).
 
         Args:
             index: sample numbers in [0, len).

@@ -37,12 +37,12 @@ _log = logging.getLogger(__name__)
 
 @config
 class FolderSource:
-    """JPEG, PNG and WebP files below a folder, captioned by .txt files beside them, metadata.jsonl/csv, or their names."""
+    """JPEG, PNG and WebP files below a folder, captioned by .txt files beside them, metadata.jsonl/csv or names."""
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
     captions: Literal["auto", "txt", "metadata", "filename"] = "auto"  # where captions are; auto: metadata, else .txt
-    val_share: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.02  # share held out, by a hash of the name; one at least
+    val_share: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.02  # share held out by a hash of the name; at least one
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
@@ -63,7 +63,10 @@ class Rejection:
 
     name: str  # relative to the folder; a row as file:line
     reason: str
-    detail: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (f": {self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class _Entry:
 class FolderData:
     """One part of a folder of captioned images, in the order of their names.
 
-    Headers are checked when it is built. A file that turns out damaged when it is decoded is replaced by the next usable one,
-    which the position alone decides, so that every rank and every run agrees; it is logged once and counted.
+    Headers are checked when it is built. A file that turns out damaged when it is decoded is replaced by the next
+    usable one, so that every rank and every run agrees; it is logged once and counted.
     """
 
     def __init__(self, source: FolderSource, split: Split) -> None:
@@ -136,7 +139,7 @@ class FolderData:
                 return i % len(self), view(self._read(name), resolution, at, flip, self.source.max_pixels)
             except Rejected as error:
                 self._replace(name, error)
-        raise UserError(f"{self.root}: not one of its {len(self)} images can be decoded any more; was the folder changed?")
+        raise UserError(f"{self.root}: none of its {len(self)} images can be decoded any more; was the folder changed?")
 
     def _read(self, name: str) -> bytes:
         try:
@@ -177,7 +180,7 @@ class FolderData:
             "captions": sum(map(len, self._captions)),
             "captions_from": self.tables or self.source.captions,
             "rejected": dict(Counter(r.reason for r in self.rejected)),
-            "rejected_files": [f"{r.name}: {r.reason}{': ' * bool(r.detail)}{r.detail}" for r in self.rejected[:LISTED]],
+            "rejected_files": [str(r) for r in self.rejected[:LISTED]],
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }
@@ -212,7 +215,8 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
     if source.captions in ("auto", "metadata"):
         table = read_tables(root, tables)
     rejected += [Rejection(*row) for row in table.rejected]
-    rejected += [Rejection(name, "listed but missing", "") for name in sorted(set(table.captions) - {n for n, _ in images})]
+    absent = sorted(set(table.captions) - {name for name, _ in images})
+    rejected += [Rejection(name, "listed but missing") for name in absent]
 
     def look(item: tuple[str, os.stat_result]) -> _Entry:
         name, status = item
@@ -256,7 +260,7 @@ def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], li
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
         if not _is_text(name):
-            rejected.append(Rejection(name.encode("utf-8", "backslashreplace").decode(), "name not UTF-8", ""))
+            rejected.append(Rejection(name.encode("utf-8", "backslashreplace").decode(), "name not UTF-8"))
         elif path.name in TABLES:
             tables.append(path)
         elif suffix in SUFFIXES:
@@ -297,17 +301,17 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, o
 def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[Rejection], tolerated: int) -> None:
     counts = Counter(r.reason for r in rejected)
     if usable == 0 and not rejected:
-        raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it, or give the right folder as data.path")
+        raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it or correct data.path")
     uncaptioned = counts["no caption"] + counts["empty caption"]
     if usable == 0 and uncaptioned:
         raise UserError(
-            f"{root}: {uncaptioned} images but no captions; write x{SIDECARS[0]} beside each x.jpg, or a {TABLES[0]} with "
-            f"file_name and text, or set data.captions=filename"
+            f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); write x{SIDECARS[0]} "
+            f"beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename"
         )
     if usable == 0:
         raise UserError(f"{root}: no usable image ({_counts(counts)}); {_first(rejected)}")
     if usable == 1:
-        raise UserError(f"{root}: one usable image only; two at least are needed, one of them to be held out ({_counts(counts)})")
+        raise UserError(f"{root}: only one usable image; it takes two, as one is held out ({_counts(counts)})")
     bad = sum(n for reason, n in counts.items() if reason not in HARMLESS)
     if bad > tolerated:
         raise UserError(
@@ -321,4 +325,4 @@ def _counts(counts: Counter[str]) -> str:
 
 
 def _first(rejected: list[Rejection]) -> str:
-    return f"the first is {rejected[0].name}: {rejected[0].reason} {rejected[0].detail}".rstrip()
+    return f"the first is {rejected[0]}"

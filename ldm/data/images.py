@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: nothing else is ever handed to a decoder (EPS would start Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
 MAX_BYTES = 2**28  # of one file
 MAX_PIXELS = 2**26  # of one image: 256 MiB as Pillow holds RGB
 

@@ -1,4 +1,4 @@
-"""Samples to batches: the order is a formula of (seed, global position), so any step can be addressed and any rank computes its own."""
+"""Samples to batches: the order is a formula of seed and global position, so any step and any rank can be addressed."""
 
 from __future__ import annotations
 
@@ -77,8 +77,9 @@ def batches(
 ) -> Iterator[B]:
     """This rank's part of the global batches start, start + 1, ... stop - 1.
 
-    Global batch s holds the global positions s * batch to (s + 1) * batch - 1, of which each rank takes a contiguous equal
-    share. Past the end of the data the next epoch's permutation goes on, inside a batch too; nothing is dropped or padded.
+    Global batch s holds the global positions s * batch to (s + 1) * batch - 1, of which each rank takes a contiguous
+    equal share. Past the end of the data the next epoch's permutation goes on, inside a batch too; nothing is dropped
+    or padded.
 
     Args:
         batch: samples over all ranks together.
@@ -89,7 +90,7 @@ def batches(
         UserError: if `batch` does not divide among the ranks, the data set is empty, or no sample arrives for a minute.
     """
     if batch % world:
-        raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; make it a multiple of {world}")
+        raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
     cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
 
