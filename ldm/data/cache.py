@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.batch import ImageBatch, MomentBatch
-from ldm.checkpoint import Damaged, commit, verify, write_json
+from ldm.checkpoint import MANIFEST, Damaged, commit, sha256, verify, write_json
 from ldm.data.dataset import DataSet, draw_captions, draw_flips
 from ldm.data.images import mirrored
 from ldm.data.loader import ordered
@@ -66,8 +66,9 @@ def write_cache(
     encode: Encode,
     *,
     autoencoder: str,
-    normalisation: dict[str, Any],
     resolution: int,
+    normalisation: dict[str, Any] | None = None,
+    images: int | None = None,
     batch: int = 32,
     seed: int = 0,
     flip: bool = False,
@@ -75,72 +76,83 @@ def write_cache(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Plan:
+    on_images: Callable[[int], None] | None = None,
+) -> None:
     """Encode every sample once into `folder`, in shards that are each whole or not there; finished ones are kept.
 
-    Sample i is seen in the view of position i. Mean and deviation are stored as float16 (latents of unit variance
-    lose less than one part in 2000), with all captions. Ranks take shards in turn; open the cache after all have returned.
+    Sample i is seen in the view of position i. Mean and deviation are stored as float16 (latents of unit variance lose
+    less than one part in 2000), with all captions. Several ranks take shards in turn, and one calls `seal` afterwards.
 
     Args:
         encode: images (B,3,R,R) in [-1,1] on the CPU to normalised mean and deviation (B,c,h,w), no deviation for VQ.
         autoencoder: hash of the autoencoder's folder.
-        normalisation: the latent statistics used by `encode`.
+        normalisation: the latent statistics used by `encode`, for the record.
+        images: encode the first so many samples only; None: all.
         batch: images per call of `encode`.
-        flip: keep mirrored copies too (twice the size).
-        on_progress: called as on_progress(images done, images in all), over this rank's shards.
+        flip: keep mirrored copies too (twice the size); only for data whose captions name no sides.
+        workers: threads that decode ahead.
+        on_images: called with the number of images that have just been encoded or found finished.
 
     Raises:
         UserError: if the disk is full (finished shards stay), or a latent is not finite.
     """
     plan = Plan(
-        autoencoder=autoencoder, normalisation=normalisation, data=data.fingerprint(), images=len(data),
+        autoencoder=autoencoder, normalisation=normalisation or {}, data=data.fingerprint(),
+        images=len(data) if images is None else min(images, len(data)),
         resolution=resolution, seed=seed, flip=flip, shard_images=shard_images,
     )  # fmt: skip
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
-    mine = range(rank, plan.shards, world)
-    total = sum(len(_members(plan, n)) for n in mine)
-    done = 0
+    tell = on_images or (lambda count: None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            _sweep(folder, plan)
+            (folder / MANIFEST).unlink(missing_ok=True)
             write_json(folder / PLAN, asdict(plan))
-        for number in mine:
-            members = _members(plan, number)
-            if not _whole(_shard(folder, number), plan):
-                tell = None if on_progress is None else _offset(on_progress, done, total)
-                tensors, captions = _encode_shard(data, encode, members, plan, batch, workers, tell)
-                commit(_shard(folder, number), _writer(tensors, {"plan": plan.hash, "captions": captions}))
-            done += len(members)
-            if on_progress is not None:
-                on_progress(done, total)
+        for number in range(rank, plan.shards, world):
+            members = range(number * shard_images, min((number + 1) * shard_images, plan.images))
+            if _whole(_shard(folder, number), plan):
+                tell(len(members))
+                continue
+            tensors = _encode_shard(data, encode, members, plan, batch, workers, tell)
+            record = {"plan": plan.hash, "captions": data.all_captions(list(members))}
+            commit(_shard(folder, number), _writer(tensors, record))
+        if world == 1:
+            seal(folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free / 2**20
         raise UserError(
-            f"{folder}: the disk is full ({error.strerror}; {free / 2**20:.0f} MiB free), {done} of {total} images done; "
-            f"free some space and run again, the finished shards are kept"
+            f"{folder}: the disk is full ({error.strerror}; {free:.0f} MiB free); free some space and run again, "
+            f"the finished shards are kept"
         ) from None
-    return plan
 
 
-def _members(plan: Plan, number: int) -> range:
-    return range(number * plan.shard_images, min((number + 1) * plan.shard_images, plan.images))
+def seal(folder: Path) -> None:
+    """Put the manifest of the whole cache over its shards' own, and remove what does not belong to it.
 
-
-def _offset(on_progress: Callable[[int, int], None], done: int, total: int) -> Callable[[int], None]:
-    return lambda more: on_progress(done + more, total)
-
-
-def _sweep(folder: Path, plan: Plan) -> None:
-    """Remove what an earlier plan left beyond this plan's shards, and remains of a killed commit."""
-    wanted = {_shard(folder, n).name for n in range(plan.shards)}
-    for path in folder.glob("shard-*"):
-        if path.name not in wanted:
-            shutil.rmtree(path, ignore_errors=True)
+    Raises:
+        UserError: if a shard is missing or of another plan.
+    """
+    plan = _read_plan(folder)
+    shards = [_shard(folder, n) for n in range(plan.shards)]
+    sums = {PLAN: sha256(folder / PLAN)}
+    for shard in shards:
+        try:
+            own = json.loads((shard / MANIFEST).read_text())
+            record = json.loads((shard / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{shard}: missing or damaged ({error}); encode again") from None
+        if record["plan"] != plan.hash:
+            raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
+        sums |= {f"{shard.name}/{name}": value for name, value in own.items()}
+        sums[f"{shard.name}/{MANIFEST}"] = sha256(shard / MANIFEST)
+    keep = {PLAN, *(shard.name for shard in shards)}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(folder / MANIFEST, sums)
 
 
 def _whole(shard: Path, plan: Plan) -> bool:
@@ -159,17 +171,16 @@ def _encode_shard(
     plan: Plan,
     batch: int,
     workers: int,
-    tell: Callable[[int], None] | None,
-) -> tuple[dict[str, np.ndarray], list[list[str]]]:
-    """The arrays of one shard, and all captions of its samples."""
+    tell: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """The arrays of one shard."""
 
     def load(index: list[int]) -> Callable[[], ImageBatch]:
         return lambda: data.load(index, index, plan.resolution, plan.seed, False)
 
     cuts = [list(members[i : i + batch]) for i in range(0, len(members), batch)]
-    tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(c)] for c in cuts)
+    tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(cut)] for cut in cuts)
     columns: dict[str, list[np.ndarray]] = {}
-    seen = 0
     for cut, (images,) in zip(cuts, ordered(tasks, workers), strict=True):
         rows: dict[str, Tensor | None] = {"size": images.size}
         rows["mean"], rows["std"] = encode(images.image)
@@ -179,16 +190,14 @@ def _encode_shard(
         for name, value in rows.items():
             if value is None:
                 continue
-            value = value.detach().to("cpu", torch.float32 if "size" in name else torch.float16)
+            value = value.detach().to("cpu", torch.float32 if name.endswith("size") else torch.float16)
             finite = value.flatten(1).isfinite().all(1)
             if not finite.all():
                 wrong = data.origin(cut[int((~finite).nonzero()[0])])
                 raise UserError(f"{wrong}: its latent {name} is not finite in float16; encode in float32 instead")
             columns.setdefault(name, []).append(value.numpy())
-        seen += len(cut)
-        if tell is not None:
-            tell(seen)
-    return {name: np.concatenate(parts) for name, parts in columns.items()}, data.all_captions(list(members))
+        tell(len(cut))
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
 def _writer(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Callable[[Path], None]:
@@ -233,7 +242,7 @@ class CachedLatents:
         self.plan = _read_plan(folder)
         shards = [_shard(folder, n) for n in range(self.plan.shards)]
         if missing := [s.name for s in shards if not (s / DATA).is_file()]:
-            raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); make it again")
+            raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); encode again")
         self.bytes = sum((s / DATA).stat().st_size for s in shards)
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
@@ -245,11 +254,11 @@ class CachedLatents:
                     verify(shard)
                 record = json.loads((shard / RECORD).read_text(encoding="utf-8"))
                 self._shards.append(_arrays(shard / DATA, self.in_memory))
-                digest.update((shard / "manifest.json").read_bytes())
+                digest.update((shard / MANIFEST).read_bytes())
             except (Damaged, OSError, ValueError, KeyError) as error:
-                raise UserError(f"{shard}: damaged ({error}); remove it and make the cache again") from None
+                raise UserError(f"{shard}: damaged ({error}); remove it and encode again") from None
             if record.get("plan") != self.plan.hash:
-                raise UserError(f"{shard}: made for another autoencoder, data set or size; make the cache again")
+                raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
             self._captions += record["captions"]
         self._fingerprint = digest.hexdigest()
 
@@ -269,7 +278,7 @@ class CachedLatents:
             if value is not None and getattr(self.plan, name) != value:
                 raise UserError(
                     f"{self.folder}: its latents were made with {name} {str(getattr(self.plan, name))[:12]}, "
-                    f"not {str(value)[:12]}; make the cache again"
+                    f"not {str(value)[:12]}; encode again"
                 )
 
     def load(
@@ -282,7 +291,7 @@ class CachedLatents:
         """
         self.require(resolution=resolution)
         if flip and not self.plan.flip:
-            raise UserError(f"{self.folder}: has no mirrored copies; make it with flip=true or train with flip=false")
+            raise UserError(f"{self.folder}: has no mirrored copies; encode with flip=true or train with flip=false")
         rows = np.asarray(index, np.int64)
         mirror = np.asarray(draw_flips(seed, position, flip), bool)
         return MomentBatch(
@@ -341,4 +350,4 @@ def _read_plan(folder: Path) -> Plan:
     except FileNotFoundError:
         raise UserError(f"{folder}: no latent cache here ({PLAN} is missing)") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / PLAN}: damaged ({error}); make the cache again") from None
+        raise UserError(f"{folder / PLAN}: damaged ({error}); encode again") from None
