@@ -1,0 +1,183 @@
+"""Network configurations as the content of diffusers' config.json, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.models.autoencoder import KLConfig, VQConfig
+    from ldm.models.unet import UNetConfig
+
+OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
+
+# What our U-Net always is. Any other value in a config.json is refused by name.
+UNET_FIXED: dict[str, object] = {
+    "act_fn": "silu",
+    "addition_embed_type_num_heads": 64,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+# diffusers' name of a field, ours, and what diffusers takes when config.json does not say.
+UNET_PLAIN: tuple[tuple[str, str, object], ...] = (
+    ("in_channels", "in_channels", 4),
+    ("out_channels", "out_channels", 4),
+    ("block_out_channels", "channels", (320, 640, 1280, 1280)),
+    ("layers_per_block", "layers", 2),
+    ("attention_head_dim", "heads", 8),  # diffusers' name is wrong: it counts heads
+    ("transformer_layers_per_block", "depth", 1),
+    ("cross_attention_dim", "context_width", 1280),
+    ("use_linear_projection", "linear_projection", False),
+    ("upcast_attention", "upcast_attention", False),
+    ("norm_num_groups", "norm_groups", 32),
+    ("norm_eps", "norm_eps", 1e-5),
+    ("dropout", "dropout", 0.0),
+    ("flip_sin_to_cos", "flip_sin_to_cos", True),
+    ("freq_shift", "freq_shift", 0),
+    ("sample_size", "sample_size", None),
+)
+UNET_OWN = ("coordinates", "pooled_text", "mask_padding", "pooled_channels")
+UNET_MIDDLES = {"attention": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", "none": None}
+
+
+def unet_to_diffusers(config: UNetConfig) -> dict[str, object]:
+    """A U-Net's config.json."""
+    pooled = config.pooled_channels or config.context_width
+    values: dict[str, object] = {
+        "_class_name": "UNet2DConditionModel" if config.stock else OWN_UNET,
+        **UNET_FIXED,
+        **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in UNET_PLAIN},
+        "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)],
+        "mid_block_type": UNET_MIDDLES[config.middle],
+        "addition_embed_type": "text_time" if config.size_channels else None,
+        "addition_time_embed_dim": config.size_channels or None,
+        "projection_class_embeddings_input_dim": 6 * config.size_channels + pooled if config.size_channels else None,
+    }
+    if not config.stock:
+        values |= {name: getattr(config, name) for name in UNET_OWN}
+    return values
+
+
+def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of the UNetConfig behind a config.json; private keys (with a leading underscore) are ignored.
+
+    Raises:
+        UserError: for a field that is unknown, or whose value this U-Net does not have.
+    """
+    own = values.get("_class_name") == OWN_UNET
+    _check_class(values, ("UNet2DConditionModel", OWN_UNET))
+    special = {"down_block_types", "up_block_types", "mid_block_type", "addition_embed_type", "addition_time_embed_dim"}
+    special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
+    _check_fields("UNet2DConditionModel", values, UNET_FIXED, UNET_PLAIN, special)
+    fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in UNET_PLAIN}
+    levels = len(fields["channels"])  # type: ignore[arg-type]
+    layers = fields["layers"]
+    if isinstance(layers, tuple):
+        if len(set(layers)) != 1:
+            raise _refusal("UNet2DConditionModel", "layers_per_block", list(layers), "one number for all levels")
+        fields["layers"] = layers[0]
+    widths = fields["context_width"]
+    if isinstance(widths, tuple):
+        if len(set(widths)) != 1:
+            raise _refusal("UNet2DConditionModel", "cross_attention_dim", list(widths), "one number for all levels")
+        fields["context_width"] = widths[0]
+    usual = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    down = values.get("down_block_types", usual)
+    fields["attention"] = _attention("UNet2DConditionModel", values, "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
+    mirrored = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(fields["attention"])]  # type: ignore[call-overload]
+    up = list(values.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3))  # type: ignore[call-overload]
+    if up != mirrored or len(up) != levels:
+        raise _refusal("UNet2DConditionModel", "up_block_types", up, f"{mirrored}, the mirror of down_block_types")
+    middles = {theirs: ours for ours, theirs in UNET_MIDDLES.items()}
+    middle = values.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle not in middles:
+        raise _refusal("UNet2DConditionModel", "mid_block_type", middle, ", ".join(map(str, middles)))
+    fields["middle"] = middles[middle]  # type: ignore[index]
+    fields |= _added(values)
+    if own:
+        fields |= {name: values[name] for name in UNET_OWN if name in values}
+    return fields
+
+
+def _added(values: Mapping[str, object]) -> dict[str, object]:
+    """The micro-conditioning of Stable Diffusion XL."""
+    kind = values.get("addition_embed_type")
+    if kind is None:
+        return {}
+    if kind != "text_time":
+        raise _refusal("UNet2DConditionModel", "addition_embed_type", kind, "text_time or null")
+    size, total = values.get("addition_time_embed_dim"), values.get("projection_class_embeddings_input_dim")
+    if not isinstance(size, int) or not isinstance(total, int) or total <= 6 * size:
+        name = "projection_class_embeddings_input_dim"
+        raise _refusal("UNet2DConditionModel", name, total, f"more than 6 x addition_time_embed_dim ({size})")
+    return {"size_channels": size, "pooled_channels": total - 6 * size}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_class(values: Mapping[str, object], names: tuple[str, ...]) -> None:
+    found = values.get("_class_name", names[0])
+    if found not in names:
+        raise UserError(f"config.json: _class_name is {found!r}, but a {names[0]} is needed here")
+
+
+def _check_fields(
+    name: str,
+    values: Mapping[str, object],
+    fixed: Mapping[str, object],
+    plain: tuple[tuple[str, str, object], ...],
+    special: set[str],
+) -> None:
+    known = {theirs for theirs, _, _ in plain} | special
+    for key, value in values.items():
+        if key in fixed:
+            if _tuple(value) != fixed[key]:
+                raise _refusal(name, key, value, repr(fixed[key]))
+        elif key not in known and not key.startswith("_") and value is not None:
+            raise UserError(f"config.json of {name}: the field {key!r} (value {value!r}) is not known here")
+
+
+def _attention(
+    name: str, values: Mapping[str, object], key: str, types: object, attends: str, plain: str
+) -> tuple[bool, ...]:
+    blocks = list(types)  # type: ignore[call-overload]
+    for block in blocks:
+        if block not in (attends, plain):
+            raise _refusal(name, key, block, f"{attends} or {plain}")
+    return tuple(block == attends for block in blocks)
+
+
+def _refusal(name: str, key: str, value: object, allowed: str) -> UserError:
+    return UserError(f"config.json of {name}: {key} is {value!r}; this network has {allowed} only")

@@ -1,0 +1,142 @@
+"""Transformer blocks over the places of a map, attending to each other and to a text, under diffusers' parameter names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.attention import attention
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the cross-attentions see of a prompt; `UNet.remember` fills in the keys and values once for all steps."""
+
+    tokens: Tensor | None  # (B,L,D)
+    mask: Tensor | None  # (B,1,1,L) bool
+    keys_values: dict[CrossAttention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the places of a map, beside a shortcut."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        context_width: int,
+        groups: int,
+        linear: bool,
+        upcast: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.linear = linear
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_width, upcast, dropout) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """(B,C,h,w) -> (B,C,h,w)."""
+        batch, channels, height, width = x.shape
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2).contiguous()                      # (B,h*w,C)
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, memory)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).reshape(batch, channels, height, width)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, and a gated feed-forward layer, each normalised and beside a shortcut."""
+
+    def __init__(self, channels: int, heads: int, context_width: int, upcast: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = CrossAttention(channels, channels, heads, upcast, looks_inward=True)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, context_width, heads, upcast, looks_inward=False)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels, dropout)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """(B,L,C) -> (B,L,C)."""
+        x = x + self.attn1(self.norm1(x), None)
+        x = x + self.attn2(self.norm2(x), memory)
+        return x + self.ff(self.norm3(x))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to themselves (`looks_inward`) or to a text."""
+
+    def __init__(self, channels: int, source_channels: int, heads: int, upcast: bool, looks_inward: bool) -> None:
+        super().__init__()
+        self.heads, self.upcast, self.looks_inward = heads, upcast, looks_inward
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source_channels, channels, bias=False)
+        self.to_v = nn.Linear(source_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """(B,L,C) -> (B,L,C)."""
+        mask = None
+        if memory is None:
+            k, v = self.keys_values(x)
+        else:
+            k, v = memory.keys_values.get(self) or self.keys_values(memory.tokens)
+            mask = memory.mask
+        q = self._split(self.to_q(x))                                      # (B,heads,L,D)
+        if self.upcast:
+            with torch.autocast(x.device.type, enabled=False):
+                out = attention(*(y if y.dtype == torch.float64 else y.float() for y in (q, k, v)), mask).to(q.dtype)
+        else:
+            out = attention(q, k, v, mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,S,C') -> two of (B,heads,S,D)."""
+        return self._split(self.to_k(source)), self._split(self.to_v(source))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """GEGLU (arXiv 2002.05202) of four times the width, and back."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([Gate(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,L,C) -> (B,L,C)."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class Gate(nn.Module):
+    """One half of a projection times the GELU of the other."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,L,C) -> (B,L,4C)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)

@@ -1,0 +1,330 @@
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL, and small kin of it, under diffusers' parameter names."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.batch import Cond, Text
+from ldm.config import Count, Fraction, Positive, PositiveFloat, config
+from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute
+from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
+from ldm.models.transformer import CrossAttention, Memory, Transformer
+
+SIZES = 6  # numbers in Cond.size
+COORDINATES = 6  # x, y and the cosine and sine of each
+
+
+@config
+class UNetConfig:
+    """What a U-Net is made of; the defaults are Stable Diffusion 1.x.
+
+    `coordinates`, `pooled_text` and `mask_padding` leave the stock architecture: with one of them `stock` is False and
+    diffusers cannot open the model.
+    """
+
+    kind: Literal["unet"] = "unet"
+    in_channels: Positive = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
+    out_channels: Positive = 4  # channels of the prediction
+    channels: tuple[Positive, ...] = (320, 640, 1280, 1280)  # width of each level, from the full resolution down
+    layers: Positive = 2  # residual blocks per level on the way down (one more on the way up)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to themselves and to the text
+    middle: Literal["attention", "plain", "none"] = "attention"  # middle block: with attention, one residual block, none
+    heads: Positive | tuple[Positive, ...] = 8  # attention heads, for all levels or for each
+    depth: Positive | tuple[Positive, ...] = 1  # transformer blocks per attention, for all levels or for each
+    context_width: Positive = 768  # width of the text states
+    linear_projection: bool = False  # enter and leave attention by a linear layer (SD 2.x, XL), not a 1x1 convolution
+    upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows in float16)
+    size_channels: Count = 0  # channels for each number of Cond.size (XL: 256); 0: neither sizes nor pooled text
+    pooled_channels: Count = 0  # width of the pooled text (XL: 1280); 0: as the text states
+    norm_groups: Positive = 32  # groups of every GroupNorm
+    norm_eps: PositiveFloat = 1e-5  # added to the variance in the residual blocks
+    dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
+    flip_sin_to_cos: bool = True  # the time embedding starts with its cosines
+    freq_shift: Count = 0  # shift in the denominator of the time embedding's frequencies
+    sample_size: Positive | None = None  # side of the latents that diffusers' pipelines assume
+    coordinates: bool = False  # append x, y and their cosine and sine to the input (not stock)
+    pooled_text: bool = False  # add the pooled text to the time embedding (not stock)
+    mask_padding: bool = False  # hide padding tokens from attention; Stable Diffusion shows all 77 (not stock)
+    checkpointing: bool = False  # recompute each block in the backward pass: less memory, slower
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        for name in ("attention", "heads", "depth"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries for the {levels} levels of channels {self.channels}")
+        for level, channels in enumerate(self.channels):
+            attends = self.attention[level] or (level == levels - 1 and self.middle == "attention")
+            if channels % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} does not divide the {channels} channels of level {level}")
+            if attends and channels % self.level_heads[level]:
+                raise ValueError(f"heads {self.level_heads[level]} does not divide the {channels} channels of level {level}")
+        if self.pooled_channels and not (self.size_channels or self.pooled_text):
+            raise ValueError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
+        if self.size_channels and self.pooled_text:
+            raise ValueError("size_channels brings the pooled text along already; leave pooled_text off")
+
+    @property
+    def stock(self) -> bool:
+        """Whether diffusers can open the model."""
+        return not (self.coordinates or self.pooled_text or self.mask_padding)
+
+    @property
+    def level_heads(self) -> tuple[int, ...]:
+        """Heads at each level."""
+        return self.heads if isinstance(self.heads, tuple) else (self.heads,) * len(self.channels)
+
+    @property
+    def level_depth(self) -> tuple[int, ...]:
+        """Transformer blocks per attention at each level."""
+        return self.depth if isinstance(self.depth, tuple) else (self.depth,) * len(self.channels)
+
+    def build(self) -> UNet:
+        """A freshly initialised network."""
+        return UNet(self)
+
+    def to_diffusers(self) -> dict[str, object]:
+        """The content of diffusers' config.json; under our own class name where diffusers has no such network."""
+        return unet_to_diffusers(self)
+
+    @classmethod
+    def from_diffusers(cls, values: dict[str, object]) -> UNetConfig:
+        """The configuration behind a config.json.
+
+        Raises:
+            UserError: for a field whose value this network does not have.
+        """
+        return cls(**unet_from_diffusers(values))
+
+
+class UNet(nn.Module):
+    """A denoising U-Net with attention to the states of a text.
+
+    Its new weights are PyTorch's usual initialisation, as in Stable Diffusion's diffusers form.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = config.checkpointing
+        channels, time = config.channels, 4 * config.channels[0]
+        last = len(channels) - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels + COORDINATES * config.coordinates, channels[0], 3, padding=1)
+        self.time_embedding = Embedding(channels[0], time)
+        pooled = config.pooled_channels or config.context_width
+        self.add_embedding = Embedding(SIZES * config.size_channels + pooled, time) if config.size_channels else None
+        self.pooled_embedding = Embedding(pooled, time) if config.pooled_text else None
+
+        def level(index: int, before: int, skips: list[int], scale: Downsample | Upsample | None) -> Level:
+            inputs = [channels[index] if i else before for i in range(len(skips))]
+            sizes = [a + b for a, b in zip(inputs, skips, strict=True)]
+            return Level(config, sizes, channels[index], time, index if config.attention[index] else None, scale)
+
+        self.down_blocks = nn.ModuleList()
+        widths = [channels[0]]  # channels of the maps that the way up will meet again
+        for i in range(len(channels)):
+            scale = Downsample(channels[i], padded_at_end=False) if i < last else None
+            self.down_blocks.append(level(i, channels[max(i - 1, 0)], [0] * config.layers, scale))
+            widths += [channels[i]] * (config.layers + (i < last))
+        self.mid_block = Middle(config, time) if config.middle != "none" else None
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(channels))):
+            skips = [widths.pop() for _ in range(config.layers + 1)]
+            self.up_blocks.append(level(i, channels[min(i + 1, last)], skips, Upsample(channels[i]) if i else None))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None) -> Tensor:
+        """Predict the target.
+
+        Args:
+            x: (B,C,h,w), the noised latents.
+            t: (B,), the time in the units of training.
+            cond: the text; the image, if any, joins the channels of x; the sizes, if the network was told to use them.
+            memory: what `remember` made of the text of `cond`, to save its projections in every step.
+
+        Returns:
+            (B,C',h,w).
+
+        Raises:
+            ValueError: if the channels do not add up, or `cond` lacks something that this network needs.
+        """
+        if cond.image is not None:
+            x = torch.cat([x, cond.image], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(f"this U-Net wants {self.config.in_channels} channels of x and Cond.image, not {x.shape[1]}")
+        time = F.silu(self._time(x, t, cond))                              # (B,T); each block would repeat the SiLU
+        memory = memory or self._memory(cond.text, x.dtype)
+        recomputed = self.checkpointing and torch.is_grad_enabled()
+        if self.config.coordinates:
+            x = torch.cat([x, coordinates(x)], dim=1)                      # (B,C+6,h,w)
+
+        x = self.conv_in(x)                                                # (B,c,h,w)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, x, time, memory, recomputed)
+                skips.append(x)
+            if level.downsamplers is not None:
+                x = level.downsamplers[0](x)
+                skips.append(x)
+        if self.mid_block is not None:
+            x = recompute(self.mid_block, x, time, memory) if recomputed else self.mid_block(x, time, memory)
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, memory, recomputed)
+            if level.upsamplers is not None:
+                x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                # (B,C',h,w)
+
+    def remember(self, text: Text) -> Memory:
+        """The keys and values of every cross-attention: they depend on the prompt alone, so sampling needs them once."""
+        memory = self._memory(text, self.conv_in.weight.dtype)
+        if memory.tokens is not None:
+            for module in self.modules():
+                if isinstance(module, CrossAttention) and not module.looks_inward:
+                    memory.keys_values[module] = module.keys_values(memory.tokens)
+        return memory
+
+    def _memory(self, text: Text | None, dtype: torch.dtype) -> Memory:
+        if text is None:
+            if any(self.config.attention) or self.config.middle == "attention":
+                raise ValueError("this U-Net attends to text, but Cond.text is None")
+            return Memory(None, None)
+        return Memory(text.tokens.to(dtype), text.mask[:, None, None, :] if self.config.mask_padding else None)
+
+    def _time(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The time embedding with all that is added to it, (B,T)."""
+        c = self.config
+        time = self.time_embedding(waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(x.dtype))
+        if self.add_embedding is None and self.pooled_embedding is None:
+            return time
+        if cond.text is None or cond.text.pooled is None:
+            raise ValueError("this U-Net is told the pooled text, but Cond.text.pooled is None")
+        pooled = cond.text.pooled.to(x.dtype)
+        if self.pooled_embedding is not None:
+            return time + self.pooled_embedding(pooled)
+        if cond.size is None:
+            raise ValueError("this U-Net is told sizes, but Cond.size is None")
+        sizes = waves(cond.size.flatten(), c.size_channels, c.flip_sin_to_cos, c.freq_shift)
+        sizes = sizes.view(len(x), -1).to(x.dtype)
+        return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
+
+
+class Embedding(nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels_in, channels_out)
+        self.linear_2 = nn.Linear(channels_out, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C) -> (B,T)."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by a transformer where the level attends, and a change of size."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        sizes: list[int],
+        channels: int,
+        time: int,
+        attends_as: int | None,
+        scale: Downsample | Upsample | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(config, size, channels, time) for size in sizes)
+        self.attentions = None
+        if attends_as is not None:
+            self.attentions = nn.ModuleList(transformer(config, attends_as) for _ in sizes)
+        self.downsamplers = nn.ModuleList([scale]) if isinstance(scale, Downsample) else None
+        self.upsamplers = nn.ModuleList([scale]) if isinstance(scale, Upsample) else None
+
+    def layer(self, i: int, x: Tensor, time: Tensor, memory: Memory, recomputed: bool) -> Tensor:
+        """Residual block i and its transformer, (B,C,h,w) -> (B,C',h,w)."""
+        x = recompute(self.resnets[i], x, time) if recomputed else self.resnets[i](x, time)
+        if self.attentions is None:
+            return x
+        return recompute(self.attentions[i], x, memory) if recomputed else self.attentions[i](x, memory)
+
+
+class Middle(nn.Module):
+    """The blocks at the lowest resolution: residual, transformer, residual; or one residual block alone."""
+
+    def __init__(self, config: UNetConfig, time: int) -> None:
+        super().__init__()
+        attends, channels = config.middle == "attention", config.channels[-1]
+        self.attentions = nn.ModuleList([transformer(config, len(config.channels) - 1)] if attends else [])
+        self.resnets = nn.ModuleList(resnet(config, channels, channels, time) for _ in range(1 + attends))
+
+    def forward(self, x: Tensor, time: Tensor, memory: Memory) -> Tensor:
+        """(B,C,h,w) -> (B,C,h,w)."""
+        x = self.resnets[0](x, time)
+        for attend, block in zip(self.attentions, self.resnets[1:], strict=True):
+            x = block(attend(x, memory), time)
+        return x
+
+
+def resnet(config: UNetConfig, channels_in: int, channels_out: int, time: int) -> ResnetBlock:
+    """A residual block as `config` wants it."""
+    return ResnetBlock(
+        channels_in,
+        channels_out,
+        groups=config.norm_groups,
+        eps=config.norm_eps,
+        time_channels=time,
+        dropout=config.dropout,
+    )
+
+
+def transformer(config: UNetConfig, level: int) -> Transformer:
+    """The transformer of a level as `config` wants it."""
+    return Transformer(
+        config.channels[level],
+        heads=config.level_heads[level],
+        depth=config.level_depth[level],
+        context_width=config.context_width,
+        groups=config.norm_groups,
+        linear=config.linear_projection,
+        upcast=config.upcast_attention,
+        dropout=config.dropout,
+    )
+
+
+def waves(values: Tensor, channels: int, cosine_first: bool = True, shift: int = 0) -> Tensor:
+    """Sines and cosines of numbers at geometric frequencies 10000^(-i / (channels/2 - shift)).
+
+    Args:
+        values: (N,).
+        channels: width of the result; an odd one ends with a zero.
+        cosine_first: whether the cosines come before the sines.
+        shift: as in the formula.
+
+    Returns:
+        (N,channels) float32: computed so whatever the network's type, because half types cannot count to 1000.
+    """
+    half = channels // 2
+    frequency = torch.arange(half, dtype=torch.float32, device=values.device)
+    angle = values.float()[:, None] * torch.exp(-math.log(10000) * frequency / (half - shift))
+    parts = [angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+def coordinates(x: Tensor) -> Tensor:
+    """Where each place is: x and y in (-1,1), and the cosine and sine of pi times each, (B,6,h,w)."""
+    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
+    y = ((rows + 0.5) * (2 / len(rows)) - 1)[:, None].expand(x.shape[2:])
+    z = ((columns + 0.5) * (2 / len(columns)) - 1)[None, :].expand(x.shape[2:])
+    maps = [z, y, *(f(math.pi * a) for a in (z, y) for f in (torch.cos, torch.sin))]
+    return torch.stack(maps).expand(len(x), -1, -1, -1)
