@@ -70,7 +70,7 @@ def _paint(specs: Specs, k: int, shape: int, objects: NDArray, column: NDArray, 
     if len(striped):
         lines = _wave((column + row - x[striped] - y[striped]) / (np.float32(0.4) * side[striped]))
         colour = colour.copy()
-        colour[striped] *= (np.float32(0.775) + np.float32(0.225) * np.clip(lines * 3, -1, 1))[:, None]
+        colour[striped] *= (np.float32(0.81) + np.float32(0.19) * np.clip(lines * 3, -1, 1))[:, None]
     dx, dy = np.broadcast_arrays(column - x, row - y)
     alpha = distance(shape, dx, dy, side)
     alpha *= -scale
