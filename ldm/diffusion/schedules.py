@@ -157,8 +157,6 @@ class Flow:
         return FLOW_STEPS * ratio / (1 + ratio)
 
 
-
-
 def _check_betas(start: float, end: float) -> None:
     if not start <= end < 1:
         raise UserError(f"beta_start and beta_end: got {start} and {end}; wanted beta_start <= beta_end < 1")
@@ -216,7 +214,7 @@ def to_scheduler_config(schedule: Linear | ScaledLinear | Cosine | Flow, target:
 
 
 def from_scheduler_config(values: Mapping[str, Any]) -> tuple[Linear | ScaledLinear | Cosine | Flow, str]:
-    """The schedule and target of a scheduler_config.json of any diffusers class; absent fields have the class's defaults.
+    """The schedule and target of a scheduler_config.json of any diffusers class; absent fields mean its defaults.
 
     Fields that only say how to sample (spacing, clipping, solver) are left to the sampler.
 
@@ -230,7 +228,7 @@ def from_scheduler_config(values: Mapping[str, Any]) -> tuple[Linear | ScaledLin
     if values.get("use_dynamic_shifting"):
         raise UserError("scheduler_config.json: use_dynamic_shifting=true is not supported; give one shift")
     if name.startswith(("EDM", "CosineDPM", "VQDiffusion", "ScoreSde", "KarrasVe")):
-        raise UserError(f"scheduler_config.json: _class_name {name} is not supported; its noise schedule has no like here")
+        raise UserError(f"scheduler_config.json: _class_name {name} is not supported; its schedule has no like here")
     said = values.get("prediction_type") or ("flow_prediction" if matching else "epsilon")
     targets = {theirs: ours for ours, theirs in _PREDICTION.items()}
     if said not in targets:
