@@ -130,7 +130,7 @@ def write_cache(
 
 
 def seal(folder: Path) -> None:
-    """Put the manifest of the whole cache over its shards' own, and remove what does not belong to it.
+    """Put the manifest of the whole cache over its shards' own, and remove what earlier plans and kills left.
 
     Raises:
         UserError: if a shard is missing or of another plan.
@@ -150,7 +150,7 @@ def seal(folder: Path) -> None:
         sums[f"{shard.name}/{MANIFEST}"] = sha256(shard / MANIFEST)
     keep = {PLAN, *(shard.name for shard in shards)}
     for path in folder.iterdir():
-        if path.name not in keep:
+        if path.name not in keep and path.name.startswith(("shard-", ".shard-", f".{PLAN}", f".{MANIFEST}")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(folder / MANIFEST, sums)
 
@@ -183,10 +183,11 @@ def _encode_shard(
     columns: dict[str, list[np.ndarray]] = {}
     for cut, (images,) in zip(cuts, ordered(tasks, workers), strict=True):
         rows: dict[str, Tensor | None] = {"size": images.size}
-        rows["mean"], rows["std"] = encode(images.image)
-        if plan.flip:
-            rows["mirrored_size"] = mirrored(images.size)
-            rows["mirrored_mean"], rows["mirrored_std"] = encode(images.image.flip(-1))
+        with torch.no_grad():
+            rows["mean"], rows["std"] = encode(images.image)
+            if plan.flip:
+                rows["mirrored_size"] = mirrored(images.size)
+                rows["mirrored_mean"], rows["mirrored_std"] = encode(images.image.flip(-1))
         for name, value in rows.items():
             if value is None:
                 continue
@@ -242,7 +243,7 @@ class CachedLatents:
         self.plan = _read_plan(folder)
         shards = [_shard(folder, n) for n in range(self.plan.shards)]
         if missing := [s.name for s in shards if not (s / DATA).is_file()]:
-            raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); encode again")
+            raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards missing ({missing[0]}); encode again")
         self.bytes = sum((s / DATA).stat().st_size for s in shards)
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
