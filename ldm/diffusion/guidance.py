@@ -18,13 +18,13 @@ def guided(
     """Classifier-free guidance: away from `uncond`, through `cond` (Ho 2022, arXiv 2207.12598, eq. 6).
 
     x0 = x0_uncond + scale (x0_cond - x0_uncond). At a given x, x0 is linear in epsilon, v and flow, so this is the same
-    guidance whatever the network predicts. Both halves are one call of the network on 2B samples, `uncond` first; at scale
-    1 they would be equal, so there is one half only.
+    guidance whatever the network predicts. Both halves are one call of the network on 2B samples, `uncond` first; at
+    scale 1 `uncond` drops out, and only `cond` is asked.
 
-    `rescale` in [0,1] draws the estimate's deviation back to that of x0_cond (Lin 2023, arXiv 2305.08891, eq. 15 and 16),
+    `rescale` in [0,1] draws the estimate's deviation back to that of x0_cond (Lin 2023, arXiv 2305.08891, eq. 15, 16),
     because large scales spread the values and wash pictures out. The paper rescales what the network predicts; here it
-    is always x0, where the spread is seen: then it means the same for every target, and it does not leave noise behind, as
-    a shrunken epsilon would. At zero terminal SNR, where the paper needs it most, v = -x0 and both are one.
+    is always x0, where the spread is seen: then it means the same for every target, and it leaves no noise behind, as a
+    shrunken epsilon would. At zero terminal SNR, where the paper needs it most, v = -x0 and the two agree.
 
     Args:
         predict: (x (B, ...), i, cond) -> x0 (B, ...) at grid point i.

@@ -9,8 +9,7 @@ Each is `sampler(denoise, x, alpha, sigma, rng, eta=, on_step=)`:
     eta      how stochastic ddim is, 0 (not at all) to 1 (as ddpm); the others do not read it
     on_step  called with i after step i
 
-All take any path: the variance preserving ones, cosine, and the flow. None divides by alpha, so a grid may begin at pure
-noise (alpha = 0), and none by sigma at the clean end.
+All take any path: the variance preserving ones, cosine, and the flow; a grid may begin at pure noise (alpha = 0).
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def ddim(
 def ddpm(
     denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
 ) -> Tensor:
-    """Ancestral sampling with the posterior's own variance (Ho 2020, arXiv 2006.11239, eq. 6 and 7): ddim at eta = 1."""
+    """Ancestral sampling with the posterior's variance (Ho 2020, arXiv 2006.11239, eq. 6 and 7): ddim at eta = 1."""
     return ddim(denoise, x, alpha, sigma, rng, eta=1.0, on_step=on_step)
 
 
@@ -82,7 +81,7 @@ def euler(
 def euler_a(
     denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
 ) -> Tensor:
-    """Euler down to sigma'^2/sigma, then fresh noise up to sigma' (k-diffusion's ancestral Euler; sigma in units of alpha).
+    """Euler down to sigma'^2/sigma, then fresh noise up to sigma' (k-diffusion's; sigma in units of alpha).
 
     The same step as ddpm's, in the form that its users know.
     """
@@ -260,7 +259,7 @@ class Sampler:
     """A sampler with the spacing it is at home on."""
 
     run: Run
-    spacing: str = "trailing"  # of ldm.diffusion.process.SPACINGS, unless the user asks for another
+    spacing: str  # of ldm.diffusion.process.SPACINGS, unless the user asks for another
 
     def start(self, noise: Tensor, grid: Grid) -> Tensor:
         """x at the noisiest level from noise (B, ...) of unit variance, as if the unknown x0 were such noise too.
@@ -270,14 +269,16 @@ class Sampler:
         return noise * math.hypot(float(grid.alpha[0]), float(grid.sigma[0]))
 
 
+# The higher orders stand on Karras' spacing: on Gaussian data of deviation 0.3 (scaled_linear, 20 steps) dpmpp_2m ends
+# 0.006 from the truth there and 0.12 on trailing, which leaves the last, longest step in log(sigma) to one evaluation.
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm),
-    "ddim": Sampler(ddim),
-    "plms": Sampler(plms),
+    "ddpm": Sampler(ddpm, "trailing"),
+    "ddim": Sampler(ddim, "trailing"),
+    "plms": Sampler(plms, "trailing"),
     "euler": Sampler(euler, "linspace"),
     "euler_a": Sampler(euler_a, "linspace"),
     "heun": Sampler(heun, "karras"),
-    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_2m": Sampler(dpmpp_2m, "karras"),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "karras"),
-    "unipc": Sampler(unipc),
+    "unipc": Sampler(unipc, "karras"),
 }
