@@ -64,18 +64,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, kind:
 def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether materialised scores beat the fused CPU kernel.
 
-    Measured on one AVX512-bf16 core (EPYC), torch 2.15, 128 channels in all; time of SDPA / time of plain, inference | training:
+    Time of SDPA / time of plain, inference | training, on one AVX512-bf16 core (EPYC), torch 2.15, 128 channels in all:
 
-        bf16    self-attention, L = S                                    24 keys, L =
-        head    16           64           256          1024              16           64           256          1024
-        16      1.3 | 2.2    1.5 | 8.6    0.9 | 2.2    0.4 | 0.6         1.2 | 8.5    1.0 | 5.5    0.9 | 3.4    0.8 | 1.6
-        32      1.3 | 9.0    1.6 | 6.7    1.3 | 2.3    1.3 | 1.5         1.1 | 7.8    1.0 | 4.9    0.9 | 3.0    0.8 | 1.3
-        64      1.3 | 7.7    1.4 | 4.2    1.6 | 2.3    1.5 | 1.7         1.1 | 6.6    0.9 | 4.0    0.9 | 2.6    0.8 | 1.3
+    bf16    self-attention, L = S                                    24 keys, L =
+    head    16           64           256          1024              16           64           256          1024
+    16      1.3 | 2.2    1.5 | 8.6    0.9 | 2.2    0.4 | 0.6         1.2 | 8.5    1.0 | 5.5    0.9 | 3.4    0.8 | 1.6
+    32      1.3 | 9.0    1.6 | 6.7    1.3 | 2.3    1.3 | 1.5         1.1 | 7.8    1.0 | 4.9    0.9 | 3.0    0.8 | 1.3
+    64      1.3 | 7.7    1.4 | 4.2    1.6 | 2.3    1.5 | 1.7         1.1 | 6.6    0.9 | 4.0    0.9 | 2.6    0.8 | 1.3
 
-        fp32
-        16      1.1 | 1.2    0.8 | 0.9    0.6 | 0.7    0.2 | 0.4         1.5 | 1.6    1.5 | 1.5    1.2 | 1.9    1.4 | 1.3
-        32      1.0 | 1.4    0.8 | 1.0    0.7 | 0.9    0.3 | 0.5         1.1 | 1.3    1.3 | 1.3    1.3 | 1.4    1.2 | 1.1
-        64      0.9 | 0.8    0.9 | 1.0    0.8 | 1.0    0.8 | 1.0         0.9 | 1.0    1.1 | 1.1    1.1 | 1.1    1.1 | 1.1
+    fp32
+    16      1.1 | 1.2    0.8 | 0.9    0.6 | 0.7    0.2 | 0.4         1.5 | 1.6    1.5 | 1.5    1.2 | 1.9    1.4 | 1.3
+    32      1.0 | 1.4    0.8 | 1.0    0.7 | 0.9    0.3 | 0.5         1.1 | 1.3    1.3 | 1.3    1.3 | 1.4    1.2 | 1.1
+    64      0.9 | 0.8    0.9 | 1.0    0.8 | 1.0    0.8 | 1.0         0.9 | 1.0    1.1 | 1.1    1.1 | 1.1    1.1 | 1.1
     """
     if q.device.type != "cpu":
         return False

@@ -106,6 +106,19 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size))
 
 
+def start_as_identity(module: nn.Module) -> None:
+    """Zero the last convolution of every residual block, so that a fresh one passes its input on (arXiv 2105.05233)."""
+    for part in module.modules():
+        if isinstance(part, ResnetBlock):
+            zero(part.conv2)
+
+
+def zero(layer: nn.Conv2d | nn.Linear) -> None:
+    """Set weights and bias to zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 def recompute(module: nn.Module, *inputs: object) -> Tensor:
     """The module's output, whose activations the backward pass computes anew (gradient checkpointing)."""
     return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ldm.models.autoencoder import KLConfig, VQConfig
     from ldm.models.unet import UNetConfig
 
+Plain = tuple[tuple[str, str, object], ...]
+
 OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
 
 # What our U-Net always is. Any other value in a config.json is refused by name.
@@ -44,7 +46,7 @@ UNET_FIXED: dict[str, object] = {
     "timestep_post_act": None,
 }
 # diffusers' name of a field, ours, and what diffusers takes when config.json does not say.
-UNET_PLAIN: tuple[tuple[str, str, object], ...] = (
+UNET_PLAIN: Plain = (
     ("in_channels", "in_channels", 4),
     ("out_channels", "out_channels", 4),
     ("block_out_channels", "channels", (320, 640, 1280, 1280)),
@@ -63,6 +65,42 @@ UNET_PLAIN: tuple[tuple[str, str, object], ...] = (
 )
 UNET_OWN = ("coordinates", "pooled_text", "mask_padding", "pooled_channels")
 UNET_MIDDLES = {"attention": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", "none": None}
+
+
+# The same for the autoencoders; diffusers' defaults are those of its classes, not of Stable Diffusion's files.
+KL_FIXED: dict[str, object] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+KL_PLAIN: Plain = (
+    ("in_channels", "in_channels", 3),
+    ("out_channels", "out_channels", 3),
+    ("block_out_channels", "channels", (64,)),
+    ("layers_per_block", "layers", 1),
+    ("mid_block_add_attention", "middle_attention", True),
+    ("latent_channels", "latent_channels", 4),
+    ("norm_num_groups", "norm_groups", 32),
+    ("use_quant_conv", "quant_conv", True),
+    ("use_post_quant_conv", "post_quant_conv", True),
+    ("scaling_factor", "scaling_factor", 0.18215),
+    ("shift_factor", "shift_factor", None),
+    ("force_upcast", "force_upcast", True),
+    ("sample_size", "sample_size", 32),
+)
+VQ_FIXED: dict[str, object] = {"act_fn": "silu"}
+VQ_PLAIN: Plain = (
+    ("in_channels", "in_channels", 3),
+    ("out_channels", "out_channels", 3),
+    ("block_out_channels", "channels", (64,)),
+    ("layers_per_block", "layers", 1),
+    ("mid_block_add_attention", "middle_attention", True),
+    ("latent_channels", "latent_channels", 3),
+    ("vq_embed_dim", "code_channels", None),
+    ("num_vq_embeddings", "codes", 256),
+    ("norm_type", "norm", "group"),
+    ("norm_num_groups", "norm_groups", 32),
+    ("scaling_factor", "scaling_factor", 0.18215),
+    ("sample_size", "sample_size", 32),
+)
+# How diffusers' own pipelines call it: nothing in the weights or in what `decode` does here depends on them.
+VQ_IGNORED = {"lookup_from_codebook", "force_upcast"}
 
 
 def unet_to_diffusers(config: UNetConfig) -> dict[str, object]:
@@ -96,7 +134,6 @@ def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
     _check_fields("UNet2DConditionModel", values, UNET_FIXED, UNET_PLAIN, special)
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in UNET_PLAIN}
-    levels = len(fields["channels"])  # type: ignore[arg-type]
     layers = fields["layers"]
     if isinstance(layers, tuple):
         if len(set(layers)) != 1:
@@ -109,11 +146,11 @@ def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
         fields["context_width"] = widths[0]
     usual = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     down = values.get("down_block_types", usual)
-    fields["attention"] = _attention("UNet2DConditionModel", values, "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
-    mirrored = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(fields["attention"])]  # type: ignore[call-overload]
-    up = list(values.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3))  # type: ignore[call-overload]
-    if up != mirrored or len(up) != levels:
-        raise _refusal("UNet2DConditionModel", "up_block_types", up, f"{mirrored}, the mirror of down_block_types")
+    levels = _attention("UNet2DConditionModel", "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
+    mirrored = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(levels)]
+    usual = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    _check_mirror("UNet2DConditionModel", values.get("up_block_types", usual), mirrored)
+    fields["attention"] = levels
     middles = {theirs: ours for ours, theirs in UNET_MIDDLES.items()}
     middle = values.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     if middle not in middles:
@@ -123,6 +160,51 @@ def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     if own:
         fields |= {name: values[name] for name in UNET_OWN if name in values}
     return fields
+
+
+def kl_to_diffusers(config: KLConfig) -> dict[str, object]:
+    """A KL autoencoder's config.json."""
+    return {"_class_name": "AutoencoderKL", **KL_FIXED, **_coder_to_diffusers(config, KL_PLAIN)}
+
+
+def kl_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of the KLConfig behind a config.json; raises as `unet_from_diffusers`."""
+    return _coder_from_diffusers("AutoencoderKL", values, KL_FIXED, KL_PLAIN, set())
+
+
+def vq_to_diffusers(config: VQConfig) -> dict[str, object]:
+    """A VQ autoencoder's config.json."""
+    values = {"_class_name": "VQModel", **VQ_FIXED, **_coder_to_diffusers(config, VQ_PLAIN)}
+    return values | {"vq_embed_dim": config.code_channels or None}
+
+
+def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of the VQConfig behind a config.json; raises as `unet_from_diffusers`."""
+    fields = _coder_from_diffusers("VQModel", values, VQ_FIXED, VQ_PLAIN, VQ_IGNORED)
+    if fields["norm"] not in ("group", "spatial"):
+        raise _refusal("VQModel", "norm_type", fields["norm"], "group or spatial")
+    return fields | {"code_channels": fields["code_channels"] or 0}
+
+
+def _coder_to_diffusers(config: KLConfig | VQConfig, plain: Plain) -> dict[str, object]:
+    return {
+        **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in plain},
+        "down_block_types": ["AttnDownEncoderBlock2D" if on else "DownEncoderBlock2D" for on in config.levels],
+        "up_block_types": ["AttnUpDecoderBlock2D" if on else "UpDecoderBlock2D" for on in reversed(config.levels)],
+    }
+
+
+def _coder_from_diffusers(
+    name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, ignored: set[str]
+) -> dict[str, object]:
+    _check_class(values, (name,))
+    _check_fields(name, values, fixed, plain, {"down_block_types", "up_block_types"} | ignored)
+    fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
+    down = values.get("down_block_types", ["DownEncoderBlock2D"])
+    levels = _attention(name, "down_block_types", down, "AttnDownEncoderBlock2D", "DownEncoderBlock2D")
+    mirrored = ["AttnUpDecoderBlock2D" if on else "UpDecoderBlock2D" for on in reversed(levels)]
+    _check_mirror(name, values.get("up_block_types", ["UpDecoderBlock2D"]), mirrored)
+    return fields | {"attention": levels if any(levels) else None}
 
 
 def _added(values: Mapping[str, object]) -> dict[str, object]:
@@ -157,7 +239,7 @@ def _check_fields(
     name: str,
     values: Mapping[str, object],
     fixed: Mapping[str, object],
-    plain: tuple[tuple[str, str, object], ...],
+    plain: Plain,
     special: set[str],
 ) -> None:
     known = {theirs for theirs, _, _ in plain} | special
@@ -169,9 +251,12 @@ def _check_fields(
             raise UserError(f"config.json of {name}: the field {key!r} (value {value!r}) is not known here")
 
 
-def _attention(
-    name: str, values: Mapping[str, object], key: str, types: object, attends: str, plain: str
-) -> tuple[bool, ...]:
+def _check_mirror(name: str, up: object, mirrored: list[str]) -> None:
+    if list(up) != mirrored:  # type: ignore[call-overload]
+        raise _refusal(name, "up_block_types", up, f"{mirrored}, the mirror of down_block_types,")
+
+
+def _attention(name: str, key: str, types: object, attends: str, plain: str) -> tuple[bool, ...]:
     blocks = list(types)  # type: ignore[call-overload]
     for block in blocks:
         if block not in (attends, plain):

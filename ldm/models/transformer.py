@@ -1,4 +1,4 @@
-"""Transformer blocks over the places of a map, attending to each other and to a text, under diffusers' parameter names."""
+"""Transformer blocks over the places of a map, seeing each other and a text, under diffusers' parameter names."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.batch import Cond, Text
 from ldm.config import Count, Fraction, Positive, PositiveFloat, config
+from ldm.errors import UserError
 from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute
 from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
 from ldm.models.transformer import CrossAttention, Memory, Transformer
@@ -33,7 +34,7 @@ class UNetConfig:
     channels: tuple[Positive, ...] = (320, 640, 1280, 1280)  # width of each level, from the full resolution down
     layers: Positive = 2  # residual blocks per level on the way down (one more on the way up)
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to themselves and to the text
-    middle: Literal["attention", "plain", "none"] = "attention"  # middle block: with attention, one residual block, none
+    middle: Literal["attention", "plain", "none"] = "attention"  # middle block; plain: one residual block
     heads: Positive | tuple[Positive, ...] = 8  # attention heads, for all levels or for each
     depth: Positive | tuple[Positive, ...] = 1  # transformer blocks per attention, for all levels or for each
     context_width: Positive = 768  # width of the text states
@@ -57,17 +58,17 @@ class UNetConfig:
         for name in ("attention", "heads", "depth"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(f"{name} has {len(value)} entries for the {levels} levels of channels {self.channels}")
+                raise UserError(f"{name} has {len(value)} entries for the {levels} levels of channels {self.channels}")
         for level, channels in enumerate(self.channels):
             attends = self.attention[level] or (level == levels - 1 and self.middle == "attention")
             if channels % self.norm_groups:
-                raise ValueError(f"norm_groups {self.norm_groups} does not divide the {channels} channels of level {level}")
+                raise UserError(f"norm_groups {self.norm_groups} does not divide {channels} of channels {self.channels}")
             if attends and channels % self.level_heads[level]:
-                raise ValueError(f"heads {self.level_heads[level]} does not divide the {channels} channels of level {level}")
+                raise UserError(f"heads {self.level_heads[level]} does not divide {channels} of channels {self.channels}")
         if self.pooled_channels and not (self.size_channels or self.pooled_text):
-            raise ValueError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
+            raise UserError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
         if self.size_channels and self.pooled_text:
-            raise ValueError("size_channels brings the pooled text along already; leave pooled_text off")
+            raise UserError("size_channels brings the pooled text along already; leave pooled_text off")
 
     @property
     def stock(self) -> bool:
@@ -159,7 +160,7 @@ class UNet(nn.Module):
         if cond.image is not None:
             x = torch.cat([x, cond.image], dim=1)
         if x.shape[1] != self.config.in_channels:
-            raise ValueError(f"this U-Net wants {self.config.in_channels} channels of x and Cond.image, not {x.shape[1]}")
+            raise ValueError(f"x and Cond.image have {x.shape[1]} channels; this U-Net wants {self.config.in_channels}")
         time = F.silu(self._time(x, t, cond))                              # (B,T); each block would repeat the SiLU
         memory = memory or self._memory(cond.text, x.dtype)
         recomputed = self.checkpointing and torch.is_grad_enabled()
@@ -185,7 +186,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))                # (B,C',h,w)
 
     def remember(self, text: Text) -> Memory:
-        """The keys and values of every cross-attention: they depend on the prompt alone, so sampling needs them once."""
+        """The keys and values of every cross-attention: they depend on the prompt alone, so one call serves all steps."""
         memory = self._memory(text, self.conv_in.weight.dtype)
         if memory.tokens is not None:
             for module in self.modules():
@@ -232,7 +233,7 @@ class Embedding(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by a transformer where the level attends, and a change of size."""
+    """The residual blocks of one resolution, each with a transformer where the level attends, and a change of size."""
 
     def __init__(
         self,
