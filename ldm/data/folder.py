@@ -260,7 +260,7 @@ def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], li
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
         if not _is_text(name):
-            rejected.append(Rejection(name.encode("utf-8", "backslashreplace").decode(), "name not UTF-8"))
+            rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
         elif path.name in TABLES:
             tables.append(path)
         elif suffix in SUFFIXES:
