@@ -60,7 +60,7 @@ DataSet = Samples[ImageBatch]
 
 def draw_flips(seed: int, position: Sequence[int], flip: bool) -> list[bool]:
     """Which of the global positions are mirrored: half of them if `flip`, else none."""
-    if not flip:
+    if not flip or not position:
         return [False] * len(position)
     return [bool(u < 0.5) for u in Rng(seed, position).uniform("flip").tolist()]
 
@@ -69,6 +69,8 @@ def draw_captions(choices: Sequence[Sequence[str]], position: Sequence[int], see
     """One of each sample's captions, drawn by its global position; no draw where there is one only."""
     several = [i for i, c in enumerate(choices) if len(c) > 1]
     chosen = [c[0] for c in choices]
+    if not several:
+        return chosen
     for i, u in zip(several, Rng(seed, [position[i] for i in several]).uniform("caption").tolist(), strict=True):
         chosen[i] = choices[i][int(u * len(choices[i]))]
     return chosen
