@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import field
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ldm.batch import Cond, Text
 from ldm.config import Count, Fraction, Positive, PositiveFloat, config
 from ldm.errors import UserError
-from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute
+from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
 from ldm.models.transformer import CrossAttention, Memory, Transformer
 
@@ -47,11 +48,12 @@ class UNetConfig:
     dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
     flip_sin_to_cos: bool = True  # the time embedding starts with its cosines
     freq_shift: Count = 0  # shift in the denominator of the time embedding's frequencies
-    sample_size: Positive | None = None  # side of the latents that diffusers' pipelines assume
+    sample_size: Positive | None = field(default=None, compare=False)  # side of the latents that diffusers assumes
     coordinates: bool = False  # append x, y and their cosine and sine to the input (not stock)
     pooled_text: bool = False  # add the pooled text to the time embedding (not stock)
     mask_padding: bool = False  # hide padding tokens from attention; Stable Diffusion shows all 77 (not stock)
-    checkpointing: bool = False  # recompute each block in the backward pass: less memory, slower
+    zero_start: bool = field(default=True, compare=False)  # a fresh network's residual branches and output are zero
+    checkpointing: bool = field(default=False, compare=False)  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -62,9 +64,9 @@ class UNetConfig:
         for level, channels in enumerate(self.channels):
             attends = self.attention[level] or (level == levels - 1 and self.middle == "attention")
             if channels % self.norm_groups:
-                raise UserError(f"norm_groups {self.norm_groups} does not divide {channels} of channels {self.channels}")
+                raise UserError(f"norm_groups {self.norm_groups} does not divide {channels} of channels")
             if attends and channels % self.level_heads[level]:
-                raise UserError(f"heads {self.level_heads[level]} does not divide {channels} of channels {self.channels}")
+                raise UserError(f"heads {self.level_heads[level]} does not divide {channels} of channels")
         if self.pooled_channels and not (self.size_channels or self.pooled_text):
             raise UserError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
         if self.size_channels and self.pooled_text:
@@ -106,7 +108,8 @@ class UNetConfig:
 class UNet(nn.Module):
     """A denoising U-Net with attention to the states of a text.
 
-    Its new weights are PyTorch's usual initialisation, as in Stable Diffusion's diffusers form.
+    New weights are PyTorch's usual initialisation; with `zero_start` the last layer of every residual block, of every
+    transformer and of the network are zero, as in latent diffusion's own code.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -141,6 +144,12 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        if config.zero_start:
+            start_as_identity(self)
+            for module in self.modules():
+                if isinstance(module, Transformer):
+                    zero(module.proj_out)
+            zero(self.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None) -> Tensor:
         """Predict the target.
@@ -186,7 +195,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))                # (B,C',h,w)
 
     def remember(self, text: Text) -> Memory:
-        """The keys and values of every cross-attention: they depend on the prompt alone, so one call serves all steps."""
+        """The keys and values of every cross-attention: they depend on the prompt alone, so once serves all steps."""
         memory = self._memory(text, self.conv_in.weight.dtype)
         if memory.tokens is not None:
             for module in self.modules():
