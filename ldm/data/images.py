@@ -161,18 +161,18 @@ def view(
         full = full.transpose(turn)
     if turn in (_TURN[5], _TURN[6], _TURN[7], _TURN[8]):
         height, width = width, height
-    if flip:
-        full = full.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     rows, columns = cover(height, width, resolution)
     top = min(int(at[0] * (rows - resolution + 1)), rows - resolution)
     left = min(int(at[1] * (columns - resolution + 1)), columns - resolution)
     down, across = full.height / rows, full.width / columns
-    box = (left * across, top * down, (left + resolution) * across, (top + resolution) * down)
+    start = columns - resolution - left if flip else left  # in the image as it is
     # Rounding must not carry the box past the edge, which Pillow refuses.
-    box = (box[0], box[1], min(box[2], float(full.width)), min(box[3], float(full.height)))
+    right, bottom = (start + resolution) * across, (top + resolution) * down
+    box = (start * across, top * down, min(right, float(full.width)), min(bottom, float(full.height)))
     if full.size != (resolution, resolution):
         full = full.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return View(np.asarray(full), (height, width, top, left, resolution, resolution))
+    pixels = np.asarray(full)
+    return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, resolution, resolution))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -254,7 +254,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(tmp_path, data, 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, data):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         write_cache(tmp_path / "file" / "below", data, encode, **OPTIONS)
 
 

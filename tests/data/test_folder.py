@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from ldm.data.captions import MAX_CHARACTERS, clean
 from ldm.data.dataset import Split
@@ -102,7 +102,9 @@ def test_metadata_jsonl_and_csv_with_several_rows_lists_and_missing_files(tmp_pa
     ]
     lines = [*map(json.dumps, rows), "{not json", "[1]", ""]
     (tmp_path / "shelf0" / "metadata.jsonl").write_text("\n".join(lines))
-    (tmp_path / "shelf1" / "metadata.csv").write_text('\ufefffile_name,text\np01.png,"a, quoted"\np03.jpg,plain\np05.webp,\n')
+    (tmp_path / "shelf1" / "metadata.csv").write_text(
+        '\ufefffile_name,text\np01.png,"a, quoted"\np03.jpg,plain\np05.webp,\n'
+    )
     data = build(tmp_path, val_share=1e-9)
     assert all_words(data, build(tmp_path, "val", val_share=1e-9)) == {
         "shelf0/p00.jpg": ["first", "second"],
@@ -133,7 +135,9 @@ def test_other_caption_columns_are_known_and_unknown_ones_are_shown(tmp_path):
     table.write_text("file_name,caption\np00.jpg,yes\np02.webp,no\n")
     assert len(build(tmp_path)) == 1
     table.write_text("image,words\np00.jpg,yes\n")
-    with pytest.raises(UserError, match=r"metadata\.csv: needs the columns file_name and one of text, .* has image, words"):
+    with pytest.raises(
+        UserError, match=r"metadata\.csv: needs the columns file_name and one of text, .* has image, words"
+    ):
         build(tmp_path)
     table.write_bytes(b"file_name,text\np00.jpg,\xff\xfe\n")
     with pytest.raises(UserError, match="not UTF-8 at byte 23"):
@@ -263,7 +267,9 @@ def test_folders_that_cannot_be_used_say_path_and_fix(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}: no images here; put PNG, JPEG, WEBP"):
         build(tmp_path)
     photos(tmp_path, 3, captions=False)
-    with pytest.raises(UserError, match=rf"{tmp_path}: 3 images but no captions .*x\.txt beside each x\.jpg, or a metadata\.jsonl"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: 3 images but no captions .*x\.txt beside each x\.jpg, or a metadata\.jsonl"
+    ):
         build(tmp_path)
     only = tmp_path / "only"
     paint(only / "one.png").with_suffix(".txt").write_text("one")

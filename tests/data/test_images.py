@@ -41,7 +41,9 @@ def test_an_image_of_the_right_size_comes_out_untouched():
     assert seen.size == (24, 24, 0, 0, 24, 24)
     tensor = to_tensor(pixels[None])
     assert tensor.shape == (1, 3, 24, 24) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-    assert torch.equal(((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2))
+    assert torch.equal(
+        ((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+    )
     assert tensor.min() >= -1 and tensor.max() <= 1
 
 
@@ -113,7 +115,9 @@ def test_damaged_exif_does_not_lose_the_picture():
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_animations_show_their_first_frame(kind):
     frames = [Image.new("RGB", (16, 16), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
-    data = packed(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    data = packed(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
     assert view(data, 16).pixels[8, 8].tolist() == [250, 0, 0]
 
 

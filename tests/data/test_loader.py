@@ -33,7 +33,9 @@ class Numbers:
             raise OSError("the disk is gone")
         self.threads.add(threading.current_thread().name)
         noise = Rng(seed, position).uniform("crop").float().view(-1, 1, 1, 1)
-        image = (torch.tensor(list(index)).float().view(-1, 1, 1, 1) + noise + flip).expand(-1, 3, resolution, resolution)
+        image = (torch.tensor(list(index)).float().view(-1, 1, 1, 1) + noise + flip).expand(
+            -1, 3, resolution, resolution
+        )
         return ImageBatch(
             image=image.contiguous(),
             caption=tuple(f"number {i}" for i in index),

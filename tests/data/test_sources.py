@@ -1,0 +1,86 @@
+"""Every source builds a data set that keeps the one contract, and its kind picks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+from ldm.data.cache import CachedLatents, write_cache
+from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips
+from ldm.data.folder import FolderSource
+from ldm.data.sources import Source
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"photograph {i}\nnumber {i}")
+    return root
+
+
+def kinds(photos: Path) -> dict[str, dict[str, object]]:
+    return {"folder": {"kind": "folder", "path": str(photos), "val_share": 0.3}}
+
+
+@pytest.mark.parametrize("kind", ["folder"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_source_keeps_the_contract(photos, kind, split):
+    source = TypeAdapter(Source).validate_python(kinds(photos)[kind])
+    assert source.kind == kind
+    data: DataSet = source.build(split)
+    index, position = [0, len(data) - 1, 0], [11, 12, 13]
+    batch = data.load(index, position, 32, 5, True)
+    assert batch.image.shape == (3, 3, 32, 32) and batch.image.dtype == torch.float32
+    assert batch.image.abs().max() <= 1 and batch.size.shape == (3, 6) and batch.position.tolist() == position
+    assert batch.size[:, 4:].tolist() == [[32, 32]] * 3
+    assert list(batch.caption) == data.captions(index, position, 5)
+    for row, (i, p) in enumerate(zip(index, position, strict=True)):
+        alone = data.load([i], [p], 32, 5, True)
+        assert torch.equal(alone.image[0], batch.image[row]) and alone.caption[0] == batch.caption[row]
+        assert batch.caption[row] in data.all_captions([i])[0] and data.origin(i)
+    assert data.fingerprint() == source.build(split).fingerprint()
+    assert data.fingerprint() != source.build("val" if split == "train" else "train").fingerprint()
+    json.dumps(data.describe())
+    assert data.describe()["fingerprint"] == data.fingerprint() and data.describe()["kind"] == kind
+    nothing = data.captions([], [], 0)
+    assert nothing == []
+
+
+@pytest.mark.parametrize("kind", ["folder"])
+def test_every_source_can_be_cached(photos, kind, tmp_path):
+    data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("val")
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=6)
+    latents: Samples = CachedLatents(tmp_path)
+    count = min(6, len(data))
+    batch = latents.load(range(count), range(count), 32, 0, False)
+    image = data.load(range(count), range(count), 32, 0, False)
+    assert torch.equal(batch.mean, image.image[:, :, ::8, ::8].half().float())
+    assert torch.equal(batch.size, image.size)
+    assert all(c in data.all_captions([i])[0] for i, c in enumerate(batch.caption))
+
+
+def test_half_of_the_positions_are_mirrored_if_any():
+    assert draw_flips(0, range(5), False) == [False] * 5 and draw_flips(0, [], True) == []
+    flips = draw_flips(0, range(1000), True)
+    assert 430 < sum(flips) < 570 and flips[17:19] == draw_flips(0, [17, 18], True)
+
+
+def test_captions_are_drawn_evenly_and_by_position():
+    choices = [["one"], ["a", "b", "c"]] * 600
+    drawn = draw_captions(choices, range(1200), 4)
+    assert drawn[::2] == ["one"] * 600
+    assert all(150 < drawn.count(word) < 250 for word in "abc")
+    assert draw_captions(choices[1:2], [1], 4) == drawn[1:2]
+
+
+def test_a_folder_source_is_plain_data():
+    assert TypeAdapter(FolderSource).dump_python(FolderSource(path="x"))["path"] == "x"
