@@ -7,12 +7,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from ldm.batch import Movable, cat
+from ldm.batch import cat
 from ldm.data.dataset import B, Samples
 from ldm.errors import UserError
 from ldm.rng import mix
@@ -99,7 +100,7 @@ def batches(
             first = step * batch + rank * size
             position = np.arange(first, first + size)
             index = shuffled(seed, position, len(data))
-            yield [_task(data, i, p, resolution, seed, flip) for i, p in _cut(index, position, cuts)]
+            yield [_Slice(data, i, p, resolution, seed, flip) for i, p in _cut(index, position, cuts)]
 
     for parts in ordered(tasks(), workers):
         yield parts[0] if len(parts) == 1 else cat(parts)
@@ -110,26 +111,22 @@ def _cut(index: np.ndarray, position: np.ndarray, cuts: int) -> Iterator[tuple[l
         yield i.tolist(), p.tolist()
 
 
-class _Load:
-    """One slice of a batch, still to be loaded."""
+@dataclass(frozen=True)
+class _Slice(Generic[B]):
+    """A part of a batch, still to be loaded; it says what it is made of, for the message when it never arrives."""
 
-    def __init__(self, load: Callable[[], Movable], names: Callable[[], str]) -> None:
-        self.load, self.names = load, names
+    data: Samples[B]
+    index: list[int]
+    position: list[int]
+    resolution: int
+    seed: int
+    flip: bool
 
-    def __call__(self) -> Movable:
-        return self.load()
+    def __call__(self) -> B:
+        return self.data.load(self.index, self.position, self.resolution, self.seed, self.flip)
 
     def __str__(self) -> str:
-        return self.names()
-
-
-def _task(
-    data: Samples[B], index: list[int], position: list[int], resolution: int, seed: int, flip: bool
-) -> Callable[[], B]:
-    return _Load(  # type: ignore[return-value]
-        lambda: data.load(index, position, resolution, seed, flip),
-        lambda: ", ".join(data.origin(i) for i in index),
-    )
+        return ", ".join(self.data.origin(i) for i in self.index)
 
 
 def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: float = STALLED_S) -> Iterator[list[R]]:
