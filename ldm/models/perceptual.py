@@ -27,7 +27,7 @@ class Tower(Protocol):
 
 
 class FeatureDistance(nn.Module):
-    """Mean over a tower's maps of the squared distance of their unit-length features (LPIPS without learned weights)."""
+    """Squared distance of a tower's unit-length features, mean over its maps (LPIPS without learned weights)."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -121,11 +121,11 @@ def _fill(target: Tensor, names: tuple[str, ...], state: Mapping[str, Tensor], p
     if not found:
         raise UserError(f"{path}: {' or '.join(names)} is missing; LPIPS needs VGG16's convolutions and its five heads")
     if found[0].numel() != target.numel():
-        raise UserError(f"{path}: {names[0]} has shape {tuple(found[0].shape)}, not {tuple(target.shape)}; VGG16 is needed")
+        raise UserError(f"{path}: {names[0]} has shape {tuple(found[0].shape)}, not {tuple(target.shape)} as in VGG16")
     target.copy_(found[0].view_as(target))
 
 
 def _unit(x: Tensor, floor: float) -> Tensor:
-    """Features of length one at every place, (B,C,h,w), in float32 at least; where their square is below `floor`, shorter."""
+    """Features of length one at every place, (B,C,h,w), in float32 at least; shorter where below sqrt(floor)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + floor)
