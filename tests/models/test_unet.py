@@ -238,7 +238,7 @@ def test_an_image_condition_joins_the_channels_of_x():
     x, t = draw(2, 4, 4, 4), torch.tensor([5, 6])
     a = network(x, t, condition(2, image=image))
     assert torch.equal(a, network(torch.cat([x, image], 1), t, condition(2)))
-    with pytest.raises(ValueError, match="x and Cond.image have 4 channels; this U-Net wants 7"):
+    with pytest.raises(ValueError, match=r"x and Cond\.image have 4 channels; this U-Net wants 7"):
         network(x, t, condition(2))
 
 
@@ -265,7 +265,8 @@ def test_pooled_text_reaches_the_prediction():
 def test_coordinates_tell_places_apart():
     maps = coordinates(torch.zeros(2, 4, 3, 5))
     assert maps.shape == (2, 6, 3, 5)
-    torch.testing.assert_close(maps[0, 0, 0], torch.tensor([-0.8, -0.4, 0.0, 0.4, 0.8]))  # x, at the middles of five parts
+    # The middles of five parts of (-1,1), and of three.
+    torch.testing.assert_close(maps[0, 0, 0], torch.tensor([-0.8, -0.4, 0.0, 0.4, 0.8]))
     torch.testing.assert_close(maps[1, 1, :, 0], torch.tensor([-2 / 3, 0.0, 2 / 3]))
     torch.testing.assert_close(maps[0, 2], torch.cos(math.pi * maps[0, 0]))
     torch.testing.assert_close(maps[0, 5], torch.sin(math.pi * maps[0, 1]))
@@ -276,7 +277,8 @@ def test_waves_of_an_odd_width_end_with_a_zero():
 
 
 def test_a_fresh_network_starts_at_zero_and_still_learns_everywhere():
-    network, x, t, cond = build(zero_start=True, attention=(True, True)), draw(2, 4, 4, 4), torch.tensor([5, 6]), condition(2)
+    network = build(zero_start=True, attention=(True, True))
+    x, t, cond = draw(2, 4, 4, 4), torch.tensor([5, 6]), condition(2)
     assert network(x, t, cond).abs().max() == 0
     optimiser = torch.optim.SGD(network.parameters(), 0.1)
     for _ in range(4):  # zero by zero, the gradient reaches every layer
