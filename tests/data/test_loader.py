@@ -144,7 +144,7 @@ def test_without_a_stop_it_never_ends_and_threads_end_with_it():
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_the_steps_after_the_last_are_not_loaded():
