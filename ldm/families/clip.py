@@ -25,7 +25,7 @@ class Clip:
     kind: Literal["clip"] = "clip"
     text: SmallText = SmallText()  # the text tower
     tower: ImageTowerConfig = ImageTowerConfig()  # the image tower
-    vocabulary: Positive = 512  # size of the byte-pair vocabulary that is learned from the captions
+    vocabulary: Positive = 4096  # size of the byte-pair vocabulary, 512 of it single bytes, learned from the captions
     tokenizer_captions: Positive = 4000  # how many captions the vocabulary is learned from
     temperature: Fraction = 0.07  # at the start; it is learned
     tokenizer_seed: Count = 0  # which captions
