@@ -181,19 +181,23 @@ class Execution:
         return trainer.run()
 
     def _encode(self, name: str, stage: Encode, folder: Path, needed: Mapping[str, str]) -> tuple[dict[str, Any], int]:
-        from ldm.data.cache import write_cache
+        from ldm.data.cache import seal, write_cache
         from ldm.families.codec import load_codec
         from ldm.families.latent_diffusion import autoencoder_folder
 
         count = min(stage.images or len(self.data), len(self.data))
-        if self.processes.main:
-            codec = load_codec(autoencoder_folder(self.out / "stages" / needed["autoencoder"] / "model")).to(self.processes.device)
-            with self.log.stage(name, count, 0) as log:
-                write_cache(
-                    folder / "model", self.data, lambda image: codec.moments(image.to(self.processes.device)),
-                    images=count, resolution=stage.resolution, batch=stage.batch, seed=self._seed(name),
-                    autoencoder=codec.hash, on_images=log.advance,
-                )  # fmt: skip
+        device = self.processes.device
+        codec = load_codec(autoencoder_folder(self.out / "stages" / needed["autoencoder"] / "model")).to(device)
+        with self.log.stage(name, count, 0) as log:
+            write_cache(
+                folder / "model", self.data, lambda image: codec.moments(image.to(device)),
+                autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
+                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, workers=self.run.workers,
+                rank=self.processes.rank, world=self.processes.world, on_images=log.advance,
+            )  # fmt: skip
+        self.processes.wait()
+        if self.processes.main and self.processes.world > 1:
+            seal(folder / "model")
         self.processes.wait()
         return {"images": count}, count
 

@@ -240,7 +240,8 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: on anything the user can mend.
     """
-    from ldm.config import describe, load
+    from ldm.config import load
+    from ldm.config_text import describe
 
     options = {word for word in words if word.startswith("-")}
     if unknown := options - {"--plan", "--help", "-h"}:

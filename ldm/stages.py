@@ -17,6 +17,7 @@ class Encode:
     resolution: Positive  # px, height and width
     batch: Positive = 64  # images per call of the encoder
     images: Count = 0  # how many; 0: the whole data set
+    flip: bool = False  # keep mirrored latents too, for training with flip (twice the size)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""

@@ -1,0 +1,183 @@
+"""What a configuration says to its reader: its mistakes in one line each, and every field with its meaning."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from io import StringIO
+from typing import Annotated, Any, Literal, Union
+
+
+def without_annotation(kind: Any) -> Any:
+    """The type inside Annotated."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def members_of(kind: Any) -> dict[str, Any]:
+    """The dataclasses of a union by their `kind`, or nothing."""
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return {}
+    classes = [c for c in map(without_annotation, typing.get_args(kind)) if dataclasses.is_dataclass(c)]
+    return {c.__dataclass_fields__["kind"].default: c for c in classes if "kind" in c.__dataclass_fields__}
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def default_of(kind: Any, name: str) -> Any:
+    """The default of a dataclass's field, or dataclasses.MISSING."""
+    field = kind.__dataclass_fields__[name]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
+    """One line for one of pydantic's problems: path, value, what is allowed."""
+    steps, tag, owner = [], problem["type"], kind
+    here: Any = data
+    for step in problem["loc"]:
+        if isinstance(here, Mapping) and step not in here and step == here.get("kind"):
+            continue  # pydantic's name for the member of a union
+        owner = _chosen(kind, here)
+        kind = _inside(owner, step)
+        known = (isinstance(here, Mapping) and step in here) or (isinstance(here, list) and isinstance(step, int))
+        here = here[step] if known else None
+        steps.append(str(step))
+    path = ".".join(steps)
+    if tag in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = list(hints_of(owner)) if dataclasses.is_dataclass(owner) else []
+        return f"{path}: unknown field{_nearest(steps[-1], names, 'known are')}"
+    if tag.startswith("missing"):
+        return f"{path}: required, but not given"
+    if tag == "union_tag_invalid":
+        given = here.get("kind") if isinstance(here, Mapping) else here
+        return f"{path}.kind: got {given!r}{_nearest(given, list(members_of(without_annotation(kind))), 'allowed are')}"
+    if tag == "union_tag_not_found":
+        return f"{path}.kind: required, but not given; allowed are {', '.join(members_of(without_annotation(kind)))}"
+    if tag == "literal_error":
+        names = [str(name) for name in typing.get_args(without_annotation(kind))]
+        return f"{path}: got {problem['input']!r}{_nearest(problem['input'], names, 'allowed are')}"
+    if tag == "value_error":
+        text = str(problem["ctx"]["error"])
+        return f"{path}: {text}" if path else text
+    message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
+    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {message[0].lower() + message[1:]}"
+
+
+def _nearest(given: Any, names: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(str(given), names, 1, 0.5)
+    found = f"; did you mean {near[0]}?" if near else ""
+    return f"{found} ({otherwise} {', '.join(names)})" if found else f"; {otherwise} {', '.join(names)}"
+
+
+def _chosen(kind: Any, here: Any) -> Any:
+    """The member of a union that the data chooses, or the type itself."""
+    kind = without_annotation(kind)
+    members = members_of(kind)
+    if not members:
+        return kind
+    return members.get(str(here.get("kind"))) if isinstance(here, Mapping) else None
+
+
+def _inside(kind: Any, step: Any) -> Any:
+    """The type of one entry of a dataclass, mapping or tuple."""
+    if dataclasses.is_dataclass(kind):
+        return hints_of(kind).get(step)
+    arguments = typing.get_args(kind)
+    return arguments[-1] if typing.get_origin(kind) is dict else arguments[0] if arguments else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Help
+
+
+def describe(kind: Any) -> str:
+    """Every field below a configuration class, one line each: path, type, default, meaning."""
+    lines = []
+    for path, type_name, default, meaning in fields_of(kind):
+        shown = "required" if default is dataclasses.MISSING else _literal(default)
+        head = f"  {path:<44} {type_name:<26} {shown}"
+        lines.append(f"{head}\n{'':<8}{meaning}" if meaning else head)
+    return "\n".join(lines)
+
+
+def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """(path, type, default, meaning) of every field below a configuration class, the members of unions in turn."""
+    said = _comments(kind)
+    for name, hint in hints_of(kind).items():
+        where, default = f"{path}{name}", default_of(kind, name)
+        inner = without_annotation(hint)
+        repeated = f"{where}.NAME" if typing.get_origin(inner) is dict else f"{where}[]"
+        if typing.get_origin(inner) in (dict, tuple) and _branches(without_annotation(typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0])):
+            where, inner = repeated, without_annotation(typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0])
+        branches = _branches(inner)
+        if not branches:
+            yield where, type_name(inner), default, said.get(name, "")
+        elif dataclasses.is_dataclass(inner):
+            yield where, "", "" if default is not dataclasses.MISSING else default, said.get(name, "")
+            yield from fields_of(inner, f"{where}.")
+        else:
+            chosen = getattr(default, "kind", "" if default is dataclasses.MISSING else "")
+            yield f"{where}.kind", " | ".join(branches), chosen, said.get(name, "")
+            for word, member in branches.items():
+                for entry in fields_of(member, f"{where}."):
+                    if entry[0] != f"{where}.kind":
+                        yield (entry[0], entry[1], entry[2], f"[{word}] {entry[3]}")
+
+
+def _branches(kind: Any) -> dict[str, Any]:
+    return {"": kind} if dataclasses.is_dataclass(kind) else members_of(kind)
+
+
+def type_name(kind: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    kind = without_annotation(kind)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_name(a) for a in arguments)
+    if origin is tuple:
+        inner = [type_name(a) for a in arguments if a is not ...]
+        return f"[{inner[0]}, ...]" if ... in arguments else f"[{', '.join(inner)}]"
+    if origin is dict:
+        return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
+    return {"str": "text", "NoneType": "null", "int": "integer", "float": "number", "bool": "true | false"}.get(kind.__name__, kind.__name__)
+
+
+def _literal(value: Any) -> str:
+    if value == "":
+        return '""' if isinstance(value, str) else ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+@cache
+def _comments(kind: Any) -> dict[str, str]:
+    """The comment behind each field's definition in the source of its class."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    by_line = {
+        token.start[0]: token.string.lstrip("# ").split("  # ")[0]
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found: dict[str, str] = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno in by_line:
+            found[node.target.id] = by_line[node.end_lineno]
+    return found
