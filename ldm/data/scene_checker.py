@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ldm.data.scene_spec import HALF_HEIGHT, HALF_WIDTH, SIDE, TRIANGLE, Specs, distance, hues, relation_of
 
 WORK = 64  # px, the largest size that is read
-CHROMA = 0.22  # of a coloured pixel: greatest minus least channel
+CHROMA = 0.20  # of a coloured pixel: greatest minus least channel
 LEAST_AREA = 0.36 * SIDE[0] ** 2
 LEAST_IOU = 0.72
 LEAST_SEEN = 0.65  # share of a shape that must be visible
@@ -26,7 +26,7 @@ BORDERS = np.sqrt(SIDE[1:] * SIDE[:-1])  # between the size classes, 18 % from e
 RANGE = (SIDE[0] / 1.18, SIDE[-1] * 1.18)
 WINDOW = 1.15  # half the width of the canonical window, in sides of the object
 BELOW = TRIANGLE * np.sqrt(3) / 12  # a triangle's centroid below the centre of its box
-CHUNK = 1 << 18  # pixels at a time
+CHUNK = 1 << 16  # pixels at a time
 
 Array = NDArray[np.float32]
 
@@ -277,7 +277,7 @@ def _window(alpha: Array, ignore: NDArray[np.bool_], item: NDArray[np.int64], x:
     inside = ((near_x >= 0) & (near_x < size))[:, None, :] & ((near_y >= 0) & (near_y < size))[:, :, None]
     at = base + np.clip(near_y, 0, size - 1)[:, :, None] * size + np.clip(near_x, 0, size - 1)[:, None, :]
     weight = (inside & ~ignore.reshape(-1)[at]).astype(np.float32)
-    return (mask * weight).reshape(len(item), -1), weight.reshape(len(item), -1)
+    return (mask * weight).reshape(-1, grid * grid), weight.reshape(-1, grid * grid)
 
 
 def _overlap(mask: Array, weight: Array, templates: Array) -> Array:

@@ -264,6 +264,7 @@ def withheld_relations() -> NDArray[np.bool_]:
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------------------------
 CELL_ORDER = np.array([0, 1, 2, 3, 5, 6, 7, 8, 4])  # the centre last
+REPEAT = 0.2  # chance that an object of the rich tiers joins the group before it
 TRIES = 12  # places tried for an object before the scene is drawn afresh
 GAP = {False: 0.04, True: 0.04}  # between objects that must not touch, by Tier.touching
 SIZE_ODDS = {1: (1, 1, 1), 2: (1, 1, 1), 3: (0.45, 0.40, 0.15), 4: (0.50, 0.40, 0.10)}  # by number of objects
@@ -290,10 +291,13 @@ def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs,
     if rules.phrases > 1:
         count = np.full(n, most)
     there = np.arange(most) < count[:, None]
-    pair = np.array(rules.pairs)[(draw(most) * len(rules.pairs)).astype(np.int64)]  # (N,K,2)
-    repeat, alike = draw(most) < 0.35, draw(most)
-    if most > 2 and rules.phrases == 1:  # groups: three red squares
-        for j in range(1, most):
+    offers = np.array(rules.pairs)[(draw(most, 4) * len(rules.pairs)).astype(np.int64)]  # (N,K,4,2)
+    repeat, alike = draw(most) < REPEAT, draw(most)
+    pair = offers[:, :, 0].copy()
+    for j in range(1, most):  # a new colour where one is offered, or a group: three red squares
+        new = (offers[:, j, :, None, 0] != pair[:, None, :j, 0]).all(2)
+        pair[:, j] = offers[np.arange(n), j, new.argmax(1)]
+        if most > 2 and rules.phrases == 1:
             pair[:, j] = np.where(repeat[:, j, None], pair[:, j - 1], pair[:, j])
     odds = np.array([np.cumsum(np.array(SIZE_ODDS[c])[list(tier.sizes)]) for c in range(1, 5)])[count - 1]
     chosen = (draw(most)[..., None] * odds[:, None, -1:] >= odds[:, None, :]).sum(-1)
