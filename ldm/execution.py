@@ -13,10 +13,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm import __version__, checkpoint
 from ldm.config import dump
 from ldm.errors import UserError
 from ldm.log import Log
+from ldm.process import calibrate
 from ldm.rng import mix
 from ldm.run import DONE, Finished, Run, differences, finished, identity, inputs_of, key_of, plain_json
 from ldm.stages import Encode, Evaluate, Export
@@ -160,8 +163,6 @@ class Execution:
         return mix(self.run.seed, name) % 2**63
 
     def _train(self, name: str, stage: Train, folder: Path, key: str, needed: Mapping[str, str]) -> dict[str, Any]:
-        import torch
-
         from ldm.data.cache import CachedLatents
         from ldm.families.family import Context, Product
 
@@ -287,13 +288,15 @@ def _headline(result: Mapping[str, Any]) -> str:
     return f"; {', '.join(shown)}" if shown else ""
 
 
-def start(run: Run, out: Path) -> int:
+def carry_out(run: Run, out: Path) -> int:
     """Do a run in its folder; returns the exit code."""
+    threads = calibrate()
     processes = Processes()
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             (out / "config.yaml").write_text(dump(run))
         execution = Execution(run, out, processes)
+        execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
         try:
             execution.start()
         except Stopped:

@@ -67,8 +67,10 @@ def _problems(run: Run) -> Iterator[str]:
         for needed in _needs(run, stage):
             if needed not in trained:
                 yield f"{where}: needs a stage before it that trains {needed} (kind: train, family: {needed})"
-        if isinstance(stage, Train | Encode) and stage.resolution % factor:
-            yield f"{where}.resolution: got {stage.resolution}; the autoencoder needs a multiple of {factor}"
+        sides = (stage.resolution, *stage.also) if isinstance(stage, Train) else (stage.resolution,) if isinstance(stage, Encode) else ()
+        for side in sides:
+            if side % factor:
+                yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
         if isinstance(stage, Train):
             if stage.latents:
                 cache = encoded.get(stage.latents)
@@ -76,6 +78,8 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.latents: {stage.latents!r} is no encode stage before this one"
                 elif cache.resolution != stage.resolution:
                     yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
+                if stage.also:
+                    yield f"{where}.also: cached latents have one resolution"
                 if stage.family != "diffusion":
                     yield f"{where}.latents: only family: diffusion reads latents"
             trained[stage.family] = name
@@ -278,12 +282,12 @@ def execute(run: Run, out: Path, *, only_plan: bool = False) -> int:
     if only_plan:
         show_plan(run, out)
         return 0
-    from ldm.execution import start
+    from ldm.execution import carry_out
 
-    return start(run, out)
+    return carry_out(run, out)
 
 
-def train(run: Run) -> Path:
+def start(run: Run) -> Path:
     """Do a run from Python; returns its folder.
 
     Raises:

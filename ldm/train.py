@@ -41,6 +41,7 @@ class Train:
     family: Literal["text", "autoencoder", "diffusion"]  # which part of the model learns
     images: Positive  # how many samples the stage sees; progress, schedules and periods count images
     resolution: Positive  # px, height and width
+    also: tuple[Positive, ...] = ()  # further resolutions, px; updates take all of them in turn
     batch: Positive = 32  # samples of one update, over all processes
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
@@ -195,7 +196,7 @@ class Trainer:
         stage = self.stage
         model = self.processes.wrap(self.family)
         feed = batches(
-            self.data, seed=self.seed, batch=stage.batch, resolution=stage.resolution, flip=stage.flip,
+            self.data, seed=self.seed, batch=stage.batch, resolution=(stage.resolution, *stage.also), flip=stage.flip,
             start=self.step, stop=stage.steps, rank=self.processes.rank, world=self.processes.world,
             workers=self.workers,
         )  # fmt: skip

@@ -68,7 +68,7 @@ def batches(
     *,
     seed: int,
     batch: int,
-    resolution: int,
+    resolution: int | Sequence[int],
     flip: bool = False,
     start: int = 0,
     stop: int | None = None,
@@ -84,6 +84,7 @@ def batches(
 
     Args:
         batch: samples over all ranks together.
+        resolution: px; several are taken in turn from batch to batch.
         stop: the step before which to end; None: never.
         workers: threads that prepare batches ahead; 0: the caller's own thread does it when asked.
 
@@ -93,6 +94,7 @@ def batches(
     if batch % world:
         raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
     cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
 
     def tasks() -> Iterator[list[Callable[[], B]]]:
@@ -100,7 +102,8 @@ def batches(
             first = step * batch + rank * size
             position = np.arange(first, first + size)
             index = shuffled(seed, position, len(data))
-            yield [_Slice(data, i, p, resolution, seed, flip) for i, p in _cut(index, position, cuts)]
+            side = sides[step % len(sides)]
+            yield [_Slice(data, i, p, side, seed, flip) for i, p in _cut(index, position, cuts)]
 
     for parts in ordered(tasks(), workers):
         yield parts[0] if len(parts) == 1 else cat(parts)

@@ -1,0 +1,20 @@
+# Two commands set everything up on a machine with Python 3.11 or newer: make quickstart, make test.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: quickstart test clean
+quickstart: $(VENV)/installed
+	$(VENV)/bin/python train.py configs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

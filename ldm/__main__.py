@@ -1,0 +1,72 @@
+"""`ldm VERB` and `python -m ldm VERB`: each verb's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": ("ldm.run", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
+    "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
+    "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
+    "report": ("ldm.report", "write the page of a run: ldm report RUN"),
+    "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = "\n".join(f"  {verb:<10} {said}" for verb, (_, said) in VERBS.items())
+    return f"usage: ldm VERB ...\n\nLatent text-to-image diffusion for people who train.\n\n{lines}\n\n`ldm VERB --help` tells more."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code: 0, 2 after a mistake of the user, 130 when interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from ldm import __version__
+
+        print(f"ldm {__version__}")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        print(f"ldm {verb}: no such verb; {hint}", file=sys.stderr)
+        return 2
+    return run(verb, words[1:])
+
+
+def run(verb: str, words: Sequence[str]) -> int:
+    """Call a verb and turn its mistakes into one line each."""
+    from ldm.errors import UserError
+    from ldm.process import prepare
+
+    prepare()
+    try:
+        return int(importlib.import_module(VERBS[verb][0]).main(list(words)))
+    except UserError as error:
+        print(f"ldm {verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"ldm {verb}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ldm {verb}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
