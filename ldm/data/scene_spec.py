@@ -34,7 +34,7 @@ PERIOD = (0.17, 0.22)  # of the background's texture
 BORDER = 0.03  # a centre keeps this far from the borders of its cell
 
 TierName = Literal["one", "T0", "T1", "T2", "T3"]
-SplitName = Literal["train", "val", "pair_dev", "pair_test", "held-out", "count_test", "rel_test", "long_test"]
+SplitName = Literal["train", "val", "seen", "pair_dev", "pair_test", "held-out", "count_test", "rel_test", "long_test"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Rules:
 SPLITS: dict[str, Rules] = {
     "train": Rules(),
     "val": Rules(),
+    "seen": Rules(),  # of prompts
     "pair_dev": Rules(PAIR_DEV, None, None),
     "pair_test": Rules(PAIR_TEST, None, None),
     "held-out": Rules(PAIR_DEV + PAIR_TEST, None, None),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.scene_captions import stated
-from ldm.data.scene_render import render
+from ldm.data.scene_render import render, to_bytes
 from ldm.data.scene_spec import TIERS, Specs
 from ldm.metrics.adherence import score
 
@@ -28,7 +28,7 @@ def yardsticks(specs: Specs, tier: str, seed: int = 0) -> dict[str, dict[str, fl
     for name, images, rows in _kinds(specs, tier, np.random.default_rng(seed)):
         wanted = targets if rows is None else [targets[i] for i in rows]
         if wanted:
-            scores = score(np.clip(images, 0, 1).transpose(0, 2, 3, 1), wanted)
+            scores = score(to_bytes(np.clip(images, 0, 1)), wanted)
             out[name] = {key: float(np.nanmean(v)) for key, v in scores.items() if not np.isnan(v).all()}
     return out
 
