@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from ldm.config import BY_KIND
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
+from ldm.data.scenes import ScenesSource
 
-Source = FolderSource
+Source = Annotated[ScenesSource | FolderSource, BY_KIND]
 
-__all__ = ["DataSet", "FolderSource", "Samples", "Source", "Split"]
+__all__ = ["DataSet", "FolderSource", "Samples", "ScenesSource", "Source", "Split"]

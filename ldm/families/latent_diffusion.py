@@ -15,7 +15,7 @@ from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
 from ldm.checkpoint import write_json
 from ldm.config import Fraction, NonNegative, Positive, config
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import SPACINGS, Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
@@ -107,7 +107,7 @@ class Settings:
     guidance: float
     rescale: float
     sampler: str
-    spacing: str | None
+    spacing: str
     eta: float
 
 
@@ -209,6 +209,35 @@ class LatentDiffusionFamily(Family):
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
         return self.codec.decode(self.codec.moments(image)[0]).float().clamp(-1, 1)
 
+    def settings(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        rescale: float | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        eta: float = 0.0,
+    ) -> Settings:
+        """The numbers of a sampling call, the model's defaults where none are given.
+
+        Raises:
+            UserError: on an unknown sampler or spacing.
+        """
+        d = self.config.defaults
+        name = sampler or d.sampler
+        if name not in SAMPLERS:
+            raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
+        chosen = Settings(
+            steps=d.steps if steps is None else steps,
+            guidance=d.guidance if guidance is None else guidance,
+            rescale=d.rescale if rescale is None else rescale,
+            sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,
+        )  # fmt: skip
+        if chosen.spacing not in SPACINGS:
+            raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        return chosen
+
     @torch.no_grad()
     def sample(
         self,
@@ -223,15 +252,13 @@ class LatentDiffusionFamily(Family):
         eta: float = 0.0,
         negative: str = "",
         size: tuple[int, int] | None = None,
-        batch: int | None = None,
         on_step: Callable[[int, int], None] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
         """One picture for each (prompt, seed), uint8 (N,H,W,3).
 
         Picture i depends on its own prompt, seed, size and settings alone: the networks always see `defaults["chunk"]`
-        images, padded where fewer are asked for, so neither `batch` (how many are worked on before `on_step` reports a
-        new round) nor the neighbours change a bit.
+        images, padded where fewer are asked for, so how many are asked for in one call does not change a bit.
 
         Args:
             prompts: N texts.
@@ -243,22 +270,14 @@ class LatentDiffusionFamily(Family):
         Raises:
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
-        d = self.defaults
-        settings = Settings(
-            steps=d["steps"] if steps is None else steps,
-            guidance=d["guidance"] if guidance is None else guidance,
-            rescale=d["rescale"] if rescale is None else rescale,
-            sampler=sampler or d["sampler"], spacing=spacing, eta=eta,
-        )  # fmt: skip
-        height, width = size or d["size"]
-        if settings.sampler not in SAMPLERS:
-            raise UserError(f"sampler: got {settings.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta)
+        height, width = size or self.defaults["size"]
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         shape = (self.codec.channels, height // self.factor, width // self.factor)
-        chunk = d["chunk"]
+        chunk = self.defaults["chunk"]
         done: list[Tensor] = []
         rounds = -(-len(prompts) // chunk)
         was_training = self.unet.training
@@ -289,7 +308,7 @@ class LatentDiffusionFamily(Family):
     ) -> Tensor:
         device = next(self.unet.parameters()).device
         entry = SAMPLERS[settings.sampler]
-        grid = self.process.grid(settings.steps, settings.spacing or entry.spacing)
+        grid = self.process.grid(settings.steps, settings.spacing)
         size = torch.tensor([[noise.shape[2] * self.factor, noise.shape[3] * self.factor, 0, 0] * 1]).float()
         size = torch.cat([size, size[:, :2]], 1).expand(len(prompts), 6).to(device)
         cond = Cond(text=self.text.encode(prompts), size=size)

@@ -1,0 +1,141 @@
+"""The verb that measures a model, and the measuring itself, which stages use too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ldm.cli import call
+from ldm.errors import UserError
+
+Option = typer.Option
+
+
+def measure(
+    model: Any,
+    metrics: Sequence[Any],
+    *,
+    data: Any,
+    resolution: int,
+    seed: int,
+    pictures: Path | None,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """The results of measurements by their kind; a kind that stands there twice gets a number behind it.
+
+    Args:
+        model: a family that draws and reconstructs, or a codec that only reconstructs.
+        metrics: members of `ldm.metrics.evaluator.Evaluator`.
+        data: validation images, or None.
+        resolution: px, of reconstructions.
+        pictures: folder for example pictures, or None.
+        progress: called as progress(done, in all, what).
+    """
+    from ldm.metrics.evaluator import Bench
+
+    device = next(iter(model.parameters()), None)
+    place = model.mean.device if device is None else device.device
+    bench = Bench(model, data, resolution, seed, place, pictures, progress)
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        name, number = metric.kind, 2
+        while name in found:
+            name, number = f"{metric.kind}_{number}", number + 1
+        found[name] = metric.run(bench)
+    return found
+
+
+def main(words: Sequence[str]) -> int:
+    """`ldm evaluate MODEL`: the exit code."""
+    return call(evaluate, words, "ldm evaluate")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model or run folder, or owner/name on the hub.")],
+    on: Annotated[str, Option(help="What to measure on: scenes, or a folder of captioned images.")] = "scenes",
+    tier: Annotated[str, Option(help="Of the scenes: one T0 T1 T2 T3.")] = "T0",
+    n: Annotated[int, Option(min=2, help="Prompts: half with seen colour-shape pairs, half with held-out ones.")] = 200,
+    seed: Annotated[int, Option(min=0, help="Of prompts and pictures.")] = 0,
+    guidance: Annotated[str, Option(help="Guidance scales to compare, such as 1,2,3,5; default: the model's.")] = "",
+    steps: Annotated[int, Option(min=0, help="Denoising steps; 0: the model's.")] = 0,
+    sampler: Annotated[str, Option(help="Default: the model's.")] = "",
+    images: Annotated[int, Option(min=4, help="Images for reconstruction and Fréchet distance.")] = 256,
+    as_json: Annotated[Path | None, Option("--json", help="Also write the result to this file.")] = None,
+    pictures: Annotated[Path | None, Option(help="Folder for example pictures.")] = None,
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+) -> int:
+    """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
+    scales = _numbers(guidance)
+    from ldm import __version__
+    from ldm.config import build
+    from ldm.data.folder import FolderSource
+    from ldm.data.scenes import ScenesSource
+    from ldm.families.latent_diffusion import load
+    from ldm.log import Log
+    from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
+    from ldm.process import calibrate
+    from ldm.sample import best_device
+
+    calibrate()
+    if on == "scenes":
+        source: Any = build({"kind": "scenes", "tier": tier, "val": 2 * images}, ScenesSource, "--tier")
+    else:
+        source = build({"kind": "folder", "path": on}, FolderSource, "--on")
+    family = load(model, device=device or best_device())
+    metrics: list[Any] = [Reconstruction(images=images), Frechet(images=images, steps=steps, seed=seed)]
+    if on == "scenes":
+        own = {"tier": tier, "prompts": max(1, n // 2), "guidance": scales, "steps": steps, "sampler": sampler, "seed": seed}
+        metrics.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
+    log = Log(Path("."), console=True, write=False)
+    with log.stage("evaluate", 0, 0) as progress:
+        found = measure(
+            family, metrics, data=source.build("val"), resolution=family.defaults["size"][0], seed=seed,
+            pictures=pictures, progress=progress.progress,
+        )  # fmt: skip
+    result = {"model": model, "model_hash": family.content_hash, "version": __version__, "on": on, **found}
+    table(result)
+    if as_json is not None:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
+        as_json.write_text(json.dumps(result, indent=1))
+        print(f"written to {as_json}", file=sys.stderr)
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"guidance: got {text!r}; write numbers with commas, such as 1,2,3,5") from None
+
+
+def table(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "adherence" in result:
+        found = result["adherence"]
+        shown = Table(title=f"adherence, tier {found['protocol']['tier']}, {found['protocol']['prompts']} prompts each")
+        names = [name for name in ("bind", "strict", "colour", "shape", "size", "cell", "rel", "count", "tone") if name in found["seen"]]
+        for column in ("guidance", "pairs", *names):
+            shown.add_column(column, justify="left" if column == "pairs" else "right")
+        for scale, groups in found["intervals"].items():
+            for pairs, values in groups.items():
+                cells = [f"{values[k]['mean']:.3f} [{values[k]['low']:.2f}, {values[k]['high']:.2f}]" if k == "bind"
+                         else f"{values[k]['mean']:.3f}" for k in names]  # fmt: skip
+                shown.add_row(scale, pairs, *cells)
+        console.print(shown)
+        console.print(f"the checker on perfect pictures: bind {found['checker']['seen']:.3f} seen, {found['checker']['held_out']:.3f} held-out")
+    if "reconstruction" in result:
+        numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
+        console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    if "frechet" in result:
+        found = result["frechet"]
+        console.print(f"fréchet distance {found['distance']:.2f}; between real images {found['real_real_floor']:.2f}"
+                      f" ({found['protocol']['images']} images)")  # fmt: skip

@@ -1,0 +1,193 @@
+"""The measurements a stage or `ldm evaluate` can make, each a configuration that runs on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.config import BY_KIND, Count, NonNegative, Positive, config
+from ldm.data.dataset import DataSet
+from ldm.data.scene_spec import TierName
+from ldm.data.scenes import Scenes, prompts
+from ldm.errors import UserError
+from ldm.metrics import adherence, frechet
+from ldm.metrics.reconstruction import psnr, ssim
+from ldm.pictures import save_grid
+
+Values = dict[str, Any]
+
+
+class Reconstructs(Protocol):
+    """A model that knows its autoencoder's pictures."""
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
+        ...
+
+
+class Draws(Reconstructs, Protocol):
+    """A model that draws prompts."""
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Tensor:
+        """Pictures uint8 (N,H,W,3)."""
+        ...
+
+    def settings(self, **settings: Any) -> Any:
+        """The numbers of a sampling call, defaults filled in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a measurement may use."""
+
+    model: Any
+    data: DataSet | None  # validation images
+    resolution: int  # px
+    seed: int
+    device: torch.device
+    pictures: Path | None  # folder for example pictures
+    progress: Callable[[int, int, str], None]  # (done, in all, what)
+
+    def real(self, count: int) -> Any:
+        """The first validation images, at most `count`."""
+        if self.data is None:
+            raise UserError("this measurement needs images to compare with: give --on scenes or --on folder")
+        index = list(range(min(count, len(self.data))))
+        return self.data.load(index, index, self.resolution, 0, False)
+
+    def show(self, name: str, images: Tensor, columns: int) -> None:
+        """Write example pictures (N,3,H,W) in [-1,1] where pictures are wanted."""
+        if self.pictures is not None:
+            save_grid(images, self.pictures / f"{name}.png", columns)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@config
+class Adherence:
+    """Whether pictures show what their prompts state, read by the scenes' exact checker."""
+
+    kind: Literal["adherence"] = "adherence"
+    tier: TierName  # whose prompts
+    prompts: Positive = 100  # with colour-shape pairs seen in training, and as many with held-out pairs
+    guidance: tuple[NonNegative, ...] = ()  # guidance scales that are compared; none: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    size: Count = 0  # px; 0: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    def run(self, bench: Bench) -> Values:
+        """Means by attribute at the first guidance scale, all with intervals, and the checker's own score."""
+        groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
+        own: dict[str, Any] = {"steps": self.steps or None, "sampler": self.sampler or None}
+        scales = self.guidance or (bench.model.settings().guidance,)
+        size = (self.size, self.size) if self.size else None
+        intervals: Values = {}
+        total, done = 2 * self.prompts * len(scales), 0
+        for scale in scales:
+            per_pairs: Values = {}
+            for pairs, asked in groups.items():
+                seeds = [self.seed * 1_000_003 + i for i in range(len(asked))]
+
+                def on_step(step: int, steps: int, base: int = done, many: int = len(asked), scale: float = scale) -> None:
+                    bench.progress(base + many * step // steps, total, f"guidance {scale:g}")
+
+                images = bench.model.sample(asked.text, seeds, guidance=scale, size=size, on_step=on_step, **own)
+                done += len(asked)
+                scores = adherence.score(images.numpy(), asked.targets)
+                per_pairs[pairs] = {name: value.to_dict() for name, value in adherence.summary(scores).items()}
+                if scale == scales[0]:
+                    bench.show(f"adherence-{pairs}", _floats(images[:32]), 8)
+            intervals[f"{scale:g}"] = per_pairs
+        first = intervals[f"{scales[0]:g}"]
+        means = {pairs.replace("-", "_"): {k: round(v["mean"], 4) for k, v in found.items()} for pairs, found in first.items()}
+        used = bench.model.settings(guidance=scales[0], **own)
+        protocol = {
+            "tier": self.tier, "prompts": self.prompts, "guidance": list(scales), "steps": used.steps, "sampler": used.sampler,
+            "spacing": used.spacing, "seed": self.seed, "size": self.size or bench.model.defaults["size"][0],
+            "intervals": "95 % bootstrap over prompts, 1000 resamples",
+        }  # fmt: skip
+        return {**means, "intervals": intervals, "checker": self._checker(groups, protocol["size"]), "protocol": protocol}
+
+    def _checker(self, groups: Any, size: int) -> Values:
+        """The checker's score of perfect answers, drawn at the size that is measured: nothing can score more."""
+        from ldm.data.scene_render import render, to_bytes
+
+        found = {}
+        for pairs, asked in groups.items():
+            images = to_bytes(render(asked.specs, size))
+            scores = adherence.score(images if images.shape[-1] == 3 else images.transpose(0, 2, 3, 1), asked.targets)
+            found[pairs.replace("-", "_")] = round(float(scores["bind"].mean()), 4)
+        return found
+
+
+@config
+class Reconstruction:
+    """How faithful the autoencoder is: PSNR, SSIM and, on scenes, what the checker reads from its pictures."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    images: Positive = 200  # validation images
+    size: Count = 0  # px; 0: the stage's own
+
+    def run(self, bench: Bench) -> Values:
+        """Means over validation images."""
+        if self.size:
+            bench = Bench(**{**bench.__dict__, "resolution": self.size})
+        real = bench.real(self.images).image
+        made = []
+        for start in range(0, len(real), 50):
+            with torch.no_grad():
+                made.append(bench.model.reconstruct(real[start : start + 50].to(bench.device)).cpu())
+            bench.progress(min(start + 50, len(real)), len(real), "reconstruction")
+        images = torch.cat(made).float().clamp(-1, 1)
+        a, b = (images + 1) / 2, (real + 1) / 2
+        found: Values = {"psnr": round(float(psnr(a, b).mean()), 3), "ssim": round(float(ssim(a, b).mean()), 4)}
+        if isinstance(bench.data, Scenes):
+            targets = bench.data.targets(range(len(real)))
+            scores = adherence.score(a.permute(0, 2, 3, 1).double().numpy(), targets)
+            found |= {name: round(value.mean, 4) for name, value in adherence.summary(scores).items()}
+        pairs = torch.stack([real[:16], images[:16]], 1).flatten(0, 1)
+        bench.show(f"reconstruction-{bench.resolution}", pairs, 8)
+        return {**found, "protocol": {"images": len(real), "resolution": bench.resolution}}
+
+
+@config
+class Frechet:
+    """Fréchet distance between pictures of validation captions and the validation images, in a fixed random feature space."""
+
+    kind: Literal["frechet"] = "frechet"
+    images: Positive = 256  # pictures, and real images; fix it, the distance depends on it
+    steps: Count = 0  # denoising steps; 0: the model's own
+    seed: Count = 0  # of the pictures
+
+    def run(self, bench: Bench) -> Values:
+        """The distance, and the floor: that between two sets of real images of the same number."""
+        real = bench.real(2 * self.images)
+        half = len(real.image) // 2
+        if half < 2:
+            raise UserError(f"frechet: {len(real.image)} validation images are too few; give data.val at least 4")
+
+        def on_step(done: int, total: int) -> None:
+            bench.progress(done, total, "frechet")
+
+        images = bench.model.sample(
+            real.caption[:half], [self.seed + i for i in range(half)], steps=self.steps or None, on_step=on_step
+        )
+        a, b, c = (frechet.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
+        a, b, c = frechet.standardise(a, b, c)
+        return {
+            "distance": round(frechet.distance(b, c), 3),
+            "real_real_floor": round(frechet.distance(a, b), 3),
+            "protocol": {"images": half, "features": "3 random 3x3 convolutions, Philox key 0", "side": frechet.SIDE},
+        }
+
+
+Evaluator = Annotated[Adherence | Reconstruction | Frechet, BY_KIND]
