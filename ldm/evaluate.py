@@ -38,9 +38,7 @@ def measure(
     """
     from ldm.metrics.evaluator import Bench
 
-    device = next(iter(model.parameters()), None)
-    place = model.mean.device if device is None else device.device
-    bench = Bench(model, data, resolution, seed, place, pictures, progress)
+    bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress)
     found: dict[str, Any] = {}
     for metric in metrics:
         name, number = metric.kind, 2

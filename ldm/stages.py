@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from ldm.config import BY_KIND, Count, Positive, config, plain
@@ -31,7 +32,7 @@ class Evaluate:
     kind: Literal["evaluate"] = "evaluate"
     of: str  # the training stage whose result is measured
     metrics: tuple[Evaluator, ...]  # what is measured
-    require: dict[str, float] = {}  # least values by the metric's name, NAME.VALUE, such as reconstruction.bind  # noqa: RUF012
+    require: dict[str, float] = field(default_factory=dict)  # least values by name, such as reconstruction.bind: 0.97
     on_miss: Literal["stop", "warn"] = "stop"  # when a required value is not reached
 
     def identity(self) -> dict[str, Any]:

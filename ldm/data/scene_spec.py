@@ -197,7 +197,7 @@ def distance(shape: int, dx: NDArray, dy: NDArray, side: NDArray) -> NDArray:
 
 @cache
 def outline(shape: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points of a shape of area 1 about its centre: 54 on the outer outline and 64 inside, each (n,2)."""
+    """Points of a shape of area 1 about its centre: 54 on the outer outline and 96 inside, each (n,2)."""
     corner = np.arctan2(HALF_HEIGHT[2], HALF_WIDTH[2])
     arms = np.arctan2(1.0, 3.0)
     turns = np.pi / 2 * np.arange(4)
@@ -208,10 +208,10 @@ def outline(shape: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         half = (low + high) / 2
         inside = distance(shape, *(ray * half[:, None]).T, np.ones(len(ray))) < 0
         low, high = np.where(inside, half, low), np.where(inside, high, half)
-    grid = (np.arange(64) + 0.5) / 64 * 2 - 1
-    points = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+    spread = np.arange(1024)[:, None] * (0.7548776662466927, 0.5698402909980532) % 1 * 2 - 1  # evenly, by the R2 sequence
+    points = spread * (HALF_WIDTH[shape], HALF_HEIGHT[shape])
     points = points[distance(shape, *points.T, np.ones(len(points))) < 0]
-    return ray * low[:, None], points[np.linspace(0, len(points) - 1, 64).astype(int)]
+    return ray * low[:, None], points[:96]
 
 
 @cache
@@ -293,7 +293,7 @@ def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs,
         count = np.full(n, most)
     there = np.arange(most) < count[:, None]
     offers = np.array(rules.pairs)[(draw(most, 4) * len(rules.pairs)).astype(np.int64)]  # (N,K,4,2)
-    repeat, alike = draw(most) < REPEAT, draw(most)
+    repeat, alike = draw(most) < (0.8 if rules.many else REPEAT), draw(most)
     pair = offers[:, :, 0].copy()
     for j in range(1, most):  # a new colour where one is offered, or a group: three red squares
         new = (offers[:, j, :, None, 0] != pair[:, None, :j, 0]).all(2)

@@ -1,7 +1,7 @@
-"""What the web does to pictures: small originals enlarged, watermarks, blur, noise and wrong captions, with the fields that curation reads.
+"""What the web does to pictures: small originals enlarged, watermarks, blur, noise and wrong captions; and the columns that curation reads.
 
-Each corruption is drawn for a scene by its address and known exactly; `aesthetic` and `p_watermark` are closed forms with noise, as the scores
-of learned predictors are (the columns of LAION, Schuhmann 2022, arXiv 2210.08402), so that each filter's effect can be counted.
+Each corruption is drawn for a scene by its address and known exactly; `aesthetic` and `p_watermark` are closed forms with noise, as the
+scores of learned predictors are (the columns of LAION, Schuhmann 2022, arXiv 2210.08402), so that each filter's effect can be counted.
 """
 
 from __future__ import annotations

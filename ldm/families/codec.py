@@ -69,6 +69,11 @@ class Codec(nn.Module):
         mean, logvar = self.network.encode(image)
         return (mean.float() - self.mean) / self.std, (0.5 * logvar.float()).exp() / self.std
 
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture, in [-1,1], of images (B,3,H,W) in [-1,1]."""
+        return self.decode(self.moments(image)[0]).float().clamp(-1, 1)
+
     def decode(self, latent: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
         return self.network.decode((latent * self.std + self.mean).to(next(self.network.parameters()).dtype))

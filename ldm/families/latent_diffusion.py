@@ -89,7 +89,7 @@ def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
             f"{init.folder}: this UNet was trained on the latents of another autoencoder "
             f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
         )
-    if UNetConfig.from_diffusers(stored) != network:
+    if UNetConfig.from_diffusers(stored).to_diffusers() != network.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
     return load_module(network.build, state, init.folder / "unet")
 
@@ -204,10 +204,9 @@ class LatentDiffusionFamily(Family):
 
     # Sampling
 
-    @torch.no_grad()
     def reconstruct(self, image: Tensor) -> Tensor:
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
-        return self.codec.decode(self.codec.moments(image)[0]).float().clamp(-1, 1)
+        return self.codec.reconstruct(image)
 
     def settings(
         self,
