@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.data.scene_geometry import relation_of
 from ldm.data.scene_spec import (
     CELLS,
     COLOURS,
@@ -25,7 +26,6 @@ from ldm.data.scene_spec import (
     TONES,
     Draws,
     Specs,
-    relation_of,
 )
 
 PLACES = tuple("in the center" if cell == "center" else f"at the {cell}" for cell in CELLS)

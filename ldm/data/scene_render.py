@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm.data.scene_spec import COLOUR_RGB, STEP, TONE_RGB, Specs, distance, hashed
+from ldm.data.scene_geometry import distance
+from ldm.data.scene_spec import COLOUR_RGB, STEP, TONE_RGB, Specs, hashed
 
 CHUNK = 1 << 16  # pixels at a time: what stays in a core's cache
 TEXTURE = 0.05  # amplitude of the background's texture

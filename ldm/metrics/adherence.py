@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ldm.data.scene_captions import Target
 from ldm.data.scene_checker import Reading, read
-from ldm.data.scene_spec import relation_of
+from ldm.data.scene_geometry import relation_of
 
 ATTRIBUTES = ("colour", "shape", "size", "cell", "fill")
-WEIGHTS = np.array([1.0, 1.01, 0.999, 1.0, 1.0])  # of agreeing facts in the match: one each, but for ties
+WEIGHTS = np.array([0.9999, 1.01, 0.999, 1.0, 1.0])  # of agreeing facts in the match: one each, but for ties
 METRICS = (*ATTRIBUTES, "bind", "rel", "count", "strict", "tone", "texture", "bg")
 Scores = dict[str, NDArray[np.float64]]
 
@@ -93,7 +93,7 @@ def _grade(target: Target, found: NDArray, x: NDArray, y: NDArray, valid: bool, 
 
 
 def _match(agree: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The one-to-one match with most agreeing facts; ties go to agreeing shapes, and last of all to agreeing sizes."""
+    """The one-to-one match with most agreeing facts; ties go to agreeing shapes, then cells, colours and sizes."""
     if agree.shape[:2] == (1, 1):
         return np.zeros(1, np.int64), np.zeros(1, np.int64)
     from scipy.optimize import linear_sum_assignment
