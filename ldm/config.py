@@ -39,7 +39,7 @@ def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
     """The tree of a YAML file with words such as `optim.lr=3e-4` laid over it.
 
     The file may name one `base:` file, beside which it is laid; mappings are merged, all else is replaced, null removes an
-    entry. Where `kind` changes, the fields that the new kind does not have are dropped.
+    entry. Where `kind` changes, the new kind takes over the fields that both have, and the others are dropped.
 
     Raises:
         UserError: telling every mistake at once, each with its path, its value and what is allowed.
@@ -61,7 +61,7 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     Raises:
         UserError: telling every mistake at once, each line beginning with `where`.
     """
-    data = _prune(data, kind)
+    data = _resolve(data, kind)
     try:
         return pydantic.TypeAdapter(kind).validate_python(data)
     except pydantic.ValidationError as error:
@@ -73,19 +73,26 @@ def merge(below: Any, above: Any) -> Any:
     """`above` laid over `below`: mappings field by field, null removes, all else replaces."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
+    if "kind" in above and above["kind"] != below.get("kind"):
+        return {**_without_nulls(above), "kind": _Switched(above["kind"], below)}
     merged = dict(below)
     for name, value in above.items():
         if value is None:
             merged.pop(name, None)
         else:
-            merged[name] = merge(merged.get(name), value) if name in merged else _without_nulls(value)
-    if "kind" in above and "kind" in below and above["kind"] != below["kind"]:
-        merged["kind"] = _Switched(above["kind"])
+            merged[name] = merge(merged[name], value) if name in merged else _without_nulls(value)
     return merged
 
 
 class _Switched(str):
-    """A kind that was changed: fields below it that it does not have belonged to the former one."""
+    """A kind that was changed, with the fields of the former kind: the new one takes over those that it has, too."""
+
+    below: dict[str, Any]
+
+    def __new__(cls, kind: Any, below: dict[str, Any]) -> _Switched:
+        made = super().__new__(cls, kind)
+        made.below = below
+        return made
 
 
 def _without_nulls(value: Any) -> Any:
@@ -94,37 +101,42 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _prune(data: Any, kind: Any, switched: bool = False) -> Any:
-    """Name the default kind where none is given, and drop what a changed kind left behind."""
+def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
+    """The data with the kind of every union named, and with what a changed kind takes over from the former one."""
     kind = without_annotation(kind)
     members = members_of(kind)
     if members and isinstance(data, Mapping):
-        chosen = data.get("kind")
+        usual = getattr(default, "kind", None)
+        chosen = data.get("kind", usual)
         kind = members.get(str(chosen))
-        if kind is None:
-            return dict(data)
-        switched = switched or isinstance(chosen, _Switched)
+        data = {**data, "kind": str(chosen)} if chosen is not None else data
+        if isinstance(chosen, _Switched) and kind is not None:
+            former = members.get(str(chosen.below.get("kind", usual)))
+            own = {name: value for name, value in data.items() if name != "kind"}
+            data = {"kind": str(chosen), **merge(_shared(chosen.below, former, kind), own)}
     if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
         hints = hints_of(kind)
-        found: dict[str, Any] = {}
-        for name, value in data.items():
-            if name not in hints:
-                if not switched:
-                    found[name] = value
-                continue
-            if isinstance(value, Mapping) and "kind" not in value and (inner := members_of(without_annotation(hints[name]))):
-                default = default_of(kind, name)
-                value = {"kind": default.kind if default is not dataclasses.MISSING else next(iter(inner)), **value}
-            found[name] = _prune(value, hints[name], switched)
-        if "kind" in found:
-            found["kind"] = str(found["kind"])
-        return found
+        return {n: _resolve(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in data.items()}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict and isinstance(data, Mapping):
-        return {name: _prune(value, arguments[1], switched) for name, value in data.items()}
+        return {name: _resolve(value, arguments[1]) for name, value in data.items()}
     if origin is tuple and isinstance(data, list | tuple) and len(arguments) == 2 and arguments[1] is ...:
-        return [_prune(value, arguments[0], switched) for value in data]
+        return [_resolve(value, arguments[0]) for value in data]
     return data
+
+
+def _shared(data: Any, former: Any, kind: Any) -> dict[str, Any]:
+    """The fields that a former kind and another one have with the same type."""
+    if not (dataclasses.is_dataclass(former) and dataclasses.is_dataclass(kind) and isinstance(data, Mapping)):
+        return {}
+    old, new = hints_of(former), hints_of(kind)
+    found: dict[str, Any] = {}
+    for name in (n for n in data if n != "kind" and n in old and n in new):
+        if old[name] == new[name]:
+            found[name] = data[name]
+        elif inner := _shared(data[name], without_annotation(old[name]), without_annotation(new[name])):
+            found[name] = inner
+    return found
 
 
 # YAML

@@ -71,7 +71,8 @@ class KLConfig:
 
 @config
 class VQConfig:
-    """What an autoencoder with a codebook is made of; the defaults are latent diffusion's f4 (arXiv 2112.10752)."""
+    """What an autoencoder with a codebook is made of; the defaults are latent diffusion's f4 (arXiv 2112.10752), but for
+    a smaller codebook, which short runs can fill."""
 
     in_channels: Positive = 3  # channels of the image that is encoded
     out_channels: Positive = 3  # channels of the image that comes back
@@ -81,7 +82,7 @@ class VQConfig:
     middle_attention: bool = True  # the lowest resolution attends to itself between its last two blocks
     latent_channels: Positive = 3  # channels between the encoder and the 1x1 convolution before the codebook
     code_channels: Count = 0  # width of a code, which is what diffusion sees; 0: as latent_channels
-    codes: Positive = 8192  # entries of the codebook
+    codes: Positive = 1024  # entries of the codebook
     norm: Literal["group", "spatial"] = "group"  # the decoder's norms; spatial: told the codes (arXiv 2209.09002)
     norm_groups: Positive = 32  # groups of every GroupNorm
     scaling_factor: PositiveFloat = 1.0  # what diffusers' pipelines multiply latents by

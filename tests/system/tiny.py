@@ -1,0 +1,65 @@
+"""The quickstart at a size that trains in seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "data.images=48",
+    "data.val=8",
+    "text.vocabulary=600",
+    "text.text.width=32",
+    "autoencoder.network.channels=[8,8,8,8]",
+    "diffusion.network.channels=[32,32]",
+    "diffusion.network.heads=1",
+    "diffusion.defaults.steps=2",
+    "stages.text.images=64",
+    "stages.text.batch=16",
+    "stages.autoencoder.images=64",
+    "stages.autoencoder.batch=8",
+    "stages.autoencoder-gate.on_miss=warn",
+    "stages.autoencoder-gate.metrics=[{kind: reconstruction, images: 4}]",
+    "stages.diffusion-low.images=64",
+    "stages.diffusion-low.batch=16",
+    "stages.diffusion-low.samples=2",
+    "stages.diffusion-high.images=64",
+    "stages.diffusion-high.batch=16",
+    "stages.diffusion-high.samples=2",
+    "stages.evaluation-low=null",
+    "stages.evaluation.metrics=[{kind: adherence, tier: one, prompts: 4}, {kind: frechet, images: 4}]",
+]
+
+
+def start(*words: str, config: str = "configs/quickstart.yaml", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """A training process on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, "train.py", config, *WORDS, *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def train(*words: str, config: str = "configs/quickstart.yaml", launcher: tuple[str, ...] = ()) -> str:
+    """What a training process says, which must succeed."""
+    process = start(*words, config=config, launcher=launcher)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    return said
+
+
+def only(*names: str) -> list[str]:
+    """Words that remove all stages of the quickstart but these."""
+    every = ("text", "autoencoder", "autoencoder-gate", "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation", "export")
+    return [f"stages.{name}=null" for name in every if name not in names]
+
+
+FOLDER = [word for word in WORDS if not word.startswith(("data.", "stages.evaluation"))]
+
+
+def start_folder(*words: str) -> subprocess.Popen[str]:
+    """A training process on a folder of pictures."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "train.py", "configs/folder.yaml", *FOLDER, *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
