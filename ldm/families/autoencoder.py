@@ -87,6 +87,11 @@ class VQ:
 Autoencoder = Annotated[KL | VQ, BY_KIND]
 
 
+def _full(x: Tensor) -> Tensor:
+    """In float32 at least: what autocast computed in half precision is summed in full."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class AutoencoderFamily(Family):
     """An autoencoder and its critic, learning from the same batch.
 
@@ -175,9 +180,9 @@ class AutoencoderFamily(Family):
 
     def _kl(self, image: Tensor, rng: Rng) -> tuple[Tensor, Terms, Terms]:
         mean, logvar = self.network.encode(image)
-        mean, logvar = mean.float(), logvar.float()
+        mean, logvar = _full(mean), _full(logvar)
         noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)
-        recon = self.network.decode(mean + (0.5 * logvar).exp() * noise).float()
+        recon = _full(self.network.decode(mean + (0.5 * logvar).exp() * noise))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)  # eq. 10 of Kingma and Welling 2013, per latent value
         assert isinstance(self.config, KL)
         terms = {"kl": self.config.weight * kl.sum() / image.numel()}
@@ -185,9 +190,9 @@ class AutoencoderFamily(Family):
 
     def _vq(self, image: Tensor) -> tuple[Tensor, Terms, Terms]:
         assert isinstance(self.config, VQ)
-        z = self.network.encode(image).float()
+        z = _full(self.network.encode(image))
         quantised, codes, distance = self.network.quantize(z)
-        recon = self.network.decode(quantised, quantise=False).float()
+        recon = _full(self.network.decode(quantised, quantise=False))
         counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage.dtype)
         with torch.no_grad():
             self.usage.lerp_(self.ranks.mean(counts), 0.1)
@@ -215,7 +220,7 @@ class AutoencoderFamily(Family):
         assert self.critic is not None
         parameters = {name: p.detach() for name, p in self.critic.named_parameters()}
         with torch.enable_grad():
-            logits = torch.func.functional_call(self.critic, parameters, (leaf,)).float()
+            logits = _full(torch.func.functional_call(self.critic, parameters, (leaf,)))
             hinge = self.config.adversarial.loss == "hinge"
             opinion = -logits.mean() if hinge else F.softplus(-logits).mean()
         (slope,) = torch.autograd.grad(opinion, leaf)
@@ -234,7 +239,7 @@ class AutoencoderFamily(Family):
 
     def _critic_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, Terms]:
         assert self.critic is not None
-        real, fake = self.critic(torch.cat([image, recon])).float().chunk(2)
+        real, fake = _full(self.critic(torch.cat([image, recon]))).chunk(2)
         if self.config.adversarial.loss == "hinge":
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         else:
