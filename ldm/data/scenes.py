@@ -49,7 +49,7 @@ class ScenesSource:
 class Scenes:
     """Scenes 0..n-1 of a split, each a pure function of (tier, its version, split, seed, index); nothing is stored.
 
-    Training scenes obey the split's rules by construction and read back perfectly at 97.7 % (T3) to 100 % (one); validation scenes
+    Training scenes obey the split's rules by construction and read back perfectly but for 1.5 % (T3) to none (one); validation scenes
     are certified: one that the checker misreads at its tier's size is drawn again. Thread-safe.
     """
 
