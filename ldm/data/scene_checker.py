@@ -26,7 +26,7 @@ UNEXPLAINED = 0.15  # share of all colour
 BORDERS = np.sqrt(SIDE[1:] * SIDE[:-1])  # between the size classes, 18 % from each
 CHUNK = 1 << 16  # pixels at a time
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def reads_back(specs: Specs, images: NDArray) -> NDArray[np.bool_]:
     good = found.valid & (found.tone == specs.tone) & (found.texture == specs.texture)
     good &= np.bincount(found.image, minlength=len(specs)) == specs.count
     for i in np.flatnonzero(good):
-        at = found.objects(i)
+        at = found.objects(int(i))
         order, wanted = np.argsort(seen[at], kind="stable"), np.argsort(true[i][there[i]], kind="stable")
         good[i] = (seen[at][order] == true[i][there[i]][wanted]).all()
         if good[i] and len(order) == 2 and seen[at][0] != seen[at][1]:
@@ -121,9 +121,9 @@ def _read(planes: Array) -> Reading:
     alpha *= _grow(own, 1) & ~other
     shape, x, y, side, iou = fit(alpha, _grow(other, 1) & ~own, _grow(own, 1), other)
     core = _shrink(own)
-    core = np.where(core.any((1, 2))[:, None, None], core, own)
+    core = np.where(np.asarray(core.any(axis=(1, 2)))[:, None, None], core, own)
     coherent = ((hue[image] == colour[:, None, None]) & core).sum((1, 2)) / np.maximum(core.sum((1, 2)), 1)
-    accepted = (iou >= LEAST_IOU) & (side > RANGE[0]) & (side < RANGE[1]) & (coherent >= COHERENT)
+    accepted = np.asarray((iou >= LEAST_IOU) & (side > RANGE[0]) & (side < RANGE[1]) & (coherent >= COHERENT))
     fill = _fill(planes.max(1)[image], _shrink(core))
     explained = np.zeros((n, size, size), bool)
     np.logical_or.at(explained, image[accepted], _grow(own[accepted], 2))
@@ -133,8 +133,9 @@ def _read(planes: Array) -> Reading:
     valid = (coloured & ~explained).sum((1, 2)) <= UNEXPLAINED * total
     tone, texture = _background(planes.mean(1), _grow(coloured | (vote >= 0), 2))
     cell = np.clip((y * 3).astype(int), 0, 2) * 3 + np.clip((x * 3).astype(int), 0, 2)
-    found = [image, colour, shape, np.searchsorted(BORDERS, side), cell, fill, x, y, side, iou]
-    return Reading(*[values[accepted] for values in found], valid, tone, texture)
+    found = {"image": image, "colour": colour, "shape": shape, "size": np.searchsorted(BORDERS, side), "cell": cell, "fill": fill}
+    found |= {"x": x, "y": y, "side": side, "iou": iou}
+    return Reading(**{name: values[accepted] for name, values in found.items()}, valid=valid, tone=tone, texture=texture)
 
 
 def _fill(value: Array, core: NDArray[np.bool_]) -> NDArray[np.int64]:

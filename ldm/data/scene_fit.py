@@ -15,7 +15,7 @@ LEAST_SEEN = 0.65  # share of a shape that must be visible
 WINDOW = 1.15  # half the width of the canonical window, in sides of the object
 BELOW = TRIANGLE * np.sqrt(3) / 12  # a triangle's centroid below the centre of its box
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 @cache
@@ -113,8 +113,8 @@ def _refine(alpha: Array, ignore: NDArray[np.bool_], item: NDArray, shape: NDArr
 def _anchored(alpha: Array, ignore: NDArray[np.bool_], item: NDArray[np.int64]) -> tuple[NDArray, ...]:
     """For components that others may hide in part: each shape's best pose among those that touch the visible box at two sides or more."""
     size = alpha.shape[-1]
-    solid = alpha[item] > 0.5
-    across, down = solid.any(1), solid.any(2)
+    solid = np.asarray(alpha[item] > 0.5)
+    across, down = np.asarray(solid.any(axis=1)), np.asarray(solid.any(axis=2))
     left, right = across.argmax(1), size - across[:, ::-1].argmax(1)
     top, bottom = down.argmax(1), size - down[:, ::-1].argmax(1)
     poses = []
@@ -133,7 +133,7 @@ def _anchored(alpha: Array, ignore: NDArray[np.bool_], item: NDArray[np.int64]) 
     m, shapes, many, _ = table.shape
     flat = table.reshape(-1, 3)
     flat[:, 2] = np.clip(flat[:, 2], RANGE[0] * size, RANGE[1] * size)
-    mask, weight = _window(alpha, ignore, np.repeat(item, shapes * many), *flat.T, 16)
+    mask, weight = _window(alpha, ignore, np.repeat(item, shapes * many), flat[:, 0], flat[:, 1], flat[:, 2], 16)
     bank, _ = _bank(16, False)
     drawn, both = (np.einsum("mscp,sp->msc", v.reshape(m, shapes, many, -1), bank[:, 0]) for v in (weight, mask))
     iou = _union(mask, both.reshape(-1), drawn.reshape(-1), np.tile(np.repeat(bank[:, 0].sum(1), many), m))

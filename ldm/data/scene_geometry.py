@@ -51,11 +51,11 @@ def outline(shape: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     low, high = np.full(len(ray), OUTER * RING + 1e-6 if shape == 5 else 0.0), np.ones(len(ray))
     for _ in range(40):
         half = (low + high) / 2
-        inside = distance(shape, *(ray * half[:, None]).T, np.ones(len(ray))) < 0
+        inside = distance(shape, ray[:, 0] * half, ray[:, 1] * half, np.ones(len(ray))) < 0
         low, high = np.where(inside, half, low), np.where(inside, high, half)
     spread = np.arange(1024)[:, None] * (0.7548776662466927, 0.5698402909980532) % 1 * 2 - 1  # evenly, by the R2 sequence
     points = spread * (HALF_WIDTH[shape], HALF_HEIGHT[shape])
-    points = points[distance(shape, *points.T, np.ones(len(points))) < 0]
+    points = points[distance(shape, points[:, 0], points[:, 1], np.ones(len(points))) < 0]
     return ray * low[:, None], points[:96]
 
 

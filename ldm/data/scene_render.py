@@ -80,7 +80,7 @@ def _paint(specs: Specs, k: int, shape: int, objects: NDArray, column: NDArray, 
     out[objects] = under + alpha[:, None] * (colour - under)
 
 
-def _wave(turns: NDArray[np.float32]) -> NDArray[np.float32]:
+def _wave(turns: NDArray) -> NDArray:
     """A sine of period 1 made of two parabolas: only exactly rounded operations, so that pictures agree on every machine."""
     turns = turns - np.floor(turns) - np.float32(0.5)
     return turns * (np.float32(8) - np.float32(16) * np.abs(turns))

@@ -249,9 +249,9 @@ def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs,
     texture = (draw() * 3).astype(np.int64) if tier.textured else np.zeros(n, np.int64)
     wave = draw(4) * (np.pi, PERIOD[1] - PERIOD[0], 1, 1) + (0, PERIOD[0], 0, 0)
     light = np.tile([1.25 * np.pi, 0.10], (n, 1)) if tier.fixed_light else _light(draw, n)
-    words = [np.where(there, values, -1) for values in (colour, shape, size, cell, fill)]
+    colour, shape, size, cell, fill = (np.where(there, values, -1) for values in (colour, shape, size, cell, fill))
     grain, rich = np.full(n, tier.grain), np.full(n, tier.rich)
-    return Specs(*words, x, y, side, tone, texture, wave, light, grain, rich, keys), good
+    return Specs(colour, shape, size, cell, fill, x, y, side, tone, texture, wave, light, grain, rich, keys), good
 
 
 def _place(tier: Tier, there: NDArray, colour: NDArray, shape: NDArray, side: NDArray, cells: NDArray, xs: NDArray, ys: NDArray

@@ -13,7 +13,7 @@ from ldm.data.scene_render import render, to_bytes
 from ldm.data.scene_spec import TIERS, Specs
 from ldm.metrics.adherence import score
 
-Images = NDArray[np.float32]
+Images = NDArray[np.floating]
 
 
 def yardsticks(specs: Specs, tier: str, seed: int = 0) -> dict[str, dict[str, float]]:
