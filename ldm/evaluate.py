@@ -133,7 +133,9 @@ def table(result: dict[str, Any]) -> None:
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-    if "frechet" in result:
+    if "skipped" in result.get("frechet", {}):
+        console.print(f"fréchet distance: not measured, {result['frechet']['skipped']}")
+    elif "frechet" in result:
         found = result["frechet"]
         console.print(f"fréchet distance {found['distance']:.2f}; between real images {found['real_real_floor']:.2f}"
                       f" ({found['protocol']['images']} images)")  # fmt: skip

@@ -74,9 +74,8 @@ class Execution:
         """
         from ldm.report import report
 
-        if self.processes.main:
-            described = {f"{k}": v for k, v in self.data.describe().items()}
-            self.log.note(f"data: {', '.join(f'{k} {v}' for k, v in described.items() if isinstance(v, int | str))}")
+        for line in _about(self.data.describe()):
+            self.log.note(line)
         try:
             for name in self.run.stages:
                 self._stage(name)
@@ -280,6 +279,18 @@ class Execution:
         trained = {name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Train) and done.result}
         if metrics or trained:
             checkpoint.write_json(self.out / "metrics.json", {"version": __version__, "evaluations": metrics, "training": trained})
+
+
+def _about(described: Mapping[str, Any]) -> Iterator[str]:
+    """What a data set says of itself, in a line, and its rejected files in further ones."""
+    plain = {k: v for k, v in described.items() if isinstance(v, int | str) and k != "fingerprint"}
+    yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in plain.items())
+    rejected = described.get("rejected")
+    if isinstance(rejected, Mapping) and rejected:
+        yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+    files = described.get("rejected_files")
+    if isinstance(files, list):
+        yield from (f"  {line}" for line in files)
 
 
 def _headline(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, checkpoint
 from ldm.config import Count, config, plain
-from ldm.data.sources import Source
+from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
 from ldm.families.autoencoder import KL, Autoencoder
 from ldm.families.clip import Clip
@@ -91,6 +91,18 @@ def _problems(run: Run) -> Iterator[str]:
             allowed = ("diffusion",) if isinstance(stage, Export) else ("autoencoder", "diffusion")
             if not isinstance(of, Train) or of.family not in allowed or not before:
                 yield f"{where}.of: {stage.of!r} is no earlier train stage of {' or '.join(allowed)}"
+            if isinstance(stage, Evaluate):
+                yield from _unmeasured(run, stage, where)
+
+
+def _unmeasured(run: Run, stage: Evaluate, where: str) -> Iterator[str]:
+    """Required values that none of the stage's metrics will give."""
+    scenes = isinstance(run.data, ScenesSource)
+    given = {f"{m.kind}.{name}" for m in stage.metrics for name in m.names(scenes)}
+    for path in stage.require:
+        kind, _, name = path.partition(".")
+        if f"{kind.rstrip('_0123456789')}.{name}" not in given:
+            yield f"{where}.require: {path} is not measured here; there are {', '.join(sorted(given))}"
 
 
 def _needs(run: Run, stage: Stage) -> tuple[str, ...]:

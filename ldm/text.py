@@ -152,9 +152,10 @@ class TextEncoder:
 
     def save(self, folder: Path) -> None:
         """text_encoder/ and tokenizer/ below `folder`, as transformers reads them; also vocab.json and merges.txt."""
-        self.model.save_pretrained(folder / "text_encoder")
         target = folder / "tokenizer"
-        self.tokenizer.save_pretrained(target)
+        with quiet():
+            self.model.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(target)
         bpe = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         (target / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"])]

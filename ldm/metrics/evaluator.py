@@ -84,6 +84,10 @@ class Adherence:
     size: Count = 0  # px; 0: the model's own
     seed: Count = 0  # of prompts and pictures
 
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return tuple(f"{pairs}.{name}" for pairs in ("seen", "held_out") for name in adherence.METRICS)
+
     def run(self, bench: Bench) -> Values:
         """Means by attribute at the first guidance scale, all with intervals, and the checker's own score."""
         groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
@@ -137,6 +141,10 @@ class Reconstruction:
     images: Positive = 200  # validation images
     size: Count = 0  # px; 0: the stage's own
 
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result; what the checker reads only on scenes."""
+        return ("psnr", "ssim", *(adherence.METRICS if scenes else ()))
+
     def run(self, bench: Bench) -> Values:
         """Means over validation images."""
         if self.size:
@@ -168,12 +176,16 @@ class Frechet:
     steps: Count = 0  # denoising steps; 0: the model's own
     seed: Count = 0  # of the pictures
 
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("distance", "real_real_floor")
+
     def run(self, bench: Bench) -> Values:
         """The distance, and the floor: that between two sets of real images of the same number."""
         real = bench.real(2 * self.images)
         half = len(real.image) // 2
         if half < 2:
-            raise UserError(f"frechet: {len(real.image)} validation images are too few; give data.val at least 4")
+            return {"skipped": f"{len(real.image)} validation images; a distance needs 4 at least"}
 
         def on_step(done: int, total: int) -> None:
             bench.progress(done, total, "frechet")
