@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,36 @@ from ldm.errors import UserError
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
+PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+COUNTED = (".json", ".txt", ".safetensors", ".model")  # the files whose content a hash is made of
+LFS = b"version https://git-lfs"  # how the note begins that git leaves where a large file was not fetched
+AGAIN = "copy the whole model folder again"
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_part(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> None:
-    """Write config.json and diffusion_pytorch_model.safetensors into `folder`."""
+def save_part(config: dict[str, Any], state: dict[str, Tensor], folder: Path, stem: str = WEIGHTS[0]) -> None:
+    """Write config.json and `stem`.safetensors into `folder`, each file whole or not at all."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
-    # Through Python's own files, whose errors say what the disk said.
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    (folder / f"{WEIGHTS[0]}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    # Through Python's own files, whose errors say what the disk said.
+    write_whole(folder / f"{stem}.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, sync it and put it in place with one rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -50,24 +69,51 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a model folder has the parts unet, vae, text_encoder and tokenizer")
-    file = folder / CONFIG
+    return read_json(folder / CONFIG)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        UserError: if it is missing or holds something else.
+    """
     try:
-        values = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"{file} is missing; copy the whole model folder again") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not readable JSON ({error}); copy it again") from None
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}); {AGAIN}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file}: a JSON object was expected")
+        raise UserError(f"{file}: a JSON object was expected; {AGAIN}")
     return values
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    files = _weight_files(folder)
     state: dict[str, Tensor] = {}
-    for file in files:
-        state |= read_safetensors(file)
-    return state
+    for file in _weight_files(folder):
+        part = read_safetensors(file)
+        if twice := state.keys() & part.keys():
+            raise UserError(f"{file}: {min(twice)} is in another file of this part too; {AGAIN}")
+        state |= part
+    return _modern(state)
+
+
+def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Attention weights under today's names; the autoencoders of Stable Diffusion 1.x still have those of 2022."""
+    if not any(".proj_attn." in name for name in state):
+        return state
+    today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        words = name.split(".")
+        if "attentions" in words and len(words) > 1 and words[-2] in today:
+            words[-2] = today[words[-2]]
+            value = value[:, :, 0, 0] if value.ndim == 4 else value  # older still: 1x1 convolutions
+        found[".".join(words)] = value
+    return found
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -80,10 +126,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
-        return load(file.read_bytes())
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {AGAIN}") from None
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; copy the whole model folder again") from None
-    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    if data.startswith(LFS):
+        raise UserError(f"{file}: only a Git LFS pointer stands here, not the weights; run `git lfs pull` in that folder")
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it again") from None
 
 
@@ -92,36 +144,54 @@ def _weight_files(folder: Path) -> list[Path]:
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
             if (folder / name).is_file():
                 return [folder / name]
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index}: damaged ({error}); copy it again") from None
-            return [folder / name for name in names]
-    if pickles := sorted(folder.glob("*.bin")):
+        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"):
+            if (folder / name).is_file():
+                return _shards(folder / name)
+    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")]):
         raise UserError(f"{pickles[0]}: pickled weights can run code and are not read; convert the model to safetensors")
-    raise UserError(f"{folder}: no weights here; {WEIGHTS[0]}.safetensors was expected. Copy the whole model folder again")
+    raise UserError(f"{folder}: no weights here; {WEIGHTS[0]}.safetensors was expected; {AGAIN}")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: has no weight_map from names to files; {AGAIN}")
+    for name in names.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it; {AGAIN}")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -> M:
-    """The module that `build` makes, with exactly the weights of `state`.
+    """The module that `build` makes, with exactly the weights of `state`, in the data types that `build` chose.
+
+    PyTorch's global random state is left as it was.
 
     Raises:
-        UserError: naming weights that are missing, left over or of another shape.
+        UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
     """
-    with torch.device("meta"):
-        module = build()
-    wanted = module.state_dict()
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            module = build()
+        wanted = module.state_dict()
+        _compare(wanted, state, where)
+        if {name for name, _ in module.named_buffers()} - wanted.keys():
+            module = build()  # buffers that are not stored exist only where they were computed
+    # A copy is aligned as all other tensors are: the bits of results may depend on that.
+    module.load_state_dict({name: state[name].to(value.dtype, copy=True) for name, value in wanted.items()}, assign=True)
+    return module
+
+
+def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -> None:
     problems = _named("missing", wanted.keys() - state.keys()) + _named("left over", state.keys() - wanted.keys())
     for name in sorted(wanted.keys() & state.keys()):
         if wanted[name].shape != state[name].shape:
             problems.append(f"{name} has shape {list(state[name].shape)}, not {list(wanted[name].shape)}")
+        elif wanted[name].is_floating_point() and not state[name].is_floating_point():
+            problems.append(f"{name} is {state[name].dtype}".replace("torch.", ""))
     if problems:
-        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:4])}")
-    module = build()
-    module.load_state_dict(state)
-    return module
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:4])}{more}")
 
 
 def _named(what: str, names: Iterable[str]) -> list[str]:
@@ -133,13 +203,17 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def content_hash(folder: Path) -> str:
-    """One hash of the files below a folder, by name and content; model cards and manifests do not count."""
+    """One hash of a part or model: of the names and contents of its configurations, vocabularies and weights.
+
+    Model cards, pictures, hidden files and manifests do not count.
+    """
     hasher = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name.endswith(".md") or path.name.startswith(".") or path.name == "manifest.json":
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(word.startswith(".") for word in name.parts)
+        if hidden or path.suffix not in COUNTED or path.name == "manifest.json" or not path.is_file():
             continue
-        hasher.update(f"{name}\0{sha256(path)}\n".encode())
+        hasher.update(f"{name.as_posix()}\0{sha256(path)}\n".encode())
     return hasher.hexdigest()
 
 
@@ -157,27 +231,40 @@ def open_model(name: Path | str) -> Model:
     Raises:
         UserError: saying what was looked for and where.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; a model is a folder with unet, vae, text_encoder, tokenizer and scheduler in it")
     if not folder.is_dir():
-        folder = _download(str(name))
+        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", "ldm.json"])
     if (folder / "model").is_dir() and not (folder / "unet").is_dir():
         folder = folder / "model"
-    parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-    if missing := [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if part not in parts]:
-        unfinished = "; its run is not finished: start it again" if (folder / "stages").is_dir() else ""
-        raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing{unfinished}")
+    parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
+    wanted = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
+    if missing:
+        fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN
+        raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing; {fix}")
     return Model(folder, parts)
 
 
-def _download(name: str) -> Path:
+def hub_folder(name: str, patterns: list[str]) -> Path:
+    """Where the Hugging Face Hub's copy of `owner/name` lies on this machine, after fetching what is not there yet.
+
+    Args:
+        name: owner/name.
+        patterns: which files of the repository; of these only configurations, vocabularies and safetensors.
+
+    Raises:
+        UserError: if it is no such name, or cannot be had.
+    """
     words = name.split("/")
-    if len(words) != 2 or not all(words) or name.startswith((".", "~")):
+    if len(words) != 2 or not all(words) or name.startswith((".", "~")) or Path(words[0]).is_dir():
         raise UserError(f"{name}: no such folder. Give a model folder, a run folder, or a hub name such as owner/name")
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.txt", "*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such folder, and it could not be had from the hub ({reason[:200]})") from None
+        wanted = [p if p.endswith(COUNTED) else p + suffix for p in patterns for suffix in COUNTED]
+        return Path(snapshot_download(name, allow_patterns=sorted(set(wanted)), ignore_patterns=["*.fp16.*", "*non_ema*"]))
+    except Exception as error:  # of the network, of the hub, of the disk: each library has its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and it could not be had from the hub ({lines[0][:200]})") from None
