@@ -16,6 +16,7 @@ STAGES = tiny.only("text", "autoencoder")
 WORDS = [
     *STAGES, "stages.autoencoder.images=320", "stages.autoencoder.save_every_images=16", "stages.text.save_every_images=16",
     "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}", "stages.text.images=160",
+    "stages.text.log_every_steps=1", "stages.autoencoder.log_every_steps=1",
 ]  # fmt: skip
 
 
@@ -24,21 +25,22 @@ def weights(out: Path) -> dict[str, bytes]:
     return {stage: (out / "stages" / stage / "model" / "manifest.json").read_bytes() for stage in ("text", "autoencoder")}
 
 
+def _steps(log: Path) -> int:
+    return log.read_bytes().count(b'"step"') if log.exists() else 0
+
+
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tiny.train(f"out={whole}", *WORDS)
     chance, kills = random.Random(0), 0
-    for _ in range(6):
+    for _ in range(5):
         process = tiny.start(f"out={killed}", *WORDS)
-        # Imports take seconds; then kill at a random moment of the training.
+        # Imports take seconds: wait for the first steps of this start, then kill at a random moment.
+        log, before = killed / "log.jsonl", _steps(killed / "log.jsonl")
         deadline = time.monotonic() + 60
-        seen = len(list(killed.glob("stages/*/state/images-*/meta.json"))) + len(list(killed.glob("stages/*/done.json")))
-        while time.monotonic() < deadline and process.poll() is None:
-            now = len(list(killed.glob("stages/*/state/images-*/meta.json"))) + len(list(killed.glob("stages/*/done.json")))
-            if now > seen or (killed / "log.jsonl").exists() and (killed / "log.jsonl").stat().st_mtime > time.time() - 0.2:
-                break
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.5)
+        while time.monotonic() < deadline and process.poll() is None and _steps(log) <= before:
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.4)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
@@ -85,13 +87,13 @@ def test_two_starts_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
     first.communicate()
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*tiny.only("autoencoder"), "stages.autoencoder.precision=fp32", "stages.autoencoder.ema=0"]
     words += ["stages.autoencoder.optim={kind: adamw, lr: 1e-3}"]
     words += ["autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}"]
     tiny.train(f"out={tmp_path / 'one'}", *words)
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     said = tiny.train(f"out={tmp_path / 'two'}", *words, launcher=launcher)
     assert "2 x cpu" in said
     name = "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors"
