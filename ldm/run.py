@@ -144,7 +144,7 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
         found["data"] = data.fingerprint()
     if isinstance(stage, Evaluate):
         found["val"] = val.fingerprint()
-    if isinstance(stage, Evaluate | Export):
+    if isinstance(stage, Evaluate | Export) and "diffusion" in hashes:
         found["defaults"] = plain(run.diffusion.defaults)
     return found
 

@@ -1,10 +1,13 @@
-"""Prompts become Text: a small CLIP text tower learned in the run, or a pretrained CLIP; always frozen when it is used."""
+"""Prompts become Text: a small CLIP text tower learned in the run, a pretrained CLIP or T5; always frozen when it is used."""
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from ldm.batch import Text
 from ldm.config import Positive, config
 from ldm.errors import UserError
-from ldm.folder import read_config
+from ldm.text_files import load_text_model, load_tokenizer, save_text_model, save_tokenizer
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
@@ -79,20 +82,32 @@ def small_clip_text(config: SmallText, tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
-class TextEncoder:
-    """A CLIP text model with its tokenizer.
+@dataclass(frozen=True)
+class Row:
+    """One encoded prompt."""
 
-    `encode` gives the states of all tokens after the last layer norm, padding included, as Stable Diffusion 1.x and 2.x
-    use them; `Text.mask` tells padding from words. Captions are remembered, so those that come again cost nothing.
+    states: Tensor  # (L,D)
+    mask: Tensor  # (L,) bool
+    pooled: Tensor | None  # (P,)
+
+
+class TextEncoder:
+    """A frozen text model with its tokenizer.
+
+    `encode` gives the states of all tokens after the last layer norm, padding included. Stable Diffusion's networks attend
+    to the padding too, and so do ours, so that a model folder draws the same picture in diffusers; `Text.mask` tells
+    padding from words for whoever wants to hide it. (Stable Diffusion 2's states of the layer before the last come from a
+    text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing.
 
     Args:
-        model: a transformers CLIPTextModel.
-        tokenizer: its CLIPTokenizer.
+        model: a transformers CLIPTextModel or T5EncoderModel.
+        tokenizer: its tokenizer, whose model_max_length is the number of tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._memory: OrderedDict[str, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
+        self._memory: OrderedDict[str, Row] = OrderedDict()
+        self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
     @property
     def width(self) -> int:
@@ -102,111 +117,93 @@ class TextEncoder:
     @property
     def max_tokens(self) -> int:
         """Tokens of every encoded prompt, start, end and padding included."""
-        return int(self.model.config.max_position_embeddings)
+        longest = int(self.tokenizer.model_max_length)
+        return min(longest, self.model.config.to_dict().get("max_position_embeddings", longest))  # T5 takes any number
+
+    @cached_property
+    def _characters(self) -> int:
+        """How much of a prompt can matter: beyond it all tokens are used up, however long each is."""
+        return 4 * (self.max_tokens + 8) * max(map(len, self.tokenizer.get_vocab()))
+
+    def _readable(self, prompt: str) -> str:
+        """The prompt as tokenizers take it: real characters, blanks joined, no longer than can matter."""
+        line = " ".join(prompt[: 64 * self._characters].split())[: self._characters]
+        return unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B,L) and which of them are no padding (B,L)."""
-        found = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
+        lines = [self._readable(prompt) for prompt in prompts]
+        found = self.tokenizer(lines, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
         return found["input_ids"], found["attention_mask"].bool()
 
-    def overlong(self, prompts: Iterable[str]) -> dict[str, int]:
-        """Prompts that will be cut, with their number of tokens."""
-        counts = {prompt: len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) for prompt in set(prompts)}
-        return {prompt: count for prompt, count in counts.items() if count > self.max_tokens}
+    def overlong(self, prompts: Iterable[str]) -> dict[str, str]:
+        """The prompts that are longer than `max_tokens`, each with the words that are read."""
+        found: dict[str, str] = {}
+        for prompt in dict.fromkeys(prompts):
+            line = self._readable(prompt)
+            if len(self.tokenizer(line, truncation=False, verbose=False)["input_ids"]) > self.max_tokens:
+                kept = self.tokenizer(line, truncation=True, max_length=self.max_tokens)["input_ids"]
+                found[prompt] = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return found
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Frozen states of prompts on the model's device; each depends on its own prompt alone."""
-        device = self.model.device
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._memory]
-        if self._memory and next(iter(self._memory.values()))[0].device != device:
+        """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone."""
+        place = next((p.device, p.dtype) for p in self.model.parameters())
+        if place != self._place:
             self._memory.clear()
-            missing = list(dict.fromkeys(prompts))
-        fresh: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+            self._place = place
+        fresh: dict[str, Row] = {}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
             ids, mask = self.tokens(part + [part[-1]] * (ROWS - len(part)))
             # The states must be the same in training under autocast and in sampling without it.
-            with torch.autocast(device.type, enabled=False):
-                out = self.model(ids.to(device))
-            rows = zip(part, out.last_hidden_state, mask.to(device), out.pooler_output, strict=False)
-            fresh |= {prompt: (states, m, pooled) for prompt, states, m, pooled in rows}
-        found = [self._memory[p] if p in self._memory else fresh[p] for p in prompts]
+            with torch.autocast(place[0].type, enabled=False):
+                states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
+            for i, prompt in enumerate(part):
+                # Copies, or one remembered caption would keep all of its call's.
+                fresh[prompt] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
+        found = [fresh[prompt] if prompt in fresh else self._recall(prompt) for prompt in prompts]
         self._remember(fresh)
-        states, masks, pooled = (torch.stack(column) for column in zip(*found, strict=True))
-        return Text(tokens=states, mask=masks, pooled=pooled)
+        return Text(
+            tokens=torch.stack([row.states for row in found]),
+            mask=torch.stack([row.mask for row in found]),
+            pooled=None if found[0].pooled is None else torch.stack([row.pooled for row in found if row.pooled is not None]),
+        )
 
-    def _remember(self, fresh: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
-        for prompt, row in fresh.items():
-            self._memory[prompt] = tuple(value.clone() for value in row)  # type: ignore[assignment]
+    def _run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.model.config.model_type == "t5":
+            # T5 looks both ways, so its words must not see the padding; CLIP's cannot.
+            return self.model(ids, attention_mask=mask).last_hidden_state, None
+        out = self.model(ids)
+        return out.last_hidden_state, out.pooler_output
+
+    def _recall(self, prompt: str) -> Row:
+        self._memory.move_to_end(prompt)
+        return self._memory[prompt]
+
+    def _remember(self, fresh: dict[str, Row]) -> None:
+        self._memory.update(fresh)
         each = 4 * self.max_tokens * self.width
         while len(self._memory) * each > MEMORY_BYTES:
             self._memory.popitem(last=False)
 
     def forward_train(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        """The state at each caption's end token (B,D), with gradient."""
+        """CLIP's state at each caption's end token (B,D), with gradient."""
         ids, _ = self.tokens(captions)
         return self.model(ids.to(device)).pooler_output
 
     def save(self, folder: Path) -> None:
-        """text_encoder/ and tokenizer/ below `folder`, as transformers reads them; also vocab.json and merges.txt."""
-        target = folder / "tokenizer"
-        with quiet():
-            self.model.save_pretrained(folder / "text_encoder")
-            self.tokenizer.save_pretrained(target)
-        bpe = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        (target / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"])]
-        (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        """text_encoder/ and tokenizer/ below `folder`, as any version of transformers reads them."""
+        save_text_model(self.model, folder / "text_encoder")
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     @staticmethod
     def load(folder: Path) -> TextEncoder:
-        """The encoder in text_encoder/ and tokenizer/ below `folder`.
+        """The encoder in text_encoder/ and tokenizer/ below `folder`, ready to use.
 
         Raises:
-            UserError: naming what is missing, damaged or no CLIP text model.
+            UserError: naming what is missing, damaged or neither CLIP's nor T5's.
         """
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        part = folder / "text_encoder"
-        kinds = read_config(part).get("architectures") or ["CLIPTextModel"]
-        if kinds[0] not in ("CLIPTextModel", "CLIPModel"):
-            raise UserError(f"{part}: a CLIPTextModel was expected, but its config.json says {kinds[0]}")
-        if not (folder / "tokenizer").is_dir():
-            raise UserError(f"{folder / 'tokenizer'}: no such folder; copy the whole model folder again")
-        with quiet():
-            try:
-                model, loading = CLIPTextModel.from_pretrained(part, output_loading_info=True, local_files_only=True)
-            except Exception as error:  # transformers, safetensors and the file system each have their own
-                raise UserError(f"{part}: cannot be loaded ({_first_line(error)}); copy it again") from None
-            try:
-                tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            except Exception as error:
-                raise UserError(f"{folder / 'tokenizer'}: cannot be loaded ({_first_line(error)}); copy it again") from None
-        if lost := [name for name in loading["missing_keys"] if "position_ids" not in name]:
-            raise UserError(f"{part}: weights missing: {', '.join(sorted(lost)[:3])}; copy it again")
-        return TextEncoder(model.float().eval().requires_grad_(False), tokenizer)
-
-
-class quiet:
-    """Within it transformers shows no progress bars and no advice."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *problem: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        return TextEncoder(load_text_model(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"))
