@@ -57,8 +57,9 @@ def sample(
         steps=steps, guidance=guidance, rescale=rescale, sampler=sampler or None, spacing=spacing or None, eta=eta
     )
     shape = size_of(size) if size else family.defaults["size"]
-    for text, count in family.text.overlong(wanted).items():
-        print(f"note: {text[:40]!r}... has {count} tokens; the model reads the first {family.text.max_tokens}", file=sys.stderr)
+    for text, read in family.text.overlong([*wanted, negative]).items():
+        most = family.text.max_tokens
+        print(f"note: {text[:40]!r}... is longer than the model's {most} tokens; it reads up to ...{read[-40:]!r}", file=sys.stderr)
     jobs = [(text, seed + k) for text in wanted for k in range(n)]
     out.mkdir(parents=True, exist_ok=True)
     number = _next_number(out)
