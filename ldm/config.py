@@ -49,9 +49,10 @@ def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
         name, _, text = word.partition("=")
         if "=" not in word or not all(name.split(".")):
             raise UserError(f"{word}: a word is written PATH=VALUE, such as seed=1")
+        value = _scalar(text, word)
         for part in reversed(name.split(".")):
-            text = {part: _scalar(text, word) if isinstance(text, str) else text}
-        data = merge(data, text)  # type: ignore[arg-type]
+            value = {part: value}
+        data = merge(data, value)
     return build(data, kind, str(path))
 
 

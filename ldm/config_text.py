@@ -26,10 +26,9 @@ def members_of(kind: Any) -> dict[str, Any]:
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return {}
     classes = [c for c in map(without_annotation, typing.get_args(kind)) if dataclasses.is_dataclass(c)]
-    return {c.__dataclass_fields__["kind"].default: c for c in classes if "kind" in c.__dataclass_fields__}
+    return {str(c.__dataclass_fields__["kind"].default): c for c in classes if "kind" in c.__dataclass_fields__}
 
 
-@cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     return typing.get_type_hints(kind, include_extras=True)
@@ -121,9 +120,11 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
     for name, hint in hints_of(kind).items():
         where, default = f"{path}{name}", default_of(kind, name)
         inner = without_annotation(hint)
-        repeated = f"{where}.NAME" if typing.get_origin(inner) is dict else f"{where}[]"
-        if typing.get_origin(inner) in (dict, tuple) and _branches(without_annotation(typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0])):
-            where, inner = repeated, without_annotation(typing.get_args(inner)[-1 if typing.get_origin(inner) is dict else 0])
+        if typing.get_origin(inner) in (dict, tuple):
+            mapping = typing.get_origin(inner) is dict
+            entry = without_annotation(typing.get_args(inner)[-1 if mapping else 0])
+            if _branches(entry):
+                where, inner = f"{where}.NAME" if mapping else f"{where}[]", entry
         branches = _branches(inner)
         if not branches:
             yield where, type_name(inner), default, said.get(name, "")
@@ -131,12 +132,11 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
             yield where, "", "" if default is not dataclasses.MISSING else default, said.get(name, "")
             yield from fields_of(inner, f"{where}.")
         else:
-            chosen = getattr(default, "kind", "" if default is dataclasses.MISSING else "")
-            yield f"{where}.kind", " | ".join(branches), chosen, said.get(name, "")
+            yield f"{where}.kind", " | ".join(branches), getattr(default, "kind", ""), said.get(name, "")
             for word, member in branches.items():
-                for entry in fields_of(member, f"{where}."):
-                    if entry[0] != f"{where}.kind":
-                        yield (entry[0], entry[1], entry[2], f"[{word}] {entry[3]}")
+                for at, type_said, usual, meaning in fields_of(member, f"{where}."):
+                    if at != f"{where}.kind":
+                        yield at, type_said, usual, f"[{word}] {meaning}"
 
 
 def _branches(kind: Any) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def type_name(kind: Any) -> str:
         return f"[{inner[0]}, ...]" if ... in arguments else f"[{', '.join(inner)}]"
     if origin is dict:
         return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
-    return {"str": "text", "NoneType": "null", "int": "integer", "float": "number", "bool": "true | false"}.get(kind.__name__, kind.__name__)
+    plain = {"str": "text", "NoneType": "null", "int": "integer", "float": "number", "bool": "true | false"}
+    return plain.get(kind.__name__, kind.__name__)
 
 
 def _literal(value: Any) -> str:

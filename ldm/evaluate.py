@@ -129,7 +129,8 @@ def table(result: dict[str, Any]) -> None:
                          else f"{values[k]['mean']:.3f}" for k in names]  # fmt: skip
                 shown.add_row(scale, pairs, *cells)
         console.print(shown)
-        console.print(f"the checker on perfect pictures: bind {found['checker']['seen']:.3f} seen, {found['checker']['held_out']:.3f} held-out")
+        best = found["checker"]
+        console.print(f"the checker on perfect pictures: bind {best['seen']:.3f} seen, {best['held_out']:.3f} held-out")
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))

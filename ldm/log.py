@@ -179,7 +179,8 @@ class StageLog:
         self._said = now
         left = (self.total - done) / rate if rate > 0 and self.total else 0
         percent = f"{100 * done / self.total:3.0f}%" if self.total else ""
-        print(f"{self.name:<16} {percent} {done:,} of {self.total:,}  {rate:,.1f}/s  left {_clock(left)}  {said}", file=sys.stderr, flush=True)
+        line = f"{self.name:<16} {percent} {done:,} of {self.total:,}  {rate:,.1f}/s  left {_clock(left)}  {said}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import __version__, checkpoint
+from ldm import checkpoint
 from ldm.config import Count, config, plain
 from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
 from ldm.families.autoencoder import KL, Autoencoder
 from ldm.families.clip import Clip
 from ldm.families.latent_diffusion import LatentDiffusion
-from ldm.rng import mix
 from ldm.stages import Encode, Evaluate, Export, Stage
 from ldm.train import Train
 

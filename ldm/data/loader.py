@@ -180,8 +180,8 @@ def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: fl
             running.extend(submit(group) for group in islice(groups, 1))
             yield results
     finally:
-        for group in running:
-            for future, _ in group:
+        for pairs in running:
+            for future, _ in pairs:
                 future.cancel()
         for _ in range(workers):
             todo.put(None)

@@ -195,7 +195,8 @@ def unipc(
     """
     a, s = alpha.tolist(), sigma.tolist()
     n = len(a) - 1
-    before, x0s = x, []  # the corrected x of the last step; estimates of x0, newest first
+    before = x  # the corrected x of the last step
+    x0s: list[Tensor] = []  # estimates of x0, newest first
     for i in range(n):
         x0 = denoise(x, i)
         if i > 0:

@@ -51,7 +51,10 @@ def train(*words: str, config: str = "configs/quickstart.yaml", launcher: tuple[
 
 def only(*names: str) -> list[str]:
     """Words that remove all stages of the quickstart but these."""
-    every = ("text", "autoencoder", "autoencoder-gate", "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation", "export")
+    every = [
+        "text", "autoencoder", "autoencoder-gate",
+        "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation", "export",
+    ]
     return [f"stages.{name}=null" for name in every if name not in names]
 
 
