@@ -245,7 +245,7 @@ USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
   key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
   --plan      say what would be done, and why, and stop
-  --help      this text; with a CONFIG also every field with its type, value and meaning
+  --help      this text, and every field with its type, default and meaning
 """
 
 
