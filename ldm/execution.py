@@ -283,7 +283,7 @@ class Execution:
 
 def _about(described: Mapping[str, Any]) -> Iterator[str]:
     """What a data set says of itself, in a line, and its rejected files in further ones."""
-    plain = {k: v for k, v in described.items() if isinstance(v, int | str) and k != "fingerprint"}
+    plain = {k: v for k, v in described.items() if isinstance(v, int | str) and not isinstance(v, bool) and k != "fingerprint"}
     yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in plain.items())
     rejected = described.get("rejected")
     if isinstance(rejected, Mapping) and rejected:

@@ -78,8 +78,9 @@ def load_open_clip(folder: Path) -> TextEncoder:
     if not isinstance(values, dict) or not isinstance(text, dict):
         raise UserError(f"{folder / OPEN_CLIP}: no model_cfg with a text_cfg in it; copy the whole folder again")
     known = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-    usual = {"hf_tokenizer_name": None, "pool_type": "argmax", "tokenizer_kwargs": None}
-    if foreign := [name for name, value in text.items() if name not in known and usual.get(name, value) != value]:
+    usual = {"pool_type": "argmax", "proj_type": "linear", "pad_id": 0, "output_tokens": True}
+    foreign = [name for name, value in text.items() if name not in known and value not in (None, False, usual.get(name))]
+    if foreign:
         raise UserError(f"{folder / OPEN_CLIP}: text_cfg.{foreign[0]} is not supported; only CLIP's own text towers are")
     width, layers = int(text.get("width", 512)), int(text.get("layers", 12))
     tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else _open_clip_tokenizer()
