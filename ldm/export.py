@@ -15,6 +15,8 @@ from ldm.families.latent_diffusion import RECORD, autoencoder_folder
 from ldm.folder import content_hash, load_part, save_part
 from ldm.models.autoencoder import KLConfig, fold_latent_stats
 
+STOCK_UNET = "UNet2DConditionModel"
+
 
 def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
     """Put the products of three stages together as a model folder, committed at once.
@@ -53,7 +55,9 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         _write(folder / "model_index.json", _index(source.name, record["scheduler"]["_class_name"], config["_class_name"]))
         own = content_hash(folder / source.name)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
-        (folder / "README.md").write_text(model_card(story, record, vq=source.name == "vqvae"))
+        stock = config["_class_name"] == STOCK_UNET
+        card = model_card(story, record, vq=source.name == "vqvae", stock=stock)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     checkpoint.commit(target, write)
 
@@ -77,7 +81,7 @@ def _index(autoencoder: str, scheduler: str, unet: str) -> dict[str, Any]:
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", unet],
+        "unet": ["diffusers" if unet == STOCK_UNET else "ldm", unet],
         "vae": ["diffusers", "AutoencoderKL"],
         "safety_checker": absent,
         "feature_extractor": absent,

@@ -1,0 +1,114 @@
+"""Tiny models with random weights, put together as a run does it but without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ldm.batch import ImageBatch
+from ldm.diffusion.process import Process
+from ldm.export import assemble
+from ldm.families.codec import load_codec, measure, save_codec
+from ldm.families.latent_diffusion import Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.unet import UNetConfig
+from ldm.text import SmallText, TextEncoder, small_clip_text, train_tokenizer
+
+Kind = Literal["kl", "vq"]
+SIDE = 32  # px, of the pictures that the models draw
+CAPTIONS = tuple(
+    f"a {size} {colour} {shape}"
+    for size in ("small", "large") for colour in ("red", "green", "blue") for shape in ("circle", "square", "ring")
+)  # fmt: skip
+TEXT = SmallText(width=32, layers=2, heads=2, max_tokens=16)
+KL = KLConfig(channels=(8, 8, 8, 16), layers=1, norm_groups=4, latent_channels=4)  # f8
+VQ = VQConfig(channels=(8, 8, 16), layers=1, norm_groups=4, latent_channels=3, codes=32)  # f4
+UNET = UNetConfig(channels=(16, 32), layers=1, attention=(False, True), heads=2, norm_groups=8, context_width=TEXT.width)
+STORY: dict[str, Any] = {"name": "Tiny", "data": "nothing", "stages": {"text": "none"}, "prompt": "a small red circle"}
+
+
+class Pictures:
+    """A data set of smooth random pictures with captions."""
+
+    def __init__(self, count: int = 12) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
+        """Picture i is the same wherever it is asked for."""
+        coarse = torch.stack([torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in index])
+        size = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * len(index)).float()
+        return ImageBatch(
+            image=torch.nn.functional.interpolate(coarse, (resolution, resolution), mode="bilinear"),
+            caption=tuple(self.captions(index, position, seed)), size=size, position=torch.tensor(position),
+        )  # fmt: skip
+
+    def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
+        """One caption for each picture, all different."""
+        return [CAPTIONS[i % len(CAPTIONS)] for i in index]
+
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """The same as a list of one."""
+        return [[caption] for caption in self.captions(index, index, 0)]
+
+    def origin(self, index: int) -> str:
+        """Its number."""
+        return f"picture {index}"
+
+    def describe(self) -> dict[str, object]:
+        """How many there are."""
+        return {"images": self.count}
+
+    def fingerprint(self) -> str:
+        """The number is all they depend on."""
+        return str(self.count)
+
+
+def text_product(folder: Path, seed: int = 0) -> Path:
+    """A random text tower with a tokenizer learned from the captions."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(CAPTIONS, 560, TEXT.max_tokens)
+    TextEncoder(small_clip_text(TEXT, tokenizer), tokenizer).save(folder)
+    return folder
+
+
+def autoencoder_product(folder: Path, kind: Kind = "kl", seed: int = 0) -> Path:
+    """A random autoencoder with the statistics of its latents."""
+    torch.manual_seed(seed)
+    network = (KL if kind == "kl" else VQ).build().eval()
+    if kind == "vq":
+        with torch.no_grad():
+            network.codebook.normal_()
+    statistics = measure(network, Pictures(), SIDE, 0, torch.device("cpu"))
+    save_codec(folder / ("vae" if kind == "kl" else "vqvae"), network, statistics)
+    return folder
+
+
+def diffusion_product(
+    folder: Path, text: Path, autoencoder: Path, process: Process, network: UNetConfig = UNET, **fields: Any
+) -> Path:
+    """A random UNet on the other products."""
+    torch.manual_seed(0)
+    codec = load_codec(autoencoder_folder(autoencoder))
+    network = replace(network, in_channels=codec.channels, out_channels=codec.channels)
+    config = LatentDiffusion(network=network, process=process, defaults=Defaults(**{"steps": 4, "chunk": 2, **fields}))
+    family = LatentDiffusionFamily(config, network.build(), codec, TextEncoder.load(text))
+    family.resolution = SIDE
+    family.save(folder)
+    return folder
+
+
+def finished_model(
+    root: Path, kind: Kind = "kl", process: Process | None = None, network: UNetConfig = UNET, **defaults: Any
+) -> Path:
+    """A whole model folder, root/model, beside the products it was made of."""
+    text, autoencoder = text_product(root / "text"), autoencoder_product(root / "autoencoder", kind)
+    diffusion = diffusion_product(root / "diffusion", text, autoencoder, process or Process(), network, **defaults)
+    assemble(text, autoencoder, diffusion, root / "model", STORY)
+    return root / "model"
