@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,12 @@ from ldm.errors import UserError
 
 PARAMETERS, OURS = "parameters", "ldm"  # the names of the chunks
 SCHEMA = 1
+NEGATIVE = "Negative prompt: "
+NAMES = {  # our samplers under the names that other programs know
+    "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "unipc": "UniPC",
+}  # fmt: skip
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')  # as A1111's web UI reads its settings line
 
 
 @dataclass(frozen=True)
@@ -29,18 +37,20 @@ class Recipe:
     eta: float
     width: int  # px
     height: int  # px
-    model: str  # the folder's name
+    model: str  # its name, without the place where it lies
     model_hash: str  # of its content
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
         lines = [self.prompt]
         if self.negative:
-            lines.append(f"Negative prompt: {self.negative}")
-        values = {
-            "Steps": self.steps, "Sampler": self.sampler, "CFG scale": self.guidance, "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model,
-            "Version": f"ldm {__version__}",
+            lines.append(NEGATIVE + self.negative)
+        values: dict[str, object] = {"Steps": self.steps, "Sampler": NAMES.get(self.sampler, self.sampler)}
+        if self.spacing == "karras":
+            values["Schedule type"] = "Karras"
+        values |= {
+            "CFG scale": self.guidance, "Seed": self.seed, "Size": f"{self.width}x{self.height}",
+            "Model hash": self.model_hash[:10], "Model": self.model, "Version": f"ldm {__version__}",
         }  # fmt: skip
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
         return "\n".join(lines)
@@ -51,7 +61,7 @@ class Recipe:
 
 
 def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",:\n") else value
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:\n"') else value
 
 
 def save_picture(path: Path, pixels: Any, recipe: Recipe) -> None:
@@ -60,45 +70,114 @@ def save_picture(path: Path, pixels: Any, recipe: Recipe) -> None:
     Raises:
         FileExistsError: if `path` is there already.
     """
-    import os
-
     from PIL import Image, PngImagePlugin
 
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt(PARAMETERS, recipe.parameters())
-    chunks.add_itxt(OURS, json.dumps(recipe.to_dict(), ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.partial")
-    Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
+    chunks.add_itxt(PARAMETERS, writable(recipe.parameters()))
+    chunks.add_itxt(OURS, writable(json.dumps(recipe.to_dict(), ensure_ascii=False)))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        os.link(temporary, path)  # fails where the name is taken, however late
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(str(path)) from None
-        temporary.replace(path)
-        return
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
+        _claim(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a PNG of ours.
+def _claim(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, unless the name is taken, however late."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("xb"):
+            pass
+        temporary.replace(path)
+
+
+def writable(text: str) -> str:
+    """The text with `?` for what UTF-8 has no bytes for: halves of characters, as a mistyped command line may hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read_recipe(path: Path) -> Recipe | dict[str, Any]:
+    """The whole recipe in a PNG of ours; of other programs' pictures those of its fields that they tell.
 
     Raises:
-        UserError: if the file is no such PNG.
+        UserError: if the file is no picture, or carries no recipe.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(OURS)
-    except Exception as error:
+            text = dict(getattr(image, "text", {}))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or 'not a picture'}") from None
+    except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None
-    if text is None:
-        raise UserError(f"{path}: carries no recipe; only PNG files that ldm wrote do")
+    if OURS in text:
+        return _ours(text[OURS], path)
+    found = parse_parameters(text.get(PARAMETERS, ""))
+    if not found:
+        raise UserError(f"{path}: carries no recipe; PNG files that ldm or A1111's web UI wrote do, unless they were edited")
+    return found
+
+
+def _ours(text: str, path: Path) -> Recipe:
     try:
         values = json.loads(text)
-        return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its recipe cannot be read ({error})") from None
+        if values["schema"] > SCHEMA:
+            raise UserError(f"{path}: its recipe was written by ldm {values['version']}; a newer ldm than this can read it")
+        kinds: dict[str, type] = {"str": str, "int": int, "float": float}
+        return Recipe(**{f.name: _typed(values[f.name], kinds[str(f.type)]) for f in fields(Recipe)})
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its recipe cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """The fields of a Recipe that A1111's `parameters` text tells; empty if it is none.
+
+    Its last line holds the settings, and only counts as such with three pairs or more.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = {name: _unquoted(value) for name, value in PAIR.findall(last)}
+    if len(pairs) < 3:
+        return {}
+    start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.strip())), len(lines))
+    negative = "\n".join(lines[start:])[len(NEGATIVE.strip()) :].strip()
+    found: dict[str, Any] = {"prompt": "\n".join(lines[:start]).strip(), "negative": negative}
+    kinds: dict[str, tuple[str, type]] = {"Steps": ("steps", int), "CFG scale": ("guidance", float), "Seed": ("seed", int)}
+    for name, (field, kind) in kinds.items():
+        try:
+            found[field] = kind(pairs[name])
+        except (KeyError, ValueError):
+            continue
+    if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
+        found |= {"width": int(size[1]), "height": int(size[2])}
+    sampler = pairs.get("Sampler", "")
+    if pairs.get("Schedule type") == "Karras" or sampler.endswith(" Karras"):
+        found["spacing"] = "karras"
+    ours = {theirs: name for name, theirs in NAMES.items()}
+    if name := ours.get(sampler.removesuffix(" Karras")):
+        found["sampler"] = name
+    return found
+
+
+def _unquoted(value: str) -> str:
+    value = value.strip()
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value

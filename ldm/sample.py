@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,8 @@ from ldm.errors import UserError
 
 NUMBER = re.compile(r"^(\d{5,})_seed\d+\.png$")
 Option = typer.Option
+MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
+MAX_SIDE = 8192  # px
 
 
 def main(words: Sequence[str]) -> int:
@@ -27,94 +31,124 @@ def main(words: Sequence[str]) -> int:
 def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts are drawn in turn.")] = None,
     prompts: Annotated[Path | None, Option(help="A text file with one prompt per line; - reads standard input.")] = None,
+    recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
     model: Annotated[str, Option(help="A model or run folder, or owner/name on the hub; default: the newest of runs/*.")] = "",
     n: Annotated[int, Option(min=1, help="Pictures per prompt; picture k has the seed SEED + k.")] = 1,
-    seed: Annotated[int, Option(min=0, help="Seed of each prompt's first picture.")] = 0,
-    steps: Annotated[int | None, Option(min=1, help="Denoising steps; default: the model's.")] = None,
-    guidance: Annotated[float | None, Option(min=0, help="Classifier-free guidance scale; 1: none; default: the model's.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Seed of each prompt's first picture; default: 0.")] = None,
+    steps: Annotated[int | None, Option(min=1, max=1000, help="Denoising steps; default: the model's.")] = None,
+    guidance: Annotated[float | None, Option(min=0, max=1000, help="Classifier-free guidance; 1: none; default: the model's.")] = None,
     rescale: Annotated[float | None, Option(min=0, max=1, help="Guidance rescale (Lin 2023); default: the model's.")] = None,
     sampler: Annotated[str, Option(help="ddpm ddim plms euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc; default: the model's.")] = "",
     spacing: Annotated[str, Option(help="Of the steps: trailing leading linspace karras; default: the sampler's.")] = "",
-    eta: Annotated[float, Option(min=0, max=1, help="Noise of ddim's steps; 0: none.")] = 0.0,
-    negative: Annotated[str, Option(help="What to stay away from.")] = "",
+    eta: Annotated[float | None, Option(min=0, max=1, help="Noise of ddim's steps; default: 0, none.")] = None,
+    negative: Annotated[str | None, Option(help="What to stay away from; default: nothing.")] = None,
     size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
     out: Annotated[Path, Option(help="Folder of the pictures.")] = Path("outputs"),
-    grid: Annotated[Path | None, Option(help="Also one picture of all, a row for each prompt.")] = None,
+    grid: Annotated[Path | None, Option(help="Also one PNG of all, a row for each prompt.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per picture.")] = False,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
 ) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
-    wanted = _prompts(prompt or [], prompts)
-    folder = model or _newest()
-    from ldm.families.latent_diffusion import Settings, load
-    from ldm.process import calibrate
-    from ldm.recipe import Recipe, save_picture
+    from ldm.recipe import Recipe, read_recipe, save_picture, writable
 
-    calibrate()
-    family = load(folder, device=device or best_device())
-    settings: Settings = family.settings(
-        steps=steps, guidance=guidance, rescale=rescale, sampler=sampler or None, spacing=spacing or None, eta=eta
-    )
-    shape = size_of(size) if size else family.defaults["size"]
-    for text, read in family.text.overlong([*wanted, negative]).items():
+    found = read_recipe(recipe) if recipe else {}
+    old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else found
+    wanted = [writable(text).replace("\0", " ") for text in _prompts(prompt or [], prompts, old.get("prompt"))]
+    avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
+    start = int(old.get("seed", 0) if seed is None else seed)
+    shape = _size(size, old)
+    for name, value in (("guidance", guidance), ("rescale", rescale), ("eta", eta)):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name}: got {value}; a finite number is needed")
+    folder = model or _newest()
+    out.mkdir(parents=True, exist_ok=True)
+    if grid is not None:
+        grid.parent.mkdir(parents=True, exist_ok=True)
+
+    from ldm.families.latent_diffusion import load
+
+    # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
+    family = load(folder, device=_device(device))
+    chosen: dict[str, Any] = {
+        "steps": old.get("steps") if steps is None else steps,
+        "guidance": old.get("guidance") if guidance is None else guidance,
+        "rescale": old.get("rescale") if rescale is None else rescale,
+        "sampler": sampler or old.get("sampler"),
+        # A spacing belongs to its sampler, unless it is asked for.
+        "spacing": spacing or (None if sampler else old.get("spacing")),
+        "eta": old.get("eta", 0.0) if eta is None else eta,
+    }
+    settings = family.settings(**chosen)
+    height, width = shape or family.defaults["size"]
+    if old.get("model_hash", family.content_hash) != family.content_hash:
+        print(f"note: {recipe} was made by the model {old['model']}, not by {folder}: the picture will differ", file=sys.stderr)
+    for text, read in family.text.overlong([*wanted, avoided]).items():
         most = family.text.max_tokens
         print(f"note: {text[:40]!r}... is longer than the model's {most} tokens; it reads up to ...{read[-40:]!r}", file=sys.stderr)
-    jobs = [(text, seed + k) for text in wanted for k in range(n)]
-    out.mkdir(parents=True, exist_ok=True)
-    number = _next_number(out)
-    pictures, started = [], time.monotonic()
-    with _bar(len(jobs)) as show:
-        for first in range(0, len(jobs), batch):
-            part = jobs[first : first + batch]
 
-            def on_step(done: int, of: int, first: int = first, many: int = len(part)) -> None:
-                show(first + many * done / of)
+    jobs = [(text, start + k) for text in wanted for k in range(n)]
+    name = _name(folder)
+    many = -(-batch // family.defaults["chunk"]) * family.defaults["chunk"]  # the network draws that many at a time anyway
+    pictures, number, started = [], _free(out), time.monotonic()
+    with _bar(len(jobs)) as show:
+        for first in range(0, len(jobs), many):
+            part = jobs[first : first + many]
+
+            def on_step(done: int, of: int, first: int = first, count: int = len(part)) -> None:
+                show(first + count * done / of)
 
             images = family.sample(
-                [text for text, _ in part], [s for _, s in part], steps=steps, guidance=guidance, rescale=rescale,
-                sampler=sampler or None, spacing=spacing or None, eta=eta, negative=negative, size=shape, on_step=on_step,
-            )  # fmt: skip
+                [text for text, _ in part], [own for _, own in part], **chosen, negative=avoided, size=(height, width), on_step=on_step
+            )
             for (text, own), pixels in zip(part, images, strict=True):
-                recipe = Recipe(
-                    prompt=text, negative=negative, seed=own, steps=settings.steps, guidance=settings.guidance,
-                    rescale=settings.rescale, sampler=settings.sampler, spacing=settings.spacing, eta=eta,
-                    width=shape[1], height=shape[0], model=str(folder), model_hash=family.content_hash,
+                made = Recipe(
+                    prompt=text, negative=avoided, seed=own, **asdict(settings), width=width, height=height, model=name,
+                    model_hash=family.content_hash,
                 )  # fmt: skip
-                path = out / f"{number:05d}_seed{own}.png"
-                save_picture(path, pixels.numpy(), recipe)
-                number += 1
+                number, path = _save(out, number, own, lambda path, p=pixels, r=made: save_picture(path, p.numpy(), r))  # type: ignore[misc]
                 if as_json:
-                    print(json.dumps({"file": str(path), **recipe.to_dict()}, ensure_ascii=False), flush=True)
-            pictures += list(images)
+                    print(json.dumps({"file": str(path), **made.to_dict()}, ensure_ascii=False), flush=True)
+                if grid is not None:
+                    pictures.append(pixels)
     if grid is not None:
-        _save_grid(pictures, grid, n if len(wanted) > 1 or n > 1 else 1)
+        _save_grid(pictures, grid, n if n > 1 or len(wanted) > 8 else min(len(wanted), 8))
     spent = time.monotonic() - started
     where = f"{out}/{f', all on {grid}' if grid else ''}"
-    print(f"{len(jobs)} pictures of {folder} in {spent:.1f} s: {where}", file=sys.stderr)
+    print(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} of {folder} in {spent:.1f} s: {where}", file=sys.stderr)
     return 0
 
 
-def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
+def _prompts(given: Sequence[str], file: Path | None, recipes: str | None) -> list[str]:
     if given and file is not None:
         raise UserError("prompts: give them as words or by --prompts, not both")
     if given:
         return list(given)
+    if file is None and recipes is not None:
+        return [recipes]
     if file is None and sys.stdin.isatty():
         raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
-    if file is None or str(file) == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: not UTF-8 text") from None
+    source = "standard input" if file is None or str(file) == "-" else str(file)
+    try:
+        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise UserError(f"{file or 'standard input'}: no prompts in it")
+        raise UserError(f'{source}: no prompts in it; write one per line, or give them as words: ldm sample "a red circle"')
     return found
+
+
+def _size(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) px; None where neither the option nor the recipe says."""
+    if not size:
+        return (old["height"], old["width"]) if "height" in old else None
+    shape = size_of(size)
+    if max(shape) > MAX_SIDE:
+        raise UserError(f"size: got {size}; at most {MAX_SIDE} px a side")
+    return shape
 
 
 def _newest() -> str:
@@ -126,6 +160,27 @@ def _newest() -> str:
     return folder
 
 
+def _name(folder: str) -> str:
+    """What a picture says of its model: the run's name, not where it lies."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return folder  # a name on the hub
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if not wanted:
+        return best_device()
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({str(error).splitlines()[0][:100]})") from None
+    return wanted
+
+
 def best_device() -> str:
     """The accelerator of this machine, or the CPU."""
     import torch
@@ -135,9 +190,21 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _next_number(out: Path) -> int:
-    taken = [int(match[1]) for path in out.iterdir() if (match := NUMBER.match(path.name))]
-    return max(taken, default=-1) + 1
+def _free(out: Path) -> int:
+    """The number after the highest in a folder of pictures."""
+    return max((int(match[1]) for path in out.iterdir() if (match := NUMBER.match(path.name))), default=-1) + 1
+
+
+def _save(out: Path, number: int, seed: int, write: Callable[[Path], None]) -> tuple[int, Path]:
+    """Write a picture under `number` or, where another process has taken it, a later one; the next number and the path."""
+    while True:
+        path = out / f"{number:05d}_seed{seed}.png"
+        try:
+            write(path)
+        except FileExistsError:
+            number = max(number + 1, _free(out))
+            continue
+        return number + 1, path
 
 
 def _save_grid(pictures: Sequence[Any], path: Path, columns: int) -> None:
@@ -146,9 +213,9 @@ def _save_grid(pictures: Sequence[Any], path: Path, columns: int) -> None:
 
     from ldm.pictures import grid
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = columns if columns > 1 else min(len(pictures), 8)
-    Image.fromarray(grid(torch.stack(list(pictures)), columns).numpy()).save(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    Image.fromarray(grid(torch.stack(list(pictures)), columns).numpy()).save(temporary, format="PNG")
+    temporary.replace(path)
 
 
 class _bar:
