@@ -1,0 +1,106 @@
+"""Curves of a report as small SVG drawings that take the page's text colour, so that they read well in light and in dark."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+POINTS = 160  # at most in one line of a drawing; denser logs are averaged
+COLOURS = ("#3b7dd8", "#e07b39", "#2f9e73", "#b455a0", "#8a8d2a", "#5b6cc4")
+INK = "#010203"  # stands for the page's text colour while matplotlib draws
+Point = tuple[float, float, float]  # mean and the ends of its interval
+
+
+def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The curve in order of x without values that are not finite; averages of neighbours where there are more than `points`."""
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    kept = np.isfinite(a) & np.isfinite(b)
+    a, b = a[kept], b[kept]
+    order = np.argsort(a, kind="stable")
+    a, b = a[order], b[order]
+    if len(a) <= points:
+        return a, b
+    return tuple(np.array([part.mean() for part in np.array_split(values, points)]) for values in (a, b))  # type: ignore[return-value]
+
+
+def smoothed(y: NDArray[np.float64], share: float = 0.06) -> NDArray[np.float64]:
+    """A centred running mean over `share` of the points, shorter at both ends."""
+    half = max(1, int(len(y) * share / 2))
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    at = np.arange(len(y))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def curve(x: Sequence[float], y: Sequence[float]) -> str | None:
+    """One quantity over images, as SVG: the logged values pale, their running mean strong; None where there are fewer than two."""
+    a, b = thinned(x, y)
+    if len(a) < 2:
+        return None
+    figure, axes = _axes()
+    smooth = smoothed(b) if len(b) >= 12 else b
+    axes.plot(a, b, color=COLOURS[0], linewidth=0.8, alpha=0.35)
+    axes.plot(a, smooth, color=COLOURS[0], linewidth=1.6)
+    if (b > 0).all() and b.max() > 30 * b.min():
+        axes.set_yscale("log")
+    axes.set_xlim(0 if a[0] >= 0 else a[0], a[-1])
+    return _svg(figure)
+
+
+def intervals(lines: Mapping[str, Mapping[float, Point]]) -> str | None:
+    """Shares with their intervals over a number, such as guidance, one line per name; None where there is one number only."""
+    if len({x for points in lines.values() for x in points}) < 2:
+        return None
+    figure, axes = _axes()
+    for colour, (name, points) in zip(COLOURS * len(lines), lines.items(), strict=False):
+        x = sorted(points)
+        mean, low, high = np.array([points[value] for value in x], np.float64).T
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower left")
+    return _svg(figure)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(3.5, 1.9))
+    axes = figure.add_axes((0.15, 0.14, 0.83, 0.82))
+    axes.patch.set_alpha(0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+        axes.spines[side].set_alpha(0.4)
+    axes.tick_params(colors=INK, labelsize=8, length=2.5)
+    axes.grid(color=INK, alpha=0.1, linewidth=0.6)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The drawing as one <svg> element that fills its place."""
+    from matplotlib import rc_context
+
+    target = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm", "font.size": 8, "axes.formatter.useoffset": False}):
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = target.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r'\1 width="100%"', text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", text)
+    text = re.sub(r"font-family: [^;]*;", "", text).replace("xlink:href", "href").replace(INK, "currentColor")
+    # A tenth of a point is finer than any screen; the labels keep their digits.
+    text = re.sub(r' (d|x|y)="[^"]*"', lambda found: re.sub(r"(\d\.\d)\d+", r"\1", found[0]), text)
+    own = "c" + hashlib.sha256(text.encode()).hexdigest()[:8]  # names must not meet those of the page's other drawings
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", text)
+    return re.sub(r"\s+", " ", text).strip()
