@@ -21,11 +21,13 @@ from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
 from ldm.families.family import Context, Family, Product, Terms
 from ldm.folder import content_hash, load_module, load_part, open_model, save_part
+from ldm.models.transformer import Memory
 from ldm.models.unet import UNet, UNetConfig
 from ldm.rng import Rng
 from ldm.text import TextEncoder
 
 RECORD = "ldm.json"
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @config
@@ -35,6 +37,7 @@ class Defaults:
     steps: Positive = 30  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale; 1: none
     rescale: Fraction = 0.0  # guidance rescale (Lin 2023, arXiv 2305.08891, eq. 16)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
     sampler: str = "dpmpp_2m"  # a name of ldm.diffusion.samplers.SAMPLERS
     chunk: Positive = 8  # images per network call; a part of the model's numerics, so that batch size is not
 
@@ -109,6 +112,7 @@ class Settings:
     sampler: str
     spacing: str
     eta: float
+    precision: str
 
 
 class LatentDiffusionFamily(Family):
@@ -137,10 +141,13 @@ class LatentDiffusionFamily(Family):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """size (height, width) in px, steps, guidance, rescale, sampler, chunk."""
+        """size (height, width) in px, steps, guidance, rescale, precision, sampler, chunk."""
         d = self.config.defaults
         size = (self.resolution, self.resolution)
-        return {"size": size, "steps": d.steps, "guidance": d.guidance, "rescale": d.rescale, "sampler": d.sampler, "chunk": d.chunk}
+        return {
+            "size": size, "steps": d.steps, "guidance": d.guidance, "rescale": d.rescale, "precision": d.precision,
+            "sampler": d.sampler, "chunk": d.chunk,
+        }  # fmt: skip
 
     def frozen(self) -> list[nn.Module]:
         """The autoencoder and the text encoder."""
@@ -217,11 +224,12 @@ class LatentDiffusionFamily(Family):
         sampler: str | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        precision: str | None = None,
     ) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are given.
 
         Raises:
-            UserError: on an unknown sampler or spacing.
+            UserError: on an unknown sampler, spacing or precision.
         """
         d = self.config.defaults
         name = sampler or d.sampler
@@ -232,7 +240,10 @@ class LatentDiffusionFamily(Family):
             guidance=d.guidance if guidance is None else guidance,
             rescale=d.rescale if rescale is None else rescale,
             sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,
+            precision=precision or d.precision,
         )  # fmt: skip
+        if chosen.precision not in PRECISION:
+            raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
         if chosen.spacing not in SPACINGS:
             raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
         return chosen
@@ -249,6 +260,7 @@ class LatentDiffusionFamily(Family):
         sampler: str | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        precision: str | None = None,
         negative: str = "",
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
@@ -269,7 +281,9 @@ class LatentDiffusionFamily(Family):
         Raises:
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
-        settings = self.settings(steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta)
+        settings = self.settings(
+            steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision
+        )
         height, width = size or self.defaults["size"]
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
@@ -308,22 +322,28 @@ class LatentDiffusionFamily(Family):
         device = next(self.unet.parameters()).device
         entry = SAMPLERS[settings.sampler]
         grid = self.process.grid(settings.steps, settings.spacing)
-        size = torch.tensor([[noise.shape[2] * self.factor, noise.shape[3] * self.factor, 0, 0] * 1]).float()
-        size = torch.cat([size, size[:, :2]], 1).expand(len(prompts), 6).to(device)
+        height, width = noise.shape[2] * self.factor, noise.shape[3] * self.factor
+        size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
         cond = Cond(text=self.text.encode(prompts), size=size)
         uncond = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
 
         dtype = next(self.unet.parameters()).dtype
+        remembered: list[tuple[Cond, Memory]] = []  # of the one condition that all steps share
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:
+            if not remembered or remembered[0][0] is not c:
+                assert c.text is not None
+                remembered[:] = [(c, self.unet.remember(c.text))]
             t = grid.t[i].to(device).expand(len(x))
-            output = self.unet(x.to(dtype), t, c).float()
+            output = self.unet(x.to(dtype), t, c, remembered[0][1]).float()
             return self.process.x0_from(output, x, t)
 
+        kind = PRECISION[settings.precision]
         denoise = guided(predict, cond, uncond, settings.guidance, settings.rescale)
         x = entry.start(noise.to(device), grid)
-        x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, on_step=on_step)
-        image = self.codec.decode(x).float()
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, on_step=on_step)
+            image = self.codec.decode(x).float()
         return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
