@@ -45,8 +45,12 @@ def features(images: Tensor) -> NDArray[np.float64]:
 
 
 def standardise(reference: NDArray, *others: NDArray) -> list[NDArray]:
-    """All sets with the mean and deviation of each feature over the reference taken away."""
-    mean, std = reference.mean(0), reference.std(0) + 1e-12
+    """All sets with the mean and deviation of each feature over the reference taken away.
+
+    A feature that is the same in the whole reference keeps its scale: its deviation is rounding error.
+    """
+    mean, std = reference.mean(0), reference.std(0)
+    std = np.where(std > 1e-9 * (1 + np.abs(mean)), std, 1)
     return [(values - mean) / std for values in (reference, *others)]
 
 

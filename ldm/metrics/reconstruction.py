@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,), dB, of images (B,C,H,W) in [0,1]; equal images have infinity."""
-    return -10 * torch.log10((a.double() - b.double()).square().mean((1, 2, 3)))
+    errors = [(x.double() - y.double()).square().mean() for x, y in zip(a, b, strict=True)]
+    return -10 * torch.log10(torch.stack(errors))
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
@@ -21,14 +22,15 @@ def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
     offset = torch.arange(size, dtype=torch.float64, device=a.device) - (size - 1) / 2
     line = torch.exp(-0.5 * (offset / sigma).square())
     line = line / line.sum()
-    channels = a.shape[1]
-    across, down = line.view(1, 1, 1, -1).expand(channels, 1, 1, size), line.view(1, 1, -1, 1).expand(channels, 1, size, 1)
+    # One image at a time: a few hundred large ones in double precision would take many gigabytes.
+    return torch.stack([_ssim(x.double(), y.double(), line) for x, y in zip(a, b, strict=True)])
 
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, across, groups=channels), down, groups=channels)
 
-    x, y = a.double(), b.double()
-    mx, my = blur(x), blur(y)
-    xx, yy, xy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+def _ssim(x: Tensor, y: Tensor, line: Tensor) -> Tensor:
+    """Of two images (C,H,W), with the window's profile along either axis."""
+    moments = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # every map by itself: (5C,1,H,W)
+    blurred = F.conv2d(F.conv2d(moments, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))
+    mx, my, xx, yy, xy = blurred[:, 0].unflatten(0, (5, len(x)))
+    xx, yy, xy = xx - mx * mx, yy - my * my, xy - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    return ((2 * mx * my + c1) * (2 * xy + c2) / ((mx * mx + my * my + c1) * (xx + yy + c2))).mean((1, 2, 3))
+    return ((2 * mx * my + c1) * (2 * xy + c2) / ((mx * mx + my * my + c1) * (xx + yy + c2))).mean()
