@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Recipe:
     height: int  # px
     model: str  # its name, without the place where it lies
     model_hash: str  # of its content
+    precision: str = "fp32"  # of matrix products and convolutions
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -129,7 +130,8 @@ def _ours(text: str, path: Path) -> Recipe:
         if values["schema"] > SCHEMA:
             raise UserError(f"{path}: its recipe was written by ldm {values['version']}; a newer ldm than this can read it")
         kinds: dict[str, type] = {"str": str, "int": int, "float": float}
-        return Recipe(**{f.name: _typed(values[f.name], kinds[str(f.type)]) for f in fields(Recipe)})
+        known = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | values
+        return Recipe(**{f.name: _typed(known[f.name], kinds[str(f.type)]) for f in fields(Recipe)})
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:

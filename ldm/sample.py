@@ -41,6 +41,7 @@ def sample(
     sampler: Annotated[str, Option(help="ddpm ddim plms euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc; default: the model's.")] = "",
     spacing: Annotated[str, Option(help="Of the steps: trailing leading linspace karras; default: the sampler's.")] = "",
     eta: Annotated[float | None, Option(min=0, max=1, help="Noise of ddim's steps; default: 0, none.")] = None,
+    precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
     negative: Annotated[str | None, Option(help="What to stay away from; default: nothing.")] = None,
     size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
@@ -78,6 +79,7 @@ def sample(
         # A spacing belongs to its sampler, unless it is asked for.
         "spacing": spacing or (None if sampler else old.get("spacing")),
         "eta": old.get("eta", 0.0) if eta is None else eta,
+        "precision": precision or old.get("precision"),
     }
     settings = family.settings(**chosen)
     height, width = shape or family.defaults["size"]
