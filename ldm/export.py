@@ -64,9 +64,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
 
 def _fold(source: Path, target: Path) -> None:
     config, state = load_part(source)
-    values = json.loads((source / STATISTICS).read_text())
-    statistics = Statistics(tuple(values["mean"]), tuple(values["std"]), values["images"], values["resolution"])
     made = KLConfig.from_diffusers(config)
+    statistics = Statistics.read(source / STATISTICS, made.latent_channels)
     folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import write_json
 from ldm.data.sources import DataSet
 from ldm.errors import UserError
-from ldm.folder import content_hash, load_module, load_part, save_part
+from ldm.folder import AGAIN, content_hash, load_module, load_part, read_json, save_part
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
 
 STATISTICS = "latents.json"
@@ -30,6 +30,23 @@ class Statistics:
     def to_dict(self) -> dict[str, object]:
         """As it stands in latents.json and in the log."""
         return {"mean": list(self.mean), "std": list(self.std), "images": self.images, "resolution": self.resolution}
+
+    @staticmethod
+    def read(file: Path, channels: int) -> Statistics:
+        """The statistics in a latents.json.
+
+        Raises:
+            UserError: if it does not tell a mean and a positive deviation for each of `channels`.
+        """
+        values = read_json(file)
+        try:
+            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+            found = Statistics(mean, std, int(values["images"]), int(values["resolution"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: tells no latent statistics ({type(error).__name__}: {error}); {AGAIN}") from None
+        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"{file}: {channels} means and positive deviations are needed, got {mean} and {std}; {AGAIN}")
+        return found
 
 
 class Codec(nn.Module):
@@ -102,8 +119,7 @@ def load_codec(folder: Path) -> Codec:
     network = load_module(made.build, state, folder)
     file = folder / STATISTICS
     if file.exists():
-        values = json.loads(file.read_text())
-        statistics = Statistics(tuple(values["mean"]), tuple(values["std"]), values["images"], values["resolution"])
+        statistics = Statistics.read(file, network.latent_channels)
     else:
         scale = float(config.get("scaling_factor") or 1.0)
         shift = float(config.get("shift_factor") or 0.0)

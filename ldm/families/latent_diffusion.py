@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
 from ldm.checkpoint import write_json
-from ldm.config import Fraction, NonNegative, Positive, config
+from ldm.config import Fraction, NonNegative, Positive, build, config
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.process import SPACINGS, Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
 from ldm.families.family import Context, Family, Product, Terms
-from ldm.folder import content_hash, load_module, load_part, open_model, save_part
+from ldm.folder import AGAIN, content_hash, load_module, load_part, open_model, read_json, save_part
 from ldm.models.transformer import Memory
 from ldm.models.unet import UNet, UNetConfig
 from ldm.rng import Rng
@@ -99,7 +98,7 @@ def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
 
 def _record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -366,24 +365,37 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     stored, state = load_part(root / "unet")
     network = UNetConfig.from_diffusers(stored)
     unet = load_module(network.build, state, root / "unet")
-    process = Process.from_scheduler_config(_scheduler(root))
-    values = record.get("defaults", {})
-    size = values.pop("size", None)
-    defaults = Defaults(**values) if values else Defaults(guidance=7.5, chunk=1)
+    process = _process(root)
+    defaults, size = _defaults(record, root)
     if not text.width == network.context_width:
         raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
     made = LatentDiffusion(network=network, process=process, defaults=defaults)
     family = LatentDiffusionFamily(made, unet.to(dtype), codec.to(dtype), text)
     sample_size = stored.get("sample_size") or 64
-    family.resolution = size[0] if size else sample_size * codec.factor
+    family.resolution = size or sample_size * codec.factor
     family.content_hash = content_hash(root)
     for module in (family, *family.frozen()):
         module.to(device)
     return family.eval()
 
 
-def _scheduler(root: Path) -> dict[str, Any]:
+def _process(root: Path) -> Process:
     file = root / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        raise UserError(f"{file} is missing; a model folder needs it to know its noise schedule")
-    return json.loads(file.read_text())
+    values = read_json(file)
+    try:
+        return Process.from_scheduler_config(values)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}; {AGAIN}") from None
+
+
+def _defaults(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
+    """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
+    values = record.get("defaults")
+    if values is None:
+        return Defaults(guidance=7.5, chunk=1), None
+    size = values.get("size") if isinstance(values, dict) else values
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise UserError(f"{root / RECORD}: defaults.size: got {size!r}, not [height, width] in px; {AGAIN}")
+    return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]
