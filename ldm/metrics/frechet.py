@@ -64,7 +64,7 @@ def distance(a: NDArray, b: NDArray) -> float:
     gap = a.mean(0) - b.mean(0)
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     cross = np.linalg.svd(_root(s) @ _root(t), compute_uv=False).sum()
-    return float(gap @ gap + np.trace(s) + np.trace(t) - 2 * cross)
+    return max(0.0, float(gap @ gap + np.trace(s) + np.trace(t) - 2 * cross))
 
 
 def _root(matrix: NDArray) -> NDArray:
