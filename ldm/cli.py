@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,6 @@ def size_of(text: str) -> tuple[int, int]:
         UserError: for anything else.
     """
     words = text.lower().split("x")
-    if len(words) not in (1, 2) or not all(w.isdigit() and int(w) for w in words):
+    if len(words) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", word) for word in words):
         raise UserError(f"size: got {text!r}; write WIDTHxHEIGHT in px, such as 512x512")
     return int(words[-1]), int(words[0])
