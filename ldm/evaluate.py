@@ -69,6 +69,8 @@ def evaluate(
 ) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
     scales = _numbers(guidance)
+    if as_json is not None:
+        _make_room(as_json)  # before the work, which may take hours
     from ldm import __version__
     from ldm.config import build
     from ldm.data.folder import FolderSource
@@ -98,10 +100,18 @@ def evaluate(
     result = {"model": model, "model_hash": family.content_hash, "version": __version__, "on": on, **found}
     table(result)
     if as_json is not None:
-        as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps(result, indent=1))
         print(f"written to {as_json}", file=sys.stderr)
     return 0
+
+
+def _make_room(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from None
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; name a file in it, such as {path / 'result.json'}")
 
 
 def _numbers(text: str) -> list[float]:
@@ -117,12 +127,15 @@ def table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe needs no lines broken
     if "adherence" in result:
         found = result["adherence"]
-        shown = Table(title=f"adherence, tier {found['protocol']['tier']}, {found['protocol']['prompts']} prompts each")
+        protocol = found["protocol"]
+        shown = Table(title=f"adherence, tier {protocol['tier']}, {protocol['prompts']} seen and {protocol['prompts']} held-out prompts")
         names = [name for name in ("bind", "strict", "colour", "shape", "size", "cell", "rel", "count", "tone") if name in found["seen"]]
         for column in ("guidance", "pairs", *names):
-            shown.add_column(column, justify="left" if column == "pairs" else "right")
+            shown.add_column(column, justify="left" if column == "pairs" else "right", no_wrap=True)
         for scale, groups in found["intervals"].items():
             for pairs, values in groups.items():
                 cells = [f"{values[k]['mean']:.3f} [{values[k]['low']:.2f}, {values[k]['high']:.2f}]" if k == "bind"
