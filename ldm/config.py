@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
+import yaml
 
 from ldm.config_text import default_of, explain, hints_of, members_of, without_annotation
+from ldm.config_yaml import DEEPEST, Number, parse
 from ldm.errors import UserError
 
 T = TypeVar("T")
@@ -39,21 +42,50 @@ def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
     """The tree of a YAML file with words such as `optim.lr=3e-4` laid over it.
 
     The file may name one `base:` file, beside which it is laid; mappings are merged, all else is replaced, null removes an
-    entry. Where `kind` changes, the new kind takes over the fields that both have, and the others are dropped.
+    entry. Where `kind` changes, the new kind takes over the fields that both have, and the others are dropped. The order
+    of words matters only where two set the same field: the later one holds.
 
     Raises:
         UserError: telling every mistake at once, each with its path, its value and what is allowed.
     """
-    data = _read(path, ())
+    return build(read(path, words), kind, str(path))
+
+
+def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The plain values of a YAML file, its bases and words, not yet checked against a type.
+
+    Raises:
+        UserError: for files and words that cannot be read, all such words at once.
+    """
+    above: Any = {}
+    problems = []
     for word in words:
-        name, _, text = word.partition("=")
-        if "=" not in word or not all(name.split(".")):
-            raise UserError(f"{word}: a word is written PATH=VALUE, such as seed=1")
-        value = _scalar(text, word)
-        for part in reversed(name.split(".")):
+        name, sign, text = word.partition("=")
+        parts = name.split(".")
+        word = word if len(word) <= 80 else f"{word[:77]}..."
+        if not sign or not all(parts) or len(parts) > DEEPEST:
+            problems.append(f"{word}: a word is written PATH=VALUE, such as seed=1")
+            continue
+        try:
+            value = parse(text, word) if text.strip() else ""
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for part in reversed(parts):
             value = {part: value}
-        data = merge(data, value)
-    return build(data, kind, str(path))
+        above = _together(above, value)
+    if problems:
+        raise UserError("\n".join(problems))
+    return merge(_read(path, ()), above)
+
+
+def _together(first: Any, second: Any) -> Any:
+    """The words so far with one more: no kind gives way yet, no null has anything to remove."""
+    if _numbered(first, second):
+        return merge(first, second)
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return first | {name: _together(first[name], value) if name in first else value for name, value in second.items()}
 
 
 def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
@@ -64,25 +96,37 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """
     data = _resolve(data, kind)
     try:
-        return pydantic.TypeAdapter(kind).validate_python(data)
+        return _adapter(kind).validate_python(data)
     except pydantic.ValidationError as error:
         lines = [explain(problem, data, kind) for problem in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
+@cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
 def merge(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings field by field, null removes, all else replaces."""
+    """`above` laid over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
+    if _numbered(below, above):
+        return [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)]
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    if "kind" in above and above["kind"] != below.get("kind"):
-        return {**_without_nulls(above), "kind": _Switched(above["kind"], below)}
+    if above.get("kind") is not None and above["kind"] != below.get("kind"):
+        return {**above, "kind": _Switched(above["kind"], below)}
     merged = dict(below)
     for name, value in above.items():
-        if value is None:
-            merged.pop(name, None)
+        if value is None and below.get(name) is not None:
+            del merged[name]
         else:
-            merged[name] = merge(merged[name], value) if name in merged else _without_nulls(value)
+            merged[name] = merge(merged[name], value) if name in merged else value
     return merged
+
+
+def _numbered(below: Any, above: Any) -> bool:
+    """Whether `above` is a mapping of changes to numbered entries of a list."""
+    return isinstance(below, list) and isinstance(above, dict) and set(above) <= {str(n) for n in range(len(below))} and bool(above)
 
 
 class _Switched(str):
@@ -94,12 +138,6 @@ class _Switched(str):
         made = super().__new__(cls, kind)
         made.below = below
         return made
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return value
 
 
 def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
@@ -115,15 +153,33 @@ def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
             former = members.get(str(chosen.below.get("kind", usual)))
             own = {name: value for name, value in data.items() if name != "kind"}
             data = {"kind": str(chosen), **merge(_shared(chosen.below, former, kind), own)}
+    if kind is str and isinstance(data, Number):
+        return data.text
     if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
         hints = hints_of(kind)
-        return {n: _resolve(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in data.items()}
+        given = {n: v for n, v in data.items() if v is not None or n not in hints}  # null: as if it were not there
+        return {n: _resolve(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in given.items()}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict and isinstance(data, Mapping):
-        return {name: _resolve(value, arguments[1]) for name, value in data.items()}
+        entries = _flat(data) if without_annotation(arguments[1]) in (int, float, str, bool) else data
+        return {name: _resolve(value, arguments[1]) for name, value in entries.items()}
     if origin is tuple and isinstance(data, list | tuple) and len(arguments) == 2 and arguments[1] is ...:
         return [_resolve(value, arguments[0]) for value in data]
     return data
+
+
+def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The leaves of mappings inside each other under dotted names: a word cannot say that a name has dots in it."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in data.items():
+        leaves += _flat(value, f"{path}{name}.").items() if isinstance(value, Mapping) else [(f"{path}{name}", value)]
+    found: dict[str, Any] = {}
+    for name, value in leaves:
+        if value is None and name in found:
+            del found[name]
+        else:
+            found[name] = value
+    return found
 
 
 def _shared(data: Any, former: Any, kind: Any) -> dict[str, Any]:
@@ -154,9 +210,8 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror or error}{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    data = _parse(text, str(path))
-    if data is None:
-        return {}
+    data = parse(text, str(path))
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise UserError(f"{path}: a mapping of fields was expected, got {type(data).__name__}")
     base = data.pop("base", None)
@@ -165,60 +220,6 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise UserError(f"{path}: base: names one file, got {base!r}")
     return merge(_read(path.parent / base, (*below, path)), data)
-
-
-def _scalar(text: str, word: str) -> Any:
-    return _parse(text, word) if text.strip() else ""
-
-
-def _parse(text: str, where: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(text, _loader())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
-
-
-def _loader() -> Any:
-    """A YAML loader by the core schema of YAML 1.2: 3e-4 is a number, `no` is a word; repeated keys are errors."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
-
-    def rule(tag: str, pattern: str, first: str) -> None:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first) if first else None)
-
-    rule("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
-    rule("int", "[-+]?[0-9][0-9_]*", "-+0123456789")
-    rule("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", "-+0123456789.")
-    rule("null", "~|null|Null|NULL|", "~nN")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
-
-    def mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = loader.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is not a word", key.start_mark)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands here twice", key.start_mark)
-            seen.add(name)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    def number(loader: Any, node: Any) -> float:
-        text = node.value.replace("_", "").lower()
-        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
-    Loader.add_constructor("tag:yaml.org,2002:float", number)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
-    return Loader
 
 
 # Writing
@@ -236,7 +237,15 @@ def plain(tree: Any) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """The tree as YAML that `load` reads back equal; what is None is left out."""
-    import yaml
+    """The tree as YAML that `load` reads back equal."""
+    return yaml.dump(plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
-    return yaml.safe_dump(_without_nulls(plain(tree)), sort_keys=False, allow_unicode=True, width=120)
+
+class _Dumper(yaml.SafeDumper):
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # The other styles fold the line breaks that only Unicode knows.
+        style = '"' if set(data) & set("\x85\u2028\u2029\r\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)

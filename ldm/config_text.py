@@ -29,6 +29,7 @@ def members_of(kind: Any) -> dict[str, Any]:
     return {str(c.__dataclass_fields__["kind"].default): c for c in classes if "kind" in c.__dataclass_fields__}
 
 
+@cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     return typing.get_type_hints(kind, include_extras=True)
@@ -40,37 +41,56 @@ def default_of(kind: Any, name: str) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+_WANTED = {
+    "string_type": "a text, in quotes where it looks like something else",
+    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
+    "bool_type": "true or false", "bool_parsing": "true or false",
+    "tuple_type": "a list, such as [1, 2]", "list_type": "a list, such as [1, 2]",
+    "dict_type": "a mapping, such as {name: value}",
+    "dataclass_type": "a mapping of fields", "model_attributes_type": "a mapping of fields", "mapping_type": "a mapping of fields",
+}  # fmt: skip
+
+
 def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     """One line for one of pydantic's problems: path, value, what is allowed."""
     steps, tag, owner = [], problem["type"], kind
     here: Any = data
+    above: Any = None
     for step in problem["loc"]:
         if isinstance(here, Mapping) and step not in here and step == here.get("kind"):
             continue  # pydantic's name for the member of a union
-        owner = _chosen(kind, here)
+        owner, above = _chosen(kind, here), here
         kind = _inside(owner, step)
         known = (isinstance(here, Mapping) and step in here) or (isinstance(here, list) and isinstance(step, int))
         here = here[step] if known else None
         steps.append(str(step))
-    path = ".".join(steps)
+    path, allowed = ".".join(steps), list(members_of(without_annotation(kind)))
+    # The entries of a mapping of which one may be meant where a name is not known.
+    entries = [n for n in above if n != steps[-1]] if typing.get_origin(owner) is dict and isinstance(above, Mapping) else []
     if tag in ("unexpected_keyword_argument", "extra_forbidden"):
         names = list(hints_of(owner)) if dataclasses.is_dataclass(owner) else []
         return f"{path}: unknown field{_nearest(steps[-1], names, 'known are')}"
+    if entries and here is None:
+        return f"{path}: null removes an entry, but there is none of this name{_nearest(steps[-1], entries, 'there are')}"
     if tag.startswith("missing"):
         return f"{path}: required, but not given"
     if tag == "union_tag_invalid":
         given = here.get("kind") if isinstance(here, Mapping) else here
-        return f"{path}.kind: got {given!r}{_nearest(given, list(members_of(without_annotation(kind))), 'allowed are')}"
+        return f"{path}.kind: got {given!r}{_nearest(given, allowed, 'allowed are')}"
     if tag == "union_tag_not_found":
-        return f"{path}.kind: required, but not given; allowed are {', '.join(members_of(without_annotation(kind)))}"
+        meant = difflib.get_close_matches(steps[-1], entries, 1, 0.7) if isinstance(here, Mapping) and steps else []
+        hint = f"; did you mean {'.'.join([*steps[:-1], *meant])}?" if meant else ""
+        return f"{path}.kind: required, but not given{hint} (allowed are {', '.join(allowed)})"
     if tag == "literal_error":
         names = [str(name) for name in typing.get_args(without_annotation(kind))]
-        return f"{path}: got {problem['input']!r}{_nearest(problem['input'], names, 'allowed are')}"
+        return f"{path}: got {_short(problem['input'])}{_nearest(problem['input'], names, 'allowed are')}"
     if tag == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{path}: {text}" if path else text
     message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
-    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {message[0].lower() + message[1:]}"
+    wanted = f"be {_WANTED[tag]}" if tag in _WANTED else message[0].lower() + message[1:]
+    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted}"
 
 
 def _nearest(given: Any, names: list[str], otherwise: str) -> str:
@@ -127,6 +147,8 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
                 where, inner = f"{where}.NAME" if mapping else f"{where}[]", entry
         branches = _branches(inner)
         if not branches:
+            if name == "kind" and typing.get_origin(inner) is Literal and len(typing.get_args(inner)) == 1:
+                continue  # says which class this is; a choice only where a union names several
             yield where, type_name(inner), default, said.get(name, "")
         elif dataclasses.is_dataclass(inner):
             yield where, "", "" if default is not dataclasses.MISSING else default, said.get(name, "")
@@ -135,8 +157,7 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
             yield f"{where}.kind", " | ".join(branches), getattr(default, "kind", ""), said.get(name, "")
             for word, member in branches.items():
                 for at, type_said, usual, meaning in fields_of(member, f"{where}."):
-                    if at != f"{where}.kind":
-                        yield at, type_said, usual, f"[{word}] {meaning}"
+                    yield at, type_said, usual, f"[{word}] {meaning}"
 
 
 def _branches(kind: Any) -> dict[str, Any]:
