@@ -170,8 +170,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
     if pairs.get("Schedule type") == "Karras" or sampler.endswith(" Karras"):
         found["spacing"] = "karras"
     ours = {theirs: name for name, theirs in NAMES.items()}
-    if name := ours.get(sampler.removesuffix(" Karras")):
-        found["sampler"] = name
+    if known := ours.get(sampler.removesuffix(" Karras")):
+        found["sampler"] = known
     return found
 
 

@@ -65,7 +65,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
     learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][: vocabulary - least]
     words = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in learned), *SPECIAL]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=max_tokens)
+    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=max_tokens)  # type: ignore[arg-type]
 
 
 def small_clip_text(config: SmallText, tokenizer: Any) -> Any:

@@ -49,7 +49,7 @@ def load_text_model(part: Path) -> Any:
 def _clip(values: dict[str, Any]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    own = values.get("text_config") if "text_config" in values else values
+    own: dict[str, Any] = values.get("text_config", values)
     return lambda: CLIPTextModel(CLIPTextConfig(**{name: own[name] for name in CLIP_FIELDS if name in own}))
 
 
@@ -103,7 +103,8 @@ def load_tokenizer(part: Path) -> Any:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    from transformers import CLIPTokenizer, T5TokenizerFast
+    from transformers import CLIPTokenizer
+    from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
 
     if not part.is_dir():
         raise UserError(f"{part}: no such folder; {AGAIN}")
@@ -115,7 +116,7 @@ def load_tokenizer(part: Path) -> Any:
         try:
             if clip or (not pieces and read_json(files["tokenizer.json"])["model"]["type"] == "BPE"):
                 return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-            return T5TokenizerFast.from_pretrained(part, local_files_only=True)
+            return T5Tokenizer.from_pretrained(part, local_files_only=True)
         except UserError:
             raise
         except Exception as error:  # of transformers, tokenizers and the file system

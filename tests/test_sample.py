@@ -70,6 +70,41 @@ def test_no_sampler_looks_at_neighbours(model: list[str], tmp_path: Path, sample
     assert np.array_equal(together[3], alone)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_folder_that_diffusers_wrote_draws_the_same_here(kl_model: Path, tmp_path: Path, variant: str | None) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(kl_model / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    theirs = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs", variant=variant)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    latents, prompts = torch.randn(2, 4, 8, 8), list(CAPTIONS[:2])
+    drawn = theirs(prompts, latents=latents, num_inference_steps=8, guidance_scale=4.0, output_type="np").images
+    family = ldm.load(tmp_path / "theirs")
+    ours = family.sample(prompts, [0, 0], steps=8, guidance=4.0, sampler="ddim", latents=latents).numpy()
+    assert family.defaults["size"] == (32, 32) and ours.std() > 1
+    assert np.abs((drawn * 255).round() - ours).max() <= 1
+
+
 def test_files_are_never_replaced(model: list[str], tmp_path: Path) -> None:
     first = draw(tmp_path, *model, "a red circle")[0]
     (tmp_path / "00007_seed1.png").write_bytes(b"mine")
