@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.config import BY_KIND, Count, Fraction, NonNegative, PositiveFloat, config
+from ldm.config import BY_KIND, Count, Fraction, NonNegative, Positive, PositiveFloat, config
 
 
 @config
@@ -36,7 +36,7 @@ class Muon:
     lr: PositiveFloat = 4e-3  # peak rate of matrices; steps are scaled by sqrt(max(1, rows/columns))
     adamw_lr: PositiveFloat = 1e-3  # peak rate of biases, norms, embeddings and output layers
     momentum: Fraction = 0.95  # Nesterov momentum
-    rounds: Annotated[int, "Newton-Schulz rounds"] = 4  # Newton-Schulz rounds: 3 to 5
+    rounds: Positive = 3  # Newton-Schulz rounds; more flatten the singular values further
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)  # of the AdamW part
     weight_decay: NonNegative = 0.0  # decoupled, of matrices and convolutions
     warmup_images: Count = 0  # the rate rises linearly over so many images
@@ -108,16 +108,33 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
 def orthogonalise(matrix: Tensor, rounds: int) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, by a quintic Newton-Schulz iteration in bfloat16 (..., m, n).
 
-    Singular values end between about 0.7 and 1.2, which is all that the optimiser needs (Jordan 2024).
+    Singular values end between about 0.7 and 1.2, which is all that the optimiser needs (Jordan 2024). The matrix starts
+    with a Schatten 4-norm of 1, which the Gram matrix gives for nothing and which starts closer than the Frobenius norm by
+    about one round. Where n >= 4 m the rounds are worked on the small Gram matrix alone.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # so that the Gram matrix neither over- nor underflows
+    gram = x @ x.mT
+    size = gram.float().norm(dim=(-2, -1), keepdim=True) + 1e-7
+    gram = gram / size.to(gram.dtype)
+    if x.shape[-1] < 4 * x.shape[-2]:
+        x = x / size.sqrt().to(x.dtype)
+        for i in range(rounds):
+            gram = x @ x.mT if i else gram
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    else:
+        product: Tensor | None = None
+        for i in range(rounds):
+            step = b * gram + c * gram @ gram
+            step.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = step if product is None else step @ product
+            if i < rounds - 1:
+                gram = step @ (gram @ step)
+        assert product is not None
+        x = (product / size.sqrt().to(product.dtype)) @ x
     return x.mT if tall else x
 
 
