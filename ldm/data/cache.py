@@ -42,6 +42,7 @@ class Plan:
     resolution: int  # px
     seed: int  # addresses the crops
     flip: bool  # whether mirrored copies are kept too
+    mirrors: bool  # whether the data's captions allow it at all
     shard_images: int
     format: int = FORMAT
 
@@ -89,7 +90,7 @@ def write_cache(
         normalisation: the latent statistics used by `encode`, for the record.
         images: encode the first so many samples only; None: all.
         batch: images per call of `encode`.
-        flip: keep mirrored copies too (twice the size); only for data whose captions name no sides.
+        flip: keep mirrored copies too (twice the size), if the data `mirrors`.
         workers: threads that decode ahead.
         on_images: called with the number of images that have just been encoded or found finished.
 
@@ -99,7 +100,8 @@ def write_cache(
     plan = Plan(
         autoencoder=autoencoder, normalisation=normalisation or {}, data=data.fingerprint(),
         images=len(data) if images is None else min(images, len(data)),
-        resolution=resolution, seed=seed, flip=flip, shard_images=shard_images,
+        resolution=resolution, seed=seed, flip=flip and data.mirrors, mirrors=data.mirrors,
+        shard_images=shard_images,
     )  # fmt: skip
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
@@ -266,6 +268,11 @@ class CachedLatents:
     def __len__(self) -> int:
         return self.plan.images
 
+    @property
+    def mirrors(self) -> bool:
+        """As the data that was encoded."""
+        return self.plan.mirrors
+
     def require(
         self, *, autoencoder: str | None = None, resolution: int | None = None, data: str | None = None
     ) -> None:
@@ -291,6 +298,7 @@ class CachedLatents:
             UserError: if `resolution` is not the stored one, or `flip` is asked of a cache without mirrored copies.
         """
         self.require(resolution=resolution)
+        flip = flip and self.mirrors
         if flip and not self.plan.flip:
             raise UserError(f"{self.folder}: has no mirrored copies; encode with flip=true or train with flip=false")
         rows = np.asarray(index, np.int64)

@@ -15,6 +15,11 @@ B = TypeVar("B", ImageBatch, MomentBatch, covariant=True)
 class Samples(Protocol[B]):
     """Samples by number, as images or as cached moments; safe to call from several threads."""
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether captions stay true when a picture is mirrored; if not, `flip` is ignored everywhere."""
+        ...
+
     def __len__(self) -> int:
         """How many samples there are."""
         ...
@@ -30,7 +35,7 @@ class Samples(Protocol[B]):
             position: one global sample position per index.
             resolution: px, the side of the square that comes out.
             seed: the run's seed.
-            flip: whether half of the positions are mirrored.
+            flip: whether half of the positions are mirrored, if the data `mirrors`.
         """
         ...
 

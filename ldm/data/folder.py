@@ -85,6 +85,8 @@ class FolderData:
     usable one, so that every rank and every run agrees; it is logged once and counted.
     """
 
+    mirrors = True  # whoever asks for flips knows that the captions name no sides
+
     def __init__(self, source: FolderSource, split: Split) -> None:
         self.source, self.split = source, split
         self.root = Path(source.path)

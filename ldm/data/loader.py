@@ -30,7 +30,7 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele 2014): every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndarray:

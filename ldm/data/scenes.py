@@ -53,6 +53,8 @@ class Scenes:
     are certified: one that the checker misreads at its tier's size is drawn again. Thread-safe.
     """
 
+    mirrors = False  # captions name places and sides
+
     def __init__(self, source: ScenesSource, split: Split) -> None:
         self.source = source
         self.split: Split = split

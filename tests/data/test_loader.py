@@ -21,6 +21,8 @@ from ldm.rng import Rng
 class Numbers:
     """A data set whose images say their own number, position and seed."""
 
+    mirrors = True
+
     def __init__(self, n: int, broken: int | None = None) -> None:
         self.n, self.broken = n, broken
         self.threads: set[str] = set()
@@ -125,6 +127,12 @@ def test_starting_at_a_step_equals_coming_to_it(workers):
     through = list(batches(Numbers(13), **options))
     again = list(batches(Numbers(13), start=4, workers=workers, **options))
     assert len(again) == 5 and all(same(a, b) for a, b in zip(through[4:], again, strict=True))
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_resolutions_take_turns_by_step(start):
+    found = list(batches(Numbers(9), seed=0, batch=2, resolution=(2, 4), start=start, stop=4, workers=2))
+    assert [b.image.shape[-1] for b in found] == [2, 4, 2, 4][start:]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 40])

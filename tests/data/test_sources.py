@@ -28,10 +28,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kinds(photos: Path) -> dict[str, dict[str, object]]:
-    return {"folder": {"kind": "folder", "path": str(photos), "val_share": 0.3}}
+    return {
+        "folder": {"kind": "folder", "path": str(photos), "val_share": 0.3},
+        "scenes": {"kind": "scenes", "tier": "T1", "images": 40, "val": 6},
+    }
 
 
-@pytest.mark.parametrize("kind", ["folder"])
+@pytest.mark.parametrize("kind", ["folder", "scenes"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_source_keeps_the_contract(photos, kind, split):
     source = TypeAdapter(Source).validate_python(kinds(photos)[kind])
@@ -55,7 +58,7 @@ def test_every_source_keeps_the_contract(photos, kind, split):
     assert nothing == []
 
 
-@pytest.mark.parametrize("kind", ["folder"])
+@pytest.mark.parametrize("kind", ["folder", "scenes"])
 def test_every_source_can_be_cached(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("val")
     write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=6)
@@ -66,6 +69,19 @@ def test_every_source_can_be_cached(photos, kind, tmp_path):
     assert torch.equal(batch.mean, image.image[:, :, ::8, ::8].half().float())
     assert torch.equal(batch.size, image.size)
     assert all(c in data.all_captions([i])[0] for i, c in enumerate(batch.caption))
+
+
+@pytest.mark.parametrize("kind", ["folder", "scenes"])
+def test_flips_leave_captions_true_cached_or_not(photos, kind, tmp_path):
+    data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=2, flip=True)
+    index, position = [0] * 8, range(8)
+    latents = CachedLatents(tmp_path)
+    flipped, plain = (latents.load(index, position, 32, 0, flip).mean for flip in (True, False))
+    assert latents.mirrors == data.mirrors == (not torch.equal(flipped, plain))
+    # Scenes are drawn by index alone, so a flip would show in the images themselves.
+    if not data.mirrors:
+        assert torch.equal(*(data.load(index, position, 32, 0, flip).image for flip in (True, False)))
 
 
 def test_half_of_the_positions_are_mirrored_if_any():
