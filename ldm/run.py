@@ -77,6 +77,8 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.latents: {stage.latents!r} is no encode stage before this one"
                 elif cache.resolution != stage.resolution:
                     yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
+                elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
+                    yield f"{where}.flip: {stage.latents} holds no mirrored latents; set stages.{stage.latents}.flip=true too"
                 if stage.also:
                     yield f"{where}.also: cached latents have one resolution"
                 if stage.family != "diffusion":
@@ -238,45 +240,6 @@ def plan(run: Run, out: Path, data: DataSet, val: DataSet) -> list[Planned]:
 def plain_json(value: Any) -> Any:
     """The value as it reads back from JSON."""
     return json.loads(json.dumps(value, default=str))
-
-
-USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
-
-  CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
-  key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
-  --plan      say what would be done, and why, and stop
-  --help      this text, and every field with its type, default and meaning
-"""
-
-
-def main(words: Sequence[str]) -> int:
-    """`train.py CONFIG [key=value ...]`: the exit code.
-
-    Raises:
-        UserError: on anything the user can mend.
-    """
-    from ldm.config import load
-    from ldm.config_text import describe
-
-    options = {word for word in words if word.startswith("-")}
-    if unknown := options - {"--plan", "--help", "-h"}:
-        raise UserError(f"{sorted(unknown)[0]}: no such option; there are --plan and --help, and key=value words")
-    files = [word for word in words if word not in options and "=" not in word]
-    wants_help = bool(options & {"--help", "-h"})
-    if wants_help and not files:
-        print(USAGE)
-        print(describe(Run))
-        return 0
-    if len(files) != 1:
-        raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
-    file = Path(files[0])
-    if wants_help:
-        print(USAGE)
-        print(describe(Run))
-        return 0
-    run = load(file, [word for word in words if "=" in word], Run)
-    run, out = place(run, file)
-    return execute(run, out, only_plan="--plan" in options)
 
 
 def place(run: Run, file: Path | None) -> tuple[Run, Path]:
