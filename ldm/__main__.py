@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "train": ("ldm.run", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
+    "train": ("ldm.launch", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
     "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),

@@ -21,20 +21,16 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
     app.command()(function)
     command: Any = get_command(app)
-    problems = type(_problem(command))
+    # typer has its own copy of click in some versions, and click itself in others.
+    mistake = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        return int(command.main(args=list(words), prog_name=name, standalone_mode=False) or 0)
-    except problems as error:
+        # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
+        with command.make_context(name, list(words)) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as ending:
+        return int(ending.exit_code)
+    except mistake as error:
         raise UserError(f"{error.format_message()} (`{name} --help` lists all options)") from None
-
-
-def _problem(command: Any) -> Any:
-    """An instance of typer's own class of mistakes on the command line, wherever this version keeps it."""
-    try:
-        command.main(args=["--no-such-option"], prog_name="", standalone_mode=False)
-    except Exception as error:
-        return type(error).__mro__[-4](str(error)) if len(type(error).__mro__) > 4 else error
-    return ValueError()
 
 
 def size_of(text: str) -> tuple[int, int]:
