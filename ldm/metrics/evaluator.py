@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ldm.metrics.reconstruction import psnr, ssim
 from ldm.pictures import save_grid
 
 Values = dict[str, Any]
+PROMPTS = "prompts.json"  # beside example pictures: what each grid was asked for, by its name
 
 
 class Reconstructs(Protocol):
@@ -61,10 +63,18 @@ class Bench:
         index = list(range(min(count, len(self.data))))
         return self.data.load(index, index, self.resolution, 0, False)
 
-    def show(self, name: str, images: Tensor, columns: int) -> None:
-        """Write example pictures (N,3,H,W) in [-1,1] where pictures are wanted."""
-        if self.pictures is not None:
-            save_grid(images, self.pictures / f"{name}.png", columns)
+    def show(self, name: str, images: Tensor, columns: int, prompts: Sequence[str] = ()) -> None:
+        """Write example pictures (N,3,H,W) in [-1,1], and the prompts they answer, where pictures are wanted."""
+        if self.pictures is None:
+            return
+        save_grid(images, self.pictures / f"{name}.png", columns)
+        if prompts:
+            path = self.pictures / PROMPTS
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                known = {}
+            path.write_text(json.dumps(known | {name: list(prompts)}, indent=1), encoding="utf-8")
 
 
 def _floats(images: Tensor) -> Tensor:
@@ -109,7 +119,8 @@ class Adherence:
                 scores = adherence.score(images.numpy(), asked.targets)
                 per_pairs[pairs] = {name: value.to_dict() for name, value in adherence.summary(scores).items()}
                 if scale == scales[0]:
-                    bench.show(f"adherence-{pairs}", _floats(images[:32]), 8)
+                    shown = f"adherence-{pairs}-{images.shape[1]}"  # another size's pictures may stand beside them
+                    bench.show(shown, _floats(images[:32]), 8, asked.text[:32])
             intervals[f"{scale:g}"] = per_pairs
         first = intervals[f"{scales[0]:g}"]
         means = {pairs.replace("-", "_"): {k: round(v["mean"], 4) for k, v in found.items()} for pairs, found in first.items()}

@@ -93,9 +93,14 @@ def test_examples_are_shown_where_pictures_are_wanted(tmp_path):
     data = ScenesSource(tier="one", val=6).build("val")
     Adherence(tier="one", prompts=3).run(bench(Painter(), pictures=tmp_path))
     Reconstruction(images=6).run(bench(Painter(), data, tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"adherence-seen.png", "adherence-held-out.png", f"reconstruction-{SIDE}.png"}
+    Adherence(tier="one", prompts=2, size=64).run(bench(Painter(), pictures=tmp_path))
+    names = [f"adherence-{pairs}-{side}" for pairs in ("seen", "held-out") for side in (SIDE, 64)]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"{name}.png" for name in names} | {f"reconstruction-{SIDE}.png", "prompts.json"}
     asked = prompts("one", 3)
-    sheet = np.asarray(Image.open(tmp_path / "adherence-seen.png"))
+    told = json.loads((tmp_path / "prompts.json").read_text())
+    assert set(told) == set(names) and tuple(told[f"adherence-seen-{SIDE}"]) == asked.text and len(told["adherence-seen-64"]) == 2
+    sheet = np.asarray(Image.open(tmp_path / f"adherence-seen-{SIDE}.png"))
     perfect = Painter().sample(asked.text[:1], [0]).numpy()[0]
     assert sheet.shape == (SIDE, 3 * SIDE + 4, 3) and (sheet[:, :SIDE] == perfect).all()
 
