@@ -142,3 +142,10 @@ def test_a_bad_run_stops_before_any_work(
     said = capsys.readouterr().err
     assert expected in said and "Traceback" not in said
     assert not (tmp_path / "x" / "stages").exists()
+
+
+def test_diffusion_learns_from_pictures_too_in_parts_of_a_batch(tmp_path: Path) -> None:
+    words = ["stages.diffusion-low.latents=''", "stages.diffusion-low.micro_batch=4", "stages.diffusion-low.precision=fp32"]
+    stages = tiny.only("text", "autoencoder", "diffusion-low")
+    said = tiny.train(f"out={tmp_path / 'run'}", *words, *stages)
+    assert "diffusion-low: finished" in said
