@@ -109,7 +109,8 @@ class AutoencoderFamily(Family):
         self.total_images = context.total_images
         self.images = 0
         self.critic: nn.Module | None = config.adversarial.critic.build() if config.adversarial.weight else None
-        self.perceptual = config.perceptual.build(context)
+        distance = config.perceptual.build(context)
+        self._frozen = () if distance is None else (distance,)  # a tuple, so that it stays out of the module tree
         self.statistics: Statistics | None = None
         if isinstance(config, VQ):
             self.register_buffer("usage", torch.ones(config.network.codes))
@@ -117,7 +118,7 @@ class AutoencoderFamily(Family):
 
     def frozen(self) -> list[nn.Module]:
         """The perceptual network, if there is one."""
-        return [self.perceptual] if isinstance(self.perceptual, nn.Module) else []
+        return list(self._frozen)
 
     def players(self) -> list[Player]:
         """The autoencoder and its critic."""
@@ -153,8 +154,8 @@ class AutoencoderFamily(Family):
         leaf = recon.detach().requires_grad_()
         with torch.enable_grad():
             seen = self._pixel(leaf, image)
-            if self.perceptual is not None:
-                seen["perceptual"] = self.perceptual(leaf, image).mean()
+            for distance in self._frozen:
+                seen["perceptual"] = distance(leaf, image).mean()
             judged = torch.stack(list(seen.values())).sum()
         (slope,) = torch.autograd.grad(judged, leaf)
         gauges["psnr"] = -10 * torch.log10(F.mse_loss(recon.detach(), image) / 4)

@@ -326,7 +326,6 @@ class LatentDiffusionFamily(Family):
         cond = Cond(text=self.text.encode(prompts), size=size)
         uncond = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
 
-        dtype = next(self.unet.parameters()).dtype
         remembered: list[tuple[Cond, Memory]] = []  # of the one condition that all steps share
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:
@@ -334,7 +333,7 @@ class LatentDiffusionFamily(Family):
                 assert c.text is not None
                 remembered[:] = [(c, self.unet.remember(c.text))]
             t = grid.t[i].to(device).expand(len(x))
-            output = self.unet(x.to(dtype), t, c, remembered[0][1]).float()
+            output = self.unet(x, t, c, remembered[0][1]).float()
             return self.process.x0_from(output, x, t)
 
         kind = PRECISION[settings.precision]
@@ -350,7 +349,7 @@ def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps
     return lambda step: on_step(round_ * steps + step + 1, rounds * steps)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LatentDiffusionFamily:
+def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionFamily:
     """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
 
     Raises:
@@ -370,7 +369,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if not text.width == network.context_width:
         raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
     made = LatentDiffusion(network=network, process=process, defaults=defaults)
-    family = LatentDiffusionFamily(made, unet.to(dtype), codec.to(dtype), text)
+    family = LatentDiffusionFamily(made, unet, codec, text)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
     family.content_hash = content_hash(root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config import BY_KIND, NonNegative, config
 from ldm.families.family import Context
@@ -78,6 +78,6 @@ class Scaled(nn.Module):
         self.distance = distance.eval().requires_grad_(False)
         self.weight = weight
 
-    def forward(self, a, b):  # type: ignore[no-untyped-def]
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The weighted distance (B,)."""
         return self.weight * self.distance(a, b)
