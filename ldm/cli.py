@@ -22,7 +22,7 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     app.command()(function)
     command: Any = get_command(app)
     # typer has its own copy of click in some versions, and click itself in others.
-    mistake = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
         # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
         with command.make_context(name, list(words)) as context:

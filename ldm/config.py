@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 import yaml
@@ -96,14 +96,14 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """
     data = _resolve(data, kind)
     try:
-        return _adapter(kind).validate_python(data)
+        return _adapter(cast("type", kind)).validate_python(data)
     except pydantic.ValidationError as error:
         lines = [explain(problem, data, kind) for problem in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
 @cache
-def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(kind)
 
 

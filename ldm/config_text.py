@@ -29,9 +29,13 @@ def members_of(kind: Any) -> dict[str, Any]:
     return {str(c.__dataclass_fields__["kind"].default): c for c in classes if "kind" in c.__dataclass_fields__}
 
 
-@cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
+    return _hints_of(kind)
+
+
+@cache
+def _hints_of(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -35,10 +36,11 @@ class Log:
         self._tracker: Any = None
         self._bar: Any = None
         self._earlier: dict[str, float] = {}
+        self._torn = self._warned = False
         if write:
             folder.mkdir(parents=True, exist_ok=True)
-            self._earlier = _mend(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._earlier = seconds_by_stage(read(self.path))
+            self._open()
         if write and tracker:
             self._tracker = _start_tracker(folder, self.note)
 
@@ -52,12 +54,19 @@ class Log:
                 print(text, file=sys.stderr, flush=True)
 
     def seconds_before(self, stage: str) -> float:
-        """Time that interrupted starts had spent in a stage, as far as their last logged step."""
+        """Time that earlier starts had spent in a stage that goes on from their work, as far as their last logged step."""
         return self._earlier.get(stage, 0.0)
 
     @contextmanager
     def stage(self, name: str, total: int, start: int) -> Iterator[StageLog]:
-        """Progress of one stage over `total` images, of which `start` are done already (0 in all: unknown)."""
+        """Progress of one stage over `total` images (0: unknown), of which `start` are done already.
+
+        What log.jsonl tells of the stage beyond `start` is cut: that work is lost, and will be done again.
+        """
+        if start == 0:
+            self._earlier[name] = 0.0
+        if self._file is not None:
+            self._cut(name, start)
         log = StageLog(self, name, total, start)
         bar = self._progress()
         if bar is None:
@@ -95,15 +104,54 @@ class Log:
             TextColumn("{task.fields[said]}"), console=Console(stderr=True), refresh_per_second=4,
         )  # fmt: skip
 
+    def _open(self) -> None:
+        """Append to the log behind its last whole line."""
+        try:
+            text = self.path.read_bytes()
+            if not text.endswith(b"\n") and text:
+                os.truncate(self.path, text.rfind(b"\n") + 1)
+        except FileNotFoundError:
+            pass
+        self._file = self.path.open("ab", buffering=0)
+
+    def _cut(self, stage: str, start: int) -> None:
+        kept, beyond = [], False
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for raw in lines:
+            line = _parsed(raw)
+            if line.get("stage") == stage:
+                beyond = beyond or start == 0 or line.get("images", 0) > start
+            if not beyond or line.get("stage") != stage:
+                kept.append(raw)
+        if len(kept) == len(lines):
+            return
+        beside = self.path.with_name(f".{LOG}.cut")
+        try:
+            with beside.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        except OSError as error:
+            self._failed(error)
+            return
+        self._file.close()
+        self._open()
+
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             return
+        text = (b"\n" if self._torn else b"") + json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._torn = self._file.write(text) != len(text)
         except OSError as error:
-            # A full disk must not cost the training; its checkpoints have their own word on it.
-            print(f"{self.path}: not written ({error.strerror})", file=sys.stderr)
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        # A full disk must not cost the training; its checkpoints have their own word on it.
+        if not self._warned:
+            print(f"{self.path}: not written ({error.strerror}); the run goes on", file=sys.stderr)
+        self._warned = True
 
     def _track(self, line: Mapping[str, Any], stage: str, images: int) -> None:
         if self._tracker is None:
@@ -123,7 +171,7 @@ class StageLog:
         self.task: Any = None
         self.began = time.monotonic()
         self.images = self.first = start
-        self._said = 0.0
+        self._said = -math.inf
         self._window = (self.began, start)
 
     def step(
@@ -134,9 +182,10 @@ class StageLog:
         before, seen = self._window
         rate = (images - seen) / max(now - before, 1e-9)
         self._window = (now, images)
+        seconds = self.log.seconds_before(self.name) + now - self.began
         line = {
             "stage": self.name, "step": step, "images": images, "loss": sum(terms.values()), "terms": dict(terms),
-            "gauges": dict(gauges), "lr": lr, "images_per_s": round(rate, 2), "seconds": round(now - self.began, 3),
+            "gauges": dict(gauges), "lr": lr, "images_per_s": round(rate, 2), "seconds": round(seconds, 3),
             "peak_memory_mb": peak_memory_mb(), "time": round(time.time(), 3),
         }  # fmt: skip
         self.log._write(line)
@@ -174,13 +223,13 @@ class StageLog:
             bar.update(self.task, completed=done, total=self.total or None, rate=f"{rate:,.1f}/s", said=said)
             return
         now = time.monotonic()
-        if not self.log.console or (now - self._said < PLAIN_EVERY_S and done < self.total):
+        if not self.log.console or (now - self._said < PLAIN_EVERY_S and (done < self.total or not self.total)):
             return
         self._said = now
         left = (self.total - done) / rate if rate > 0 and self.total else 0
-        percent = f"{100 * done / self.total:3.0f}%" if self.total else ""
-        line = f"{self.name:<16} {percent} {done:,} of {self.total:,}  {rate:,.1f}/s  left {_clock(left)}  {said}"
-        print(line, file=sys.stderr, flush=True)
+        of = f"{100 * done / self.total:3.0f}% {done:,} of {self.total:,}" if self.total else f"{done:,}"
+        clock = f"  left {_clock(left)}" if left else ""
+        print(f"{self.name:<16} {of}  {rate:,.1f}/s{clock}  {said}".rstrip(), file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -200,57 +249,27 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def _mend(path: Path) -> dict[str, float]:
-    """Drop a half-written last line, and lines of a stage that a later start repeats; seconds spent per stage.
-
-    A stage that was interrupted goes on from its checkpoint, so its later lines would stand there twice: the reader
-    (`read`) keeps the last line of each step.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError:
-        return {}
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) != len(text):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return seconds_by_stage(read(path))
-
-
 def seconds_by_stage(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The time that all starts together spent in each stage, as far as their last logged steps."""
-    spent: dict[str, float] = {}
-    last: dict[str, float] = {}
-    for line in lines:
-        name, seconds = line.get("stage"), line.get("seconds")
-        if name is None or seconds is None:
-            continue
-        spent[name] = spent.get(name, 0.0) + (seconds - last[name] if seconds >= last.get(name, seconds + 1) else seconds)
-        last[name] = seconds
-    return spent
+    """The time spent in each stage by the starts that led to its last logged step."""
+    return {line["stage"]: line["seconds"] for line in lines if "seconds" in line and "stage" in line}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log.jsonl; of a step that stands there twice, since a start was interrupted, the later one."""
-    found: list[dict[str, Any]] = []
-    where: dict[tuple[str, int], int] = {}
+    """All whole lines of a log.jsonl; nothing where there is none."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_bytes()
     except OSError:
         return []
-    for raw in text.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        if "step" in line:
-            address = (line["stage"], line["step"])
-            if address in where:
-                found[where[address]] = line
-                continue
-            where[address] = len(found)
-        found.append(line)
-    return found
+    return [line for raw in text.splitlines() if (line := _parsed(raw))]
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """One line, or nothing where it was torn."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return {}
+    return line if isinstance(line, dict) else {}
 
 
 def _start_tracker(folder: Path, say: Callable[[str], None]) -> Any:
@@ -259,8 +278,9 @@ def _start_tracker(folder: Path, say: Callable[[str], None]) -> Any:
     try:
         import wandb
 
-        settings = wandb.Settings(init_timeout=20)
-        return wandb.init(project="ldm", name=folder.name, dir=str(folder), id=None, settings=settings)
+        # Neither the command line nor the console: both may hold what is meant for nobody else.
+        settings = wandb.Settings(init_timeout=20, console="off", x_disable_meta=True, disable_git=True, disable_code=True)
+        return wandb.init(project="ldm", name=folder.resolve().name, dir=str(folder), settings=settings)
     except Exception as error:
         say(f"tracker: wandb did not start ({error}); the run goes on without it")
         return None
