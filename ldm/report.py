@@ -152,8 +152,8 @@ def render(story: Story) -> str:
     measured = {stage.name: stage for stage in story.stages if stage.kind == "evaluate" and stage.result}
     required = {name: stage.settings.get("require") or {} for name, stage in measured.items()}
     results = {name: stage.result for name, stage in measured.items()}
-    left = [stage.name for stage in story.stages if stage.done is None]
-    state = '<span class="good">finished</span>' if story.finished else f'<span class="bad">unfinished</span>: {escape(", ".join(left))} to do'
+    left = escape(", ".join(stage.name for stage in story.stages if stage.done is None))
+    state = '<span class="good">finished</span>' if story.finished else f'<span class="bad">unfinished</span>: {left} to do'
     seconds = sum(_seconds(stage) for stage in story.stages)
     facts = [(duration(seconds), "in all stages")] if seconds else []
     seen = sum(stage.images for stage in story.stages if stage.kind == "train")
@@ -180,7 +180,7 @@ def _pictures(story: Story) -> str:
         prompts = read_json(stage.folder / "samples" / PROMPTS)
         prompts = prompts if isinstance(prompts, Mapping) else {}
         for path in paths:
-            found = picture(path, PICTURES_BYTES // count)
+            found = picture(path, PICTURES_BYTES // count, 820 if timed else 540)
             if found is None:
                 continue
             caption = f"after {int(path.stem):,} images" if timed else caption_of(path.stem)
@@ -243,7 +243,7 @@ def _drawn(stage: Stage, name: str, group: str | None) -> str:
         if isinstance(value, int | float):
             points.append((line["images"], value))
     drawing = curve(*zip(*points, strict=True)) if points else None
-    caption = {"lr": "learning rate", "images_per_s": "images per second"}.get(name, name.replace("_", " "))
+    caption = {"lr": "learning rate", "images_per_s": "images/s"}.get(name, name.replace("_", " "))
     return figure(drawing, f"{caption}: {points[-1][1]:.4g} at the end") if drawing else ""
 
 
@@ -278,7 +278,8 @@ def _timings(story: Story) -> str:
 def _again(story: Story) -> str:
     """The commands that repeat, use and measure this run."""
     prompt, folder = _prompt(story), story.folder.as_posix()
-    commands = [f"python train.py {folder}/config.yaml out=runs/again", f"python train.py {folder}/config.yaml   # goes on where it stopped"]
+    train = f"python train.py {folder}/config.yaml"
+    commands = [f"{train}   # goes on where it stopped", f"{train} out=runs/again   # from the beginning, elsewhere"]
     if (story.folder / "model").is_dir():
         source = story.config.get("data") or {}
         kind = source.get("kind")

@@ -18,14 +18,13 @@ def headlines(results: Results) -> Iterator[tuple[str, str]]:
     """The figures at the top of the page, each of the last stage that measured it."""
     found: dict[str, str] = {}
     for result in results.values():
-        for name, values in result.items():
+        for kind, values in result.items():  # a second one of a kind, as adherence_2, measures something on the side
             if not isinstance(values, Mapping):
                 continue
-            kind = name.rstrip("_0123456789")
             if kind == "adherence":
                 for pairs in ("seen", "held_out"):
                     _note(found, values.get(pairs), "bind", f"bind, {pairs.replace('_', '-')} pairs", ".3f")
-            elif kind == "reconstruction" and "_" not in name:
+            elif kind == "reconstruction":
                 _note(found, values, "bind", "bind of reconstructions", ".3f")
                 _note(found, values, "psnr", "dB PSNR of reconstructions", ".1f")
             elif kind == "frechet":

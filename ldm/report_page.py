@@ -20,9 +20,9 @@ h2{font-size:20px;margin:44px 0 12px}h3{font-size:15px;margin:22px 0 8px}p{margi
 .soft,figcaption,.note{color:var(--soft)}.note{font-size:13px}
 nav{position:sticky;top:0;background:var(--ground);border-bottom:1px solid var(--line);z-index:1}
 nav a{display:inline-block;padding:9px 14px 9px 0;color:var(--soft);text-decoration:none;font-size:14px}nav a:hover{color:var(--mark)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px;margin-top:18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(155px,1fr));gap:10px;margin-top:18px}
 .tile,.panel{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.tile b{display:block;font-size:23px;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
+.tile b{display:block;font-size:22px;white-space:nowrap;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:13px}
 .panel{overflow-x:auto;margin:10px 0}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:10px}
@@ -35,7 +35,7 @@ td small{color:var(--soft);display:block;font-size:11.5px;line-height:1.1}
 .bar{background:linear-gradient(90deg,var(--tint) var(--share),transparent var(--share))}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .row{display:flex;gap:12px;overflow-x:auto;align-items:flex-start}
-.pixels{image-rendering:pixelated;image-rendering:crisp-edges;image-rendering:pixelated}
+.pixels{image-rendering:crisp-edges;image-rendering:pixelated}
 img{max-width:100%;border-radius:6px;display:block;background:#fff}.row figure{flex:0 0 auto;max-width:100%}
 .slides input{width:min(100%,520px);accent-color:var(--mark);display:block;margin:0 0 8px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--mark);font-size:14px}
@@ -50,7 +50,7 @@ SCRIPT = """
 for(const box of document.querySelectorAll('.slides')){const all=[...box.querySelectorAll('figure')];if(all.length<2)continue;
 const bar=document.createElement('input');bar.type='range';bar.min=0;bar.max=all.length-1;bar.value=bar.max;
 bar.setAttribute('aria-label','checkpoint');const show=()=>all.forEach((f,i)=>f.hidden=i!=bar.value);
-bar.oninput=show;box.prepend(bar);show()}
+bar.oninput=show;box.className='slides';box.prepend(bar);show()}
 """
 
 
@@ -102,10 +102,10 @@ def prompt_list(prompts: Sequence[str]) -> str:
     return f'<ol class="prompts">{"".join(f"<li>{escape(text)}</li>" for text in prompts)}</ol>' if prompts else ""
 
 
-def picture(path: Path, budget: int) -> str | None:
+def picture(path: Path, budget: int, wide: int = 820) -> str | None:
     """An <img> that carries the picture in at most `budget` bytes; None where the file is no picture.
 
-    The file's own bytes where they fit; else JPEG, smaller until it fits.
+    The file's own bytes where they fit; else JPEG, smaller until it fits. A small picture is shown larger, up to `wide` px.
     """
     from PIL import Image
 
@@ -127,8 +127,6 @@ def picture(path: Path, budget: int) -> str | None:
             data = target.getvalue()
             if len(data) <= budget:
                 break
-    # Small grids are shown larger, in whole multiples, with their pixels as they are.
-    times = max(1, min(3, 900 // width))
-    pixels = ' class="pixels"' if times > 1 else ""
-    encoded = base64.b64encode(data).decode()
-    return f'<img{pixels} loading="lazy" width="{width * times}" height="{height * times}" style="height:auto" alt="" src="data:image/{kind};base64,{encoded}">'
+    times = max(1, min(3, wide // width))  # whole multiples, with the pixels as they are
+    shape = f'width="{width * times}" height="{height * times}" style="height:auto"{" class=pixels" if times > 1 else ""}'
+    return f'<img {shape} alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
