@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -64,7 +65,9 @@ def run(verb: str, words: Sequence[str]) -> int:
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"ldm {verb}: {where}{error.strerror or error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room and run the same command again, what is finished is kept" if full else ""
+        print(f"ldm {verb}: {where}{error.strerror or error}{advice}", file=sys.stderr)
         return 2
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,30 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
-    """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: as the file system says, where safetensors only has its own kind of error.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise
+
+
+def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
+    """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards."""
     target = folder / f"images-{images:012d}"
 
     def write(temporary: Path) -> None:
         for name, group in tensors.items():
-            save_file({k: v.detach().contiguous().cpu() for k, v in group.items()}, temporary / f"{name}.safetensors")
+            write_tensors(temporary / f"{name}.safetensors", group)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
     commit(target, write)

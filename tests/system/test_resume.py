@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import signal
 import time
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.numpy import load_file
+
+from ldm import checkpoint
+from ldm.__main__ import main
 
 pytestmark = pytest.mark.slow
 STAGES = tiny.only("text", "autoencoder")
@@ -101,3 +106,26 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, monkeypatch: pytest
     worst = max(float(abs(one[k] - two[k]).max()) for k in one)
     # Adam divides by the root of tiny squares, which sums in another order perturb: equal up to that, not to the bit.
     assert worst < 2e-3, worst
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+def test_a_full_disk_is_told_and_tried_again_but_not_for_ever(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, write = [failures], checkpoint.write_tensors
+
+    def full(path: Path, tensors: object) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    words = [*tiny.WORDS, *tiny.only("autoencoder"), "stages.autoencoder.save_every_images=8", f"out={tmp_path / 'run'}"]
+    code = main(["train", "configs/quickstart.yaml", *words])
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "bytes needed" in said and "Traceback" not in said
+    if failures == 2:
+        assert code == 0 and said.count("tries again") == 2 and "autoencoder: finished" in said
+    else:
+        assert code == 2 and "run the same command again" in said
