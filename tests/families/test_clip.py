@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finished_model import CAPTIONS, SIDE, TEXT, Pictures
+from safetensors.torch import load_file
 
 from ldm.families.clip import Clip, ClipFamily
 from ldm.families.family import Context, Product
@@ -49,6 +53,19 @@ def test_the_loss_is_the_symmetric_cross_entropy(family: ClipFamily) -> None:
     assert torch.isclose(terms["contrastive"], expected, rtol=1e-5)
     assert gauges["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
     assert 0 <= float(gauges["match_in_batch"]) <= 1 and not gauges["logit_scale"].requires_grad
+
+
+@pytest.mark.slow
+def test_two_processes_contrast_all_pairs(family: ClipFamily, tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("clip_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([sys.executable, worker, str(rank), "2", tmp_path], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=280) for process in started] == [0, 0]
+    shared = load_file(tmp_path / "found.safetensors")
+    data = batch(6)
+    family(data, Rng(0, data.position))[0]["contrastive"].backward()
+    for name, p in family.named_parameters():
+        assert p.grad is not None and torch.allclose(shared[name], p.grad, rtol=1e-3, atol=1e-6), name
 
 
 def test_every_parameter_learns(family: ClipFamily) -> None:
