@@ -282,5 +282,6 @@ def _start_tracker(folder: Path, say: Callable[[str], None]) -> Any:
         settings = wandb.Settings(init_timeout=20, console="off", x_disable_meta=True, disable_git=True, disable_code=True)
         return wandb.init(project="ldm", name=folder.resolve().name, dir=str(folder), settings=settings)
     except Exception as error:
-        say(f"tracker: wandb did not start ({error}); the run goes on without it")
+        said = str(error).partition("\n")[0]
+        say(f"tracker: wandb did not start ({said}); the run goes on without it")
         return None

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import pydantic
 import torch
 
 from ldm.batch import ImageBatch
-from ldm.config import Count, Fraction, Positive, config
+from ldm.config import Count, Fraction, Positive, Share, config
 from ldm.data.captions import SIDECARS, TABLES, Table, from_name, read_tables, sidecar
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, View, probe, to_tensor, view
@@ -42,7 +41,7 @@ class FolderSource:
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
     captions: Literal["auto", "txt", "metadata", "filename"] = "auto"  # where captions are; auto: metadata, else .txt
-    val_share: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.02  # share held out by a hash of the name; at least one
+    val_share: Share = 0.02  # share held out by a hash of the name; at least one
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre

@@ -1,0 +1,92 @@
+"""A process is prepared before torch loads: allocator, waiting threads, and as many threads as pay."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm import process
+
+NAMES = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_TELEMETRY")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test sets is put back, and mallopt is not called in this process."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+
+
+def faults(*, prepared: bool) -> int:
+    """Page faults of a process that fills and frees 32 MB twenty times."""
+    code = (
+        "import resource\nfrom ldm.process import prepare\n"
+        + ("prepare()\n" if prepared else "")
+        + "for _ in range(20): b'x' * (32 << 20)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    return int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+def test_large_blocks_are_kept_instead_of_faulted_in_anew() -> None:
+    without, prepared = faults(prepared=False), faults(prepared=True)
+    pages = (32 << 20) // os.sysconf("SC_PAGE_SIZE")
+    if without < 10 * pages:
+        pytest.skip("large pages hide the faults here")
+    assert prepared < without / 4, (without, prepared)
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    process.prepare()
+    assert [os.environ[name] for name in NAMES] == ["active", "false", "1"]
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "100")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("the allocator is the user's"))
+    process.prepare()
+
+
+def test_elsewhere_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(name)
+
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(sys, "platform", "linux")
+    process.prepare()  # musl
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("no glibc here"))
+    for name in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", name)
+        process.prepare()
+
+
+def test_the_thread_count_is_the_users_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert process.calibrate() == f"{threads} of {process.usable_cores()} threads"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(process, "usable_cores", lambda: 2)
+        said = process.calibrate()
+        assert torch.get_num_threads() in (1, 2)
+        assert said.startswith(f"{torch.get_num_threads()} of 2 threads (a convolution with 1: ") and " ms, 2: " in said
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= process.usable_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert process.usable_cores() == (os.cpu_count() or 1)
