@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ldm import log, report_metrics
+from ldm import report_metrics
 from ldm.cli import call
-from ldm.errors import UserError
 from ldm.report_curves import curve
 from ldm.report_page import figure, folded, page, picture, prompt_list, table, tiles
+from ldm.report_story import Stage, Step, Story, mapping, number, read_json, read_story
 
 FILE = "report.html"
 PICTURES_BYTES = 3_200_000  # of all pictures together, before they become a third more as text
 CHECKPOINTS = 12  # sample grids of one stage, evenly spaced, the last among them
 PROMPTS = "prompts.json"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a run folder tells of one stage."""
-
-    name: str
-    settings: Mapping[str, Any]  # of config.yaml
-    done: Mapping[str, Any] | None  # done.json; None: not finished
-    folder: Path
-    lines: Sequence[Mapping[str, Any]]  # its logged steps
-
-    @property
-    def kind(self) -> str:
-        """train, encode, evaluate, export."""
-        return str(self.settings.get("kind") or (self.done or {}).get("kind") or "")
-
-    @property
-    def state(self) -> str:
-        """finished, unfinished or waiting."""
-        if self.done is not None:
-            return "finished"
-        return "unfinished" if self.lines or self.folder.is_dir() else "waiting"
-
-    @property
-    def images(self) -> int:
-        """How many it has seen."""
-        return int((self.done or {}).get("images") or (self.lines[-1].get("images", 0) if self.lines else 0))
-
-    @property
-    def result(self) -> Mapping[str, Any]:
-        """Of done.json."""
-        found = (self.done or {}).get("result")
-        return found if isinstance(found, Mapping) else {}
-
-
-@dataclass(frozen=True)
-class Story:
-    """What a run folder tells of the run, as far as it goes."""
-
-    folder: Path
-    name: str
-    config: Mapping[str, Any]
-    text: str  # config.yaml as it stands
-    stages: Sequence[Stage]
-    notes: Sequence[str]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every stage is."""
-        return bool(self.stages) and all(stage.done is not None for stage in self.stages)
 
 
 def main(words: Sequence[str]) -> int:
@@ -99,65 +46,17 @@ def report(run_folder: Path | str) -> Path:
     return path
 
 
-def read_story(folder: Path) -> Story:
-    """All that the files of a run folder tell; files that are missing or damaged tell nothing.
-
-    Raises:
-        UserError: if there is neither a configuration nor a log nor a stage.
-    """
-    if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
-        raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
-    text, config = _config(folder / "config.yaml")
-    lines = log.read(folder / log.LOG)
-    declared = config.get("stages")
-    settings = {str(k): v if isinstance(v, Mapping) else {} for k, v in declared.items()} if isinstance(declared, Mapping) else {}
-    there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and ".replaced-" not in p.name), key=lambda p: p.stat().st_mtime)
-    names = [*settings, *(p.name for p in there if p.name not in settings)]
-    stages = [_stage(name, settings.get(name, {}), folder / "stages" / name, lines) for name in names]
-    notes = [str(line["note"]) for line in lines if "note" in line]
-    return Story(folder, str(config.get("name") or folder.resolve().name), config, text, stages, notes)
-
-
-def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Sequence[Mapping[str, Any]]) -> Stage:
-    done = read_json(folder / "done.json")
-    own = [line for line in lines if line.get("stage") == name and isinstance(line.get("images"), int | float) and "step" in line]
-    own.sort(key=lambda line: line["images"])
-    return Stage(name, settings, done if isinstance(done, Mapping) else None, folder, own)
-
-
-def _config(path: Path) -> tuple[str, Mapping[str, Any]]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "", {}
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text, {}
-    return text, found if isinstance(found, Mapping) else {}
-
-
-def read_json(path: Path) -> Any:
-    """The file's value, or None where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def render(story: Story) -> str:
     """The page."""
     measured = {stage.name: stage for stage in story.stages if stage.kind == "evaluate" and stage.result}
-    required = {name: stage.settings.get("require") or {} for name, stage in measured.items()}
+    required = {name: stage.required for name, stage in measured.items()}
     results = {name: stage.result for name, stage in measured.items()}
     left = escape(", ".join(stage.name for stage in story.stages if stage.done is None))
     state = '<span class="good">finished</span>' if story.finished else f'<span class="bad">unfinished</span>: {left} to do'
-    seconds = sum(_seconds(stage) for stage in story.stages)
-    facts = [(duration(seconds), "in all stages")] if seconds else []
+    seconds = sum(stage.seconds for stage in story.stages)
+    facts = [(duration(seconds), "", "in all stages")] if seconds else []
     seen = sum(stage.images for stage in story.stages if stage.kind == "train")
-    facts += [(short(seen), "images trained on")] if seen else []
+    facts += [(short(seen), "", "images trained on")] if seen else []
     header = f"<h1>{escape(story.name)}</h1><p>{state}</p>{tiles([*report_metrics.headlines(results), *facts])}"
     return page(story.name, header, (
         ("pictures", "Pictures", _pictures(story)),
@@ -177,10 +76,9 @@ def _pictures(story: Story) -> str:
     for stage, paths in reversed(shown):
         timed = bool(paths) and all(path.stem.isdigit() for path in paths)
         figures = []
-        prompts = read_json(stage.folder / "samples" / PROMPTS)
-        prompts = prompts if isinstance(prompts, Mapping) else {}
+        prompts = mapping(read_json(stage.folder / "samples" / PROMPTS))
         for path in paths:
-            found = picture(path, PICTURES_BYTES // count, 820 if timed else 540)
+            found = picture(path, PICTURES_BYTES // count, 820 if timed else 514)
             if found is None:
                 continue
             caption = f"after {int(path.stem):,} images" if timed else caption_of(path.stem)
@@ -220,51 +118,58 @@ def _curves(story: Story) -> str:
     """Loss, its terms, speed and gauges over images, by stage."""
     parts = []
     for stage in story.stages:
-        terms, gauges = (_names(stage.lines, group) for group in ("terms", "gauges"))
-        plain = [("loss", None), *((name, "terms") for name in terms if len(terms) > 1), ("lr", None), ("images_per_s", None)]
-        first = "".join(_drawn(stage, name, group) for name, group in plain)
+        readers: list[tuple[str, Reader]] = [("loss", _value("loss"))]
+        terms = _names(step.terms for step in stage.steps)
+        if len(terms) > 1:
+            readers += [(name, _term(name)) for name in terms]
+        readers += [("learning rate", _value("lr")), ("images/s", _value("images_per_s"))]
+        first = "".join(_drawn(stage, name, of) for name, of in readers)
         if not first:
             continue
-        more = "".join(_drawn(stage, name, "gauges") for name in gauges)
+        more = "".join(_drawn(stage, name, _gauge(name)) for name in _names(step.gauges for step in stage.steps))
         inside = f'<div class="curves">{more}</div>' if more else ""
         parts.append(f'<h3>{escape(stage.name)}</h3><div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
     note = '<p class="note">Over images seen. Pale: as logged; strong: running mean.</p>' if parts else ""
     return note + "".join(parts)
 
 
-def _names(lines: Sequence[Mapping[str, Any]], group: str) -> list[str]:
-    return list(dict.fromkeys(name for line in lines for name in (line.get(group) or {})))
+Reader = Callable[[Step], float | None]
 
 
-def _drawn(stage: Stage, name: str, group: str | None) -> str:
-    points = []
-    for line in stage.lines:
-        value = (line.get(group) or {}).get(name) if group else line.get(name)
-        if isinstance(value, int | float):
-            points.append((line["images"], value))
+def _value(name: str) -> Reader:
+    return lambda step: step.values.get(name)
+
+
+def _term(name: str) -> Reader:
+    return lambda step: step.terms.get(name)
+
+
+def _gauge(name: str) -> Reader:
+    return lambda step: step.gauges.get(name)
+
+
+def _names(groups: Iterable[Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def _drawn(stage: Stage, name: str, of: Reader) -> str:
+    points = [(step.images, value) for step in stage.steps if (value := of(step)) is not None]
     drawing = curve(*zip(*points, strict=True)) if points else None
-    caption = {"lr": "learning rate", "images_per_s": "images/s"}.get(name, name.replace("_", " "))
-    return figure(drawing, f"{caption}: {points[-1][1]:.4g} at the end") if drawing else ""
-
-
-def _seconds(stage: Stage) -> float:
-    if stage.done is not None:
-        return float(stage.done.get("seconds") or 0)
-    return log.seconds_by_stage(list(stage.lines)).get(stage.name, 0.0)
+    return figure(drawing, f"{name.replace('_', ' ')}: {points[-1][1]:.4g} at the end") if drawing else ""
 
 
 def _timings(story: Story) -> str:
     """What every stage was, how long it took and what it needed."""
-    longest = max((_seconds(stage) for stage in story.stages), default=0) or 1
+    longest = max((stage.seconds for stage in story.stages), default=0) or 1
     rows = []
     for stage in story.stages:
-        seconds, images = _seconds(stage), stage.images
-        memory = max((float(line.get("peak_memory_mb") or 0) for line in stage.lines), default=0)
-        wanted = stage.settings.get("images") if stage.kind == "train" else None
+        seconds, images = stage.seconds, stage.images
+        memory = max((step.values.get("peak_memory_mb", 0) for step in stage.steps), default=0)
         amount = f"{images:,}" if images else ""
-        if stage.done is None and isinstance(wanted, int):
-            amount = f"{images:,} of {wanted:,}"
-        side = f"{stage.settings['resolution']} px" if stage.settings.get("resolution") else ""
+        if stage.done is None and stage.kind == "train" and stage.wanted:
+            amount = f"{images:,} of {stage.wanted:,}"
+        resolution = number(stage.settings.get("resolution"))
+        side = f"{resolution:g} px" if resolution else ""
         colour = "" if stage.done is not None else ' class="bad"'
         rows.append([
             f"<b>{escape(stage.name)}</b>", escape(" ".join(filter(None, (stage.kind, str(stage.settings.get("family") or ""))))),
@@ -281,7 +186,7 @@ def _again(story: Story) -> str:
     train = f"python train.py {folder}/config.yaml"
     commands = [f"{train}   # goes on where it stopped", f"{train} out=runs/again   # from the beginning, elsewhere"]
     if (story.folder / "model").is_dir():
-        source = story.config.get("data") or {}
+        source = mapping(story.config.get("data"))
         kind = source.get("kind")
         on = f"scenes --tier {source.get('tier')}" if kind == "scenes" else str(source.get("path", "DIR"))
         commands += [f'python sample.py "{prompt}" --model {folder} --n 4', f"python -m ldm evaluate {folder} --on {on} --json result.json"]
@@ -291,8 +196,7 @@ def _again(story: Story) -> str:
 
 def _prompt(story: Story) -> str:
     for stage in reversed(story.stages):
-        found = read_json(stage.folder / "samples" / PROMPTS)
-        for prompts in found.values() if isinstance(found, Mapping) else ():
+        for prompts in mapping(read_json(stage.folder / "samples" / PROMPTS)).values():
             if prompts and isinstance(prompts, list):
                 return str(prompts[0]).replace('"', "").replace("\n", " ")
     return "a picture"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 STYLE = """
@@ -23,7 +25,7 @@ nav a{display:inline-block;padding:9px 14px 9px 0;color:var(--soft);text-decorat
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(155px,1fr));gap:10px;margin-top:18px}
 .tile,.panel{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .tile b{display:block;font-size:22px;white-space:nowrap;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
-.tile span{color:var(--soft);font-size:13px}
+.tile small{font-size:13px;font-weight:400;color:var(--soft)}.tile span{color:var(--soft);font-size:13px}
 .panel{overflow-x:auto;margin:10px 0}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:10px}
 .curves figure{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:9px 10px 4px}
@@ -58,13 +60,24 @@ def page(title: str, header: str, sections: Iterable[tuple[str, str, str]]) -> s
     """The whole page: a header and sections (name in the address, heading, content); empty sections are left out."""
     shown = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in shown)
-    body = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{content}</section>' for name, heading, content in shown)
+    body = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{apart(content, name)}</section>' for name, heading, content in shown)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
         f"<body><header><div>{header}</div></header><nav><div>{links}</div></nav><main>{body}<p>&nbsp;</p></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def apart(content: str, name: str) -> str:
+    """HTML whose drawings have names of their own: those that `matplotlib` gives meet where drawings are alike."""
+    counter = count(1)
+
+    def own(drawing: re.Match[str]) -> str:
+        prefix = f"{name}-{next(counter)}-"
+        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", drawing[0])
+
+    return re.sub(r"<svg.*?</svg>", own, content, flags=re.DOTALL)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
@@ -81,9 +94,12 @@ def share_cell(value: float, below: str = "") -> str:
     return f'<td class="bar" style="--share:{100 * min(max(value, 0), 1):.1f}%">{value:.3f}{small}</td>'
 
 
-def tiles(values: Iterable[tuple[str, str]]) -> str:
-    """Headline figures (figure, what it is)."""
-    shown = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in values)
+def tiles(values: Iterable[tuple[str, str, str]]) -> str:
+    """Headline figures (figure, its interval or nothing, what it is)."""
+    shown = "".join(
+        f'<div class="tile"><b>{escape(value)}{f" <small>{escape(within)}</small>" if within else ""}</b><span>{escape(name)}</span></div>'
+        for value, within, name in values
+    )
     return f'<div class="tiles">{shown}</div>' if shown else ""
 
 
