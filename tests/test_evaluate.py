@@ -47,7 +47,7 @@ def test_the_verb_measures_everything_and_writes_it(painter, tmp_path, capsys):
     assert (protocol["prompts"], protocol["guidance"], protocol["steps"], protocol["seed"]) == (6, [1, 2.5], 5, 3)
     assert found["reconstruction"]["protocol"] == {"images": 8, "resolution": SIDE} and found["frechet"]["protocol"]["images"] == 8
     assert math.isfinite(found["frechet"]["distance"])
-    for path in (tmp_path / "shown").iterdir():
+    for path in (tmp_path / "shown").glob("*.png"):
         Image.open(path).load()
     said = capsys.readouterr()
     assert "1.000 [1.00, 1.00]" in said.out and "held-out" in said.out and "fréchet distance" in said.out
@@ -116,4 +116,4 @@ def test_adherence_of_a_measurement_is_what_the_configuration_says(tmp_path: Pat
     told: list = []
     found = measure(Painter(), [Adherence(tier="one", prompts=2)], data=None, resolution=SIDE, seed=0, pictures=tmp_path / "s",
                     progress=lambda *line: told.append(line))  # fmt: skip
-    assert found["adherence"]["seen"]["bind"] == 1 and told[-1][:2] == (4, 4) and len(list((tmp_path / "s").iterdir())) == 2
+    assert found["adherence"]["seen"]["bind"] == 1 and told[-1][:2] == (4, 4) and len(list((tmp_path / "s").glob("*.png"))) == 2

@@ -73,7 +73,8 @@ class Bench:
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                known = {}
+                known = None
+            known = known if isinstance(known, dict) else {}
             path.write_text(json.dumps(known | {name: list(prompts)}, indent=1), encoding="utf-8")
 
 
