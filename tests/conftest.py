@@ -1,11 +1,38 @@
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: small tensors gain nothing from more
 sys.path.insert(0, str(Path(__file__).parent))
+
+NETWORK = "tests open no connection to other machines"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> None:
+    """Every connection to another machine is refused, so that a test that wants one fails at once."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def own(host: Any) -> bool:
+        return str(host).startswith("127.") or host in ("::1", "localhost", "", None, socket.gethostname())
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not own(address[0]):
+            raise ConnectionRefusedError(f"{NETWORK}: {address}")
+        connect(self, address)
+
+    def guarded_look_up(host: Any, *rest: Any, **more: Any) -> Any:
+        if not own(host.decode() if isinstance(host, bytes) else host):
+            raise socket.gaierror(socket.EAI_NONAME, f"{NETWORK}: {host}")
+        return look_up(host, *rest, **more)
+
+    socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_look_up  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")

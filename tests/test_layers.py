@@ -23,8 +23,8 @@ LAYERS = (
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}
 ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"train.py", "execution.py"}}
 WAITING = {
-    "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich", "xformers",
-    "huggingface_hub", "torchvision", "tokenizers",
+    "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
+    "xformers", "huggingface_hub", "torchvision", "tokenizers",
 }  # fmt: skip
 LIGHT = ("ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.config", "ldm.log")
 
