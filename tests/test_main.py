@@ -84,13 +84,16 @@ def verb_that(does: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ldm.doctor", SimpleNamespace(main=main))
 
 
+FULL = "No space left on device; make room and run the same command again, what is finished is kept"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (UserError("size: got 3\nseed: got x"), 2, "ldm doctor: size: got 3\nseed: got x\n"),
         (KeyboardInterrupt(), 130, "ldm doctor: interrupted\n"),
         (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "ldm doctor: x.png: No such file or directory\n"),
-        (OSError(28, "No space left on device"), 2, "ldm doctor: No space left on device; make room and run the same command again, what is finished is kept\n"),
+        (OSError(28, "No space left on device"), 2, f"ldm doctor: {FULL}\n"),
     ],
 )
 def test_what_escapes_a_verb(
