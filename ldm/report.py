@@ -70,7 +70,7 @@ def render(story: Story) -> str:
 
 def _pictures(story: Story) -> str:
     """What each stage drew: a stage's grids over time behind a slider, an evaluation's side by side. The last stage comes first."""
-    shown = [(stage, _chosen(sorted((stage.folder / "samples").glob("*.png")))) for stage in story.stages]
+    shown = [(stage, _chosen(sorted((stage.folder / "samples").glob("*.png"), key=_place))) for stage in story.stages]
     count = sum(len(paths) for _, paths in shown)
     parts = []
     for stage, paths in reversed(shown):
@@ -78,7 +78,7 @@ def _pictures(story: Story) -> str:
         figures = []
         prompts = mapping(read_json(stage.folder / "samples" / PROMPTS))
         for path in paths:
-            found = picture(path, PICTURES_BYTES // count, 820 if timed else 514)
+            found = picture(path, PICTURES_BYTES // count, 820 if timed else 540)
             if found is None:
                 continue
             caption = f"after {int(path.stem):,} images" if timed else caption_of(path.stem)
@@ -89,6 +89,11 @@ def _pictures(story: Story) -> str:
             kind = "row slides" if timed else "row"
             parts.append(f'<h3>{escape(stage.name)}</h3><div class="{kind}">{"".join(figures)}</div>{below}')
     return "".join(parts)
+
+
+def _place(path: Path) -> tuple[bool, str]:
+    """Where a picture stands in its stage's row: pairs that training showed come first."""
+    return "held-out" in path.stem, path.stem
 
 
 def _folded_prompts(prompts: Any) -> str:

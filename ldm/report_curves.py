@@ -39,6 +39,8 @@ def smoothed(y: NDArray[np.float64], share: float = 0.06) -> NDArray[np.float64]
 
 def curve(x: Sequence[float], y: Sequence[float]) -> str | None:
     """One quantity over images, as SVG: the logged values pale, their running mean strong; None where there are fewer than two."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     a, b = thinned(x, y)
     if len(a) < 2:
         return None
@@ -46,8 +48,10 @@ def curve(x: Sequence[float], y: Sequence[float]) -> str | None:
     smooth = smoothed(b) if len(b) >= 12 else b
     axes.plot(a, b, color=COLOURS[0], linewidth=0.8, alpha=0.35)
     axes.plot(a, smooth, color=COLOURS[0], linewidth=1.6)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.3g}"))
     if (b > 0).all() and b.max() > 30 * b.min():
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0 if a[0] >= 0 else a[0], a[-1])
     return _svg(figure)
 
@@ -72,7 +76,7 @@ def _axes() -> tuple[Any, Any]:
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(3.5, 1.9))
-    axes = figure.add_axes((0.15, 0.14, 0.83, 0.82))
+    axes = figure.add_axes((0.15, 0.14, 0.8, 0.82))
     axes.patch.set_alpha(0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

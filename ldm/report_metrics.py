@@ -46,7 +46,7 @@ def _first(values: Mapping[str, Any], pairs: str) -> str:
     """The interval of bind at the first guidance scale, whose mean the headline tells."""
     for by_pairs in mapping(values.get("intervals")).values():
         point = _point(mapping(mapping(by_pairs).get(pairs)).get("bind"))
-        return f"{point[1]:.2f} – {point[2]:.2f}" if point else ""
+        return f"95 %: {point[1]:.2f} – {point[2]:.2f}" if point else ""
     return ""
 
 

@@ -24,8 +24,8 @@ nav{position:sticky;top:0;background:var(--ground);border-bottom:1px solid var(-
 nav a{display:inline-block;padding:9px 14px 9px 0;color:var(--soft);text-decoration:none;font-size:14px}nav a:hover{color:var(--mark)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(155px,1fr));gap:10px;margin-top:18px}
 .tile,.panel{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.tile b{display:block;font-size:22px;white-space:nowrap;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
-.tile small{font-size:13px;font-weight:400;color:var(--soft)}.tile span{color:var(--soft);font-size:13px}
+.tile b{display:block;font-size:21px;white-space:nowrap;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
+.tile span{color:var(--soft);font-size:13px}
 .panel{overflow-x:auto;margin:10px 0}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:10px}
 .curves figure{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:9px 10px 4px}
@@ -38,13 +38,13 @@ td small{color:var(--soft);display:block;font-size:11.5px;line-height:1.1}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .row{display:flex;gap:12px;overflow-x:auto;align-items:flex-start}
 .pixels{image-rendering:crisp-edges;image-rendering:pixelated}
-img{max-width:100%;border-radius:6px;display:block;background:#fff}.row figure{flex:0 0 auto;max-width:100%}
+img{max-width:100%;border-radius:6px;display:block;background:#fff}.row figure{flex:0 1 auto;min-width:min(100%,300px);max-width:100%}
 .slides input{width:min(100%,520px);accent-color:var(--mark);display:block;margin:0 0 8px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--mark);font-size:14px}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:11px 13px;overflow:auto;max-height:520px;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:8px 0}
 ol.prompts{columns:2;font-size:13px;color:var(--soft);padding-left:26px;margin:8px 0}
-@media(max-width:640px){ol.prompts{columns:1}}@media print{nav{position:static}details{display:block}}
+@media(max-width:640px){ol.prompts{columns:1}.row{flex-wrap:wrap}}@media print{nav{position:static}details{display:block}}
 """
 
 # Without it every checkpoint's picture stands in a row that scrolls: nothing is lost.
@@ -97,7 +97,7 @@ def share_cell(value: float, below: str = "") -> str:
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:
     """Headline figures (figure, its interval or nothing, what it is)."""
     shown = "".join(
-        f'<div class="tile"><b>{escape(value)}{f" <small>{escape(within)}</small>" if within else ""}</b><span>{escape(name)}</span></div>'
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}{f"<br>{escape(within)}" if within else ""}</span></div>'
         for value, within, name in values
     )
     return f'<div class="tiles">{shown}</div>' if shown else ""
