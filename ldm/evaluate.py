@@ -75,7 +75,7 @@ def evaluate(
     from ldm.config import build
     from ldm.data.folder import FolderSource
     from ldm.data.scenes import ScenesSource
-    from ldm.families.latent_diffusion import load
+    from ldm.families.finished import load
     from ldm.log import Log
     from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
     from ldm.process import calibrate

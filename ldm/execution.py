@@ -84,6 +84,8 @@ class Execution:
                 self._write_metrics()
                 path = report(self.out)
                 self.log.note(f"report: {path}")
+                if (self.out / "model" / "model_index.json").exists():
+                    self.log.note(f'model: try python sample.py "{self._story()["prompt"]}" --model {self.out}')
             self.log.close()
 
     def _stage(self, name: str) -> None:
@@ -225,7 +227,8 @@ class Execution:
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, needed: Mapping[str, str]) -> dict[str, Any]:
         from ldm.evaluate import measure
         from ldm.families.codec import load_codec
-        from ldm.families.latent_diffusion import autoencoder_folder, load
+        from ldm.families.finished import load
+        from ldm.families.latent_diffusion import autoencoder_folder
 
         of = self.run.stages[stage.of]
         assert isinstance(of, Train)

@@ -67,7 +67,7 @@ def sample(
     if grid is not None:
         grid.parent.mkdir(parents=True, exist_ok=True)
 
-    from ldm.families.latent_diffusion import load
+    from ldm.families.finished import load
 
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
     family = load(folder, device=_device(device))

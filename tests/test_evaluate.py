@@ -11,7 +11,7 @@ from painters import SIDE, Painter
 from PIL import Image
 
 import ldm
-import ldm.families.latent_diffusion
+import ldm.families.finished
 from ldm.__main__ import main as ldm_main
 from ldm.data.scenes import ScenesSource
 from ldm.evaluate import main, measure
@@ -22,7 +22,7 @@ from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     """Stands in for the model, whatever folder is named."""
     found = Painter()
-    monkeypatch.setattr(ldm.families.latent_diffusion, "load", lambda folder, device: found)
+    monkeypatch.setattr(ldm.families.finished, "load", lambda folder, device: found)
     return found
 
 

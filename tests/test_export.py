@@ -19,7 +19,7 @@ from ldm.diffusion.schedules import Flow, ScaledLinear
 from ldm.errors import UserError
 from ldm.export import assemble
 from ldm.families.codec import load_codec
-from ldm.families.latent_diffusion import load
+from ldm.families.finished import load
 
 PROMPTS = ["a small red circle", "a large blue ring"]
 PROCESSES = {

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
 from ldm.checkpoint import write_json
-from ldm.config import Fraction, NonNegative, Positive, build, config
+from ldm.config import Fraction, NonNegative, Positive, config
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.process import SPACINGS, Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
 from ldm.families.family import Context, Family, Product, Terms
-from ldm.folder import AGAIN, content_hash, load_module, load_part, open_model, read_json, save_part
+from ldm.folder import load_module, load_part, read_json, save_part
 from ldm.models.transformer import Memory
 from ldm.models.unet import UNet, UNetConfig
 from ldm.rng import Rng
@@ -85,7 +85,7 @@ def autoencoder_folder(folder: Path) -> Path:
 
 def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
     stored, state = load_part(init.folder / "unet")
-    record = _record(init.folder)
+    record = read_record(init.folder)
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(
             f"{init.folder}: this UNet was trained on the latents of another autoencoder "
@@ -96,7 +96,8 @@ def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
     return load_module(network.build, state, init.folder / "unet")
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ldm.json of a product or model folder says; nothing where there is none."""
     file = folder / RECORD
     return read_json(file) if file.exists() else {}
 
@@ -251,7 +252,7 @@ class LatentDiffusionFamily(Family):
     def sample(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         *,
         steps: int | None = None,
         guidance: float | None = None,
@@ -272,7 +273,7 @@ class LatentDiffusionFamily(Family):
 
         Args:
             prompts: N texts.
-            seeds: N integers.
+            seeds: N integers; by default 0, 1, 2, ...
             size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
             on_step: called as on_step(steps done, steps in all) over the whole call.
             latents: (N,c,h,w) initial noise of unit variance, in place of the seeds' own.
@@ -286,6 +287,7 @@ class LatentDiffusionFamily(Family):
         height, width = size or self.defaults["size"]
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
+        seeds = range(len(prompts)) if seeds is None else seeds
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         shape = (self.codec.channels, height // self.factor, width // self.factor)
@@ -347,54 +349,3 @@ class LatentDiffusionFamily(Family):
 
 def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps: int) -> Callable[[int], None]:
     return lambda step: on_step(round_ * steps + step + 1, rounds * steps)
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionFamily:
-    """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
-
-    Raises:
-        UserError: naming what is missing, damaged or does not belong together.
-    """
-    root = open_model(Path(folder)).folder
-    record = _record(root)
-    codec = load_codec(autoencoder_folder(root))
-    if record.get("autoencoder") not in (None, codec.hash):
-        raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
-    text = TextEncoder.load(root)
-    stored, state = load_part(root / "unet")
-    network = UNetConfig.from_diffusers(stored)
-    unet = load_module(network.build, state, root / "unet")
-    process = _process(root)
-    defaults, size = _defaults(record, root)
-    if not text.width == network.context_width:
-        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
-    made = LatentDiffusion(network=network, process=process, defaults=defaults)
-    family = LatentDiffusionFamily(made, unet, codec, text)
-    sample_size = stored.get("sample_size") or 64
-    family.resolution = size or sample_size * codec.factor
-    family.content_hash = content_hash(root)
-    for module in (family, *family.frozen()):
-        module.to(device)
-    return family.eval()
-
-
-def _process(root: Path) -> Process:
-    file = root / "scheduler" / "scheduler_config.json"
-    values = read_json(file)
-    try:
-        return Process.from_scheduler_config(values)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: {error}; {AGAIN}") from None
-
-
-def _defaults(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
-    """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
-    values = record.get("defaults")
-    if values is None:
-        return Defaults(guidance=7.5, chunk=1), None
-    size = values.get("size") if isinstance(values, dict) else values
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
-        raise UserError(f"{root / RECORD}: defaults.size: got {size!r}, not [height, width] in px; {AGAIN}")
-    return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]

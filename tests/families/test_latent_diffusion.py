@@ -18,7 +18,8 @@ from ldm.batch import Cond, ImageBatch, MomentBatch, rows
 from ldm.diffusion.process import MinSnr, Process
 from ldm.errors import UserError
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion import Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder, load
+from ldm.families.finished import load
+from ldm.families.latent_diffusion import Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder
 from ldm.rng import Rng
 from ldm.text import TextEncoder, small_clip_text
 

@@ -1,0 +1,68 @@
+"""A finished text-to-image model, taken up again from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.config import build
+from ldm.diffusion.process import Process
+from ldm.errors import UserError
+from ldm.families.codec import load_codec
+from ldm.families.latent_diffusion import RECORD, Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder, read_record
+from ldm.folder import AGAIN, content_hash, load_module, load_part, open_model, read_json
+from ldm.models.unet import UNetConfig
+from ldm.text import TextEncoder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionFamily:
+    """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not belong together.
+    """
+    root = open_model(Path(folder)).folder
+    record = read_record(root)
+    codec = load_codec(autoencoder_folder(root))
+    if record.get("autoencoder") not in (None, codec.hash):
+        raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
+    text = TextEncoder.load(root)
+    stored, state = load_part(root / "unet")
+    network = UNetConfig.from_diffusers(stored)
+    unet = load_module(network.build, state, root / "unet")
+    process = _process(root)
+    defaults, size = _defaults(record, root)
+    if not text.width == network.context_width:
+        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
+    made = LatentDiffusion(network=network, process=process, defaults=defaults)
+    family = LatentDiffusionFamily(made, unet, codec, text)
+    sample_size = stored.get("sample_size") or 64
+    family.resolution = size or sample_size * codec.factor
+    family.content_hash = content_hash(root)
+    for module in (family, *family.frozen()):
+        module.to(device)
+    return family.eval()
+
+
+def _process(root: Path) -> Process:
+    file = root / "scheduler" / "scheduler_config.json"
+    values = read_json(file)
+    try:
+        return Process.from_scheduler_config(values)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}; {AGAIN}") from None
+
+
+def _defaults(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
+    """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
+    values = record.get("defaults")
+    if values is None:
+        return Defaults(guidance=7.5, chunk=1), None
+    size = values.get("size") if isinstance(values, dict) else values
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise UserError(f"{root / RECORD}: defaults.size: got {size!r}, not [height, width] in px; {AGAIN}")
+    return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]
