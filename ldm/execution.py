@@ -298,7 +298,8 @@ def _about(described: Mapping[str, Any]) -> Iterator[str]:
 
 def _headline(result: Mapping[str, Any]) -> str:
     """The plain numbers of a result, for one line."""
-    shown = [f"{name} {value:.3g}" for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    shown = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in numbers.items()]
     return f"; {', '.join(shown)}" if shown else ""
 
 
