@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,15 +152,13 @@ def _room(found: Findings, out: Path) -> None:
 def free_memory_gb() -> float | None:
     """Memory that a new process may have, GB: the system's, or the container's where that is less."""
     amounts = []
-    try:
+    with suppress(OSError, ValueError):  # not Linux, or no limit
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 amounts.append(int(line.split()[1]) * 1024)
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             amounts.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # not Linux, or no limit
     return round(min(amounts) / 1e9, 1) if amounts else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ldm.errors import UserError
 FLOW_STEPS = 1000  # a flow's sigma in [0,1] is told to the network as t = 1000 sigma, as diffusers does
 
 
-class Discrete:
+class Discrete(ABC):
     """The mathematics shared by the schedules that are tables of `steps` noise levels with alpha^2 + sigma^2 = 1.
 
     t counts table rows from 0 (nearly clean) to steps - 1; between rows alpha and sigma follow the chord, drawn back to
@@ -28,9 +29,9 @@ class Discrete:
     steps: int
     zero_terminal_snr: bool
 
+    @abstractmethod
     def betas(self) -> np.ndarray:
         """beta (steps,): the share of variance that each step replaces by noise."""
-        raise NotImplementedError
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha, sigma of t, same shape, float64."""
