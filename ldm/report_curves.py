@@ -75,7 +75,7 @@ def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(3.5, 1.9))
+    figure = Figure(figsize=(3.5, 2.0))
     axes = figure.add_axes((0.15, 0.14, 0.8, 0.82))
     axes.patch.set_alpha(0)
     for side in ("top", "right"):

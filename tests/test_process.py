@@ -13,7 +13,7 @@ import pytest
 
 from ldm import process
 
-NAMES = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_TELEMETRY")
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_TELEMETRY")
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,7 +49,10 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     process.prepare()
-    assert [os.environ[name] for name in NAMES] == ["active", "false", "1"]
+    assert [os.environ.get(name) for name in NAMES] == ["active", None, "false", "1"]
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    process.prepare()
+    assert os.environ["GOMP_SPINCOUNT"] == "50000"
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "100")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("the allocator is the user's"))
