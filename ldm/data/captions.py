@@ -10,11 +10,12 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.images import Rejected
 from ldm.errors import UserError
 
 SIDECARS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "metadata.csv")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNS = ("text", "caption", "captions", "prompt", "TEXT")
 MAX_CHARACTERS = 2000  # of one caption; the rest is cut
 MAX_SIDECAR_BYTES = 2**20
@@ -89,37 +90,58 @@ class Table:
     """The rows of a folder's metadata files, joined by image."""
 
     captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
+    known: dict[str, Known] = field(default_factory=dict)  # sizes and scores by file name
     rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
     files: list[str] = field(default_factory=list)  # the metadata files that were read
 
 
 def read_tables(root: Path, found: list[Path]) -> Table:
-    """Read metadata.jsonl and metadata.csv files; `file_name` is relative to the file's own folder.
+    """Read metadata.jsonl, .csv and .parquet files; `file_name` is relative to the file's own folder.
 
-    An image in several rows has several captions, and so has one whose caption is a list.
+    An image in several rows has several captions, and so has one whose caption is a list. Columns of sizes and scores are
+    read too, by any of the names in `ldm.data.fields.ALIASES`.
 
     Raises:
-        UserError: if a file has no `file_name` or none of the caption columns, or is not UTF-8.
+        UserError: if a file has no `file_name` or none of the caption columns, is not UTF-8, or is damaged parquet.
     """
     table = Table()
     for path in found:
         name = path.relative_to(root).as_posix()
         table.files.append(name)
-        try:
-            text = _text(path.read_bytes())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-        rows = _jsonl(text, name, table) if path.suffix == ".jsonl" else _csv(text, name, table)
+        rows = _parquet(path, name) if path.suffix == ".parquet" else _lines(path, name, table)
         columns: set[str] = set().union(*(row for _, row in rows)) if rows else set()
-        column = next((c for c in COLUMNS if c in columns), None)
+        column = next((c for c in (*COLUMNS, column_of("caption", columns)) if c in columns), None)
         if rows and ("file_name" not in columns or column is None):
             raise UserError(
                 f"{path}: needs the columns file_name and one of {', '.join(COLUMNS)}; "
                 f"it has {', '.join(sorted(columns)) or 'none'}; rename the ones you mean"
             )
         for where, row in rows:
-            _take(table, root, path.parent, where, row.get("file_name"), row.get(column or ""))
+            if file := _take(table, root, path.parent, where, row.get("file_name"), row.get(column or "")):
+                table.known[file] = known(row).over(table.known.get(file, Known()))
     return table
+
+
+def _lines(path: Path, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+    try:
+        text = _text(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    return _jsonl(text, name, table) if path.suffix == ".jsonl" else _csv(text, name, table)
+
+
+def _parquet(path: Path, name: str) -> list[tuple[str, dict[str, object]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {"file_name", *(c.lower() for c in COLUMNS)}
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            rows = file.read(columns=[c for c in columns if c.lower() in wanted] or columns).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole parquet file ({str(error)[:200]}); write it again") from None
+    return [(f"{name}:{number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _jsonl(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
@@ -150,14 +172,14 @@ def _csv(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object
     return rows
 
 
-def _take(table: Table, root: Path, folder: Path, where: str, file: object, caption: object) -> None:
+def _take(table: Table, root: Path, folder: Path, where: str, file: object, caption: object) -> str | None:
     if not isinstance(file, str) or not file.strip():
         table.rejected.append((where, "bad metadata row", "no file_name"))
-        return
+        return None
     relative = Path(file.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts:
         table.rejected.append((where, "bad metadata row", f"{file!r} leads out of the folder"))
-        return
+        return None
     name = (folder / relative).relative_to(root).as_posix()
     captions = table.captions.setdefault(name, [])
     for text in caption if isinstance(caption, list) else [caption]:
@@ -168,3 +190,4 @@ def _take(table: Table, root: Path, folder: Path, where: str, file: object, capt
             continue
         if (line := clean(text)) and line not in captions:
             captions.append(line)
+    return name

@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-
-from ldm.batch import ImageBatch
-from ldm.config import Count, Fraction, Positive, Share, config
+from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import SIDECARS, TABLES, Table, from_name, read_tables, sidecar
-from ldm.data.dataset import Split, draw_captions, draw_flips
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, View, probe, to_tensor, view
+from ldm.data.dataset import Split
+from ldm.data.fields import Fields, Known, gather
+from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
+from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.errors import UserError
-from ldm.rng import Rng, mix
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_IMAGES = (".avif", ".bmp", ".eps", ".gif", ".heic", ".heif", ".jxl", ".pdf", ".svg", ".tif", ".tiff")
-LISTED = 20  # rejected files that describe() names; `rejected` has all
-TOLERATED = 10  # bad files that never stop a run, however small the folder
-HARMLESS = ("too small", "format not supported", "no caption")  # left out by a rule, not because they are broken
 SCAN_THREADS = 8
 
 _log = logging.getLogger(__name__)
@@ -36,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @config
 class FolderSource:
-    """JPEG, PNG and WebP files below a folder, captioned by .txt files beside them, metadata.jsonl/csv or names."""
+    """JPEG, PNG and WebP files below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
@@ -46,6 +40,7 @@ class FolderSource:
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
     max_bad: Fraction = 0.1  # share of unusable files above which the run stops; ten are always tolerated
+    max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
 
     def build(self, split: Split) -> FolderData:
         """The training or the held-out part.
@@ -57,118 +52,60 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """A file that is not used, and why."""
-
-    name: str  # relative to the folder; a row as file:line
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}" + (f": {self.detail}" if self.detail else "")
-
-
-@dataclass(frozen=True)
 class _Entry:
     name: str
     bytes: int
     mtime_ns: int
     captions: tuple[str, ...]
+    known: Known
     rejection: Rejection | None
 
 
-class FolderData:
+class FolderData(Photos):
     """One part of a folder of captioned images, in the order of their names.
 
     Headers are checked when it is built. A file that turns out damaged when it is decoded is replaced by the next
     usable one, so that every rank and every run agrees; it is logged once and counted.
     """
 
-    mirrors = True  # whoever asks for flips knows that the captions name no sides
-
     def __init__(self, source: FolderSource, split: Split) -> None:
-        self.source, self.split = source, split
-        self.root = Path(source.path)
+        self.source, self.root = source, Path(source.path)
         entries, self.rejected, self.tables = scan(self.root, source)
-        total = len(entries)
-        self._tolerated = max(TOLERATED, int(source.max_bad * (total + len(self.rejected))))
-        _refuse_empty(self.root, source, total, self.rejected, self._tolerated)
-        held_out = held_out_names([e.name for e in entries], source.val_share)
-        kept = [e for e in entries if (e.name in held_out) == (split == "val")]
-        self.total = total  # usable images in both parts
+        self.total = len(entries)  # usable images in both parts
+        super().__init__(str(self.root), source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
+        _refuse_empty(self.root, source, self.total, self.rejected)
+        kept = [e for e, out in zip(entries, held_out([e.name for e in entries], source.val_share), strict=True) if out == (split == "val")]
         self.names: list[str] = [e.name for e in kept]
         self._captions: list[tuple[str, ...]] = [e.captions for e in kept]
+        self._fields = gather([e.known for e in kept])
         digest = hashlib.sha256()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         digest.update(json.dumps(["folder", 1, *view_options]).encode())
         for e in kept:
             digest.update(json.dumps([e.name, e.bytes, e.mtime_ns, e.captions]).encode())
         self._fingerprint = digest.hexdigest()
-        self.replaced: dict[str, str] = {}  # by name, why a file was replaced when it was decoded
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
-        """As `ldm.data.dataset.Samples.load`."""
-        if self.source.crop == "random" and self.split == "train":
-            at = Rng(seed, position).uniform("crop", (2,)).tolist()
-        else:
-            at = [(0.5, 0.5)] * len(position)
-        flips = draw_flips(seed, position, flip)
-        pixels = np.empty((len(index), resolution, resolution, 3), np.uint8)
-        sizes: list[tuple[int, ...]] = []
-        used: list[int] = []
-        for row, (i, where, mirror) in enumerate(zip(index, at, flips, strict=True)):
-            found, seen = self._view(int(i), resolution, (where[0], where[1]), mirror)
-            pixels[row] = seen.pixels
-            sizes.append(seen.size)
-            used.append(found)
-        return ImageBatch(
-            image=to_tensor(pixels),
-            caption=tuple(self.captions(used, position, seed)),
-            size=torch.tensor(sizes, dtype=torch.float32).view(-1, 6),
-            position=torch.tensor([int(p) for p in position], dtype=torch.int64),
-        )
+    def name(self, index: int) -> str:
+        """The path below the folder."""
+        return self.names[index]
 
-    def _view(self, index: int, resolution: int, at: tuple[float, float], flip: bool) -> tuple[int, View]:
-        for i in range(index, index + len(self)):
-            name = self.names[i % len(self)]
-            if name in self.replaced:
-                continue
-            try:
-                return i % len(self), view(self._read(name), resolution, at, flip, self.source.max_pixels)
-            except Rejected as error:
-                self._replace(name, error)
-        raise UserError(f"{self.root}: none of its {len(self)} images can be decoded any more; was the folder changed?")
-
-    def _read(self, name: str) -> bytes:
+    def read(self, index: int) -> bytes:
+        """As `Photos.read`."""
         try:
-            return (self.root / name).read_bytes()
+            return (self.root / self.names[index]).read_bytes()
         except OSError as error:
             raise Rejected("unreadable file", str(error.strerror)) from None
-
-    def _replace(self, name: str, error: Rejected) -> None:
-        self.replaced[name] = str(error)
-        if len(self.replaced) > self._tolerated:
-            raise UserError(
-                f"{self.root}: {len(self.replaced)} of {len(self)} images could not be decoded "
-                f"({_counts(Counter(v.split(':')[0] for v in self.replaced.values()))}; the last was {name}); "
-                f"mend or remove them, or raise max_bad (now {self.source.max_bad})"
-            )
-        _log.warning("%s: replaced by the next image: %s", self.root / name, error)
-
-    def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
-        """As `ldm.data.dataset.Samples.captions`."""
-        return draw_captions([self._captions[i] for i in index], position, seed)
 
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
         return [list(self._captions[i]) for i in index]
 
-    def origin(self, index: int) -> str:
-        """The image's path."""
-        return str(self.root / self.names[index])
+    def fields(self) -> Fields:
+        """Sizes by the headers, or of the originals where a metadata table tells them; scores as the tables tell."""
+        return self._fields
 
     def describe(self) -> dict[str, object]:
         """Counts, rejections by reason with the first few names, files replaced so far, and the fingerprint."""
@@ -191,18 +128,6 @@ class FolderData:
         return self._fingerprint
 
 
-def held_out_names(names: Sequence[str], share: float) -> set[str]:
-    """The names whose hash lies below `share`, and the one with the lowest hash if there are none.
-
-    A name's part depends on the name alone, so files that are added later do not move the others.
-    """
-    place = {name: mix("val", name) / 2**64 for name in names}
-    chosen = {name for name, p in place.items() if p < share}
-    if len(chosen) == len(names) and names:
-        chosen.discard(max(place, key=lambda n: place[n]))
-    return chosen or ({min(place, key=lambda n: place[n])} if place else set())
-
-
 def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection], list[str]]:
     """Usable images sorted by name, everything rejected, and the metadata files read; headers are checked in threads.
 
@@ -223,16 +148,18 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
         name, status = item
         captions: tuple[str, ...] = ()
         rejection = None
+        told = table.known.get(name, Known())
         try:
             captions = _captions(root / name, name, source, table)
             height, width = probe(root / name, source.max_pixels)
+            told = told.over(Known(height, width))
             if min(height, width) < source.min_side:
                 raise Rejected("too small", f"{width}x{height}; at least {source.min_side} px")
         except Rejected as error:
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, status.st_size, status.st_mtime_ns, captions, rejection)
+        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, rejection)
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         looked = list(pool.map(look, images))
@@ -299,7 +226,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, o
             _log.warning("%s cannot be read", entry.path)
 
 
-def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[Rejection], tolerated: int) -> None:
+def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[Rejection]) -> None:
     counts = Counter(r.reason for r in rejected)
     if usable == 0 and not rejected:
         raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it or correct data.path")
@@ -309,21 +236,9 @@ def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[
             f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); write x{SIDECARS[0]} "
             f"beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename"
         )
+    first = f"the first is {rejected[0]}" if rejected else ""
     if usable == 0:
-        raise UserError(f"{root}: no usable image ({_counts(counts)}); {_first(rejected)}")
+        raise UserError(f"{root}: no usable image ({counted(counts)}); {first}")
     if usable == 1:
-        raise UserError(f"{root}: only one usable image; it takes two, as one is held out ({_counts(counts)})")
-    bad = sum(n for reason, n in counts.items() if reason not in HARMLESS)
-    if bad > tolerated:
-        raise UserError(
-            f"{root}: {bad} of {usable + len(rejected)} files are unusable ({_counts(counts)}); {_first(rejected)}; "
-            f"mend or remove them, or raise data.max_bad (now {source.max_bad})"
-        )
-
-
-def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none rejected"
-
-
-def _first(rejected: list[Rejection]) -> str:
-    return f"the first is {rejected[0]}"
+        raise UserError(f"{root}: only one usable image; it takes two, as one is held out ({counted(counts)})")
+    refuse_bad(str(root), usable, counts, first, source.max_bad)

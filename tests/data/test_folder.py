@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ldm.data.captions import MAX_CHARACTERS, clean
 from ldm.data.dataset import Split
-from ldm.data.folder import FolderData, FolderSource, held_out_names
+from ldm.data.folder import FolderData, FolderSource
+from ldm.data.photos import held_out
 from ldm.errors import UserError
 
 
@@ -288,6 +291,10 @@ def test_fields_are_checked_before_any_work():
             adapter.validate_python(wrong)
 
 
+def held_out_names(names: list[str], share: float) -> set[str]:
+    return {name for name, out in zip(names, held_out(names, share), strict=True) if out}
+
+
 def test_parts_are_decided_by_name_alone():
     names = [f"n{i}" for i in range(2000)]
     chosen = held_out_names(names, 0.1)
@@ -336,3 +343,45 @@ def test_names_that_are_not_text_are_left_out(tmp_path):
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     assert reasons(build(tmp_path))["bad\\xff.png"] == "name not UTF-8"
+
+
+def test_metadata_parquet_brings_captions_sizes_and_scores(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    photos(tmp_path, 4, captions=False)
+    rows = {
+        "file_name": ["p00.jpg", "p02.webp"], "TEXT": ["zero", "two"], "original_width": [800, None], "HEIGHT": [600.0, None],
+        "AESTHETIC_SCORE": [6.5, None], "pwatermark": [0.25, "x"[:0] or None], "blob": [b"\0", b"\1"],
+    }  # fmt: skip
+    table = tmp_path / "shelf0" / "metadata.parquet"
+    pq.write_table(pa.table(rows), table)
+    (tmp_path / "metadata.csv").write_text("file_name,text,aesthetic\nshelf1/p01.png,one,7\nshelf1/p03.jpg,three,often\n")
+    parts = [build(tmp_path, split) for split in ("train", "val")]
+    assert {n: w for d in parts for n, w in all_words(d).items()} == {
+        "shelf0/p00.jpg": ["zero"], "shelf0/p02.webp": ["two"], "shelf1/p01.png": ["one"], "shelf1/p03.jpg": ["three"],
+    }  # fmt: skip
+    told = {}
+    for data in parts:
+        f = data.fields()
+        told |= {n: (f.width[i], f.height[i], f.aesthetic[i], f.watermark[i]) for i, n in enumerate(data.names)}
+    assert told["shelf0/p00.jpg"] == (800, 600, 6.5, 0.25)
+    assert told["shelf0/p02.webp"][:2] == (50, 88) and np.isnan(told["shelf0/p02.webp"][2:]).all()
+    assert told["shelf1/p01.png"][2] == 7 and np.isnan(told["shelf1/p03.jpg"][2])
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"metadata\.parquet: not a whole parquet file"):
+        build(tmp_path)
+
+
+def test_a_sample_that_takes_too_long_is_replaced_and_named(tmp_path, monkeypatch, caplog):
+    data = build(photos(tmp_path, 12), max_seconds=0.2)
+    read, released = data.read, threading.Event()
+    monkeypatch.setattr(data, "read", lambda i: released.wait(20) and read(i) if i in (3, 4) else read(i))
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        batch = data.load([2, 3, 6], [0, 1, 2], 16, 0, False)
+    assert time.monotonic() - start < 3
+    released.set()
+    assert torch.equal(batch.image[1], data.load([5], [1], 16, 0, False).image[0])
+    assert {n: r.split(":")[0] for n, r in data.replaced.items()} == dict.fromkeys(data.names[3:5], "too slow")
+    assert "within 0.2 s" in caplog.text and data.names[3] in caplog.text

@@ -1,0 +1,239 @@
+"""Captioned images by number, wherever their bytes lie: views drawn by position, damaged ones replaced, slow ones given up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ldm.batch import ImageBatch
+from ldm.data.dataset import Split, draw_captions, draw_flips
+from ldm.data.fields import Fields
+from ldm.data.images import Rejected, View, to_tensor, view
+from ldm.errors import UserError
+from ldm.rng import Rng, mix
+
+LISTED = 20  # rejected files that describe() names; `rejected` has all
+TOLERATED = 10  # bad files that never stop a run, however small the data
+HARMLESS = ("too small", "format not supported", "no caption")  # left out by a rule, not because they are broken
+
+_log = logging.getLogger(__name__)
+
+
+class PhotoSource(Protocol):
+    """The settings that every source of photographs has."""
+
+    @property
+    def crop(self) -> str:
+        """`random` or `centre`."""
+        ...
+
+    @property
+    def max_pixels(self) -> int:
+        """Of one image."""
+        ...
+
+    @property
+    def max_bad(self) -> float:
+        """The share of unusable samples above which a run stops."""
+        ...
+
+    @property
+    def max_seconds(self) -> float:
+        """For reading and decoding one sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample that is not used, and why."""
+
+    name: str  # relative to the data; a row as file:line
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+
+
+@dataclass
+class _Work:
+    """Views being made on a thread of their own, which is left behind if one of them takes too long."""
+
+    rows: list[tuple[int, tuple[float, float], bool]]  # sample, place of the crop, mirrored
+    under_way: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # sample, since when
+    done: list[tuple[int, View]] = field(default_factory=list)
+    error: BaseException | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Photos(ABC):
+    """One part of a data set of photographs; a subclass says what is there and reads the bytes.
+
+    A sample that turns out damaged when it is decoded is replaced by the next usable one, so that every rank and every run
+    agrees; it is logged once and counted. So is one that takes longer than `max_seconds`.
+
+    Args:
+        where: the data's path, for messages.
+        source: settings of views.
+        split: held-out images are cropped at the centre.
+        tolerated: how many samples may be replaced before the run stops.
+    """
+
+    mirrors = True  # whoever asks for flips knows that the captions name no sides
+
+    def __init__(self, where: str, source: PhotoSource, split: Split, tolerated: int) -> None:
+        self.where, self.split = where, split
+        self._look, self._tolerated = source, tolerated
+        self.replaced: dict[str, str] = {}  # by name, why a sample was replaced when it was decoded
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a sample is called: unique, and the same wherever the data lies."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The image file's bytes.
+
+        Raises:
+            Rejected: if they cannot be read or are not what they were.
+        """
+
+    @abstractmethod
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """As `ldm.data.dataset.Samples.all_captions`."""
+
+    @abstractmethod
+    def fields(self) -> Fields:
+        """Original sizes and scores of all samples."""
+
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
+        """As `ldm.data.dataset.Samples.load`."""
+        if self._look.crop == "random" and self.split == "train":
+            at = Rng(seed, position).uniform("crop", (2,)).tolist()
+        else:
+            at = [(0.5, 0.5)] * len(position)
+        flips = draw_flips(seed, position, flip)
+        rows = [(int(i), (w[0], w[1]), f) for i, w, f in zip(index, at, flips, strict=True)]
+        found = self._in_time(rows, resolution)
+        pixels = np.empty((len(index), resolution, resolution, 3), np.uint8)
+        for row, (_, seen) in enumerate(found):
+            pixels[row] = seen.pixels
+        return ImageBatch(
+            image=to_tensor(pixels),
+            caption=tuple(self.captions([i for i, _ in found], position, seed)),
+            size=torch.tensor([seen.size for _, seen in found], dtype=torch.float32).view(-1, 6),
+            position=torch.tensor([int(p) for p in position], dtype=torch.int64),
+        )
+
+    def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: int) -> list[tuple[int, View]]:
+        """The views of all rows; one thread for them all, another after each sample that took too long."""
+        found: list[tuple[int, View]] = []
+        while len(found) < len(rows):
+            work = _Work(rows[len(found) :])
+            threading.Thread(target=self._work, args=(work, resolution), daemon=True, name="decode").start()
+            slow, since = work.under_way
+            while not work.ended.wait(max(0.0, since + self._look.max_seconds - time.monotonic())):
+                if work.under_way == (slow, since):
+                    self._replace(slow, Rejected("too slow", f"not read and decoded within {self._look.max_seconds:g} s"))
+                    break
+                slow, since = work.under_way
+            found += work.done[: len(rows) - len(found)]
+            if work.ended.is_set() and work.error is not None:
+                raise work.error
+        return found
+
+    def _work(self, work: _Work, resolution: int) -> None:
+        try:
+            for index, at, flip in work.rows:
+                work.done.append(self._view(work, index, resolution, at, flip))
+        except BaseException as error:
+            work.error = error
+        finally:
+            work.ended.set()
+
+    def _view(self, work: _Work, index: int, resolution: int, at: tuple[float, float], flip: bool) -> tuple[int, View]:
+        last, i = index + len(self), index
+        while i < last:
+            here = i % len(self)
+            if self.name(here) not in self.replaced:
+                work.under_way = here, time.monotonic()
+                try:
+                    return here, view(self.read(here), resolution, at, flip, self._look.max_pixels)
+                except Rejected as error:
+                    self._replace(here, error)
+            i = self.after(i)
+        raise UserError(f"{self.where}: none of its {len(self)} images can be decoded any more; was the data changed?")
+
+    def after(self, index: int) -> int:
+        """Which sample stands in for one that cannot be used; may run past the end, where the first follows the last."""
+        return index + 1
+
+    def _replace(self, index: int, error: Rejected) -> None:
+        name = self.name(index)
+        self.replaced[name] = str(error)
+        if len(self.replaced) > self._tolerated:
+            raise UserError(
+                f"{self.where}: {len(self.replaced)} of {len(self)} images could not be decoded "
+                f"({counted(Counter(v.split(':')[0] for v in self.replaced.values()))}; the last was {name}); "
+                f"mend or remove them, or raise max_bad (now {self._look.max_bad})"
+            )
+        _log.warning("%s: replaced by the next image: %s", self.origin(index), error)
+
+    def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
+        """As `ldm.data.dataset.Samples.captions`."""
+        return draw_captions(self.all_captions(index), position, seed)
+
+    def origin(self, index: int) -> str:
+        """Where a sample came from."""
+        return f"{self.where}/{self.name(index)}"
+
+
+def tolerated(max_bad: float, total: int) -> int:
+    """How many of `total` samples may be bad."""
+    return max(TOLERATED, int(max_bad * total))
+
+
+def held_out(names: Sequence[str], share: float) -> np.ndarray:
+    """Which names are held out, (N,) bool: those whose hash lies below `share`, at least one and never all of several.
+
+    A name's part depends on the name alone, so samples that are added later do not move the others.
+    """
+    place = np.fromiter((mix("val", name) / 2**64 for name in names), np.float64, len(names))
+    chosen = place < share
+    if len(names) and chosen.all():
+        chosen[np.argmax(place)] = False
+    if len(names) and not chosen.any():
+        chosen[np.argmin(place)] = True
+    return chosen
+
+
+def counted(counts: Counter[str]) -> str:
+    """Reasons with their counts, most frequent first."""
+    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none rejected"
+
+
+def refuse_bad(where: str, usable: int, rejected: Counter[str], first: str, max_bad: float) -> None:
+    """Stop where too much is broken.
+
+    Raises:
+        UserError: with counts by reason and the first of them.
+    """
+    bad = sum(n for reason, n in rejected.items() if reason not in HARMLESS)
+    if bad > tolerated(max_bad, usable + rejected.total()):
+        raise UserError(
+            f"{where}: {bad} of {usable + rejected.total()} files are unusable ({counted(rejected)}); {first}; "
+            f"mend or remove them, or raise data.max_bad (now {max_bad})"
+        )
