@@ -13,9 +13,16 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 import pydantic
 import yaml
 
+from ldm import config_presets
+from ldm.config_presets import named
 from ldm.config_text import default_of, explain, hints_of, members_of, without_annotation
 from ldm.config_yaml import DEEPEST, Number, parse
 from ldm.errors import UserError
+
+__all__ = [
+    "BY_KIND", "Count", "Fraction", "NonNegative", "Positive", "PositiveFloat", "Share", "build", "config", "dump", "load", "merge",
+    "named", "plain", "read",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -84,6 +91,7 @@ def _together(first: Any, second: Any) -> Any:
     """The words so far with one more: no kind gives way yet, no null has anything to remove."""
     if _numbered(first, second):
         return merge(first, second)
+    first = _spelt_out(first, second)
     if not isinstance(first, dict) or not isinstance(second, dict):
         return second
     return first | {name: _together(first[name], value) if name in first else value for name, value in second.items()}
@@ -112,6 +120,7 @@ def merge(below: Any, above: Any) -> Any:
     """`above` laid over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
     if _numbered(below, above):
         return [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)]
+    below = _spelt_out(below, above)
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     if above.get("kind") is not None and above["kind"] != below.get("kind"):
@@ -123,6 +132,11 @@ def merge(below: Any, above: Any) -> Any:
         else:
             merged[name] = merge(merged[name], value) if name in merged else value
     return merged
+
+
+def _spelt_out(below: Any, above: Any) -> Any:
+    """A word below a mapping names a preset beside whose fields the mapping's are written."""
+    return {config_presets.WORD: below} if type(below) is str and isinstance(above, dict) else below
 
 
 def _numbered(below: Any, above: Any) -> bool:
@@ -142,8 +156,11 @@ class _Switched(str):
 
 
 def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
-    """The data with the kind of every union named, and with what a changed kind takes over from the former one."""
+    """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
     kind = without_annotation(kind)
+    if (found := config_presets.chosen(kind, data)) is not None:
+        file, beside = found
+        data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
     members = members_of(kind)
     if members and isinstance(data, Mapping):
         usual = getattr(default, "kind", None)

@@ -70,6 +70,8 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
         here = here[step] if known else None
         steps.append(str(step))
     path, allowed = ".".join(steps), list(members_of(without_annotation(kind)))
+    if said := _no_preset(problem, kind, owner, path):
+        return said
     # The entries of a mapping of which one may be meant where a name is not known.
     entries = [n for n in above if n != steps[-1]] if typing.get_origin(owner) is dict and isinstance(above, Mapping) else []
     if tag in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -95,6 +97,19 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
     wanted = f"be {_WANTED[tag]}" if tag in _WANTED else message[0].lower() + message[1:]
     return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted}"
+
+
+def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> str:
+    """What to say of a word that names no preset where presets have names; nothing elsewhere."""
+    from ldm.config_presets import WORD, names
+
+    given = problem["input"]
+    if path.rpartition(".")[2] == WORD and dataclasses.is_dataclass(owner):
+        kind = owner
+    elif not isinstance(given, str):
+        return ""
+    known = list(names(kind))
+    return f"{path}: got {_short(given)}{_nearest(given, known, 'presets are')}" if known else ""
 
 
 def _nearest(given: Any, names: list[str], otherwise: str) -> str:

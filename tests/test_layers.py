@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules by layer, lowest first, as docs/architecture.md tells; what is named nowhere is of the last one.
 LAYERS = (
-    ("errors", "rng", "batch", "config", "config_text", "config_yaml", "models", "diffusion", "process"),
+    ("errors", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process"),
     ("checkpoint", "folder", "text", "text_files", "text_pretrained", "data", "lora", "optim", "ema", "log", "pictures"),
     ("families", "metrics"),
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import Count, Positive, PositiveFloat, config
+from ldm.config import Count, Positive, PositiveFloat, config, named
 from ldm.errors import UserError
 from ldm.models.blocks import start_as_identity
 from ldm.models.coder import Decoder, Encoder, Shape
@@ -21,6 +21,7 @@ DEAD = 0.01  # a code with less than this share of the mean use counts as unused
 SEARCH_BYTES = 64 * 2**20  # of distances that the nearest-code search holds at a time
 
 
+@named("kl")
 @config
 class KLConfig:
     """What an autoencoder with a Gaussian posterior is made of; the defaults are Stable Diffusion's (f8)."""
@@ -69,6 +70,7 @@ class KLConfig:
         return cls(**kl_from_diffusers(values))
 
 
+@named("vq")
 @config
 class VQConfig:
     """What an autoencoder with a codebook is made of; the defaults are latent diffusion's f4 (arXiv 2112.10752), but for

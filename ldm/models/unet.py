@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.batch import Cond, Text
-from ldm.config import Count, Fraction, Positive, PositiveFloat, config
+from ldm.config import Count, Fraction, Positive, PositiveFloat, config, named
 from ldm.errors import UserError
 from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
@@ -21,6 +21,7 @@ SIZES = 6  # numbers in Cond.size
 COORDINATES = 6  # x, y and the cosine and sine of each
 
 
+@named("unet")
 @config
 class UNetConfig:
     """What a U-Net is made of; the defaults are Stable Diffusion 1.x.
