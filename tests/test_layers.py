@@ -24,7 +24,7 @@ NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusi
 ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"train.py", "execution.py"}}
 WAITING = {
     "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
-    "xformers", "huggingface_hub", "torchvision", "tokenizers",
+    "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb",
 }  # fmt: skip
 LIGHT = ("ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.config", "ldm.log")
 

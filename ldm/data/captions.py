@@ -63,14 +63,29 @@ def sidecar(image: Path) -> tuple[str, ...]:
             raise Rejected("unreadable caption", f"{file.name}: {error.strerror}") from None
         if len(data) > MAX_SIDECAR_BYTES:
             raise Rejected("caption too long", f"{file.name}: over {MAX_SIDECAR_BYTES} bytes")
-        try:
-            lines = re.split(r"\r\n|\r|\n", _text(data))
-        except UnicodeDecodeError:
-            raise Rejected("caption not UTF-8", file.name) from None
-        if found := tuple(line for line in map(clean, lines) if line):
-            return found
-        raise Rejected("empty caption", file.name)
+        return text_captions(data, file.name)
     return ()
+
+
+def text_captions(data: bytes, name: str) -> tuple[str, ...]:
+    """The captions in a text file's bytes, one per line that is not blank, at least one.
+
+    Raises:
+        Rejected: if they hold nothing that can be a caption.
+    """
+    try:
+        lines = re.split(r"\r\n|\r|\n", _text(data))
+    except UnicodeDecodeError:
+        raise Rejected("caption not UTF-8", name) from None
+    if found := tuple(line for line in map(clean, lines) if line):
+        return found
+    raise Rejected("empty caption", name)
+
+
+def caption_texts(value: object) -> tuple[str, ...]:
+    """The captions in one entry of a table: a text, or a list of them; what is no text is none."""
+    lines = (clean(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+    return tuple(dict.fromkeys(line for line in lines if line))
 
 
 def from_name(image: Path) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from ldm.config import BY_KIND
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
 from ldm.data.scenes import ScenesSource
+from ldm.data.shards import ShardsSource
 
-Source = Annotated[ScenesSource | FolderSource, BY_KIND]
+Source = Annotated[ScenesSource | FolderSource | ShardsSource, BY_KIND]
 
-__all__ = ["DataSet", "FolderSource", "Samples", "ScenesSource", "Source", "Split"]
+__all__ = ["DataSet", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]

@@ -1,0 +1,156 @@
+"""Tar shards as webdataset and img2dataset write them, addressed by position through an index and never unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.data.dataset import Split
+from ldm.data.fields import Fields
+from ldm.data.images import MAX_PIXELS, Rejected
+from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
+from ldm.data.shard_index import Index, open_index
+from ldm.data.shard_reader import sample_hash
+from ldm.data.store import Ranges
+from ldm.errors import UserError
+
+
+@config
+class ShardsSource:
+    """Tar shards of .jpg/.png/.webp with .txt or .json of the same name; read where they lie, never unpacked."""
+
+    kind: Literal["shards"] = "shards"
+    path: str  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
+    index: str | None = None  # the index file; null: ldm-index.parquet beside the shards, or in the cache
+    val_share: Share = 0.02  # share held out by a hash of shard and key; at least one
+    min_side: Count = 32  # px; images with a shorter side are left out
+    max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
+    crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
+    max_bad: Fraction = 0.1  # share of unusable samples above which the run stops; ten are always tolerated
+    max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
+
+    def build(self, split: Split) -> ShardsData:
+        """The training or the held-out part; shards that are not indexed yet are read once.
+
+        Raises:
+            UserError: if shards are missing, changed or unreadable, none has a usable sample, or too many are bad.
+        """
+        return ShardsData(self, split)
+
+
+class ShardsData(Photos):
+    """One part of a set of tar shards, in their order; every image is compared with the index's hash when it is read."""
+
+    def __init__(self, source: ShardsSource, split: Split) -> None:
+        self.source = source
+        self.index: Index = open_index(source.path, file=Path(source.index) if source.index else None)
+        table, shards = self.index.table, self.index.shards
+        assert table is not None
+        self.rejected: Counter[str] = sum((Counter(s.rejected) for s in shards), Counter())
+        height, width = table["height"].to_numpy(), table["width"].to_numpy()
+        small = np.minimum(height, width) < source.min_side
+        large = height.astype(np.int64) * width > source.max_pixels
+        for reason, which in (("too small", small), ("too many pixels", large & ~small)):
+            if which.any():
+                self.rejected[reason] += int(which.sum())
+        usable = np.flatnonzero(~small & ~large)
+        self.total = len(usable)
+        super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + self.rejected.total()))
+        self._refuse_empty()
+        keys = table["key"].take(usable).to_pylist()
+        shard = table["shard"].to_numpy()[usable]
+        stems = [Path(s.name).stem for s in shards]
+        out = held_out([f"{stems[s]}/{k}" for s, k in zip(shard.tolist(), keys, strict=True)], source.val_share)
+        rows = usable[out == (split == "val")]
+        self._table = table.take(rows).combine_chunks()
+        self._shard, self._offset = self._table["shard"].to_numpy(), self._table["offset"].to_numpy()
+        self._size, self._hash = self._table["size"].to_numpy(), self._table["hash"].to_numpy()
+        self._keys, self._captions = self._table["key"].chunk(0), self._table["captions"].chunk(0)
+        self._ranges, self._lost = Ranges(), dict[int, str]()
+        view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
+        digest = hashlib.sha256(json.dumps(["shards", 1, *view_options]).encode())
+        for record in shards:
+            digest.update(json.dumps([record.name, record.sha256, record.samples]).encode())
+        self._fingerprint = digest.hexdigest()
+
+    def _refuse_empty(self) -> None:
+        shards = self.index.shards
+        listed = [f"{k or s.name} in {s.name}: {r}" + (f": {d}" if d else "") for s in shards for k, r, d in s.examples]
+        first = f"the first is {listed[0]}" if listed else ""
+        if self.total < 2:
+            damage = [f"{s.name} is damaged {s.damage[0]}" for s in shards if s.damage]
+            said = "; ".join([*damage[:1], *([first] if first else [])]) or "they hold no image"
+            raise UserError(f"{self.where}: {self.total} usable samples in {len(shards)} shards ({counted(self.rejected)}); {said}")
+        refuse_bad(self.where, self.total, self.rejected, first, self.source.max_bad)
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def name(self, index: int) -> str:
+        """Shard and key."""
+        return f"{self.index.shards[self._shard[index]].name}/{self._keys[index].as_py()}"
+
+    def read(self, index: int) -> bytes:
+        """As `Photos.read`; a shard that cannot be read any more is given up as a whole."""
+        shard, size = int(self._shard[index]), int(self._size[index])
+        if shard in self._lost:
+            raise Rejected("shard unreadable", self._lost[shard])
+        try:
+            data = self._ranges.read(self.index.path(shard), int(self._offset[index]), size)
+        except OSError as error:
+            self._lost[shard] = str(error.strerror or error)
+            raise Rejected("shard unreadable", self._lost[shard]) from None
+        if len(data) < size or sample_hash(data) != int(self._hash[index]):
+            raise Rejected("changed since it was indexed", f"{len(data)} of {size} bytes" if len(data) < size else "another hash")
+        return data
+
+    def after(self, index: int) -> int:
+        """The next sample, behind the shard's end where the whole shard is lost."""
+        here = index % len(self)
+        shard = int(self._shard[here])
+        if shard not in self._lost:
+            return index + 1
+        return index - here + int(np.searchsorted(self._shard, shard, side="right"))
+
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """As `ldm.data.dataset.Samples.all_captions`."""
+        return [self._captions[int(i)].as_py() for i in index]
+
+    def fields(self) -> Fields:
+        """Sizes of the originals where the shards tell them, else of the images; scores as they tell."""
+        column = {name: self._table[name].to_numpy() for name in self._table.column_names if name not in ("captions", "key", "hash")}
+        height, width = column["original_height"], column["original_width"]
+        there = (height > 0) & (width > 0)
+        return Fields(
+            np.where(there, height, column["height"]), np.where(there, width, column["width"]), column["aesthetic"], column["watermark"]
+        )
+
+    def describe(self) -> dict[str, object]:
+        """Counts, what was rejected and why, what is damaged in which shard, and the fingerprint."""
+        shards = self.index.shards
+        return {
+            "kind": "shards",
+            "path": self.where,
+            "split": self.split,
+            "shards": len(shards),
+            "bytes": sum(s.bytes for s in shards),
+            "images": len(self),
+            "images_in_both_parts": self.total,
+            "captions": len(self._captions.flatten()),
+            "rejected": dict(self.rejected),
+            "rejected_samples": [f"{s.name}: {': '.join(e)}" for s in shards for e in s.examples][:LISTED],
+            "damaged_shards": {s.name: s.damage[:LISTED] for s in shards if s.damage},
+            "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of the shards' names, hashes and counts and the options that change a view."""
+        return self._fingerprint
