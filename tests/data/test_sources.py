@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,21 @@ from ldm.data.sources import Source
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("photos")
+    import datasets
+
+    root = tmp_path_factory.mktemp("sources") / "photos"
+    root.mkdir()
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(f"photograph {i}\nnumber {i}")
+    (root.parent / "shards").mkdir()
+    with tarfile.open(root.parent / "shards" / "00000.tar", "w") as tar:
+        for file in sorted(root.iterdir()):
+            tar.add(file, file.name)
+    rows = {"image": [str(root / f"{i}.png") for i in range(6)], "text": [[f"photograph {i}", f"number {i}"] for i in range(6)]}
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(root.parent / "saved")
     return root
 
 
@@ -31,10 +42,12 @@ def kinds(photos: Path) -> dict[str, dict[str, object]]:
     return {
         "folder": {"kind": "folder", "path": str(photos), "val_share": 0.3},
         "scenes": {"kind": "scenes", "tier": "T1", "images": 40, "val": 6},
+        "shards": {"kind": "shards", "path": str(photos.parent / "shards"), "val_share": 0.3},
+        "datasets": {"kind": "datasets", "path": str(photos.parent / "saved"), "val_share": 0.3},
     }
 
 
-@pytest.mark.parametrize("kind", ["folder", "scenes"])
+@pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_source_keeps_the_contract(photos, kind, split):
     source = TypeAdapter(Source).validate_python(kinds(photos)[kind])
@@ -58,7 +71,7 @@ def test_every_source_keeps_the_contract(photos, kind, split):
     assert nothing == []
 
 
-@pytest.mark.parametrize("kind", ["folder", "scenes"])
+@pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_every_source_can_be_cached(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("val")
     write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=6)
@@ -71,7 +84,7 @@ def test_every_source_can_be_cached(photos, kind, tmp_path):
     assert all(c in data.all_captions([i])[0] for i, c in enumerate(batch.caption))
 
 
-@pytest.mark.parametrize("kind", ["folder", "scenes"])
+@pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_flips_leave_captions_true_cached_or_not(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
     write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=2, flip=True)

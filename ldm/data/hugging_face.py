@@ -1,0 +1,244 @@
+"""Data sets of the `datasets` library: a folder that save_to_disk wrote, parquet files of image bytes, or a name on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.data.captions import COLUMNS, caption_texts
+from ldm.data.dataset import Split
+from ldm.data.fields import ALIASES, Fields, Known, column_of, gather, known
+from ldm.data.images import MAX_PIXELS, Rejected, probe
+from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
+from ldm.data.store import find
+from ldm.errors import UserError
+
+IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes")  # columns, if none says its type
+THREADS, ROWS = 4, 128  # that look at headers; rows that one looks at together
+
+
+@config
+class DatasetsSource:
+    """Rows of images and captions as the `datasets` library keeps them: save_to_disk, parquet of bytes, or the hub."""
+
+    kind: Literal["datasets"] = "datasets"
+    path: str  # a folder of save_to_disk, a .parquet file or a folder of them; with hub=true a name on the hub
+    hub: bool = False  # whether `path` is a name on the hub, to be downloaded
+    part: str = "train"  # which split of a data set that has several
+    image: str | None = None  # the column of images; null: the one that holds images
+    caption: str | None = None  # the column of captions; null: text, caption, prompt, ...
+    val_share: Share = 0.02  # share held out by a hash of the image's path, or of the row where there is none
+    min_side: Count = 32  # px; images with a shorter side are left out
+    max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
+    crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
+    max_bad: Fraction = 0.1  # share of unusable rows above which the run stops; ten are always tolerated
+    max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
+
+    def build(self, split: Split) -> DatasetsData:
+        """The training or the held-out part.
+
+        Raises:
+            UserError: if there is no such data set, it has no column of images or captions, or too many rows are bad.
+        """
+        return DatasetsData(self, split)
+
+
+class DatasetsData(Photos):
+    """One part of a `datasets` table, in the order of its rows; pixels stay in the mapped file until they are read."""
+
+    def __init__(self, source: DatasetsSource, split: Split) -> None:
+        self.source = source
+        table = open_table(source)
+        names = list(table.column_names)
+        self.image_column = _image_column(table, source)
+        self.caption_column = _caption_column(names, source)
+        self._table = table.with_format("arrow")
+        captions = [caption_texts(value) for value in self._column(self.caption_column)]
+        wanted = [c for c in names if c.lower() in {a for n in ("width", "height", "aesthetic", "watermark") for a in ALIASES[n]}]
+        columns = {c: self._column(c) for c in wanted if c not in (self.image_column, self.caption_column)}
+        told = [known(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] or [Known()] * len(captions)
+        looked = self._headers()
+        self.rejected: list[Rejection] = []
+        usable: list[int] = []
+        places: list[str] = []
+        for row, (found, texts) in enumerate(zip(looked, captions, strict=True)):
+            if isinstance(found, Rejected):
+                self.rejected.append(Rejection(f"row {row}", found.reason, found.detail))
+            elif not texts:
+                self.rejected.append(Rejection(f"row {row}", "no caption", f"column {self.caption_column}"))
+            else:
+                height, width, path = found
+                told[row] = told[row].over(Known(height, width))
+                usable.append(row)
+                places.append(path or str(row))
+        self.total = len(usable)
+        super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
+        self._refuse_empty()
+        rows = np.asarray(usable)[held_out(places, source.val_share) == (split == "val")]
+        self._rows: list[int] = rows.tolist()
+        self._captions, self._fields = [captions[row] for row in self._rows], gather([told[row] for row in self._rows])
+        # The library's own hash of the table and of everything that was done to it.
+        view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels, self.image_column, self.caption_column)
+        about = json.dumps(["datasets", 1, table._fingerprint, len(captions), *view_options])
+        digest = hashlib.sha256(about.encode())
+        for row, texts in zip(self._rows, self._captions, strict=True):
+            digest.update(json.dumps([row, texts]).encode())
+        self._fingerprint = digest.hexdigest()
+
+    def _column(self, name: str) -> list[Any]:
+        found: list[Any] = []
+        for start in range(0, len(self._table), 10_000):
+            found += self._table[start : start + 10_000][name].to_pylist()
+        return found
+
+    def _headers(self) -> list[tuple[int, int, str] | Rejected]:
+        """Height, width and path of every image, by its header."""
+
+        def look(start: int) -> list[tuple[int, int, str] | Rejected]:
+            column = self._table[start : start + ROWS][self.image_column]
+            return [self._header(entry) for entry in column]
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [found for part in pool.map(look, range(0, len(self._table), ROWS)) for found in part]
+
+    def _header(self, entry: Any) -> tuple[int, int, str] | Rejected:
+        try:
+            data, path = _bytes(entry)
+            height, width = probe(data, self.source.max_pixels)
+            if min(height, width) < self.source.min_side:
+                raise Rejected("too small", f"{width}x{height}; at least {self.source.min_side} px")
+        except Rejected as error:
+            return error
+        return height, width, path
+
+    def _refuse_empty(self) -> None:
+        counts = Counter(r.reason for r in self.rejected)
+        first = f"the first is {self.rejected[0]}" if self.rejected else ""
+        if self.total < 2:
+            raise UserError(f"{self.where}: {self.total} usable rows of {len(self._table)} ({counted(counts)}); {first or 'it is empty'}")
+        refuse_bad(self.where, self.total, counts, first, self.source.max_bad)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """The row."""
+        return f"row {self._rows[index]}"
+
+    def read(self, index: int) -> bytes:
+        """As `Photos.read`."""
+        return _bytes(self._table[self._rows[index]][self.image_column][0])[0]
+
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """As `ldm.data.dataset.Samples.all_captions`."""
+        return [list(self._captions[i]) for i in index]
+
+    def fields(self) -> Fields:
+        """Sizes by the headers, or of the originals where columns tell them; scores as columns tell."""
+        return self._fields
+
+    def describe(self) -> dict[str, object]:
+        """Counts, columns, rejections by reason with the first few rows, and the fingerprint."""
+        return {
+            "kind": "datasets",
+            "path": self.where,
+            "split": self.split,
+            "images": len(self),
+            "images_in_both_parts": self.total,
+            "captions": sum(map(len, self._captions)),
+            "columns": {"image": self.image_column, "caption": self.caption_column},
+            "rejected": dict(Counter(r.reason for r in self.rejected)),
+            "rejected_rows": [str(r) for r in self.rejected[:LISTED]],
+            "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of the table's own fingerprint, the captions and the options that change a view."""
+        return self._fingerprint
+
+
+def _bytes(entry: Any) -> tuple[bytes, str]:
+    """An image's bytes and its path, if it has one, of a cell: bytes, or bytes and path, of which one may be missing."""
+    value = entry.as_py()
+    if isinstance(value, bytes):
+        return value, ""
+    if not isinstance(value, dict):
+        raise Rejected("no image", "an empty cell" if value is None else type(value).__name__)
+    path = str(value.get("path") or "")
+    if isinstance(value.get("bytes"), bytes):
+        return value["bytes"], path
+    try:
+        return Path(path).read_bytes() if path else b"", path
+    except OSError as error:
+        raise Rejected("unreadable file", f"{path}: {error.strerror}") from None
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def open_table(source: DatasetsSource) -> Any:
+    """The `datasets.Dataset` that a source names.
+
+    Raises:
+        UserError: if there is none, or not the part that is asked for.
+    """
+    import datasets
+
+    place = Path(source.path)
+    try:
+        if source.hub:
+            found = datasets.load_dataset(source.path)
+        elif is_saved(place):
+            found = datasets.load_from_disk(source.path)
+        elif place.exists() or "*" in source.path or "{" in source.path:
+            files = [str(Path(p).absolute()) for p in find(source.path, ".parquet")]
+            found = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            raise UserError(f"data.path: {source.path} does not exist; correct it, or set data.hub=true if it is a name on the hub")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises kinds of its own, of pyarrow's and of the hub's
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"data.path: {source.path} cannot be opened as a data set ({type(error).__name__}: {lines[-1][:300]})") from None
+    if isinstance(found, dict):
+        if source.part not in found:
+            raise UserError(f"data.part: {source.path} has no {source.part!r}; it has {', '.join(map(str, found))}")
+        found = found[source.part]
+    return found
+
+
+def _image_column(table: Any, source: DatasetsSource) -> str:
+    import datasets
+
+    names = list(table.column_names)
+    if source.image is not None:
+        if source.image not in names:
+            raise UserError(f"data.image: no column {source.image!r}; there are {', '.join(names)}")
+        return source.image
+    typed = [name for name in names if isinstance(table.features[name], datasets.Image)]
+    plain = [name for name in names if name.lower() in IMAGES]
+    if not typed + plain:
+        raise UserError(f"{source.path}: no column of images; name it by data.image (there are {', '.join(names)})")
+    return (typed + plain)[0]
+
+
+def _caption_column(names: list[str], source: DatasetsSource) -> str:
+    if source.caption is not None:
+        if source.caption not in names:
+            raise UserError(f"data.caption: no column {source.caption!r}; there are {', '.join(names)}")
+        return source.caption
+    found = next((c for c in (*COLUMNS, column_of("caption", names), "txt") if c in names), None)
+    if found is None:
+        raise UserError(f"{source.path}: no column of captions; name it by data.caption (there are {', '.join(names)})")
+    return found
