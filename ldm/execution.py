@@ -17,11 +17,12 @@ import torch
 
 from ldm import __version__, checkpoint
 from ldm.config import dump
+from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.log import Log
 from ldm.process import calibrate
 from ldm.rng import mix
-from ldm.run import DONE, Finished, Run, differences, finished, identity, inputs_of, key_of, plain_json
+from ldm.run import DONE, Finished, Run, check_filters, differences, finished, identity, inputs_of, key_of, plain_json
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Processes, Stopped, Train, Trainer
 
@@ -74,6 +75,7 @@ class Execution:
         """
         from ldm.report import report
 
+        check_filters(self.run, self.data)
         for line in _about(self.data.describe()):
             self.log.note(line)
         try:
@@ -168,14 +170,15 @@ class Execution:
         from ldm.families.family import Context, Product
 
         products = {role: Product(self.out / "stages" / other / "model", self.done[other].product) for role, other in needed.items()}
+        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
-            data=self.data, val=self.val, resolution=stage.resolution, seed=self._seed(name),
+            data=seen, val=self.val, resolution=stage.resolution, seed=self._seed(name),
             total_images=stage.images, products={k: v for k, v in products.items() if k not in ("init", "latents")},
             init=products.get("init"), device=self.processes.device,
         )  # fmt: skip
         torch.manual_seed(context.seed)
-        family = self.run.family(stage.family).build(context)
-        data = CachedLatents(products["latents"].folder) if stage.latents else self.data
+        family = self.run.trained(stage).build(context)
+        data = CachedLatents(products["latents"].folder) if stage.latents else seen
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
             processes=self.processes, log=self.log,
@@ -187,12 +190,13 @@ class Execution:
         from ldm.families.codec import load_codec
         from ldm.families.latent_diffusion import autoencoder_folder
 
-        count = min(stage.images or len(self.data), len(self.data))
+        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
         codec = load_codec(autoencoder_folder(self.out / "stages" / needed["autoencoder"] / "model")).to(device)
         with self.log.stage(name, count, 0) as log:
             write_cache(
-                folder / "model", self.data, lambda image: codec.moments(image.to(device)),
+                folder / "model", seen, lambda image: codec.moments(image.to(device)),
                 autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
                 images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, workers=self.run.workers,
                 rank=self.processes.rank, world=self.processes.world, on_images=log.advance,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import checkpoint
 from ldm.config import Count, config, plain
+from ldm.data.filter import sift
 from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
 from ldm.families.autoencoder import KL, Autoencoder
@@ -49,6 +50,13 @@ class Run:
         """The configuration of a family by its field's name."""
         return {"text": self.text, "autoencoder": self.autoencoder, "diffusion": self.diffusion}[name]
 
+    def trained(self, stage: Train) -> Clip | Autoencoder | LatentDiffusion:
+        """The configuration of the family that a stage trains, with what the stage itself says of it."""
+        family = self.family(stage.family)
+        if stage.caption_dropout is None or not isinstance(family, LatentDiffusion):
+            return family
+        return replace(family, caption_dropout=stage.caption_dropout)
+
 
 def _problems(run: Run) -> Iterator[str]:
     """What is wrong between fields, before any work."""
@@ -83,6 +91,10 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.also: cached latents have one resolution"
                 if stage.family != "diffusion":
                     yield f"{where}.latents: only family: diffusion reads latents"
+                if stage.filter.wants():
+                    yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
+            if stage.caption_dropout is not None and stage.family != "diffusion":
+                yield f"{where}.caption_dropout: only family: diffusion drops captions"
             trained[stage.family] = name
         elif isinstance(stage, Encode):
             encoded[name] = stage
@@ -139,15 +151,26 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     stage = run.stages[name]
     found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
     if isinstance(stage, Train):
-        family = plain(run.family(stage.family))
+        family = plain(run.trained(stage))
         found["family"] = {k: v for k, v in family.items() if k != "defaults"}
     if isinstance(stage, Train | Encode):
-        found["data"] = data.fingerprint()
+        found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
     if isinstance(stage, Evaluate):
         found["val"] = val.fingerprint()
     if isinstance(stage, Evaluate | Export) and "diffusion" in hashes:
         found["defaults"] = plain(run.diffusion.defaults)
     return found
+
+
+def check_filters(run: Run, data: DataSet) -> None:
+    """Every stage's filter tried on the data, before any work.
+
+    Raises:
+        UserError: for the first that asks for what the data does not know, or that nothing passes.
+    """
+    for name, stage in run.stages.items():
+        if isinstance(stage, Train | Encode):
+            sift(data, stage.filter, f"stages.{name}.filter")
 
 
 def key_of(found: Mapping[str, Any]) -> str:
@@ -216,6 +239,7 @@ class Planned:
 
 def plan(run: Run, out: Path, data: DataSet, val: DataSet) -> list[Planned]:
     """For every stage whether it runs or is skipped, from what lies in the run folder now."""
+    check_filters(run, data)
     done: dict[str, Finished] = {}
     found: list[Planned] = []
     for name in run.stages:

@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from ldm.config import BY_KIND, Count, Positive, config, plain
+from ldm.data.filter import Filter
 from ldm.metrics.evaluator import Evaluator
 from ldm.train import Train
 
@@ -17,12 +18,14 @@ class Encode:
     kind: Literal["encode"] = "encode"
     resolution: Positive  # px, height and width
     batch: Positive = 64  # images per call of the encoder
-    images: Count = 0  # how many; 0: the whole data set
+    images: Count = 0  # how many; 0: all that pass the filter
+    filter: Filter = Filter()  # which samples are encoded
     flip: bool = False  # keep mirrored latents too, for training with flip (twice the size)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
-        return {name: value for name, value in plain(self).items() if name != "batch"}
+        unsaid = {"batch"} | ({"filter"} if self.filter == Filter() else set())
+        return {name: value for name, value in plain(self).items() if name not in unsaid}
 
 
 @config

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm import checkpoint, optim
 from ldm.batch import rows
 from ldm.config import Count, Fraction, Positive, config
+from ldm.data.filter import Filter
 from ldm.data.loader import batches
 from ldm.data.sources import DataSet
 from ldm.ema import Ema
@@ -45,6 +46,8 @@ class Train:
     batch: Positive = 32  # samples of one update, over all processes
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
+    filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
+    caption_dropout: Fraction | None = None  # of this stage, family: diffusion; null: as diffusion.caption_dropout
     latents: str = ""  # the encode stage whose cached latents are read instead of images
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
@@ -70,7 +73,8 @@ class Train:
         from ldm.config import plain
 
         watching = {"save_every_images", "keep", "log_every_steps", "sample_every_images", "samples", "prompts"}
-        return {name: value for name, value in plain(self).items() if name not in watching}
+        elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
+        return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
 
 
 class Processes:

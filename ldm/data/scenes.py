@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ldm.batch import ImageBatch
 from ldm.config import Count, Fraction, Positive, config
 from ldm.data.dataset import Split
+from ldm.data.fields import Fields
 from ldm.data.scene_captions import Target, reword, say, stated
 from ldm.data.scene_checker import reads_back
 from ldm.data.scene_render import render, to_bytes
@@ -126,6 +127,15 @@ class Scenes:
         shown = self._shown(index)
         specs = self.specs(shown)
         return [list(row) for row in zip(*(self._say(specs, shown, k) for k in range(self._wordings)), strict=True)]
+
+    def fields(self) -> Fields:
+        """What web pictures are said to be; of other scenes nothing is known, as they have any size."""
+        if not self._web:
+            unknown = np.full(self._n, np.nan, np.float32)
+            return Fields(np.zeros(self._n, np.int32), np.zeros(self._n, np.int32), unknown, unknown)
+        web = self.web(np.arange(self._n))
+        side = web.original_px.astype(np.int32)
+        return Fields(side, side, web.aesthetic.astype(np.float32), web.p_watermark.astype(np.float32))
 
     def origin(self, index: int) -> str:
         """A scene's address, for messages."""
