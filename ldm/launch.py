@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
 
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
   key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
-  --plan      say what would be done, and why, and stop
+  --plan      say what would be done, why, and what it would cost, and stop; with it
+    --processes N   for so many processes instead of this launch's
+    --tflops X      if each does 10^12 X floating-point operations a second
+    --json          as JSON
   --help      this text, and every field with its type, default and meaning
 """
 
@@ -22,25 +26,60 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: on anything the user can mend.
     """
-    options = {word for word in words if word.startswith("-")}
-    if unknown := options - {"--plan", "--help", "-h"}:
-        raise UserError(f"{sorted(unknown)[0]}: no such option; there are --plan and --help, and key=value words")
-    if options & {"--help", "-h"}:
+    words, options = _options(words)
+    if options.keys() & {"--help", "-h"}:
         from ldm.config_text import describe
         from ldm.run import Run
 
         print(USAGE)
         print(describe(Run))
         return 0
-    files = [word for word in words if word not in options and "=" not in word]
+    if "--plan" not in options and options:
+        raise UserError(f"{next(iter(options))}: only together with --plan")
+    files = [word for word in words if "=" not in word]
     if len(files) != 1:
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
     from ldm.config import build, read
 
     file = Path(files[0])
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
-    values = read(file, [word for word in words if "=" in word and word not in options])
+    values = read(file, [word for word in words if "=" in word])
     from ldm.run import Run, execute, place
 
     run, out = place(build(values, Run, str(file)), file)
-    return execute(run, out, only_plan="--plan" in options)
+    if "--plan" not in options:
+        return execute(run, out)
+    from ldm.plan import as_json, make, show
+
+    found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0))
+    print(as_json(found) if "--json" in options else show(found))
+    return 0
+
+
+def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """The words that are no options, and the options with their numbers (0 where they take none)."""
+    left: list[str] = []
+    options: dict[str, float] = {}
+    waiting = iter(words)
+    for word in waiting:
+        name, sign, value = word.partition("=")
+        if not word.startswith("-"):
+            left.append(word)
+        elif name in ("--processes", "--tflops"):
+            options[name] = _positive(name, value if sign else next(waiting, ""))
+        elif word in ("--plan", "--json", "--help", "-h"):
+            options[word] = 0
+        else:
+            raise UserError(f"{name}: no such option; there are --plan, with it --processes, --tflops and --json, --help and key=value words")
+    return left, options
+
+
+def _positive(name: str, text: str) -> float:
+    whole = name == "--processes"
+    try:
+        number = float(int(text) if whole else float(text))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}: got {text or 'nothing'}; a {'whole number' if whole else 'number'} above 0 is needed")
+    return number

@@ -275,11 +275,8 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
     return replace(run, name=name, out=""), out
 
 
-def execute(run: Run, out: Path, *, only_plan: bool = False) -> int:
-    """Do a placed run, or print what would be done."""
-    if only_plan:
-        show_plan(run, out)
-        return 0
+def execute(run: Run, out: Path) -> int:
+    """Do a placed run."""
     from ldm.execution import carry_out
 
     return carry_out(run, out)
@@ -294,13 +291,3 @@ def start(run: Run) -> Path:
     placed, out = place(run, None)
     execute(placed, out)
     return out
-
-
-def show_plan(run: Run, out: Path) -> None:
-    """Print what a start would do with every stage, and why."""
-    data, val = run.data.build("train"), run.data.build("val")
-    print(f"run {run.name} in {out}; {len(data):,} training and {len(val):,} validation images")
-    for planned in plan(run, out, data, val):
-        stage = run.stages[planned.name]
-        amount = f"{stage.images:,} images at {stage.resolution} px, {stage.steps:,} updates" if isinstance(stage, Train) else ""
-        print(f"  {'skip' if planned.skip else 'run '}  {planned.name:<16} {stage.kind:<9} {amount}  [{planned.why}]")
