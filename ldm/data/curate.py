@@ -257,8 +257,8 @@ def _insert(database: Any, name: str, values: list[str]) -> None:
 
 
 def _count(database: Any, rules: list[Rule], audit: Audit, examples: int) -> None:
-    alone = "".join(f", count_if({rule.removes}), count_if({rule.unknown})" for rule in rules)
-    audit.rows, *counts = database.execute(f"SELECT count(*){alone} FROM judged").fetchone()
+    sums = "".join(f", count_if({rule.removes}), count_if({rule.unknown})" for rule in rules)
+    audit.rows, *counts = database.execute(f"SELECT count(*){sums} FROM judged").fetchone()
     if audit.rows == 0:
         raise UserError(f"{', '.join(audit.files[:3])}: the table has no rows")
     chosen = f"min(ldm_row, {examples})" if examples else "[]"
@@ -266,8 +266,9 @@ def _count(database: Any, rules: list[Rule], audit: Audit, examples: int) -> Non
     removed = {verdict: (count, ids) for verdict, count, ids in groups}
     for n, rule in enumerate(rules):
         count, ids = removed.get(n, (0, []))
-        entry = {"rule": rule.name, "removed": count, "alone": counts[2 * n], "unknown": counts[2 * n + 1], "examples": _rows(database, ids)}
-        audit.rules.append(entry)
+        alone, unknown = counts[2 * n : 2 * n + 2]
+        shown = _rows(database, ids)
+        audit.rules.append({"rule": rule.name, "removed": count, "alone": alone, "unknown": unknown, "examples": shown})
 
 
 def _rows(database: Any, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -330,8 +331,9 @@ def _write(database: Any, out: Path, asked: Curation, audit: Audit) -> None:
             target.unlink(missing_ok=True)
             continue
         database.execute(
+            # Sorted, as a join keeps no order when it runs on several threads.
             f"COPY (SELECT rows.* EXCLUDE (ldm_row, ldm_file, file_row_number) FROM rows SEMI JOIN "
-            f"(SELECT ldm_row FROM passed WHERE {which}) AS chosen ON rows.ldm_row = chosen.ldm_row) "
+            f"(SELECT ldm_row FROM passed WHERE {which}) AS chosen ON rows.ldm_row = chosen.ldm_row ORDER BY rows.ldm_row) "
             f"TO {literal(str(temporary))} (FORMAT parquet, COMPRESSION zstd)"
         )
         temporary.replace(target)

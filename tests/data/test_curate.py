@@ -27,7 +27,8 @@ def raw(seed: int = 0, rows: int = ROWS) -> dict[str, list[object]]:
         return [None if rng.random() < 0.05 else float(v) for v in rng.uniform(low, high, rows)]
 
     kinds, lengths = rng.integers(0, 2000, rows), rng.integers(0, 30, rows)
-    words = [f"picture {k % 250} of a {'logo' if k % 7 == 0 else 'house'} {'x' * n}" for k, n in zip(kinds.tolist(), lengths.tolist(), strict=True)]
+    pairs = zip(kinds.tolist(), lengths.tolist(), strict=True)
+    words = [f"picture {k % 250} of a {'logo' if k % 7 == 0 else 'house'} {'x' * n}" for k, n in pairs]
     return {
         "url": [f"https://example.org/{i}.jpg" for i in rng.integers(0, 500, rows)], "text": words,
         "width": [int(v) for v in rng.integers(1, 2000, rows)], "height": [int(v) for v in rng.integers(1, 2000, rows)],
