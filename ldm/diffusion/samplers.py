@@ -1,13 +1,14 @@
 """Samplers: plain loops over a grid of noise levels, from pure noise to clean data.
 
-Each is `sampler(denoise, x, alpha, sigma, rng, eta=, on_step=)`:
+Each is `sampler(denoise, x, alpha, sigma, rng, eta=, after_step=)`:
 
-    denoise  (x, i) -> estimate of x0 from x = alpha[i] x0 + sigma[i] eps, for i in 0 .. n-1
-    x        (B, ...) at noise level 0
-    alpha    (n+1,), sigma (n+1,): the levels, from noisy to clean; the last is alpha 1, sigma 0
-    rng      where the stochastic ones draw their noise, purpose "step{i}", each sample by its own address
-    eta      how stochastic ddim is, 0 (not at all) to 1 (as ddpm); the others do not read it
-    on_step  called with i after step i
+    denoise     (x, i) -> estimate of x0 from x = alpha[i] x0 + sigma[i] eps, for i in 0 .. n-1
+    x           (B, ...) at noise level 0
+    alpha       (n+1,), sigma (n+1,): the levels, from noisy to clean; the last is alpha 1, sigma 0
+    rng         where the stochastic ones draw their noise, purpose "step{i}", each sample by its own address
+    eta         how stochastic ddim is, 0 (not at all) to 1 (as ddpm); the others do not read it
+    after_step  (x, i) -> x, called with what a step has reached at level i, 1 .. n; what it returns goes on
+                (unipc calls it again with what it corrects)
 
 All take any path: the variance preserving ones, cosine, and the flow; a grid may begin at pure noise (alpha = 0).
 """
@@ -25,7 +26,7 @@ from ldm.diffusion.process import PURE_NOISE, Grid
 from ldm.rng import Rng
 
 Denoise = Callable[[Tensor, int], Tensor]
-OnStep = Callable[[int], None] | None
+AfterStep = Callable[[Tensor, int], Tensor] | None
 
 
 class Run(Protocol):
@@ -40,13 +41,13 @@ class Run(Protocol):
         rng: Rng,
         *,
         eta: float = 0.0,
-        on_step: OnStep = None,
+        after_step: AfterStep = None,
     ) -> Tensor:
         """x at the clean end."""
 
 
 def ddim(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Denoising diffusion implicit models (Song 2020, arXiv 2010.02502, eq. 12 and 16, for any alpha and sigma)."""
     a, s = alpha.tolist(), sigma.tolist()
@@ -57,29 +58,29 @@ def ddim(
         x = a[i + 1] * x0 + kept / s[i] * (x - a[i] * x0)
         if fresh > 0:
             x = x + fresh * _noise(rng, i, x)
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def ddpm(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Ancestral sampling with the posterior's variance (Ho 2020, arXiv 2006.11239, eq. 6 and 7): ddim at eta = 1."""
-    return ddim(denoise, x, alpha, sigma, rng, eta=1.0, on_step=on_step)
+    return ddim(denoise, x, alpha, sigma, rng, eta=1.0, after_step=after_step)
 
 
 def euler(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Euler steps of d(x/alpha) = eps d(sigma/alpha) (Karras 2022, arXiv 2206.00364): written out, ddim at eta = 0.
 
     On the flow path it is also Euler's step of dx = (eps - x0) d sigma.
     """
-    return ddim(denoise, x, alpha, sigma, rng, eta=0.0, on_step=on_step)
+    return ddim(denoise, x, alpha, sigma, rng, eta=0.0, after_step=after_step)
 
 
 def euler_a(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Euler down to sigma'^2/sigma, then fresh noise up to sigma' (k-diffusion's; sigma in units of alpha).
 
@@ -92,12 +93,12 @@ def euler_a(
         x = a[i + 1] * x0 + s[i + 1] * shrink / s[i] * (x - a[i] * x0)
         if s[i + 1] > 0:
             x = x + s[i + 1] * math.sqrt(1 - shrink**2) * _noise(rng, i, x)
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def heun(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Heun's second-order rule for dx = x0 d alpha + eps d sigma (Karras 2022, algorithm 1 without churn).
 
@@ -116,12 +117,12 @@ def heun(
             x = x + (a[i + 1] - a[i]) / 2 * (x0 + x0_next) + (s[i + 1] - s[i]) / 2 * (eps + eps_next)
         else:
             x = guess
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def plms(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """Pseudo linear multistep: ddim with eps from up to four past steps (Liu 2022, arXiv 2202.09778, eq. 9 and 12).
 
@@ -136,7 +137,7 @@ def plms(
         plain = a[i + 1] * x0 + s[i + 1] * eps
         if s[i] > PURE_NOISE * a[i]:
             x = plain
-            _tell(on_step, i)
+            x = _reached(after_step, x, i + 1)
             continue
         past = [eps, *past[:3]]
         if len(past) == 1 and s[i + 1] > 0:
@@ -149,12 +150,12 @@ def plms(
         elif len(past) == 4:
             eps = (55 * past[0] - 59 * past[1] + 37 * past[2] - 9 * past[3]) / 24
         x = a[i + 1] / a[i] * (x - s[i] * eps) + s[i + 1] * eps
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def dpmpp_2m(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """DPM-Solver++(2M): x0 extrapolated linearly in log(alpha/sigma) (Lu 2022, arXiv 2211.01095, algorithm 2)."""
     a, s = alpha.tolist(), sigma.tolist()
@@ -164,12 +165,12 @@ def dpmpp_2m(
         ahead = _extrapolate(a, s, i, x0, last)
         x = s[i + 1] / s[i] * x + (a[i + 1] - s[i + 1] * a[i] / s[i]) * ahead
         last = x0
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def dpmpp_2m_sde(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """SDE-DPM-Solver++(2M), midpoint form: dpmpp_2m for the diffusion SDE (Lu 2022, arXiv 2211.01095, eq. 18)."""
     a, s = alpha.tolist(), sigma.tolist()
@@ -182,12 +183,12 @@ def dpmpp_2m_sde(
         if s[i + 1] > 0:
             x = x + s[i + 1] * math.sqrt(1 - shrink**2) * _noise(rng, i, x)
         last = x0
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
 def unipc(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, on_step: OnStep = None
+    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
 ) -> Tensor:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao 2023, arXiv 2302.04867): dpmpp_2m, each step corrected on arrival.
 
@@ -200,12 +201,12 @@ def unipc(
     for i in range(n):
         x0 = denoise(x, i)
         if i > 0:
-            x = _correct(a, s, i, before, x0, x0s)
+            x = _reached(after_step, _correct(a, s, i, before, x0, x0s), i)
         x0s = [x0, *x0s[:1]]
         before = x
         ahead = _extrapolate(a, s, i, x0, x0s[1] if len(x0s) > 1 else None)
         x = s[i + 1] / s[i] * x + (a[i + 1] - s[i + 1] * a[i] / s[i]) * ahead
-        _tell(on_step, i)
+        x = _reached(after_step, x, i + 1)
     return x
 
 
@@ -250,9 +251,8 @@ def _noise(rng: Rng, i: int, x: Tensor) -> Tensor:
     return rng.normal(f"step{i}", x.shape[1:]).to(x)
 
 
-def _tell(on_step: OnStep, i: int) -> None:
-    if on_step is not None:
-        on_step(i)
+def _reached(after_step: AfterStep, x: Tensor, i: int) -> Tensor:
+    return x if after_step is None else after_step(x, i)
 
 
 @dataclass(frozen=True, slots=True)

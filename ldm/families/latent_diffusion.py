@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
 from ldm.checkpoint import write_json
 from ldm.config import Fraction, NonNegative, Positive, config
-from ldm.diffusion.guidance import guided
-from ldm.diffusion.process import SPACINGS, Process
+from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
+from ldm.families.drawing import Edit, Engine, Settings, choose, warn
 from ldm.families.family import Context, Family, Product, Terms
 from ldm.folder import load_module, load_part, read_json, save_part
-from ldm.models.transformer import Memory
 from ldm.models.unet import UNet, UNetConfig
 from ldm.rng import Rng
 from ldm.text import TextEncoder
 
 RECORD = "ldm.json"
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @config
@@ -100,19 +98,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What ldm.json of a product or model folder says; nothing where there is none."""
     file = folder / RECORD
     return read_json(file) if file.exists() else {}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of one sampling call."""
-
-    steps: int
-    guidance: float
-    rescale: float
-    sampler: str
-    spacing: str
-    eta: float
-    precision: str
 
 
 class LatentDiffusionFamily(Family):
@@ -215,38 +200,9 @@ class LatentDiffusionFamily(Family):
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
         return self.codec.reconstruct(image)
 
-    def settings(
-        self,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        rescale: float | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        eta: float = 0.0,
-        precision: str | None = None,
-    ) -> Settings:
-        """The numbers of a sampling call, the model's defaults where none are given.
-
-        Raises:
-            UserError: on an unknown sampler, spacing or precision.
-        """
-        d = self.config.defaults
-        name = sampler or d.sampler
-        if name not in SAMPLERS:
-            raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
-        chosen = Settings(
-            steps=d.steps if steps is None else steps,
-            guidance=d.guidance if guidance is None else guidance,
-            rescale=d.rescale if rescale is None else rescale,
-            sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,
-            precision=precision or d.precision,
-        )  # fmt: skip
-        if chosen.precision not in PRECISION:
-            raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
-        if chosen.spacing not in SPACINGS:
-            raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
-        return chosen
+    def settings(self, **wanted: Any) -> Settings:
+        """The numbers of a sampling call, by the names of `Settings`; the model's defaults where none are given."""
+        return choose(self.config.defaults, **wanted)
 
     @torch.no_grad()
     def sample(
@@ -265,6 +221,8 @@ class LatentDiffusionFamily(Family):
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
         latents: Tensor | None = None,
+        edits: Sequence[Edit] = (),
+        note: Callable[[str], None] = warn,
     ) -> Tensor:
         """One picture for each (prompt, seed), uint8 (N,H,W,3).
 
@@ -277,6 +235,8 @@ class LatentDiffusionFamily(Family):
             size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
             on_step: called as on_step(steps done, steps in all) over the whole call.
             latents: (N,c,h,w) initial noise of unit variance, in place of the seeds' own.
+            edits: methods that depart from drawing out of noise, such as `ldm.families.editing.from_picture` makes.
+            note: told what a user should know, one line each; by default a warning.
 
         Raises:
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
@@ -284,68 +244,11 @@ class LatentDiffusionFamily(Family):
         settings = self.settings(
             steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision
         )
-        height, width = size or self.defaults["size"]
-        if height % self.factor or width % self.factor or min(height, width) < self.factor:
-            raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
         seeds = range(len(prompts)) if seeds is None else seeds
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        shape = (self.codec.channels, height // self.factor, width // self.factor)
-        chunk = self.defaults["chunk"]
-        done: list[Tensor] = []
-        rounds = -(-len(prompts) // chunk)
-        was_training = self.unet.training
-        self.unet.eval()
-        try:
-            for i, start in enumerate(range(0, len(prompts), chunk)):
-                words, own = list(prompts[start : start + chunk]), list(seeds[start : start + chunk])
-                kept, missing = len(words), chunk - len(words)
-                rng = Rng(0, own + [own[-1]] * missing)
-                noise = rng.normal("init", shape) if latents is None else latents[start : start + chunk].cpu()
-                if latents is not None and missing:
-                    noise = torch.cat([noise, noise[-1:].expand(missing, -1, -1, -1)])
-                report = None if on_step is None else _offset(on_step, i, rounds, settings.steps)
-                image = self._chunk(words + [words[-1]] * missing, noise, rng, settings, negative, report)
-                done.append(image[:kept])
-        finally:
-            self.unet.train(was_training)
-        return torch.cat(done) if done else torch.empty(0, height, width, 3, dtype=torch.uint8)
+        return self.engine(note).draw(
+            prompts, seeds, settings, size or self.defaults["size"], negative=negative, latents=latents, edits=edits, on_step=on_step
+        )[0]
 
-    def _chunk(
-        self,
-        prompts: list[str],
-        noise: Tensor,
-        rng: Rng,
-        settings: Settings,
-        negative: str,
-        on_step: Callable[[int], None] | None,
-    ) -> Tensor:
-        device = next(self.unet.parameters()).device
-        entry = SAMPLERS[settings.sampler]
-        grid = self.process.grid(settings.steps, settings.spacing)
-        height, width = noise.shape[2] * self.factor, noise.shape[3] * self.factor
-        size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
-        cond = Cond(text=self.text.encode(prompts), size=size)
-        uncond = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
-
-        remembered: list[tuple[Cond, Memory]] = []  # of the one condition that all steps share
-
-        def predict(x: Tensor, i: int, c: Cond) -> Tensor:
-            if not remembered or remembered[0][0] is not c:
-                assert c.text is not None
-                remembered[:] = [(c, self.unet.remember(c.text))]
-            t = grid.t[i].to(device).expand(len(x))
-            output = self.unet(x, t, c, remembered[0][1]).float()
-            return self.process.x0_from(output, x, t)
-
-        kind = PRECISION[settings.precision]
-        denoise = guided(predict, cond, uncond, settings.guidance, settings.rescale)
-        x = entry.start(noise.to(device), grid)
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, on_step=on_step)
-            image = self.codec.decode(x).float()
-        return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps: int) -> Callable[[int], None]:
-    return lambda step: on_step(round_ * steps + step + 1, rounds * steps)
+    def engine(self, note: Callable[[str], None] = warn) -> Engine:
+        """What draws."""
+        return Engine(self.unet, self.process, self.codec, self.text, self.config.defaults.chunk, note)

@@ -383,10 +383,33 @@ def test_steps_are_reported_and_evaluations_counted(name):
         asked.append(i)
         return 0.5 * x
 
-    SAMPLERS[name].run(denoise, noise(), grid.alpha, grid.sigma, Rng(0, range(2)), on_step=seen.append)
-    assert seen == list(range(6))
+    def after_step(x, i):
+        seen.append(i)
+        return x
+
+    SAMPLERS[name].run(denoise, noise(), grid.alpha, grid.sigma, Rng(0, range(2)), after_step=after_step)
+    corrected = [1, 2, 3, 4, 5] if name == "unipc" else []
+    assert sorted(seen) == sorted([1, 2, 3, 4, 5, 6, *corrected])
     twice = {"heun": [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "plms": [0, 1, 1, 2, 3, 4, 5]}
     assert asked == twice.get(name, list(range(6)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_put_in_place_after_a_step_goes_on(name):
+    grid, met = Process().grid(6, SAMPLERS[name].spacing), []
+
+    def denoise(x, i):
+        met.append((i, float(x[0, 0, 0, 0])))
+        return 0.5 * x
+
+    def after_step(x, i):
+        return torch.cat([torch.full_like(x[:, :1], 10.0 + i), x[:, 1:]], dim=1)
+
+    x = SAMPLERS[name].run(denoise, noise(), grid.alpha, grid.sigma, Rng(0, range(2)), after_step=after_step)
+    assert (x[:, 0] == 16).all() and (x[:, 1:] != 16).all()
+    first = dict(reversed(met))  # the first question at each level; heun's and plms' second is before the step's end
+    level = {i: value for i, value in met} if name in ("heun", "plms") else first
+    assert all(value == 10 + i for i, value in level.items() if i > (1 if name == "plms" else 0))
 
 
 def test_noise_is_the_start_of_a_variance_preserving_path():

@@ -1,0 +1,250 @@
+"""The sampling engine: one way from prompts and seeds to pictures, open at a few places to methods that edit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.batch import Cond
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.process import SPACINGS, Grid, Process
+from ldm.diffusion.samplers import SAMPLERS, Denoise
+from ldm.errors import UserError
+from ldm.families.codec import Codec
+from ldm.models.transformer import Memory
+from ldm.models.unet import UNet
+from ldm.pictures import to_uint8
+from ldm.rng import Rng
+from ldm.text import TextEncoder
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one sampling call."""
+
+    steps: int
+    guidance: float
+    rescale: float
+    sampler: str
+    spacing: str
+    eta: float
+    precision: str
+
+
+def choose(
+    defaults: Any,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    precision: str | None = None,
+) -> Settings:
+    """The numbers of a sampling call, those of `defaults` where none are given.
+
+    Raises:
+        UserError: on an unknown sampler, spacing or precision.
+    """
+    name = sampler or defaults.sampler
+    if name not in SAMPLERS:
+        raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
+    chosen = Settings(
+        steps=defaults.steps if steps is None else steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        rescale=defaults.rescale if rescale is None else rescale,
+        sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,
+        precision=precision or defaults.precision,
+    )  # fmt: skip
+    if chosen.precision not in PRECISION:
+        raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
+    if chosen.spacing not in SPACINGS:
+        raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What an edit may look at: a chunk of B pictures while they are drawn."""
+
+    rows: tuple[int, ...]  # (B,) which pictures of the call these are; padding repeats the last
+    grid: Grid  # the noise levels that are visited
+    noise: Tensor  # (B,c,h,w) the pictures' own noise, unit variance
+    rng: Rng  # more noise of theirs, by purpose
+
+    def own(self, values: Tensor) -> Tensor:
+        """These pictures' rows of a tensor with one row for each picture of the call, or one for all, where noise lies."""
+        found = values[list(self.rows)] if len(values) > 1 else values.expand(len(self.rows), *values.shape[1:])
+        return found.to(self.noise) if found.is_floating_point() else found.to(self.noise.device)
+
+    def noised(self, x0: Tensor, i: int) -> Tensor:
+        """Latents x0 (B,c,h,w) at level i of the grid, with the pictures' own noise."""
+        return float(self.grid.alpha[i]) * x0 + float(self.grid.sigma[i]) * self.noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """How a method departs from drawing out of noise. Every part may be left out; several edits act in their order."""
+
+    strength: float = 1.0  # the share of the steps that is taken; the first ones are left out
+    start: Callable[[Tensor, Canvas], Tensor] | None = None  # x (B,c,h,w) at the first level visited, from what it would be
+    condition: Callable[[Cond, Canvas], Cond] | None = None  # what the network is told; with and without the prompt alike
+    guide: Callable[[Denoise, Canvas], Denoise] | None = None  # the denoiser (x, i) -> x0, from the guided one
+    after_step: Callable[[Tensor, int, Canvas], Tensor] | None = None  # x at level i, that a step has just reached
+    finish: Callable[[Tensor, Canvas], Tensor] | None = None  # the picture (B,H,W,3) uint8, from the decoded one
+
+
+def warn(text: str) -> None:
+    """A notice to whoever calls from Python."""
+    warnings.warn(text, stacklevel=4)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Networks and mathematics that draw together.
+
+    Args:
+        chunk: pictures per network call, padded where fewer are left, so that no picture depends on how many are drawn.
+        note: told what a user should know, one line each.
+    """
+
+    unet: UNet
+    process: Process
+    codec: Codec
+    text: TextEncoder
+    chunk: int
+    note: Callable[[str], None] = warn
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        size: tuple[int, int],
+        *,
+        negative: str = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Edit] = (),
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (N,H,W,3) uint8, and the latents (N,c,h,w) that they were decoded from; arguments as `sample` has them.
+
+        Raises:
+            UserError: on a size that is not a multiple of the autoencoder's factor, or a result that is not finite.
+        """
+        height, width = size
+        factor = self.codec.factor
+        if height % factor or width % factor or min(height, width) < factor:
+            raise UserError(f"size: got {width}x{height}; both must be multiples of {factor}")
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        shape = (self.codec.channels, height // factor, width // factor)
+        grid = shortened(self.process.grid(settings.steps, settings.spacing), min((e.strength for e in edits), default=1.0))
+        done = [(torch.empty(0, height, width, 3, dtype=torch.uint8), torch.empty(0, *shape))]
+        rounds = -(-len(prompts) // self.chunk)
+        was_training = self.unet.training
+        self.unet.eval()
+        try:
+            for i, start in enumerate(range(0, len(prompts), self.chunk)):
+                rows = range(start, min(start + self.chunk, len(prompts)))
+                padded = (*rows, *[rows[-1]] * (self.chunk - len(rows)))
+                rng = Rng(0, [seeds[row] for row in padded])
+                noise = rng.normal("init", shape) if latents is None else latents.cpu()[list(padded)]
+                canvas = Canvas(padded, grid, noise.to(*self._place()), rng)
+                report = None if on_step is None else _offset(on_step, i, rounds, len(grid.t))
+                x = self._denoise([prompts[row] for row in padded], negative, canvas, settings, edits, report)
+                image = to_uint8(self._decode(x, settings))
+                for edit in edits:
+                    image = image if edit.finish is None else edit.finish(image, canvas)
+                done.append((image[: len(rows)], x[: len(rows)].cpu()))
+        finally:
+            self.unet.train(was_training)
+        return torch.cat([image for image, _ in done]), torch.cat([x for _, x in done])
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the network lies, and the type that x is kept in: at least float32, whatever the network's own."""
+        weight = next(self.unet.parameters())
+        return weight.device, torch.promote_types(weight.dtype, torch.float32)
+
+    def _denoise(
+        self,
+        prompts: list[str],
+        negative: str,
+        canvas: Canvas,
+        settings: Settings,
+        edits: Sequence[Edit],
+        report: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Clean latents (B,c,h,w) of a chunk."""
+        device, entry, grid = canvas.noise.device, SAMPLERS[settings.sampler], canvas.grid
+        height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
+        size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
+        told = Cond(text=self.text.encode(prompts), size=size)
+        untold = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
+        for edit in edits:
+            if edit.condition is not None:
+                told, untold = edit.condition(told, canvas), edit.condition(untold, canvas)
+
+        remembered: list[tuple[Cond, Memory]] = []  # of the one condition that all steps share
+
+        def predict(x: Tensor, i: int, c: Cond) -> Tensor:
+            if not remembered or remembered[0][0] is not c:
+                assert c.text is not None
+                remembered[:] = [(c, self.unet.remember(c.text))]
+            t = grid.t[i].to(device).expand(len(x))
+            output = self.unet(x, t, c, remembered[0][1]).to(x.dtype)
+            return self.process.x0_from(output, x, t)
+
+        denoise = guided(predict, told, untold, settings.guidance, settings.rescale)
+        x = entry.start(canvas.noise, grid)
+        for edit in edits:
+            denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
+            x = x if edit.start is None else edit.start(x, canvas)
+
+        told_of: set[int] = set()
+
+        def after_step(x: Tensor, i: int) -> Tensor:
+            for edit in edits:
+                x = x if edit.after_step is None else edit.after_step(x, i, canvas)
+            if report is not None and i not in told_of:
+                told_of.add(i)
+                report(i)
+            return x
+
+        kind = PRECISION[settings.precision]
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            x = entry.run(denoise, x, grid.alpha, grid.sigma, canvas.rng, eta=settings.eta, after_step=after_step)
+        if not x.isfinite().all():
+            cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"
+            raise UserError(f"precision: with {settings.precision} the network's numbers are not finite; {cure}")
+        return x
+
+    def _decode(self, x: Tensor, settings: Settings) -> Tensor:
+        """Images (B,3,H,W) of latents; those that overflow in a half type are decoded once more in float32."""
+        kind = PRECISION[settings.precision]
+        with torch.autocast(x.device.type, kind, enabled=kind != torch.float32):
+            image = self.codec.decode(x)
+        whole = image.isfinite().flatten(1).all(1)
+        if not whole.all():
+            self.note(f"the decoder overflowed in {settings.precision}; it was run again in float32")
+            image = torch.where(whole.view(-1, 1, 1, 1), image.float(), self.codec.decode(x))
+        return image
+
+
+def shortened(grid: Grid, strength: float) -> Grid:
+    """The last `strength` of a grid's steps, rounded down."""
+    steps = len(grid.t)
+    left_out = steps - int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return Grid(t=grid.t[left_out:], alpha=grid.alpha[left_out:], sigma=grid.sigma[left_out:])
+
+
+def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps: int) -> Callable[[int], None]:
+    return lambda step: on_step(round_ * steps + step, rounds * steps)
