@@ -173,12 +173,16 @@ def parts_of(run: Run) -> Parts:
     text, autoencoder = _text(run, notes), _autoencoder(run, notes)
     found = Parts(text=text, autoencoder=autoencoder, unet=run.diffusion.network, parameters={}, notes=notes)
     unet = replace(run.diffusion.network, in_channels=found.channels, out_channels=found.channels, context_width=text.width)
+    trained = [run.family(stage.family) for stage in run.stages.values() if isinstance(stage, Train)]
+    used = {name for family in trained for name in family.inputs()}
+    counts = {}
     with torch.device("meta"):
-        counts = {
-            "text encoder": text.parameters,
-            "autoencoder": cost.count(autoencoder.build()),
-            "unet": cost.count(unet.build()),
-        }
+        if "text" in used or run.text in trained:
+            counts["text encoder"] = text.parameters
+        if "autoencoder" in used or run.autoencoder in trained:
+            counts["autoencoder"] = cost.count(autoencoder.build())
+        if run.diffusion in trained:
+            counts["unet"] = cost.count(unet.build())
     return replace(found, unet=unet, parameters=counts)
 
 

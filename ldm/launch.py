@@ -70,7 +70,7 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
         elif word in ("--plan", "--json", "--help", "-h"):
             options[word] = 0
         else:
-            raise UserError(f"{name}: no such option; there are --plan, with it --processes, --tflops and --json, --help and key=value words")
+            raise UserError(f"{name}: no such option; there are --plan, with it --processes, --tflops, --json, --help and key=value words")
     return left, options
 
 

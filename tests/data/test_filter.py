@@ -93,9 +93,9 @@ def test_a_folder_knows_sizes_and_what_its_table_tells(tmp_path: Path) -> None:
 
     def kept(chosen: Filter) -> set[str]:
         sifted = sift(data, chosen, "filter")
-        return {caption for caption, in sifted.all_captions(list(range(len(sifted))))}
+        return {caption for (caption,) in sifted.all_captions(list(range(len(sifted))))}
 
-    there = {caption for caption, in data.all_captions(list(range(len(data))))}
+    there = {caption for (caption,) in data.all_captions(list(range(len(data))))}
     assert kept(Filter(min_side=64)) == there & {"picture 1", "picture 2", "picture 3", "picture 4"}
     assert kept(Filter(min_side=400)) == {"picture 4"} & there
     assert kept(Filter(min_aesthetic=5)) == there & {"picture 0", "picture 2", "picture 4"}  # more than 5; unknown is left out
