@@ -12,6 +12,7 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("ldm.launch", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
     "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
+    "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import SIDECARS, TABLES, Table, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
@@ -58,6 +60,7 @@ class _Entry:
     mtime_ns: int
     captions: tuple[str, ...]
     known: Known
+    size: tuple[int, int]  # height, width by the header
     rejection: Rejection | None
 
 
@@ -78,6 +81,7 @@ class FolderData(Photos):
         self.names: list[str] = [e.name for e in kept]
         self._captions: list[tuple[str, ...]] = [e.captions for e in kept]
         self._fields = gather([e.known for e in kept])
+        self._sizes = np.array([e.size for e in kept], np.int32).reshape(-1, 2)
         digest = hashlib.sha256()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         digest.update(json.dumps(["folder", 1, *view_options]).encode())
@@ -106,6 +110,10 @@ class FolderData(Photos):
     def fields(self) -> Fields:
         """Sizes by the headers, or of the originals where a metadata table tells them; scores as the tables tell."""
         return self._fields
+
+    def sizes(self) -> np.ndarray:
+        """As `Photos.sizes`."""
+        return self._sizes
 
     def describe(self) -> dict[str, object]:
         """Counts, rejections by reason with the first few names, files replaced so far, and the fingerprint."""
@@ -148,18 +156,18 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
         name, status = item
         captions: tuple[str, ...] = ()
         rejection = None
-        told = table.known.get(name, Known())
+        told, size = table.known.get(name, Known()), (0, 0)
         try:
             captions = _captions(root / name, name, source, table)
-            height, width = probe(root / name, source.max_pixels)
-            told = told.over(Known(height, width))
-            if min(height, width) < source.min_side:
-                raise Rejected("too small", f"{width}x{height}; at least {source.min_side} px")
+            size = probe(root / name, source.max_pixels)
+            told = told.over(Known(*size))
+            if min(size) < source.min_side:
+                raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
         except Rejected as error:
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, rejection)
+        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, size, rejection)
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         looked = list(pool.map(look, images))

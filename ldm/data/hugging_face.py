@@ -68,6 +68,7 @@ class DatasetsData(Photos):
         looked = self._headers()
         self.rejected: list[Rejection] = []
         usable: list[int] = []
+        sizes: list[tuple[int, int]] = []
         places: list[str] = []
         for row, (found, texts) in enumerate(zip(looked, captions, strict=True)):
             if isinstance(found, Rejected):
@@ -78,12 +79,14 @@ class DatasetsData(Photos):
                 height, width, path = found
                 told[row] = told[row].over(Known(height, width))
                 usable.append(row)
+                sizes.append((height, width))
                 places.append(path or str(row))
         self.total = len(usable)
         super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
         self._refuse_empty()
-        rows = np.asarray(usable)[held_out(places, source.val_share) == (split == "val")]
-        self._rows: list[int] = rows.tolist()
+        mine = held_out(places, source.val_share) == (split == "val")
+        self._rows: list[int] = np.asarray(usable)[mine].tolist()
+        self._sizes = np.asarray(sizes, np.int32)[mine]
         self._captions, self._fields = [captions[row] for row in self._rows], gather([told[row] for row in self._rows])
         # The library's own hash of the table and of everything that was done to it.
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels, self.image_column, self.caption_column)
@@ -144,6 +147,10 @@ class DatasetsData(Photos):
     def fields(self) -> Fields:
         """Sizes by the headers, or of the originals where columns tell them; scores as columns tell."""
         return self._fields
+
+    def sizes(self) -> np.ndarray:
+        """As `Photos.sizes`."""
+        return self._sizes
 
     def describe(self) -> dict[str, object]:
         """Counts, columns, rejections by reason with the first few rows, and the fingerprint."""

@@ -119,6 +119,10 @@ class Photos(ABC):
     def fields(self) -> Fields:
         """Original sizes and scores of all samples."""
 
+    @abstractmethod
+    def sizes(self) -> np.ndarray:
+        """Height and width of all samples as they are stored, (N,2) px, before orientation."""
+
     def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""
         if self._look.crop == "random" and self.split == "train":

@@ -132,6 +132,10 @@ class ShardsData(Photos):
             np.where(there, height, column["height"]), np.where(there, width, column["width"]), column["aesthetic"], column["watermark"]
         )
 
+    def sizes(self) -> np.ndarray:
+        """As `Photos.sizes`."""
+        return np.stack([self._table["height"].to_numpy(), self._table["width"].to_numpy()], 1)
+
     def describe(self) -> dict[str, object]:
         """Counts, what was rejected and why, what is damaged in which shard, and the fingerprint."""
         shards = self.index.shards

@@ -1,0 +1,183 @@
+"""What a data set is before anything is trained on it: what was found, what was left out and why, sizes, captions, buckets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.data.buckets import assign, cut_away, shapes
+from ldm.data.folder import FolderSource
+from ldm.data.hugging_face import DatasetsSource, is_saved
+from ldm.data.images import Rejected, view
+from ldm.data.photos import Photos
+from ldm.data.shards import ShardsSource
+from ldm.data.store import is_url
+from ldm.errors import UserError
+
+SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # px, the lower ends of the histogram's bars
+ASPECTS = (0.0, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # width over height
+LENGTHS = (0, 10, 20, 40, 80, 160, 320, 640)  # characters
+SHOWN = 20  # rejected samples that are named
+
+
+@dataclass
+class Checked:
+    """What was found, as plain values."""
+
+    kind: str
+    path: str
+    images: int
+    captions: int
+    rejected: dict[str, int]
+    examples: list[str]  # of what was left out
+    damage: dict[str, list[str]]  # of shards
+    sides: dict[str, int]  # shorter side in px
+    aspects: dict[str, int]  # width over height
+    caption_characters: dict[str, int]
+    repeated_captions: int  # captions that another sample has too
+    scores: dict[str, dict[str, float]]  # of those that are known: count, median, lowest, highest
+    resolution: int  # px, of the buckets
+    buckets: list[dict[str, Any]]  # width, height, images, mean share that is cut away, images that are enlarged
+    decoded: int  # how many were decoded to see whether they can be
+    undecodable: dict[str, int]
+    fingerprint: str  # of the training part
+    notes: list[str] = field(default_factory=list)
+
+
+def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource | DatasetsSource:
+    """The source that fits what lies at a path: tar shards, a saved data set, parquet of bytes, or a folder of images.
+
+    Raises:
+        UserError: if nothing is there.
+    """
+    place = Path(path)
+    if is_url(path) or path.endswith(".tar") or "{" in path:
+        return DatasetsSource(path=path, max_bad=1.0) if path.endswith(".parquet") else ShardsSource(path=path, max_bad=1.0)
+    if not place.exists():
+        raise UserError(f"{path} does not exist; give a folder of images, of tar shards or of parquet files")
+    if place.suffix == ".parquet" or (place.is_dir() and is_saved(place)):
+        return DatasetsSource(path=path, max_bad=1.0)
+    if place.is_file():
+        raise UserError(f"{path} is one file; give a folder of images, tar shards, or parquet with image bytes")
+    if any(place.rglob("*.tar")):
+        return ShardsSource(path=path, max_bad=1.0)
+    tables = [p for p in place.rglob("*.parquet") if not p.name.startswith(("metadata", "."))]
+    if tables and not any(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for p in place.rglob("*")):
+        return DatasetsSource(path=path, max_bad=1.0)
+    return FolderSource(path=path, captions=captions, max_bad=1.0)  # type: ignore[arg-type]
+
+
+def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int = 512, decode: int = 200) -> tuple[Checked, list[Photos]]:
+    """Everything that can be said of a source, and its two parts.
+
+    Args:
+        resolution: px, for the table of buckets.
+        decode: how many images, spread evenly, are decoded to see whether they can be.
+
+    Raises:
+        UserError: if it is missing, empty or without captions.
+    """
+    parts: list[Photos] = [source.build("train"), source.build("val")]
+    described: dict[str, Any] = parts[0].describe()  # type: ignore[attr-defined]
+    sizes = np.concatenate([part.sizes() for part in parts])
+    texts = [text for part in parts for captions in _all(part) for text in captions]
+    counted = Counter(texts)
+    undecodable, decoded = _decode(parts, decode)
+    examples = next((list(v) for k, v in described.items() if k in ("rejected_files", "rejected_samples", "rejected_rows")), [])
+    choices = shapes(resolution, 64 if resolution >= 256 else 8)
+    found = Checked(
+        kind=source.kind, path=source.path, images=len(sizes), captions=len(texts), rejected=dict(described["rejected"]),
+        examples=examples[:SHOWN], damage=described.get("damaged_shards", {}), sides=_bars(sizes.min(1), SIDES),
+        aspects=_bars(sizes[:, 1] / sizes[:, 0], ASPECTS),
+        caption_characters=_bars(np.array([len(t) for t in texts]), LENGTHS), repeated_captions=sum(n for n in counted.values() if n > 1),
+        scores=_scores(parts), resolution=resolution, buckets=_buckets(sizes, choices), decoded=decoded, undecodable=dict(undecodable),
+        fingerprint=str(described["fingerprint"]),
+    )  # fmt: skip
+    small = int((sizes.min(1) < resolution).sum())
+    if small:
+        found.notes.append(f"{small} images are enlarged to reach {resolution} px; a filter with min_side leaves them out")
+    if found.repeated_captions > len(texts) // 4:
+        top, times = counted.most_common(1)[0]
+        found.notes.append(f"{found.repeated_captions} captions are not unique; the most frequent stands {times} times: {top[:80]!r}")
+    return found, parts
+
+
+def _all(part: Photos) -> list[list[str]]:
+    return part.all_captions(range(len(part)))
+
+
+def _bars(values: NDArray[Any], lows: tuple[float, ...]) -> dict[str, int]:
+    """How many values lie from each bound to the next, by the lower bound; empty ends are left out."""
+    counts = np.bincount(np.searchsorted(lows, values, side="right") - 1, minlength=len(lows)).tolist()
+    there = [i for i, n in enumerate(counts) if n]
+    return {f"{lows[i]:g}+": counts[i] for i in range(there[0], there[-1] + 1)} if there else {}
+
+
+def _scores(parts: list[Photos]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in ("aesthetic", "watermark"):
+        values = np.concatenate([getattr(part.fields(), name) for part in parts])
+        values = values[~np.isnan(values)]
+        if len(values):
+            low, middle, high = (round(float(v), 4) for v in (values.min(), np.median(values), values.max()))
+            found[name] = {"known": len(values), "lowest": low, "median": middle, "highest": high}
+    return found
+
+
+def _buckets(sizes: NDArray[np.int32], choices: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    chosen = assign(sizes, choices)
+    lost = cut_away(sizes, choices, chosen)
+    rows = []
+    for number, (height, width) in enumerate(choices):
+        here = chosen == number
+        if here.any():
+            enlarged = int(((sizes[here, 0] < height) | (sizes[here, 1] < width)).sum())
+            cut = round(float(lost[here].mean()), 4)
+            rows.append({"width": width, "height": height, "images": int(here.sum()), "cut": cut, "enlarged": enlarged})
+    return rows
+
+
+def _decode(parts: list[Photos], count: int) -> tuple[Counter[str], int]:
+    total = sum(map(len, parts))
+    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)) if count else np.zeros(0, int)
+    wrong: Counter[str] = Counter()
+    for number in chosen.tolist():
+        part, index = (parts[0], number) if number < len(parts[0]) else (parts[1], number - len(parts[0]))
+        try:
+            view(part.read(index), 64)
+        except Rejected as error:
+            wrong[error.reason] += 1
+    return wrong, len(chosen)
+
+
+def lines(found: Checked) -> list[str]:
+    """For a terminal."""
+    said = [f"{found.path}: {found.images:,} images with {found.captions:,} captions ({found.kind})"]
+    left = sum(found.rejected.values())
+    if left:
+        said.append(f"left out: {left:,}")
+        said += [f"  {count:>9,}  {reason}" for reason, count in sorted(found.rejected.items(), key=lambda item: -item[1])]
+        said += [f"             {_printable(text)}" for text in found.examples[:5]]
+    for name, places in list(found.damage.items())[:5]:
+        said.append(f"damaged: {name}: {'; '.join(places[:3])}")
+    whole = f"{found.decoded:,} decoded to see whether they can be: "
+    said.append(whole + (", ".join(f"{n} {r}" for r, n in found.undecodable.items()) if found.undecodable else "all can"))
+    charts = {"shorter side, px": found.sides, "width over height": found.aspects, "characters of a caption": found.caption_characters}
+    for title, bars in charts.items():
+        said.append(title)
+        most = max(bars.values(), default=1)
+        said += [f"  {low:>7} {count:>9,}  {'#' * round(30 * count / most)}" for low, count in bars.items()]
+    for name, score in found.scores.items():
+        said.append(f"{name}: known of {score['known']:,}, {score['lowest']:g} to {score['highest']:g}, median {score['median']:g}")
+    said.append(f"buckets of {found.resolution} px: width x height, images, cut away, enlarged")
+    said += [f"  {b['width']:>5} x {b['height']:<5} {b['images']:>9,}  {b['cut']:>6.1%} {b['enlarged']:>9,}" for b in found.buckets]
+    return said + [f"note: {_printable(note)}" for note in found.notes]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
