@@ -166,3 +166,15 @@ def test_wheels_carry_the_files_where_the_package_looks_for_them() -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert (root / included["configs/models"], root / "configs/models") == FOLDERS
+
+
+def test_the_page_tells_the_same_counts() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("`"): row[1:] for row in rows if len(row) == 10}
+    assert set(told) == {*UNETS, *KLS, *VQS}
+    for name, (said, full, half, state, *_) in told.items():
+        count = int(said.replace(",", ""))
+        assert any(row[0] == f"`{name}`" and row[1] == said for row in rows if len(row) in (4, 5))
+        assert count == (UNETS | KLS).get(name, count)
+        assert [full, half, state] == [f"{4 * count / 2**30:.2f}", f"{2 * count / 2**30:.2f}", f"{20 * count / 2**30:.1f}"]
