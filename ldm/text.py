@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ BYTES = 512  # single bytes, within a word and at its end: the symbols that ever
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
+K = TypeVar("K", bound=Hashable)
 
 
 @config
@@ -106,7 +107,7 @@ class TextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._memory: OrderedDict[str, Row] = OrderedDict()
+        self._memory: OrderedDict[Hashable, Row] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
     @property
@@ -146,25 +147,65 @@ class TextEncoder:
                 found[prompt] = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return found
 
-    @torch.no_grad()
+    @cached_property
+    def _special(self) -> tuple[list[int], list[int]]:
+        """The ids before and after the words of every prompt."""
+        ids = self.tokenizer("")["input_ids"]
+        return ids[:-1], ids[-1:]
+
+    @property
+    def room(self) -> int:
+        """Tokens of words that one prompt may have."""
+        return self.max_tokens - self.words_start - 1
+
+    @property
+    def words_start(self) -> int:
+        """How many tokens stand before the words."""
+        return len(self._special[0])
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a stretch of text, as many as it has, without start, end and padding."""
+        line = " ".join(text.split())
+        line = unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
+        return list(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
+
     def encode(self, prompts: Sequence[str]) -> Text:
         """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone."""
+        return self._encode(prompts, self.tokens)
+
+    def encode_words(self, rows: Sequence[tuple[int, ...]]) -> Text:
+        """The same for token ids of words, at most `room` a row."""
+        return self._encode(rows, self._framed)
+
+    def _framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Words' ids with start, end and padding (B,L), and which are no padding (B,L)."""
+        before, after = self._special
+        ids = torch.full((len(rows), self.max_tokens), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(rows), self.max_tokens, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            whole = [*before, *row, *after]
+            ids[i, : len(whole)] = torch.tensor(whole)
+            mask[i, : len(whole)] = True
+        return ids, mask
+
+    @torch.no_grad()
+    def _encode(self, keys: Sequence[K], tokens: Callable[[Sequence[K]], tuple[Tensor, Tensor]]) -> Text:
         place = next((p.device, p.dtype) for p in self.model.parameters())
         if place != self._place:
             self._memory.clear()
             self._place = place
-        fresh: dict[str, Row] = {}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._memory]
+        fresh: dict[Hashable, Row] = {}
+        missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
-            ids, mask = self.tokens(part + [part[-1]] * (ROWS - len(part)))
+            ids, mask = tokens(part + [part[-1]] * (ROWS - len(part)))
             # The states must be the same in training under autocast and in sampling without it.
             with torch.autocast(place[0].type, enabled=False):
                 states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
-            for i, prompt in enumerate(part):
+            for i, key in enumerate(part):
                 # Copies, or one remembered caption would keep all of its call's.
-                fresh[prompt] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
-        found = [fresh[prompt] if prompt in fresh else self._recall(prompt) for prompt in prompts]
+                fresh[key] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
+        found = [fresh[key] if key in fresh else self._recall(key) for key in keys]
         self._remember(fresh)
         return Text(
             tokens=torch.stack([row.states for row in found]),
@@ -179,11 +220,11 @@ class TextEncoder:
         out = self.model(ids)
         return out.last_hidden_state, out.pooler_output
 
-    def _recall(self, prompt: str) -> Row:
-        self._memory.move_to_end(prompt)
-        return self._memory[prompt]
+    def _recall(self, key: Hashable) -> Row:
+        self._memory.move_to_end(key)
+        return self._memory[key]
 
-    def _remember(self, fresh: dict[str, Row]) -> None:
+    def _remember(self, fresh: dict[Hashable, Row]) -> None:
         self._memory.update(fresh)
         each = 4 * self.max_tokens * self.width
         while len(self._memory) * each > MEMORY_BYTES:
