@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ldm import optim
+from ldm import estimate, optim
 from ldm.__main__ import main
 from ldm.config import load
 from ldm.data.cache import DATA, write_cache
@@ -18,8 +19,11 @@ from ldm.data.scenes import ScenesSource
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.estimate import parts_of
+from ldm.models.autoencoder import KLConfig
+from ldm.models.unet import UNetConfig
 from ldm.plan import duration, make, operations, size_of
 from ldm.run import Run, place
+from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +121,7 @@ def test_a_filter_counts_its_samples_and_refuses_before_any_work(tmp_path: Path)
     web = quickstart("data.web=true", "data.images=400", "stages.latents-low.filter.min_aesthetic=5", "stages.text.filter.min_side=64")
     found = stages(web, tmp_path)
     assert 100 < found["latents-low"].samples == found["latents-low"].images < 400 and found["text"].samples < 400
-    with pytest.raises(UserError, match="stages.latents-low.filter.min_aesthetic: this data"):
+    with pytest.raises(UserError, match=r"stages.latents-low.filter.min_aesthetic: this data"):
         make(quickstart("stages.latents-low.filter.min_aesthetic=5"), tmp_path)
 
 
@@ -126,6 +130,38 @@ def test_filters_and_caption_dropout_stand_where_they_act() -> None:
         quickstart("stages.diffusion-low.filter.min_side=64")
     with pytest.raises(UserError, match=r"stages.text.caption_dropout: only family: diffusion"):
         quickstart("stages.text.caption_dropout=0.1")
+
+
+# What others have trained
+
+
+def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None:
+    from finished_model import KL, TEXT, VQ, autoencoder_product, text_product
+
+    from ldm.text import TextEncoder
+
+    network = quickstart().diffusion
+    text = text_product(tmp_path / "text")
+    for folder in (text, text / "text_encoder"):  # a model's folder, and the part alone
+        asked = SimpleNamespace(text=PretrainedText(path=str(folder), max_tokens=8), diffusion=network)
+        shape = estimate._text(asked, notes := [])  # type: ignore[arg-type]
+        assert shape.parameters == sum(p.numel() for p in TextEncoder.load(text).model.parameters())
+        assert (shape.width, shape.tokens, notes) == (TEXT.width, 8, [])
+    for kind, made in (("kl", KL), ("vq", VQ)):
+        folder = autoencoder_product(tmp_path / kind, kind)  # type: ignore[arg-type]
+        found = estimate._autoencoder(SimpleNamespace(autoencoder=SimpleNamespace(path=str(folder))), notes := [])  # type: ignore[arg-type]
+        assert (found, notes) == (made, [])
+
+
+@pytest.mark.parametrize(("width", "parameters", "name"), [(768, 123_060_480, "CLIP ViT-L/14"), (1024, 340_387_840, "OpenCLIP")])
+def test_pretrained_parts_that_are_not_here_are_counted_as_published_and_it_says_so(width: int, parameters: int, name: str) -> None:
+    network = replace(quickstart().diffusion, network=UNetConfig(context_width=width))
+    asked: Any = SimpleNamespace(text=PretrainedText(path="some/where"), diffusion=network, autoencoder=SimpleNamespace(path="else/where"))
+    notes: list[str] = []
+    shape = estimate._text(asked, notes)
+    assert shape.width == width and name in notes[0] and "some/where" in notes[0]
+    assert shape.parameters == parameters
+    assert estimate._autoencoder(asked, notes) == KLConfig() and "else/where" in notes[1] and "kl-f8" in notes[1]
 
 
 # The verb
