@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model or run folder, or owner/name on the hub.")],
-    on: Annotated[str, Option(help="What to measure on: scenes, or a folder of captioned images.")] = "scenes",
+    on: Annotated[str, Option(help="What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")] = "scenes",
     tier: Annotated[str, Option(help="Of the scenes: one T0 T1 T2 T3.")] = "T0",
     n: Annotated[int, Option(min=2, help="Prompts: half with seen colour-shape pairs, half with held-out ones.")] = 200,
     seed: Annotated[int, Option(min=0, help="Of prompts and pictures.")] = 0,
@@ -73,7 +73,7 @@ def evaluate(
         _make_room(as_json)  # before the work, which may take hours
     from ldm import __version__
     from ldm.config import build
-    from ldm.data.folder import FolderSource
+    from ldm.data.check import source_at
     from ldm.data.scenes import ScenesSource
     from ldm.families.finished import load
     from ldm.log import Log
@@ -85,7 +85,7 @@ def evaluate(
     if on == "scenes":
         source: Any = build({"kind": "scenes", "tier": tier, "val": 2 * images}, ScenesSource, "--tier")
     else:
-        source = build({"kind": "folder", "path": on}, FolderSource, "--on")
+        source = source_at(on)
     family = load(model, device=device or best_device())
     metrics: list[Any] = [Reconstruction(images=images), Frechet(images=images, steps=steps, seed=seed)]
     if on == "scenes":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -55,6 +55,7 @@ class Bench:
     device: torch.device
     pictures: Path | None  # folder for example pictures
     progress: Callable[[int, int, str], None]  # (done, in all, what)
+    shown: set[str] = field(default_factory=set)  # names of the pictures written so far
 
     def real(self, count: int) -> Any:
         """The first validation images, at most `count`."""
@@ -67,7 +68,11 @@ class Bench:
         """Write example pictures (N,3,H,W) in [-1,1], and the prompts they answer, where pictures are wanted."""
         if self.pictures is None:
             return
-        save_grid(images, self.pictures / f"{name}.png", columns)
+        number = 1
+        while (own := name if number == 1 else f"{name}-{number}") in self.shown:
+            number += 1
+        self.shown.add(own)
+        save_grid(images, self.pictures / f"{own}.png", columns)
         if prompts:
             path = self.pictures / PROMPTS
             try:
@@ -75,7 +80,7 @@ class Bench:
             except (OSError, ValueError):
                 known = None
             known = known if isinstance(known, dict) else {}
-            path.write_text(json.dumps(known | {name: list(prompts)}, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
 def _floats(images: Tensor) -> Tensor:

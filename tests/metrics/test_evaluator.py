@@ -170,3 +170,11 @@ def test_evaluators_are_chosen_by_kind():
         with pytest.raises(UserError):
             build(wrong, Evaluator, "x")
     assert Adherence(tier="T0").names(True)[0] == "seen.colour" and "held_out.bind" in Adherence(tier="T0").names(True)
+
+
+def test_pictures_of_one_name_stand_beside_each_other(tmp_path: Path) -> None:
+    shown = bench(None, pictures=tmp_path)
+    for value in (-1.0, 1.0):
+        shown.show("grid", torch.full((1, 3, 8, 8), value), 1, ["a"])
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["grid-2.png", "grid.png"]
+    assert (tmp_path / "grid.png").read_bytes() != (tmp_path / "grid-2.png").read_bytes()
