@@ -15,6 +15,7 @@ VERBS = {
     "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
+    "bench": ("ldm.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
 }
 
