@@ -40,6 +40,9 @@ class Recipe:
     model: str  # its name, without the place where it lies
     model_hash: str  # of its content
     precision: str = "fp32"  # of matrix products and convolutions
+    init: str = ""  # SHA-256 of the file it was drawn out of; empty: out of noise
+    strength: float = 1.0  # the share of the steps that were taken
+    mask: str = ""  # SHA-256 of the file that showed where it is new; empty: everywhere
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -53,6 +56,8 @@ class Recipe:
             "CFG scale": self.guidance, "Seed": self.seed, "Size": f"{self.width}x{self.height}",
             "Model hash": self.model_hash[:10], "Model": self.model, "Version": f"ldm {__version__}",
         }  # fmt: skip
+        if self.init:
+            values["Denoising strength"] = self.strength
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
         return "\n".join(lines)
 
@@ -158,7 +163,9 @@ def parse_parameters(text: str) -> dict[str, Any]:
     start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.strip())), len(lines))
     negative = "\n".join(lines[start:])[len(NEGATIVE.strip()) :].strip()
     found: dict[str, Any] = {"prompt": "\n".join(lines[:start]).strip(), "negative": negative}
-    kinds: dict[str, tuple[str, type]] = {"Steps": ("steps", int), "CFG scale": ("guidance", float), "Seed": ("seed", int)}
+    kinds: dict[str, tuple[str, type]] = {
+        "Steps": ("steps", int), "CFG scale": ("guidance", float), "Seed": ("seed", int), "Denoising strength": ("strength", float),
+    }  # fmt: skip
     for name, (field, kind) in kinds.items():
         try:
             found[field] = kind(pairs[name])

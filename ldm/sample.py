@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,9 @@ def sample(
     precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
     negative: Annotated[str | None, Option(help="What to stay away from; default: nothing.")] = None,
     size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
+    init: Annotated[Path | None, Option(help="A picture to start from, in place of noise.")] = None,
+    strength: Annotated[float | None, Option(help="How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")] = None,
+    mask: Annotated[Path | None, Option(help="A picture as large as INIT, white where it is to be new; the rest keeps its bytes.")] = None,
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
     out: Annotated[Path, Option(help="Folder of the pictures.")] = Path("outputs"),
     grid: Annotated[Path | None, Option(help="Also one PNG of all, a row for each prompt.")] = None,
@@ -62,6 +66,7 @@ def sample(
     for name, value in (("guidance", guidance), ("rescale", rescale), ("eta", eta)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name}: got {value}; a finite number is needed")
+    strength = _editing(init, strength, mask, old)
     folder = model or _newest()
     out.mkdir(parents=True, exist_ok=True)
     if grid is not None:
@@ -84,14 +89,20 @@ def sample(
     settings = family.settings(**chosen)
     height, width = shape or family.defaults["size"]
     if old.get("model_hash", family.content_hash) != family.content_hash:
-        print(f"note: {recipe} was made by the model {old['model']}, not by {folder}: the picture will differ", file=sys.stderr)
+        _note(f"{recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
     for text, read in family.text.overlong([*wanted, avoided]).items():
         most = family.text.max_tokens
-        print(f"note: {text[:40]!r}... is longer than the model's {most} tokens; it reads up to ...{read[-40:]!r}", file=sys.stderr)
+        _note(f"{text[:40]!r}... is longer than the model's {most} tokens; it reads up to ...{read[-40:]!r}")
+
+    edits: Any = ()
+    edited: dict[str, Any] = {}
+    if init is not None:
+        edits, edited = _edits(family, init, mask, strength, (height, width), old)
 
     jobs = [(text, start + k) for text in wanted for k in range(n)]
     name = _name(folder)
     many = -(-batch // family.defaults["chunk"]) * family.defaults["chunk"]  # the network draws that many at a time anyway
+    note = cache(_note)  # what is told of several batches is said once
     pictures, number, started = [], _free(out), time.monotonic()
     with _bar(len(jobs)) as show:
         for first in range(0, len(jobs), many):
@@ -101,12 +112,13 @@ def sample(
                 show(first + count * done / of)
 
             images = family.sample(
-                [text for text, _ in part], [own for _, own in part], **chosen, negative=avoided, size=(height, width), on_step=on_step
-            )
+                [text for text, _ in part], [own for _, own in part], **chosen, negative=avoided, size=(height, width), on_step=on_step,
+                edits=edits, note=note,
+            )  # fmt: skip
             for (text, own), pixels in zip(part, images, strict=True):
                 made = Recipe(
                     prompt=text, negative=avoided, seed=own, **asdict(settings), width=width, height=height, model=name,
-                    model_hash=family.content_hash,
+                    model_hash=family.content_hash, **edited,
                 )  # fmt: skip
                 number, path = _save(out, number, own, lambda path, p=pixels, r=made: save_picture(path, p.numpy(), r))  # type: ignore[misc]
                 if as_json:
@@ -153,6 +165,39 @@ def _size(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
     return shape
 
 
+def _editing(init: Path | None, strength: float | None, mask: Path | None, old: dict[str, Any]) -> float | None:
+    """The strength, once it is sure that the options for editing belong together."""
+    if init is None:
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UserError(f"{name}: got {value}, but no picture to start from; give it by --init")
+        if old.get("init"):
+            raise UserError("from: this picture was drawn out of another one; give that one by --init, and its mask, if any, by --mask")
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"strength: got {strength}; a number from 0 (the picture as it is) to 1 (all new) is needed")
+    return old.get("strength") if strength is None else strength
+
+
+def _edits(
+    family: Any, init: Path, mask: Path | None, strength: float | None, size: tuple[int, int], old: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What the engine is told, and what the recipe remembers of it."""
+    import torch
+
+    from ldm.families.editing import strength_of
+    from ldm.originals import read_original
+
+    found = read_original(init, mask, size)
+    if found.notice:
+        _note(found.notice)
+    edited = {"init": found.init_hash, "strength": strength_of(strength, mask is not None), "mask": found.mask_hash}
+    for name, path in (("init", init), ("mask", mask)):
+        if old.get(name) and old[name] != edited[name]:
+            _note(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
+    new = None if found.mask is None else torch.tensor(found.mask)[None]
+    return family.edits(torch.tensor(found.pixels)[None], new, strength), edited
+
+
 def _newest() -> str:
     found = sorted(Path("runs").glob("*/model/model_index.json"), key=lambda p: p.stat().st_mtime)
     if not found:
@@ -190,6 +235,10 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _free(out: Path) -> int:

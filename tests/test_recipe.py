@@ -66,6 +66,8 @@ def test_what_others_write_is_read() -> None:
     assert parse_parameters("x\nSteps: 20, Sampler: DPM++ 2M Karras, Seed: 1")["spacing"] == "karras"
     assert "sampler" not in parse_parameters("x\nSteps: 20, Sampler: Restart, Seed: 1")
     assert "seed" not in parse_parameters("x\nSteps: 20, Sampler: Restart, Seed: none")
+    assert parse_parameters("x\nSteps: 20, Sampler: Euler, Denoising strength: 0.4")["strength"] == 0.4
+    assert parse_parameters(replace(RECIPE, init="0" * 64, strength=0.4).parameters())["strength"] == 0.4
     assert parse_parameters("a prompt: of two, colons: only") == {}
     assert parse_parameters("") == {}
 

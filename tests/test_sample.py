@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -155,6 +156,91 @@ def test_a_picture_is_drawn_again_from_its_recipe(model: list[str], tmp_path: Pa
     draw(tmp_path / "d", *model, "--from", str(picture), "--sampler", "heun")
     recipe = read_recipe(tmp_path / "d" / "00000_seed6.png")
     assert (recipe.sampler, recipe.spacing) == ("heun", "karras")  # the sampler's own spacing, not the old one's
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> tuple[Path, Path]:
+    """A picture and a mask whose left half is white."""
+    values = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:, : SIDE // 2] = 255
+    Image.fromarray(values).save(tmp_path / "init.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path / "init.png", tmp_path / "mask.png"
+
+
+def test_a_picture_is_drawn_out_of_another(
+    model: list[str], kl_model: Path, original: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, mask = original
+    first = draw(tmp_path / "a", *model, "a red circle", "--init", str(init), "--strength", "0.6", "--n", "3")[0]
+    family, image = ldm.load(kl_model), torch.tensor(pixels(init))[None]
+    assert np.array_equal(first, family.sample(["a red circle"], [0], edits=family.edits(image, strength=0.6))[0])
+    file = tmp_path / "a" / "00000_seed0.png"
+    recipe: Any = read_recipe(file)
+    assert (recipe.init, recipe.strength, recipe.mask) == (hashlib.sha256(init.read_bytes()).hexdigest(), 0.6, "")
+    with Image.open(file) as said:
+        assert "Denoising strength: 0.6" in said.text["parameters"]  # type: ignore[attr-defined]
+    filled = draw(tmp_path / "b", *model, "a red circle", "--init", str(init), "--mask", str(mask))[0]
+    half = SIDE // 2
+    assert np.array_equal(filled[:, half:], pixels(init)[:, half:]) and not np.array_equal(filled[:, :half], pixels(init)[:, :half])
+    recipe = read_recipe(tmp_path / "b" / "00000_seed0.png")
+    assert recipe.strength == 1 and recipe.mask == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert "note:" not in capsys.readouterr().err
+    wide = draw(tmp_path / "c", *model, "a red circle", "--init", str(init), "--size", "48x32")[0]
+    assert wide.shape == (32, 48, 3) and "init.png: 32x32 px, resized and cropped to 48x32" in capsys.readouterr().err
+    assert read_recipe(tmp_path / "c" / "00000_seed0.png").strength == 0.75  # type: ignore[union-attr]
+
+
+def test_an_edit_is_done_again_from_its_recipe(
+    model: list[str], original: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--init", str(original[0]), "--mask", str(original[1])]
+    first = draw(tmp_path / "a", *model, "a red circle", *files, "--strength", "0.8", "--seed", "4")[0]
+    picture = str(tmp_path / "a" / "00000_seed4.png")
+    assert np.array_equal(first, draw(tmp_path / "b", *model, "--from", picture, *files)[0])
+    assert "note:" not in capsys.readouterr().err
+    assert main(["sample", *model, "--from", picture]) == 2
+    assert "drawn out of another one; give that one by --init" in capsys.readouterr().err
+    draw(tmp_path / "c", *model, "--from", picture, "--init", str(original[1]))
+    said = capsys.readouterr().err
+    assert "mask.png is not the file that the recipe was made with" in said and "mask: nothing is not the file" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--init", "none.png"], "init: none.png: No such file"),
+        (["--init", "init.png", "--mask", "none.png"], "mask: none.png: No such file"),
+        (["--init", "init.png", "--strength", "1.5"], "strength: got 1.5; a number from 0"),
+        (["--init", "init.png", "--strength", "nan"], "strength: got nan"),
+        (["--mask", "mask.png"], "mask: got mask.png, but no picture to start from; give it by --init"),
+        (["--strength", "0.5"], "strength: got 0.5, but no picture to start from"),
+        (["--init", "init.png", "--mask", "small.png"], "mask: small.png is 8x8 px, but init.png is 32x32"),
+    ],
+)
+def test_mistakes_of_editing_are_one_line(
+    model: list[str], original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 255).save("small.png")
+    assert main(["sample", *model, "a red circle", "--out", "pictures", *words]) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said and "\n" not in said and not list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_an_overflow_is_told_once(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(kl_model, tmp_path / "model")
+    file = next((tmp_path / "model" / "vae").glob("*.safetensors"))
+    state = load_file(file)
+    save_file({**state, "decoder.conv_in.weight": state["decoder.conv_in.weight"] * 1e6}, file, {"format": "pt"})
+    (tmp_path / "model" / "ldm.json").unlink()
+    words = ["--model", str(tmp_path / "model"), "a", "b", "--precision", "fp16", "--steps", "2", "--batch", "1", "--size", "32"]
+    draw(tmp_path / "o", *words)
+    assert capsys.readouterr().err.count("note: the decoder overflowed in fp16; it was run again in float32") == 1
 
 
 def test_another_models_recipe_is_told(model: list[str], vq_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

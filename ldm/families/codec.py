@@ -82,9 +82,9 @@ class Codec(nn.Module):
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
         if isinstance(self.network, VQAutoencoder):
-            return (self.network.encode(image).float() - self.mean) / self.std, None
+            return (full(self.network.encode(image)) - self.mean) / self.std, None
         mean, logvar = self.network.encode(image)
-        return (mean.float() - self.mean) / self.std, (0.5 * logvar.float()).exp() / self.std
+        return (full(mean) - self.mean) / self.std, (0.5 * full(logvar)).exp() / self.std
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor) -> Tensor:
@@ -94,6 +94,11 @@ class Codec(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
         return self.network.decode((latent * self.std + self.mean).to(next(self.network.parameters()).dtype))
+
+
+def full(x: Tensor) -> Tensor:
+    """x as float32 where it is of a half type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics: Statistics) -> None:

@@ -18,6 +18,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, load_codec
 from ldm.families.drawing import Edit, Engine, Settings, choose, warn
+from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
 from ldm.folder import load_module, load_part, read_json, save_part
 from ldm.models.unet import UNet, UNetConfig
@@ -235,7 +236,7 @@ class LatentDiffusionFamily(Family):
             size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
             on_step: called as on_step(steps done, steps in all) over the whole call.
             latents: (N,c,h,w) initial noise of unit variance, in place of the seeds' own.
-            edits: methods that depart from drawing out of noise, such as `ldm.families.editing.from_picture` makes.
+            edits: methods that depart from drawing out of noise, such as `edits` makes of a picture.
             note: told what a user should know, one line each; by default a warning.
 
         Raises:
@@ -244,10 +245,17 @@ class LatentDiffusionFamily(Family):
         settings = self.settings(
             steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision
         )
-        seeds = range(len(prompts)) if seeds is None else seeds
+        seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
+        if wants_mask(self.config.network, self.codec):
+            edits = (all_new(self.codec, size), *edits)
         return self.engine(note).draw(
-            prompts, seeds, settings, size or self.defaults["size"], negative=negative, latents=latents, edits=edits, on_step=on_step
+            prompts, seeds, settings, size, negative=negative, latents=latents, edits=edits, on_step=on_step
         )[0]
+
+    @torch.no_grad()
+    def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Edit, ...]:
+        """What `sample` is told to draw out of pictures: see `ldm.families.editing.from_picture`."""
+        return from_picture(self.config.network, self.codec, image, mask, strength)
 
     def engine(self, note: Callable[[str], None] = warn) -> Engine:
         """What draws."""

@@ -1,0 +1,70 @@
+"""The pictures that edits start from: read, checked, and fitted to the size that is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldm.data.images import Rejected, probe, to_rgb
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture as large as what is drawn, with what of it is to be new."""
+
+    pixels: np.ndarray  # (H,W,3) uint8
+    mask: np.ndarray | None  # (H,W) bool, True where new
+    init_hash: str  # SHA-256 of the file
+    mask_hash: str
+    notice: str  # what was done to its size; empty: nothing
+
+
+def read_original(init: Path, mask: Path | None, size: tuple[int, int]) -> Original:
+    """The picture and the mask, resized to cover `size` (height, width) px and cropped at the centre.
+
+    Raises:
+        UserError: if a file is missing or no picture, if the two differ in size, or if nothing is white in the mask.
+    """
+    picture, init_hash = _read("init", init)
+    height, width = size
+    notice = ""
+    if picture.size != (width, height):
+        notice = f"{init}: {picture.width}x{picture.height} px, resized and cropped to {width}x{height}"
+    new, mask_hash = None, ""
+    if mask is not None:
+        shape, mask_hash = _read("mask", mask)
+        if shape.size != picture.size:
+            raise UserError(
+                f"mask: {mask} is {shape.width}x{shape.height} px, but {init} is {picture.width}x{picture.height}; make them equal"
+            )
+        new = np.asarray(_fit(shape.convert("L"), size)) >= 128
+        if not new.any():
+            raise UserError(f"mask: {mask} has no white in it; white is where the picture will be new")
+    return Original(np.asarray(_fit(picture, size)), new, init_hash, mask_hash, notice)
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _read(option: str, path: Path) -> tuple[Image.Image, str]:
+    """A picture, upright and RGB, and the hash of its file."""
+    try:
+        probe(path)  # refuses what is no picture, or too large, before a pixel is decoded
+        data = path.read_bytes()
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image)), hashlib.sha256(data).hexdigest()
+    except Rejected as error:
+        raise UserError(f"{option}: {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{option}: {path}: {error.strerror or error}") from None
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise UserError(f"{option}: {path}: cannot be read as a picture ({type(error).__name__}: {error})") from None
