@@ -14,12 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.batch import Cond, Text
-from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
 from ldm.models.blocks import ResnetBlock
 from ldm.models.critic import CriticConfig
 from ldm.models.transformer import Transformer
 from ldm.models.unet import Middle, UNetConfig
 
+IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
 RECOMPUTED = (ResnetBlock, Transformer, Middle)  # what `recompute` wraps in the U-Net
 
 
@@ -86,18 +87,18 @@ class Ledger(TorchFunctionMode):
 
 
 def measure(network: nn.Module, call: Callable[[], Tensor]) -> Cost:
-    """What `call`, which runs `network` on meta tensors, and the backward pass from its sum cost."""
+    """What `call`, which runs `network` on IMAGES meta images, and the backward pass from its sum cost for each of them."""
     with FlopCounterMode(display=False) as counter:
         with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             out = call()
         forward = counter.get_total_flops()
         out.sum().backward()
         both = counter.get_total_flops()
-    return Cost(forward, both - forward, ledger.bytes)
+    return Cost(forward, both - forward, ledger.bytes) * (1 / IMAGES)
 
 
 def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
-    """The most bytes that one recomputed block keeps while its backward pass runs."""
+    """The most bytes for an image that one recomputed block keeps while its backward pass runs."""
     most, before = 0, 0
     with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
 
@@ -115,7 +116,7 @@ def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
         call()
-    return most
+    return most // IMAGES
 
 
 def unet(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[int, Cost]:
@@ -128,13 +129,13 @@ def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, toke
     # Two configurations that differ in `checkpointing` alone are equal, hence the argument.
     with torch.device("meta"):
         network = config.build()
-        image = torch.empty(1, config.in_channels, height, width)
-        pooled = torch.empty(1, config.pooled_channels or config.context_width)
-        text = Text(tokens=torch.empty(1, tokens, config.context_width), mask=torch.ones(1, tokens, dtype=torch.bool), pooled=pooled)
-        cond = Cond(text=text, size=torch.zeros(1, 6))
+        image = torch.empty(IMAGES, config.in_channels, height, width)
+        pooled = torch.empty(IMAGES, config.pooled_channels or config.context_width)
+        states, mask = torch.empty(IMAGES, tokens, config.context_width), torch.ones(IMAGES, tokens, dtype=torch.bool)
+        cond = Cond(text=Text(tokens=states, mask=mask, pooled=pooled), size=torch.zeros(IMAGES, 6))
 
         def call() -> Tensor:
-            return network(image, torch.zeros(1), cond)
+            return network(image, torch.zeros(IMAGES), cond)
 
         found = measure(network, call)
         if checkpointing:
@@ -148,15 +149,15 @@ def autoencoder(config: KLConfig | VQConfig, height: int, width: int) -> tuple[i
     """Parameters of an autoencoder, its encoder's cost and its decoder's, for images of (height, width) px."""
     with torch.device("meta"):
         network = config.build()
-        image = torch.empty(1, config.in_channels, height, width)
-        latent = torch.empty(1, network.latent_channels, height // network.factor, width // network.factor, requires_grad=True)
+        image = torch.empty(IMAGES, config.in_channels, height, width)
+        latent = torch.empty(IMAGES, network.latent_channels, height // network.factor, width // network.factor, requires_grad=True)
 
         def encode() -> Tensor:
             found = network.encode(image)
             return found if isinstance(found, Tensor) else torch.cat(found)
 
         def decode() -> Tensor:
-            return network.decode(latent) if isinstance(config, KLConfig) else network.decode(latent, quantise=False)
+            return network.decode(latent, quantise=False) if isinstance(network, VQAutoencoder) else network.decode(latent)
 
         return count(network), measure(network, encode), measure(network, decode)
 
@@ -166,8 +167,8 @@ def critic(config: CriticConfig, height: int, width: int) -> tuple[int, Cost]:
     """Parameters of a critic and what an update with it costs: its opinion of a picture, and its own lesson on two."""
     with torch.device("meta"):
         network = config.build()
-        picture = torch.empty(1, config.in_channels, height, width, requires_grad=True)
-        pair = torch.empty(2, config.in_channels, height, width)
+        picture = torch.empty(IMAGES, config.in_channels, height, width, requires_grad=True)
+        pair = torch.empty(2 * IMAGES, config.in_channels, height, width)
         lesson = measure(network, lambda: network(pair))
         frozen = config.build().requires_grad_(False)
         return count(network), lesson + measure(frozen, lambda: frozen(picture))
@@ -176,14 +177,14 @@ def critic(config: CriticConfig, height: int, width: int) -> tuple[int, Cost]:
 def distance(network: nn.Module, height: int, width: int) -> Cost:
     """What a frozen perceptual distance on the meta device costs, with its slope."""
     with torch.device("meta"):
-        picture, other = torch.empty(1, 3, height, width, requires_grad=True), torch.empty(1, 3, height, width)
+        picture, other = torch.empty(IMAGES, 3, height, width, requires_grad=True), torch.empty(IMAGES, 3, height, width)
         return measure(network, lambda: network(picture, other))
 
 
 def tower(network: nn.Module, side: int) -> Cost:
     """What a network of images alone, on the meta device, costs."""
     with torch.device("meta"):
-        return measure(network, lambda: network(torch.empty(1, 3, side, side)))
+        return measure(network, lambda: network(torch.empty(IMAGES, 3, side, side)))
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,11 @@ class Nowhere:
     def __exit__(self, *problem: object) -> None: ...
 
 
+def test_one_place_at_the_lowest_level_can_be_counted() -> None:
+    whole, half = (cost.unet(SMALL, side, side, 7)[1] for side in (2, 16))
+    assert 0 < whole.forward < half.forward
+
+
 def test_the_parts_of_an_adversarial_step_make_up_the_whole() -> None:
     network = KLConfig(channels=(16, 32, 32), layers=1, norm_groups=8)
     critic = CriticConfig(channels=16, layers=2, norm_groups=8)
