@@ -23,6 +23,7 @@ BYTES = 512  # single bytes, within a word and at its end: the symbols that ever
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
+MOST = 16  # times as much as the encoder reads at once is looked at
 K = TypeVar("K", bound=Hashable)
 
 
@@ -164,8 +165,8 @@ class TextEncoder:
         return len(self._special[0])
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a stretch of text, as many as it has, without start, end and padding."""
-        line = " ".join(text.split())
+        """Token ids of a stretch of text without start, end and padding: of a long one, of as much as any network is told."""
+        line = " ".join(text[: MOST * self._characters].split())
         line = unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
         return list(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
 

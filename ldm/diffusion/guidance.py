@@ -31,15 +31,49 @@ def guided(
         scale: 1 is no guidance; 0 is `uncond` alone; less than 0 is away from `cond`.
         rescale: 0 is none.
     """
-    if scale == 1:
-        return lambda x, i: predict(x, i, cond)
-    both = cat([uncond, cond])
+    return composed(predict, lambda i: (uncond, cond), torch.ones(1, 1), lambda i: scale, rescale)
+
+
+def composed(
+    predict: Predict,
+    told: Callable[[int], tuple[Cond, ...]],
+    weights: Tensor,
+    scale: Callable[[int], float],
+    rescale: float = 0.0,
+) -> Callable[[Tensor, int], Tensor]:
+    """Guidance by K conditions at once, each of which may change from step to step (Liu 2022, arXiv 2206.01714, eq. 11).
+
+    x0 = x0_uncond + scale sum_k weight_k (x0_k - x0_uncond). With one condition of weight 1 it is `guided`.
+
+    Args:
+        told: i -> `uncond` and the K conditions at grid point i; the same objects where nothing has changed, so that what
+            a network remembers of them serves on.
+        weights: (K,B) or (K,1).
+        scale: i -> the guidance at grid point i.
+    """
+    parts = len(weights)
+    single = parts == 1 and bool((weights == 1).all())
+    joined: dict[tuple[int, ...], tuple[tuple[Cond, ...], Cond]] = {}  # with the parts, or their ids might come again
+
+    def all_of(conds: tuple[Cond, ...]) -> Cond:
+        key = tuple(map(id, conds))
+        if key not in joined:
+            joined[key] = (conds, cat(conds))
+        return joined[key][1]
 
     def denoise(x: Tensor, i: int) -> Tensor:
-        without, told = predict(torch.cat([x, x]), i, both).chunk(2)
-        x0 = without + scale * (told - without)
+        conds, strength = told(i), scale(i)
+        if single and strength == 1:
+            return predict(x, i, conds[1])
+        without, *estimates = predict(torch.cat([x] * (1 + parts)), i, all_of(conds)).chunk(1 + parts)
+        shares = weights.to(x).view(parts, -1, *[1] * (x.dim() - 1))
+        away = estimates[0] - without
+        if not single:
+            away = torch.stack([share * (x0 - without) for share, x0 in zip(shares, estimates, strict=True)]).sum(0)
+        x0 = without + strength * away
         if rescale:
-            x0 = x0 * (rescale * _deviation(told) / _deviation(x0).clamp(min=1e-12) + 1 - rescale)
+            aim = estimates[0] if single else without + away
+            x0 = x0 * (rescale * _deviation(aim) / _deviation(x0).clamp(min=1e-12) + 1 - rescale)
         return x0
 
     return denoise

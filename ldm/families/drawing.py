@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.batch import Cond
-from ldm.diffusion.guidance import guided
+from ldm.batch import Cond, Text
+from ldm.diffusion.guidance import composed
 from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.samplers import SAMPLERS, Denoise
 from ldm.errors import UserError
 from ldm.families.codec import Codec
+from ldm.families.script import Script, Shape, shape_of
 from ldm.models.transformer import Memory
 from ldm.models.unet import UNet
 from ldm.pictures import to_uint8
+from ldm.prompt_syntax import Prompt, literal
 from ldm.rng import Rng
 from ldm.text import TextEncoder
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEMBERED = 4  # conditions whose keys and values are kept
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,12 @@ class Engine:
 
     def draw(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         seeds: Sequence[int],
         settings: Settings,
         size: tuple[int, int],
         *,
-        negative: str = "",
+        negative: str | Prompt = "",
         latents: Tensor | None = None,
         edits: Sequence[Edit] = (),
         on_step: Callable[[int, int], None] | None = None,
@@ -148,26 +151,30 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         shape = (self.codec.channels, height // factor, width // factor)
         grid = shortened(self.process.grid(settings.steps, settings.spacing), min((e.strength for e in edits), default=1.0))
-        done = [(torch.empty(0, height, width, 3, dtype=torch.uint8), torch.empty(0, *shape))]
-        rounds = -(-len(prompts) // self.chunk)
+        read, avoided = [_read(prompt) for prompt in prompts], _read(negative)
+        alike: dict[Shape, list[int]] = {}
+        for row, prompt in enumerate(read):
+            alike.setdefault(shape_of(self.text, prompt, avoided, len(grid.t)), []).append(row)
+        chunks = [(kind, rows[i : i + self.chunk]) for kind, rows in alike.items() for i in range(0, len(rows), self.chunk)]
+        image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
+        x0 = torch.empty(len(prompts), *shape, dtype=self._place()[1])
         was_training = self.unet.training
         self.unet.eval()
         try:
-            for i, start in enumerate(range(0, len(prompts), self.chunk)):
-                rows = range(start, min(start + self.chunk, len(prompts)))
+            for i, (kind, rows) in enumerate(chunks):
                 padded = (*rows, *[rows[-1]] * (self.chunk - len(rows)))
                 rng = Rng(0, [seeds[row] for row in padded])
                 noise = rng.normal("init", shape) if latents is None else latents.cpu()[list(padded)]
                 canvas = Canvas(padded, grid, noise.to(*self._place()), rng)
-                report = None if on_step is None else _offset(on_step, i, rounds, len(grid.t))
-                x = self._denoise([prompts[row] for row in padded], negative, canvas, settings, edits, report)
-                image = to_uint8(self._decode(x, settings))
+                report = None if on_step is None else _offset(on_step, i, len(chunks), len(grid.t))
+                x = self._denoise([read[row] for row in padded], avoided, kind, canvas, settings, edits, report)
+                made = to_uint8(self._decode(x, settings))
                 for edit in edits:
-                    image = image if edit.finish is None else edit.finish(image, canvas)
-                done.append((image[: len(rows)], x[: len(rows)].cpu()))
+                    made = made if edit.finish is None else edit.finish(made, canvas)
+                image[rows], x0[rows] = made[: len(rows)].cpu(), x[: len(rows)].cpu()
         finally:
             self.unet.train(was_training)
-        return torch.cat([image for image, _ in done]), torch.cat([x for _, x in done])
+        return image, x0
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where the network lies, and the type that x is kept in: at least float32, whatever the network's own."""
@@ -176,8 +183,9 @@ class Engine:
 
     def _denoise(
         self,
-        prompts: list[str],
-        negative: str,
+        prompts: list[Prompt],
+        negative: Prompt,
+        shape: Shape,
         canvas: Canvas,
         settings: Settings,
         edits: Sequence[Edit],
@@ -187,23 +195,27 @@ class Engine:
         device, entry, grid = canvas.noise.device, SAMPLERS[settings.sampler], canvas.grid
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
         size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
-        told = Cond(text=self.text.encode(prompts), size=size)
-        untold = Cond(text=self.text.encode([negative] * len(prompts)), size=size)
-        for edit in edits:
-            if edit.condition is not None:
-                told, untold = edit.condition(told, canvas), edit.condition(untold, canvas)
 
-        remembered: list[tuple[Cond, Memory]] = []  # of the one condition that all steps share
+        def about(text: Text) -> Cond:
+            cond = Cond(text=text, size=size)
+            for edit in edits:
+                cond = cond if edit.condition is None else edit.condition(cond, canvas)
+            return cond
+
+        script = Script(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about)
+        remembered: list[tuple[Cond, Memory]] = []  # of the conditions that steps share; a few, for those that take turns
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:
-            if not remembered or remembered[0][0] is not c:
+            memory = next((memory for cond, memory in remembered if cond is c), None)
+            if memory is None:
                 assert c.text is not None
-                remembered[:] = [(c, self.unet.remember(c.text))]
+                memory = self.unet.remember(c.text)
+                remembered[:] = [*remembered[1 - REMEMBERED :], (c, memory)]
             t = grid.t[i].to(device).expand(len(x))
-            output = self.unet(x, t, c, remembered[0][1]).to(x.dtype)
+            output = self.unet(x, t, c, memory).to(x.dtype)
             return self.process.x0_from(output, x, t)
 
-        denoise = guided(predict, told, untold, settings.guidance, settings.rescale)
+        denoise = composed(predict, script.told, script.weights().to(device), lambda i: settings.guidance, settings.rescale)
         x = entry.start(canvas.noise, grid)
         for edit in edits:
             denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
@@ -237,6 +249,11 @@ class Engine:
             self.note(f"the decoder overflowed in {settings.precision}; it was run again in float32")
             image = torch.where(whole.view(-1, 1, 1, 1), image.float(), self.codec.decode(x))
         return image
+
+
+def _read(prompt: str | Prompt) -> Prompt:
+    """A prompt given as text is meant as it stands."""
+    return literal(prompt) if isinstance(prompt, str) else prompt
 
 
 def shortened(grid: Grid, strength: float) -> Grid:

@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.batch import Cond, Text
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import composed, guided
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedules import ScaledLinear
@@ -112,3 +112,27 @@ def test_a_guided_denoiser_drives_a_sampler():
     denoise = guided(predict, said(1), said(0), 3.0, 0.5)
     x = SAMPLERS["dpmpp_2m"].run(denoise, x_of(), grid.alpha, grid.sigma, Rng(0, range(3)))
     assert x.shape == (3, 2, 4, 4) and x.isfinite().all()
+
+
+def test_several_conditions_add_up():
+    x, conds = x_of(), (said(0), said(1), said(-2))
+    weights = torch.tensor([[1.0, 0.5, -1.0], [0.25, 0.0, 2.0]])
+    none, one, two = (predict(x, 3, c) for c in conds)
+    share = weights.double().view(2, 3, 1, 1, 1)
+    wanted = none + 4.0 * (share[0] * (one - none) + share[1] * (two - none))
+    assert torch.allclose(composed(predict, lambda i: conds, weights, lambda i: 4.0)(x, 3), wanted, atol=1e-12)
+
+
+def test_conditions_and_scale_of_each_step():
+    x, cat, dog, nothing = x_of(), said(1), said(2), said(0)
+    calls = []
+
+    def watch(x, i, cond):
+        calls.append((i, id(cond), len(x)))
+        return predict(x, i, cond)
+
+    denoise = composed(watch, lambda i: (nothing, cat if i < 2 else dog), torch.ones(1, 1), lambda i: 1.0 if i == 3 else 5.0)
+    found = [denoise(x, i) for i in range(4)]
+    wanted = [guided(predict, cat if i < 2 else dog, nothing, 1.0 if i == 3 else 5.0)(x, i) for i in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert calls[0][1] == calls[1][1] != calls[2][1] and [n for _, _, n in calls] == [6, 6, 6, 3]

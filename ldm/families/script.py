@@ -1,0 +1,69 @@
+"""What the network is told at each step: prompts that change while a picture is drawn, several at once, of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ldm.batch import Cond, Text
+from ldm.prompt_syntax import Piece, Prompt
+from ldm.text import TextEncoder
+from ldm.text_weighted import chunks_of, encode
+
+Pieces = tuple[Piece, ...]
+MAX_CHUNKS = 16  # of one prompt; what is beyond is not read
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a prompt decides the shape of the network's calls: pictures of equal shape are drawn together."""
+
+    parts: int  # prompts that AND joins
+    chunks: int  # calls of the text encoder
+    plain: bool  # one part of guidance weight 1, so that without guidance the empty prompt is not asked
+
+
+def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int) -> Shape:
+    """The shape of a prompt with its negative over `steps` steps."""
+    texts = {pieces for step in range(steps) for one in (prompt, negative) for pieces in one.at(step, steps)}
+    chunks = min(MAX_CHUNKS, max(len(chunks_of(encoder, pieces)) for pieces in texts))
+    return Shape(len(prompt.parts), chunks, len(prompt.parts) == 1 and prompt.parts[0].weight == 1)
+
+
+@dataclass
+class Script:
+    """The conditions of a chunk of B pictures, step after step.
+
+    Args:
+        prompts: B of equal shape.
+        negatives: B; what AND joins there is read as one text after another.
+        about: every picture's condition, from its text.
+    """
+
+    encoder: TextEncoder
+    prompts: Sequence[Prompt]
+    negatives: Sequence[Prompt]
+    shape: Shape
+    steps: int
+    about: Callable[[Text], Cond]
+    _made: dict[tuple[Pieces, ...], Cond] = field(default_factory=dict)
+
+    def weights(self) -> Tensor:
+        """Of every part's guidance, (parts,B)."""
+        return torch.tensor([[prompt.parts[k].weight for prompt in self.prompts] for k in range(self.shape.parts)])
+
+    def told(self, step: int) -> tuple[Cond, ...]:
+        """At a step, the negative prompts and then every part's; the very same objects where nothing changes."""
+        step = min(step, self.steps - 1)
+        without = [tuple(piece for part in one.at(step, self.steps) for piece in part) for one in self.negatives]
+        now = [prompt.at(step, self.steps) for prompt in self.prompts]
+        parts = [tuple(texts[k] for texts in now) for k in range(self.shape.parts)]
+        return tuple(self._cond(texts) for texts in (tuple(without), *parts))
+
+    def _cond(self, texts: tuple[Pieces, ...]) -> Cond:
+        if texts not in self._made:
+            self._made[texts] = self.about(encode(self.encoder, texts, self.shape.chunks))
+        return self._made[texts]
