@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every residual block adds at one step of a schedule; `UNet.schedule` makes those of all steps at once."""
+
+    shifts: dict[ResnetBlock, Tensor]  # each (B,C') or (1,C')
 
 
 class ResnetBlock(nn.Module):
@@ -41,11 +50,12 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
-        """(B,C,h,w), (B,T) after its SiLU, (B,c,h',w') -> (B,C',h,w)."""
+    def forward(self, x: Tensor, time: Tensor | Step | None = None, codes: Tensor | None = None) -> Tensor:
+        """(B,C,h,w), (B,T) after its SiLU or what became of it, (B,c,h',w') -> (B,C',h,w)."""
         h = self.conv1(F.silu(normed(self.norm1, x, codes)))               # (B,C',h,w)
         if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
+            shift = time.shifts[self] if isinstance(time, Step) else self.time_emb_proj(time)
+            h = h + shift[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(normed(self.norm2, h, codes))))  # (B,C',h,w)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
@@ -134,6 +144,11 @@ def folded_upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ]
         rows.append(torch.stack(columns, dim=-1))                          # (B,C',h,w,2)
     return torch.stack(rows, dim=-3).reshape(batch, -1, 2 * height, 2 * width)
+
+
+def phase_kernels(weight: Tensor) -> list[Tensor]:
+    """The four kernels (C',C,2,2) that a folded enlargement sees, row by row, of a kernel (C',C,3,3)."""
+    return [kernel for across in _pairs(weight, 2) for kernel in _pairs(across, 3)]
 
 
 def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -160,9 +160,13 @@ class MapAttention(nn.Module):
         """(B,C,h,w) -> (B,C,h,w)."""
         layer = self.group_norm if self.spatial_norm is None else self.spatial_norm
         h = normed(layer, x, codes).flatten(2).transpose(1, 2)             # (B,h*w,C)
-        q, k, v = (to(h)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # (B,1,h*w,C)
+        q, k, v = (y[:, None] for y in self._projected(h))                 # (B,1,h*w,C)
         h = self.to_out[0](attention(q, k, v)[:, 0])                       # (B,h*w,C)
         return x + h.transpose(1, 2).reshape(x.shape)
+
+    def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (B,L,C)."""
+        return self.to_q(h), self.to_k(h), self.to_v(h)
 
 
 def _run(block: nn.Module, x: Tensor, codes: Tensor | None, checkpointing: bool) -> Tensor:

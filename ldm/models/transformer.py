@@ -95,11 +95,11 @@ class CrossAttention(nn.Module):
         """(B,L,C) -> (B,L,C)."""
         mask = None
         if memory is None:
-            k, v = self.keys_values(x)
+            q, k, v = self._inward(x)                                      # (B,heads,L,D)
         else:
+            q = self._split(self.to_q(x))                                  # (B,heads,L,D)
             k, v = memory.keys_values.get(self) or self.keys_values(memory.tokens)
             mask = memory.mask
-        q = self._split(self.to_q(x))                                      # (B,heads,L,D)
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
                 out = attention(*(y if y.dtype == torch.float64 else y.float() for y in (q, k, v)), mask).to(q.dtype)
@@ -110,6 +110,10 @@ class CrossAttention(nn.Module):
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """(B,S,C') -> two of (B,heads,S,D)."""
         return self._split(self.to_k(source)), self._split(self.to_v(source))
+
+    def _inward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of what attends to itself."""
+        return self._split(self.to_q(x)), *self.keys_values(x)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

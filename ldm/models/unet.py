@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.batch import Cond, Text
 from ldm.config import Count, Fraction, Positive, PositiveFloat, config, named
 from ldm.errors import UserError
-from ldm.models.blocks import Downsample, ResnetBlock, Upsample, recompute, start_as_identity, zero
+from ldm.models.blocks import Downsample, ResnetBlock, Step, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
 from ldm.models.transformer import CrossAttention, Memory, Transformer
 
@@ -153,7 +153,7 @@ class UNet(nn.Module):
                     zero(module.proj_out)
             zero(self.conv_out)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None, step: Step | None = None) -> Tensor:
         """Predict the target.
 
         Args:
@@ -161,6 +161,7 @@ class UNet(nn.Module):
             t: (B,), the time in the units of training.
             cond: the text; the image, if any, joins the channels of x; the sizes, if the network was told to use them.
             memory: what `remember` made of the text of `cond`, to save its projections in every step.
+            step: what `schedule` made of `t` and `cond`, likewise; `t` is not read then.
 
         Returns:
             (B,C',h,w).
@@ -172,7 +173,8 @@ class UNet(nn.Module):
             x = torch.cat([x, cond.image], dim=1)
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"x and Cond.image have {x.shape[1]} channels; this U-Net wants {self.config.in_channels}")
-        time = F.silu(self._time(x, t, cond))                              # (B,T); each block would repeat the SiLU
+        # (B,T); each block would repeat the SiLU
+        time = F.silu(self._time(t, cond, x.dtype)) if step is None else step
         memory = memory or self._memory(cond.text, x.dtype)
         recomputed = self.checkpointing and torch.is_grad_enabled()
         if self.config.coordinates:
@@ -212,21 +214,32 @@ class UNet(nn.Module):
             return Memory(None, None)
         return Memory(text.tokens.to(dtype), text.mask[:, None, None, :] if self.config.mask_padding else None)
 
-    def _time(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The time embedding with all that is added to it, (B,T)."""
+    def schedule(self, t: Tensor, cond: Cond) -> list[Step]:
+        """What the residual blocks add at each of the times t (S,): the embeddings of a whole schedule in one call.
+
+        With sizes or pooled text it holds for the batch of `cond`, else for any.
+        """
+        time = F.silu(self._time(t, cond, self.conv_in.weight.dtype, every=True))  # (S,B or 1,T)
+        blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        shifts = {block: block.time_emb_proj(time) for block in blocks if block.time_emb_proj is not None}
+        return [Step({block: rows[i] for block, rows in shifts.items()}) for i in range(len(t))]
+
+    def _time(self, t: Tensor, cond: Cond, dtype: torch.dtype, every: bool = False) -> Tensor:
+        """The time embedding with all that is added to it: (B,T), or of `every` time for each of the batch (S,B or 1,T)."""
         c = self.config
-        time = self.time_embedding(waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(x.dtype))
+        time = self.time_embedding(waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(dtype))
+        time = time[:, None] if every else time
         if self.add_embedding is None and self.pooled_embedding is None:
             return time
         if cond.text is None or cond.text.pooled is None:
             raise ValueError("this U-Net is told the pooled text, but Cond.text.pooled is None")
-        pooled = cond.text.pooled.to(x.dtype)
+        pooled = cond.text.pooled.to(dtype)
         if self.pooled_embedding is not None:
             return time + self.pooled_embedding(pooled)
         if cond.size is None:
             raise ValueError("this U-Net is told sizes, but Cond.size is None")
         sizes = waves(cond.size.flatten(), c.size_channels, c.flip_sin_to_cos, c.freq_shift)
-        sizes = sizes.view(len(x), -1).to(x.dtype)
+        sizes = sizes.view(len(pooled), -1).to(dtype)
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
 
@@ -263,7 +276,7 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([scale]) if isinstance(scale, Downsample) else None
         self.upsamplers = nn.ModuleList([scale]) if isinstance(scale, Upsample) else None
 
-    def layer(self, i: int, x: Tensor, time: Tensor, memory: Memory, recomputed: bool) -> Tensor:
+    def layer(self, i: int, x: Tensor, time: Tensor | Step, memory: Memory, recomputed: bool) -> Tensor:
         """Residual block i and its transformer, (B,C,h,w) -> (B,C',h,w)."""
         x = recompute(self.resnets[i], x, time) if recomputed else self.resnets[i](x, time)
         if self.attentions is None:
@@ -280,7 +293,7 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([transformer(config, len(config.channels) - 1)] if attends else [])
         self.resnets = nn.ModuleList(resnet(config, channels, channels, time) for _ in range(1 + attends))
 
-    def forward(self, x: Tensor, time: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | Step, memory: Memory) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
         x = self.resnets[0](x, time)
         for attend, block in zip(self.attentions, self.resnets[1:], strict=True):

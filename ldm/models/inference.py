@@ -1,0 +1,149 @@
+"""Networks in the form that only draws: the same function of the same weights in fewer and larger operations."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.blocks import Upsample, phase_kernels
+from ldm.models.coder import MapAttention
+from ldm.models.transformer import CrossAttention
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool = False) -> M:
+    """A network that computes what `module` does, for inference alone; `module` and its state dict stay as they are.
+
+    Projections of one input are one matrix product, enlargements by two with their 3x3 convolution four 2x2
+    convolutions, and weights lie as the convolutions read them. What is not changed is shared with `module`. A layer that
+    an adapter stands in for is left alone.
+
+    Args:
+        module: a UNet, an autoencoder or a part of one.
+        dtype: of the weights; None: as they are.
+        channels_last: lay convolutions' weights out by place first, channel last.
+    """
+    made = shared_copy(module).eval()
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if (better := _better(child)) is not None:
+                setattr(parent, name, better)
+    for part in made.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(_laid(weight.detach(), dtype, channels_last), requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(part, name, buffer if dtype is None else buffer.to(dtype))
+    return made
+
+
+def shared_copy(module: M) -> M:
+    """New modules on the same parameters and buffers, so that parts can be exchanged in one and not in the other."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def _laid(weight: Tensor, dtype: torch.dtype | None, channels_last: bool) -> Tensor:
+    """A weight in its type and layout; the same tensor where nothing changes."""
+    weight = weight if dtype is None else weight.to(dtype)
+    return weight.contiguous(memory_format=torch.channels_last) if channels_last and weight.ndim == 4 else weight
+
+
+def _better(layer: nn.Module) -> nn.Module | None:
+    """The faster layer that stands in for one, or None."""
+    if type(layer) is CrossAttention and _plain(layer.to_q, layer.to_k, layer.to_v):
+        return FusedAttention(layer)
+    if type(layer) is MapAttention and _plain(layer.to_q, layer.to_k, layer.to_v):
+        return FusedMapAttention(layer)
+    if type(layer) is Upsample and type(layer.conv) is nn.Conv2d:
+        return FoldedUpsample(layer)
+    return None
+
+
+def _plain(*layers: nn.Module) -> bool:
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """Layers that read the same input as one that gives their outputs side by side."""
+    first = layers[0]
+    made = nn.Linear(first.in_features, sum(layer.out_features for layer in layers), first.bias is not None, device="meta")
+    made.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if first.bias is not None:
+        made.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return made
+
+
+class FusedAttention(CrossAttention):
+    """CrossAttention with one projection for all that is read from the same tokens: q, k and v, or k and v."""
+
+    def __init__(self, layer: CrossAttention) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.upcast, self.looks_inward = layer.heads, layer.upcast, layer.looks_inward
+        if layer.looks_inward:
+            self.to_qkv = _joined(layer.to_q, layer.to_k, layer.to_v)
+        else:
+            self.to_q, self.to_kv = layer.to_q, _joined(layer.to_k, layer.to_v)
+        self.to_out = layer.to_out
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,S,C') -> two of (B,heads,S,D), of a text."""
+        k, v = self.to_kv(source).chunk(2, dim=2)
+        return self._split(k), self._split(v)
+
+    def _inward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.to_qkv(x).chunk(3, dim=2)
+        return self._split(q), self._split(k), self._split(v)
+
+
+class FusedMapAttention(MapAttention):
+    """MapAttention with one projection."""
+
+    def __init__(self, layer: MapAttention) -> None:
+        nn.Module.__init__(self)
+        self.group_norm, self.spatial_norm, self.to_out = layer.group_norm, layer.spatial_norm, layer.to_out
+        self.to_qkv = _joined(layer.to_q, layer.to_k, layer.to_v)
+
+    def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.to_qkv(h).chunk(3, dim=2)
+        return q, k, v
+
+
+class FoldedUpsample(Upsample):
+    """Upsample whose four 2x2 kernels are computed once; for odd sizes too."""
+
+    def __init__(self, layer: Upsample) -> None:
+        nn.Module.__init__(self)
+        self.conv = layer.conv
+        kernels = [k.detach().contiguous() for k in phase_kernels(layer.conv.weight)]
+        self.kernels = nn.ParameterList(nn.Parameter(k, requires_grad=False) for k in kernels)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B,C,h,w) -> (B,C,2h,2w), or (B,C,*size) with a row or a column less."""
+        height, width = x.shape[2:]
+        rows, columns = size or (2 * height, 2 * width)
+        if min(height, width) < 2 or (2 * height - rows) not in (0, 1) or (2 * width - columns) not in (0, 1):
+            return super().forward(x, size)
+        padded = F.pad(x, (1, 1, 1, 1))
+        out: Tensor | None = None
+        for i, kernel in enumerate(self.kernels):
+            r, c = divmod(i, 2)
+            part = F.conv2d(padded[:, :, r : r + height + 1, c : c + width + 1], kernel, self.conv.bias)  # (B,C',h,w)
+            if out is None:
+                like = torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+                shape = (len(x), part.shape[1], rows, columns)
+                out = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=like)
+            place = out[:, :, r::2, c::2]
+            place.copy_(part[:, :, : place.shape[2], : place.shape[3]])
+        assert out is not None
+        # The missing row would have been a copy of the last one, which now has padding in its place.
+        if rows < 2 * height:
+            out[:, :, -1:] = self.conv(F.interpolate(x[:, :, -2:], size=(3, columns)))[:, :, -1:]
+        if columns < 2 * width:
+            out[:, :, :, -1:] = self.conv(F.interpolate(x[:, :, :, -2:], size=(rows, 3)))[:, :, :, -1:]
+        return out
