@@ -12,7 +12,7 @@ from ldm.card import model_card
 from ldm.errors import UserError
 from ldm.families.codec import STATISTICS, Statistics
 from ldm.families.latent_diffusion import RECORD, autoencoder_folder
-from ldm.folder import content_hash, load_part, save_part
+from ldm.folder import content_hash, load_part, read_config, save_part
 from ldm.models.autoencoder import KLConfig, fold_latent_stats
 
 STOCK_UNET = "UNet2DConditionModel"
@@ -52,7 +52,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         save_part({**config, "sample_size": size[0] // factor}, state, folder / "unet")
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
-        _write(folder / "model_index.json", _index(source.name, record["scheduler"]["_class_name"], config["_class_name"]))
+        index = model_index(source.name, record["scheduler"]["_class_name"], config, read_config(folder / "text_encoder"))
+        _write(folder / "model_index.json", index)
         own = content_hash(folder / source.name)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
         stock = config["_class_name"] == STOCK_UNET
@@ -70,23 +71,35 @@ def _fold(source: Path, target: Path) -> None:
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
 
 
-def _index(autoencoder: str, scheduler: str, unet: str) -> dict[str, Any]:
+def model_index(autoencoder: str, scheduler: str, unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json: which class of which library opens each part, and which pipeline joins them.
+
+    Args:
+        autoencoder: vae or vqvae.
+        scheduler: the class name.
+        unet: its config.json.
+        text: the text encoder's.
+    """
     import diffusers
 
     absent: list[None] = [None, None]
+    clip = text["model_type"] == "clip_text_model"
+    inpaints = unet["in_channels"] == 2 * unet["out_channels"] + 1
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers" if unet == STOCK_UNET else "ldm", unet],
+        "text_encoder": ["transformers", text["architectures"][0]],
+        "tokenizer": ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"],
+        "unet": ["diffusers" if unet["_class_name"] == STOCK_UNET else "ldm", unet["_class_name"]],
         "vae": ["diffusers", "AutoencoderKL"],
         "safety_checker": absent,
         "feature_extractor": absent,
         "image_encoder": absent,
         "requires_safety_checker": False,
     }
+    if not clip:
+        index["_class_name"] = "DiffusionPipeline"  # no stock pipeline hides the padding from a T5
     if autoencoder == "vqvae":
         # No stock pipeline joins these parts; the card shows the lines that do.
         index["_class_name"] = "DiffusionPipeline"

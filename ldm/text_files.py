@@ -88,13 +88,19 @@ def _t5_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_text_model(model: Any, part: Path) -> None:
     """Write a CLIPTextModel or T5EncoderModel as any version of transformers reads it."""
+    config, state = text_part(model)
+    save_part(config, state, part, "model")
+
+
+def text_part(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights of a CLIPTextModel or T5EncoderModel as any version of transformers reads them."""
     config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
     state = dict(model.state_dict())
     if config["model_type"] == "t5":
         del state["encoder.embed_tokens.weight"]  # the same table as shared.weight
     else:
         state = {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
-    save_part(config, state, part, "model")
+    return config, state
 
 
 def load_tokenizer(part: Path) -> Any:
