@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
     "bench": ("ldm.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),
+    "export": ("ldm.export_verb", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
 }
 
