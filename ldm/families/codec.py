@@ -14,8 +14,10 @@ from ldm.data.sources import DataSet
 from ldm.errors import UserError
 from ldm.folder import AGAIN, content_hash, load_module, load_part, read_json, save_part
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
+from ldm.models.stripes import Stripes
 
 STATISTICS = "latents.json"
+TILE = 512  # px
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,12 @@ class Codec(nn.Module):
         network: KL or VQ.
         statistics: of the raw latents.
         hash: of the autoencoder's folder; latents and diffusion models remember it and refuse any other.
+
+    Larger pictures than `tile` x `tile` go through the network one at a time and in stripes, which gives the same numbers;
+    smaller ones are decoded as many at a time as have so many pixels together. A tile of 0: everything at once.
     """
 
+    tile = TILE
     mean: Tensor
     std: Tensor
 
@@ -81,9 +87,15 @@ class Codec(nn.Module):
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
+        way = self._way(image, image.shape[2] * image.shape[3])
+        parts = [self._moments(part, way) for part in (image.split(1) if way else (image,))]
+        std = [part for _, part in parts if part is not None]
+        return torch.cat([mean for mean, _ in parts]), torch.cat(std) if std else None
+
+    def _moments(self, image: Tensor, way: Stripes | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.network, VQAutoencoder):
-            return (full(self.network.encode(image)) - self.mean) / self.std, None
-        mean, logvar = self.network.encode(image)
+            return (full(self.network.encode(image, way)) - self.mean) / self.std, None
+        mean, logvar = self.network.encode(image, way)
         return (full(mean) - self.mean) / self.std, (0.5 * full(logvar)).exp() / self.std
 
     @torch.no_grad()
@@ -93,7 +105,15 @@ class Codec(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
-        return self.network.decode((latent * self.std + self.mean).to(next(self.network.parameters()).dtype))
+        pixels = latent.shape[2] * latent.shape[3] * self.factor**2
+        way, together = self._way(latent, pixels), max(1, self.tile**2 // pixels) if self.tile else len(latent)
+        z = (latent * self.std + self.mean).to(next(self.network.parameters()).dtype)
+        return torch.cat([self.network.decode(part, way) for part in z.split(together)])
+
+    def _way(self, x: Tensor, pixels: int) -> Stripes | None:
+        """How pictures of so many pixels go through the network; None: at once."""
+        learning = torch.is_grad_enabled() and x.requires_grad
+        return Stripes(self.tile**2) if self.tile and pixels > self.tile**2 and not learning else None
 
 
 def full(x: Tensor) -> Tensor:

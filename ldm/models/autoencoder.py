@@ -15,6 +15,7 @@ from ldm.errors import UserError
 from ldm.models.blocks import start_as_identity
 from ldm.models.coder import Decoder, Encoder, Shape
 from ldm.models.diffusers_config import kl_from_diffusers, kl_to_diffusers, vq_from_diffusers, vq_to_diffusers
+from ldm.models.stripes import Stripes
 from ldm.rng import Rng
 
 DEAD = 0.01  # a code with less than this share of the mean use counts as unused
@@ -159,17 +160,18 @@ class KLAutoencoder(nn.Module):
         """The weights of the decoder's last convolution, where the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior, each (B,c,h,w), of images (B,3,H,W) in [-1,1]."""
-        moments = self.encoder(image)                                      # (B,2c,h,w)
+    def encode(self, image: Tensor, way: Stripes | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior, each (B,c,h,w), of images (B,3,H,W) in [-1,1]; on `way` if large."""
+        moments = self.encoder(image) if way is None else way.encode(self.encoder, image)  # (B,2c,h,w)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images (B,3,H,W), about [-1,1], of latents (B,c,h,w)."""
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+    def decode(self, z: Tensor, way: Stripes | None = None) -> Tensor:
+        """Images (B,3,H,W), about [-1,1], of latents (B,c,h,w); on `way` if they are large."""
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder(z) if way is None else way.decode(self.decoder, z)
 
 
 class VQAutoencoder(nn.Module):
@@ -206,15 +208,17 @@ class VQAutoencoder(nn.Module):
         """The codes, (codes,c)."""
         return self.quantize.embedding.weight
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Latents (B,c,h,w), not quantised, of images (B,3,H,W) in [-1,1]."""
-        return self.quant_conv(self.encoder(image))
+    def encode(self, image: Tensor, way: Stripes | None = None) -> Tensor:
+        """Latents (B,c,h,w), not quantised, of images (B,3,H,W) in [-1,1]; on `way` if they are large."""
+        return self.quant_conv(self.encoder(image) if way is None else way.encode(self.encoder, image))
 
-    def decode(self, z: Tensor, quantise: bool = True) -> Tensor:
+    def decode(self, z: Tensor, way: Stripes | None = None, quantise: bool = True) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of latents (B,c,h,w), snapped to the codebook unless they are already."""
         if quantise:
             z = self.quantize(z)[0].to(z.dtype)
-        return self.decoder(self.post_quant_conv(z), z if self.config.norm == "spatial" else None)
+        told = z if self.config.norm == "spatial" else None
+        z = self.post_quant_conv(z)
+        return self.decoder(z, told) if way is None else way.decode(self.decoder, z, told)
 
 
 class Codebook(nn.Module):

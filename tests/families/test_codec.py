@@ -100,3 +100,31 @@ def test_statistics_that_make_no_sense_are_refused(values: dict[str, Any], tmp_p
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     with pytest.raises(UserError, match=r"latents\.json: "):
         load_codec(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("config", [KL, VQ], ids=["kl", "vq"])
+@torch.no_grad()
+def test_large_pictures_go_through_one_at_a_time_and_in_stripes(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network(config)
+    codec = Codec(made, measure(made, Pictures(), SIDE, 0, CPU))
+    image = Pictures().load(range(3), range(3), 64, 0, False).image
+    calls: list[tuple[int, bool]] = []
+    plain = made.decode
+    monkeypatch.setattr(made, "decode", lambda z, way=None: calls.append((len(z), way is not None)) or plain(z, way))
+    found = {}
+    for tile in (0, 512, 64, 63):
+        codec.tile = tile
+        found[tile] = [*codec.moments(image)]
+        found[tile].append(codec.decode(found[tile][0]))
+    assert calls == [(3, False), (3, False), *[(1, False)] * 3, *[(1, True)] * 3]
+    for tile in (512, 64, 63):
+        for a, b in zip(found[tile], found[0], strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_that_learns_is_decoded_at_once() -> None:
+    codec = Codec(network(KL), Statistics((0.0,) * 4, (1.0,) * 4, 0, 0))
+    codec.tile = 16
+    latent = torch.randn(1, 4, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(codec.decode(latent).square().sum(), latent)
+    assert gradient.isfinite().all() and gradient.any()
