@@ -53,8 +53,9 @@ def ddim(
     a, s = alpha.tolist(), sigma.tolist()
     for i in range(len(a) - 1):
         x0 = denoise(x, i)
-        fresh = eta * _ancestral(a, s, i)
-        kept = math.sqrt(max(s[i + 1] ** 2 - fresh**2, 0.0))
+        shrink = s[i + 1] * a[i] / (s[i] * a[i + 1])
+        fresh = eta * s[i + 1] * math.sqrt(max(1 - shrink**2, 0.0))  # eta 1: the deviation of the posterior q(x' | x, x0)
+        kept = s[i + 1] * math.sqrt(1 - eta**2 + (eta * shrink) ** 2)  # root of s'^2 - fresh^2, without its cancellation
         x = a[i + 1] * x0 + kept / s[i] * (x - a[i] * x0)
         if fresh > 0:
             x = x + fresh * _noise(rng, i, x)
@@ -239,12 +240,6 @@ def _extrapolate(a: list[float], s: list[float], i: int, x0: Tensor, last: Tenso
         return x0
     h, h_last = _log_snr(a, s, i + 1) - _log_snr(a, s, i), _log_snr(a, s, i) - _log_snr(a, s, i - 1)
     return x0 + 0.5 * h / h_last * (x0 - last)
-
-
-def _ancestral(a: list[float], s: list[float], i: int) -> float:
-    """Deviation of the posterior q(x' | x, x0) between levels i and i+1."""
-    shrink = s[i + 1] * a[i] / (s[i] * a[i + 1])
-    return s[i + 1] * math.sqrt(max(1 - shrink**2, 0.0))
 
 
 def _noise(rng: Rng, i: int, x: Tensor) -> Tensor:

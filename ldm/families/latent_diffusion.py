@@ -16,7 +16,7 @@ from ldm.config import Fraction, NonNegative, Positive, config
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
-from ldm.families.codec import Codec, load_codec
+from ldm.families.codec import Codec, full, load_codec
 from ldm.families.drawing import Edit, Engine, Settings, choose, warn
 from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
@@ -145,9 +145,9 @@ class LatentDiffusionFamily(Family):
     def encode(self, batch: ImageBatch | MomentBatch, rng: Rng) -> LatentBatch:
         """Latents drawn from the posterior, and the captions encoded."""
         mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
-        x0 = mean.float()
+        x0 = full(mean)
         if std is not None:
-            x0 = x0 + std.float() * rng.normal("posterior", mean.shape[1:]).to(x0.device)
+            x0 = x0 + full(std) * rng.normal("posterior", mean.shape[1:]).to(x0)
         text = self.text.encode(list(batch.caption))
         return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
 
@@ -159,7 +159,7 @@ class LatentDiffusionFamily(Family):
             drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
             cond = where(drop, self._without_caption(cond), cond)
         noised = self.process.noise(latents.x0, rng)
-        output = self.unet(noised.x, noised.t, cond).float()
+        output = full(self.unet(noised.x, noised.t, cond))
         error = (output - noised.target).square().mean((1, 2, 3))  # (B,)
         gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
         return {"denoising": (noised.weight * error).mean()}, gauges
