@@ -43,6 +43,12 @@ class Recipe:
     init: str = ""  # SHA-256 of the file it was drawn out of; empty: out of noise
     strength: float = 1.0  # the share of the steps that were taken
     mask: str = ""  # SHA-256 of the file that showed where it is new; empty: everywhere
+    guidance_from: float = 0.0  # the share of the steps after which guidance begins
+    guidance_to: float = 1.0  # and after which it ends
+    guidance_curve: str = "constant"  # how it changes over the steps
+    notation: bool = False  # whether brackets and AND in the prompts mean what ldm.prompt_syntax says, or stand for themselves
+    hires: float = 1.0  # how many times smaller, in width and height, a first pass drew it; 1: there was none
+    hires_strength: float = 0.5  # the share of the steps that the second pass took
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -53,13 +59,25 @@ class Recipe:
         if self.spacing == "karras":
             values["Schedule type"] = "Karras"
         values |= {
-            "CFG scale": self.guidance, "Seed": self.seed, "Size": f"{self.width}x{self.height}",
+            "CFG scale": self.guidance, "Seed": self.seed, "Size": f"{self.first_width}x{self.first_height}",
             "Model hash": self.model_hash[:10], "Model": self.model, "Version": f"ldm {__version__}",
         }  # fmt: skip
         if self.init:
             values["Denoising strength"] = self.strength
+        elif self.hires != 1:
+            values |= {"Denoising strength": self.hires_strength, "Hires upscale": self.hires}
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
         return "\n".join(lines)
+
+    @property
+    def first_width(self) -> int:
+        """px, of the first pass."""
+        return round(self.width / self.hires)
+
+    @property
+    def first_height(self) -> int:
+        """px, of the first pass."""
+        return round(self.height / self.hires)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the `ldm` chunk."""
@@ -134,7 +152,7 @@ def _ours(text: str, path: Path) -> Recipe:
         values = json.loads(text)
         if values["schema"] > SCHEMA:
             raise UserError(f"{path}: its recipe was written by ldm {values['version']}; a newer ldm than this can read it")
-        kinds: dict[str, type] = {"str": str, "int": int, "float": float}
+        kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
         known = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | values
         return Recipe(**{f.name: _typed(known[f.name], kinds[str(f.type)]) for f in fields(Recipe)})
     except UserError:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +16,10 @@ import typer
 
 from ldm.cli import call, size_of
 from ldm.errors import UserError
+from ldm.prompt_files import Asked, read_prompts
 
-NUMBER = re.compile(r"^(\d{5,})_seed\d+\.png$")
 Option = typer.Option
 MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
-MAX_SIDE = 8192  # px
 
 
 def main(words: Sequence[str]) -> int:
@@ -31,13 +29,16 @@ def main(words: Sequence[str]) -> int:
 
 def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts are drawn in turn.")] = None,
-    prompts: Annotated[Path | None, Option(help="A text file with one prompt per line; - reads standard input.")] = None,
+    prompts: Annotated[Path | None, Option(help="A file, a prompt a line (flags --n --w --h --d --l --s, or JSON); -: input.")] = None,
     recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
     model: Annotated[str, Option(help="A model or run folder, or owner/name on the hub; default: the newest of runs/*.")] = "",
     n: Annotated[int, Option(min=1, help="Pictures per prompt; picture k has the seed SEED + k.")] = 1,
     seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Seed of each prompt's first picture; default: 0.")] = None,
+    seeds: Annotated[str, Option(help="The seeds of every prompt, such as 1,5,9; in place of --seed and --n.")] = "",
     steps: Annotated[int | None, Option(min=1, max=1000, help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, Option(min=0, max=1000, help="Classifier-free guidance; 1: none; default: the model's.")] = None,
+    guidance_interval: Annotated[str, Option(help="Guide only from one share of the steps to another, such as 0.1,0.8.")] = "",
+    guidance_curve: Annotated[str, Option(help="Guidance over the steps: constant, or rising: linear cosine.")] = "",
     rescale: Annotated[float | None, Option(min=0, max=1, help="Guidance rescale (Lin 2023); default: the model's.")] = None,
     sampler: Annotated[str, Option(help="ddpm ddim plms euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc; default: the model's.")] = "",
     spacing: Annotated[str, Option(help="Of the steps: trailing leading linspace karras; default: the sampler's.")] = "",
@@ -45,34 +46,45 @@ def sample(
     precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
     negative: Annotated[str | None, Option(help="What to stay away from; default: nothing.")] = None,
     size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
+    literal: Annotated[bool, Option("--literal", help="Brackets, BREAK and AND in prompts stand for themselves.")] = False,
+    hires: Annotated[float | None, Option(min=1, max=8, help="Draw so many times smaller first, enlarge, and draw anew in part.")] = None,
+    hires_strength: Annotated[float | None, Option(min=0, max=1, help="How much the second pass draws anew; default: 0.5.")] = None,
     init: Annotated[Path | None, Option(help="A picture to start from, in place of noise.")] = None,
     strength: Annotated[float | None, Option(help="How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")] = None,
     mask: Annotated[Path | None, Option(help="A picture as large as INIT, white where it is to be new; the rest keeps its bytes.")] = None,
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
     out: Annotated[Path, Option(help="Folder of the pictures.")] = Path("outputs"),
     grid: Annotated[Path | None, Option(help="Also one PNG of all, a row for each prompt.")] = None,
+    save_steps: Annotated[bool, Option("--save-steps", help="Beside each picture, a strip of what it was at every step.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Leave out the pictures that OUT holds already.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per picture.")] = False,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
 ) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
-    from ldm.recipe import Recipe, read_recipe, save_picture, writable
+    from ldm.recipe import Recipe, read_recipe, writable
 
     found = read_recipe(recipe) if recipe else {}
-    old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else found
-    wanted = [writable(text).replace("\0", " ") for text in _prompts(prompt or [], prompts, old.get("prompt"))]
+    # Other programs' pictures say nothing of it, and mean the notation.
+    old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
+    wanted = _asked(prompt or [], prompts, old.get("prompt"))
     avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
     start = int(old.get("seed", 0) if seed is None else seed)
+    own_seeds = _seeds(seeds, seed, n)
     shape = _size(size, old)
+    interval = _interval(guidance_interval, old)
     for name, value in (("guidance", guidance), ("rescale", rescale), ("eta", eta)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name}: got {value}; a finite number is needed")
     strength = _editing(init, strength, mask, old)
+    hires = _hires(hires, hires_strength, init, old)
     folder = model or _newest()
     out.mkdir(parents=True, exist_ok=True)
     if grid is not None:
         grid.parent.mkdir(parents=True, exist_ok=True)
 
+    from ldm import jobs
     from ldm.families.finished import load
+    from ldm.picture_files import free, present
 
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
     family = load(folder, device=_device(device))
@@ -85,61 +97,131 @@ def sample(
         "spacing": spacing or (None if sampler else old.get("spacing")),
         "eta": old.get("eta", 0.0) if eta is None else eta,
         "precision": precision or old.get("precision"),
+        "guidance_curve": guidance_curve or old.get("guidance_curve", "constant"),
+        **interval,
     }
-    settings = family.settings(**chosen)
-    height, width = shape or family.defaults["size"]
+    edits: Any = ()
+    rest: dict[str, Any] = {"model": _name(folder), "model_hash": family.content_hash, **hires}
+    rest["notation"] = not literal and bool(old.get("notation", True))
     if old.get("model_hash", family.content_hash) != family.content_hash:
         _note(f"{recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
-    for text, read in family.text.overlong([*wanted, avoided]).items():
-        most = family.text.max_tokens
-        _note(f"{text[:40]!r}... is longer than the model's {most} tokens; it reads up to ...{read[-40:]!r}")
-
-    edits: Any = ()
-    edited: dict[str, Any] = {}
     if init is not None:
-        edits, edited = _edits(family, init, mask, strength, (height, width), old)
+        if sizes := [one for one in wanted if one.width or one.height]:
+            raise UserError(f"init: the prompt {sizes[0].prompt[:40]!r} has a size of its own; leave out --w and --h, or use --size")
+        edits, edited = _edits(family, init, mask, strength, shape or family.defaults["size"], old)
+        rest |= edited
+    made = jobs.recipes(family, wanted, own_seeds, seed=start, n=n, chosen=chosen, negative=avoided, size=shape, **rest)
+    for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative)):
+        _overlong(family, text, rest["notation"])
+    if resume and (kept := present(out)):
+        missing = [one for one in made if one not in kept]
+        _note(f"{len(made) - len(missing)} of {len(made)} pictures are in {out} already")
+        made = missing
 
-    jobs = [(text, start + k) for text in wanted for k in range(n)]
-    name = _name(folder)
-    many = -(-batch // family.defaults["chunk"]) * family.defaults["chunk"]  # the network draws that many at a time anyway
-    note = cache(_note)  # what is told of several batches is said once
-    pictures, number, started = [], _free(out), time.monotonic()
-    with _bar(len(jobs)) as show:
-        for first in range(0, len(jobs), many):
-            part = jobs[first : first + many]
+    started = time.monotonic()
+    pictures = _drawn(family, made, edits, out, free(out), batch, save_steps, as_json, grid is not None)
+    if grid is not None and pictures:
+        from ldm.picture_files import save_sheet
 
-            def on_step(done: int, of: int, first: int = first, count: int = len(part)) -> None:
-                show(first + count * done / of)
-
-            images = family.sample(
-                [text for text, _ in part], [own for _, own in part], **chosen, negative=avoided, size=(height, width), on_step=on_step,
-                edits=edits, note=note,
-            )  # fmt: skip
-            for (text, own), pixels in zip(part, images, strict=True):
-                made = Recipe(
-                    prompt=text, negative=avoided, seed=own, **asdict(settings), width=width, height=height, model=name,
-                    model_hash=family.content_hash, **edited,
-                )  # fmt: skip
-                number, path = _save(out, number, own, lambda path, p=pixels, r=made: save_picture(path, p.numpy(), r))  # type: ignore[misc]
-                if as_json:
-                    print(json.dumps({"file": str(path), **made.to_dict()}, ensure_ascii=False), flush=True)
-                if grid is not None:
-                    pictures.append(pixels)
-    if grid is not None:
-        _save_grid(pictures, grid, n if n > 1 or len(wanted) > 8 else min(len(wanted), 8))
+        each = len(own_seeds) if own_seeds else n
+        save_sheet(pictures, grid, each if each > 1 or len(wanted) > 8 else min(len(wanted), 8))
     spent = time.monotonic() - started
     where = f"{out}/{f', all on {grid}' if grid else ''}"
-    print(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} of {folder} in {spent:.1f} s: {where}", file=sys.stderr)
+    print(f"{len(made)} picture{'s' * (len(made) != 1)} of {folder} in {spent:.1f} s: {where}", file=sys.stderr)
     return 0
 
 
-def _prompts(given: Sequence[str], file: Path | None, recipes: str | None) -> list[str]:
+def _drawn(
+    family: Any, made: Sequence[Any], edits: Any, out: Path, first: int, batch: int, save_steps: bool, as_json: bool, keep: bool
+) -> list[Any]:
+    """Draw recipes and write each picture as soon as it is there; the pictures in order, where they are to be kept."""
+    from ldm import jobs
+    from ldm.families.film import Film
+    from ldm.picture_files import Bar, save
+    from ldm.recipe import save_picture
+
+    chunk = family.defaults["chunk"]  # the network draws that many at a time anyway
+    note = cache(_note)  # what is told of several batches is said once
+    pictures: dict[int, Any] = {}
+    done = 0
+    with Bar(len(made)) as show:
+        for places in jobs.alike(made, -(-batch // chunk) * chunk):
+            part, film = [made[i] for i in places], Film()
+
+            def on_step(step: int, of: int, done: int = done, count: int = len(part)) -> None:
+                show(done + count * step / of)
+
+            watching = (*edits, film.edit()) if save_steps else edits
+            images = jobs.draw(family, part, edits=watching, on_step=on_step, note=note)
+            done += len(part)
+            for row, (place, recipe, pixels) in enumerate(zip(places, part, images, strict=True)):
+                _, path = save(out, first + place, recipe.seed, partial(save_picture, pixels=pixels.numpy(), recipe=recipe))
+                if save_steps:
+                    save_picture(path.with_name(f"{path.stem}_steps.png"), film.strip(row, family.codec).numpy(), recipe)
+                if as_json:
+                    print(json.dumps({"file": str(path), **recipe.to_dict()}, ensure_ascii=False), flush=True)
+                if keep:
+                    pictures[place] = pixels
+    return [pictures[place] for place in sorted(pictures)]
+
+
+def _overlong(family: Any, text: str, notation: bool) -> None:
+    """Say how a prompt is read that is longer than the text encoder reads at once."""
+    from ldm.families.script import MAX_CHUNKS
+    from ldm.prompt_syntax import literal, read
+    from ldm.text_weighted import chunks_of
+
+    parts = (read if notation else literal)(text).at(0, 1)
+    chunks = max(len(chunks_of(family.text, pieces)) for pieces in parts)
+    if chunks > 1:
+        how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
+        _note(f"{text[:40]!r}... is longer than the model's {family.text.max_tokens} tokens; it is read {how}")
+
+
+def _seeds(text: str, seed: int | None, n: int) -> list[int] | None:
+    if not text:
+        return None
+    if seed is not None or n != 1:
+        raise UserError("seeds: not together with --seed or --n")
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0 or max(found) > MAX_SEED:
+        raise UserError(f"seeds: got {text!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
+    return found
+
+
+def _interval(text: str, old: dict[str, Any]) -> dict[str, float]:
+    if not text:
+        return {"guidance_from": old.get("guidance_from", 0.0), "guidance_to": old.get("guidance_to", 1.0)}
+    try:
+        first, last = (float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"guidance_interval: got {text!r}; two shares of the steps are needed, such as 0.1,0.8") from None
+    return {"guidance_from": first, "guidance_to": last}
+
+
+def _hires(hires: float | None, strength: float | None, init: Path | None, old: dict[str, Any]) -> dict[str, float]:
+    factor = old.get("hires", 1.0) if hires is None else hires
+    if factor != 1 and init is not None:
+        raise UserError("hires: not together with --init; draw the picture first, and go on from it with a larger --size")
+    if factor == 1 and strength is not None:
+        raise UserError(f"hires_strength: got {strength}, but there is no second pass; give --hires 2")
+    return {"hires": float(factor), "hires_strength": float(old.get("hires_strength", 0.5) if strength is None else strength)}
+
+
+def _asked(given: Sequence[str], file: Path | None, recipes: str | None) -> list[Asked]:
+    """The prompts: words, a file's, a recipe's, or standard input's."""
+    from ldm.recipe import writable
+
+    def clean(text: str) -> str:
+        return writable(text).replace("\0", " ")
+
     if given and file is not None:
         raise UserError("prompts: give them as words or by --prompts, not both")
-    if given:
-        return list(given)
-    if file is None and recipes is not None:
-        return [recipes]
+    if given or (file is None and recipes is not None):
+        return [Asked(prompt=clean(text)) for text in given or [recipes or ""]]
     if file is None and sys.stdin.isatty():
         raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
     source = "standard input" if file is None or str(file) == "-" else str(file)
@@ -149,20 +231,14 @@ def _prompts(given: Sequence[str], file: Path | None, recipes: str | None) -> li
         raise UserError(f"{source}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{source}: {error.strerror}") from None
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
-        raise UserError(f'{source}: no prompts in it; write one per line, or give them as words: ldm sample "a red circle"')
-    return found
+    return read_prompts(clean(text), source)
 
 
 def _size(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
     """(height, width) px; None where neither the option nor the recipe says."""
     if not size:
         return (old["height"], old["width"]) if "height" in old else None
-    shape = size_of(size)
-    if max(shape) > MAX_SIDE:
-        raise UserError(f"size: got {size}; at most {MAX_SIDE} px a side")
-    return shape
+    return size_of(size)
 
 
 def _editing(init: Path | None, strength: float | None, mask: Path | None, old: dict[str, Any]) -> float | None:
@@ -239,59 +315,3 @@ def best_device() -> str:
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
-
-
-def _free(out: Path) -> int:
-    """The number after the highest in a folder of pictures."""
-    return max((int(match[1]) for path in out.iterdir() if (match := NUMBER.match(path.name))), default=-1) + 1
-
-
-def _save(out: Path, number: int, seed: int, write: Callable[[Path], None]) -> tuple[int, Path]:
-    """Write a picture under `number` or, where another process has taken it, a later one; the next number and the path."""
-    while True:
-        path = out / f"{number:05d}_seed{seed}.png"
-        try:
-            write(path)
-        except FileExistsError:
-            number = max(number + 1, _free(out))
-            continue
-        return number + 1, path
-
-
-def _save_grid(pictures: Sequence[Any], path: Path, columns: int) -> None:
-    import torch
-    from PIL import Image
-
-    from ldm.pictures import grid
-
-    temporary = path.with_name(f".{path.name}.partial")
-    Image.fromarray(grid(torch.stack(list(pictures)), columns).numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
-
-
-class _bar:
-    """Progress in pictures on standard error."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("", total=total, rate="")
-        self.began = time.monotonic()
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        return self.show
-
-    def show(self, done: float) -> None:
-        """So many pictures are done, in parts of one."""
-        rate = done / max(time.monotonic() - self.began, 1e-9)
-        self.progress.update(self.task, completed=round(done, 1), rate=f"{rate:.2f}/s")
-
-    def __exit__(self, *problem: object) -> None:
-        self.progress.stop()

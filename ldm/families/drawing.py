@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from ldm.rng import Rng
 from ldm.text import TextEncoder
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How guidance changes over the share of the steps that is done; each has a mean of 1.
+CURVES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0, "linear": lambda share: 2 * share, "cosine": lambda share: 1 - math.cos(math.pi * share),
+}  # fmt: skip
 REMEMBERED = 4  # conditions whose keys and values are kept
 
 
@@ -39,6 +44,18 @@ class Settings:
     spacing: str
     eta: float
     precision: str
+    guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
+    guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
+    guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
+
+    def guidance_at(self, i: int, steps: int) -> float:
+        """The guidance of step i of `steps`."""
+        share = min((i + 0.5) / steps, 1.0)
+        if not self.guidance_from <= share <= self.guidance_to:
+            return 1.0
+        if self.guidance_curve == "constant":
+            return self.guidance
+        return 1 + (self.guidance - 1) * CURVES[self.guidance_curve](share)
 
 
 def choose(
@@ -51,11 +68,14 @@ def choose(
     spacing: str | None = None,
     eta: float = 0.0,
     precision: str | None = None,
+    guidance_from: float = 0.0,
+    guidance_to: float = 1.0,
+    guidance_curve: str = "constant",
 ) -> Settings:
     """The numbers of a sampling call, those of `defaults` where none are given.
 
     Raises:
-        UserError: on an unknown sampler, spacing or precision.
+        UserError: on an unknown sampler, spacing, precision or curve, or an interval that is none.
     """
     name = sampler or defaults.sampler
     if name not in SAMPLERS:
@@ -65,8 +85,13 @@ def choose(
         guidance=defaults.guidance if guidance is None else guidance,
         rescale=defaults.rescale if rescale is None else rescale,
         sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,
-        precision=precision or defaults.precision,
+        precision=precision or defaults.precision, guidance_from=guidance_from, guidance_to=guidance_to, guidance_curve=guidance_curve,
     )  # fmt: skip
+    if not 0 <= guidance_from < guidance_to <= 1:
+        interval = f"{guidance_from:g} to {guidance_to:g}"
+        raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
+    if guidance_curve not in CURVES:
+        raise UserError(f"guidance_curve: got {guidance_curve!r}; choose one of {', '.join(CURVES)}")
     if chosen.precision not in PRECISION:
         raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
     if chosen.spacing not in SPACINGS:
@@ -215,7 +240,9 @@ class Engine:
             output = self.unet(x, t, c, memory).to(x.dtype)
             return self.process.x0_from(output, x, t)
 
-        denoise = composed(predict, script.told, script.weights().to(device), lambda i: settings.guidance, settings.rescale)
+        steps = len(grid.t)
+        weights = script.weights().to(device)
+        denoise = composed(predict, script.told, weights, lambda i: settings.guidance_at(i, steps), settings.rescale)
         x = entry.start(canvas.noise, grid)
         for edit in edits:
             denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)

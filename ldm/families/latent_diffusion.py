@@ -22,6 +22,7 @@ from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
 from ldm.folder import load_module, load_part, read_json, save_part
 from ldm.models.unet import UNet, UNetConfig
+from ldm.prompt_syntax import Prompt
 from ldm.rng import Rng
 from ldm.text import TextEncoder
 
@@ -208,7 +209,7 @@ class LatentDiffusionFamily(Family):
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         seeds: Sequence[int] | None = None,
         *,
         steps: int | None = None,
@@ -218,7 +219,10 @@ class LatentDiffusionFamily(Family):
         spacing: str | None = None,
         eta: float = 0.0,
         precision: str | None = None,
-        negative: str = "",
+        guidance_from: float = 0.0,
+        guidance_to: float = 1.0,
+        guidance_curve: str = "constant",
+        negative: str | Prompt = "",
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
         latents: Tensor | None = None,
@@ -231,7 +235,7 @@ class LatentDiffusionFamily(Family):
         images, padded where fewer are asked for, so how many are asked for in one call does not change a bit.
 
         Args:
-            prompts: N texts.
+            prompts: N texts, taken as they stand, or what `ldm.prompt_syntax.read` makes of their notation.
             seeds: N integers; by default 0, 1, 2, ...
             size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
             on_step: called as on_step(steps done, steps in all) over the whole call.
@@ -243,8 +247,9 @@ class LatentDiffusionFamily(Family):
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
         settings = self.settings(
-            steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision
-        )
+            steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision,
+            guidance_from=guidance_from, guidance_to=guidance_to, guidance_curve=guidance_curve,
+        )  # fmt: skip
         seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
         if wants_mask(self.config.network, self.codec):
             edits = (all_new(self.codec, size), *edits)

@@ -28,7 +28,7 @@ class Shape:
 
 def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int) -> Shape:
     """The shape of a prompt with its negative over `steps` steps."""
-    texts = {pieces for step in range(steps) for one in (prompt, negative) for pieces in one.at(step, steps)}
+    texts = {pieces for step in range(max(1, steps)) for one in (prompt, negative) for pieces in one.at(step, steps)}
     chunks = min(MAX_CHUNKS, max(len(chunks_of(encoder, pieces)) for pieces in texts))
     return Shape(len(prompt.parts), chunks, len(prompt.parts) == 1 and prompt.parts[0].weight == 1)
 
@@ -57,7 +57,7 @@ class Script:
 
     def told(self, step: int) -> tuple[Cond, ...]:
         """At a step, the negative prompts and then every part's; the very same objects where nothing changes."""
-        step = min(step, self.steps - 1)
+        step = max(0, min(step, self.steps - 1))
         without = [tuple(piece for part in one.at(step, self.steps) for piece in part) for one in self.negatives]
         now = [prompt.at(step, self.steps) for prompt in self.prompts]
         parts = [tuple(texts[k] for texts in now) for k in range(self.shape.parts)]

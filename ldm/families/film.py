@@ -1,0 +1,40 @@
+"""What a picture looks like while it is drawn: the network's estimate of it at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers import Denoise
+from ldm.families.codec import Codec
+from ldm.families.drawing import Canvas, Edit
+from ldm.pictures import grid, to_uint8
+
+
+class Film:
+    """The estimates of x0 of the pictures of one call, step after step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[int, Tensor]] = {}  # by picture, by step: (c,h,w)
+
+    def edit(self) -> Edit:
+        """The edit that watches and changes nothing."""
+
+        def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
+            def watched(x: Tensor, i: int) -> Tensor:
+                x0 = denoise(x, i)
+                for row, own in zip(canvas.rows, x0, strict=True):
+                    self.seen.setdefault(row, {})[int(i)] = own.detach().cpu()
+                return x0
+
+            return watched
+
+        return Edit(guide=guide)
+
+    @torch.no_grad()
+    def strip(self, picture: int, codec: Codec, columns: int = 10) -> Tensor:
+        """The estimates of a picture of the call, decoded, side by side, (H,W,3) uint8."""
+        frames = self.seen[picture]
+        device = next(codec.network.parameters()).device
+        images = [to_uint8(codec.decode(frames[i][None].to(device)).float()) for i in sorted(frames)]
+        return grid(torch.cat(images).cpu(), columns)
