@@ -41,7 +41,7 @@ def write_pipeline(
     done = []
     for name, part in source.parts.items():
         state = rounded(name, part.state, dtype)
-        write_part(_told(name, part, dtype), state, folder / name, STEMS.get(name, WEIGHTS[0]), variant, shard_bytes)
+        write_part(_opening(name, part), state, folder / name, STEMS.get(name, WEIGHTS[0]), variant, shard_bytes)
         del state
         done.append(compared(name, part.state, load_part(folder / name)[1], dtype, str(folder / name)))
         say(str(done[-1]))
@@ -105,12 +105,10 @@ def write_tokenizer(source: Source, folder: Path) -> None:
         raise UserError(f"{folder}: the tokenizer came back different; nothing was kept, export again")
 
 
-def _told(name: str, part: Part, dtype: str) -> dict[str, Any]:
-    """A part's config.json; transformers' say in which precision the weights are."""
-    if name != "text_encoder":
-        return part.config
-    config = {key: value for key, value in part.config.items() if key != "torch_dtype"}
-    return {**config, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+def _opening(name: str, part: Part) -> dict[str, Any]:
+    """A part's config.json. A text model's asks for float32, which is what diffusers opens the other parts in unless told
+    otherwise; transformers would follow the file, and the pipeline would stop at its first step."""
+    return {**part.config, "dtype": "float32"} if name == "text_encoder" else part.config
 
 
 def _card(source: Source, record: dict[str, Any], dtype: str, variant: str) -> str:

@@ -34,7 +34,7 @@ def size_text(count: int) -> str:
     """A number of bytes for people, in powers of 1000."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
+            return f"{count / factor:.{max(0, 3 - len(str(int(count // factor))))}f} {unit}"
     return f"{count} bytes"
 
 
