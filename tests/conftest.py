@@ -14,6 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 NETWORK = "tests open no connection to other machines"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `large`, unless -m names it."""
+    if "large" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("large")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> None:
     """Every connection to another machine is refused, so that a test that wants one fails at once."""
