@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ def _save_pickle(values: dict[str, Any], file: Path) -> None:
     problems: list[OSError] = []
     with file.open("wb") as opened:
         try:
-            torch.save(values, _Reporting(opened, problems))
+            torch.save(values, cast(IO[bytes], _Reporting(opened, problems)))
         except RuntimeError:
             if problems:
                 raise problems[0] from None

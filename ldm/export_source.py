@@ -86,7 +86,8 @@ def read_source(model: str) -> Source:
         "vae" if isinstance(autoencoder, KLConfig) else "vqvae": Part(autoencoder.to_diffusers(), state),
         "text_encoder": Part(*text_part(family.text.model)),
     }
-    scheduler, card, notices = family.process.scheduler_config(), "", ()
+    scheduler, card = family.process.scheduler_config(), ""
+    notices: tuple[str, ...] = ()
     if root is not None:
         scheduler = read_json(root / "scheduler" / "scheduler_config.json")
         card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).is_file() and not record else ""

@@ -67,7 +67,7 @@ def write_part(config: dict[str, Any], state: Mapping[str, Tensor], folder: Path
     if len(shards) == 1:
         write_tensors(folder / f"{stem}{dotted}.safetensors", shards[0])
     else:
-        where = {}
+        where: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             file = f"{stem}{dotted}-{number:05d}-of-{len(shards):05d}.safetensors"
             write_tensors(folder / file, shard)

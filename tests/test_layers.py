@@ -28,7 +28,7 @@ WAITING = {
     "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb",
 }  # fmt: skip
 LIGHT = ("ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.data_verb",
-         "ldm.config", "ldm.log")  # fmt: skip
+         "ldm.export_verb", "ldm.config", "ldm.log")  # fmt: skip
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
