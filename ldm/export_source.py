@@ -78,23 +78,21 @@ def read_source(model: str) -> Source:
     """
     family = load(model)
     path = Path(model).expanduser()
-    root = open_model(path).folder if path.is_dir() else None
-    record = read_record(root) if root else {}
+    root = open_model(path if path.exists() else model).folder
+    record = read_record(root)
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
         "unet": Part(_unet_config(family), dict(family.unet.state_dict())),
         "vae" if isinstance(autoencoder, KLConfig) else "vqvae": Part(autoencoder.to_diffusers(), state),
         "text_encoder": Part(*text_part(family.text.model)),
     }
-    scheduler, card = family.process.scheduler_config(), ""
-    notices: tuple[str, ...] = ()
-    if root is not None:
-        scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-        card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).is_file() and not record else ""
-        left = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if (root / name).is_dir()]
-        notices = (f"left out, because ldm has no use for it: {', '.join(left)}",) if left else ()
+    # As it stands in the folder: how others like to sample it is said there too.
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+    card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).is_file() and not record else ""
+    left = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if (root / name).is_dir()]
+    notices = (f"left out, because ldm has no use for it: {', '.join(left)}",) if left else ()
     return Source(
-        name=record.get("story", {}).get("name") or _name(root or path), parts=parts, network=family.config.network,
+        name=record.get("story", {}).get("name") or _name(path if path.exists() else root), parts=parts, network=family.config.network,
         autoencoder=autoencoder, statistics=statistics, tokenizer=family.text.tokenizer, process=family.process,
         scheduler=scheduler, defaults=family.defaults, story=record.get("story", {}), card=card, notices=notices,
         hash=family.content_hash,
