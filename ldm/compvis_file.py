@@ -19,11 +19,11 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Flow
 from ldm.errors import UserError
 from ldm.export_source import Source, with_quant_convolutions
-from ldm.folder import CONFIG, WEIGHTS, read_safetensors
+from ldm.folder import CONFIG, WEIGHTS
 from ldm.models.autoencoder import KLConfig
 from ldm.modelspec import HASH, RECIPE, metadata, recipe, tensor_hash, write_hash
 from ldm.pipeline_folder import write_tokenizer
-from ldm.rounding import Compared, compared, rounded
+from ldm.rounding import Compared, compared, mapped, rounded
 
 SUFFIX = {"single-file": ".safetensors", "compvis-ckpt": ".ckpt"}
 FOLDER = "keep it as a folder: --to diffusers"
@@ -127,12 +127,12 @@ def write_file(model: Sayable, file: Path, dtype: str, say: Callable[[str], None
     if file.suffix == SUFFIX["compvis-ckpt"]:
         _save_pickle({"state_dict": tensors, "global_step": 0, RECIPE: json.dumps(said, ensure_ascii=False)}, file)
         del tensors
-        back = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        back = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     else:
         write_tensors(file, tensors, metadata(source, said, dtype))
         del tensors
         found = write_hash(file)
-        back = read_safetensors(file)
+        back = mapped([file])
         if tensor_hash(file) != found:
             raise UserError(f"{file}: its bytes changed between two readings, so {HASH} would be wrong; nothing was kept, export again")
     return _check(model, back, dtype, str(file), say)

@@ -15,8 +15,8 @@ from ldm.export import model_index
 from ldm.export_source import CARD, Part, Source
 from ldm.families.codec import STATISTICS
 from ldm.families.latent_diffusion import RECORD
-from ldm.folder import CONFIG, WEIGHTS, content_hash, load_part, read_config
-from ldm.rounding import DTYPES, Compared, compared, rounded, stored_bytes
+from ldm.folder import CONFIG, WEIGHTS, content_hash, read_config
+from ldm.rounding import DTYPES, Compared, compared, mapped, rounded, stored_bytes
 from ldm.text_files import load_tokenizer, save_tokenizer
 
 STEMS = {"text_encoder": WEIGHTS[1]}  # diffusers' file name for all others
@@ -43,7 +43,7 @@ def write_pipeline(
         state = rounded(name, part.state, dtype)
         write_part(_opening(name, part), state, folder / name, STEMS.get(name, WEIGHTS[0]), variant, shard_bytes)
         del state
-        done.append(compared(name, part.state, load_part(folder / name)[1], dtype, str(folder / name)))
+        done.append(compared(name, part.state, mapped((folder / name).glob("*.safetensors")), dtype, str(folder / name)))
         say(str(done[-1]))
     if source.statistics:
         write_json(folder / source.codec / STATISTICS, source.statistics.to_dict())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,24 @@ def size_text(count: int) -> str:
 def stored_bytes(state: Mapping[str, Tensor]) -> int:
     """What tensors take on disk."""
     return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files that only this process knows yet: mapped, so that memory need not hold a model twice.
+
+    Raises:
+        UserError: if one cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: cannot be read back ({error}); nothing was kept, export again") from None
+    return state
 
 
 def rounded(part: str, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

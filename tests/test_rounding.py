@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.rounding import DTYPES, compared, rounded, size_text
+from ldm.rounding import DTYPES, compared, mapped, rounded, size_text
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -51,6 +51,12 @@ def test_too_large_for_half_precision_and_not_finite_are_refused_by_name() -> No
     assert rounded("unet", {"a": torch.tensor([70000.0])}, "bf16")["a"].isfinite().all()
     with pytest.raises(UserError, match="unet: a holds values that are not finite"):
         rounded("unet", {"a": torch.tensor([torch.nan])}, "fp32")
+
+
+def test_a_file_that_cannot_be_read_back_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x10" + bytes(40))
+    with pytest.raises(UserError, match=r"a.safetensors: cannot be read back .*export again"):
+        mapped([tmp_path / "a.safetensors"])
 
 
 def test_bytes_for_people() -> None:
