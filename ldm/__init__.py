@@ -9,10 +9,10 @@ __all__ = ["Run", "UserError", "load", "start"]
 
 if TYPE_CHECKING:
     from ldm.errors import UserError
-    from ldm.families.finished import load
+    from ldm.families.running import load
     from ldm.run import Run, start
 
-_HOME = {"Run": "ldm.run", "start": "ldm.run", "load": "ldm.families.finished", "UserError": "ldm.errors"}
+_HOME = {"Run": "ldm.run", "start": "ldm.run", "load": "ldm.families.running", "UserError": "ldm.errors"}
 
 
 def __getattr__(name: str) -> Any:

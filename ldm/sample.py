@@ -59,6 +59,10 @@ def sample(
     resume: Annotated[bool, Option("--resume", help="Leave out the pictures that OUT holds already.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per picture.")] = False,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    attention: Annotated[str, Option(help="Kernel: auto sdpa plain xformers sliced; default: auto.")] = "",
+    compiled: Annotated[bool, Option("--compile", help="Compile the network first: minutes, then faster steps.")] = False,
+    low_memory: Annotated[bool, Option("--low-memory", help="One part of the model in memory at a time.")] = False,
+    tile: Annotated[int, Option(min=0, help="Decode pictures larger than TILE x TILE px in stripes; 0: never.")] = 512,
 ) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
     from ldm.recipe import Recipe, read_recipe, writable
@@ -84,10 +88,11 @@ def sample(
 
     from ldm import jobs
     from ldm.families.finished import load
+    from ldm.families.running import Running, ready
     from ldm.picture_files import free, present
 
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
-    family = load(folder, device=_device(device))
+    family = load(folder, device=_device(device), low_memory=low_memory)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
         "guidance": old.get("guidance") if guidance is None else guidance,
@@ -100,6 +105,8 @@ def sample(
         "guidance_curve": guidance_curve or old.get("guidance_curve", "constant"),
         **interval,
     }
+    running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
+    ready(family, folder, running, family.settings(**chosen).precision)
     edits: Any = ()
     rest: dict[str, Any] = {"model": _name(folder), "model_hash": family.content_hash, **hires}
     rest["notation"] = not literal and bool(old.get("notation", True))

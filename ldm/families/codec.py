@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Codec(nn.Module):
     """
 
     tile = TILE
+    turn: Callable[[], None] = staticmethod(lambda: None)  # told before the network is used
     mean: Tensor
     std: Tensor
 
@@ -87,6 +89,7 @@ class Codec(nn.Module):
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
+        self.turn()
         way = self._way(image, image.shape[2] * image.shape[3])
         parts = [self._moments(part, way) for part in (image.split(1) if way else (image,))]
         std = [part for _, part in parts if part is not None]
@@ -105,6 +108,7 @@ class Codec(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
+        self.turn()
         pixels = latent.shape[2] * latent.shape[3] * self.factor**2
         way, together = self._way(latent, pixels), max(1, self.tile**2 // pixels) if self.tile else len(latent)
         z = (latent * self.std + self.mean).to(next(self.network.parameters()).dtype)

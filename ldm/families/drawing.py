@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.batch import Cond, Text
 from ldm.diffusion.guidance import composed
@@ -18,6 +18,7 @@ from ldm.diffusion.samplers import SAMPLERS, Denoise
 from ldm.errors import UserError
 from ldm.families.codec import Codec
 from ldm.families.script import Script, Shape, shape_of
+from ldm.models.blocks import Step
 from ldm.models.transformer import Memory
 from ldm.models.unet import UNet
 from ldm.pictures import to_uint8
@@ -135,6 +136,10 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
+def stay(part: nn.Module) -> None:
+    """All parts lie on the device all the time, so nothing is done before one is used."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """Networks and mathematics that draw together.
@@ -142,6 +147,7 @@ class Engine:
     Args:
         chunk: pictures per network call, padded where fewer are left, so that no picture depends on how many are drawn.
         note: told what a user should know, one line each.
+        turn: told that the network is used next.
     """
 
     unet: UNet
@@ -150,6 +156,7 @@ class Engine:
     text: TextEncoder
     chunk: int
     note: Callable[[str], None] = warn
+    turn: Callable[[nn.Module], None] = stay
 
     def draw(
         self,
@@ -183,6 +190,7 @@ class Engine:
         chunks = [(kind, rows[i : i + self.chunk]) for kind, rows in alike.items() for i in range(0, len(rows), self.chunk)]
         image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
         x0 = torch.empty(len(prompts), *shape, dtype=self._place()[1])
+        drawn: list[tuple[list[int], Canvas, Tensor]] = []
         was_training = self.unet.training
         self.unet.eval()
         try:
@@ -193,6 +201,8 @@ class Engine:
                 canvas = Canvas(padded, grid, noise.to(*self._place()), rng)
                 report = None if on_step is None else _offset(on_step, i, len(chunks), len(grid.t))
                 x = self._denoise([read[row] for row in padded], avoided, kind, canvas, settings, edits, report)
+                drawn.append((rows, canvas, x))
+            for rows, canvas, x in drawn:  # only now, so that each part has one turn
                 made = to_uint8(self._decode(x, settings))
                 for edit in edits:
                     made = made if edit.finish is None else edit.finish(made, canvas)
@@ -228,16 +238,21 @@ class Engine:
             return cond
 
         script = Script(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about)
-        remembered: list[tuple[Cond, Memory]] = []  # of the conditions that steps share; a few, for those that take turns
+        # Of the conditions that steps share; a few, for those that take turns.
+        remembered: list[tuple[Cond, Memory, list[Step]]] = []
+        times = grid.t.to(device)
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:
-            memory = next((memory for cond, memory in remembered if cond is c), None)
-            if memory is None:
+            self.turn(self.unet)
+            found = next((found for found in remembered if found[0] is c), None)
+            if found is None:
                 assert c.text is not None
-                memory = self.unet.remember(c.text)
-                remembered[:] = [*remembered[1 - REMEMBERED :], (c, memory)]
-            t = grid.t[i].to(device).expand(len(x))
-            output = self.unet(x, t, c, memory).to(x.dtype)
+                # Without sizes and pooled text, the steps are those of any condition.
+                steps = remembered[0][2] if remembered and not self.unet.told_more else self.unet.schedule(times, c)
+                found = (c, self.unet.remember(c.text), steps)
+                remembered[:] = [*remembered[1 - REMEMBERED :], found]
+            t = times[i].expand(len(x))
+            output = self.unet(x, t, c, found[1], found[2][i]).to(x.dtype)
             return self.process.x0_from(output, x, t)
 
         steps = len(grid.t)

@@ -12,13 +12,16 @@ from ldm.diffusion.process import Process
 from ldm.errors import UserError
 from ldm.families.codec import load_codec
 from ldm.families.latent_diffusion import RECORD, Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder, read_record
+from ldm.families.turns import rest
 from ldm.folder import AGAIN, content_hash, load_module, load_part, open_model, read_json
 from ldm.models.unet import UNetConfig
 from ldm.text import TextEncoder
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffusionFamily:
+def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> LatentDiffusionFamily:
     """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
+
+    With `low_memory` every part is emptied as soon as it is found whole; `ldm.families.running.ready` makes them take turns.
 
     Raises:
         UserError: naming what is missing, damaged or does not belong together.
@@ -29,6 +32,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffus
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
     text = TextEncoder.load(root)
+    if low_memory:
+        rest(codec.network)
+        rest(text.model)
     stored, state = load_part(root / "unet")
     network = UNetConfig.from_diffusers(stored)
     unet = load_module(network.build, state, root / "unet")
@@ -41,6 +47,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> LatentDiffus
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
     family.content_hash = content_hash(root)
+    if low_memory:
+        rest(unet)
     for module in (family, *family.frozen()):
         module.to(device)
     return family.eval()

@@ -17,7 +17,7 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.families.codec import Codec, full, load_codec
-from ldm.families.drawing import Edit, Engine, Settings, choose, warn
+from ldm.families.drawing import Edit, Engine, Settings, choose, stay, warn
 from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
 from ldm.folder import load_module, load_part, read_json, save_part
@@ -114,6 +114,7 @@ class LatentDiffusionFamily(Family):
         self.process = config.process
         self.resolution = 0
         self.content_hash = ""
+        self.turn: Callable[[nn.Module], None] = stay
         self._empty: Cond | None = None
 
     @property
@@ -264,4 +265,4 @@ class LatentDiffusionFamily(Family):
 
     def engine(self, note: Callable[[str], None] = warn) -> Engine:
         """What draws."""
-        return Engine(self.unet, self.process, self.codec, self.text, self.config.defaults.chunk, note)
+        return Engine(self.unet, self.process, self.codec, self.text, self.config.defaults.chunk, note, self.turn)

@@ -25,7 +25,8 @@ def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool 
 
     Args:
         module: a UNet, an autoencoder or a part of one.
-        dtype: of the weights; None: as they are.
+        dtype: of the weights of products and convolutions, cast once instead of by autocast in every call: run the network
+            under autocast of that type, and its numbers are the same to the bit. None: as they are.
         channels_last: lay convolutions' weights out by place first, channel last.
     """
     made = shared_copy(module).eval()
@@ -34,11 +35,9 @@ def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool 
             if (better := _better(child)) is not None:
                 setattr(parent, name, better)
     for part in made.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(_laid(weight.detach(), dtype, channels_last), requires_grad=False))
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(part, name, buffer if dtype is None else buffer.to(dtype))
+        own = dtype if isinstance(part, nn.Linear | nn.Conv2d | FoldedUpsample | nn.ParameterList) else None
+        for name, weight in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(_laid(weight.detach(), own, channels_last), requires_grad=False))
     return made
 
 

@@ -214,6 +214,11 @@ class UNet(nn.Module):
             return Memory(None, None)
         return Memory(text.tokens.to(dtype), text.mask[:, None, None, :] if self.config.mask_padding else None)
 
+    @property
+    def told_more(self) -> bool:
+        """Whether the time embedding has sizes or pooled text in it, which differ from prompt to prompt."""
+        return self.add_embedding is not None or self.pooled_embedding is not None
+
     def schedule(self, t: Tensor, cond: Cond) -> list[Step]:
         """What the residual blocks add at each of the times t (S,): the embeddings of a whole schedule in one call.
 
@@ -229,7 +234,7 @@ class UNet(nn.Module):
         c = self.config
         time = self.time_embedding(waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(dtype))
         time = time[:, None] if every else time
-        if self.add_embedding is None and self.pooled_embedding is None:
+        if not self.told_more:
             return time
         if cond.text is None or cond.text.pooled is None:
             raise ValueError("this U-Net is told the pooled text, but Cond.text.pooled is None")

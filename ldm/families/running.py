@@ -1,0 +1,121 @@
+"""How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.families import finished
+from ldm.families.codec import TILE, load_codec
+from ldm.families.drawing import PRECISION
+from ldm.families.latent_diffusion import LatentDiffusionFamily, autoencoder_folder
+from ldm.families.turns import Turns, rest
+from ldm.folder import load_module, load_part, open_model
+from ldm.models.attention import Kind, set_attention
+from ldm.models.inference import prepare
+from ldm.models.unet import UNet, UNetConfig
+from ldm.text import TextEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What may be chosen."""
+
+    attention: Kind | None = None  # the kernel of every attention in this process; None: as it is
+    compiled: bool = False  # whether torch compiles the UNet, once for each size and number of pictures per call
+    low_memory: bool = False  # whether the text encoder, the UNet and the autoencoder lie on the device one at a time
+    tile: int = TILE  # px; larger pictures go through the autoencoder in stripes; 0: never
+
+
+DEFAULT = Running()
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = DEFAULT) -> LatentDiffusionFamily:
+    """A finished model, ready to draw: see `ldm.families.finished.load` and `ready`."""
+    return ready(finished.load(folder, device, running.low_memory), folder, running)
+
+
+def ready(
+    family: LatentDiffusionFamily, folder: str | Path, running: Running = DEFAULT, precision: str = "fp32"
+) -> LatentDiffusionFamily:
+    """The same family, whose networks are in the form that only draws; they can neither learn nor be saved.
+
+    Args:
+        family: as `load` gave it.
+        folder: where it was loaded from.
+        running: what was chosen.
+        precision: that it will draw with; bf16 and fp16 halve the UNet's weights.
+
+    Raises:
+        UserError: for an attention kernel that does not run, or where nothing can compile.
+    """
+    device = next(family.unet.parameters()).device
+    if running.attention is not None:
+        set_attention(running.attention, device)
+    if running.compiled:
+        check_compiler(device)
+    family.codec.tile = running.tile
+    if running.low_memory:
+        _take_turns(family, open_model(Path(folder)).folder, device, precision)
+    else:
+        family.unet = prepared_unet(family.unet, precision)
+        family.codec.network = prepare(family.codec.network, channels_last=True)
+    if running.compiled:
+        family.unet.compile(dynamic=False)
+    return family
+
+
+def prepared_unet(unet: UNet, precision: str) -> UNet:
+    """A UNet for inference at a precision; its numbers under autocast do not depend on whether that was known."""
+    kind = PRECISION[precision]
+    return prepare(unet, dtype=None if kind == torch.float32 else kind, channels_last=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse where torch.compile would find nothing to compile with.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    if device.type == "cpu":
+        wanted = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]
+        if not any(map(shutil.which, wanted)):
+            raise UserError("compile: no C++ compiler here, which torch.compile needs; install g++ or clang++, or leave it out")
+    elif device.type == "cuda":
+        from importlib.util import find_spec
+
+        if find_spec("triton") is None:
+            raise UserError("compile: triton is missing, which torch.compile needs on a GPU; install it or leave it out")
+    else:
+        raise UserError(f"compile: torch does not compile for {device.type}; leave it out")
+
+
+def _take_turns(family: LatentDiffusionFamily, root: Path, device: torch.device, precision: str) -> None:
+    """Every part is read from its file when its turn comes, or on a GPU taken from the machine's memory."""
+
+    codec, model = family.codec, family.text.model
+
+    def network() -> UNet:
+        stored, state = load_part(root / "unet")
+        return prepared_unet(load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet"), precision)
+
+    def autoencoder() -> nn.Module:
+        return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True)
+
+    def text() -> nn.Module:
+        made: nn.Module = TextEncoder.load(root).model
+        return made
+
+    family.unet = network().to(device)
+    rest(family.unet)
+    codec.network = autoencoder().to(device)
+    turns = Turns({family.unet: network, codec.network: autoencoder, model: text}, keep=device.type != "cpu")
+    family.turn = turns
+    codec.turn = lambda: turns(codec.network)
+    model.register_forward_pre_hook(lambda *_: turns(model))
