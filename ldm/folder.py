@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         with torch.device("meta"):
             module = build()
         wanted = module.state_dict()
-        _compare(wanted, state, where)
+        compare(wanted, state, where)
         if {name for name, _ in module.named_buffers()} - wanted.keys():
             module = build()  # buffers that are not stored exist only where they were computed
     # A copy is aligned as all other tensors are: the bits of results may depend on that.
@@ -182,7 +183,12 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
     return module
 
 
-def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -> None:
+def compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -> None:
+    """Refuse weights that are not exactly those that are wanted.
+
+    Raises:
+        UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
+    """
     problems = _named("missing", wanted.keys() - state.keys()) + _named("left over", state.keys() - wanted.keys())
     for name in sorted(wanted.keys() & state.keys()):
         if wanted[name].shape != state[name].shape:
@@ -191,7 +197,9 @@ def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -
             problems.append(f"{name} is {state[name].dtype}".replace("torch.", ""))
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:4])}{more}")
+        known = " config.json" if where.is_dir() else ""
+        raise UserError(f"{where}: the weights do not fit{known}: {'; '.join(problems[:4])}{more}")
+
 
 
 def _named(what: str, names: Iterable[str]) -> list[str]:
@@ -225,16 +233,25 @@ class Model:
     parts: tuple[str, ...]
 
 
-def open_model(name: Path | str) -> Model:
-    """A model by folder, by run folder (its model/), or by a name on the Hugging Face Hub.
+def say(text: str) -> None:
+    """A notice on standard error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
+    """A model by folder, by run folder (its model/), by a file in CompVis' naming, or by a name on the Hugging Face Hub.
+
+    The network is asked only where LDM_HUB=1; otherwise what the hub's cache on this machine holds is all there is.
 
     Raises:
         UserError: saying what was looked for and where.
     """
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise UserError(f"{folder}: a file; a model is a folder with unet, vae, text_encoder, tokenizer and scheduler in it")
-    if not folder.is_dir():
+        from ldm.single_file import open_single
+
+        folder = open_single(folder, note=note)
+    elif not folder.is_dir():
         folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", "ldm.json"])
     if (folder / "model").is_dir() and not (folder / "unet").is_dir():
         folder = folder / "model"
@@ -245,6 +262,11 @@ def open_model(name: Path | str) -> Model:
         fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN
         raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing; {fix}")
     return Model(folder, parts)
+
+
+def online() -> bool:
+    """Whether the network was asked for."""
+    return os.environ.get("LDM_HUB", "") not in ("", "0")
 
 
 def hub_folder(name: str, patterns: list[str]) -> Path:
@@ -264,7 +286,14 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = [p if p.endswith(COUNTED) else p + suffix for p in patterns for suffix in COUNTED]
-        return Path(snapshot_download(name, allow_patterns=sorted(set(wanted)), ignore_patterns=["*.fp16.*", "*non_ema*"]))
+        left_out = ["*.fp16.*", "*non_ema*"]
+        found = snapshot_download(name, allow_patterns=sorted(set(wanted)), ignore_patterns=left_out, local_files_only=not online())
+        return Path(found)
     except Exception as error:  # of the network, of the hub, of the disk: each library has its own
+        if not online():
+            raise UserError(
+                f"{name}: no such folder, and the hub's cache on this machine has no such model. The network is used only when it is"
+                " asked for: --hub, or LDM_HUB=1"
+            ) from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name}: no such folder, and it could not be had from the hub ({lines[0][:200]})") from None

@@ -123,6 +123,11 @@ class TextEncoder:
         return min(longest, self.model.config.to_dict().get("max_position_embeddings", longest))  # T5 takes any number
 
     @cached_property
+    def _how(self) -> dict[str, bool]:
+        """How words are looked up: where padding is a word too (OpenCLIP pads with `!`), it must not be found in prompts as padding."""
+        return {"split_special_tokens": not str(self.tokenizer.pad_token).startswith("<")}
+
+    @cached_property
     def _characters(self) -> int:
         """How much of a prompt can matter: beyond it all tokens are used up, however long each is."""
         return 4 * (self.max_tokens + 8) * max(map(len, self.tokenizer.get_vocab()))
@@ -135,18 +140,8 @@ class TextEncoder:
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B,L) and which of them are no padding (B,L)."""
         lines = [self._readable(prompt) for prompt in prompts]
-        found = self.tokenizer(lines, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        found = self.tokenizer(lines, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt", **self._how)
         return found["input_ids"], found["attention_mask"].bool()
-
-    def overlong(self, prompts: Iterable[str]) -> dict[str, str]:
-        """The prompts that are longer than `max_tokens`, each with the words that are read."""
-        found: dict[str, str] = {}
-        for prompt in dict.fromkeys(prompts):
-            line = self._readable(prompt)
-            if len(self.tokenizer(line, truncation=False, verbose=False)["input_ids"]) > self.max_tokens:
-                kept = self.tokenizer(line, truncation=True, max_length=self.max_tokens)["input_ids"]
-                found[prompt] = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return found
 
     @cached_property
     def _special(self) -> tuple[list[int], list[int]]:
@@ -168,7 +163,7 @@ class TextEncoder:
         """Token ids of a stretch of text without start, end and padding: of a long one, of as much as any network is told."""
         line = " ".join(text[: MOST * self._characters].split())
         line = unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
-        return list(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(line, add_special_tokens=False, verbose=False, **self._how)["input_ids"])
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone."""

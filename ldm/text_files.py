@@ -34,7 +34,7 @@ def load_text_model(part: Path) -> Any:
     kind = (values.get("architectures") or ["CLIPTextModel"])[0]
     try:
         if kind in ("CLIPTextModel", "CLIPModel"):
-            model = load_module(_clip(values), clip_state(state), part)
+            model = load_module(clip_text_model(values), clip_state(state), part)
         elif kind in ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"):
             model = load_module(_t5(values), _t5_state(state), part)
         else:
@@ -46,7 +46,8 @@ def load_text_model(part: Path) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def _clip(values: dict[str, Any]) -> Any:
+def clip_text_model(values: dict[str, Any]) -> Any:
+    """What builds the CLIPTextModel that a config.json describes."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     own: dict[str, Any] = values.get("text_config", values)

@@ -83,7 +83,7 @@ def load_open_clip(folder: Path) -> TextEncoder:
     if foreign:
         raise UserError(f"{folder / OPEN_CLIP}: text_cfg.{foreign[0]} is not supported; only CLIP's own text towers are")
     width, layers = int(text.get("width", 512)), int(text.get("layers", 12))
-    tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else _open_clip_tokenizer()
+    tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else open_clip_tokenizer()
     made = CLIPTextConfig(
         vocab_size=int(text.get("vocab_size", 49408)), hidden_size=width, num_hidden_layers=layers,
         intermediate_size=int(width * text.get("mlp_ratio", 4)), num_attention_heads=int(text.get("heads", 8)),
@@ -134,10 +134,12 @@ def from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     return found
 
 
-def _open_clip_tokenizer() -> Any:
-    """OpenCLIP's own tokenizer, as CLIPTokenizer.
+def open_clip_tokenizer(padding_ends: bool = False) -> Any:
+    """OpenCLIP's own tokenizer, which has the words of OpenAI's CLIP, as CLIPTokenizer.
 
-    It pads with end tokens. OpenCLIP pads with the id of `!`, but then every exclamation mark would pass for padding.
+    Args:
+        padding_ends: pad with end tokens as OpenAI's CLIP and Stable Diffusion 1, not with the token of `!`, number 0, as
+            OpenCLIP and Stable Diffusion 2.
     """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
@@ -145,4 +147,5 @@ def _open_clip_tokenizer() -> Any:
     theirs = SimpleTokenizer()
     named = {"<start_of_text>": SPECIAL[0], "<end_of_text>": SPECIAL[1]}
     vocab = {named.get(word, word): number for word, number in theirs.encoder.items()}
-    return CLIPTokenizer(vocab=vocab, merges=list(theirs.bpe_ranks), model_max_length=77)
+    padding = SPECIAL[1] if padding_ends else "!"
+    return CLIPTokenizer(vocab=vocab, merges=list(theirs.bpe_ranks), model_max_length=77, pad_token=padding)

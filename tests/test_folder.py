@@ -276,7 +276,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "file.safetensors").write_bytes(b"")
     for name, words in {
         "runs/half": "its run is not finished",
-        "file.safetensors": "a model is a folder",
+        "file.safetensors": "truncated or not a safetensors file",
         "/no/such/place": "no such folder",
         "runs/none": "no such folder. Give",  # a folder `runs` is here, so this is no name on the hub
         "one": "no such folder",
@@ -294,15 +294,21 @@ def test_hub_names_go_to_the_hub_for_safe_files_only(tmp_path: Path, monkeypatch
     import huggingface_hub
 
     asked: list[tuple[str, list[str], list[str]]] = []
+    offline: list[bool] = []
 
-    def answer(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def answer(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, allow_patterns, ignore_patterns))
-        return str(whole(tmp_path / "snapshot"))
+        offline.append(local_files_only)
+        return str(tmp_path / "snapshot")
 
+    whole(tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     assert open_model("owner/name").folder == tmp_path / "snapshot"
     [(name, allowed, ignored)] = asked
-    assert name == "owner/name"
+    assert name == "owner/name" and offline == [True]
+    monkeypatch.setenv("LDM_HUB", "1")
+    open_model("owner/name")
+    assert offline == [True, False]
 
     def fetched(file: str) -> bool:
         return any(fnmatch.fnmatch(file, p) for p in allowed) and not any(fnmatch.fnmatch(file, p) for p in ignored)
@@ -320,5 +326,8 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no route to host\nand many more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"owner/name: no such folder, .* only when it is asked for: --hub, or LDM_HUB=1$"):
+        open_model("owner/name")
+    monkeypatch.setenv("LDM_HUB", "1")
     with pytest.raises(UserError, match=r"owner/name: no such folder, and it could not be had from the hub \(no route to host\)$"):
         open_model("owner/name")

@@ -141,13 +141,10 @@ def test_autocast_does_not_reach_the_encoder(encoder: TextEncoder) -> None:
     assert torch.equal(plain.tokens, inside.tokens)
 
 
-def test_long_prompts_are_cut_and_it_is_told(encoder: TextEncoder) -> None:
+def test_long_prompts_are_cut(encoder: TextEncoder) -> None:
     prompts = ["a red ring", "a red ring " * 1000, "x" * 10_000, "\u0301" * 1_000_000, " " * 1_000_000 + "a red ring"]
     text = fresh(encoder).encode(prompts)
     assert text.tokens.shape == (5, 12, 16) and text.tokens.isfinite().all()
-    told = encoder.overlong(prompts)
-    assert list(told) == prompts[1:4]
-    assert told[prompts[1]] == "a red ring a red ring a red ring a"
     # What is cut away before the tokenizer does not change what is read.
     assert torch.equal(encoder.tokens(prompts[1:2])[0], encoder.tokens(["a red ring " * 5])[0])
 

@@ -189,7 +189,7 @@ def test_a_name_on_the_hub_fetches_what_is_there(small: TextEncoder, tmp_path: P
     import huggingface_hub
 
     def hub(source: Path) -> Any:
-        def answer(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        def answer(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
             for file in (p for p in source.rglob("*") if p.is_file()):
                 relative = file.relative_to(source)
                 if any(fnmatch.fnmatch(relative.as_posix(), pattern) for pattern in allow_patterns):
