@@ -226,6 +226,18 @@ class TextEncoder:
         while len(self._memory) * each > MEMORY_BYTES:
             self._memory.popitem(last=False)
 
+    def forget(self) -> None:
+        """Encode every caption anew: the model's weights have changed."""
+        self._memory.clear()
+
+    def learn(self, captions: Sequence[str]) -> Text:
+        """What `encode` gives, with gradients and without memory."""
+        ids, mask = self.tokens(captions)
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            states, pooled = self._run(ids.to(device), mask.to(device))
+        return Text(tokens=states, mask=mask.to(device), pooled=pooled)
+
     def forward_train(self, captions: Sequence[str], device: torch.device) -> Tensor:
         """CLIP's state at each caption's end token (B,D), with gradient."""
         ids, _ = self.tokens(captions)

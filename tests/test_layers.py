@@ -82,7 +82,7 @@ def test_root_scripts_use_one_public_name(name: str) -> None:
 
 def test_layers_name_what_there_is() -> None:
     there = {part(".".join(("ldm", *f.relative_to(PACKAGE).with_suffix("").parts))) for f in FILES}
-    assert {name for names in LAYERS for name in names} - {"lora"} <= there
+    assert {name for names in LAYERS for name in names} <= there
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
