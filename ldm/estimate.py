@@ -13,12 +13,14 @@ from ldm.cost import Cost, TextShape
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.perception import PerceptualClip, PerceptualLpips
-from ldm.folder import read_json
+from ldm.folder import open_model, read_json
+from ldm.given import roles
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.perceptual import FeatureDistance, Lpips
 from ldm.models.unet import UNetConfig
 from ldm.optim import AdamW
 from ldm.run import Run
+from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
 
 FLOAT, HALF = 4, 2  # bytes
@@ -171,8 +173,9 @@ def parts_of(run: Run) -> Parts:
     """The networks of a run; what is pretrained is read from its folder, and taken as published where that is not here."""
     notes: list[str] = []
     text, autoencoder = _text(run, notes), _autoencoder(run, notes)
-    found = Parts(text=text, autoencoder=autoencoder, unet=run.diffusion.network, parameters={}, notes=notes)
-    unet = replace(run.diffusion.network, in_channels=found.channels, out_channels=found.channels, context_width=text.width)
+    network = _unet(run, notes)
+    found = Parts(text=text, autoencoder=autoencoder, unet=network, parameters={}, notes=notes)
+    unet = replace(network, in_channels=found.channels, out_channels=found.channels, context_width=text.width)
     trained = [run.family(stage.family) for stage in run.stages.values() if isinstance(stage, Train)]
     used = {name for family in trained for name in family.inputs()}
     counts = {}
@@ -186,11 +189,32 @@ def parts_of(run: Run) -> Parts:
     return replace(found, unet=unet, parameters=counts)
 
 
+def _unet(run: Run, notes: list[str]) -> UNetConfig:
+    if not run.init:
+        return run.diffusion.network
+    file = next(_files(_folder(run.init), "unet"), None)
+    if file is None:
+        notes.append(f"unet of {run.init}: its config.json is not here; counted as Stable Diffusion 1's")
+        return UNetConfig()
+    own = run.diffusion.network
+    return replace(UNetConfig.from_diffusers(read_json(file)), checkpointing=own.checkpointing, dropout=own.dropout)
+
+
+def _folder(path: str) -> Path:
+    """Where a part from elsewhere lies, if it is on this machine."""
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return open_model(folder).folder
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
 def _text(run: Run, notes: list[str]) -> TextShape:
-    if isinstance(run.text, Clip):
+    given = roles(run)
+    if isinstance(run.text, Clip) and "text" not in given:
         small = run.text.text
         return TextShape("own", small.width, small.layers, small.max_tokens, run.text.vocabulary, small.max_tokens)
-    folder, asked = Path(run.text.path).expanduser(), run.text
+    asked = run.text if isinstance(run.text, PretrainedText) else PretrainedText(path=given["text"])
+    folder = _folder(asked.path)
     found = next((shape for file in _files(folder, "text_encoder") if (shape := _clip_shape(file)) is not None), None)
     if found is None:
         found = PUBLISHED.get(run.diffusion.network.context_width, PUBLISHED[768])
@@ -216,11 +240,12 @@ def _files(folder: Path, *parts: str) -> Iterator[Path]:
 
 
 def _autoencoder(run: Run, notes: list[str]) -> KLConfig | VQConfig:
-    if isinstance(run.autoencoder, KL | VQ):
+    given = roles(run)
+    if isinstance(run.autoencoder, KL | VQ) and "autoencoder" not in given:
         return run.autoencoder.network
-    file = next(_files(Path(run.autoencoder.path).expanduser(), "vae", "vqvae"), None)
+    file = next(_files(_folder(given["autoencoder"]), "vae", "vqvae"), None)
     if file is None:
-        notes.append(f"autoencoder {run.autoencoder.path}: its config.json is not here; counted as kl-f8")
+        notes.append(f"autoencoder {given['autoencoder']}: its config.json is not here; counted as kl-f8")
         return KLConfig()
     values = read_json(file)
     return VQConfig.from_diffusers(values) if values.get("_class_name") == "VQModel" else KLConfig.from_diffusers(values)

@@ -19,10 +19,13 @@ from ldm import __version__, checkpoint
 from ldm.config import dump
 from ldm.data.filter import sift
 from ldm.errors import UserError
+from ldm.families.family import Product
+from ldm.families.latent_diffusion import LatentDiffusion
+from ldm.given import based, based_autoencoder, find, make
 from ldm.log import Log
 from ldm.process import calibrate
 from ldm.rng import mix
-from ldm.run import DONE, Finished, Run, check_filters, differences, finished, identity, inputs_of, key_of, plain_json
+from ldm.run import DONE, Finished, Run, check_filters, differences, finished, given_of, hashes_of, identity, inputs_of, key_of, plain_json
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Processes, Stopped, Train, Trainer
 
@@ -65,6 +68,8 @@ class Execution:
         self.val = run.data.build("val")
         self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
         self.done: dict[str, Finished] = {}
+        self.given = find(run, self.log.note)
+        self.made: dict[str, Product] = {}  # the parts from elsewhere, as stages read them
 
     def start(self) -> None:
         """Do every stage that is not done.
@@ -78,6 +83,13 @@ class Execution:
         check_filters(self.run, self.data)
         for line in _about(self.data.describe()):
             self.log.note(line)
+        if self.given:
+            if self.processes.main:
+                make(self.given, self.out, write=True)
+            self.processes.wait()
+            self.made = make(self.given, self.out, write=False)
+            for role, part in self.given.items():
+                self.log.note(f"{role}: from {part.path} ({part.hash[:12]})")
         try:
             for name in self.run.stages:
                 self._stage(name)
@@ -92,8 +104,7 @@ class Execution:
 
     def _stage(self, name: str) -> None:
         folder = self.out / "stages" / name
-        needed = inputs_of(self.run, name)
-        hashes = {role: self.done[other].product or self.done[other].key for role, other in needed.items()}
+        hashes = hashes_of(self.run, name, self.done, self.given)
         wanted = identity(self.run, name, self.data, self.val, hashes)
         key = key_of(wanted)
         have = finished(folder)
@@ -111,7 +122,7 @@ class Execution:
             checkpoint.write_json(folder / "identity.json", wanted | {"key": key})
         self.processes.wait()
         started = time.monotonic()
-        result, images = self._do(name, folder, key, needed)
+        result, images = self._do(name, folder, key, self._products(name))
         if self.processes.main:
             product = checkpoint.folder_hash(folder / "model") if (folder / "model").is_dir() else ""
             spent = time.monotonic() - started + self._earlier_seconds(folder)
@@ -151,25 +162,30 @@ class Execution:
     def _exported(self, have: Finished | None) -> bool:
         return have is not None and (self.out / "model" / "model_index.json").exists()
 
-    def _do(self, name: str, folder: Path, key: str, needed: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    def _products(self, name: str) -> dict[str, Product]:
+        """What a stage reads, by role: of earlier stages, and from elsewhere."""
+        stages, own = self.out / "stages", inputs_of(self.run, name)
+        products = {role: Product(stages / other / "model", self.done[other].product) for role, other in own.items()}
+        return products | {role: self.made[family] for role, family in given_of(self.run, name).items()}
+
+    def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         stage = self.run.stages[name]
         if isinstance(stage, Train):
-            return self._train(name, stage, folder, key, needed), stage.images
+            return self._train(name, stage, folder, key, products), stage.images
         if isinstance(stage, Encode):
-            return self._encode(name, stage, folder, needed)
+            return self._encode(name, stage, folder, products)
         result: dict[str, Any] = {}
         if self.processes.main:
-            result = self._evaluate(name, stage, folder, needed) if isinstance(stage, Evaluate) else self._export(stage, needed)
+            result = self._evaluate(name, stage, folder, products) if isinstance(stage, Evaluate) else self._export(products)
         return result, 0
 
     def _seed(self, name: str) -> int:
         return mix(self.run.seed, name) % 2**63
 
-    def _train(self, name: str, stage: Train, folder: Path, key: str, needed: Mapping[str, str]) -> dict[str, Any]:
+    def _train(self, name: str, stage: Train, folder: Path, key: str, products: Mapping[str, Product]) -> dict[str, Any]:
         from ldm.data.cache import CachedLatents
-        from ldm.families.family import Context, Product
+        from ldm.families.family import Context
 
-        products = {role: Product(self.out / "stages" / other / "model", self.done[other].product) for role, other in needed.items()}
         seen = sift(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
             data=seen, val=self.val, resolution=stage.resolution, seed=self._seed(name),
@@ -177,7 +193,7 @@ class Execution:
             init=products.get("init"), device=self.processes.device,
         )  # fmt: skip
         torch.manual_seed(context.seed)
-        family = self.run.trained(stage).build(context)
+        family = self._config(stage).build(context)
         data = CachedLatents(products["latents"].folder) if stage.latents else seen
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
@@ -185,7 +201,15 @@ class Execution:
         )  # fmt: skip
         return trainer.run()
 
-    def _encode(self, name: str, stage: Encode, folder: Path, needed: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    def _config(self, stage: Train) -> Any:
+        """The configuration of the family that a stage trains; where it continues a base model, that says what it does not."""
+        config = self.run.trained(stage)
+        if stage.family not in self.given:
+            return config
+        base = self.given[stage.family].folder
+        return based(config, base) if isinstance(config, LatentDiffusion) else based_autoencoder(config, base)
+
+    def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         from ldm.data.cache import seal, write_cache
         from ldm.families.codec import load_codec
         from ldm.families.latent_diffusion import autoencoder_folder
@@ -193,7 +217,7 @@ class Execution:
         seen = sift(self.data, stage.filter, f"stages.{name}.filter")
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
-        codec = load_codec(autoencoder_folder(self.out / "stages" / needed["autoencoder"] / "model")).to(device)
+        codec = load_codec(autoencoder_folder(products["autoencoder"].folder)).to(device)
         with self.log.stage(name, count, 0) as log:
             write_cache(
                 folder / "model", seen, lambda image: codec.moments(image.to(device)),
@@ -207,11 +231,10 @@ class Execution:
         self.processes.wait()
         return {"images": count}, count
 
-    def _assemble(self, needed: Mapping[str, str], target: Path) -> None:
+    def _assemble(self, products: Mapping[str, Product], target: Path) -> None:
         from ldm.export import assemble
 
-        folders = {role: self.out / "stages" / other / "model" for role, other in needed.items()}
-        assemble(folders["text"], folders["autoencoder"], folders["diffusion"], target, self._story())
+        assemble(products["text"].folder, products["autoencoder"].folder, products["diffusion"].folder, target, self._story())
 
     def _story(self) -> dict[str, Any]:
         stages = {
@@ -228,7 +251,7 @@ class Execution:
             "stages": stages,
         }
 
-    def _evaluate(self, name: str, stage: Evaluate, folder: Path, needed: Mapping[str, str]) -> dict[str, Any]:
+    def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
         from ldm.evaluate import measure
         from ldm.families.codec import load_codec
         from ldm.families.finished import load
@@ -240,7 +263,7 @@ class Execution:
             model: Any = load_codec(autoencoder_folder(self.out / "stages" / stage.of / "model")).to(self.processes.device)
         else:
             target = folder / "assembled"
-            self._assemble(needed, target)
+            self._assemble(products, target)
             model = load(target, device=self.processes.device)
             shutil.rmtree(target)
         with self.log.stage(name, 0, 0) as log:
@@ -249,8 +272,8 @@ class Execution:
                 pictures=folder / "samples", progress=log.progress,
             )  # fmt: skip
 
-    def _export(self, stage: Export, needed: Mapping[str, str]) -> dict[str, Any]:
-        self._assemble(needed, self.out / "model")
+    def _export(self, products: Mapping[str, Product]) -> dict[str, Any]:
+        self._assemble(products, self.out / "model")
         return {"model": "model", "hash": checkpoint.folder_hash(self.out / "model")}
 
     def _judge(self, name: str, result: Mapping[str, Any]) -> None:

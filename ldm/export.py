@@ -22,7 +22,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     """Put the products of three stages together as a model folder, committed at once.
 
     A KL autoencoder's latent statistics are folded into its quant convolutions, so that its latents have unit variance
-    with a scaling factor of 1 and any diffusers pipeline may use it. A VQ autoencoder keeps them in latents.json.
+    with a scaling factor of 1 and any diffusers pipeline may use it; one from elsewhere keeps its own scaling factor. A VQ
+    autoencoder keeps its statistics in latents.json.
 
     Args:
         text: holds text_encoder/ and tokenizer/.
@@ -36,28 +37,32 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     """
     record = json.loads((diffusion / RECORD).read_text())
     source = autoencoder_folder(autoencoder)
+    part = "vae" if read_config(source)["_class_name"] == "AutoencoderKL" else "vqvae"  # a given one may lie in any folder
     if record["autoencoder"] != content_hash(source):
         raise UserError(f"{diffusion}: this UNet was trained on the latents of another autoencoder than {source}")
 
     def write(folder: Path) -> None:
         for name in ("text_encoder", "tokenizer"):
             shutil.copytree(text / name, folder / name)
-        if source.name == "vae":
-            _fold(source, folder / "vae")
+        if part == "vae":
+            _fold(source, folder / part)
         else:
-            shutil.copytree(source, folder / source.name)
+            config, state = load_part(source)
+            save_part(config, state, folder / part)
+            if (source / STATISTICS).exists():
+                shutil.copy(source / STATISTICS, folder / part)
         size = tuple(record["defaults"]["size"])
         config, state = load_part(diffusion / "unet")
         factor = 2 ** (len(json.loads((source / "config.json").read_text())["block_out_channels"]) - 1)
         save_part({**config, "sample_size": size[0] // factor}, state, folder / "unet")
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
-        index = model_index(source.name, record["scheduler"]["_class_name"], config, read_config(folder / "text_encoder"))
+        index = model_index(part, record["scheduler"]["_class_name"], config, read_config(folder / "text_encoder"))
         _write(folder / "model_index.json", index)
-        own = content_hash(folder / source.name)
+        own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
         stock = config["_class_name"] == STOCK_UNET
-        card = model_card(story, record, vq=source.name == "vqvae", stock=stock)
+        card = model_card(story, record, vq=part == "vqvae", stock=stock)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     checkpoint.commit(target, write)
@@ -66,6 +71,9 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
 def _fold(source: Path, target: Path) -> None:
     config, state = load_part(source)
     made = KLConfig.from_diffusers(config)
+    if not (source / STATISTICS).exists():  # another's: its scaling factor stands for them
+        save_part(config, state, target)
+        return
     statistics = Statistics.read(source / STATISTICS, made.latent_channels)
     folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.estimate import Parts, parts_of
+from ldm.given import Found, find
 from ldm.process import usable_cores
 from ldm.run import Planned, Run, plan
 from ldm.stages import Encode, Stage
@@ -98,7 +99,9 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0) -> Run
     speed, said = (tflops, "as told") if tflops else assumed_tflops()
     notes: list[str] = []
     data, val = _data(run, notes)
-    doings = plan(run, out, data, val) if data is not None and val is not None else _unread(run)
+    given = _given(run, notes)
+    known = data is not None and val is not None and given is not None
+    doings = plan(run, out, data, val, given) if known else _unread(run, "the data" if data is None else "what it begins with")
     whole = parts_of(run)
     notes += whole.notes
     stages = [_stage(run, doing, data, whole, processes, speed) for doing in doings]
@@ -118,8 +121,16 @@ def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
         return None, None
 
 
-def _unread(run: Run) -> list[Planned]:
-    return [Planned(name, False, "the data cannot be read here") for name in run.stages]
+def _given(run: Run, notes: list[str]) -> dict[str, Found] | None:
+    try:
+        return find(run, notes.append)
+    except UserError as error:
+        notes.append(f"planned without what it begins with ({str(error).splitlines()[0]})")
+        return None
+
+
+def _unread(run: Run, what: str) -> list[Planned]:
+    return [Planned(name, False, f"{what} cannot be read here") for name in run.stages]
 
 
 def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, processes: int, speed: float) -> StagePlan:

@@ -7,21 +7,27 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ldm import checkpoint
-from ldm.config import Count, config, plain
+from ldm.config import BY_KIND, Count, config, plain
 from ldm.data.filter import sift
 from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
-from ldm.families.autoencoder import KL, Autoencoder
+from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.latent_diffusion import LatentDiffusion
+from ldm.given import PretrainedAutoencoder, problems, roles
 from ldm.stages import Encode, Evaluate, Export, Stage
+from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
 
 if TYPE_CHECKING:
     from ldm.data.sources import DataSet
+    from ldm.given import Found
+
+Text = Annotated[Clip | PretrainedText, BY_KIND]
+Autoencoder = Annotated[KL | VQ | PretrainedAutoencoder, BY_KIND]
 
 RUNS = Path("runs")
 DONE = "done.json"
@@ -35,7 +41,8 @@ class Run:
     out: str = ""  # run folder; empty: runs/NAME
     seed: Count = 0  # of all randomness: equal seeds give equal results
     data: Source  # where images and captions come from
-    text: Clip = Clip()  # the text encoder
+    init: str = ""  # a model to begin with: a model or run folder, a checkpoint file, or owner/name on the hub; empty: from nothing
+    text: Text = Clip()  # the text encoder
     autoencoder: Autoencoder = KL()  # pixels to latents and back
     diffusion: LatentDiffusion = LatentDiffusion()  # noise to latents
     stages: dict[str, Stage]  # what is done, in this order
@@ -46,13 +53,13 @@ class Run:
         if problems := list(_problems(self)):
             raise UserError("; ".join(problems))
 
-    def family(self, name: str) -> Clip | Autoencoder | LatentDiffusion:
+    def family(self, name: str) -> Any:
         """The configuration of a family by its field's name."""
         return {"text": self.text, "autoencoder": self.autoencoder, "diffusion": self.diffusion}[name]
 
-    def trained(self, stage: Train) -> Clip | Autoencoder | LatentDiffusion:
+    def trained(self, stage: Train) -> Clip | KL | VQ | LatentDiffusion:
         """The configuration of the family that a stage trains, with what the stage itself says of it."""
-        family = self.family(stage.family)
+        family: Clip | KL | VQ | LatentDiffusion = self.family(stage.family)
         if stage.caption_dropout is None or not isinstance(family, LatentDiffusion):
             return family
         return replace(family, caption_dropout=stage.caption_dropout)
@@ -64,15 +71,21 @@ def _problems(run: Run) -> Iterator[str]:
         yield "stages: none; a run needs at least one"
     if run.tracker not in ("", "wandb"):
         yield f"tracker: got {run.tracker!r}; allowed are wandb and nothing"
+    contradictions = list(problems(run))
+    yield from contradictions
+    if contradictions:
+        return
+    given = roles(run)
     trained: dict[str, str] = {}  # the families made so far, and by which stage
     encoded: dict[str, Encode] = {}
-    factor = 2 ** (len(run.autoencoder.network.channels) - 1)
+    own = isinstance(run.autoencoder, KL | VQ) and "autoencoder" not in given
+    factor = 2 ** (len(run.autoencoder.network.channels) - 1) if own else 1  # type: ignore[union-attr]
     for name, stage in run.stages.items():
         where = f"stages.{name}"
         if not name or set(name) & set("/\\. ") or name.startswith("-"):
             yield f"{where}: a stage's name becomes a folder; use letters, digits, - and _"
         for needed in _needs(run, stage):
-            if needed not in trained:
+            if needed not in trained and (needed not in given or needed == "diffusion"):
                 yield f"{where}: needs a stage before it that trains {needed} (kind: train, family: {needed})"
         sides = (stage.resolution, *stage.also) if isinstance(stage, Train) else (stage.resolution,) if isinstance(stage, Encode) else ()
         for side in sides:
@@ -132,10 +145,8 @@ def _needs(run: Run, stage: Stage) -> tuple[str, ...]:
 
 def inputs_of(run: Run, name: str) -> dict[str, str]:
     """The earlier stages whose products a stage reads: by role, the stage's name."""
-    before = dict(list(run.stages.items())[: list(run.stages).index(name)])
-    latest = {stage.family: other for other, stage in before.items() if isinstance(stage, Train)}
-    stage = run.stages[name]
-    found = {family: latest[family] for family in _needs(run, stage)}
+    latest, stage = _latest(run, name), run.stages[name]
+    found = {family: latest[family] for family in _needs(run, stage) if family in latest}
     if isinstance(stage, Train):
         if stage.family in latest:
             found["init"] = latest[stage.family]
@@ -144,6 +155,27 @@ def inputs_of(run: Run, name: str) -> dict[str, str]:
     elif isinstance(stage, Evaluate | Export) and stage.of:
         found[run.stages[stage.of].family] = stage.of  # type: ignore[union-attr]
     return found
+
+
+def _latest(run: Run, name: str) -> dict[str, str]:
+    """By family, the last stage before this one that trains it."""
+    before = dict(list(run.stages.items())[: list(run.stages).index(name)])
+    return {stage.family: other for other, stage in before.items() if isinstance(stage, Train)}
+
+
+def given_of(run: Run, name: str) -> dict[str, str]:
+    """What a stage reads of the parts from elsewhere: by role, the part's family."""
+    latest, stage, given = _latest(run, name), run.stages[name], roles(run)
+    found = {family: family for family in _needs(run, stage) if family in given and family not in latest}
+    if isinstance(stage, Train) and stage.family in given and stage.family not in latest:
+        found["init"] = stage.family
+    return found
+
+
+def hashes_of(run: Run, name: str, done: Mapping[str, Finished], given: Mapping[str, Found]) -> dict[str, str]:
+    """By role, the hash of everything that a stage reads."""
+    own = {role: done[other].product or done[other].key for role, other in inputs_of(run, name).items()}
+    return own | {role: given[family].hash for role, family in given_of(run, name).items()}
 
 
 def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -237,8 +269,12 @@ class Planned:
     why: str
 
 
-def plan(run: Run, out: Path, data: DataSet, val: DataSet) -> list[Planned]:
-    """For every stage whether it runs or is skipped, from what lies in the run folder now."""
+def plan(run: Run, out: Path, data: DataSet, val: DataSet, given: Mapping[str, Found]) -> list[Planned]:
+    """For every stage whether it runs or is skipped, from what lies in the run folder now.
+
+    Args:
+        given: what `ldm.given.find` says.
+    """
     check_filters(run, data)
     done: dict[str, Finished] = {}
     found: list[Planned] = []
@@ -248,7 +284,7 @@ def plan(run: Run, out: Path, data: DataSet, val: DataSet) -> list[Planned]:
             found.append(Planned(name, False, f"because {waiting[0]} runs"))
             continue
         have = finished(out / "stages" / name)
-        wanted = identity(run, name, data, val, {role: done[other].product or done[other].key for role, other in needed.items()})
+        wanted = identity(run, name, data, val, hashes_of(run, name, done, given))
         if have is not None and have.key == key_of(wanted):
             done[name] = have
             found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))

@@ -32,9 +32,7 @@ class PretrainedText:
         Raises:
             UserError: naming what is missing, damaged or of another kind.
         """
-        folder = Path(self.path).expanduser()
-        if not folder.is_dir():
-            folder = _fetch(self.path)
+        folder = text_folder(self.path)
         if (folder / "text_encoder").is_dir():
             encoder = TextEncoder.load(folder)
         elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
@@ -45,6 +43,18 @@ class PretrainedText:
             _skip_last(encoder.model, self.skip_last)
         encoder.tokenizer.model_max_length = min(self.max_tokens, encoder.max_tokens)
         return encoder
+
+
+def text_folder(path: str) -> Path:
+    """Where a text encoder lies: a model's folder, a run's model, the encoder's own folder, or the hub's copy.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _fetch(path)
+    return folder / "model" if (folder / "model" / "text_encoder").is_dir() else folder
 
 
 def _fetch(name: str) -> Path:

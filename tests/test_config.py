@@ -349,10 +349,9 @@ THEIRS = {
     "folder": ["data.path=x"], "sd1": ["data.path=x"],
     "autoencoder-kl-f8": ["data.path=x", WEIGHTS], "autoencoder-vq-f4": ["data.path=x", WEIGHTS],
 }  # fmt: skip
-WAITS = pytest.mark.xfail(reason="sd1.yaml says text.kind and autoencoder.kind pretrained; once runs know them, take this mark away")
 
 
-@pytest.mark.parametrize("file", [pytest.param(p, marks=WAITS if p.stem == "sd1" else [], id=p.stem) for p in CONFIGS])
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_valid_and_come_back(tmp_path: Path, file: Path) -> None:
     from ldm.run import Run
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,9 @@ from ldm.data.scenes import ScenesSource
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.estimate import parts_of
+from ldm.families.latent_diffusion import LatentDiffusion
+from ldm.folder import load_part
+from ldm.given import PretrainedAutoencoder
 from ldm.models.autoencoder import KLConfig
 from ldm.models.unet import UNetConfig
 from ldm.plan import duration, make, operations, size_of
@@ -135,28 +137,45 @@ def test_filters_and_caption_dropout_stand_where_they_act() -> None:
 # What others have trained
 
 
+def begun(**parts: Any) -> Run:
+    stage = Train(family="diffusion", images=8, resolution=64)
+    given = {"text": PretrainedText(path="x"), "autoencoder": PretrainedAutoencoder(path="x")}
+    return Run(data=ScenesSource(), stages={"train": stage}, **(given | parts))
+
+
+def test_a_base_model_is_counted_from_its_folder(tmp_path: Path) -> None:
+    from pipelines import pipeline_folder
+
+    folder = pipeline_folder(tmp_path)
+    run = Run(data=ScenesSource(), init=str(folder), stages={"train": Train(family="diffusion", images=8, resolution=64)})
+    found = parts_of(run)
+    wanted = {}
+    for part in ("text_encoder", "vae", "unet"):
+        _, state = load_part(folder / part)
+        wanted[part] = sum(value.numel() for value in state.values())
+    assert list(found.parameters.values()) == list(wanted.values()) and found.notes == []
+
+
 def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None:
     from finished_model import KL, TEXT, VQ, autoencoder_product, text_product
 
     from ldm.text import TextEncoder
 
-    network = quickstart().diffusion
     text = text_product(tmp_path / "text")
     for folder in (text, text / "text_encoder"):  # a model's folder, and the part alone
-        asked = SimpleNamespace(text=PretrainedText(path=str(folder), max_tokens=8), diffusion=network)
-        shape = estimate._text(asked, notes := [])  # type: ignore[arg-type]
+        shape = estimate._text(begun(text=PretrainedText(path=str(folder), max_tokens=8)), notes := [])
         assert shape.parameters == sum(p.numel() for p in TextEncoder.load(text).model.parameters())
         assert (shape.width, shape.tokens, notes) == (TEXT.width, 8, [])
     for kind, made in (("kl", KL), ("vq", VQ)):
         folder = autoencoder_product(tmp_path / kind, kind)  # type: ignore[arg-type]
-        found = estimate._autoencoder(SimpleNamespace(autoencoder=SimpleNamespace(path=str(folder))), notes := [])  # type: ignore[arg-type]
+        found = estimate._autoencoder(begun(autoencoder=PretrainedAutoencoder(path=str(folder))), notes := [])
         assert (found, notes) == (made, [])
 
 
 @pytest.mark.parametrize(("width", "parameters", "name"), [(768, 123_060_480, "CLIP ViT-L/14"), (1024, 340_387_840, "OpenCLIP")])
 def test_pretrained_parts_that_are_not_here_are_counted_as_published_and_it_says_so(width: int, parameters: int, name: str) -> None:
-    network = replace(quickstart().diffusion, network=UNetConfig(context_width=width))
-    asked: Any = SimpleNamespace(text=PretrainedText(path="some/where"), diffusion=network, autoencoder=SimpleNamespace(path="else/where"))
+    diffusion = LatentDiffusion(network=UNetConfig(context_width=width))
+    asked = begun(text=PretrainedText(path="some/where"), autoencoder=PretrainedAutoencoder(path="else/where"), diffusion=diffusion)
     notes: list[str] = []
     shape = estimate._text(asked, notes)
     assert shape.width == width and name in notes[0] and "some/where" in notes[0]

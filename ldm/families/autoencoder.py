@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.batch import ImageBatch
-from ldm.config import BY_KIND, Count, Fraction, NonNegative, PositiveFloat, config
-from ldm.families.codec import Statistics, measure, save_codec
-from ldm.families.family import Context, Family, Terms
+from ldm.config import Count, Fraction, NonNegative, PositiveFloat, config, plain
+from ldm.errors import UserError
+from ldm.families.codec import Statistics, autoencoder_folder, measure, save_codec
+from ldm.families.family import Context, Family, Product, Terms
 from ldm.families.perception import Perceptual, PerceptualNone
+from ldm.folder import load_module, load_part, save_part
 from ldm.models.autoencoder import KLConfig, VQConfig, code_use, redraw_dead
 from ldm.models.critic import CriticConfig
 from ldm.optim import Player
 from ldm.rng import Rng
+
+CRITIC = "critic"  # folder of a product
 
 
 @config
@@ -84,12 +88,19 @@ class VQ:
         return AutoencoderFamily(self, context)
 
 
-Autoencoder = Annotated[KL | VQ, BY_KIND]
-
-
 def _full(x: Tensor) -> Tensor:
     """In float32 at least: what autocast computed in half precision is summed in full."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _continued(config: KL | VQ, init: Product) -> nn.Module:
+    folder = autoencoder_folder(init.folder)
+    stored, state = load_part(folder)
+    theirs = (KLConfig if isinstance(config, KL) else VQConfig).from_diffusers(stored)
+    if theirs != config.network:
+        raise UserError(f"{folder}: the autoencoder to continue has another shape than autoencoder.network; make them equal")
+    network: nn.Module = load_module(config.network.build, state, folder)
+    return network
 
 
 class AutoencoderFamily(Family):
@@ -105,10 +116,13 @@ class AutoencoderFamily(Family):
     def __init__(self, config: KL | VQ, context: Context) -> None:
         super().__init__()
         self.config = config
-        self.network = config.network.build()
+        self.network = config.network.build() if context.init is None else _continued(config, context.init)
         self.total_images = context.total_images
         self.images = 0
         self.critic: nn.Module | None = config.adversarial.critic.build() if config.adversarial.weight else None
+        if self.critic is not None and context.init is not None and (context.init.folder / CRITIC).is_dir():
+            critic, path = config.adversarial.critic, context.init.folder / CRITIC
+            self.critic = load_module(critic.build, load_part(path)[1], path)
         distance = config.perceptual.build(context)
         self._frozen = () if distance is None else (distance,)  # a tuple, so that it stays out of the module tree
         self.statistics: Statistics | None = None
@@ -279,6 +293,8 @@ class AutoencoderFamily(Family):
         return {"latents": self.statistics.to_dict()}
 
     def save(self, folder: Path) -> None:
-        """vae/ or vqvae/ in diffusers' layout, with the latent statistics."""
+        """vae/ or vqvae/ in diffusers' layout, with the latent statistics; critic/, with which a later stage goes on."""
         assert self.statistics is not None, "finish() measures the statistics before save()"
         save_codec(folder / ("vqvae" if isinstance(self.config, VQ) else "vae"), self.network, self.statistics)
+        if self.critic is not None:
+            save_part(plain(self.config.adversarial.critic), dict(self.critic.state_dict()), folder / CRITIC)

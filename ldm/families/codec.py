@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ldm.checkpoint import write_json
 from ldm.data.sources import DataSet
 from ldm.errors import UserError
-from ldm.folder import AGAIN, content_hash, load_module, load_part, read_json, save_part
+from ldm.folder import AGAIN, CONFIG, content_hash, load_module, load_part, read_json, save_part
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
 from ldm.models.stripes import Stripes
 
 STATISTICS = "latents.json"
+KINDS = ("AutoencoderKL", "VQModel")  # diffusers' names
 TILE = 512  # px
 
 
@@ -132,6 +133,20 @@ def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics:
     write_json(folder / STATISTICS, statistics.to_dict())
 
 
+def autoencoder_folder(folder: Path) -> Path:
+    """vae/ or vqvae/ below a product or model folder; the folder itself where it is one of these.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for name in ("vae", "vqvae"):
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") in KINDS:
+        return folder
+    raise UserError(f"{folder}: no autoencoder here; a folder named vae or vqvae was expected")
+
+
 def load_codec(folder: Path) -> Codec:
     """The autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
 
@@ -142,7 +157,7 @@ def load_codec(folder: Path) -> Codec:
     """
     config, state = load_part(folder)
     kind = config.get("_class_name")
-    if kind not in ("AutoencoderKL", "VQModel"):
+    if kind not in KINDS:
         raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
     made = KLConfig.from_diffusers(config) if kind == "AutoencoderKL" else VQConfig.from_diffusers(config)
     network = load_module(made.build, state, folder)

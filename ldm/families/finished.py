@@ -38,8 +38,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: boo
     stored, state = load_part(root / "unet")
     network = UNetConfig.from_diffusers(stored)
     unet = load_module(network.build, state, root / "unet")
-    process = _process(root)
-    defaults, size = _defaults(record, root)
+    process = process_of(root)
+    defaults, size = defaults_of(record, root)
     if not text.width == network.context_width:
         raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
     made = LatentDiffusion(network=network, process=process, defaults=defaults)
@@ -54,7 +54,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: boo
     return family.eval()
 
 
-def _process(root: Path) -> Process:
+def process_of(root: Path) -> Process:
+    """The noise schedule and the target of a model folder, from its scheduler's configuration.
+
+    Raises:
+        UserError: naming the file and the value that is not known here.
+    """
     file = root / "scheduler" / "scheduler_config.json"
     values = read_json(file)
     try:
@@ -65,7 +70,7 @@ def _process(root: Path) -> Process:
         raise UserError(f"{file}: {error}; {AGAIN}") from None
 
 
-def _defaults(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
+def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
     """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
     values = record.get("defaults")
     if values is None:

@@ -16,7 +16,7 @@ from ldm.config import Fraction, NonNegative, Positive, config
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
-from ldm.families.codec import Codec, full, load_codec
+from ldm.families.codec import Codec, autoencoder_folder, full, load_codec
 from ldm.families.drawing import Edit, Engine, Settings, choose, stay, warn
 from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
@@ -73,14 +73,6 @@ class LatentDiffusion:
         family = LatentDiffusionFamily(replace(self, network=network), unet, codec, text)
         family.resolution = context.resolution
         return family
-
-
-def autoencoder_folder(folder: Path) -> Path:
-    """vae/ or vqvae/ below a product or model folder."""
-    for name in ("vae", "vqvae"):
-        if (folder / name).is_dir():
-            return folder / name
-    raise UserError(f"{folder}: no autoencoder here; a folder named vae or vqvae was expected")
 
 
 def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
