@@ -19,12 +19,14 @@ VERBS = {
     "export": ("ldm.export_verb", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
 }
+HUB = "--hub"  # for every verb
 
 
 def usage() -> str:
     """The help text."""
     lines = "\n".join(f"  {verb:<10} {said}" for verb, (_, said) in VERBS.items())
-    return f"usage: ldm VERB ...\n\nLatent text-to-image diffusion for people who train.\n\n{lines}\n\n`ldm VERB --help` tells more."
+    about = "`ldm VERB --help` tells more. With --hub a verb may fetch models named owner/name; without it none uses the network."
+    return f"usage: ldm VERB ...\n\nLatent text-to-image diffusion for people who train.\n\n{lines}\n\n{about}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -53,8 +55,13 @@ def run(verb: str, words: Sequence[str]) -> int:
     from ldm.process import prepare
 
     prepare()
+    words = list(words)
+    options = words[: words.index("--")] if "--" in words else words
+    if HUB in options:
+        words.remove(HUB)
+        os.environ["LDM_HUB"] = "1"
     try:
-        return int(importlib.import_module(VERBS[verb][0]).main(list(words)))
+        return int(importlib.import_module(VERBS[verb][0]).main(words))
     except UserError as error:
         print(f"ldm {verb}: {error}", file=sys.stderr)
         return 2

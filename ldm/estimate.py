@@ -20,6 +20,7 @@ from ldm.models.perceptual import FeatureDistance, Lpips
 from ldm.models.unet import UNetConfig
 from ldm.optim import AdamW
 from ldm.run import Run
+from ldm.single_file import named
 from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
 
@@ -203,8 +204,8 @@ def _unet(run: Run, notes: list[str]) -> UNetConfig:
 def _folder(path: str) -> Path:
     """Where a part from elsewhere lies, if it is on this machine."""
     folder = Path(path).expanduser()
-    if folder.is_file():
-        return open_model(folder).folder
+    if named(path):
+        return open_model(path).folder
     return folder / "model" if (folder / "model").is_dir() else folder
 
 

@@ -241,16 +241,18 @@ def say(text: str) -> None:
 def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
     """A model by folder, by run folder (its model/), by a file in CompVis' naming, or by a name on the Hugging Face Hub.
 
+    Behind a file's name may stand what the file leaves open: `sd.ckpt::ema=no,prediction=v`.
+
     The network is asked only where LDM_HUB=1; otherwise what the hub's cache on this machine holds is all there is.
 
     Raises:
         UserError: saying what was looked for and where.
     """
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        from ldm.single_file import open_single
+    from ldm.single_file import named, open_single
 
-        folder = open_single(folder, note=note)
+    folder = Path(name).expanduser()
+    if file := named(str(name)):
+        folder = open_single(*file, note=note)
     elif not folder.is_dir():
         folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", "ldm.json"])
     if (folder / "model").is_dir() and not (folder / "unet").is_dir():

@@ -19,6 +19,7 @@ from ldm.families.latent_diffusion import Defaults, LatentDiffusion, read_record
 from ldm.folder import PARTS, content_hash, hub_folder, read_config, read_json, say
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
+from ldm.single_file import named, open_single
 from ldm.text_pretrained import PretrainedText, text_folder
 
 if TYPE_CHECKING:
@@ -86,15 +87,13 @@ def find(run: Run, note: Callable[[str], None] = say) -> dict[str, Found]:
 
 def _opened(path: str, note: Callable[[str], None]) -> str:
     """A text encoder's path, where a file was given the folder that it was opened into."""
-    return str(_folder(path, [], note)) if Path(path).expanduser().is_file() else path
+    return str(_folder(path, [], note)) if named(path) else path
 
 
 def _folder(path: str, patterns: list[str], note: Callable[[str], None]) -> Path:
     folder = Path(path).expanduser()
-    if folder.is_file():
-        from ldm.single_file import open_single
-
-        return open_single(folder, note=note)
+    if file := named(path):
+        return open_single(*file, note=note)
     if not folder.is_dir():
         folder = hub_folder(path, patterns)
     whole = any((folder / part).is_dir() for part in PARTS)

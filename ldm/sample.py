@@ -292,7 +292,9 @@ def _newest() -> str:
 
 def _name(folder: str) -> str:
     """What a picture says of its model: the run's name, not where it lies."""
-    path = Path(folder).expanduser()
+    path = Path(folder.partition("::")[0]).expanduser()
+    if path.is_file():
+        return path.stem
     if not path.is_dir():
         return folder  # a name on the hub
     path = path.resolve()

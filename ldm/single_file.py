@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,28 @@ class Choices:
 
     ema: bool = True  # averaged weights where the file has both
     prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
+
+
+def named(name: str) -> tuple[Path, Choices] | None:
+    """The file that a name such as `sd.ckpt` or `sd.ckpt::ema=no,prediction=v` means; None where it means no file.
+
+    Raises:
+        UserError: naming what is said behind `::` and not known.
+    """
+    path, told, said = name.partition("::")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    choices = Choices()
+    for word in said.split(",") if told else ():
+        field, _, value = word.partition("=")
+        if field == "ema" and value in ("yes", "no"):
+            choices = replace(choices, ema=value == "yes")
+        elif field == "prediction" and value in PREDICTIONS:
+            choices = replace(choices, prediction=value)
+        else:
+            raise UserError(f"{name}: {word!r} is not known; behind :: stand ema=yes, ema=no or prediction={'|'.join(PREDICTIONS)}")
+    return file, choices
 
 
 def cache() -> Path:

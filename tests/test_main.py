@@ -141,3 +141,14 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_root_scripts_call_their_verb(script: str, verb: str) -> None:
     done = subprocess.run([sys.executable, script, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"ldm {verb}: ")
+
+
+def test_the_hub_is_asked_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], str | None]] = []
+    monkeypatch.delenv("LDM_HUB", raising=False)
+    verb = SimpleNamespace(main=lambda words: seen.append((words, os.environ.get("LDM_HUB"))) or 0)
+    monkeypatch.setitem(sys.modules, "verb", verb)  # type: ignore[arg-type]
+    monkeypatch.setitem(entry.VERBS, "verb", ("verb", "does"))
+    assert entry.main(["verb", "a", "--", "--hub"]) == 0 and entry.main(["verb", "--hub", "a"]) == 0
+    monkeypatch.delenv("LDM_HUB", raising=False)
+    assert seen == [(["a", "--", "--hub"], None), (["a"], "1")] and "--hub" in entry.usage()

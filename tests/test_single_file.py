@@ -149,6 +149,20 @@ def test_averaged_weights_are_a_choice(tmp_path: Path) -> None:
         open_single(written(state | averaged, tmp_path / "half.safetensors"), note=quiet)
 
 
+def test_a_choice_stands_behind_the_name(tmp_path: Path) -> None:
+    state = checkpoint()
+    own = {name: value for name, value in state.items() if name.startswith(PREFIX["unet"])}
+    averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in own.items()}
+    file = written(state | averaged, tmp_path / "both.safetensors")
+    last, mean = (load(f"{file}::ema={said},prediction=v") for said in ("no", "yes"))
+    assert torch.equal(mean.unet.conv_in.weight, last.unet.conv_in.weight + 1) and last.process.target == "v"
+    assert load(str(file)).process.target == "epsilon"
+    with pytest.raises(UserError, match=r"'ema=maybe' is not known; behind :: stand ema=yes"):
+        open_model(f"{file}::ema=maybe")
+    with pytest.raises(UserError, match="no such folder"):
+        open_model(f"{tmp_path / 'none.ckpt'}::ema=no")
+
+
 def test_a_part_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = to_compvis("vae", KL, KL.build().state_dict())
