@@ -79,7 +79,7 @@ def evaluate(
     from ldm.log import Log
     from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
     from ldm.process import calibrate
-    from ldm.sample import best_device
+    from ldm.sample_words import best_device
 
     calibrate()
     if on == "scenes":

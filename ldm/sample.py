@@ -14,12 +14,24 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm.cli import call, size_of
+from ldm.cli import call
 from ldm.errors import UserError
-from ldm.prompt_files import Asked, read_prompts
+from ldm.sample_words import (
+    MAX_SEED,
+    asked_for,
+    device_for,
+    hires_of,
+    interval_of,
+    name_of,
+    newest,
+    seeds_of,
+    size_given,
+    strength_given,
+    tell,
+    tell_overlong,
+)  # fmt: skip
 
 Option = typer.Option
-MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
 
 
 def main(words: Sequence[str]) -> int:
@@ -70,18 +82,18 @@ def sample(
     found = read_recipe(recipe) if recipe else {}
     # Other programs' pictures say nothing of it, and mean the notation.
     old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
-    wanted = _asked(prompt or [], prompts, old.get("prompt"))
+    wanted = asked_for(prompt or [], prompts, old.get("prompt"))
     avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
     start = int(old.get("seed", 0) if seed is None else seed)
-    own_seeds = _seeds(seeds, seed, n)
-    shape = _size(size, old)
-    interval = _interval(guidance_interval, old)
+    own_seeds = seeds_of(seeds, seed, n)
+    shape = size_given(size, old)
+    interval = interval_of(guidance_interval, old)
     for name, value in (("guidance", guidance), ("rescale", rescale), ("eta", eta)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name}: got {value}; a finite number is needed")
-    strength = _editing(init, strength, mask, old)
-    hires = _hires(hires, hires_strength, init, old)
-    folder = model or _newest()
+    strength = strength_given(init, strength, mask, old)
+    passes = hires_of(hires, hires_strength, init, old)
+    folder = model or newest()
     out.mkdir(parents=True, exist_ok=True)
     if grid is not None:
         grid.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +104,7 @@ def sample(
     from ldm.picture_files import free, present
 
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
-    family = load(folder, device=_device(device), low_memory=low_memory)
+    family = load(folder, device=device_for(device), low_memory=low_memory)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
         "guidance": old.get("guidance") if guidance is None else guidance,
@@ -108,10 +120,10 @@ def sample(
     running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
     ready(family, folder, running, family.settings(**chosen).precision)
     edits: Any = ()
-    rest: dict[str, Any] = {"model": _name(folder), "model_hash": family.content_hash, **hires}
+    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes}
     rest["notation"] = not literal and bool(old.get("notation", True))
     if old.get("model_hash", family.content_hash) != family.content_hash:
-        _note(f"{recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
+        tell(f"{recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
     if init is not None:
         if sizes := [one for one in wanted if one.width or one.height]:
             raise UserError(f"init: the prompt {sizes[0].prompt[:40]!r} has a size of its own; leave out --w and --h, or use --size")
@@ -119,10 +131,10 @@ def sample(
         rest |= edited
     made = jobs.recipes(family, wanted, own_seeds, seed=start, n=n, chosen=chosen, negative=avoided, size=shape, **rest)
     for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative)):
-        _overlong(family, text, rest["notation"])
+        tell_overlong(family, text, rest["notation"])
     if resume and (kept := present(out)):
         missing = [one for one in made if one not in kept]
-        _note(f"{len(made) - len(missing)} of {len(made)} pictures are in {out} already")
+        tell(f"{len(made) - len(missing)} of {len(made)} pictures are in {out} already")
         made = missing
 
     started = time.monotonic()
@@ -148,7 +160,7 @@ def _drawn(
     from ldm.recipe import save_picture
 
     chunk = family.defaults["chunk"]  # the network draws that many at a time anyway
-    note = cache(_note)  # what is told of several batches is said once
+    note = cache(tell)  # what is told of several batches is said once
     pictures: dict[int, Any] = {}
     done = 0
     with Bar(len(made)) as show:
@@ -172,95 +184,6 @@ def _drawn(
     return [pictures[place] for place in sorted(pictures)]
 
 
-def _overlong(family: Any, text: str, notation: bool) -> None:
-    """Say how a prompt is read that is longer than the text encoder reads at once."""
-    from ldm.families.script import MAX_CHUNKS
-    from ldm.prompt_syntax import literal, read
-    from ldm.text_weighted import chunks_of
-
-    parts = (read if notation else literal)(text).at(0, 1)
-    chunks = max(len(chunks_of(family.text, pieces)) for pieces in parts)
-    if chunks > 1:
-        how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
-        _note(f"{text[:40]!r}... is longer than the model's {family.text.max_tokens} tokens; it is read {how}")
-
-
-def _seeds(text: str, seed: int | None, n: int) -> list[int] | None:
-    if not text:
-        return None
-    if seed is not None or n != 1:
-        raise UserError("seeds: not together with --seed or --n")
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = [-1]
-    if min(found) < 0 or max(found) > MAX_SEED:
-        raise UserError(f"seeds: got {text!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
-    return found
-
-
-def _interval(text: str, old: dict[str, Any]) -> dict[str, float]:
-    if not text:
-        return {"guidance_from": old.get("guidance_from", 0.0), "guidance_to": old.get("guidance_to", 1.0)}
-    try:
-        first, last = (float(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"guidance_interval: got {text!r}; two shares of the steps are needed, such as 0.1,0.8") from None
-    return {"guidance_from": first, "guidance_to": last}
-
-
-def _hires(hires: float | None, strength: float | None, init: Path | None, old: dict[str, Any]) -> dict[str, float]:
-    factor = old.get("hires", 1.0) if hires is None else hires
-    if factor != 1 and init is not None:
-        raise UserError("hires: not together with --init; draw the picture first, and go on from it with a larger --size")
-    if factor == 1 and strength is not None:
-        raise UserError(f"hires_strength: got {strength}, but there is no second pass; give --hires 2")
-    return {"hires": float(factor), "hires_strength": float(old.get("hires_strength", 0.5) if strength is None else strength)}
-
-
-def _asked(given: Sequence[str], file: Path | None, recipes: str | None) -> list[Asked]:
-    """The prompts: words, a file's, a recipe's, or standard input's."""
-    from ldm.recipe import writable
-
-    def clean(text: str) -> str:
-        return writable(text).replace("\0", " ")
-
-    if given and file is not None:
-        raise UserError("prompts: give them as words or by --prompts, not both")
-    if given or (file is None and recipes is not None):
-        return [Asked(prompt=clean(text)) for text in given or [recipes or ""]]
-    if file is None and sys.stdin.isatty():
-        raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
-    source = "standard input" if file is None or str(file) == "-" else str(file)
-    try:
-        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{source}: not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}") from None
-    return read_prompts(clean(text), source)
-
-
-def _size(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
-    """(height, width) px; None where neither the option nor the recipe says."""
-    if not size:
-        return (old["height"], old["width"]) if "height" in old else None
-    return size_of(size)
-
-
-def _editing(init: Path | None, strength: float | None, mask: Path | None, old: dict[str, Any]) -> float | None:
-    """The strength, once it is sure that the options for editing belong together."""
-    if init is None:
-        for name, value in (("mask", mask), ("strength", strength)):
-            if value is not None:
-                raise UserError(f"{name}: got {value}, but no picture to start from; give it by --init")
-        if old.get("init"):
-            raise UserError("from: this picture was drawn out of another one; give that one by --init, and its mask, if any, by --mask")
-    if strength is not None and not 0 <= strength <= 1:
-        raise UserError(f"strength: got {strength}; a number from 0 (the picture as it is) to 1 (all new) is needed")
-    return old.get("strength") if strength is None else strength
-
-
 def _edits(
     family: Any, init: Path, mask: Path | None, strength: float | None, size: tuple[int, int], old: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
@@ -272,55 +195,10 @@ def _edits(
 
     found = read_original(init, mask, size)
     if found.notice:
-        _note(found.notice)
+        tell(found.notice)
     edited = {"init": found.init_hash, "strength": strength_of(strength, mask is not None), "mask": found.mask_hash}
     for name, path in (("init", init), ("mask", mask)):
         if old.get(name) and old[name] != edited[name]:
-            _note(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
+            tell(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
     new = None if found.mask is None else torch.tensor(found.mask)[None]
     return family.edits(torch.tensor(found.pixels)[None], new, strength), edited
-
-
-def _newest() -> str:
-    found = sorted(Path("runs").glob("*/model/model_index.json"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError("no model: give --model DIR, or train one (no runs/*/model here)")
-    folder = str(found[-1].parent)
-    print(f"model: {folder} (the newest here)", file=sys.stderr)
-    return folder
-
-
-def _name(folder: str) -> str:
-    """What a picture says of its model: the run's name, not where it lies."""
-    path = Path(folder.partition("::")[0]).expanduser()
-    if path.is_file():
-        return path.stem
-    if not path.is_dir():
-        return folder  # a name on the hub
-    path = path.resolve()
-    return path.parent.name if path.name == "model" else path.name
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    if not wanted:
-        return best_device()
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({str(error).splitlines()[0][:100]})") from None
-    return wanted
-
-
-def best_device() -> str:
-    """The accelerator of this machine, or the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,159 @@
+"""What the words of the verbs that draw mean, checked before torch is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import size_of
+from ldm.errors import UserError
+from ldm.prompt_files import Asked, read_prompts
+
+MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
+
+
+def asked_for(given: Sequence[str], file: Path | None, recipes: str | None) -> list[Asked]:
+    """The prompts: words, a file's, a recipe's, or standard input's."""
+    from ldm.recipe import writable
+
+    def clean(text: str) -> str:
+        return writable(text).replace("\0", " ")
+
+    if given and file is not None:
+        raise UserError("prompts: give them as words or by --prompts, not both")
+    if given or (file is None and recipes is not None):
+        return [Asked(prompt=clean(text)) for text in given or [recipes or ""]]
+    if file is None and sys.stdin.isatty():
+        raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
+    source = "standard input" if file is None or str(file) == "-" else str(file)
+    try:
+        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
+    return read_prompts(clean(text), source)
+
+
+
+def size_given(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) px; None where neither the option nor the recipe says."""
+    if not size:
+        return (old["height"], old["width"]) if "height" in old else None
+    return size_of(size)
+
+
+
+def seeds_of(text: str, seed: int | None, n: int) -> list[int] | None:
+    if not text:
+        return None
+    if seed is not None or n != 1:
+        raise UserError("seeds: not together with --seed or --n")
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0 or max(found) > MAX_SEED:
+        raise UserError(f"seeds: got {text!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
+    return found
+
+
+
+def interval_of(text: str, old: dict[str, Any]) -> dict[str, float]:
+    if not text:
+        return {"guidance_from": old.get("guidance_from", 0.0), "guidance_to": old.get("guidance_to", 1.0)}
+    try:
+        first, last = (float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"guidance_interval: got {text!r}; two shares of the steps are needed, such as 0.1,0.8") from None
+    return {"guidance_from": first, "guidance_to": last}
+
+
+
+def hires_of(hires: float | None, strength: float | None, init: Path | None, old: dict[str, Any]) -> dict[str, float]:
+    factor = old.get("hires", 1.0) if hires is None else hires
+    if factor != 1 and init is not None:
+        raise UserError("hires: not together with --init; draw the picture first, and go on from it with a larger --size")
+    if factor == 1 and strength is not None:
+        raise UserError(f"hires_strength: got {strength}, but there is no second pass; give --hires 2")
+    return {"hires": float(factor), "hires_strength": float(old.get("hires_strength", 0.5) if strength is None else strength)}
+
+
+
+def strength_given(init: Path | None, strength: float | None, mask: Path | None, old: dict[str, Any]) -> float | None:
+    """The strength, once it is sure that the options for editing belong together."""
+    if init is None:
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UserError(f"{name}: got {value}, but no picture to start from; give it by --init")
+        if old.get("init"):
+            raise UserError("from: this picture was drawn out of another one; give that one by --init, and its mask, if any, by --mask")
+    if strength is not None and not 0 <= strength <= 1:
+        raise UserError(f"strength: got {strength}; a number from 0 (the picture as it is) to 1 (all new) is needed")
+    return old.get("strength") if strength is None else strength
+
+
+
+def newest() -> str:
+    found = sorted(Path("runs").glob("*/model/model_index.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError("no model: give --model DIR, or train one (no runs/*/model here)")
+    folder = str(found[-1].parent)
+    print(f"model: {folder} (the newest here)", file=sys.stderr)
+    return folder
+
+
+
+def name_of(folder: str) -> str:
+    """What a picture says of its model: the run's name, not where it lies."""
+    path = Path(folder.partition("::")[0]).expanduser()
+    if path.is_file():
+        return path.stem
+    if not path.is_dir():
+        return folder  # a name on the hub
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+
+def device_for(wanted: str) -> str:
+    import torch
+
+    if not wanted:
+        return best_device()
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({str(error).splitlines()[0][:100]})") from None
+    return wanted
+
+
+
+def best_device() -> str:
+    """The accelerator of this machine, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+
+def tell_overlong(family: Any, text: str, notation: bool) -> None:
+    """Say how a prompt is read that is longer than the text encoder reads at once."""
+    from ldm.families.script import MAX_CHUNKS
+    from ldm.prompt_syntax import literal, read
+    from ldm.text_weighted import chunks_of
+
+    parts = (read if notation else literal)(text).at(0, 1)
+    chunks = max(len(chunks_of(family.text, pieces)) for pieces in parts)
+    if chunks > 1:
+        how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
+        tell(f"{text[:40]!r}... is longer than the model's {family.text.max_tokens} tokens; it is read {how}")
+
+
+
+def tell(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
