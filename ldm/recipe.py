@@ -18,7 +18,9 @@ NEGATIVE = "Negative prompt: "
 NAMES = {  # our samplers under the names that other programs know
     "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "unipc": "UniPC",
+    "lcm": "LCM",
 }  # fmt: skip
+SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}  # and of spacings
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')  # as A1111's web UI reads its settings line
 
 
@@ -56,8 +58,8 @@ class Recipe:
         if self.negative:
             lines.append(NEGATIVE + self.negative)
         values: dict[str, object] = {"Steps": self.steps, "Sampler": NAMES.get(self.sampler, self.sampler)}
-        if self.spacing == "karras":
-            values["Schedule type"] = "Karras"
+        if self.spacing in SCHEDULES:
+            values["Schedule type"] = SCHEDULES[self.spacing]
         values |= {
             "CFG scale": self.guidance, "Seed": self.seed, "Size": f"{self.first_width}x{self.first_height}",
             "Model hash": self.model_hash[:10], "Model": self.model, "Version": f"ldm {__version__}",
@@ -192,10 +194,12 @@ def parse_parameters(text: str) -> dict[str, Any]:
     if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
         found |= {"width": int(size[1]), "height": int(size[2])}
     sampler = pairs.get("Sampler", "")
-    if pairs.get("Schedule type") == "Karras" or sampler.endswith(" Karras"):
-        found["spacing"] = "karras"
+    for spacing, theirs in SCHEDULES.items():
+        if pairs.get("Schedule type") == theirs or sampler.endswith(f" {theirs}"):
+            found["spacing"] = spacing
+            sampler = sampler.removesuffix(f" {theirs}")
     ours = {theirs: name for name, theirs in NAMES.items()}
-    if known := ours.get(sampler.removesuffix(" Karras")):
+    if known := ours.get(sampler):
         found["sampler"] = known
     return found
 

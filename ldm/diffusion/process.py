@@ -18,7 +18,8 @@ from ldm.rng import Rng
 
 Schedule = Annotated[Linear | ScaledLinear | Cosine | Flow, BY_KIND]
 Target = Literal["epsilon", "v", "x0", "flow"]
-SPACINGS = ("trailing", "leading", "linspace", "karras")
+SPACINGS = ("trailing", "leading", "linspace", "karras", "exponential", "lcm")
+LCM_LEVELS = 50  # that latent consistency models are distilled on
 PURE_NOISE = 80.0  # sigma/alpha beyond which x is noise for every purpose (EDM's sigma_max, arXiv 2206.00364)
 
 # Weights and densities: which t matter, and how often they are drawn
@@ -184,7 +185,9 @@ class Process:
         trailing: from the noisiest on, evenly (Lin 2023, table 2); leading: Stable Diffusion's 1, 21, ..., which stops
         short of the noisiest; linspace: both ends of the table; karras: evenly in (sigma/alpha)^(1/7), t fractional
         (Karras 2022, arXiv 2206.00364, eq. 5). Where the table goes beyond sigma/alpha = 80, Karras' even part begins
-        there, after one step from the noisiest t: it would spend half its steps where x is all but pure noise.
+        there, after one step from the noisiest t: it would spend half its steps where x is all but pure noise;
+        exponential: the same, evenly in log(sigma/alpha); lcm: out of the 50 evenly spaced levels that latent consistency
+        models know (Luo 2023, arXiv 2310.04378).
 
         Raises:
             UserError: on an unknown spacing or more steps than noise levels.
@@ -200,8 +203,14 @@ class Process:
             t = self.schedule.time(back * stride + (1 if (steps - 1) * stride + 1 < rows else 0))
         elif spacing == "linspace":
             t = self.schedule.time(self.schedule.nearest(np.linspace(rows - 1, 0, steps)))
-        elif spacing == "karras":
-            t = self._karras(steps)
+        elif spacing in ("karras", "exponential"):
+            t = self._by_ratio(steps, spacing == "exponential")
+        elif spacing == "lcm":
+            known = min(LCM_LEVELS, rows)
+            if steps > known:
+                raise UserError(f"steps: got {steps}; lcm's spacing has 1 to {known} of them")
+            places = known - np.floor(np.linspace(0, known, steps, endpoint=False))
+            t = self.schedule.time(places * (rows // known) - 1)
         else:
             raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
         times = torch.from_numpy(np.ascontiguousarray(t)).float()
@@ -209,14 +218,18 @@ class Process:
         one = torch.ones(1, dtype=alpha.dtype)
         return Grid(t=times, alpha=torch.cat([alpha, one]), sigma=torch.cat([sigma, 0 * one]))
 
-    def _karras(self, steps: int) -> np.ndarray:
+    def _by_ratio(self, steps: int, exponential: bool) -> np.ndarray:
         ends = self.schedule.time(np.array([self.schedule.steps - 1.0, 0.0]))
         alpha, sigma = self.alpha_sigma(torch.from_numpy(ends))
         top, bottom = (sigma / alpha).tolist()
         beyond = top > PURE_NOISE
         count = steps - beyond
         ramp = np.linspace(0, 1, count) if count > 1 else np.zeros(count)
-        ratio = (min(top, PURE_NOISE) ** (1 / 7) * (1 - ramp) + bottom ** (1 / 7) * ramp) ** 7
+        top = min(top, PURE_NOISE)
+        if exponential:
+            ratio = np.exp(np.log(top) * (1 - ramp) + np.log(bottom) * ramp)
+        else:
+            ratio = (top ** (1 / 7) * (1 - ramp) + bottom ** (1 / 7) * ramp) ** 7
         return np.concatenate([ends[:1], self.schedule.time_at(ratio)] if beyond else [self.schedule.time_at(ratio)])
 
     def scheduler_config(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def choose(
     if name not in SAMPLERS:
         raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
     chosen = Settings(
-        steps=defaults.steps if steps is None else steps,
+        steps=SAMPLERS[name].steps or defaults.steps if steps is None else steps,
         guidance=defaults.guidance if guidance is None else guidance,
         rescale=defaults.rescale if rescale is None else rescale,
         sampler=name, spacing=spacing or SAMPLERS[name].spacing, eta=eta,

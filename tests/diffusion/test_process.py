@@ -13,6 +13,7 @@ import torch
 
 from ldm.batch import Noised
 from ldm.diffusion.process import (
+    LCM_LEVELS,
     SPACINGS,
     LogitNormal,
     MinSnr,
@@ -208,13 +209,14 @@ def test_times_are_diffusers(steps, spacing):
     assert Process().grid(steps, spacing).t.tolist() == wanted
 
 
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
 @pytest.mark.parametrize("steps", [2, 10, 30])
-def test_karras_levels_are_diffusers(steps):
-    config = {**Process().scheduler_config(), "use_karras_sigmas": True}
+def test_levels_by_their_ratio_are_diffusers(steps, spacing):
+    config = {**Process().scheduler_config(), f"use_{spacing}_sigmas": True}
     theirs = diffusers.DPMSolverMultistepScheduler.from_config(config)
     theirs.alphas_cumprod = Process().alpha_sigma(torch.arange(1000))[0] ** 2  # their own is float32
     theirs.set_timesteps(steps)
-    grid = Process().grid(steps, "karras")
+    grid = Process().grid(steps, spacing)
     assert torch.allclose(grid.sigma / grid.alpha, theirs.sigmas.double(), rtol=3e-6)
     assert torch.allclose(
         grid.t.round().double(), theirs.timesteps.double(), atol=1.0
@@ -224,6 +226,7 @@ def test_karras_levels_are_diffusers(steps):
 @pytest.mark.parametrize("process", PROCESSES, ids=label)
 def test_grids_fall_to_the_clean_end(process):
     for spacing, steps in itertools.product(SPACINGS, (1, 2, 3, 19, 100)):
+        steps = min(steps, LCM_LEVELS) if spacing == "lcm" else steps
         grid = process.grid(steps, spacing)
         assert grid.t.shape == (steps,) and grid.alpha.shape == grid.sigma.shape == (steps + 1,)
         assert (grid.alpha[-1].item(), grid.sigma[-1].item()) == (1.0, 0.0)
