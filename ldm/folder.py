@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import sha256
 from ldm.errors import UserError
+from ldm.tensor_file import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
@@ -123,21 +124,25 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is missing, truncated or something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     try:
-        data = file.read_bytes()
+        return read_tensors(file)[0]
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {AGAIN}") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    if data.startswith(LFS):
-        raise UserError(f"{file}: only a Git LFS pointer stands here, not the weights; run `git lfs pull` in that folder")
-    try:
-        return load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, RecursionError) as error:
+        with file.open("rb") as opened:
+            if opened.read(len(LFS)) == LFS:
+                raise UserError(f"{file}: only a Git LFS pointer stands here, not the weights; run `git lfs pull` in that folder") from None
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it again") from None
+
+
+def header(file: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file that has been read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -166,7 +171,8 @@ def _shards(index: Path) -> list[Path]:
 def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -> M:
     """The module that `build` makes, with exactly the weights of `state`, in the data types that `build` chose.
 
-    PyTorch's global random state is left as it was.
+    Tensors of the right type that alone fill their storage become the module's own, others are copied: storage begins at an
+    aligned address, and the bits of results may depend on that. PyTorch's global random state is left as it was.
 
     Raises:
         UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
@@ -178,9 +184,13 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         compare(wanted, state, where)
         if {name for name, _ in module.named_buffers()} - wanted.keys():
             module = build()  # buffers that are not stored exist only where they were computed
-    # A copy is aligned as all other tensors are: the bits of results may depend on that.
-    module.load_state_dict({name: state[name].to(value.dtype, copy=True) for name, value in wanted.items()}, assign=True)
+    module.load_state_dict({name: _own(state[name], value.dtype) for name, value in wanted.items()}, assign=True)
     return module
+
+
+def _own(value: Tensor, kind: torch.dtype) -> Tensor:
+    alone = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value.to(kind, copy=not alone)
 
 
 def compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -> None:

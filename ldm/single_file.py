@@ -18,7 +18,7 @@ from ldm import checkpoint
 from ldm.compvis import PREFIX, Part, from_compvis
 from ldm.compvis_shapes import HUGE, XL_SCALE, inner, text_config, unet_config, vae_config
 from ldm.errors import UserError
-from ldm.folder import compare, content_hash, read_safetensors, save_part
+from ldm.folder import compare, content_hash, header, read_safetensors, save_part
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
@@ -111,25 +111,19 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    from safetensors import safe_open
-
     with file.open("rb") as opened:
         head = opened.read(64)
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{file}: a web page, not weights; the download needs another address or a log-in")
     if file.suffix not in PICKLES and head[:2] != b"PK":
-        state = read_safetensors(file)
-        with safe_open(file, "pt") as opened_file:
-            return state, dict(opened_file.metadata() or {})
+        return read_safetensors(file), header(file)
     from ldm.pickles import convert
 
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
         converted = Path(folder) / "weights.safetensors"
         convert(file, converted)
-        state = read_safetensors(converted)
-        with safe_open(converted, "pt") as opened_file:
-            return state, dict(opened_file.metadata() or {})
+        return read_safetensors(converted), header(converted)
 
 
 def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:

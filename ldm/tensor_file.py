@@ -1,0 +1,89 @@
+"""Safetensors files read into memory of their own: every byte once, so that a model needs no more memory than its weights.
+
+The library's own `load` holds a file twice, and its mapped files die with a file that is cut short meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+HEADER = 100_000_000  # bytes at most, as in the format's description
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, each in storage of its own, and the texts in its header.
+
+    Raises:
+        OSError: as the file system says.
+        ValueError: saying what is wrong with the file.
+    """
+    with FileIO(file) as opened:  # unbuffered: large reads go straight into the tensors
+        size = file.stat().st_size
+        length = int.from_bytes(_read(opened, 8), "little")
+        if not 2 <= length <= min(HEADER, size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        values = json.loads(_read(opened, length))
+        if not isinstance(values, dict):
+            raise ValueError("its header is no JSON object")
+        texts = values.pop("__metadata__", None) or {}
+        wanted = {name: _described(name, value) for name, value in values.items()}
+        found: dict[str, Tensor] = {}
+        place = 0
+        for name, (kind, shape, start, stop) in sorted(wanted.items(), key=lambda item: item[1][2:]):
+            tensor = torch.empty(shape, dtype=kind)
+            if start != place or stop - start != tensor.nbytes or 8 + length + stop > size:
+                raise ValueError(f"{name}: its place, {start} to {stop}, does not fit its shape or the file")
+            if tensor.nbytes:
+                _fill(opened, tensor)
+            found[name], place = tensor, stop
+        if 8 + length + place != size:
+            raise ValueError(f"{size - 8 - length - place} bytes too many")
+    return {name: found[name] for name in wanted}, {str(name): str(text) for name, text in texts.items()}
+
+
+def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Type, shape and place of a tensor in the data."""
+    try:
+        kind, shape, (start, stop) = KINDS[value["dtype"]], value["shape"], value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{name}: described as {str(value)[:100]}")
+    count = 1
+    for side in shape:
+        count *= side
+    if count * kind.itemsize != stop - start:  # before any memory is asked for
+        raise ValueError(f"{name}: {stop - start} bytes for the shape {shape}")
+    return kind, shape, start, stop
+
+
+def _read(opened: FileIO, count: int) -> bytes:
+    parts, missing = [], count
+    while missing:
+        part = opened.read(missing)
+        if not part:
+            raise ValueError("it ends too early")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def _fill(opened: FileIO, tensor: Tensor) -> None:
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    while len(view):
+        count = opened.readinto(view)
+        if not count:
+            raise ValueError("it ends too early")
+        view = view[count:]
