@@ -86,9 +86,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that has been read."""
+    """A prompt that has been read, or what lies between it and another one."""
 
     parts: tuple[Part, ...]
+    end: Prompt | None = None  # the other one, with as many parts
+    share: float = 0.0  # how far on the way there, from 0 to 1
 
     def at(self, step: int, steps: int) -> tuple[tuple[Piece, ...], ...]:
         """Every part's text at step `step` (from 0) of `steps`."""
@@ -96,7 +98,7 @@ class Prompt:
 
     def plain(self) -> bool:
         """Whether it is nothing but words."""
-        return len(self.parts) == 1 and self.parts[0].weight == 1 and all(
+        return self.end is None and len(self.parts) == 1 and self.parts[0].weight == 1 and all(
             isinstance(node, Words) and not BREAK.search(node.text) for node in self.parts[0].nodes
         )
 

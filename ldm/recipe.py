@@ -21,6 +21,7 @@ NAMES = {  # our samplers under the names that other programs know
     "lcm": "LCM",
 }  # fmt: skip
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}  # and of spacings
+SPACINGS = ("trailing", "leading", "linspace", *SCHEDULES, "lcm")
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')  # as A1111's web UI reads its settings line
 
 
@@ -51,6 +52,14 @@ class Recipe:
     notation: bool = False  # whether brackets and AND in the prompts mean what ldm.prompt_syntax says, or stand for themselves
     hires: float = 1.0  # how many times smaller, in width and height, a first pass drew it; 1: there was none
     hires_strength: float = 0.5  # the share of the steps that the second pass took
+    variation_seed: int = 0  # of the noise that its own is mixed with
+    variation: float = 0.0  # how far, along the arc: 0 its own, 1 the other
+    to: str = ""  # a second prompt
+    share: float = 0.0  # how far the text's states are on the way to that one
+    outpaint: str = ""  # px added around `init`: left,top,right,bottom
+    invert: bool = False  # whether it started from the noise that ddim gives `init` back from, instead of fresh noise
+    source: str = ""  # what that picture was said to show then
+    mark: str = ""  # text hidden in the pixels
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -68,6 +77,8 @@ class Recipe:
             values["Denoising strength"] = self.strength
         elif self.hires != 1:
             values |= {"Denoising strength": self.hires_strength, "Hires upscale": self.hires}
+        if self.variation:
+            values |= {"Variation seed": self.variation_seed, "Variation seed strength": self.variation}
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
         return "\n".join(lines)
 
@@ -185,6 +196,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": "\n".join(lines[:start]).strip(), "negative": negative}
     kinds: dict[str, tuple[str, type]] = {
         "Steps": ("steps", int), "CFG scale": ("guidance", float), "Seed": ("seed", int), "Denoising strength": ("strength", float),
+        "Variation seed": ("variation_seed", int), "Variation seed strength": ("variation", float),
     }  # fmt: skip
     for name, (field, kind) in kinds.items():
         try:

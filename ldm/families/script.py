@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.batch import Cond, Text
+from ldm.errors import UserError
 from ldm.prompt_syntax import Piece, Prompt
 from ldm.text import TextEncoder
 from ldm.text_weighted import chunks_of, encode
@@ -27,8 +28,16 @@ class Shape:
 
 
 def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int) -> Shape:
-    """The shape of a prompt with its negative over `steps` steps."""
-    texts = {pieces for step in range(max(1, steps)) for one in (prompt, negative) for pieces in one.at(step, steps)}
+    """The shape of a prompt with its negative over `steps` steps.
+
+    Raises:
+        UserError: if the prompt is on the way to one with more or fewer parts.
+    """
+    every = (prompt, negative) if prompt.end is None else (prompt, prompt.end, negative)
+    if prompt.end is not None and len(prompt.end.parts) != len(prompt.parts):
+        counts = f"{len(prompt.parts)} and {len(prompt.end.parts)}"
+        raise UserError(f"to: the prompts have {counts} parts joined by AND; both need as many")
+    texts = {pieces for step in range(max(1, steps)) for one in every for pieces in one.at(step, steps)}
     chunks = min(MAX_CHUNKS, max(len(chunks_of(encoder, pieces)) for pieces in texts))
     return Shape(len(prompt.parts), chunks, len(prompt.parts) == 1 and prompt.parts[0].weight == 1)
 
@@ -49,7 +58,7 @@ class Script:
     shape: Shape
     steps: int
     about: Callable[[Text], Cond]
-    _made: dict[tuple[Pieces, ...], Cond] = field(default_factory=dict)
+    _made: dict[tuple[tuple[Pieces, ...], tuple[Pieces, ...]], Cond] = field(default_factory=dict)
 
     def weights(self) -> Tensor:
         """Of every part's guidance, (parts,B)."""
@@ -60,10 +69,30 @@ class Script:
         step = max(0, min(step, self.steps - 1))
         without = [tuple(piece for part in one.at(step, self.steps) for piece in part) for one in self.negatives]
         now = [prompt.at(step, self.steps) for prompt in self.prompts]
-        parts = [tuple(texts[k] for texts in now) for k in range(self.shape.parts)]
-        return tuple(self._cond(texts) for texts in (tuple(without), *parts))
+        ends = [(prompt.end or prompt).at(step, self.steps) for prompt in self.prompts]
+        parts = [[tuple(texts[k] for texts in all_of) for all_of in (now, ends)] for k in range(self.shape.parts)]
+        return (self._cond(tuple(without), tuple(without)), *(self._cond(begin, end) for begin, end in parts))
 
-    def _cond(self, texts: tuple[Pieces, ...]) -> Cond:
-        if texts not in self._made:
-            self._made[texts] = self.about(encode(self.encoder, texts, self.shape.chunks))
-        return self._made[texts]
+    def _cond(self, begin: tuple[Pieces, ...], end: tuple[Pieces, ...]) -> Cond:
+        if (begin, end) not in self._made:
+            text = encode(self.encoder, begin, self.shape.chunks)
+            if begin != end:
+                share = torch.tensor([prompt.share for prompt in self.prompts])
+                text = between(text, encode(self.encoder, end, self.shape.chunks), share)
+            self._made[begin, end] = self.about(text)
+        return self._made[begin, end]
+
+
+def between(begin: Text, end: Text, share: Tensor) -> Text:
+    """Texts (B) whose states are on the straight way from one to the other; to the bit at its ends.
+
+    Args:
+        share: (B,) from 0 to 1.
+    """
+    share = share.to(begin.tokens)
+    pooled = None
+    if begin.pooled is not None and end.pooled is not None:
+        pooled = torch.lerp(begin.pooled, end.pooled, share[:, None].to(begin.pooled))
+    inner = (share > 0) & (share < 1)
+    mask = torch.where(inner[:, None], begin.mask | end.mask, torch.where((share < 1)[:, None], begin.mask, end.mask))
+    return Text(tokens=torch.lerp(begin.tokens, end.tokens, share[:, None, None]), mask=mask, pooled=pooled)
