@@ -59,9 +59,11 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     "data",
     [
-        packed([]), packed({"a": 3}, b"12345678"), packed({"a": F32 | {"dtype": "F31"}}, bytes(8)), packed({"a": F32 | {"shape": [3]}}, bytes(8)),
+        packed([]), packed({"a": 3}, b"12345678"),
+        packed({"a": F32 | {"dtype": "F31"}}, bytes(8)), packed({"a": F32 | {"shape": [3]}}, bytes(8)),
         packed({"a": F32 | {"shape": [10**15]}}, bytes(8)), packed({"a": F32 | {"shape": [-1, -2]}}, bytes(8)),
-        packed({"a": F32, "b": F32}, bytes(8)), packed({"a": F32 | {"data_offsets": [4, 12]}}, bytes(12)), struct.pack("<Q", 2**63) + bytes(80),
+        packed({"a": F32, "b": F32}, bytes(8)), packed({"a": F32 | {"data_offsets": [4, 12]}}, bytes(12)),
+        struct.pack("<Q", 2**63) + bytes(80),
         b"<!DOCTYPE html><html></html>", b"",
     ],
 )  # fmt: skip
