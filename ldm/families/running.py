@@ -65,16 +65,16 @@ def ready(
         _take_turns(family, open_model(Path(folder)).folder, device, precision)
     else:
         family.unet = prepared_unet(family.unet, precision)
-        family.codec.network = prepare(family.codec.network, channels_last=True)
+        family.codec.network = prepare(family.codec.network, channels_last=True, in_place=True)
     if running.compiled:
         family.unet.compile(dynamic=False)
     return family
 
 
 def prepared_unet(unet: UNet, precision: str) -> UNet:
-    """A UNet for inference at a precision; its numbers under autocast do not depend on whether that was known."""
+    """A UNet, changed in place for inference at a precision; its numbers under autocast do not depend on whether that was known."""
     kind = PRECISION[precision]
-    return prepare(unet, dtype=None if kind == torch.float32 else kind, channels_last=True)
+    return prepare(unet, dtype=None if kind == torch.float32 else kind, channels_last=True, in_place=True)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -106,7 +106,7 @@ def _take_turns(family: LatentDiffusionFamily, root: Path, device: torch.device,
         return prepared_unet(load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet"), precision)
 
     def autoencoder() -> nn.Module:
-        return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True)
+        return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)
 
     def text() -> nn.Module:
         made: nn.Module = TextEncoder.load(root).model

@@ -16,7 +16,7 @@ from ldm.models.transformer import CrossAttention
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool = False) -> M:
+def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool = False, in_place: bool = False) -> M:
     """A network that computes what `module` does, for inference alone; `module` and its state dict stay as they are.
 
     Projections of one input are one matrix product, enlargements by two with their 3x3 convolution four 2x2
@@ -28,8 +28,9 @@ def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool 
         dtype: of the weights of products and convolutions, cast once instead of by autocast in every call: run the network
             under autocast of that type, and its numbers are the same to the bit. None: as they are.
         channels_last: lay convolutions' weights out by place first, channel last.
+        in_place: change `module` itself, weight by weight, so that no more than one weight is there twice.
     """
-    made = shared_copy(module).eval()
+    made = (module if in_place else shared_copy(module)).eval()
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if (better := _better(child)) is not None:

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,16 @@ def test_a_schedules_embeddings_in_one_call_are_those_of_each_step(config, dtype
         x = draw(2, 4, 6, 5).to(dtype)
         wanted = network(x, t.expand(2), cond)
         torch.testing.assert_close(network(x, t.expand(2), cond, None, step), wanted, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+def test_in_place_is_the_same_and_leaves_no_second_weight():
+    torch.manual_seed(0)
+    plain = UNetConfig(channels=(32, 64), layers=1, attention=(True, True), heads=2, context_width=16, norm_groups=8).build()
+    apart = prepare(plain, channels_last=True)
+    old = [(weakref.ref(p), p.data_ptr()) for p in plain.parameters()]
+    count = sum(p.numel() for p in apart.parameters())
+    own = prepare(plain, channels_last=True, in_place=True)
+    assert own is plain and sum(p.numel() for p in own.parameters()) == count
+    for name, value in apart.named_parameters():
+        assert torch.equal(value, own.get_parameter(name))
+    assert not any(reference() is not None for reference, _ in old)
