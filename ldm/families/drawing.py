@@ -216,18 +216,11 @@ class Engine:
         weight = next(self.unet.parameters())
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
-    def _denoise(
-        self,
-        prompts: list[Prompt],
-        negative: Prompt,
-        shape: Shape,
-        canvas: Canvas,
-        settings: Settings,
-        edits: Sequence[Edit],
-        report: Callable[[int], None] | None,
-    ) -> Tensor:
-        """Clean latents (B,c,h,w) of a chunk."""
-        device, entry, grid = canvas.noise.device, SAMPLERS[settings.sampler], canvas.grid
+    def denoiser(
+        self, prompts: Sequence[Prompt], negative: Prompt, shape: Shape, canvas: Canvas, settings: Settings, edits: Sequence[Edit] = ()
+    ) -> Denoise:
+        """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
+        grid, device = canvas.grid, canvas.noise.device
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
         size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
 
@@ -258,12 +251,22 @@ class Engine:
         steps = len(grid.t)
         weights = script.weights().to(device)
         denoise = composed(predict, script.told, weights, lambda i: settings.guidance_at(i, steps), settings.rescale)
-        x = entry.start(canvas.noise, grid)
         for edit in edits:
             denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
-            x = x if edit.start is None else edit.start(x, canvas)
+        return denoise
 
-        told_of: set[int] = set()
+    def _denoise(
+        self,
+        prompts: list[Prompt],
+        negative: Prompt,
+        shape: Shape,
+        canvas: Canvas,
+        settings: Settings,
+        edits: Sequence[Edit],
+        report: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Clean latents (B,c,h,w) of a chunk."""
+        entry, grid, told_of = SAMPLERS[settings.sampler], canvas.grid, set[int]()
 
         def after_step(x: Tensor, i: int) -> Tensor:
             for edit in edits:
@@ -274,7 +277,11 @@ class Engine:
             return x
 
         kind = PRECISION[settings.precision]
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+        with torch.autocast(canvas.noise.device.type, kind, enabled=kind != torch.float32):
+            x = entry.start(canvas.noise, grid)
+            for edit in edits:
+                x = x if edit.start is None else edit.start(x, canvas)
+            denoise = self.denoiser(prompts, negative, shape, canvas, settings, edits)
             x = entry.run(denoise, x, grid.alpha, grid.sigma, canvas.rng, eta=settings.eta, after_step=after_step)
         if not x.isfinite().all():
             cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"

@@ -10,11 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.batch import Cond
+from ldm.diffusion.inversion import invert
 from ldm.diffusion.samplers import Denoise
 from ldm.errors import UserError
 from ldm.families.codec import Codec
-from ldm.families.drawing import Canvas, Edit
+from ldm.families.drawing import Canvas, Edit, Engine, Settings
+from ldm.families.script import shape_of
 from ldm.models.unet import UNetConfig
+from ldm.prompt_syntax import Prompt, literal
+
+INVERTIBLE = ("ddim", "euler")
+ROUNDS = 4  # network calls for each step of an inversion
 
 
 def from_picture(
@@ -78,6 +84,37 @@ def begin_from(x0: Tensor, strength: float) -> Edit:
         return canvas.noised(canvas.own(x0), 0)
 
     return Edit(strength=strength, start=start if strength < 1 else None)
+
+
+def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Settings, strength: float = 1.0) -> Edit:
+    """Start from the noise from which ddim's steps, told `source` without guidance, lead back to pictures (1 or N,H,W,3).
+
+    Where the prompt equals what the picture shows, so does the result; a prompt that differs changes what differs. Guidance
+    belongs between the two: with `source` as the negative prompt it is multiplied difference (negative-prompt inversion,
+    Miyake 2023, arXiv 2305.16807).
+
+    Args:
+        source: what the pictures show.
+        settings: of the drawing; its sampler must be ddim or euler without added noise.
+        strength: the share of the steps that is gone back.
+
+    Raises:
+        UserError: for a sampler that does not lead back, or a UNet made for inpainting.
+    """
+    if settings.sampler not in INVERTIBLE or settings.eta:
+        used = f"{settings.sampler}{f' with eta {settings.eta:g}' if settings.eta else ''}"
+        raise UserError(f"invert: {used} does not go back the way it came; choose {' or '.join(INVERTIBLE)}, without eta")
+    if wants_mask(engine.unet.config, engine.codec):
+        raise UserError("invert: this UNet is made for inpainting; give --mask, or take another model")
+    x0, plain = encoded(engine.codec, image), replace(settings, guidance=1.0, rescale=0.0)
+
+    def start(x: Tensor, canvas: Canvas) -> Tensor:
+        empty, steps = literal(""), len(canvas.grid.t)
+        shape = shape_of(engine.text, source, empty, steps)
+        denoise = engine.denoiser([source] * len(x), empty, shape, canvas, plain)
+        return invert(denoise, canvas.own(x0), canvas.grid.alpha, canvas.grid.sigma, ROUNDS)
+
+    return Edit(strength=strength, start=start)
 
 
 def blend(x0: Tensor, mask: Tensor, factor: int) -> Edit:
