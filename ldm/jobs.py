@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.families.latent_diffusion import LatentDiffusionFamily
+    from ldm.originals import Original
+    from ldm.prompt_syntax import Prompt
 
 MAX_SIDE = 8192  # px
+OWN: dict[str, Any] = {"prompt": "", "seed": 0, "variation_seed": 0, "variation": 0.0, "to": "", "share": 0.0}  # of each in a call
 NUMBERS = ("steps", "guidance", "rescale", "sampler", "spacing", "eta", "precision", "guidance_from", "guidance_to", "guidance_curve")
 
 
@@ -29,6 +32,7 @@ def recipes(
     chosen: dict[str, Any],
     negative: str,
     size: tuple[int, int] | None,
+    variations: int = 0,
     **rest: Any,
 ) -> list[Recipe]:
     """A recipe for every picture, prompt after prompt; what a prompt's own line says goes before everything else.
@@ -37,6 +41,7 @@ def recipes(
         seeds: every prompt's; None: `n` from the line's seed or `seed` on.
         chosen: settings by the names of NUMBERS, None for the model's own.
         size: (height, width) px, or None for the model's own.
+        variations: of every picture, in its place: with the noise of seed + 1, seed + 2, ... mixed into its own; 0: the picture.
         rest: other fields of every recipe.
     """
     found = []
@@ -51,7 +56,7 @@ def recipes(
                 prompt=one.prompt, negative=avoided, seed=number, width=one.width or width, height=one.height or height, **settings, **rest
             )  # fmt: skip
             check_size(recipe, family.factor)
-            found.append(recipe)
+            found += [replace(recipe, variation_seed=number + 1 + k) for k in range(variations)] or [recipe]
     return found
 
 
@@ -72,10 +77,10 @@ def check_size(recipe: Recipe, factor: int) -> None:
 
 
 def alike(found: Sequence[Recipe], many: int) -> Iterator[list[int]]:
-    """Places of recipes that differ in prompt and seed alone, in their order, at most `many` at a time."""
+    """Places of recipes that differ in what OWN names alone, in their order, at most `many` at a time."""
     groups: dict[Recipe, list[int]] = {}
     for i, recipe in enumerate(found):
-        groups.setdefault(replace(recipe, prompt="", seed=0), []).append(i)
+        groups.setdefault(replace(recipe, **OWN), []).append(i)
     for places in groups.values():
         for start in range(0, len(places), many):
             yield places[start : start + many]
@@ -85,32 +90,83 @@ def draw(
     family: LatentDiffusionFamily,
     found: Sequence[Recipe],
     *,
+    original: Original | None = None,
     edits: Sequence[Any] = (),
     on_step: Callable[[int, int], None] | None = None,
     note: Callable[[str], None],
 ) -> Tensor:
-    """The pictures (N,H,W,3) uint8 of recipes that differ in prompt and seed alone.
+    """The pictures (N,H,W,3) uint8 of recipes that differ in what OWN names alone.
 
     With `hires` above 1 they are drawn at a smaller size first, enlarged and drawn anew in part, as image-to-image does.
+
+    Args:
+        original: the picture that the recipes start from, as large as they say.
+        edits: further methods.
+        note: told what a user should know, one line each.
     """
-    from ldm.prompt_syntax import literal, read
+    import torch
 
     first = found[0]
-    meant = read if first.notation else literal
+    meant = _reader(first)
     told: dict[str, Any] = {name: getattr(first, name) for name in NUMBERS}
     told |= {"negative": meant(first.negative), "note": note}
-    prompts, seeds = [meant(recipe.prompt) for recipe in found], [recipe.seed for recipe in found]
+    prompts, seeds = [_between(recipe) for recipe in found], [recipe.seed for recipe in found]
     passes = 1 if first.hires == 1 else 2
 
     def in_pass(number: int) -> Callable[[int, int], None] | None:
         return None if on_step is None else lambda done, steps: on_step(number * steps + done, passes * steps)
 
+    def drawn(number: int, size: tuple[int, int], edits: Sequence[Any]) -> Tensor:
+        return family.sample(prompts, seeds, size=size, latents=noise_of(family, found, size), on_step=in_pass(number), edits=edits, **told)
+
+    if original is not None:
+        image = torch.tensor(original.pixels)[None]
+        new = None if original.mask is None else torch.tensor(original.mask)[None]
+        edits = (*edits_of(family, first, image, new), *edits)
     if passes == 2:
-        size = (first.first_height, first.first_width)
-        small = family.sample(prompts, seeds, size=size, on_step=in_pass(0), edits=edits, **told)
+        small = drawn(0, (first.first_height, first.first_width), edits)
         large = enlarged(small, first.height, first.width)
         edits = family.edits(large, None, first.hires_strength)
-    return family.sample(prompts, seeds, size=(first.height, first.width), on_step=in_pass(passes - 1), edits=edits, **told)
+    return drawn(passes - 1, (first.height, first.width), edits)
+
+
+def edits_of(family: LatentDiffusionFamily, recipe: Recipe, image: Tensor, new: Tensor | None) -> tuple[Any, ...]:
+    """How a recipe departs from pictures (1 or N,H,W,3) uint8, of which `new` (1 or N,H,W) or all is to be new."""
+    import torch
+
+    from ldm.families.editing import from_inverted
+
+    if not recipe.invert:
+        return family.edits(image, new, recipe.strength)
+    settings = family.settings(**{name: getattr(recipe, name) for name in NUMBERS})
+    with torch.no_grad():
+        return (from_inverted(family.engine(), image, _reader(recipe)(recipe.source), settings, recipe.strength),)
+
+
+def noise_of(family: LatentDiffusionFamily, found: Sequence[Recipe], size: tuple[int, int]) -> Tensor | None:
+    """The noise (N,c,h,w) of recipes of which some are variations; None where each has its seed's own."""
+    if not any(recipe.variation for recipe in found):
+        return None
+    import torch
+
+    from ldm.diffusion.interpolation import slerp
+    from ldm.rng import Rng
+
+    shape = (family.codec.channels, size[0] // family.factor, size[1] // family.factor)
+    own, other = (Rng(0, [getattr(r, name) for r in found]).normal("init", shape) for name in ("seed", "variation_seed"))
+    return slerp(own, other, torch.tensor([recipe.variation for recipe in found]))
+
+
+def _reader(recipe: Recipe) -> Callable[[str], Prompt]:
+    from ldm.prompt_syntax import literal, read
+
+    return read if recipe.notation else literal
+
+
+def _between(recipe: Recipe) -> Prompt:
+    """A recipe's prompt, or what lies on the way to its second one."""
+    meant = _reader(recipe)
+    return replace(meant(recipe.prompt), end=meant(recipe.to), share=recipe.share) if recipe.share else meant(recipe.prompt)
 
 
 def enlarged(images: Tensor, height: int, width: int) -> Tensor:

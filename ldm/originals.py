@@ -48,6 +48,20 @@ def read_original(init: Path, mask: Path | None, size: tuple[int, int]) -> Origi
     return Original(np.asarray(_fit(picture, size)), new, init_hash, mask_hash, notice)
 
 
+def read_outpainted(init: Path, margins: tuple[int, int, int, int]) -> Original:
+    """The picture with margins (left, top, right, bottom; px) around it that are to be new; they continue its outermost pixels.
+
+    Raises:
+        UserError: if the file is missing or no picture.
+    """
+    picture, init_hash = _read("init", init)
+    left, top, right, bottom = margins
+    pixels = np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    new = np.ones(pixels.shape[:2], bool)
+    new[top : top + picture.height, left : left + picture.width] = False
+    return Original(pixels, new, init_hash, "", "")
+
+
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     if image.size == (width, height):
