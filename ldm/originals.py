@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +24,34 @@ class Original:
     init_hash: str  # SHA-256 of the file
     mask_hash: str
     notice: str  # what was done to its size; empty: nothing
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) px."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+def original_of(
+    init: Path,
+    mask: Path | None,
+    margins: tuple[int, int, int, int] | None,
+    size: tuple[int, int],
+    old: dict[str, Any],
+    tell: Callable[[str], None],
+) -> Original:
+    """What is drawn out of: a picture as it is, or with margins around it.
+
+    Args:
+        old: a recipe that is followed; files that differ from its own are told.
+        tell: told what a user should know.
+    """
+    found = read_original(init, mask, size) if margins is None else read_outpainted(init, margins)
+    if found.notice:
+        tell(found.notice)
+    for name, path, said in (("init", init, found.init_hash), ("mask", mask, found.mask_hash)):
+        if old.get(name) and old[name] != said:
+            tell(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
+    return found
 
 
 def read_original(init: Path, mask: Path | None, size: tuple[int, int]) -> Original:

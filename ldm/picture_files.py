@@ -44,6 +44,16 @@ def present(out: Path) -> dict[Recipe, Path]:
     return found
 
 
+def read_pixels(path: Path) -> Any:
+    """A picture's bytes, a tensor (H,W,3) uint8."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
+
+
 def save_sheet(pictures: Sequence[Any], path: Path, columns: int) -> None:
     """One PNG of pictures (H,W,3) uint8 tensors, row after row; smaller ones stand on black."""
     import torch

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,20 +14,25 @@ import typer
 
 from ldm.cli import call
 from ldm.errors import UserError
+from ldm.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
 from ldm.sample_words import (
+    CURVES,
     MAX_SEED,
+    PRECISIONS,
     asked_for,
     device_for,
+    edits_asked,
     hires_of,
     interval_of,
+    known,
+    margins_of,
+    model_for,
     name_of,
-    newest,
     seeds_of,
     size_given,
-    strength_given,
     tell,
     tell_overlong,
-)  # fmt: skip
+)
 
 Option = typer.Option
 
@@ -52,8 +55,8 @@ def sample(
     guidance_interval: Annotated[str, Option(help="Guide only from one share of the steps to another, such as 0.1,0.8.")] = "",
     guidance_curve: Annotated[str, Option(help="Guidance over the steps: constant, or rising: linear cosine.")] = "",
     rescale: Annotated[float | None, Option(min=0, max=1, help="Guidance rescale (Lin 2023); default: the model's.")] = None,
-    sampler: Annotated[str, Option(help="ddpm ddim plms euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc; default: the model's.")] = "",
-    spacing: Annotated[str, Option(help="Of the steps: trailing leading linspace karras; default: the sampler's.")] = "",
+    sampler: Annotated[str, Option(help=f"{' '.join(NAMES)}; default: the model's.")] = "",
+    spacing: Annotated[str, Option(help=f"Of the steps: {' '.join(SPACINGS)}; default: the sampler's.")] = "",
     eta: Annotated[float | None, Option(min=0, max=1, help="Noise of ddim's steps; default: 0, none.")] = None,
     precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
     negative: Annotated[str | None, Option(help="What to stay away from; default: nothing.")] = None,
@@ -64,6 +67,15 @@ def sample(
     init: Annotated[Path | None, Option(help="A picture to start from, in place of noise.")] = None,
     strength: Annotated[float | None, Option(help="How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")] = None,
     mask: Annotated[Path | None, Option(help="A picture as large as INIT, white where it is to be new; the rest keeps its bytes.")] = None,
+    outpaint: Annotated[str, Option(help="Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")] = "",
+    invert: Annotated[Path | None, Option(help="A picture to edit by its prompt: start from the noise that it comes from.")] = None,
+    source: Annotated[str | None, Option(help="What the picture of --invert shows; also what guidance leads away from.")] = None,
+    variations: Annotated[int, Option(min=0, help="So many pictures near each one, in its place.")] = 0,
+    variation_strength: Annotated[float | None, Option(min=0, max=1, help="How far away they are; default: 0.2.")] = None,
+    best: Annotated[int, Option(min=1, help="Draw so many for each picture and keep the one that JUDGE likes best.")] = 1,
+    judge: Annotated[str, Option(help="A folder with a CLIP (transformers' layout), or scenes: their exact checker.")] = "",
+    safety: Annotated[Path | None, Option(help="A folder with a safety checker (diffusers' layout); what it flags is not written.")] = None,
+    mark: Annotated[str | None, Option(help="A short text to hide in the pixels; ldm info reads it.")] = None,
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
     out: Annotated[Path, Option(help="Folder of the pictures.")] = Path("outputs"),
     grid: Annotated[Path | None, Option(help="Also one PNG of all, a row for each prompt.")] = None,
@@ -77,13 +89,10 @@ def sample(
     tile: Annotated[int, Option(min=0, help="Decode pictures larger than TILE x TILE px in stripes; 0: never.")] = 512,
 ) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
-    from ldm.recipe import Recipe, read_recipe, writable
-
     found = read_recipe(recipe) if recipe else {}
     # Other programs' pictures say nothing of it, and mean the notation.
     old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
     wanted = asked_for(prompt or [], prompts, old.get("prompt"))
-    avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
     start = int(old.get("seed", 0) if seed is None else seed)
     own_seeds = seeds_of(seeds, seed, n)
     shape = size_given(size, old)
@@ -91,9 +100,21 @@ def sample(
     for name, value in (("guidance", guidance), ("rescale", rescale), ("eta", eta)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name}: got {value}; a finite number is needed")
-    strength = strength_given(init, strength, mask, old)
-    passes = hires_of(hires, hires_strength, init, old)
-    folder = model or newest()
+    known("sampler", sampler, tuple(NAMES))
+    known("spacing", spacing, SPACINGS)
+    known("precision", precision, PRECISIONS)
+    known("guidance_curve", guidance_curve, CURVES)
+    margins = margins_of(outpaint, old)
+    passes = hires_of(hires, hires_strength, init or invert, old)
+    edited = edits_asked(init, strength, mask, invert, source, margins, size, old)
+    if variation_strength is not None and not variations:
+        raise UserError(f"variation_strength: got {variation_strength}, but no variations; give --variations 4")
+    if best > 1 and (variations or not judge):
+        fix = "not together with --variations" if variations else "who chooses? Give --judge scenes, or --judge FOLDER of a CLIP"
+        raise UserError(f"best: {fix}")
+    avoided = old.get("negative", edited.get("source", "")) if negative is None else negative
+    avoided = writable(avoided).replace("\0", " ")
+    folder = model_for(model)
     out.mkdir(parents=True, exist_ok=True)
     if grid is not None:
         grid.parent.mkdir(parents=True, exist_ok=True)
@@ -101,15 +122,23 @@ def sample(
     from ldm import jobs
     from ldm.families.finished import load
     from ldm.families.running import Running, ready
-    from ldm.picture_files import free, present
+    from ldm.judges import judge_of
+    from ldm.originals import original_of
+    from ldm.picture_files import free, present, read_pixels, save_sheet
+    from ldm.processes import processes
+    from ldm.safety import SafetyFilter
+    from ldm.writing import Writer, to_json
 
+    team = processes(cpu=device == "cpu")
+    place = device_for(device, team.local)
+    choose = judge_of(judge, place) if best > 1 else None
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
-    family = load(folder, device=device_for(device), low_memory=low_memory)
+    family = load(folder, device=place, low_memory=low_memory)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
         "guidance": old.get("guidance") if guidance is None else guidance,
         "rescale": old.get("rescale") if rescale is None else rescale,
-        "sampler": sampler or old.get("sampler"),
+        "sampler": sampler or old.get("sampler") or ("ddim" if invert else None),
         # A spacing belongs to its sampler, unless it is asked for.
         "spacing": spacing or (None if sampler else old.get("spacing")),
         "eta": old.get("eta", 0.0) if eta is None else eta,
@@ -119,86 +148,52 @@ def sample(
     }
     running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
     ready(family, folder, running, family.settings(**chosen).precision)
-    edits: Any = ()
-    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes}
+    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited}
     rest["notation"] = not literal and bool(old.get("notation", True))
+    rest["mark"] = old.get("mark", "") if mark is None else mark
     if old.get("model_hash", family.content_hash) != family.content_hash:
         tell(f"{recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
-    if init is not None:
+    rest |= {name: old[name] for name in ("to", "share", "variation", "variation_seed") if name in old}
+    if variations:
+        rest |= {"variation": 0.2 if variation_strength is None else variation_strength}
+    original, picture = None, init or invert
+    if picture is not None:
         if sizes := [one for one in wanted if one.width or one.height]:
             raise UserError(f"init: the prompt {sizes[0].prompt[:40]!r} has a size of its own; leave out --w and --h, or use --size")
-        edits, edited = _edits(family, init, mask, strength, shape or family.defaults["size"], old)
-        rest |= edited
-    made = jobs.recipes(family, wanted, own_seeds, seed=start, n=n, chosen=chosen, negative=avoided, size=shape, **rest)
-    for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative)):
+        original = original_of(picture, mask, margins, shape or family.defaults["size"], old, tell)
+        shape = original.size
+        rest |= {"init": original.init_hash, "mask": original.mask_hash}
+    each = (len(own_seeds) if own_seeds else n) * max(1, variations)  # of a prompt
+    candidates = [number + k for number in own_seeds for k in range(best)] if own_seeds else None
+    made = jobs.recipes(
+        family, wanted, candidates, seed=start, n=n * best, chosen=chosen, negative=avoided, size=shape, variations=variations, **rest
+    )  # fmt: skip
+    for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative, one.to, one.source)):
         tell_overlong(family, text, rest["notation"])
+    if rest["mark"]:
+        from ldm.marks import check
+
+        for one in made:
+            check(rest["mark"], (one.height, one.width))
     if resume and (kept := present(out)):
-        missing = [one for one in made if one not in kept]
-        tell(f"{len(made) - len(missing)} of {len(made)} pictures are in {out} already")
-        made = missing
+        groups = [made[i : i + best] for i in range(0, len(made), best)]
+        missing = [group for group in groups if not any(one in kept for one in group)]
+        tell(f"{len(groups) - len(missing)} of {len(groups)} pictures are in {out} already")
+        made = [one for group in missing for one in group]
+    first = free(out)
+    team.wait()  # so that all find the same files there
 
     started = time.monotonic()
-    pictures = _drawn(family, made, edits, out, free(out), batch, save_steps, as_json, grid is not None)
-    if grid is not None and pictures:
-        from ldm.picture_files import save_sheet
-
-        each = len(own_seeds) if own_seeds else n
-        save_sheet(pictures, grid, each if each > 1 or len(wanted) > 8 else min(len(wanted), 8))
-    spent = time.monotonic() - started
-    where = f"{out}/{f', all on {grid}' if grid else ''}"
-    print(f"{len(made)} picture{'s' * (len(made) != 1)} of {folder} in {spent:.1f} s: {where}", file=sys.stderr)
+    writer = Writer(
+        out=out, first=first, batch=batch, best=best, judge=choose, safety=None if safety is None else SafetyFilter.load(safety, place),
+        save_steps=save_steps, tell=tell, told=to_json if as_json else lambda told: None, processes=team,
+    )  # fmt: skip
+    paths = writer.write(family, made, original)
+    if team.rank == 0:
+        if grid is not None and paths:
+            columns = each if each > 1 or len(wanted) > 8 else min(len(wanted), 8)
+            save_sheet([read_pixels(paths[number]) for number in sorted(paths)], grid, columns)
+        where = f"{out}/{f', all on {grid}' if grid else ''}"
+        said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"
+        print(said, file=sys.stderr)
     return 0
-
-
-def _drawn(
-    family: Any, made: Sequence[Any], edits: Any, out: Path, first: int, batch: int, save_steps: bool, as_json: bool, keep: bool
-) -> list[Any]:
-    """Draw recipes and write each picture as soon as it is there; the pictures in order, where they are to be kept."""
-    from ldm import jobs
-    from ldm.families.film import Film
-    from ldm.picture_files import Bar, save
-    from ldm.recipe import save_picture
-
-    chunk = family.defaults["chunk"]  # the network draws that many at a time anyway
-    note = cache(tell)  # what is told of several batches is said once
-    pictures: dict[int, Any] = {}
-    done = 0
-    with Bar(len(made)) as show:
-        for places in jobs.alike(made, -(-batch // chunk) * chunk):
-            part, film = [made[i] for i in places], Film()
-
-            def on_step(step: int, of: int, done: int = done, count: int = len(part)) -> None:
-                show(done + count * step / of)
-
-            watching = (*edits, film.edit()) if save_steps else edits
-            images = jobs.draw(family, part, edits=watching, on_step=on_step, note=note)
-            done += len(part)
-            for row, (place, recipe, pixels) in enumerate(zip(places, part, images, strict=True)):
-                _, path = save(out, first + place, recipe.seed, partial(save_picture, pixels=pixels.numpy(), recipe=recipe))
-                if save_steps:
-                    save_picture(path.with_name(f"{path.stem}_steps.png"), film.strip(row, family.codec).numpy(), recipe)
-                if as_json:
-                    print(json.dumps({"file": str(path), **recipe.to_dict()}, ensure_ascii=False), flush=True)
-                if keep:
-                    pictures[place] = pixels
-    return [pictures[place] for place in sorted(pictures)]
-
-
-def _edits(
-    family: Any, init: Path, mask: Path | None, strength: float | None, size: tuple[int, int], old: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """What the engine is told, and what the recipe remembers of it."""
-    import torch
-
-    from ldm.families.editing import strength_of
-    from ldm.originals import read_original
-
-    found = read_original(init, mask, size)
-    if found.notice:
-        tell(found.notice)
-    edited = {"init": found.init_hash, "strength": strength_of(strength, mask is not None), "mask": found.mask_hash}
-    for name, path in (("init", init), ("mask", mask)):
-        if old.get(name) and old[name] != edited[name]:
-            tell(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
-    new = None if found.mask is None else torch.tensor(found.mask)[None]
-    return family.edits(torch.tensor(found.pixels)[None], new, strength), edited

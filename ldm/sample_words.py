@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,10 @@ from ldm.errors import UserError
 from ldm.prompt_files import Asked, read_prompts
 
 MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
+MAX_MARGIN = 4096  # px
+EDGES = ("left", "top", "right", "bottom")
+PRECISIONS = ("fp32", "bf16", "fp16")
+CURVES = ("constant", "linear", "cosine")
 
 
 def asked_for(given: Sequence[str], file: Path | None, recipes: str | None) -> list[Asked]:
@@ -47,6 +52,7 @@ def size_given(size: str, old: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def seeds_of(text: str, seed: int | None, n: int) -> list[int] | None:
+    """The seeds of every prompt, where they are listed."""
     if not text:
         return None
     if seed is not None or n != 1:
@@ -62,6 +68,7 @@ def seeds_of(text: str, seed: int | None, n: int) -> list[int] | None:
 
 
 def interval_of(text: str, old: dict[str, Any]) -> dict[str, float]:
+    """Between which shares of the steps there is guidance."""
     if not text:
         return {"guidance_from": old.get("guidance_from", 0.0), "guidance_to": old.get("guidance_to", 1.0)}
     try:
@@ -73,6 +80,7 @@ def interval_of(text: str, old: dict[str, Any]) -> dict[str, float]:
 
 
 def hires_of(hires: float | None, strength: float | None, init: Path | None, old: dict[str, Any]) -> dict[str, float]:
+    """What recipes say of a first, smaller pass."""
     factor = old.get("hires", 1.0) if hires is None else hires
     if factor != 1 and init is not None:
         raise UserError("hires: not together with --init; draw the picture first, and go on from it with a larger --size")
@@ -82,26 +90,91 @@ def hires_of(hires: float | None, strength: float | None, init: Path | None, old
 
 
 
-def strength_given(init: Path | None, strength: float | None, mask: Path | None, old: dict[str, Any]) -> float | None:
-    """The strength, once it is sure that the options for editing belong together."""
-    if init is None:
+def known(option: str, value: str, names: Sequence[str]) -> None:
+    """Refuse what is none of `names`; empty stands for a default."""
+    if value and value not in names:
+        raise UserError(f"{option}: got {value!r}; choose one of {', '.join(names)}")
+
+
+def margins_of(text: str, old: dict[str, Any]) -> tuple[int, int, int, int] | None:
+    """px to add at left, top, right and bottom; None: nothing."""
+    if not text:
+        numbers = str(old.get("outpaint", ""))
+        return tuple(int(n) for n in numbers.split(",")) if numbers else None  # type: ignore[return-value]
+    found = dict.fromkeys(EDGES, 0)
+    try:
+        for word in text.split(","):
+            edge, equals, number = word.strip().partition("=")
+            found |= {edge: int(number)} if equals else dict.fromkeys(EDGES, int(word))
+    except ValueError:
+        found = {}
+    if set(found) != set(EDGES) or min(found.values()) < 0 or not 0 < max(found.values()) <= MAX_MARGIN:
+        raise UserError(f"outpaint: got {text!r}; px for some of {', '.join(EDGES)} are needed, such as left=64,right=64")
+    return found["left"], found["top"], found["right"], found["bottom"]
+
+
+def edits_asked(
+    init: Path | None,
+    strength: float | None,
+    mask: Path | None,
+    invert: Path | None,
+    source: str | None,
+    margins: tuple[int, ...] | None,
+    size: str,
+    old: dict[str, Any],
+) -> dict[str, Any]:
+    """What a recipe says of the picture it starts from besides its hash; empty where there is none.
+
+    Raises:
+        UserError: for options that do not belong together.
+    """
+    if init is None and invert is None:
         for name, value in (("mask", mask), ("strength", strength)):
             if value is not None:
                 raise UserError(f"{name}: got {value}, but no picture to start from; give it by --init")
         if old.get("init"):
-            raise UserError("from: this picture was drawn out of another one; give that one by --init, and its mask, if any, by --mask")
+            fix = "--invert" if old.get("invert") else "--init, and its mask, if any, by --mask"
+            raise UserError(f"from: this picture was drawn out of another one; give that one by {fix}")
+        if margins:
+            raise UserError("outpaint: no picture to go on from; give it by --init")
+    if source is not None and invert is None:
+        raise UserError("source: says what the picture of --invert shows; give that, too")
+    if invert is not None and (init or mask or margins):
+        raise UserError("invert: not together with --init, --mask or --outpaint")
+    if margins and (mask or size):
+        raise UserError("outpaint: not together with --mask or --size; the margins are what is new")
     if strength is not None and not 0 <= strength <= 1:
         raise UserError(f"strength: got {strength}; a number from 0 (the picture as it is) to 1 (all new) is needed")
-    return old.get("strength") if strength is None else strength
+    for name, path in (("init", init), ("mask", mask), ("invert", invert)):
+        if path is not None and not path.exists():
+            raise UserError(f"{name}: {path}: No such file or directory")
+    if init is None and invert is None:
+        return {}
+    usual = 1.0 if mask or margins or invert else 0.75
+    return {
+        "strength": float(old.get("strength", usual) if strength is None else strength), "invert": invert is not None,
+        "source": str(old.get("source", "") if source is None else source), "outpaint": ",".join(map(str, margins or ())),
+    }  # fmt: skip
 
+
+def model_for(name: str) -> str:
+    """The model that is meant: a folder, a file or a name on the hub; by default the newest here."""
+    words = name.split("/")
+    place = Path(name.partition("::")[0]).expanduser()
+    hub = len(words) == 2 and all(words) and not name.startswith((".", "~")) and not Path(words[0]).is_dir()
+    if name and not place.exists() and not hub:
+        raise UserError(f"{name}: no such folder. Give a model folder, a run folder, or a hub name such as owner/name")
+    return name or newest()
 
 
 def newest() -> str:
+    """The folder of the newest model of the runs below this folder."""
     found = sorted(Path("runs").glob("*/model/model_index.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise UserError("no model: give --model DIR, or train one (no runs/*/model here)")
     folder = str(found[-1].parent)
-    print(f"model: {folder} (the newest here)", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {folder} (the newest here)", file=sys.stderr)
     return folder
 
 
@@ -118,11 +191,12 @@ def name_of(folder: str) -> str:
 
 
 
-def device_for(wanted: str) -> str:
+def device_for(wanted: str, local: int = 0) -> str:
+    """The device, of several GPUs this process' own; the best there is where none is wanted."""
     import torch
 
     if not wanted:
-        return best_device()
+        return f"cuda:{local}" if local and best_device() == "cuda" else best_device()
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -156,4 +230,6 @@ def tell_overlong(family: Any, text: str, notation: bool) -> None:
 
 
 def tell(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    """A notice, of the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
