@@ -17,6 +17,7 @@ import typer
 from ldm.benchmarks.rows import ROWS, Row, Setup, Size
 from ldm.cli import call
 from ldm.errors import UserError
+from ldm.process import keep_blocks
 
 Option = typer.Option
 
@@ -49,6 +50,7 @@ def bench(
     print("\n".join(plan(chosen, device, cast(Size, size), rounds)), flush=True)
     if list_only:
         return 0
+    keep_blocks()
     setup = Setup(device=device, size=cast(Size, size), threads=threads, folder=Path())
     record = run(chosen, setup, rounds, alone=against == "none")
     if json_file is not None:

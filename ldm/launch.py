@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.process import keep_blocks
 
 USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
 
@@ -26,6 +27,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: on anything the user can mend.
     """
+    keep_blocks()
     words, options = _options(words)
     if options.keys() & {"--help", "-h"}:
         from ldm.config_text import describe

@@ -16,12 +16,20 @@ def prepare() -> None:
 
     Threads spin a little while they wait for each other, where OpenMP's own default is six times as long: sleeping at once
     costs a small training step all that a second idle core brings, and long spinning costs several times that where
-    others use the cores. Large blocks that the allocator keeps are not faulted in anew at every step.
+    others use the cores.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def keep_blocks() -> None:
+    """From now on the allocator keeps large blocks that are given back, so that they are not faulted in anew at every step.
+
+    Meant for work whose steps are alike. What is allocated before stays as it is: weights that are loaded first, and given
+    back one by one, leave no holes. What the user has set stays.
+    """
     if not sys.platform.startswith("linux") or "MALLOC_MMAP_MAX_" in os.environ:
         return
     try:

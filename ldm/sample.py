@@ -14,6 +14,7 @@ import typer
 
 from ldm.cli import call
 from ldm.errors import UserError
+from ldm.process import keep_blocks
 from ldm.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
 from ldm.sample_words import (
     CURVES,
@@ -148,6 +149,8 @@ def sample(
     }
     running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
     ready(family, folder, running, family.settings(**chosen).precision)
+    if not low_memory:
+        keep_blocks()
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited}
     rest["notation"] = not literal and bool(old.get("notation", True))
     rest["mark"] = old.get("mark", "") if mark is None else mark

@@ -6,6 +6,8 @@ The library's own `load` holds a file twice, and its mapped files die with a fil
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -39,16 +41,18 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         texts = values.pop("__metadata__", None) or {}
         wanted = {name: _described(name, value) for name, value in values.items()}
         found: dict[str, Tensor] = {}
+        places: list[tuple[Tensor, int]] = []
         place = 0
         for name, (kind, shape, start, stop) in sorted(wanted.items(), key=lambda item: item[1][2:]):
             tensor = torch.empty(shape, dtype=kind)
             if start != place or stop - start != tensor.nbytes or 8 + length + stop > size:
                 raise ValueError(f"{name}: its place, {start} to {stop}, does not fit its shape or the file")
-            if tensor.nbytes:
-                _fill(opened, tensor)
             found[name], place = tensor, stop
+            places.append((tensor, 8 + length + start))
         if 8 + length + place != size:
             raise ValueError(f"{size - 8 - length - place} bytes too many")
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
+            list(readers.map(lambda part: _fill(opened.fileno(), *part), places))
     return {name: found[name] for name in wanted}, {str(name): str(text) for name, text in texts.items()}
 
 
@@ -80,10 +84,12 @@ def _read(opened: FileIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _fill(opened: FileIO, tensor: Tensor) -> None:
+def _fill(file: int, tensor: Tensor, place: int) -> None:
+    if not tensor.nbytes:
+        return
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     while len(view):
-        count = opened.readinto(view)
+        count = os.preadv(file, [view], place)
         if not count:
             raise ValueError("it ends too early")
-        view = view[count:]
+        view, place = view[count:], place + count

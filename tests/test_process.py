@@ -28,8 +28,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def faults(*, prepared: bool) -> int:
     """Page faults of a process that fills and frees 32 MB twenty times."""
     code = (
-        "import resource\nfrom ldm.process import prepare\n"
-        + ("prepare()\n" if prepared else "")
+        "import resource\nfrom ldm.process import keep_blocks\n"
+        + ("keep_blocks()\n" if prepared else "")
         + "for _ in range(20): b'x' * (32 << 20)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -56,7 +56,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "100")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("the allocator is the user's"))
-    process.prepare()
+    process.keep_blocks()
 
 
 def test_elsewhere_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +66,11 @@ def test_elsewhere_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setattr(sys, "platform", "linux")
-    process.prepare()  # musl
+    process.keep_blocks()  # musl
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("no glibc here"))
     for name in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", name)
-        process.prepare()
+        process.keep_blocks()
 
 
 def test_the_thread_count_is_the_users_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:

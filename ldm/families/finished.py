@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: boo
         UserError: naming what is missing, damaged or does not belong together.
     """
     root = open_model(Path(folder)).folder
+    with ThreadPoolExecutor(1) as beside:  # hashing takes as long as reading
+        whole = beside.submit(content_hash, root)
+        family = _load(root, device, low_memory)
+        family.content_hash = whole.result()
+    return family
+
+
+def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDiffusionFamily:
     record = read_record(root)
     codec = load_codec(autoencoder_folder(root))
     if record.get("autoencoder") not in (None, codec.hash):
@@ -46,7 +55,6 @@ def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: boo
     family = LatentDiffusionFamily(made, unet, codec, text)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
-    family.content_hash = content_hash(root)
     if low_memory:
         rest(unet)
     for module in (family, *family.frozen()):
