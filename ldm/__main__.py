@@ -12,6 +12,10 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("ldm.launch", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
     "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
+    "demo": ("ldm.demo", "draw in a browser: ldm demo MODEL"),
+    "grid": ("ldm.grid", 'settings side by side: ldm grid --x guidance=1,3,7 --y steps=5,20 "a red circle"'),
+    "animate": ("ldm.animate", 'films: ldm animate "a red circle" --to "a blue ring" --frames 24, or edit one: --clip FRAMES'),
+    "info": ("ldm.info", "what pictures remember of how they were made: ldm info picture.png"),
     "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
