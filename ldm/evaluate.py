@@ -78,7 +78,7 @@ def evaluate(
     from ldm.families.finished import load
     from ldm.log import Log
     from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
-    from ldm.process import calibrate, keep_blocks
+    from ldm.process import calibrate
     from ldm.sample_words import best_device
 
     calibrate()
@@ -87,7 +87,6 @@ def evaluate(
     else:
         source = source_at(on)
     family = load(model, device=device or best_device())
-    keep_blocks()
     metrics: list[Any] = [Reconstruction(images=images), Frechet(images=images, steps=steps, seed=seed)]
     if on == "scenes":
         own = {"tier": tier, "prompts": max(1, n // 2), "guidance": scales, "steps": steps, "sampler": sampler, "seed": seed}

@@ -14,7 +14,7 @@ import typer
 
 from ldm.cli import call
 from ldm.errors import UserError
-from ldm.process import keep_blocks
+from ldm.process import return_blocks
 from ldm.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
 from ldm.sample_words import (
     CURVES,
@@ -134,6 +134,8 @@ def sample(
     place = device_for(device, team.local)
     choose = judge_of(judge, place) if best > 1 else None
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
+    if low_memory:
+        return_blocks()
     family = load(folder, device=place, low_memory=low_memory)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
@@ -149,8 +151,6 @@ def sample(
     }
     running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
     ready(family, folder, running, family.settings(**chosen).precision)
-    if not low_memory:
-        keep_blocks()
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited}
     rest["notation"] = not literal and bool(old.get("notation", True))
     rest["mark"] = old.get("mark", "") if mark is None else mark

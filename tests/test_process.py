@@ -45,6 +45,17 @@ def test_large_blocks_are_kept_instead_of_faulted_in_anew() -> None:
     assert prepared < without / 4, (without, prepared)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+def test_blocks_that_are_given_back_leave_no_holes() -> None:
+    code = (
+        "from ldm.process import return_blocks\nreturn_blocks()\n"
+        "kept = []\nfor _ in range(4):\n    blocks = [bytes(3 << 20) for _ in range(40)]\n    kept += blocks[::10]\n    del blocks\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))"
+    )
+    used = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+    assert used < 120 * 1024, f"{used} KiB, of which 48 MiB are in use"  # 3 of 4 blocks of 480 MiB were given back
+
+
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
