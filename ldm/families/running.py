@@ -103,7 +103,9 @@ def _take_turns(family: LatentDiffusionFamily, root: Path, device: torch.device,
 
     def network() -> UNet:
         stored, state = load_part(root / "unet")
-        return prepared_unet(load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet"), precision)
+        module = load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet")
+        state.clear()  # or the weights that are laid out anew would be there twice
+        return prepared_unet(module, precision)
 
     def autoencoder() -> nn.Module:
         return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)
