@@ -24,10 +24,11 @@ from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import based, based_autoencoder, find, make
 from ldm.log import Log
 from ldm.process import calibrate
+from ldm.processes import Learners, Stopped
 from ldm.rng import mix
 from ldm.run import DONE, Finished, Run, check_filters, differences, finished, given_of, hashes_of, identity, inputs_of, key_of, plain_json
 from ldm.stages import Encode, Evaluate, Export
-from ldm.train import Processes, Stopped, Train, Trainer
+from ldm.train import Train, Trainer
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def set_aside(folder: Path) -> Path:
 class Execution:
     """One start of a run: it goes through the stages, skips what is done and does the rest."""
 
-    def __init__(self, run: Run, out: Path, processes: Processes) -> None:
+    def __init__(self, run: Run, out: Path, processes: Learners) -> None:
         self.run, self.out, self.processes = run, out, processes
         self.data = run.data.build("train")
         self.val = run.data.build("val")
@@ -333,7 +334,7 @@ def _headline(result: Mapping[str, Any]) -> str:
 def carry_out(run: Run, out: Path) -> int:
     """Do a run in its folder; returns the exit code."""
     threads = calibrate()
-    processes = Processes()
+    processes = Learners()
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             (out / "config.yaml").write_text(dump(run))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +19,17 @@ from ldm.data.loader import batches
 from ldm.data.sources import DataSet
 from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.families.family import Context, Family, Ranks
+from ldm.families.family import Context, Family
 from ldm.optim import AdamW, Optim
 from ldm.pictures import save_grid
+from ldm.processes import Learners, Stopped, stop_requests
 from ldm.rng import Rng, mix
+from ldm.train_state import States
 
 if TYPE_CHECKING:
     from ldm.log import Log, StageLog
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAILED_SAVES = 3  # so many in a row, and the run stops
 SKIPPED_UPDATES = 50  # so many in a row, and the run stops
 
 
@@ -77,71 +76,6 @@ class Train:
         return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
 
 
-class Processes:
-    """The processes of this launch: which one this is, and what they do together. All of accelerate is here."""
-
-    def __init__(self) -> None:
-        from accelerate import Accelerator
-
-        # Precision is the stage's, not the launcher's: stages of one run may differ in it.
-        self.accelerator = Accelerator(mixed_precision="no")
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world: int = self.accelerator.num_processes
-        self.main: bool = self.accelerator.is_main_process
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.accelerator.wait_for_everyone()
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The average over processes."""
-        return tensor if self.world == 1 else self.accelerator.reduce(tensor.clone(), "mean")
-
-    def ranks(self) -> Ranks:
-        """What a family may know of all this."""
-        return Ranks(rank=self.rank, world=self.world, mean=self.mean)
-
-    def wrap(self, family: Family) -> torch.nn.Module:
-        """The family on this process's device, its gradients averaged over processes in every backward pass."""
-        return self.accelerator.prepare_model(family)
-
-    def local(self, model: torch.nn.Module) -> Any:
-        """Within it gradients stay on this process (all micro-batches but the last)."""
-        return self.accelerator.no_sync(model)
-
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        if self.world == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
-
-
-class Stopped(Exception):
-    """Training was asked to stop, and its state is saved."""
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM and SIGINT ask for a stop after the present step; a second one stops at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        old = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """One stage being trained.
 
@@ -164,7 +98,7 @@ class Trainer:
         folder: Path,
         key: str,
         workers: int,
-        processes: Processes,
+        processes: Learners,
         log: Log,
     ) -> None:
         if stage.batch % processes.world or (stage.micro_batch and stage.batch // processes.world % stage.micro_batch):
@@ -185,9 +119,11 @@ class Trainer:
         self.optimizers = optim.build(stage.optim, self.players)
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
-        self.step = self._restore()
-        self.saved = self.step
-        self.failed_saves = 0
+        self.states = States(
+            stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler,
+            processes=processes, log=log,
+        )  # fmt: skip
+        self.step = self.states.restore()
         self.skipped = 0
 
     def run(self) -> dict[str, Any]:
@@ -215,7 +151,7 @@ class Trainer:
                     self._report(log, terms, gauges)
                 stop = self.processes.any(stopping())
                 if not last and (stop or self._due(stage.save_every_images)):
-                    self._save(must=stop)
+                    self.states.save(self.step, must=stop)
                 if stop and not last:
                     raise Stopped
                 if last or (stage.sample_every_images and self._due(stage.sample_every_images)):
@@ -243,7 +179,7 @@ class Trainer:
             part = rows(batch, first, first + size).to(self.device)
             share = len(part.position) / count
             waiting = first + size < count and self.processes.world > 1
-            with self.processes.local(model) if waiting else nullcontext():
+            with self.processes.apart(model) if waiting else nullcontext():
                 with self._autocast():
                     found, seen = model(part, Rng(self.seed, part.position))
                 loss = torch.stack([value.float() for value in found.values()]).sum()
@@ -334,57 +270,6 @@ class Trainer:
             self.log.note(f"{path}: not written ({error.strerror or error}); training goes on")
             return
         log.pictures(path)
-
-    # State
-
-    def _restore(self) -> int:
-        """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
-        found = checkpoint.newest_valid(self.folder / "state", self.log.note)
-        if found is None:
-            return 0
-        path, tensors, meta = found
-        if meta["key"] != self.key:
-            return 0
-        self.family.load_state_dict(tensors["model"])
-        optim.restore_tensors(self.optimizers, tensors["optimizer"])
-        if self.ema:
-            self.ema.restore(tensors["ema"], meta["ema_updates"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(meta["scaler"])
-        self.log.note(f"{self.folder.name}: going on from {meta['images']} of {self.stage.images} images ({path.name})")
-        return int(meta["step"])
-
-    def _save(self, *, must: bool) -> None:
-        """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed."""
-        if self.processes.main:
-            tensors = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
-            if self.ema:
-                tensors["ema"] = self.ema.state()
-            meta = {
-                "key": self.key,
-                "step": self.step,
-                "images": self.step * self.stage.batch,
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "scaler": self.scaler.state_dict(),
-            }
-            try:
-                checkpoint.save_state(self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
-                self.failed_saves = 0
-            except OSError as error:
-                self._save_failed(error, tensors, must)
-        self.processes.wait()
-
-    def _save_failed(self, error: OSError, tensors: dict[str, dict[str, Tensor]], must: bool) -> None:
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-        free = shutil.disk_usage(self.folder).free
-        text = (
-            f"{self.folder / 'state'}: checkpoint at {self.step * self.stage.batch} images not written"
-            f" ({error.strerror or error}); {needed:,} bytes needed, {free:,} free"
-        )
-        self.failed_saves += 1
-        if must or self.failed_saves >= FAILED_SAVES:
-            raise UserError(f"{text}. Earlier checkpoints are whole; make room and run the same command again") from None
-        self.log.note(f"{text}; training goes on and tries again")
 
     def _finish(self) -> dict[str, Any]:
         result: dict[str, Any] = {}

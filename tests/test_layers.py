@@ -22,7 +22,7 @@ LAYERS = (
     ("families", "metrics"),
 )
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}
-ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"train.py", "execution.py", "processes.py"}}
+ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"processes.py"}}
 WAITING = {
     "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
     "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb",

@@ -30,8 +30,9 @@ from ldm.families.family import Context, Family
 from ldm.families.latent_diffusion import LatentDiffusionFamily
 from ldm.log import Log
 from ldm.optim import AdamW
+from ldm.processes import Learners
 from ldm.rng import Rng
-from ldm.train import Processes, Train, Trainer
+from ldm.train import Train, Trainer
 
 Precision = Literal["fp32", "bf16"]
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,7 +134,7 @@ def trainer(
     stage = Train(family=part, images=10**12, resolution=pixels, batch=batch, precision=precision, optim=optim, ema=DECAY)
     context = Context(data=data, val=data, resolution=pixels, seed=0, total_images=stage.images)
     log = Log(folder, console=False, write=False)
-    return Trainer(stage, family, context, data=data, folder=folder, key="", workers=0, processes=Processes(), log=log)
+    return Trainer(stage, family, context, data=data, folder=folder, key="", workers=0, processes=Learners(), log=log)
 
 
 class DiffusersLoop:
