@@ -13,6 +13,14 @@ from ldm import __version__
 from ldm.errors import UserError
 
 PARAMETERS, OURS = "parameters", "ldm"  # the names of the chunks
+XMP = "XML:com.adobe.xmp"
+DESCRIPTION = 0x010E  # EXIF's field for text, where a format has no named ones
+AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"  # IPTC's word for what a model made
+ORIGIN = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description'
+    f' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{AI_MADE}"/>'
+    "</rdf:RDF></x:xmpmeta>"
+)
 SCHEMA = 1
 NEGATIVE = "Negative prompt: "
 NAMES = {  # our samplers under the names that other programs know
@@ -110,17 +118,24 @@ def save_picture(path: Path, pixels: Any, recipe: Recipe) -> None:
     from PIL import Image, PngImagePlugin
 
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt(PARAMETERS, writable(recipe.parameters()))
-    chunks.add_itxt(OURS, writable(json.dumps(recipe.to_dict(), ensure_ascii=False)))
+    for name, text in texts_of(recipe).items():
+        chunks.add_itxt(name, text)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
-        _claim(temporary, path)
+        claim(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _claim(temporary: Path, path: Path) -> None:
+def texts_of(recipe: Recipe) -> dict[str, str]:
+    """What a PNG carries: the settings as other programs read them, the recipe, and that a model made it."""
+    return {
+        PARAMETERS: writable(recipe.parameters()), OURS: writable(json.dumps(recipe.to_dict(), ensure_ascii=False)), XMP: ORIGIN,
+    }  # fmt: skip
+
+
+def claim(temporary: Path, path: Path) -> None:
     """Give a finished file its name, unless the name is taken, however late."""
     try:
         os.link(temporary, path)
@@ -143,15 +158,38 @@ def read_recipe(path: Path) -> Recipe | dict[str, Any]:
     Raises:
         UserError: if the file is no picture, or carries no recipe.
     """
+    return recipe_of(read_chunks(path), path)
+
+
+def read_chunks(path: Path) -> dict[str, str]:
+    """The texts that a picture file carries, by their names.
+
+    Raises:
+        UserError: if the file is no picture.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            text = dict(getattr(image, "text", {}))
+            found = dict(getattr(image, "text", {}))
+            if isinstance(comment := image.info.get("comment"), bytes):  # a GIF's
+                found |= _from_comment(comment.decode("utf-8", "replace"))
+            if image.format == "WEBP" and (said := image.getexif().get(DESCRIPTION)):
+                found |= _from_comment(str(said))
+            return {name: str(text) for name, text in found.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not a picture'}") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def _from_comment(text: str) -> dict[str, str]:
+    """Our chunk where a file has one text without a name."""
+    return {OURS: text} if text.startswith('{"schema"') else {}
+
+
+def recipe_of(text: dict[str, str], path: Path) -> Recipe | dict[str, Any]:
+    """What `read_recipe` returns, of the texts of a file."""
     if OURS in text:
         return _ours(text[OURS], path)
     found = parse_parameters(text.get(PARAMETERS, ""))

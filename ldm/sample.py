@@ -70,7 +70,7 @@ def sample(
     mask: Annotated[Path | None, Option(help="A picture as large as INIT, white where it is to be new; the rest keeps its bytes.")] = None,
     outpaint: Annotated[str, Option(help="Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")] = "",
     invert: Annotated[Path | None, Option(help="A picture to edit by its prompt: start from the noise that it comes from.")] = None,
-    source: Annotated[str | None, Option(help="What the picture of --invert shows; also what guidance leads away from.")] = None,
+    source: Annotated[str | None, Option(help="What the picture of --invert shows.")] = None,
     variations: Annotated[int, Option(min=0, help="So many pictures near each one, in its place.")] = 0,
     variation_strength: Annotated[float | None, Option(min=0, max=1, help="How far away they are; default: 0.2.")] = None,
     best: Annotated[int, Option(min=1, help="Draw so many for each picture and keep the one that JUDGE likes best.")] = 1,
@@ -113,8 +113,7 @@ def sample(
     if best > 1 and (variations or not judge):
         fix = "not together with --variations" if variations else "who chooses? Give --judge scenes, or --judge FOLDER of a CLIP"
         raise UserError(f"best: {fix}")
-    avoided = old.get("negative", edited.get("source", "")) if negative is None else negative
-    avoided = writable(avoided).replace("\0", " ")
+    avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
     folder = model_for(model)
     out.mkdir(parents=True, exist_ok=True)
     if grid is not None:
@@ -139,7 +138,8 @@ def sample(
     family = load(folder, device=place, low_memory=low_memory)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
-        "guidance": old.get("guidance") if guidance is None else guidance,
+        # Noise that a picture comes from without guidance gives it back without guidance, too.
+        "guidance": old.get("guidance", 1.0 if invert else None) if guidance is None else guidance,
         "rescale": old.get("rescale") if rescale is None else rescale,
         "sampler": sampler or old.get("sampler") or ("ddim" if invert else None),
         # A spacing belongs to its sampler, unless it is asked for.

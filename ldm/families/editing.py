@@ -89,9 +89,8 @@ def begin_from(x0: Tensor, strength: float) -> Edit:
 def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Settings, strength: float = 1.0) -> Edit:
     """Start from the noise from which ddim's steps, told `source` without guidance, lead back to pictures (1 or N,H,W,3).
 
-    Where the prompt equals what the picture shows, so does the result; a prompt that differs changes what differs. Guidance
-    belongs between the two: with `source` as the negative prompt it is multiplied difference (negative-prompt inversion,
-    Miyake 2023, arXiv 2305.16807).
+    Where the prompt equals what the picture shows, the result nearly does, too; a prompt that differs changes what differs
+    (Mokady 2023, arXiv 2211.09794, section 3.1). That holds without guidance; guidance leads further away.
 
     Args:
         source: what the pictures show.
