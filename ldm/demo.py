@@ -61,8 +61,8 @@ def demo(
             shown = f"[{host}]" if ":" in host else host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
             config = uvicorn.Config(
-                guard, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=2, server_header=False,
-                timeout_keep_alive=30, ws="none",
+                guard, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=2,
+                server_header=False, timeout_keep_alive=30, ws="none",
             )  # fmt: skip
             uvicorn.Server(config).run(sockets=[listener])
     return 0
@@ -133,8 +133,9 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
     from fastapi import FastAPI
 
     from ldm.demo_guard import Guard
+    from ldm.demo_layout import build
     from ldm.demo_live import CSS, HEAD
-    from ldm.demo_page import Page, build
+    from ldm.demo_page import Page
     from ldm.demo_shelf import Shelf
     from ldm.studio_orders import MAX_BYTES
 
@@ -146,9 +147,16 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
     fonts = [gradio.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "sans-serif")]
     mono = [gradio.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")]
     theme = gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="sm", font=fonts, font_mono=mono)
+    theme.set(
+        block_title_background_fill="transparent", block_title_background_fill_dark="transparent", block_title_padding="0",
+        block_title_text_color="*body_text_color", block_title_text_color_dark="*body_text_color", block_title_text_weight="500",
+        block_label_background_fill="transparent", block_label_background_fill_dark="transparent", block_shadow="none",
+        block_border_width="1px", input_border_width="1px", input_shadow="none",
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+    )  # fmt: skip
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
-        outer, blocks, path="/", footer_links=[], run_history=False, show_error=False, max_file_size=MAX_BYTES, ssr_mode=False,
+        outer, blocks, path="/", footer_links=[], show_error=False, max_file_size=MAX_BYTES, ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=CSS, head=HEAD,
     )  # fmt: skip
     return Guard(outer, files, token, largest=2 * MAX_BYTES)

@@ -31,10 +31,11 @@ FILE = f"{API}file="
 BODY_BYTES = 2**20  # of a request that carries no picture
 CARRIES = re.compile(rf"{API}(?:upload|component_server)/?")
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; frame-ancestors 'none'; object-src 'none'; form-action 'self'"
-)  # fmt: skip
+POLICY = "; ".join((
+    "default-src 'self'", "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:", "style-src 'self' 'unsafe-inline'",
+    "img-src 'self' data: blob:", "font-src 'self' data:", "connect-src 'self' blob: data:", "worker-src 'self' blob:",
+    "frame-ancestors 'none'", "object-src 'none'", "form-action 'self'",
+))  # fmt: skip
 HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "same-origin"}
 DOOR = """<!doctype html><meta charset="utf-8"><title>ldm</title><meta name="viewport" content="width=device-width">
 <style>body{{font:16px system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0}}
@@ -209,6 +210,8 @@ class Exchange:
             self.started = True
             more = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             own = [(b"set-cookie", self.cookie)] if self.cookie else []
+            if message["status"] >= 400:  # and read no more of it
+                own.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", []), *more, *own]}
         if self.started:
             await self._send(message)

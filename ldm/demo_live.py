@@ -17,25 +17,29 @@ from ldm.studio import Job
 JPEG = 85  # quality of previews
 
 CSS = """
-.gradio-container { max-width: 1500px !important; margin: auto }
+.gradio-container { max-width: 1500px !important; width: 100% !important; margin: auto }
+#ldm-live { padding: 0 }
 .ldm-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 4px }
 .ldm-head b { font-size: 20px; font-weight: 650; letter-spacing: -.01em }
 .ldm-head span, .ldm-quiet { color: var(--body-text-color-subdued); font-size: 13px }
-.ldm-live { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 12px; background: var(--block-background-fill) }
+.ldm-live { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 12px;
+  background: var(--block-background-fill) }
 .ldm-bar { height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary); margin-bottom: 8px }
 .ldm-bar i { display: block; height: 100%; background: var(--color-accent); border-radius: 3px; transition: width .2s }
 .ldm-live p { margin: 0; font-size: 14px; font-variant-numeric: tabular-nums }
 .ldm-live img { display: block; margin: 10px auto 0; height: min(320px, 40vh); max-width: 100%; object-fit: contain; border-radius: 6px }
 .ldm-bad { border-color: #d9534f; background: color-mix(in srgb, #d9534f 9%, var(--block-background-fill)) }
-.ldm-code { font-family: var(--font-mono); font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 0; padding: 8px 10px;
-  border-radius: 6px; background: var(--background-fill-secondary) }
+.ldm-code { font-family: var(--font-mono); font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 0;
+  padding: 8px 10px; border-radius: 6px; background: var(--background-fill-secondary) }
 #ldm-prompt textarea { font-size: 16px }
-#ldm-pictures img, #ldm-history img { background: var(--background-fill-secondary) }
+#ldm-fresh { align-self: end; padding-bottom: 10px }
 footer { display: none !important }
 """
 HEAD = """<script>
 document.addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { document.querySelector("#ldm-generate")?.click(); event.preventDefault() }
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return
+  document.querySelector("#ldm-generate")?.click()
+  event.preventDefault()
 });
 </script>"""
 
@@ -68,7 +72,7 @@ def progress(job: Job, ahead: int) -> str:
     return panel(f"Drawing {which}{step}", job.progress, job.preview)
 
 
-def finished(job: Job, seconds: float, extra: str = "") -> str:
+def finished(job: Job, extra: str = "") -> str:
     """How it ended."""
     if job.state == "failed":
         return panel(job.error, bad=True)
@@ -76,7 +80,7 @@ def finished(job: Job, seconds: float, extra: str = "") -> str:
     if job.state == "cancelled":
         return panel(f"Cancelled after {done} of {many}." if many > 1 else "Cancelled.")
     notes = "".join(f'<p class="ldm-quiet">{escape(note)}</p>' for note in job.notes)
-    said = f"{many} picture{'s' * (many != 1)} in {seconds:.1f} s"
+    said = f"{many} picture{'s' * (many != 1)} in {job.seconds:.1f} s"
     return f'<div class="ldm-live"><p>{said}</p>{notes}{extra}</div>'
 
 

@@ -5,32 +5,34 @@ from __future__ import annotations
 import asyncio
 import io
 import secrets
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.demo_guard import USER
-from ldm.demo_live import command, finished, heading, idle, panel, progress
+from ldm.demo_live import command, finished, panel, progress
 from ldm.demo_shelf import Shelf
 from ldm.errors import UserError
-from ldm.families.drawing import CURVES, PRECISION
-from ldm.recipe import SPACINGS, read_recipe
-from ldm.sample_words import MAX_SEED
-from ldm.studio import Job, Studio
-from ldm.studio_orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of, read_form
+from ldm.recipe import read_recipe
+from ldm.studio import Job, Order, Studio
+from ldm.studio_grid import cells, sheet
+from ldm.studio_orders import NAMES, Form, blank, check_upload, fill_in, order_of, read_form
 
 if TYPE_CHECKING:
     import gradio as gr
 
 PERIOD_S = 0.15  # between two looks at a drawing
-ACTIVE = 64  # drawings that are followed at once
 OWN_SPACING = "the sampler's own"
-SHOWN = ("prompt", "negative", "seed", "pictures", "width", "height", "steps", "guidance", "sampler", "spacing", "eta", "rescale",
-         "precision", "guidance_from", "guidance_to", "guidance_curve", "notation", "hires", "hires_strength", "strength")  # fmt: skip
-assert set(SHOWN) == set(NAMES)
-QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def load_gradio() -> Any:
+    """gradio, under the name by which it finds what this module's functions want of it."""
+    global gr
+    import gradio as gr
+
+    return gr
 
 
 @dataclass
@@ -50,44 +52,69 @@ class Page:
         """The model."""
         return self.studio.family
 
-    def form(self, values: list[Any], form: Form) -> Form:
-        """What the components say; `values` in the order of SHOWN."""
-        told = dict(zip(SHOWN, values, strict=True))
+    def form(self, values: list[Any]) -> Form:
+        """What the components say; `values` in the order of NAMES."""
+        told = dict(zip(NAMES, values, strict=True))
         if told["spacing"] == OWN_SPACING:
             told["spacing"] = ""
-        return read_form(told, self.largest, form)
+        return read_form(told, self.largest, blank(self.family, self.precision))
 
     async def generate(self, request: gr.Request, fresh: bool, editor: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Draw what the form says: panel, pictures, seed, the two buttons, paths."""
-        user, tab, same = user_of(request), str(request.session_hash), gr.skip()
-        off, on = gr.update(interactive=False), gr.update(interactive=True)
-        job: Job | None = None
-        began = time.monotonic()
+        same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            form = await asyncio.to_thread(self.form, list(values), blank(self.family, self.precision))
+            form = self.form(list(values))
             if fresh:
-                form = Form(**{**form.__dict__, "seed": secrets.randbelow(2**32)})
+                form = replace(form, seed=secrets.randbelow(2**32))
             files = await asyncio.to_thread(painted, editor)
             order = await asyncio.to_thread(order_of, self.family, self.model, form, *files)
-            job = self.studio.submit(user, order)
-            self.jobs.setdefault(tab, set()).add(job)
-            yield progress(job, self.studio.ahead(job)), [], form.seed, off, on, []
-            async for said, paths in self._follow(job, user):
-                yield said, gr.skip() if paths is None else shown(paths), same, same, same, gr.skip() if paths is None else paths
-            paths = await asyncio.to_thread(self._kept, job, user)
-            extra = ""
-            if job.state == "done":
-                original = [await asyncio.to_thread(self.shelf.put, f"{name}.png", data) for name, data in zip(("init", "mask"), files, strict=True) if data]
-                extra = command(order.recipes[0], len(order.recipes), self.model, original)
-                if order.original is not None and order.original.notice:
-                    job.notes.append(order.original.notice)
-            yield finished(job, time.monotonic() - began, extra), shown(paths), same, on, off, paths
+            async with self._drawing(order, request) as job:
+                yield progress(job, self.studio.ahead(job)), [], form.seed, off, on, []
+                async for said, paths in self._follow(job, user_of(request)):
+                    yield said, same if paths is None else shown(paths), same, same, same, same if paths is None else paths
+            original = [self.shelf.put(f"{name}.png", data) for name, data in zip(("init", "mask"), files, strict=True) if data]
+            again = command(order.recipes[0], len(order.recipes), self.model, original) if job.state == "done" else ""
+            paths = await asyncio.to_thread(self._kept, job, user_of(request))
+            yield finished(job, again), shown(paths), same, on, off, paths
         except UserError as error:
             yield panel(str(error), bad=True), same, same, on, off, same
+
+    async def grid(
+        self, request: gr.Request, x: str, xs: str, y: str, ys: str, editor: Any, *values: Any
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Draw a sheet of what the form says, varied along two axes: panel, sheet, the two buttons."""
+        same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
+        try:
+            across, down, forms = cells(self.form(list(values)), (x or "", xs or ""), (y or "", ys or ""))
+            files = await asyncio.to_thread(painted, editor)
+            orders = [await asyncio.to_thread(order_of, self.family, self.model, one, *files) for one in forms]
+            whole = Order(tuple(order.recipes[0] for order in orders), orders[0].original)
+            async with self._drawing(whole, request) as job:
+                yield progress(job, self.studio.ahead(job)), None, off, on
+                async for said, _ in self._follow(job, user_of(request)):
+                    yield said, same, same, same
+            await asyncio.to_thread(self._kept, job, user_of(request))
+            path = None
+            if job.state == "done":
+                made = await asyncio.to_thread(sheet, [job.pictures[i] for i in range(len(forms))], across.labels, down.labels)
+                path = str(await asyncio.to_thread(self.shelf.put, "grid.png", png(made)))
+            yield finished(job), path, on, off
+        except UserError as error:
+            yield panel(str(error), bad=True), same, on, off
+
+    @asynccontextmanager
+    async def _drawing(self, order: Order, request: gr.Request) -> AsyncIterator[Job]:
+        """A job of a browser tab, which ends with whoever waits for it."""
+        tab = str(request.session_hash)
+        job = self.studio.submit(user_of(request), order)
+        if order.original is not None and order.original.notice:
+            job.notes.append(order.original.notice)
+        self.jobs.setdefault(tab, set()).add(job)
+        try:
+            yield job
         finally:
-            if job is not None:
-                self.studio.cancel(job)
-                self.jobs.get(tab, set()).discard(job)
+            self.studio.cancel(job)
+            self.jobs.get(tab, set()).discard(job)
 
     async def _follow(self, job: Job, user: str) -> AsyncIterator[tuple[str, list[str] | None]]:
         """What is new about a job until it is over: the panel, and its pictures where there are more."""
@@ -118,7 +145,7 @@ class Page:
             self.studio.cancel(job)
 
     def read(self, path: str | None, *values: Any) -> tuple[Any, ...]:
-        """The form with a picture's settings: the note, then `values` in the order of SHOWN, then whether seeds are fresh."""
+        """The form with a picture's settings: the note, then `values` in the order of NAMES, then whether seeds are fresh."""
         try:
             if path is None:
                 raise UserError("choose a picture first")
@@ -127,8 +154,8 @@ class Page:
             form, notes = fill_in(blank(self.family, self.precision), found, self.family.content_hash, self.largest)
         except (UserError, OSError) as error:
             said = str(error).replace(f"{path}: ", "") if isinstance(error, UserError) else "the picture is gone"
-            return panel(said, bad=True), *[gr.skip()] * len(SHOWN), gr.skip()
-        filled = [getattr(form, name) or OWN_SPACING if name == "spacing" else getattr(form, name) for name in SHOWN]
+            return panel(said, bad=True), *[gr.skip()] * len(NAMES), gr.skip()
+        filled = [getattr(form, name) or OWN_SPACING if name == "spacing" else getattr(form, name) for name in NAMES]
         return panel(" ".join(["The picture's settings are filled in.", *notes])), *filled, False
 
     def history(self, request: gr.Request) -> tuple[Any, list[str]]:
@@ -162,12 +189,12 @@ def at_place(paths: list[str], place: int) -> str | None:
     return paths[place if 0 <= place < len(paths) else 0] if paths else None
 
 
-def background(paths: list[str], place: int, editor: Any) -> Any:
-    """What the editor shows: the chosen picture without paint, or what it was."""
+def background(paths: list[str], place: int) -> tuple[Any, str]:
+    """What the editor shows, the chosen picture without paint; and the panel."""
     path = at_place(paths, place)
     if path is None or not Path(path).is_file():
-        return gr.skip()
-    return {"background": path, "layers": [], "composite": None}
+        return gr.skip(), panel("Choose a picture first.", bad=True)
+    return {"background": path, "layers": [], "composite": None}, panel("The picture is in the editor, under Start from a picture.")
 
 
 def painted(editor: Any) -> tuple[bytes | None, bytes | None]:
@@ -190,112 +217,13 @@ def painted(editor: Any) -> tuple[bytes | None, bytes | None]:
         return None, None
     if mask is not None and mask.size != picture.size:
         mask = mask.resize(picture.size, Image.Resampling.NEAREST)
-    return _png(picture.convert("RGB")), None if mask is None else _png(mask)
+    return png(picture.convert("RGB")), None if mask is None else png(mask)
 
 
-def _png(image: Any) -> bytes:
+def png(image: Any) -> bytes:
+    """A picture, of Pillow or as bytes (H,W,3), as a PNG file."""
+    from PIL import Image
+
     stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, format="PNG")
     return stream.getvalue()
-
-
-def build(page: Page) -> Any:
-    """gradio's Blocks of a page."""
-    global gr
-    import gradio as gr
-
-    from ldm.diffusion.samplers import SAMPLERS
-
-    start = blank(page.family, page.precision)
-    box: dict[str, Any] = {}
-    with gr.Blocks(title=f"{page.model} · ldm", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(heading(page.model, page.facts))
-        with gr.Row():
-            with gr.Column(scale=5, min_width=340):
-                box["prompt"] = gr.Textbox(label="Prompt", lines=3, max_lines=12, max_length=MAX_PROMPT, elem_id="ldm-prompt", autofocus=True)
-                box["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=6, max_length=MAX_PROMPT, elem_id="ldm-negative")
-                with gr.Row():
-                    generate = gr.Button("Generate", variant="primary", elem_id="ldm-generate", scale=3)
-                    cancel = gr.Button("Cancel", variant="stop", elem_id="ldm-cancel", interactive=False, scale=1)
-                with gr.Row():
-                    box["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, elem_id="ldm-seed", min_width=120)
-                    fresh = gr.Checkbox(label="A new seed each time", value=True, elem_id="ldm-fresh", min_width=120)
-                    box["pictures"] = gr.Number(label="Pictures", value=1, precision=0, minimum=1, maximum=MAX_PICTURES, elem_id="ldm-many", min_width=80)
-                with gr.Row():
-                    factor = page.family.factor
-                    side: Any = {"minimum": factor, "maximum": page.largest // factor * factor, "step": factor}
-                    box["width"] = gr.Slider(label="Width, px", value=start.width, **side, elem_id="ldm-width")
-                    box["height"] = gr.Slider(label="Height, px", value=start.height, **side, elem_id="ldm-height")
-                with gr.Row():
-                    box["steps"] = gr.Slider(1, 150, start.steps, step=1, label="Steps", elem_id="ldm-steps")
-                    box["guidance"] = gr.Slider(1, 20, start.guidance, step=0.1, label="Guidance", elem_id="ldm-guidance")
-                box["sampler"] = gr.Dropdown(list(SAMPLERS), value=start.sampler, label="Sampler", elem_id="ldm-sampler")
-                with gr.Accordion("Start from a picture", open=False, elem_id="ldm-start"):
-                    editor = gr.ImageEditor(
-                        label="Paint over what is to be new; without paint all of it is drawn anew", type="pil", format="png",
-                        sources=["upload", "clipboard"], layers=False, transforms=(), elem_id="ldm-editor", buttons=[],
-                        brush=gr.Brush(colors=["#ff3b6b"], default_color="#ff3b6b", color_mode="fixed", default_size=24), height=420,
-                        canvas_size=(start.width, start.height),
-                    )  # fmt: skip
-                    box["strength"] = gr.Slider(0, 1, 0.75, step=0.01, label="How much of it is drawn anew", elem_id="ldm-strength")
-                with gr.Accordion("Read a picture's settings", open=False, elem_id="ldm-read"):
-                    dropped = gr.File(label="A PNG of ldm or of Stable Diffusion web UI", file_types=[".png"], height=110, elem_id="ldm-drop")
-                with gr.Accordion("More", open=False, elem_id="ldm-more"):
-                    _more(box, start, page)
-            with gr.Column(scale=6, min_width=340):
-                with gr.Tab("Pictures"):
-                    live = gr.HTML(idle(), elem_id="ldm-live")
-                    gallery = gr.Gallery(
-                        show_label=False, columns=2, height=560, object_fit="contain", format="png", elem_id="ldm-pictures",
-                        buttons=["download", "fullscreen"], interactive=False,
-                    )  # fmt: skip
-                    with gr.Row():
-                        reuse = gr.Button("Use its settings", size="sm", elem_id="ldm-reuse")
-                        go_on = gr.Button("Start from it", size="sm", elem_id="ldm-go-on")
-                with gr.Tab("History", elem_id="ldm-history-tab") as past:
-                    album = gr.Gallery(
-                        show_label=False, columns=4, height=640, object_fit="contain", format="png", elem_id="ldm-history",
-                        buttons=["download", "fullscreen"], interactive=False,
-                    )  # fmt: skip
-                    with gr.Row():
-                        reuse_old = gr.Button("Use its settings", size="sm")
-                        go_on_old = gr.Button("Start from it", size="sm")
-                        forget = gr.Button("Remove all", size="sm")
-        inputs = [box[name] for name in SHOWN]
-        for grid, paths, button, onward in ((gallery, gr.State([]), reuse, go_on), (album, gr.State([]), reuse_old, go_on_old)):
-            chosen = gr.State(0)
-            grid.select(chosen_place, None, chosen, **QUIET)
-            picked = gr.State(None)
-            button.click(at_place, [paths, chosen], picked, **QUIET).then(page.read, [picked, *inputs], [live, *inputs, fresh], **QUIET)
-            onward.click(background, [paths, chosen, editor], editor, **QUIET)
-            if grid is gallery:
-                told = [live, gallery, box["seed"], generate, cancel, paths]
-                generate.click(page.generate, [fresh, editor, *inputs], told, concurrency_limit=ACTIVE, **QUIET)
-            else:
-                past.select(page.history, None, [album, paths], **QUIET)
-                forget.click(page.forget, None, [album, paths], **QUIET)
-        cancel.click(page.cancel, None, None, concurrency_limit=ACTIVE, **QUIET)
-        dropped.upload(page.read, [dropped, *inputs], [live, *inputs, fresh], **QUIET)
-        blocks.unload(page.leave)
-    blocks.queue(max_size=4 * ACTIVE, default_concurrency_limit=ACTIVE, api_open=False)
-    blocks.ldm_editor = editor
-    return blocks
-
-
-def _more(box: dict[str, Any], start: Form, page: Page) -> None:
-    """The settings that few change."""
-    with gr.Row():
-        box["spacing"] = gr.Dropdown([OWN_SPACING, *SPACINGS], value=OWN_SPACING, label="Spacing of the steps", elem_id="ldm-spacing")
-        kinds = list(PRECISION) if page.precision in ("", "fp32") and start.precision == "fp32" else [start.precision]
-        box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision")
-    with gr.Row():
-        box["rescale"] = gr.Slider(0, 1, start.rescale, step=0.05, label="Guidance rescale", elem_id="ldm-rescale")
-        box["eta"] = gr.Slider(0, 1, 0, step=0.05, label="Eta: noise of ddim's steps", elem_id="ldm-eta")
-    with gr.Row():
-        box["guidance_from"] = gr.Slider(0, 1, 0, step=0.01, label="Guide from this share of the steps", elem_id="ldm-from")
-        box["guidance_to"] = gr.Slider(0, 1, 1, step=0.01, label="to this one", elem_id="ldm-to")
-        box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="Guidance over the steps", elem_id="ldm-curve")
-    with gr.Row():
-        box["hires"] = gr.Slider(1, 8, 1, step=0.5, label="Draw so many times smaller first", elem_id="ldm-hires")
-        box["hires_strength"] = gr.Slider(0, 1, 0.5, step=0.01, label="and so much of it anew", elem_id="ldm-hires-strength")
-    box["notation"] = gr.Checkbox(value=True, label="Brackets, BREAK and AND in prompts have a meaning", elem_id="ldm-notation")

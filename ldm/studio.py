@@ -59,6 +59,8 @@ class Job:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     taken: int = 0  # recipes that are drawn or being drawn
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # from then until it was over
 
     @property
     def over(self) -> bool:
@@ -171,7 +173,7 @@ class Studio:
         self.close()
 
     def _end(self, job: Job, state: State, error: str = "") -> None:
-        job.state, job.error, job.preview = state, error, None
+        job.state, job.error, job.preview, job.seconds = state, error, None, time.monotonic() - job.began
         own = self._queue.get(job.user)
         if own is not None and job in own:
             own.remove(job)
@@ -248,6 +250,8 @@ class Studio:
         jobs = list(dict.fromkeys(job for job, _ in unit))
 
         def on_step(done: int, of: int) -> None:
+            if all(job.over for job in jobs):  # what watches the denoiser does not see a second pass
+                raise Stopped
             for job in jobs:
                 job.steps, job.of = done, of
 

@@ -101,9 +101,7 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
     return replace(form, **found)
 
 
-def order_of(
-    family: LatentDiffusionFamily, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None
-) -> Order:
+def order_of(family: LatentDiffusionFamily, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None) -> Order:
     """An order by the same way that `sample.py` makes its recipes.
 
     Args:
@@ -125,7 +123,8 @@ def order_of(
         rest |= {"hires": form.hires, "hires_strength": form.hires_strength}
     asked = Asked(prompt=form.prompt)
     found = jobs.recipes(
-        family, [asked], None, seed=form.seed, n=form.pictures, chosen=chosen, negative=form.negative, size=(form.height, form.width), **rest
+        family, [asked], None, seed=form.seed, n=form.pictures, chosen=chosen, negative=form.negative,
+        size=(form.height, form.width), **rest,
     )  # fmt: skip
     return Order(tuple(found), original)
 
@@ -180,7 +179,7 @@ def fill_in(form: Form, found: Recipe | dict[str, Any], model_hash: str, largest
     own = asdict(Recipe("", "", 0, 1, 1.0, 0.0, "", "", 0.0, 1, 1, "", ""))
     if other := [name for name in FOREIGN if told.get(name, own[name]) != own[name]]:
         notes.append(f"It also used {', '.join(other)}, which this page does not have; `ldm sample --from` does.")
-    wanted = {name: told[name] for name in NAMES if name in told}
+    wanted = {name: told[name] for name in NAMES if name in told and (name != "strength" or told.get("init"))}
     filled = form
     for name, value in wanted.items():  # one by one: other programs' numbers may lie outside of ours
         try:
