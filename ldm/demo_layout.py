@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ldm.axes import KINDS
 from ldm.demo_live import heading, idle
 from ldm.demo_page import OWN_SPACING, Page, at_place, background, chosen_place, load_gradio
 from ldm.families.drawing import CURVES, PRECISION
 from ldm.recipe import SPACINGS
 from ldm.sample_words import MAX_SEED
-from ldm.studio_grid import VARIED
 from ldm.studio_orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _sheet() -> Sheet:
     axes: list[Any] = []
     for name, first, values in (("across", "guidance", "1,3,7"), ("down", "steps", "5,20")):
         with gr.Row():
-            axes.append(gr.Dropdown(["", *VARIED], value=first, label=f"What varies {name}", elem_id=f"ldm-{name}", min_width=120))
+            axes.append(gr.Dropdown(["", *KINDS], value=first, label=f"What varies {name}", elem_id=f"ldm-{name}", min_width=120))
             axes.append(gr.Textbox(value=values, label="Values", max_lines=1, max_length=1000, elem_id=f"ldm-{name}-values", scale=2))
     draw = gr.Button("Draw the grid", variant="primary", elem_id="ldm-draw-grid")
     image = gr.Image(

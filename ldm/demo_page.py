@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,18 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.axes import Axis, cells, read_axis
 from ldm.demo_guard import USER
 from ldm.demo_live import command, finished, panel, progress
 from ldm.demo_shelf import Shelf
 from ldm.errors import UserError
+from ldm.grid import table
 from ldm.recipe import read_recipe
 from ldm.studio import Job, Order, Studio
-from ldm.studio_grid import cells, sheet
-from ldm.studio_orders import NAMES, Form, blank, check_upload, fill_in, order_of, read_form
+from ldm.studio_orders import MAX_PICTURES, NAMES, Form, blank, check_upload, fill_in, order_of, read_form
 
 if TYPE_CHECKING:
     import gradio as gr
 
+EMPTY = Axis("", ("",))
 PERIOD_S = 0.15  # between two looks at a drawing
 OWN_SPACING = "the sampler's own"
 
@@ -85,10 +88,10 @@ class Page:
         """Draw a sheet of what the form says, varied along two axes: panel, sheet, the two buttons."""
         same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            across, down, forms = cells(self.form(list(values)), (x or "", xs or ""), (y or "", ys or ""))
+            form = replace(self.form(list(values)), pictures=1)
             files = await asyncio.to_thread(painted, editor)
-            orders = [await asyncio.to_thread(order_of, self.family, self.model, one, *files) for one in forms]
-            whole = Order(tuple(order.recipes[0] for order in orders), orders[0].original)
+            base = await asyncio.to_thread(order_of, self.family, self.model, form, *files)
+            axes, whole = varied(base, (y or "", ys or ""), (x or "", xs or ""), form.spacing)
             async with self._drawing(whole, request) as job:
                 yield progress(job, self.studio.ahead(job)), None, off, on
                 async for said, _ in self._follow(job, user_of(request)):
@@ -96,7 +99,7 @@ class Page:
             await asyncio.to_thread(self._kept, job, user_of(request))
             path = None
             if job.state == "done":
-                made = await asyncio.to_thread(sheet, [job.pictures[i] for i in range(len(forms))], across.labels, down.labels)
+                made = await asyncio.to_thread(table, [job.pictures[i] for i in range(len(whole.recipes))], axes)
                 path = str(await asyncio.to_thread(self.shelf.put, "grid.png", png(made)))
             yield finished(job), path, on, off
         except UserError as error:
@@ -195,6 +198,32 @@ def background(paths: list[str], place: int) -> tuple[Any, str]:
     if path is None or not Path(path).is_file():
         return gr.skip(), panel("Choose a picture first.", bad=True)
     return {"background": path, "layers": [], "composite": None}, panel("The picture is in the editor, under Start from a picture.")
+
+
+def varied(base: Order, down: tuple[str, str], across: tuple[str, str], spacing: str) -> tuple[list[Axis], Order]:
+    """The axes of a table, and the order of its cells.
+
+    Args:
+        down, across: a setting's name and its values; an empty name: nothing changes.
+        spacing: of the steps for every sampler; empty: each its own.
+
+    Raises:
+        UserError: as `ldm.axes` has it, for too many cells, and for what changes nothing.
+    """
+    from ldm.diffusion.samplers import SAMPLERS
+
+    given = [(name, text, option) for (name, text), option in ((down, "down"), (across, "across")) if name]
+    axes = [read_axis(f"{name}={text}", option) for name, text, option in given]
+    if math.prod(len(axis.values) for axis in axes) > MAX_PICTURES:
+        raise UserError(f"grid: {' x '.join(str(len(axis.values)) for axis in axes)} pictures; at most {MAX_PICTURES}")
+    for axis in axes:
+        if axis.name == "strength" and base.original is None:
+            raise UserError("strength: changes nothing without a picture to start from")
+        if axis.name == "hires_strength" and base.recipes[0].hires == 1:
+            raise UserError("hires_strength: changes nothing where pictures are drawn at once")
+    made = cells(base.recipes[0], axes, lambda name: spacing or SAMPLERS[name].spacing)
+    shown = [next((axis for axis, one in zip(axes, given, strict=True) if one[2] == option), EMPTY) for option in ("down", "across")]
+    return shown, Order(tuple(made), base.original)
 
 
 def painted(editor: Any) -> tuple[bytes | None, bytes | None]:

@@ -38,7 +38,7 @@ def served(model: Path, files: Path, **options: Any) -> Iterator[Served]:
 
     with listen("127.0.0.1", 0) as listener, Studio(load(model)) as studio:
         guard = application(studio, files, "tiny", **options)
-        server = uvicorn.Server(uvicorn.Config(guard, log_level="error", access_log=False, timeout_graceful_shutdown=1, ws="none"))
+        server = uvicorn.Server(uvicorn.Config(guard, log_level="critical", access_log=False, timeout_graceful_shutdown=1, ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -33,7 +33,6 @@ from ldm.demo_shelf import Shelf
 from ldm.families.running import load
 from ldm.recipe import Recipe, read_recipe
 from ldm.studio import Studio
-from ldm.studio_grid import cells, sheet
 from ldm.studio_orders import NAMES, Form, blank, check_upload, fill_in, read_form
 
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -123,54 +122,40 @@ def test_a_fresh_seed_is_told_and_differs(page: Any) -> None:
     assert len(set(seeds)) == 3 and all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_a_grid_has_in_each_cell_the_picture_of_its_settings(page: Any, kl_model: Path, tmp_path: Path) -> None:
-    form = replace(blank(page.family), prompt="a red circle", seed=3)
+def sheet_of(page: Any, form: Form, x: tuple[str, str], y: tuple[str, str], editor: Any = None) -> tuple[str, Any]:
+    """The last panel and the table's file."""
 
     async def through() -> list[Any]:
-        told = page.grid(ANN, "prompt", "red, green", "steps", "2,3", None, *[getattr(form, name) for name in NAMES])
+        told = page.grid(ANN, *x, *y, editor, *[getattr(form, name) for name in NAMES])
         return [one async for one in told]
 
-    said, path, *_ = asyncio.run(through())[-1]
-    assert "4 pictures" in said
-    drawn = np.asarray(Image.open(path))
-    across, down, forms = cells(form, ("prompt", "red, green"), ("steps", "2,3"))
-    assert [(one.prompt, one.steps) for one in forms] == [
-        ("a red circle", 2),
-        ("a green circle", 2),
-        ("a red circle", 3),
-        ("a green circle", 3),
-    ]
-    found = []
-    for i, one in enumerate(forms):
-        assert (
-            main(
-                ["sample", one.prompt, "--seed", "3", "--steps", str(one.steps), "--model", str(kl_model), "--out", str(tmp_path / str(i))]
-            )
-            == 0
-        )
-        found.append(np.asarray(Image.open(tmp_path / str(i) / "00000_seed3.png")))
-    assert np.array_equal(drawn, sheet(found, across.labels, down.labels))
+    return asyncio.run(through())[-1][:2]  # type: ignore[return-value]
+
+
+def test_a_grid_is_the_table_that_the_command_draws(page: Any, kl_model: Path, tmp_path: Path) -> None:
+    form = replace(blank(page.family), prompt="a red circle", seed=3, sampler="euler_a", pictures=5)
+    for number, (x, y) in enumerate(((("prompt", "red, green"), ("steps", "2,3")), (("sampler", "ddim,plms"), ("", "")))):
+        said, path = sheet_of(page, form, x, y)
+        assert f"{4 - 2 * number} pictures" in said
+        words = [word for name, axis in (("--x", x), ("--y", y)) if axis[0] for word in (name, "=".join(axis))]
+        fixed = ["--seed", "3", "--sampler", "euler_a", "--model", str(kl_model), "--out", str(tmp_path / f"{number}.png")]
+        assert main(["grid", "a red circle", *words, *fixed]) == 0
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(tmp_path / f"{number}.png")))
+    said, path = sheet_of(page, form, ("", ""), ("strength", "0.2,0.9"), {"background": picture(1), "layers": []})
+    assert "2 pictures" in said and Image.open(path).height > 2 * SIDE
 
 
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
-        (("steps", "x"), ("", ""), "steps: got 'x'"), (("colour", "1"), ("", ""), "choose one of seed"),
-        (("seed", ""), ("", ""), "no values"),
-        (("seed", "1-99"), ("", ""), "17 values of seed"), (("seed", "1-9"), ("steps", "1-9"), "9 x 9 pictures"),
-        (("prompt", "cat,dog"), ("", ""), "does not say 'cat'"), (("steps", "1"), ("steps", "2"), "both axes are steps"),
+        (("steps", "x"), ("", ""), "steps is &#x27;x&#x27;"), (("colour", "1"), ("", ""), "one of guidance"),
+        (("seed", ",".join(map(str, range(65)))), ("", ""), "65 pictures; at most 64"), (("prompt", "cat,dog"), ("", ""), "is not in"),
+        (("steps", "1"), ("steps", "2"), "each its own setting"), (("strength", "0,1"), ("", ""), "without a picture"),
+        (("", ""), ("hires_strength", "0,1"), "drawn at once"),
     ],
 )  # fmt: skip
 def test_grids_that_cannot_be(x: tuple[str, str], y: tuple[str, str], said: str, page: Any) -> None:
-    with pytest.raises(ValueError, match=said):
-        cells(replace(blank(page.family), prompt="a ring"), x, y)
-
-
-def test_a_grid_of_one_axis_and_ranges(page: Any) -> None:
-    across, down, forms = cells(blank(page.family), ("seed", "1-3, 7"), ("", ""))
-    assert [one.seed for one in forms] == [1, 2, 3, 7] and down.labels == ("",) and across.labels[-1] == "seed 7"
-    made = sheet([np.zeros((8, 8, 3), np.uint8)] * 4, across.labels, down.labels)
-    assert made.dtype == np.uint8 and made.shape[0] < 40 and made.shape[1] > 4 * 8
+    assert said in sheet_of(page, replace(blank(page.family), prompt="a ring"), x, y)[0]
 
 
 def test_whoever_leaves_frees_the_place(page: Any) -> None:

@@ -1,0 +1,245 @@
+"""The page in a real browser: people type, draw, paint, cancel and upload."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_server import Served, served, until
+from finished_model import SIDE
+from PIL import Image
+
+from ldm.__main__ import main
+from ldm.recipe import Recipe, read_recipe
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+pytest.importorskip("gradio", reason="the page needs gradio")
+api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need a Chromium, such as Debian's package chromium")
+
+
+@pytest.fixture(scope="module")
+def server(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(kl_model, tmp_path_factory.mktemp("files")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield made
+        made.close()
+
+
+class User:
+    """Someone with a browser of their own."""
+
+    def __init__(self, browser: Any, server: Served) -> None:
+        self.context = browser.new_context(viewport={"width": 1280, "height": 900})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.problems: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda said: self.problems.append(f"{said.text} {said.location}") if said.type == "error" else None)
+        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]) if request.url.startswith("http") else None)
+        self.come(server)
+
+    def come(self, server: Served) -> None:
+        """Open the page."""
+        self.page.goto(server.url)
+        self.page.wait_for_selector("#ldm-generate")
+
+    def write(self, **fields: object) -> None:
+        """Fill in fields by their ids."""
+        for name, value in fields.items():
+            kind = "textarea" if name in ("prompt", "negative") else "input[type=number]"
+            self.page.fill(f"#ldm-{name} {kind}", str(value))
+
+    def start(self, **fields: object) -> None:
+        """Press Generate; what the panel said before does not count any more."""
+        self.write(**fields)
+        self.page.evaluate("document.querySelector('#ldm-live .ldm-live').innerText = ''")
+        self.page.click("#ldm-generate")
+
+    def forget(self) -> None:
+        """Remove the history."""
+        self.page.get_by_role("tab", name="History").click()
+        self.page.wait_for_selector("#ldm-history img")
+        self.page.wait_for_function("[...document.querySelectorAll('#ldm-history img')].every(one => one.complete)")
+        self.page.click("#ldm-forget")
+        self.page.wait_for_selector("#ldm-history img", state="detached")
+
+    def draw(self, **fields: object) -> list[bytes]:
+        """Press Generate and wait for the pictures: their files."""
+        self.start(**fields)
+        self.wait(r"pictures? in [\d.]+ s")
+        addresses = self.page.eval_on_selector_all("#ldm-pictures .grid-wrap img", "all => all.map(one => one.src)")
+        return [self.context.request.get(address).body() for address in addresses]
+
+    def wait(self, said: str) -> None:
+        """Until the panel says something, and Generate is free again."""
+        self.page.wait_for_function("said => document.querySelector('#ldm-live').innerText.match(said)", arg=said)
+        self.page.wait_for_selector("#ldm-generate:not([disabled])")
+
+
+@pytest.fixture(scope="module")
+def ann(browser: Any, server: Served) -> Iterator[User]:
+    yield from visit(browser, server)
+
+
+@pytest.fixture(scope="module")
+def bob(browser: Any, server: Served) -> Iterator[User]:
+    yield from visit(browser, server)
+
+
+def visit(browser: Any, server: Served) -> Iterator[User]:
+    user = User(browser, server)
+    yield user
+    user.context.close()
+    assert user.hosts == {f"127.0.0.1:{server.port}"}, "a request to another machine"
+    assert not user.problems
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def settings(data: bytes, folder: Path) -> Recipe:
+    (folder / "got.png").write_bytes(data)
+    found = read_recipe(folder / "got.png")
+    assert isinstance(found, Recipe)
+    return found
+
+
+def test_typing_and_drawing_shows_the_picture_of_sample(ann: User, kl_model: Path, tmp_path: Path) -> None:
+    drawn = ann.draw(prompt="a red circle", negative="blurry", many=2, steps=3)
+    assert len(drawn) == 2 and settings(drawn[1], tmp_path).seed == settings(drawn[0], tmp_path).seed + 1
+    told = settings(drawn[0], tmp_path)
+    assert (told.prompt, told.negative, told.steps, str(told.seed)) == (
+        "a red circle", "blurry", 3, ann.page.input_value("#ldm-seed input"),
+    )  # fmt: skip
+    assert main(["sample", "--from", str(tmp_path / "got.png"), "--model", str(kl_model), "--out", str(tmp_path / "out")]) == 0
+    assert np.array_equal(pixels((tmp_path / "out" / f"00000_seed{told.seed}.png").read_bytes()), pixels(drawn[0]))
+    ann.page.uncheck("#ldm-fresh input")
+    ann.page.focus("#ldm-prompt textarea")
+    ann.page.evaluate("document.querySelector('#ldm-live .ldm-live').innerText = ''")
+    ann.page.keyboard.press("Control+Enter")
+    ann.wait("2 pictures in")
+    assert ann.page.input_value("#ldm-seed input") == str(told.seed)
+    ann.write(many=1)
+
+
+def test_painting_draws_anew_under_the_paint_alone(ann: User, tmp_path: Path) -> None:
+    (before,) = ann.draw(prompt="a red circle")
+    ann.page.click("#ldm-pictures-go-on")
+    ann.page.click("#ldm-start > button")
+    canvas = ann.page.locator("#ldm-editor canvas").first
+    ann.page.click("#ldm-editor button[aria-label=Brush]")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    centre = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    ann.page.mouse.move(*centre)
+    ann.page.mouse.down()
+    ann.page.mouse.move(centre[0] + 30, centre[1] + 20, steps=5)
+    ann.page.mouse.up()
+    (after,) = ann.draw(prompt="a blue ring", strength=1)
+    links = ann.page.eval_on_selector_all("#ldm-live a", "all => all.map(one => one.href)")
+    init, mask = (pixels(ann.context.request.get(link).body()) for link in links)
+    new = mask[..., 0] >= 128
+    assert 0.02 < new.mean() < 0.9
+    assert np.abs(init.astype(int) - pixels(before)).max() <= 1
+    assert np.array_equal(pixels(after)[~new], init[~new]) and not np.array_equal(pixels(after)[new], init[new])
+    assert settings(after, tmp_path).mask
+
+
+def test_cancelling_frees_the_place(bob: User, server: Served) -> None:
+    bob.start(prompt="a ring", steps=150, many=64)
+    bob.page.wait_for_selector("#ldm-live .ldm-bar")
+    bob.page.click("#ldm-cancel:not([disabled])")
+    bob.wait("Cancelled")
+    assert len(bob.draw(many=1, steps=2)) == 1
+    bob.start(steps=150, many=64)
+    until(lambda: bool(server.studio._queue))
+    bob.page.goto("about:blank")  # who leaves waits no more
+    until(lambda: not server.studio._queue)
+    bob.problems.clear()  # streams that broke off
+    bob.come(server)
+
+
+def test_two_users_at_once_have_their_own_pictures(ann: User, bob: User, tmp_path: Path) -> None:
+    bob.forget()
+    ann.page.click("#ldm-editor button[aria-label='Clear canvas']")
+    ann.start(prompt="a red circle", many=6, steps=10)
+    bob.page.get_by_role("tab", name="Pictures").click()
+    (his,) = bob.draw(prompt="a blue ring", many=1, steps=2)
+    ann.wait("6 pictures in")
+    assert settings(his, tmp_path).prompt == "a blue ring"
+    for user, count, prompt in ((ann, 6, "a red circle"), (bob, 1, "a blue ring")):
+        user.page.get_by_role("tab", name="History").click()
+        user.page.wait_for_selector("#ldm-history img")
+        found = user.page.eval_on_selector_all("#ldm-history .grid-wrap img", "all => all.map(one => one.src)")
+        own = [settings(user.context.request.get(one).body(), tmp_path).prompt for one in found]
+        assert own[:count] == [prompt] * count and (user is ann or len(own) == count)
+    bob.forget()
+    for user in (ann, bob):
+        user.page.get_by_role("tab", name="Pictures").click()
+
+
+def test_a_dropped_picture_fills_in_its_settings(ann: User, bob: User, tmp_path: Path) -> None:
+    (drawn,) = ann.draw(prompt="a (green:1.2) ring", steps=7, guidance=3.5, many=1)
+    (tmp_path / "drawn.png").write_bytes(drawn)
+    bob.page.click("#ldm-read > button")
+    bob.page.set_input_files("#ldm-drop input[type=file]", tmp_path / "drawn.png")
+    bob.wait("settings are filled in")
+    assert bob.page.input_value("#ldm-prompt textarea") == "a (green:1.2) ring"
+    (again,) = bob.draw()
+    assert np.array_equal(pixels(drawn), pixels(again))
+
+
+def test_a_gigabyte_is_refused_and_the_page_goes_on(ann: User, server: Served, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(2**30)
+    before = sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file())
+    ann.page.click("#ldm-read > button")
+    ann.page.set_input_files("#ldm-drop input[type=file]", huge)
+    ann.page.wait_for_selector("text=/exceeds|too large|maximum/i")
+    assert sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file()) == before
+    ann.problems.clear()
+    assert len(ann.draw(prompt="a ring", steps=2)) == 1
+
+
+def test_files_that_are_not_the_users_do_not_come_out(ann: User, server: Served, kl_model: Path) -> None:
+    for path in (
+        "/etc/passwd",
+        str(kl_model / "ldm.json"),
+        f"{server.files}/../{kl_model.name}/ldm.json",
+        "http://127.0.0.1/",
+        "file:///etc/passwd",
+    ):
+        for door in ("gradio_api/file=", "gradio_api/proxy=", "static/../../..", ""):
+            status = ann.page.evaluate("address => fetch(address).then(answer => answer.status)", server.url + door + path)
+            assert status in (400, 403, 404), (door, path)
+    body = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0, "session_hash": "x"}
+    assert ann.context.request.post(f"{server.url}gradio_api/queue/join", data=body).status == 404
+    ann.problems.clear()  # the browser reports each 404
+
+
+def test_a_grid_is_shown(ann: User, server: Served) -> None:
+    ann.write(prompt="a red circle", steps=2)
+    ann.page.get_by_role("tab", name="Grid").click()
+    ann.page.fill("#ldm-across-values input, #ldm-across-values textarea", "1,4")
+    ann.page.fill("#ldm-down-values input, #ldm-down-values textarea", "1,2,3")
+    ann.page.click("#ldm-draw-grid")
+    ann.wait("6 pictures in")
+    address = ann.page.get_attribute("#ldm-grid img", "src")
+    assert pixels(ann.context.request.get(address).body()).shape[0] > 3 * SIDE
