@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers import Denoise
@@ -30,11 +31,18 @@ def invert(denoise: Denoise, x0: Tensor, alpha: Tensor, sigma: Tensor, rounds: i
     for i in reversed(range(len(a) - 1)):
         known = x
         through_x0 = s[i + 1] > 0 and a[i] * (s[i] * a[i + 1] / s[i + 1] - a[i]) < s[i] * (s[i] - a[i] * s[i + 1] / a[i + 1])
+        least: Tensor | None = None  # (B, 1, ...) how far the best x so far leads past the level that is known
+        best = known
         for again in range(rounds):
             clean = denoise(x, i)
+            eps = (x - a[i] * clean) / s[i]
+            miss = (a[i + 1] * clean + s[i + 1] * eps - known).square().flatten(1).sum(1).view(-1, *[1] * (x.dim() - 1))
             if through_x0 and (again or a[i] == 0):
                 x = s[i] / s[i + 1] * (known - a[i + 1] * clean) + a[i] * clean
             else:
-                eps = (x - a[i] * clean) / s[i]
                 x = a[i] / a[i + 1] * known + (s[i] - a[i] * s[i + 1] / a[i + 1]) * eps
+            # Where rounds lead away, as they may with a network that is no denoiser, the best of them counts.
+            best = x if least is None else torch.where(miss <= least, x, best)
+            least = miss if least is None else torch.minimum(miss, least)
+        x = best
     return x

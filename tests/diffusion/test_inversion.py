@@ -78,3 +78,9 @@ def test_no_sample_depends_on_its_neighbours() -> None:
     denoise = denoiser(grid)
     whole = invert(denoise, latents(), grid.alpha, grid.sigma, 3)
     assert torch.equal(invert(denoise, latents()[1:], grid.alpha, grid.sigma, 3), whole[1:])
+
+
+def test_rounds_that_lead_away_do_no_harm() -> None:
+    grid = Process().grid(10)
+    found = [invert(lambda x, i: 8 * torch.sin(40 * x), latents(), grid.alpha, grid.sigma, rounds) for rounds in (1, 30)]
+    assert all(x.isfinite().all() for x in found) and float(found[1].std()) < 10 * float(found[0].std())
