@@ -27,8 +27,10 @@ WAITING = {
     "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
     "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb",
 }  # fmt: skip
-LIGHT = ("ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.grid", "ldm.animate", "ldm.info", "ldm.demo", "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.data_verb",
-         "ldm.export_verb", "ldm.config", "ldm.log")  # fmt: skip
+LIGHT = (
+    "ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.grid", "ldm.animate", "ldm.info", "ldm.demo",
+    "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.data_verb", "ldm.export_verb", "ldm.config", "ldm.log",
+)  # fmt: skip
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
