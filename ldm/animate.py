@@ -95,8 +95,8 @@ def animate(
         base = replace(
             base, strength=usual if strength is None else strength, invert=source is not None, source=_clean(source or "")
         )  # fmt: skip
-        drawn, base = draw_clip(family, clip, base, cells)
-        recipes = []
+        anew, base = draw_clip(family, clip, base, cells)
+        drawn, recipes = list(anew), []
     save_clip(out, [frame.numpy() for frame in drawn], rate, base)
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,8 @@ def way(base: Recipe, frames: int, to: str, to_seed: int | None, loop: bool = Fa
     shares = [k / last if k <= last else (frames - k) / last for k in range(frames)]
     found = []
     for share in shares:
-        mixed = {"variation": share, "variation_seed": to_seed} if to_seed is not None else {}
-        found.append(replace(base, **mixed, **({"to": to, "share": share} if to else {})))
+        frame = base if to_seed is None else replace(base, variation=share, variation_seed=to_seed)
+        found.append(replace(frame, to=to, share=share) if to else frame)
     return found
 
 
