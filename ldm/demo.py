@@ -137,7 +137,7 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
     from ldm.demo_live import CSS, HEAD
     from ldm.demo_page import Page
     from ldm.demo_shelf import Shelf
-    from ldm.studio_orders import MAX_BYTES
+    from ldm.studio_orders import MAX_BYTES, MAX_PIXELS
 
     weight = next(studio.family.unet.parameters())
     shelf = Shelf(files.resolve())
@@ -159,4 +159,4 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
         outer, blocks, path="/", footer_links=[], show_error=False, max_file_size=MAX_BYTES, ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=CSS, head=HEAD,
     )  # fmt: skip
-    return Guard(outer, files, token, largest=2 * MAX_BYTES)
+    return Guard(outer, files, token, largest=2 * MAX_BYTES, pixels=max(MAX_PIXELS, largest**2))

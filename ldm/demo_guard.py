@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import html
 import json
@@ -12,6 +14,8 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
+
+from ldm.data.images import Rejected, probe
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -64,10 +68,11 @@ class Guard:
         files: the folder of uploads and results.
         token: that users must show; None: nobody must.
         largest: bytes of a body that carries a picture.
+        pixels: of a picture that a request names.
     """
 
-    def __init__(self, app: App, files: Path, token: str | None = None, largest: int = 2**26) -> None:
-        self.app, self.files, self.token, self.largest = app, files.resolve(), token, largest
+    def __init__(self, app: App, files: Path, token: str | None = None, largest: int = 2**26, pixels: int = 2**24) -> None:
+        self.app, self.files, self.token, self.largest, self.pixels = app, files.resolve(), token, largest, pixels
         self._entrance = secrets.token_urlsafe(24)  # what the cookie says of those who showed the token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,19 +82,38 @@ class Guard:
         if scope["type"] != "http":  # no web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
+        ended = False
+
+        async def until_end() -> Message:
+            nonlocal ended
+            message = await receive()
+            ended = not message.get("more_body", False)
+            return message
+
+        async def refuse(message: Message) -> None:
+            if message["type"] == "http.response.start":  # what is on its way already is read, or the answer might get lost
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(drain(), 0.5)
+            await send(message)
+
+        async def drain() -> None:
+            seen = 0
+            while not ended and seen < BODY_BYTES:
+                seen += len((await until_end()).get("body", b""))
+
         try:
-            await self._request(scope, receive, send)
+            if self.token is not None and not self._known(scope):
+                await self._door(scope, refuse)
+            else:
+                await self._request(scope, until_end, send)
         except Refused as refused:
-            await answer(send, refused.status, f"{refused}\n")
+            await answer(refuse, refused.status, f"{refused}\n")
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = _headers(scope)
         cookies = _cookies(headers.get("cookie", ""))
         method, path = scope["method"], scope["path"]
         self._same_site(headers)
-        if self.token is not None and not self._known(headers, cookies):
-            await self._door(scope, send)
-            return
         self._open(method, path)
         user, cookie = cookies.get(USER, ""), None
         if not re.fullmatch(r"[\w-]{16,64}", user):
@@ -111,7 +135,9 @@ class Guard:
         if origin and urlsplit(origin).netloc != host:
             raise Refused(403, "a request from another site")
 
-    def _known(self, headers: dict[str, str], cookies: dict[str, str]) -> bool:
+    def _known(self, scope: Scope) -> bool:
+        headers = _headers(scope)
+        cookies = _cookies(headers.get("cookie", ""))
         told = headers.get("authorization", "").removeprefix("Bearer ")
         return _equal(cookies.get(ENTRANCE, ""), self._entrance) or _equal(told, self.token or "")
 
@@ -133,14 +159,15 @@ class Guard:
         ):
             raise Refused(404, "no such page")
 
-    def _inside(self, name: object) -> None:
-        """Refuse whatever is not a file of ours."""
+    def _inside(self, name: object) -> Path:
+        """The file that is meant; whatever is not a file of ours is refused."""
         try:
             found = Path(str(name)).resolve(strict=True) if isinstance(name, str) and "\0" not in name else None
         except (OSError, RuntimeError, ValueError):
             found = None
         if found is None or not found.is_file() or self.files not in found.parents:
             raise Refused(404, "no such file")
+        return found
 
     def _most(self, path: str, headers: dict[str, str]) -> int:
         """Bytes that a body may have."""
@@ -172,16 +199,30 @@ class Guard:
 
         return again
 
+    def _small(self, path: Path) -> None:
+        """Refuse a picture whose pixels would fill the memory, before anyone decodes it."""
+        try:
+            probe(path, self.pixels)
+        except Rejected as error:
+            if error.reason == "too many pixels":
+                raise Refused(413, str(error)) from None
+        except OSError:
+            raise Refused(404, "no such file") from None
+
     def _look_through(self, value: Any) -> None:
         """Refuse file names that lie elsewhere, and addresses, wherever they stand."""
         if isinstance(value, dict):
             if "path" in value and (value["path"] is not None or value.get("url")):
-                self._inside(value["path"])
+                self._small(self._inside(value["path"]))
             for part in value.values():
                 self._look_through(part)
         elif isinstance(value, list):
             for part in value:
                 self._look_through(part)
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 class Exchange:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.axes import KINDS
 from ldm.demo_live import heading, idle
-from ldm.demo_page import OWN_SPACING, Page, at_place, background, chosen_place, load_gradio
+from ldm.demo_page import OWN_SPACING, Blobs, Page, at_place, background, chosen_place, load_gradio
 from ldm.families.drawing import CURVES, PRECISION
 from ldm.recipe import SPACINGS
 from ldm.sample_words import MAX_SEED
@@ -145,10 +145,12 @@ def _editor(start: Form) -> Any:
     paint = "#ff3b6b"
     brush = gr.Brush(colors=[paint], default_color=paint, color_mode="fixed", default_size=max(2, start.width // 8))
     gr.HTML('<p class="ldm-quiet">Load or paste a picture. Paint over what is to be new; without paint, all of it is drawn anew.</p>')
-    return gr.ImageEditor(
+    made = gr.ImageEditor(
         show_label=False, type="pil", format="png", sources=["upload", "clipboard"], layers=False, transforms=(), elem_id="ldm-editor",
         buttons=[], brush=brush, height=420, canvas_size=(start.width, start.height),
     )  # fmt: skip
+    made.blob_storage = Blobs()
+    return made
 
 
 def _more(box: Box, start: Form, page: Page) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 EMPTY = Axis("", ("",))
+BLOBS = 2**28  # bytes
 PERIOD_S = 0.15  # between two looks at a drawing
 OWN_SPACING = "the sampler's own"
 
@@ -170,6 +171,22 @@ class Page:
         """Remove what this user drew."""
         self.shelf.forget(user_of(request))
         return [], []
+
+
+class Blobs(dict[str, Any]):
+    """What browsers' editors sent and nobody asked for yet: pictures of sane sizes, at most BLOBS bytes; the oldest go first."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        for data in _parts(value):
+            check_upload("picture", data)
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        while len(self) > 1 and sum(len(data) for one in self.values() for data in _parts(one)) > BLOBS:
+            del self[next(iter(self))]
+
+
+def _parts(value: Any) -> list[bytes]:
+    return [data for data in (value.background, value.composite, *value.layers) if data]
 
 
 def user_of(request: gr.Request) -> str:

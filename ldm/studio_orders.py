@@ -78,7 +78,7 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
     Raises:
         UserError: naming the field, the value and what is needed.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for f in fields(Form):
         value = values.get(f.name)
         if value is None:

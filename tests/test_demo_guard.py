@@ -7,9 +7,13 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from demo_server import Served, ask, served, until
+from PIL import Image
+
+from ldm.demo_page import png
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
@@ -144,3 +148,30 @@ def test_a_token_opens_every_door_and_is_told_nowhere(kl_model: Path, tmp_path: 
         status, body, _ = ask(server.port, "GET", "/", headers=inside)
         assert status == 200 and token.encode() not in body and token.encode() not in ask(server.port, "GET", "/config", headers=inside)[1]
         assert ask(server.port, "GET", "/config", headers={"Authorization": f"Bearer {token}"})[0] == 200
+
+
+def test_pictures_that_would_fill_the_memory_are_refused_before_they_are_decoded(server: Served) -> None:
+    bomb = server.files / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    body = json.dumps({"data": [{"background": {"path": str(bomb)}}], "fn_index": 0, "session_hash": "s"}).encode()
+    status, said, _ = ask(server.port, "POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    assert status == 413 and b"too many pixels" in said
+    bomb.unlink()
+
+
+def test_what_editors_sent_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm import demo_page
+    from ldm.errors import UserError
+
+    def sent(data: bytes) -> SimpleNamespace:
+        return SimpleNamespace(background=data, layers=[None], composite=None)
+
+    picture = png(Image.new("RGB", (64, 64)))
+    monkeypatch.setattr(demo_page, "BLOBS", 3 * len(picture))
+    blobs = demo_page.Blobs()
+    for name in "abcda":
+        blobs[name] = sent(picture)
+    assert list(blobs) == ["c", "d", "a"]
+    for data, said in ((b"no picture", "not an image"), (png(Image.new("1", (20_000, 20_000))), "too many pixels")):
+        with pytest.raises(UserError, match=said):
+            blobs["e"] = sent(data)
