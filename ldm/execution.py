@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from ldm import __version__, checkpoint
+from ldm.agreement import agree
 from ldm.config import dump
 from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import based, based_autoencoder, find, make
+from ldm.launching import about, check_shares, record
 from ldm.log import Log
 from ldm.process import calibrate
-from ldm.processes import Learners, Stopped
+from ldm.processes import Learners, Stopped, leave
 from ldm.rng import mix
 from ldm.run import DONE, Finished, Run, check_filters, differences, finished, given_of, hashes_of, identity, inputs_of, key_of, plain_json
 from ldm.stages import Encode, Evaluate, Export
@@ -331,17 +333,42 @@ def _headline(result: Mapping[str, Any]) -> str:
     return f"; {', '.join(shown)}" if shown else ""
 
 
-def carry_out(run: Run, out: Path) -> int:
-    """Do a run in its folder; returns the exit code."""
+def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
+    """Do a run in its folder; returns the exit code.
+
+    Args:
+        file: where its settings come from, for the start's account.
+    """
     threads = calibrate()
     processes = Learners()
+    try:
+        _carry_out(run, out, processes, threads, file)
+        processes.close()
+    except KeyboardInterrupt:
+        if processes.lookout is None:
+            raise
+        leave(130)
+    except Exception as error:
+        if processes.lookout is None:
+            raise
+        leave(processes.ended(error))
+    return 0
+
+
+def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str) -> None:
+    check_shares(run, processes.world)
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             (out / "config.yaml").write_text(dump(run))
+        if processes.lookout is not None:
+            processes.lookout.folder = out
         execution = Execution(run, out, processes)
         execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
+        for line in about(processes.launch, processes.device.type, run, file):
+            execution.log.note(line)
+        execution.log.record(record(processes.launch, processes.device.type, run))
+        agree(processes, run, out, execution.data, execution.val)
         try:
             execution.start()
         except Stopped:
             execution.log.note("stopped, everything is saved; the same command goes on from here")
-    return 0

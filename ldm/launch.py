@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,12 @@ def main(words: Sequence[str]) -> int:
 
     run, out = place(build(values, Run, str(file)), file)
     if "--plan" not in options:
-        return execute(run, out)
+        code = execute(run, out, file)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            from ldm.processes import leave
+
+            leave(code)
+        return code
     from ldm.plan import as_json, make, show
 
     found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0))

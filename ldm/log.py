@@ -53,6 +53,10 @@ class Log:
             else:
                 print(text, file=sys.stderr, flush=True)
 
+    def record(self, line: Mapping[str, Any]) -> None:
+        """What only the log is told."""
+        self._write({**line, "time": round(time.time(), 3)})
+
     def seconds_before(self, stage: str) -> float:
         """Time that earlier starts had spent in a stage that goes on from their work, as far as their last logged step."""
         return self._earlier.get(stage, 0.0)

@@ -13,6 +13,8 @@ from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.estimate import Parts, parts_of
 from ldm.given import Found, find
+from ldm.launching import adopt_slurm
+from ldm.launching import launched as how
 from ldm.process import usable_cores
 from ldm.run import Planned, Run, plan
 from ldm.stages import Encode, Stage
@@ -69,10 +71,8 @@ class RunPlan:
 
 def launched() -> int:
     """The processes of this launch, as launchers tell."""
-    try:
-        return max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError:
-        return 1
+    adopt_slurm(os.environ)
+    return how(os.environ).world
 
 
 def assumed_tflops() -> tuple[float, str]:
@@ -148,16 +148,12 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
             **said, samples=samples, images=images, resolution=stage.resolution, flops_forward=cost.forward, flops=cost.forward,
             cache_bytes=each * images, seconds=cost.forward * images / per_second,
         )  # fmt: skip
-    if stage.batch % processes or (stage.micro_batch and stage.batch // processes % stage.micro_batch):
-        raise UserError(
-            f"stages.{doing.name}.batch: {stage.batch} cannot be shared by {processes} processes"
-            f" in micro-batches of {stage.micro_batch or 'any size'}; make it a multiple of their product"
-        )
-    micro = stage.micro_batch or stage.batch // processes
+    passes = stage.passes(processes, f"stages.{doing.name}.batch")
+    micro = stage.batch // processes // passes
     needs = parts.training(run, stage)
     return StagePlan(
         **said, samples=samples, images=stage.images, resolution=stage.resolution, steps=stage.steps, batch=stage.batch,
-        micro_batch=micro, passes=stage.batch // processes // micro, parameters=needs.parameters, memory=needs.memory(micro),
+        micro_batch=micro, passes=passes, parameters=needs.parameters, memory=needs.memory(micro),
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes, seconds=needs.flops * stage.images / per_second,
     )  # fmt: skip

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ldm.errors import UserError
+from ldm.launching import adopt_slurm, launched
+from ldm.lookout import FAILED, Lookout, Place, broken, limit_s, say
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ldm.families.family import Family, Ranks
+
+
+LONG = timedelta(days=7)  # for the first process's work alone, an evaluation say
+STORE = timedelta(seconds=20)
+ALONE = 1 << 30  # behind every other part of a step
 
 
 @dataclass
@@ -61,15 +74,52 @@ def processes(cpu: bool) -> Processes:
 
 
 class Learners(Processes):
-    """The processes of a training launch: they hold the same weights, and average their gradients."""
+    """The processes of a training launch: they hold the same weights, and average their gradients.
+
+    Raises:
+        UserError: for a launcher's wish that `ldm` does not have, or variables that contradict each other.
+    """
 
     def __init__(self) -> None:
-        from accelerate import Accelerator
+        import torch
 
+        adopt_slurm(os.environ)
+        self.launch = launched(os.environ)
+        limit = limit_s()
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND"):  # what they ask for is done or told of here
+            os.environ.pop(name, None)
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        # Families keep their buffers equal themselves; and who waits too long is for the lookout to say, which knows why.
+        keywords = [
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=LONG),
+        ]
         # Precision is the stage's, not the launcher's: stages of one run may differ in it.
-        self.accelerator = Accelerator(mixed_precision="no")
+        cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=keywords)
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.local_process_index)
+        if self.world != self.launch.world:
+            raise UserError(f"WORLD_SIZE: {self.launch.world}, but {self.world} processes are connected; start with torchrun")
         self.device: torch.device = self.accelerator.device
+        self.lookout: Lookout | None = None
+        self._stages = 0  # of training that have begun
+        if self.world > 1:
+            from torch.distributed import PrefixStore, TCPStore
+
+            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timeout=STORE)
+            self.lookout = Lookout(PrefixStore("ldm", store), self.rank, self.world, limit)
+
+    def at(self, stage: str, step: int, doing: str, part: int) -> None:
+        """This process has come to that part of a training step, and should soon go on."""
+        if self.lookout is not None:
+            self.lookout.at(Place(self._stages, step, part, doing, True, stage))
+
+    def alone(self, stage: str, step: int, doing: str) -> None:
+        """What this process does now may take its time, and the others wait."""
+        if self.lookout is not None:
+            self.lookout.at(Place(self._stages, step, ALONE, doing, False, stage))
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The average over processes."""
@@ -83,19 +133,48 @@ class Learners(Processes):
 
     def wrap(self, family: Family) -> torch.nn.Module:
         """The family on this process's device, its gradients averaged over processes in every backward pass."""
-        return self.accelerator.prepare_model(family)
+        self._stages += 1
+        with warnings.catch_warnings():  # torch 2.15 renames the option; older ones know the old name alone
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return self.accelerator.prepare_model(family)
 
     def apart(self, model: torch.nn.Module) -> Any:
         """Within it gradients stay on this process (all micro-batches but the last)."""
         return self.accelerator.no_sync(model)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any process says so."""
         if self.world == 1:
-            return flag
+            return flags
         import torch
 
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item())
+        found = self.accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=self.device), "sum")
+        return tuple(bool(value) for value in found.tolist())
+
+    def ended(self, error: BaseException) -> int:
+        """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
+        assert self.lookout is not None
+        user = isinstance(error, UserError)
+        if not user and not broken(error):
+            traceback.print_exception(error)
+        if line := self.lookout.failed(error):
+            say(line, self.lookout.folder, self.lookout.place)
+        return 2 if user or self.lookout.user_caused() else FAILED
+
+    def close(self) -> None:
+        """All have come to the end."""
+        if self.lookout is not None:
+            self.wait()
+            self.lookout.close()
+            self.wait()
+            self.lookout = None
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that was connected to others: at once, since gloo's threads may abort it when they are taken down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Stopped(Exception):

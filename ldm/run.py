@@ -311,11 +311,11 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
     return replace(run, name=name, out=""), out
 
 
-def execute(run: Run, out: Path) -> int:
-    """Do a placed run."""
+def execute(run: Run, out: Path, file: Path | None = None) -> int:
+    """Do a placed run; `file` is where its settings come from."""
     from ldm.execution import carry_out
 
-    return carry_out(run, out)
+    return carry_out(run, out, str(file or "Run"))
 
 
 def start(run: Run) -> Path:

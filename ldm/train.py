@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,9 @@ from ldm.errors import UserError
 from ldm.families.family import Context, Family
 from ldm.optim import AdamW, Optim
 from ldm.pictures import save_grid
-from ldm.processes import Learners, Stopped, stop_requests
+from ldm.processes import ALONE, Learners, Stopped, stop_requests
 from ldm.rng import Rng, mix
+from ldm.skipped import Skipped, rows_not_finite
 from ldm.train_state import States
 
 if TYPE_CHECKING:
@@ -67,6 +68,20 @@ class Train:
         """Updates until every image of the stage is seen."""
         return -(-self.images // self.batch)
 
+    def passes(self, world: int, where: str) -> int:
+        """Forward passes of one update on each of `world` processes.
+
+        Raises:
+            UserError: naming the field `where`, the batch and the processes, when it cannot be shared equally.
+        """
+        share = self.batch // world
+        if self.batch % world or (self.micro_batch and share % self.micro_batch):
+            raise UserError(
+                f"{where}: {self.batch} cannot be shared by {world} processes"
+                f" in micro-batches of {self.micro_batch or 'any size'}; make it a multiple of their product"
+            )
+        return share // self.micro_batch if self.micro_batch else 1
+
     def identity(self) -> dict[str, Any]:
         """What the result depends on: every field but those that only watch or keep."""
         from ldm.config import plain
@@ -101,11 +116,7 @@ class Trainer:
         processes: Learners,
         log: Log,
     ) -> None:
-        if stage.batch % processes.world or (stage.micro_batch and stage.batch // processes.world % stage.micro_batch):
-            raise UserError(
-                f"batch: {stage.batch} cannot be shared by {processes.world} processes"
-                f" in micro-batches of {stage.micro_batch or 'any size'}; make it a multiple of their product"
-            )
+        stage.passes(processes.world, "batch")
         self.stage, self.family, self.context, self.data = stage, family, context, data
         self.folder, self.key, self.workers = folder, key, workers
         self.processes, self.log = processes, log
@@ -143,34 +154,43 @@ class Trainer:
         start = self.step * stage.batch
         name = self.folder.name
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log:
+            self._at("reading data", 0)
             for batch in feed:
-                terms, gauges = self._update(model, batch)
+                terms, gauges, stop = self._update(model, batch, stopping)
                 self.step += 1
                 last = self.step == stage.steps
                 if self.step % stage.log_every_steps == 0 or last:
                     self._report(log, terms, gauges)
-                stop = self.processes.any(stopping())
+                self.processes.alone(name, self.step - 1, "saving or drawing")
                 if not last and (stop or self._due(stage.save_every_images)):
                     self.states.save(self.step, must=stop)
                 if stop and not last:
                     raise Stopped
                 if last or (stage.sample_every_images and self._due(stage.sample_every_images)):
                     self._sample(log)
+                self._at("reading data", 0)
+            self.processes.alone(name, self.step, "finishing")
             return self._finish()
+
+    def _at(self, doing: str, part: int) -> None:
+        self.processes.at(self.folder.name, self.step, doing, part)
 
     def _due(self, every_images: int) -> bool:
         """Whether this step crossed a multiple of `every_images`."""
         batch = self.stage.batch
         return (self.step * batch) // every_images > ((self.step - 1) * batch) // every_images
 
-    def _update(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One optimiser step; returns terms and gauges averaged over micro-batches."""
+    def _update(
+        self, model: torch.nn.Module, batch: Any, stopping: Callable[[], bool]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+        """One optimiser step; returns terms and gauges averaged over micro-batches, and whether any process is to stop."""
         stage, step = self.stage, self.step
         self.family.progress(step * stage.batch)
         factor = optim.lr_factor(stage.optim, step * stage.batch, stage.images)
         optim.set_lr(self.optimizers, factor)
         # Dropout inside networks draws from torch's own generator: address it too.
         torch.manual_seed(mix(self.seed, "torch", step, self.processes.rank) % 2**63)
+        buffers = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
         count = len(batch.position)
         size = stage.micro_batch or count
         terms: dict[str, Tensor] = {}
@@ -180,8 +200,10 @@ class Trainer:
             share = len(part.position) / count
             waiting = first + size < count and self.processes.world > 1
             with self.processes.apart(model) if waiting else nullcontext():
+                self._at("forward pass", 2 * first + 1)
                 with self._autocast():
                     found, seen = model(part, Rng(self.seed, part.position))
+                self._at("backward pass", 2 * first + 2)
                 loss = torch.stack([value.float() for value in found.values()]).sum()
                 self.scaler.scale(loss * share).backward()
             for sums, values in ((terms, found), (gauges, seen)):
@@ -193,7 +215,10 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norms = optim.clip(self.players, stage.optim.clip)
         gauges |= {f"grad_norm_{name}": norm.detach() for name, norm in norms.items()}
-        if all(bool(torch.isfinite(norm)) for norm in norms.values()):
+        self._at("agreeing on the update", ALONE - 1)
+        numbers = torch.stack([value.detach().float().to(self.device) for value in (*norms.values(), *terms.values())])
+        bad, stop = self.processes.any(not bool(torch.isfinite(numbers).all()), stopping())
+        if not bad:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             if self.ema:
@@ -201,28 +226,36 @@ class Trainer:
             gauges |= self.family.after_step(step, Rng(self.seed, [step]))
             self.skipped = 0
         else:
-            self._skip(norms)
+            with torch.no_grad():
+                for name, buffer in self.family.named_buffers():
+                    buffer.copy_(buffers[name])
+            self._skip(batch, norms)
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return terms, gauges
+        return terms, gauges, stop
 
     def _autocast(self) -> torch.autocast:
         kind = PRECISION[self.stage.precision]
         return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
 
-    def _skip(self, norms: dict[str, Tensor]) -> None:
+    def _skip(self, batch: Any, norms: dict[str, Tensor]) -> None:
+        """Tell of an update that was skipped on all processes together, and of the samples it was made of.
+
+        Raises:
+            UserError: after too many in a row.
+        """
         self.skipped += 1
-        found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
         # fp16 finds its loss scale by overflowing a few times; that is no news.
         if not self.scaler.is_enabled() or self.skipped > 10:
-            self.log.note(f"step {self.step}: gradient norm not finite ({found}); this update is skipped")
+            found = Skipped(self.data, self.stage, self.seed, self.step, {name: float(norm) for name, norm in norms.items()})
+            found.tell(self.folder.name, self.processes.gather(rows_not_finite(batch)), self.log)
         if self.skipped >= SKIPPED_UPDATES:
             newest = next(iter(checkpoint.states(self.folder / "state")), None)
             raise UserError(
-                f"{self.folder.name}: {self.skipped} updates in a row had gradients that are not finite; the weights are"
-                f" as before the first of them. Lower optim.lr, set optim.clip or use precision=bf16; the same command"
-                f" goes on from {newest or 'the beginning'}"
+                f"{self.folder.name}: {self.skipped} updates in a row, up to step {self.step}, had losses or gradients that are not"
+                f" finite; the weights are as before the first of them. The samples are in log.jsonl. Lower optim.lr, set optim.clip"
+                f" or use precision=bf16; the same command goes on from {newest or 'the beginning'}"
             )
 
     def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor]) -> None:
