@@ -125,7 +125,7 @@ def _numbers(box: Box, start: Form, page: Page) -> Any:
     whole: Any = {"precision": 0, "min_width": 100}
     with gr.Row():
         box["seed"] = gr.Number(label="Seed", value=0, minimum=0, maximum=MAX_SEED, elem_id="ldm-seed", scale=2, **whole)
-        fresh = gr.Checkbox(label="New each time", value=True, elem_id="ldm-fresh", min_width=100, container=False)
+        fresh = gr.Checkbox(label="Random", value=True, elem_id="ldm-fresh", min_width=100, container=False)
         box["pictures"] = gr.Number(label="Pictures", value=1, minimum=1, maximum=MAX_PICTURES, elem_id="ldm-many", **whole)
     factor = page.family.factor
     side: Any = {"minimum": factor, "maximum": page.largest // factor * factor, "step": factor}

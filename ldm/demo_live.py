@@ -18,7 +18,8 @@ JPEG = 85  # quality of previews
 
 CSS = """
 .gradio-container { max-width: 1500px !important; width: 100% !important; margin: auto }
-#ldm-live { padding: 0 }
+#ldm-live, #ldm-live > * { padding: 0 !important }
+#ldm-pictures .grid-wrap, #ldm-history .grid-wrap { max-height: 78vh }
 .ldm-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 4px }
 .ldm-head b { font-size: 20px; font-weight: 650; letter-spacing: -.01em }
 .ldm-head span, .ldm-quiet { color: var(--body-text-color-subdued); font-size: 13px }

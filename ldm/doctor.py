@@ -27,7 +27,7 @@ NEEDED = {
     "datasets": "data sets of the hub", "peft": "low-rank adapters", "open_clip": "OpenCLIP text encoders", "matplotlib": "plots",
     "wandb": "the tracker",
 }  # fmt: skip
-OPTIONAL = {"xformers": "memory-saving attention on CUDA", "duckdb": "ldm data curate"}
+OPTIONAL = {"xformers": "memory-saving attention on CUDA", "duckdb": "ldm data curate", "gradio": "ldm demo"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch"}
 LEAST_DISK_GB, LEAST_MEMORY_GB = 4.0, 3.0  # of the quickstart: its run folder, its process
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
