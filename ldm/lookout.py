@@ -93,6 +93,7 @@ class Lookout:
         self._lock = threading.Lock()  # the store's connection serves one caller at a time
         self._tick = 0
         self._told = False
+        self._cause, self._cause_at = "", 0.0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="lookout")
         self._thread.start()
 
@@ -116,11 +117,10 @@ class Lookout:
         while not self._over.wait(self.period):
             try:
                 self._say()
-                verdict = self._get("verdict")
+                verdict, self._cause = self._get("verdict"), self._get("cause")
                 self._hear()
             except Exception as error:
-                # The store lives in the first process or its launcher: with it the job is over.
-                verdict = json.dumps({"text": f"the processes' store is gone ({_first_line(error)})", "hung": []})
+                verdict = json.dumps({"text": f"{_keeper()} is gone ({_first_line(error)})", "hung": []})
             now = time.monotonic()
             if now - before > self.silent / 2:  # this process itself was stopped for a while: begin to count anew
                 for seen in (*self._seen.values(), own):
@@ -132,6 +132,7 @@ class Lookout:
                 verdict = self._first("verdict", json.dumps(found))
             if verdict and not self._over.is_set():
                 self._end(json.loads(verdict))
+            self._follow(now)
 
     def _say(self) -> None:
         self._tick += 1
@@ -154,8 +155,11 @@ class Lookout:
         """Who is at fault, if anybody."""
         quiet = {rank: seen for rank, seen in self._seen.items() if seen.tick >= 0 and now - seen.ticked_at > self.silent}
         if quiet:
-            said = "; ".join(f"rank {rank} gives no sign of life any more ({seen.place})" for rank, seen in quiet.items())
-            return {"text": f"{said}: killed or stopped", "hung": []}
+            who = ", ".join(str(rank) for rank in sorted(quiet))
+            return {
+                "text": f"rank {who} gives no sign of life any more, killed or stopped (rank {self.rank} waits in {own.place})",
+                "hung": [],
+            }
         if self.rank:  # who hangs is seen by the first process alone, which knows all places
             return None
         everyone = self._seen | {self.rank: own}
@@ -168,6 +172,25 @@ class Lookout:
         place = next(iter(hung.values())).place
         return {"text": f"rank {ranks} has not moved for {self.limit:.0f} s ({place})", "hung": sorted(hung)}
 
+    def _follow(self, now: float) -> None:
+        """Another process failed and told why: this one ends too, if its main thread does not notice by itself."""
+        if not self._cause or self._over.is_set():
+            return
+        self._cause_at = self._cause_at or now
+        if now - self._cause_at > self.period:
+            self._bye()
+            os._exit(2 if json.loads(self._cause)["user"] else FAILED)
+
+    def _bye(self) -> None:
+        """This process needs the store no more; the first one, which may keep it, waits for all others."""
+        with suppress(Exception):
+            self._first(f"bye/{self.rank}", "1")
+            if self.rank or _agent():
+                return
+            end = time.monotonic() + 3 * self.period + 0.5
+            while time.monotonic() < end and not all(self._get(f"bye/{rank}") for rank in range(1, self.world)):
+                time.sleep(0.02)
+
     def _end(self, verdict: dict[str, Any]) -> None:
         """This process ends here, from its thread: its main thread waits in vain."""
         stacks = ""
@@ -176,6 +199,7 @@ class Lookout:
             self._stacks()
         self.tell(f"{verdict['text']}; all processes end{stacks}. The same command goes on from the last checkpoint")
         sys.stderr.flush()
+        self._bye()
         os._exit(FAILED)
 
     def _stacks(self) -> None:
@@ -190,13 +214,20 @@ class Lookout:
 
     # What ended the job
 
-    def failed(self, error: BaseException) -> str:
-        """Called by the main thread when it fails: the line that says what ended the job, where this process should tell it.
+    def failed(self, error: BaseException) -> int:
+        """Called by the main thread when it fails: tells what ended the job, unless another process does; gives the exit code.
 
-        A broken connection is no cause: the word of the process that broke it is waited for, or its silence. The first
-        cause is the only one told; empty: another process tells it.
+        A broken connection is no cause: the word of the process that broke it is waited for, or its silence. Only the first
+        cause is told.
         """
         self._over.set()
+        if line := self._cause_of(error):
+            say(line, self.folder, self.place)
+        user = isinstance(error, UserError) or self._user_caused()
+        self._bye()
+        return 2 if user else FAILED
+
+    def _cause_of(self, error: BaseException) -> str:
         try:
             mine = json.dumps({"rank": self.rank, "place": str(self.place), "error": _named(error), "user": isinstance(error, UserError)})
             found = self._explained() if broken(error) else self._first("cause", mine)
@@ -207,11 +238,13 @@ class Lookout:
                 return f"rank {cause['rank']} ({cause['place']}): {cause['error']}"
             if cause["error"]:
                 return ""
-            return self._elected(f"rank {cause['rank']} is gone ({cause['place']}): killed, or out of memory")
+            return self._elected(f"rank {cause['rank']} is gone, killed or out of memory (rank {self.rank} waits in {self.place})")
         except Exception:
-            return f"rank {self.rank} ({self.place}): {_named(error)}"
+            # Without the store nobody knows what the others know; they tell it themselves.
+            gone = f"{_keeper()} is gone, killed or out of memory (rank {self.rank} waits in {self.place})"
+            return gone if broken(error) else f"rank {self.rank} ({self.place}): {_named(error)}"
 
-    def user_caused(self) -> bool:
+    def _user_caused(self) -> bool:
         """Whether the first cause is a mistake that the user can mend."""
         try:
             return bool(json.loads(self._get("cause") or "{}").get("user"))
@@ -283,6 +316,16 @@ def say(text: str, folder: Path | None, place: Place) -> None:
         word = {"message": text, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": word}))
+
+
+def _keeper() -> str:
+    """Who keeps the store, with whom the job ends."""
+    return "the launcher" if _agent() else "rank 0"
+
+
+def _agent() -> bool:
+    """Whether the launcher keeps the store, which then outlives every process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
 
 
 def _named(error: BaseException) -> str:

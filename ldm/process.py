@@ -21,6 +21,8 @@ def prepare() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Torch's own words on a broken connection to another process are some twenty lines; ldm says it in one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.errors import UserError
 from ldm.launching import adopt_slurm, launched
-from ldm.lookout import FAILED, Lookout, Place, broken, limit_s, say
+from ldm.lookout import Lookout, Place, broken, limit_s
 
 if TYPE_CHECKING:
     import torch
@@ -154,12 +154,9 @@ class Learners(Processes):
     def ended(self, error: BaseException) -> int:
         """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
         assert self.lookout is not None
-        user = isinstance(error, UserError)
-        if not user and not broken(error):
+        if not isinstance(error, UserError) and not broken(error):
             traceback.print_exception(error)
-        if line := self.lookout.failed(error):
-            say(line, self.lookout.folder, self.lookout.place)
-        return 2 if user or self.lookout.user_caused() else FAILED
+        return self.lookout.failed(error)
 
     def close(self) -> None:
         """All have come to the end."""
