@@ -156,10 +156,8 @@ class Lookout:
         quiet = {rank: seen for rank, seen in self._seen.items() if seen.tick >= 0 and now - seen.ticked_at > self.silent}
         if quiet:
             who = ", ".join(str(rank) for rank in sorted(quiet))
-            return {
-                "text": f"rank {who} gives no sign of life any more, killed or stopped (rank {self.rank} waits in {own.place})",
-                "hung": [],
-            }
+            text = f"rank {who} gives no sign of life any more, killed or stopped (rank {self.rank} waits in {own.place})"
+            return {"text": text, "hung": []}
         if self.rank:  # who hangs is seen by the first process alone, which knows all places
             return None
         everyone = self._seen | {self.rank: own}

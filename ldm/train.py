@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -156,7 +156,7 @@ class Trainer:
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log:
             self._at("reading data", 0)
             for batch in feed:
-                terms, gauges, stop = self._update(model, batch, stopping)
+                terms, gauges, stop = self._update(model, batch, stopping())
                 self.step += 1
                 last = self.step == stage.steps
                 if self.step % stage.log_every_steps == 0 or last:
@@ -181,7 +181,7 @@ class Trainer:
         return (self.step * batch) // every_images > ((self.step - 1) * batch) // every_images
 
     def _update(
-        self, model: torch.nn.Module, batch: Any, stopping: Callable[[], bool]
+        self, model: torch.nn.Module, batch: Any, stopping: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
         """One optimiser step; returns terms and gauges averaged over micro-batches, and whether any process is to stop."""
         stage, step = self.stage, self.step
@@ -217,7 +217,7 @@ class Trainer:
         gauges |= {f"grad_norm_{name}": norm.detach() for name, norm in norms.items()}
         self._at("agreeing on the update", ALONE - 1)
         numbers = torch.stack([value.detach().float().to(self.device) for value in (*norms.values(), *terms.values())])
-        bad, stop = self.processes.any(not bool(torch.isfinite(numbers).all()), stopping())
+        bad, stop = self.processes.any(not bool(torch.isfinite(numbers).all()), stopping)
         if not bad:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)

@@ -128,7 +128,7 @@ class AutoencoderFamily(Family):
         self.statistics: Statistics | None = None
         if isinstance(config, VQ):
             self.register_buffer("usage", torch.ones(config.network.codes))
-        self._latest: Tensor | None = None  # encoder outputs of the present step, for re-drawing codes
+        self._seen: list[tuple[Tensor, Tensor]] = []  # of the present step: encoder outputs (N,c), uses of each code (codes,)
 
     def frozen(self) -> list[nn.Module]:
         """The perceptual network, if there is one."""
@@ -142,8 +142,9 @@ class AutoencoderFamily(Family):
         return found
 
     def progress(self, images: int) -> None:
-        """How far the stage is, for the critic's start."""
+        """How far the stage is, for the critic's start; a new step begins."""
         self.images = images
+        self._seen.clear()
 
     @property
     def critic_active(self) -> bool:
@@ -209,15 +210,13 @@ class AutoencoderFamily(Family):
         quantised, codes, distance = self.network.quantize(z)
         recon = _full(self.network.decode(quantised, quantise=False))
         counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage.dtype)
-        with torch.no_grad():
-            self.usage.lerp_(self.ranks.mean(counts), 0.1)
-        self._latest = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
-        share, perplexity = code_use(self.usage)
+        if self.training:
+            self._seen.append((z.detach().permute(0, 2, 3, 1).flatten(0, 2), counts))
         terms = {
             "codebook": self.config.codebook * distance["codebook"],
             "commitment": self.config.commitment * distance["commitment"],
         }
-        return recon, terms, {"code_use": share, "perplexity": perplexity}
+        return recon, terms, {}
 
     def _pixel(self, recon: Tensor, image: Tensor) -> Terms:
         weights, found = self.config.pixel, {}
@@ -266,18 +265,28 @@ class AutoencoderFamily(Family):
         }
 
     def after_step(self, step: int, rng: Rng) -> Terms:
-        """Re-draw codes that are hardly used from this step's encoder outputs (rank 0's, so that all ranks agree)."""
+        """Count how often codes are used, over the whole batch, and re-draw those that hardly are from its encoder outputs.
+
+        Which outputs are taken depends on the batch alone, not on how processes and passes share it.
+        """
         config = self.config
-        if not isinstance(config, VQ) or self._latest is None or not config.redraw_every:
+        if not isinstance(config, VQ) or not self._seen:
             return {}
-        if (step + 1) % config.redraw_every or self.images > config.redraw_until * self.total_images:
-            return {}
-        fresh, dead = redraw_dead(self.network.codebook, self.usage, self._latest, rng)
-        fresh = self.ranks.mean(fresh * (self.ranks.world if self.ranks.rank == 0 else 0))
+        latest, counts = torch.cat([z for z, _ in self._seen]), torch.stack([n for _, n in self._seen]).sum(0)
+        self._seen.clear()
+        ranks = self.ranks
+        with torch.no_grad():
+            self.usage.lerp_(ranks.mean(counts) * ranks.world, 0.1)
+        share, perplexity = code_use(self.usage)
+        found = {"code_use": share, "perplexity": perplexity}
+        if not config.redraw_every or (step + 1) % config.redraw_every or self.images > config.redraw_until * self.total_images:
+            return found
+        drawn, dead = redraw_dead(self.network.codebook, self.usage, latest, rng, ranks.rank, ranks.world)
+        fresh = ranks.mean(drawn) * ranks.world
         with torch.no_grad():
             self.network.codebook.copy_(torch.where(dead[:, None], fresh, self.network.codebook))
             self.usage.masked_fill_(dead, float(self.usage.mean()))
-        return {"codes_redrawn": dead.sum().float()}
+        return found | {"codes_redrawn": dead.sum().float()}
 
     def averaged(self) -> list[nn.Parameter]:
         """The autoencoder's own parameters; the critic is never used afterwards."""

@@ -266,22 +266,27 @@ def code_use(usage: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def redraw_dead(codebook: Tensor, usage: Tensor, latest: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+def redraw_dead(
+    codebook: Tensor, usage: Tensor, latest: Tensor, rng: Rng, rank: int = 0, world: int = 1
+) -> tuple[Tensor, Tensor]:
     """New values for the codes that are hardly used.
 
     Args:
         codebook: (codes,c).
         usage: (codes,), how often each is used of late.
-        latest: (N,c), encoder outputs, which the new values are drawn from.
+        latest: (N,c), encoder outputs, which the new values are drawn from: this process's of `world` equal shares, in their order.
         rng: the first position's stream is used.
+        rank: which of the shares.
 
     Returns:
-        A drawn value for every code (codes,c), and which codes should take it (codes,) bool.
+        A drawn value for every code (codes,c), 0 where it is of another process's share, and which codes should take it
+        (codes,) bool.
     """
     stream = next(iter(rng.streams("redraw_codes")))
-    codes, places = len(codebook), len(latest)
-    chosen = stream.choice(places, codes, replace=places < codes)
-    fresh = latest[torch.from_numpy(chosen).to(latest.device)].to(codebook.dtype)
+    codes, places = len(codebook), len(latest) * world
+    chosen = torch.from_numpy(stream.choice(places, codes, replace=places < codes)).to(latest.device) - rank * len(latest)
+    own = (chosen >= 0) & (chosen < len(latest))
+    fresh = torch.where(own[:, None], latest[chosen.clamp(0, len(latest) - 1)].to(codebook.dtype), 0)
     return fresh, usage < DEAD * usage.mean()
 
 
