@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.sharded import like
+
 
 def decay_at(updates: int, decay: float) -> float:
     """The decay of update number `updates` (from 0): min(decay, (1+n)/(10+n)), so that early weights are soon forgotten."""
@@ -64,5 +66,5 @@ class Ema:
         if shapes != [tuple(a.shape) for a in self.averages]:
             raise ValueError("stored averages do not fit the model's parameters")
         for i, average in enumerate(self.averages):
-            average.copy_(state[str(i)])
+            average.copy_(like(state[str(i)], average))
         self.updates = updates

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import BY_KIND, Count, Fraction, NonNegative, Positive, PositiveFloat, config
+from ldm.sharded import like, whole
 
 
 @config
@@ -177,7 +178,7 @@ def clip(players: Sequence[Player], limit: float) -> dict[str, Tensor]:
     norms: dict[str, Tensor] = {}
     for player in players:
         grads = [p.grad for p in player.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         if limit:
             torch.nn.utils.clip_grads_with_norm_(player.parameters, limit, norm)
         norms[player.name] = norm
@@ -197,10 +198,11 @@ def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tens
 def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """The reverse of `state_tensors`; learning rates are not stored because they are a function of progress."""
     for o, optimizer in enumerate(optimizers):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
         entries: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             owner, parameter, name = key.split(".", 2)
             if int(owner) == o:
-                entries.setdefault(int(parameter), {})[name] = value
+                entries.setdefault(int(parameter), {})[name] = like(value, held[int(parameter)])
         state = optimizer.state_dict()
         optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ldm.errors import UserError
 from ldm.launching import adopt_slurm, launched
 from ldm.lookout import Lookout, Place, broken, limit_s
+from ldm.sharded import shard
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,7 @@ class Learners(Processes):
         if self.world != self.launch.world:
             raise UserError(f"WORLD_SIZE: {self.launch.world}, but {self.world} processes are connected; start with torchrun")
         self.device: torch.device = self.accelerator.device
+        self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
         self.lookout: Lookout | None = None
         self._stages = 0  # of training that have begun
         if self.world > 1:
@@ -131,16 +133,45 @@ class Learners(Processes):
 
         return Ranks(rank=self.rank, world=self.world, mean=self.mean)
 
+    def split(self, family: Family, precision: str, optimizer: str) -> bool:
+        """Split the family's parameters over the processes where the launch asks for it and the family allows it; whether it was done.
+
+        Raises:
+            UserError: for what split parameters cannot be trained with.
+        """
+        self.sharded = self.launch.sharded and self.world > 1 and family.shardable
+        if not self.sharded:
+            return False
+        if precision == "fp16":
+            raise UserError("precision: fp16 is not for sharded weights (FSDP2); use bf16 or fp32")
+        if optimizer == "muon":
+            raise UserError("optim.kind: muon orthogonalises whole matrices and is not for sharded weights (FSDP2); use adamw")
+        shard(family, self.device, self.world)
+        return True
+
     def wrap(self, family: Family) -> torch.nn.Module:
-        """The family on this process's device, its gradients averaged over processes in every backward pass."""
+        """What gives the family's loss, with gradients averaged over processes in every backward pass."""
         self._stages += 1
+        self.accelerator.free_memory()  # of the models of earlier stages
+        if self.sharded:
+            return family
         with warnings.catch_warnings():  # torch 2.15 renames the option; older ones know the old name alone
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return self.accelerator.prepare_model(family)
 
-    def apart(self, model: torch.nn.Module) -> Any:
+    @contextmanager
+    def apart(self, model: torch.nn.Module) -> Iterator[None]:
         """Within it gradients stay on this process (all micro-batches but the last)."""
-        return self.accelerator.no_sync(model)
+        if not self.sharded:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        switch: Callable[[bool], None] = model.set_requires_gradient_sync  # type: ignore[assignment]
+        switch(False)
+        try:
+            yield
+        finally:
+            switch(True)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any process says so."""

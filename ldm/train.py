@@ -24,6 +24,7 @@ from ldm.optim import AdamW, Optim
 from ldm.pictures import save_grid
 from ldm.processes import ALONE, Learners, Stopped, stop_requests
 from ldm.rng import Rng, mix
+from ldm.sharded import gathered
 from ldm.skipped import Skipped, rows_not_finite
 from ldm.train_state import States
 
@@ -126,6 +127,10 @@ class Trainer:
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()
+        if processes.split(family, stage.precision, stage.optim.kind):
+            log.note(f"{folder.name}: weights, optimiser and averages are sharded over {processes.world} processes (FSDP2)")
+        elif processes.launch.sharded:
+            log.note(f"{folder.name}: this family is held whole by every process (DDP)")
         self.players = family.players()
         self.optimizers = optim.build(stage.optim, self.players)
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
@@ -275,25 +280,25 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Averaged weights in place and no dropout, as in the product."""
+        """Averaged weights in place and no dropout, as in the product; every process enters, the first one then works."""
         self.family.eval()
-        with self.ema.applied() if self.ema else nullcontext(), torch.no_grad():
+        with self.ema.applied() if self.ema else nullcontext(), gathered(self.family, self.processes.main), torch.no_grad():
             yield
         self.family.train()
 
     def _sample(self, log: StageLog) -> None:
-        if not self.processes.main:
-            return
         count = len(self.stage.prompts) or self.stage.samples
         count = min(count, len(self.context.val))
         if not count:
             return
-        index = list(range(count))
-        batch = self.context.val.load(index, index, self.stage.resolution, 0, False).to(self.device)
-        if self.stage.prompts:
-            batch = replace(batch, caption=self.stage.prompts[:count])
+        pictures = None
         with self._averaged(), self._autocast():
-            pictures = self.family.preview(batch, seed=0)
+            if self.processes.main:
+                index = list(range(count))
+                batch = self.context.val.load(index, index, self.stage.resolution, 0, False).to(self.device)
+                if self.stage.prompts:
+                    batch = replace(batch, caption=self.stage.prompts[:count])
+                pictures = self.family.preview(batch, seed=0)
         if pictures is None:
             return
         path = self.folder / "samples" / f"{self.step * self.stage.batch:09d}.png"
@@ -306,8 +311,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        if self.processes.main:
-            with self._averaged():
+        with self._averaged():
+            if self.processes.main:
                 result = self.family.finish(self.context)
                 checkpoint.commit(self.folder / "model", self.family.save)
         self.processes.wait()

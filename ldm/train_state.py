@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm import checkpoint, optim
 from ldm.ema import Ema
 from ldm.errors import UserError
+from ldm.sharded import collected, like
 
 if TYPE_CHECKING:
     from ldm.families.family import Family
@@ -58,7 +59,8 @@ class States:
         path, tensors, meta = found
         if meta["key"] != self.key:
             return 0
-        self.family.load_state_dict(tensors["model"])
+        own = self.family.state_dict()
+        self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
         optim.restore_tensors(self.optimizers, tensors["optimizer"])
         if self.ema:
             self.ema.restore(tensors["ema"], meta["ema_updates"])
@@ -73,10 +75,13 @@ class States:
         Raises:
             UserError: when it failed and must not, or failed too often.
         """
-        if self.processes.main:
+        if self.processes.main or self.processes.sharded:
             tensors = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
             if self.ema:
                 tensors["ema"] = self.ema.state()
+            if self.processes.sharded:
+                tensors = {name: collected(group, self.processes.main) for name, group in tensors.items()}
+        if self.processes.main:
             meta: dict[str, Any] = {
                 "key": self.key,
                 "step": step,

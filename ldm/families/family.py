@@ -58,6 +58,7 @@ class Family(nn.Module, ABC):
     """
 
     ranks: Ranks = Ranks()
+    shardable: bool = False  # whether its parameters may be split over processes: `forward` alone uses them, and none is a scalar
 
     @abstractmethod
     def loss(self, batch: Any, rng: Rng) -> tuple[Terms, Terms]:

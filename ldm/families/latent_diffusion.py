@@ -97,6 +97,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 class LatentDiffusionFamily(Family):
     """A UNet with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
+    shardable = True
+
     def __init__(self, config: LatentDiffusion, unet: UNet, codec: Codec, text: TextEncoder) -> None:
         super().__init__()
         self.config = config

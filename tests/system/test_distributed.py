@@ -56,6 +56,13 @@ def test_the_first_cause_is_told_last_and_once(tmp_path: Path) -> None:
     assert "wheel" not in ended.said[0]
 
 
+def test_one_process_that_is_told_to_end_ends_all_at_one_step(tmp_path: Path) -> None:
+    ended = several.train(2, *PLAIN, f"out={tmp_path}", fault="term:1:3")
+    assert ended.codes == [0, 0] and "everything is saved" in ended.said[0], ended.said
+    (state,) = (tmp_path / "stages/autoencoder/state").glob("images-*")
+    assert state.name in ("images-000000000032", "images-000000000040")
+
+
 def test_a_hanging_process_ends_the_job_with_its_stacks(tmp_path: Path) -> None:
     ended = several.train(2, *PLAIN, f"out={tmp_path}", fault="hang:1:3", limit_s=3)
     assert ended.codes == [1, 1], ended.said

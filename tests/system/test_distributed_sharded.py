@@ -1,0 +1,63 @@
+"""FSDP2: weights, optimiser and averages split over processes learn the same, and are saved so that any number goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import several
+import torch
+from safetensors.torch import load_file
+
+from ldm.config import build
+from ldm.errors import UserError
+from ldm.processes import Learners
+from ldm.train import Train
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "model" / "unet").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_sharded_is_whole_and_goes_on_with_any_number(kl_model: Path, tmp_path: Path) -> None:
+    import sharded_worker
+
+    port = several.free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(kl_model), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=several.environment(rank, 2, port, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=90)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), said
+    assert "sharded over 2 processes (FSDP2)" in said[0]
+    whole = weights(tmp_path / "whole")
+    for folder in ("sharded", "again"):
+        found = weights(tmp_path / folder)
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole), folder
+    assert list((tmp_path / "sharded" / "samples").glob("*.png"))
+
+    alone = sharded_worker.trainer(kl_model, tmp_path / "alone", Learners())
+    assert 0 < alone.step < sharded_worker.STAGE.steps
+    alone.run()
+    found = weights(tmp_path / "alone")
+    assert max(float((found[name] - whole[name]).abs().max()) for name in whole) < 1e-3
+
+
+@pytest.mark.parametrize(("words", "said"), [({"precision": "fp16"}, "fp16"), ({"optim": {"kind": "muon"}}, "muon")])
+def test_what_cannot_be_sharded_is_refused(words: dict[str, Any], said: str) -> None:
+    stage = build({"family": "diffusion", "images": 8, "resolution": 32, **words}, Train, "test")
+    two: Any = SimpleNamespace(launch=SimpleNamespace(sharded=True), world=2)
+    family: Any = SimpleNamespace(shardable=True)
+    with pytest.raises(UserError, match=f"{said}.*FSDP2"):
+        Learners.split(two, family, stage.precision, stage.optim.kind)
