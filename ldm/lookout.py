@@ -73,7 +73,7 @@ class _Seen:
 class Lookout:
     """Tells the others where this process is, and hears where they are, through the store that connected them.
 
-    A thread of its own says every second that the process lives. The first process looks after all others, and they look
+    A thread of its own says twice a second that the process lives. The first process looks after all others, and they look
     after it. Where one is silent, or stands still in a step longer than the limit while all others wait for it, every
     process ends, and one of them says why.
 
@@ -85,7 +85,7 @@ class Lookout:
     def __init__(self, store: Any, rank: int, world: int, limit: float) -> None:
         self.store, self.rank, self.world, self.limit = store, rank, world, limit
         self.silent = min(SILENT_S, limit)
-        self.period = min(1.0, self.silent / 10)
+        self.period = min(0.5, self.silent / 10)
         self.folder: Path | None = None  # of the run, for stacks and the log
         self.place, self.moved = Place(), 0
         self._seen = {r: _Seen() for r in (range(world) if rank == 0 else [0, rank]) if r != rank}
@@ -93,6 +93,7 @@ class Lookout:
         self._lock = threading.Lock()  # the store's connection serves one caller at a time
         self._tick = 0
         self._told = False
+        self._gone: set[int] = set()
         self._cause, self._cause_at = "", 0.0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="lookout")
         self._thread.start()
@@ -185,8 +186,9 @@ class Lookout:
             self._first(f"bye/{self.rank}", "1")
             if self.rank or _agent():
                 return
-            end = time.monotonic() + 3 * self.period + 0.5
-            while time.monotonic() < end and not all(self._get(f"bye/{rank}") for rank in range(1, self.world)):
+            end = time.monotonic() + 2 + 3 * self.period
+            others = set(range(1, self.world)) - self._gone
+            while time.monotonic() < end and not all(self._get(f"bye/{rank}") for rank in others):
                 time.sleep(0.02)
 
     def _end(self, verdict: dict[str, Any]) -> None:
@@ -264,9 +266,9 @@ class Lookout:
                 tick, _, place = json.loads(text) if text else (-1, 0, asdict(Place()))
                 if rank not in before or before[rank][0] != tick:
                     before[rank], quiet_since[rank] = (tick, Place(**place)), now
-            quiet = [r for r, since in quiet_since.items() if r != self.rank and now - since > max(2.5, 3 * self.period)]
+            quiet = [r for r, since in quiet_since.items() if r != self.rank and now - since > max(1.5, 4 * self.period)]
             if quiet:
-                rank = quiet[0]
+                rank, self._gone = quiet[0], set(quiet)
                 return json.dumps({"rank": rank, "place": str(before[rank][1]), "error": "", "user": False})
             time.sleep(0.1)
         return ""

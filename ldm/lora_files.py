@@ -54,7 +54,7 @@ def read(path: str | Path) -> Lora:
     unknown += [f"{layer} without its other half" for (_, layer), half in halves.items() if not {"up", "down"} <= half.keys()]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise UserError(f"{file}: {', '.join(unknown[:3])}{more}: no weights of a LoRA that is known here (plain ones are: up, down, alpha)")
+        raise UserError(f"{file}: {', '.join(unknown[:3])}{more}: no weights of a LoRA known here (plain ones are: up, down, alpha)")
     pairs: dict[Part, dict[str, Pair]] = {}
     for (part, layer), half in halves.items():
         rank = len(half["down"])
@@ -169,7 +169,8 @@ def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mappin
         for name, pair in pairs.items():
             if style == "kohya":
                 key = f"lora_unet_{flat(name)}" if part == "unet" else f"lora_te_{flat_prefix()}{flat(name)}"
-                tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up, f"{key}.alpha": torch.tensor(pair.alpha)}
+                tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up}
+                tensors[f"{key}.alpha"] = torch.tensor(pair.alpha)
             else:
                 key = f"unet.{name}" if part == "unet" else f"text_encoder.{TEXT_PREFIX}{name}"
                 # Not every reader of this style knows alpha, so it is in the weights.

@@ -11,10 +11,11 @@ import torch
 from ldm.config import build, dump, load, named
 from ldm.config_presets import names
 from ldm.errors import UserError
-from ldm.families.autoencoder import KL, VQ, Autoencoder
+from ldm.families.autoencoder import KL, VQ
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
+from ldm.run import Autoencoder
 
 # Published by, or counted from the configurations of, CompVis/latent-diffusion, CompVis/stable-diffusion, runwayml and Stability AI.
 UNETS = {

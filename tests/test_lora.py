@@ -217,7 +217,7 @@ def test_what_matches_nothing_is_refused_and_changes_nothing(family: LatentDiffu
     with pytest.raises(UserError, match="not a single LoRA weight"):
         Merged(networks(family), [(Lora(pairs={}), 1.0)])
     wide = Pair(torch.zeros(1, 9), torch.zeros(8, 1), 1.0)
-    with pytest.raises(UserError, match="another size: unet.down_blocks.0.attentions.0"):
+    with pytest.raises(UserError, match=r"another size: unet\.down_blocks\.0\.attentions\.0"):
         Merged(networks(family), [(Lora(pairs={"unet": {good: wide}}), 1.0)])
     assert all(torch.equal(v, before[k]) for k, v in family.unet.state_dict().items())
 
@@ -271,5 +271,5 @@ def test_kohya_header_and_names(folder: Path, tmp_path: Path) -> None:
 
 
 def test_targets_that_are_nowhere(family: LatentDiffusionFamily) -> None:
-    with pytest.raises(UserError, match="no layer's name ends with 'to_x'; there are .*to_q"):
+    with pytest.raises(UserError, match=r"no layer's name ends with 'to_x'; there are .*to_q"):
         inject(family.unet, 2, 2, ["to_x"])
