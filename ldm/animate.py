@@ -42,7 +42,7 @@ def animate(
     strength: Annotated[float | None, Option(min=0, max=1, help="How much of it; default: 0.75, with SOURCE 1.")] = None,
     source: Annotated[str | None, Option(help="What CLIP shows: start from the noise it comes from.")] = None,
     cells: Annotated[int, Option(min=1, max=8, help="Frames beside and above each other when drawn; 1: each alone.")] = CELLS,
-    model: Annotated[str, Option(help="A model or run folder; default: the newest of runs/*.")] = "",
+    model: Annotated[str, Option(help="A folder or file of a model; default: the newest of runs/*.")] = "",
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Of the first frame.")] = 0,
     steps: Annotated[int | None, Option(min=1, max=1000, help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, Option(min=0, max=1000, help="Default: the model's; with SOURCE 1.")] = None,

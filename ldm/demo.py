@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def demo(
-    model: Annotated[str, typer.Argument(help="A model or run folder, or owner/name on the hub; default: the newest of runs/*.")] = "",
+    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub; default: newest of runs/*.")] = "",
     host: Annotated[str, Option(help="The address to listen on; any but this machine's own needs a token.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 7860,
     token: Annotated[str, Option(envvar="LDM_DEMO_TOKEN", help="What visitors must show; better set in the environment.")] = "",

@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model or run folder, or owner/name on the hub.")],
+    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
     on: Annotated[str, Option(help="What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")] = "scenes",
     tier: Annotated[str, Option(help="Of the scenes: one T0 T1 T2 T3.")] = "T0",
     n: Annotated[int, Option(min=2, help="Prompts: half with seen colour-shape pairs, half with held-out ones.")] = 200,

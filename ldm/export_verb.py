@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A model or run folder, or owner/name on the hub.")],
+    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
     to: Annotated[str, Option(help="diffusers: a folder; single-file: one .safetensors; compvis-ckpt: one .ckpt.")],
     out: Annotated[Path, Option(help="Where to: a folder, or a file with the suffix of its kind.")],
     dtype: Annotated[str, Option(help="Precision of the weights: fp32 fp16 bf16.")] = "fp32",

@@ -293,7 +293,7 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
     """
     words = name.split("/")
     if len(words) != 2 or not all(words) or name.startswith((".", "~")) or Path(words[0]).is_dir():
-        raise UserError(f"{name}: no such folder. Give a model folder, a run folder, or a hub name such as owner/name")
+        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
     try:
         from huggingface_hub import snapshot_download
 

@@ -40,7 +40,7 @@ def grid(
     y: Annotated[str, Option(help="From row to row.")] = "",
     z: Annotated[str, Option(help="From table to table, one below the other.")] = "",
     recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
-    model: Annotated[str, Option(help="A model or run folder; default: the newest of runs/*.")] = "",
+    model: Annotated[str, Option(help="A folder or file of a model; default: the newest of runs/*.")] = "",
     seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Default: 0.")] = None,
     steps: Annotated[int | None, Option(min=1, max=1000, help="Denoising steps; default: the model's.")] = None,
     guidance: Annotated[float | None, Option(min=0, max=1000, help="Default: the model's.")] = None,

@@ -47,7 +47,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="What to draw; several prompts are drawn in turn.")] = None,
     prompts: Annotated[Path | None, Option(help="A file, a prompt a line (flags --n --w --h --d --l --s, or JSON); -: input.")] = None,
     recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
-    model: Annotated[str, Option(help="A model or run folder, or owner/name on the hub; default: the newest of runs/*.")] = "",
+    model: Annotated[str, Option(help="A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.")] = "",
     n: Annotated[int, Option(min=1, help="Pictures per prompt; picture k has the seed SEED + k.")] = 1,
     seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Seed of each prompt's first picture; default: 0.")] = None,
     seeds: Annotated[str, Option(help="The seeds of every prompt, such as 1,5,9; in place of --seed and --n.")] = "",

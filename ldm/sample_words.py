@@ -163,7 +163,7 @@ def model_for(name: str) -> str:
     place = Path(name.partition("::")[0]).expanduser()
     hub = len(words) == 2 and all(words) and not name.startswith((".", "~")) and not Path(words[0]).is_dir()
     if name and not place.exists() and not hub:
-        raise UserError(f"{name}: no such folder. Give a model folder, a run folder, or a hub name such as owner/name")
+        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
     return name or newest()
 
 

@@ -278,7 +278,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "runs/half": "its run is not finished",
         "file.safetensors": "truncated or not a safetensors file",
         "/no/such/place": "no such folder",
-        "runs/none": "no such folder. Give",  # a folder `runs` is here, so this is no name on the hub
+        "runs/none": "no such folder or file; give",  # a folder `runs` is here, so this is no name on the hub
         "one": "no such folder",
         "": "missing",
         str(whole(tmp_path / "part", "unet", "scheduler")): "vae, text_encoder, tokenizer missing",
