@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,7 +321,9 @@ def test_the_verb_opens_the_page_that_its_options_name(kl_model: Path, tmp_path:
 @pytest.mark.slow
 def test_an_interrupt_ends_the_verb_and_leaves_nothing(kl_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ldm", "demo", str(kl_model), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore interrupts
+    own = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own, preexec_fn=listening) as process:
         assert process.stderr is not None
         port = int(re.search(r"http://127.0.0.1:(\d+)/", process.stderr.readline())[1])  # type: ignore[index]
         until(lambda: ask(port, "GET", "/config")[0] == 200, 60)

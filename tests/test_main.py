@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +125,9 @@ def test_a_verb_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_interrupt_ends_a_verb_with_130() -> None:
     command = [sys.executable, "-m", "ldm", "sample", "--model", "x"]
-    waiting = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background has them, and so this process, ignore interrupts.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    waiting = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     time.sleep(1.5)  # it waits for prompts on standard input
     waiting.send_signal(signal.SIGINT)
     _, err = waiting.communicate(timeout=20)
