@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.data.buckets import lines, sort
 from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.estimate import Parts, parts_of
@@ -42,6 +43,7 @@ class StagePlan:
     batch: int = 0  # images of a step, over all processes
     micro_batch: int = 0  # images of one forward pass on one process
     passes: int = 0  # forward passes of a step on one process
+    buckets: list[dict[str, Any]] = field(default_factory=list)  # width, height, images, cut, enlarged, updates, missed
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)  # bytes on each device
     flops_forward: int = 0  # of one image through the part that learns, or through the encoder
@@ -138,7 +140,8 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
     said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
     if not isinstance(stage, Train | Encode):
         return StagePlan(**said)
-    samples = 0 if data is None else len(sift(data, stage.filter, f"stages.{doing.name}.filter"))
+    seen = None if data is None else sift(data, stage.filter, f"stages.{doing.name}.filter")
+    samples = 0 if seen is None else len(seen)
     per_second = speed * 1e12 * processes
     if isinstance(stage, Encode):
         images = min(stage.images or samples, samples or stage.images)
@@ -151,9 +154,13 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
     passes = stage.passes(processes, f"stages.{doing.name}.batch")
     micro = stage.batch // processes // passes
     needs = parts.training(run, stage)
+    shaped = None
+    if stage.buckets and seen is not None:
+        shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
     return StagePlan(
         **said, samples=samples, images=stage.images, resolution=stage.resolution, steps=stage.steps, batch=stage.batch,
-        micro_batch=micro, passes=passes, parameters=needs.parameters, memory=needs.memory(micro),
+        micro_batch=micro, passes=passes, buckets=[] if shaped is None else shaped.rows, parameters=needs.parameters,
+        memory=needs.memory(micro),
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes, seconds=needs.flops * stage.images / per_second,
     )  # fmt: skip
@@ -203,6 +210,7 @@ def _details(stage: StagePlan) -> Iterator[str]:
         yield f"{stage.images / stage.samples:.3g} times through {stage.samples:,} samples"
     split = f"{stage.passes} x {stage.micro_batch}" if stage.passes > 1 else str(stage.micro_batch)
     yield f"batch {stage.batch}: {split} on each process"
+    yield from (f"bucket {line}" for line in lines(stage.buckets))
     yield f"{operations(stage.flops_forward)} forward, {operations(stage.flops)} in all an image: {duration(stage.seconds)}"
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
     yield f"memory of each device, estimated: {size_of(sum(stage.memory.values()))} ({parts})"

@@ -182,7 +182,18 @@ def _timings(story: Story) -> str:
             f'<td class="bar" style="--share:{100 * seconds / longest:.1f}%">{duration(seconds) if seconds else ""}</td>',
             f"{images / seconds:,.0f}" if images and seconds else "", f"{memory:,.0f} MB" if memory else "",
         ])  # fmt: skip
-    return table(("stage", "kind", "state", "size", "images", "time", "images/s", "peak memory"), rows)
+    shapes = "".join(_buckets(stage) for stage in story.stages if stage.buckets)
+    return table(("stage", "kind", "state", "size", "images", "time", "images/s", "peak memory"), rows) + shapes
+
+
+def _buckets(stage: Stage) -> str:
+    """The shapes that a stage's pictures had."""
+    rows = [
+        [f"{row.get('width', 0):g} x {row.get('height', 0):g}", *(f"{row.get(name, 0):,.0f}" for name in ("images", "updates", "missed"))]
+        + [f"{row.get('cut', 0):.1%}"]
+        for row in stage.buckets
+    ]
+    return folded(f"shapes of {stage.name}", table(("width x height", "pictures", "updates", "never reached", "cut away"), rows))
 
 
 def _again(story: Story) -> str:

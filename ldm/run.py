@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ldm import checkpoint
 from ldm.config import BY_KIND, Count, config, plain
+from ldm.data.buckets import wrong_step
 from ldm.data.filter import sift
 from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
@@ -92,6 +93,9 @@ def _problems(run: Run) -> Iterator[str]:
             if side % factor:
                 yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
         if isinstance(stage, Train):
+            if stage.buckets:
+                yield from _shapeless(stage, where)
+                yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
             if stage.latents:
                 cache = encoded.get(stage.latents)
                 if cache is None:
@@ -119,6 +123,16 @@ def _problems(run: Run) -> Iterator[str]:
                 yield f"{where}.of: {stage.of!r} is no earlier train stage of {' or '.join(allowed)}"
             if isinstance(stage, Evaluate):
                 yield from _unmeasured(run, stage, where)
+
+
+def _shapeless(stage: Train, where: str) -> Iterator[str]:
+    """Why a stage cannot have buckets."""
+    if stage.family == "text":
+        yield f"{where}.buckets: family: text reads squares"
+    if stage.latents:
+        yield f"{where}.buckets: cached latents are squares; leave out buckets, or latents"
+    if stage.also:
+        yield f"{where}.buckets: also (further resolutions) cannot be had beside it"
 
 
 def _unmeasured(run: Run, stage: Evaluate, where: str) -> Iterator[str]:

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.loader import shuffled
-
 if TYPE_CHECKING:
+    from ldm.data.order import Order
     from ldm.data.sources import DataSet
     from ldm.log import Log
-    from ldm.train import Train
 
 NAMED = 4  # samples in the line for the reader; log.jsonl names all
 
@@ -34,8 +32,8 @@ class Skipped:
     """One such update."""
 
     data: DataSet
-    stage: Train
-    seed: int
+    batch: int  # rows of one, over all processes
+    order: Order
     step: int
     norms: dict[str, float]  # of each player's gradient
 
@@ -45,8 +43,8 @@ class Skipped:
         Args:
             bad: positions of samples that were not finite before any network saw them.
         """
-        first, last = self.step * self.stage.batch, (self.step + 1) * self.stage.batch
-        index = shuffled(self.seed, np.arange(first, last), len(self.data))
+        first, last = self.step * self.batch, (self.step + 1) * self.batch
+        index, _ = self.order.at(self.step, 0, self.batch)
         names = {first + i: self.data.origin(int(number)) for i, number in enumerate(index)}
         guilty = {position: names[position] for position in sorted(set(bad)) if position in names}
         norms = {name: norm if np.isfinite(norm) else str(norm) for name, norm in self.norms.items()}

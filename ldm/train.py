@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm import checkpoint, optim
 from ldm.batch import rows
 from ldm.config import Count, Fraction, Positive, config
+from ldm.data.buckets import Buckets, order_of, sort
 from ldm.data.filter import Filter
 from ldm.data.loader import batches
 from ldm.data.sources import DataSet
@@ -27,6 +28,7 @@ from ldm.rng import Rng, mix
 from ldm.sharded import gathered
 from ldm.skipped import Skipped, rows_not_finite
 from ldm.train_state import States
+from ldm.trial import try_shapes
 
 if TYPE_CHECKING:
     from ldm.log import Log, StageLog
@@ -46,6 +48,7 @@ class Train:
     also: tuple[Positive, ...] = ()  # further resolutions, px; updates take all of them in turn
     batch: Positive = 32  # samples of one update, over all processes
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
+    buckets: Buckets | None = None  # pictures in shapes near their own, of about resolution² pixels; null: squares
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
     caption_dropout: Fraction | None = None  # of this stage, family: diffusion; null: as diffusion.caption_dropout
@@ -89,6 +92,7 @@ class Train:
 
         watching = {"save_every_images", "keep", "log_every_steps", "sample_every_images", "samples", "prompts"}
         elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
+        elsewhere |= set() if self.buckets else {"buckets"}
         return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
 
 
@@ -141,6 +145,9 @@ class Trainer:
         )  # fmt: skip
         self.step = self.states.restore()
         self.skipped = 0
+        order = {"seed": self.seed, "batch": stage.batch}
+        self.buckets = sort(data, stage.buckets, resolution=stage.resolution, steps=stage.steps, **order) if stage.buckets else None
+        self.order = order_of(self.buckets, samples=len(data), sides=(stage.resolution, *stage.also), **order)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the product to `folder/model`, and return what `finish` measured.
@@ -152,13 +159,14 @@ class Trainer:
         stage = self.stage
         model = self.processes.wrap(self.family)
         feed = batches(
-            self.data, seed=self.seed, batch=stage.batch, resolution=(stage.resolution, *stage.also), flip=stage.flip,
-            start=self.step, stop=stage.steps, rank=self.processes.rank, world=self.processes.world,
-            workers=self.workers,
+            self.data, seed=self.seed, batch=stage.batch, order=self.order, flip=stage.flip, start=self.step, stop=stage.steps,
+            rank=self.processes.rank, world=self.processes.world, workers=self.workers,
         )  # fmt: skip
         start = self.step * stage.batch
         name = self.folder.name
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log:
+            if self.buckets is not None:
+                try_shapes(self, model, self.buckets)
             self._at("reading data", 0)
             for batch in feed:
                 terms, gauges, stop = self._update(model, batch, stopping())
@@ -196,24 +204,7 @@ class Trainer:
         # Dropout inside networks draws from torch's own generator: address it too.
         torch.manual_seed(mix(self.seed, "torch", step, self.processes.rank) % 2**63)
         buffers = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
-        count = len(batch.position)
-        size = stage.micro_batch or count
-        terms: dict[str, Tensor] = {}
-        gauges: dict[str, Tensor] = {}
-        for first in range(0, count, size):
-            part = rows(batch, first, first + size).to(self.device)
-            share = len(part.position) / count
-            waiting = first + size < count and self.processes.world > 1
-            with self.processes.apart(model) if waiting else nullcontext():
-                self._at("forward pass", 2 * first + 1)
-                with self._autocast():
-                    found, seen = model(part, Rng(self.seed, part.position))
-                self._at("backward pass", 2 * first + 2)
-                loss = torch.stack([value.float() for value in found.values()]).sum()
-                self.scaler.scale(loss * share).backward()
-            for sums, values in ((terms, found), (gauges, seen)):
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0) + value.detach() * share
+        terms, gauges = self.gradients(model, batch)
         for parameter in self.family.idle():
             parameter.grad = None
         for optimizer in self.optimizers:
@@ -240,6 +231,28 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return terms, gauges, stop
 
+    def gradients(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a batch's gradients up, a micro-batch at a time; returns terms and gauges averaged over these."""
+        count = len(batch.position)
+        size = self.stage.micro_batch or count
+        terms: dict[str, Tensor] = {}
+        gauges: dict[str, Tensor] = {}
+        for first in range(0, count, size):
+            part = rows(batch, first, first + size).to(self.device)
+            share = len(part.position) / count
+            waiting = first + size < count and self.processes.world > 1
+            with self.processes.apart(model) if waiting else nullcontext():
+                self._at("forward pass", 2 * first + 1)
+                with self._autocast():
+                    found, seen = model(part, Rng(self.seed, part.position))
+                self._at("backward pass", 2 * first + 2)
+                loss = torch.stack([value.float() for value in found.values()]).sum()
+                self.scaler.scale(loss * share).backward()
+            for sums, values in ((terms, found), (gauges, seen)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() * share
+        return terms, gauges
+
     def _autocast(self) -> torch.autocast:
         kind = PRECISION[self.stage.precision]
         return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
@@ -253,7 +266,7 @@ class Trainer:
         self.skipped += 1
         # fp16 finds its loss scale by overflowing a few times; that is no news.
         if not self.scaler.is_enabled() or self.skipped > 10:
-            found = Skipped(self.data, self.stage, self.seed, self.step, {name: float(norm) for name, norm in norms.items()})
+            found = Skipped(self.data, self.stage.batch, self.order, self.step, {name: float(norm) for name, norm in norms.items()})
             found.tell(self.folder.name, self.processes.gather(rows_not_finite(batch)), self.log)
         if self.skipped >= SKIPPED_UPDATES:
             newest = next(iter(checkpoint.states(self.folder / "state")), None)

@@ -78,7 +78,7 @@ def test_a_poisoned_sample_moves_nothing_and_is_named(tmp_path: Path) -> None:
     assert made.ema.updates == 1 and made.skipped == 1
     (line,) = [line for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "skipped" in line]
     assert line["skipped"]["positions"] == [4, 7] and len(line["skipped"]["samples"]) == BATCH
-    from ldm.data.loader import shuffled
+    from ldm.data.order import shuffled
 
     assert line["skipped"]["not_finite"] == [f"picture {shuffled(0, [6], len(data))[0]}"]
     made.step += 1

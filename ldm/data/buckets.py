@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ldm.config import Count, PositiveFloat, config
+from ldm.data.order import Bucketed, Order, Shuffled
+
+
+@config
+class Buckets:
+    """Pictures in shapes near their own in place of squares, a batch in one shape."""
+
+    step: Count = 0  # px, sides are multiples of it; 0: 64 from 256 px on, 8 below
+    max_aspect: PositiveFloat = 2.0  # of the longer side to the shorter one
+
+    def shapes(self, resolution: int) -> list[tuple[int, int]]:
+        """As `shapes` below, of about resolution² pixels."""
+        return shapes(resolution, self.step or usual_step(resolution), self.max_aspect)
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A data set that knows the sizes of its pictures before it decodes them."""
+
+    def sizes(self) -> NDArray[np.int32] | None:
+        """Height and width (N,2) px; None where they are not known."""
+        ...
+
+
+def sizes_of(data: object) -> NDArray[np.int32] | None:
+    """Height and width (N,2) px of all samples; None where all have one size, or the data does not know them."""
+    return data.sizes() if isinstance(data, Sized) else None
+
+
+def usual_step(resolution: int) -> int:
+    """What sides are multiples of, px."""
+    return 64 if resolution >= 256 else 8
 
 
 def shapes(resolution: int, step: int = 64, max_aspect: float = 2.0) -> list[tuple[int, int]]:
@@ -33,3 +69,73 @@ def cut_away(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]], chose
     aspect = sizes[:, 1] / sizes[:, 0]
     offered = np.array([width / height for height, width in choices])[chosen]
     return np.asarray(1 - np.minimum(aspect / offered, offered / aspect))
+
+
+def table(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]], chosen: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Of each bucket that has pictures: width, height, images, the mean share that is cut away, how many are enlarged."""
+    lost = cut_away(sizes, choices, chosen)
+    rows = []
+    for number, (height, width) in enumerate(choices):
+        here = chosen == number
+        if here.any():
+            enlarged = int(((sizes[here, 0] < height) | (sizes[here, 1] < width)).sum())
+            cut = round(float(lost[here].mean()), 4)
+            rows.append({"width": width, "height": height, "images": int(here.sum()), "cut": cut, "enlarged": enlarged})
+    return rows
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The pictures of a stage in their buckets."""
+
+    order: Bucketed
+    rows: list[dict[str, Any]]  # as `table` gives, and of each bucket its updates and the pictures that these never reach
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Height and width of the buckets in use, the largest first."""
+        return sorted(((row["height"], row["width"]) for row in self.rows), key=lambda s: -s[0] * s[1])
+
+    @property
+    def missed(self) -> int:
+        """Pictures whose turn does not come in this stage."""
+        return sum(int(row["missed"]) for row in self.rows)
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of `Sorted` for a terminal."""
+    return [
+        f"{row['width']:>5} x {row['height']:<5} {row['images']:>9,} pictures, {row['cut']:.1%} cut away, {row['updates']:,} updates"
+        + (f", {row['missed']:,} never reached" if row["missed"] else "")
+        for row in rows
+    ]
+
+
+def sort(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: int, steps: int) -> Sorted | None:
+    """The buckets of a data set for a stage of so many updates; None where its samples have no sizes of their own."""
+    sizes = sizes_of(data)
+    if sizes is None:
+        return None
+    choices = chosen.shapes(resolution)
+    bucket = assign(sizes, choices)
+    order = Bucketed(seed, bucket, choices, batch)
+    rows = table(sizes, choices, bucket)
+    for row, updates in zip(rows, order.batches(steps).tolist(), strict=True):
+        row |= {"updates": updates, "missed": max(0, row["images"] - updates * batch)}
+    return Sorted(order, rows)
+
+
+def order_of(found: Sorted | None, *, seed: int, samples: int, batch: int, sides: Sequence[int]) -> Order:
+    """The order of a stage: in buckets where there are any."""
+    return found.order if found is not None else Shuffled(seed, samples, batch, sides)
+
+
+def wrong_step(chosen: Buckets, resolution: int, factor: int, where: str) -> Iterator[str]:
+    """What is wrong with the settings `where` for an autoencoder that needs multiples of `factor` px."""
+    step = chosen.step or usual_step(resolution)
+    if step % factor:
+        yield f"{where}.step: got {step}; the autoencoder needs a multiple of {factor}"
+    if step > resolution:
+        yield f"{where}.step: got {step}; it cannot be more than resolution ({resolution})"
+    if chosen.max_aspect < 1:
+        yield f"{where}.max_aspect: got {chosen.max_aspect:g}; the longer side is at least as long as the shorter one (1)"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.buckets import assign, cut_away, shapes
+from ldm.data.buckets import Buckets, assign, table
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
@@ -89,13 +89,14 @@ def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int 
     counted = Counter(texts)
     undecodable, decoded = _decode(parts, decode)
     examples = next((list(v) for k, v in described.items() if k in ("rejected_files", "rejected_samples", "rejected_rows")), [])
-    choices = shapes(resolution, 64 if resolution >= 256 else 8)
+    choices = Buckets().shapes(resolution)
     found = Checked(
         kind=source.kind, path=source.path, images=len(sizes), captions=len(texts), rejected=dict(described["rejected"]),
         examples=examples[:SHOWN], damage=described.get("damaged_shards", {}), sides=_bars(sizes.min(1), SIDES),
         aspects=_bars(sizes[:, 1] / sizes[:, 0], ASPECTS),
         caption_characters=_bars(np.array([len(t) for t in texts]), LENGTHS), repeated_captions=sum(n for n in counted.values() if n > 1),
-        scores=_scores(parts), resolution=resolution, buckets=_buckets(sizes, choices), decoded=decoded, undecodable=dict(undecodable),
+        scores=_scores(parts), resolution=resolution, buckets=table(sizes, choices, assign(sizes, choices)), decoded=decoded,
+        undecodable=dict(undecodable),
         fingerprint=str(described["fingerprint"]),
     )  # fmt: skip
     small = int((sizes.min(1) < resolution).sum())
@@ -127,19 +128,6 @@ def _scores(parts: list[Photos]) -> dict[str, dict[str, float]]:
             low, middle, high = (round(float(v), 4) for v in (values.min(), np.median(values), values.max()))
             found[name] = {"known": len(values), "lowest": low, "median": middle, "highest": high}
     return found
-
-
-def _buckets(sizes: NDArray[np.int32], choices: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    chosen = assign(sizes, choices)
-    lost = cut_away(sizes, choices, chosen)
-    rows = []
-    for number, (height, width) in enumerate(choices):
-        here = chosen == number
-        if here.any():
-            enlarged = int(((sizes[here, 0] < height) | (sizes[here, 1] < width)).sum())
-            cut = round(float(lost[here].mean()), 4)
-            rows.append({"width": width, "height": height, "images": int(here.sum()), "cut": cut, "enlarged": enlarged})
-    return rows
 
 
 def _decode(parts: list[Photos], count: int) -> tuple[Counter[str], int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar
 
 from ldm.batch import ImageBatch, MomentBatch
+from ldm.data.images import Shape
 from ldm.rng import Rng
 
 Split = Literal["train", "val"]
@@ -24,16 +25,16 @@ class Samples(Protocol[B]):
         """How many samples there are."""
         ...
 
-    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> B:
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> B:
         """The samples `index`, each in the view that its global `position` draws.
 
         Crop, flip and choice of caption are draws of `Rng(seed, position)`: equal arguments give equal bits, whatever
-        the neighbours, the rank or the thread. Images are float32 in [-1,1], (len(index),3,resolution,resolution).
+        the neighbours, the rank or the thread. Images are float32 in [-1,1], (len(index),3,height,width).
 
         Args:
             index: sample numbers in [0, len).
             position: one global sample position per index.
-            resolution: px, the side of the square that comes out.
+            resolution: px, the side of the square that comes out, or its height and width.
             seed: the run's seed.
             flip: whether half of the positions are mirrored, if the data `mirrors`.
         """

@@ -14,6 +14,7 @@ from ldm.batch import ImageBatch
 from ldm.config import Count, Fraction, NonNegative, config, plain
 from ldm.data.dataset import DataSet
 from ldm.data.fields import Fields
+from ldm.data.images import Shape
 from ldm.errors import UserError
 
 
@@ -101,7 +102,7 @@ class Sifted:
     def _rows(self, index: Sequence[int]) -> list[int]:
         return [int(row) for row in self.kept[np.asarray(index, np.int64)]]
 
-    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""
         return self.data.load(self._rows(index), position, resolution, seed, flip)
 
@@ -121,6 +122,13 @@ class Sifted:
         """Of the samples that passed."""
         assert isinstance(self.data, Tabled)
         return self.data.fields()[self.kept]
+
+    def sizes(self) -> NDArray[np.int32] | None:
+        """Of the samples that passed; None where the data does not know them."""
+        from ldm.data.buckets import sizes_of
+
+        found = sizes_of(self.data)
+        return None if found is None else found[self.kept]
 
     def describe(self) -> dict[str, object]:
         """The data's own, with what was asked and how many passed."""

@@ -18,7 +18,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: no other decoder ever runs (
 MAX_BYTES = 2**28  # of one file
 MAX_PIXELS = 2**26  # of one image: 256 MiB as Pillow holds RGB
 DRAFT = 1.5  # a scaled JPEG is at least so many times as large as needed: within 1.5 levels of the full one
-WHOLE = 2.5  # images up to this aspect ratio are resized as a whole, longer ones cropped first
+WHOLE = 2.5  # images up to so many times the result's pixels are resized as a whole, others cropped first
+
+Shape = int | tuple[int, int]  # px: the side of a square, or height and width
 
 _ORIENTATION = 0x0112
 _TURN = {
@@ -48,14 +50,14 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True)
 class View:
-    """One square view of an image."""
+    """One view of an image."""
 
-    pixels: np.ndarray  # (R,R,3) uint8
+    pixels: np.ndarray  # (H,W,3) uint8
     size: tuple[int, int, int, int, int, int]  # px: original height, width; crop top, left; target height, width
 
 
 def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width by the header alone, before orientation; no pixel is decoded.
+    """Height and width by the header alone, upright where it tells; no pixel is decoded.
 
     Raises:
         Rejected: if the bytes are not an image of FORMATS or the header promises more than `max_pixels`.
@@ -63,10 +65,16 @@ def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     if isinstance(file, Path):
         _check_length(file.stat().st_size)
         with file.open("rb") as stream, _open(stream, max_pixels) as image:
-            return image.height, image.width
+            return _upright(image)
     _check_length(len(file))
     with _open(io.BytesIO(file), max_pixels) as image:
-        return image.height, image.width
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    # A PNG's orientation may follow its pixels, and Pillow would decode them to look for it.
+    turned = "exif" in image.info and _orientation(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _check_length(count: int) -> None:
@@ -110,39 +118,43 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def cover(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """Height and width after the resize that makes the short side `resolution`."""
-    short = min(height, width)
-    return (
-        max(resolution, math.floor(height * resolution / short + 0.5)),
-        max(resolution, math.floor(width * resolution / short + 0.5)),
-    )
+def sides(shape: Shape) -> tuple[int, int]:
+    """Height and width."""
+    return (shape, shape) if isinstance(shape, int) else shape
+
+
+def cover(height: int, width: int, shape: Shape) -> tuple[int, int]:
+    """Height and width after the resize that keeps the aspect ratio and just covers `shape`."""
+    high, wide = sides(shape)
+    if high * width >= wide * height:
+        return high, max(wide, math.floor(width * high / height + 0.5))
+    return max(high, math.floor(height * wide / width + 0.5)), wide
 
 
 def mirrored(size: Tensor) -> Tensor:
     """The size conditions (B,6) of the same views mirrored: what was cut on the right is now cut on the left."""
     rows = size.clone()
     for row in rows:
-        height, width, _, left, target, target_width = (int(v) for v in row)
-        row[3] = cover(height, width, target)[1] - target_width - left
+        height, width, _, left, *target = (int(v) for v in row)
+        row[3] = cover(height, width, (target[0], target[1]))[1] - target[1] - left
     return rows
 
 
 def view(
     data: bytes,
-    resolution: int,
+    shape: Shape,
     at: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> View:
-    """One square view: decoded (first frame), turned upright, made RGB, maybe mirrored, resized to cover and cropped.
+    """One view: decoded (first frame), turned upright, made RGB, maybe mirrored, resized to cover and cropped.
 
     Resizing is antialiased bicubic in whole numbers; a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8, but
-    never below DRAFT times the resolution.
+    never below DRAFT times the covering size.
 
     Args:
         data: the file's bytes.
-        resolution: px, the side of the result.
+        shape: px, of the result.
         at: where the crop lies, (down, across), each from 0 (top, left of the mirrored image) to 1.
         flip: whether to mirror left and right, before the crop.
         max_pixels: refuse an image of more.
@@ -150,11 +162,13 @@ def view(
     Raises:
         Rejected: if the bytes cannot be decoded completely.
     """
+    high, wide = sides(shape)
     _check_length(len(data))
     with _open(io.BytesIO(data), max_pixels) as image:
         height, width = image.height, image.width
         try:
-            image.draft(None, (math.ceil(DRAFT * resolution), math.ceil(DRAFT * resolution)))
+            least = math.ceil(DRAFT * min(cover(*_upright(image), shape)))
+            image.draft(None, (least, least))
             image.load()
             turn = _TURN.get(_orientation(image))
             full = to_rgb(image)
@@ -164,17 +178,17 @@ def view(
         full = full.transpose(turn)
     if turn in (_TURN[5], _TURN[6], _TURN[7], _TURN[8]):
         height, width = width, height
-    rows, columns = cover(height, width, resolution)
-    top = min(int(at[0] * (rows - resolution + 1)), rows - resolution)
-    left = min(int(at[1] * (columns - resolution + 1)), columns - resolution)
-    start = columns - resolution - left if flip else left  # in the image as it is
-    if full.size == (resolution, resolution):
+    rows, columns = cover(height, width, shape)
+    top = min(int(at[0] * (rows - high + 1)), rows - high)
+    left = min(int(at[1] * (columns - wide + 1)), columns - wide)
+    start = columns - wide - left if flip else left  # in the image as it is
+    if full.size == (wide, high):
         pixels = np.asarray(full)
-    elif rows * columns <= WHOLE * resolution**2:
-        pixels = _whole(full, rows, columns)[top : top + resolution, start : start + resolution]
+    elif rows * columns <= WHOLE * high * wide:
+        pixels = _whole(full, rows, columns)[top : top + high, start : start + wide]
     else:
-        pixels = _part(full, rows, columns, top, start, resolution)
-    return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, resolution, resolution))
+        pixels = _part(full, (rows, columns), (top, start), (high, wide))
+    return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, high, wide))
 
 
 def _whole(image: Image.Image, rows: int, columns: int) -> np.ndarray:
@@ -184,13 +198,13 @@ def _whole(image: Image.Image, rows: int, columns: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _part(image: Image.Image, rows: int, columns: int, top: int, left: int, side: int) -> np.ndarray:
-    """A square of what an image would be as (rows,columns), without making the rest, which may be far larger."""
-    down, across = image.height / rows, image.width / columns
+def _part(image: Image.Image, whole: tuple[int, int], at: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """The part `shape` at `at` of what an image would be as `whole`, without making the rest, which may be far larger."""
+    down, across = image.height / whole[0], image.width / whole[1]
     # Rounding must not carry the box past the edge, which Pillow refuses.
-    right, bottom = (left + side) * across, (top + side) * down
-    box = (left * across, top * down, min(right, float(image.width)), min(bottom, float(image.height)))
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    bottom, right = (at[0] + shape[0]) * down, (at[1] + shape[1]) * across
+    box = (at[1] * across, at[0] * down, min(right, float(image.width)), min(bottom, float(image.height)))
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""Samples to batches: the order is a formula of seed and global position, so any step and any rank can be addressed."""
+"""Samples to batches, prepared ahead by threads: any step and any rank can be addressed."""
 
 from __future__ import annotations
 
@@ -15,52 +15,15 @@ import numpy as np
 
 from ldm.batch import cat
 from ldm.data.dataset import B, Samples
+from ldm.data.images import Shape
+from ldm.data.order import Order, Shuffled
 from ldm.errors import UserError
-from ldm.rng import mix
 
 R = TypeVar("R")
 
-ROUNDS = 8  # of the Feistel network
 AHEAD = 2  # batches that are being prepared while one is used
 SLICE = 16  # samples per task at most, so that workers share a batch and a stalled read is narrowed down
 STALLED_S = 60.0  # without a word from the oldest task
-
-
-def _scramble(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele 2014): every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
-
-
-def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
-    """The sample numbers (int64, in [0,n)) at global positions, each epoch p // n being a permutation of its own.
-
-    A Feistel network over the next power of two, walked until it lands below n: constant time and memory per position.
-    """
-    if n < 1:
-        raise UserError("the data set is empty")
-    position = np.asarray(position, dtype=np.int64)
-    epoch, value = np.divmod(position, n)
-    if n == 1:
-        return value
-    bits = max(6, (n - 1).bit_length())  # below 64 values a Feistel network mixes poorly
-    low = np.uint64(bits // 2)
-    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
-    key = _scramble(np.uint64(mix(seed, "order")) ^ _scramble(epoch.astype(np.uint64) + np.uint64(1)))
-    value = value.astype(np.uint64)
-    out = np.empty(len(position), np.int64)
-    todo = np.arange(len(position))
-    while len(todo):
-        left, right = value >> low, value & low_mask
-        for r in range(0, ROUNDS, 2):
-            left = left ^ (_scramble(key + right * np.uint64(ROUNDS) + np.uint64(r)) & high_mask)
-            right = right ^ (_scramble(key + left * np.uint64(ROUNDS) + np.uint64(r + 1)) & low_mask)
-        value = (left << low) | right
-        done = value < n
-        out[todo[done]] = value[done]
-        todo, value, key = todo[~done], value[~done], key[~done]
-    return out
 
 
 def batches(
@@ -68,7 +31,8 @@ def batches(
     *,
     seed: int,
     batch: int,
-    resolution: int | Sequence[int],
+    resolution: int | Sequence[int] = 0,
+    order: Order | None = None,
     flip: bool = False,
     start: int = 0,
     stop: int | None = None,
@@ -79,12 +43,12 @@ def batches(
     """This rank's part of the global batches start, start + 1, ... stop - 1.
 
     Global batch s holds the global positions s * batch to (s + 1) * batch - 1, of which each rank takes a contiguous
-    equal share. Past the end of the data the next epoch's permutation goes on, inside a batch too; nothing is dropped
-    or padded.
+    equal share. Nothing is dropped or padded.
 
     Args:
         batch: samples over all ranks together.
         resolution: px; several are taken in turn from batch to batch.
+        order: which samples make up each batch, and in which shape; None: all shuffled, at `resolution`.
         stop: the step before which to end; None: never.
         workers: threads that prepare batches ahead; 0: the caller's own thread does it when asked.
 
@@ -94,16 +58,16 @@ def batches(
     if batch % world:
         raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
-    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    if len(data) == 0:
+        raise UserError("the data set is empty")
+    order = order or Shuffled(seed, len(data), batch, [resolution] if isinstance(resolution, int) else list(resolution))
     cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
 
     def tasks() -> Iterator[list[Callable[[], B]]]:
         for step in count(start) if stop is None else range(start, stop):
+            index, shape = order.at(step, rank * size, size)
             first = step * batch + rank * size
-            position = np.arange(first, first + size)
-            index = shuffled(seed, position, len(data))
-            side = sides[step % len(sides)]
-            yield [_Slice(data, i, p, side, seed, flip) for i, p in _cut(index, position, cuts)]
+            yield [_Slice(data, i, p, shape, seed, flip) for i, p in _cut(index, np.arange(first, first + size), cuts)]
 
     for parts in ordered(tasks(), workers):
         yield parts[0] if len(parts) == 1 else cat(parts)
@@ -121,7 +85,7 @@ class _Slice(Generic[B]):
     data: Samples[B]
     index: list[int]
     position: list[int]
-    resolution: int
+    resolution: Shape
     seed: int
     flip: bool
 

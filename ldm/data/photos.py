@@ -17,7 +17,7 @@ import torch
 from ldm.batch import ImageBatch
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
-from ldm.data.images import Rejected, View, to_tensor, view
+from ldm.data.images import Rejected, Shape, View, sides, to_tensor, view
 from ldm.errors import UserError
 from ldm.rng import Rng, mix
 
@@ -121,9 +121,9 @@ class Photos(ABC):
 
     @abstractmethod
     def sizes(self) -> np.ndarray:
-        """Height and width of all samples as they are stored, (N,2) px, before orientation."""
+        """Height and width of all samples by their headers, (N,2) px, upright where these tell."""
 
-    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""
         if self._look.crop == "random" and self.split == "train":
             at = Rng(seed, position).uniform("crop", (2,)).tolist()
@@ -132,7 +132,7 @@ class Photos(ABC):
         flips = draw_flips(seed, position, flip)
         rows = [(int(i), (w[0], w[1]), f) for i, w, f in zip(index, at, flips, strict=True)]
         found = self._in_time(rows, resolution)
-        pixels = np.empty((len(index), resolution, resolution, 3), np.uint8)
+        pixels = np.empty((len(index), *sides(resolution), 3), np.uint8)
         for row, (_, seen) in enumerate(found):
             pixels[row] = seen.pixels
         return ImageBatch(
@@ -142,7 +142,7 @@ class Photos(ABC):
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
         )
 
-    def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: int) -> list[tuple[int, View]]:
+    def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: Shape) -> list[tuple[int, View]]:
         """The views of all rows; one thread for them all, another after each sample that took too long."""
         found: list[tuple[int, View]] = []
         while len(found) < len(rows):
@@ -159,7 +159,7 @@ class Photos(ABC):
                 raise work.error
         return found
 
-    def _work(self, work: _Work, resolution: int) -> None:
+    def _work(self, work: _Work, resolution: Shape) -> None:
         try:
             for index, at, flip in work.rows:
                 work.done.append(self._view(work, index, resolution, at, flip))
@@ -168,7 +168,7 @@ class Photos(ABC):
         finally:
             work.ended.set()
 
-    def _view(self, work: _Work, index: int, resolution: int, at: tuple[float, float], flip: bool) -> tuple[int, View]:
+    def _view(self, work: _Work, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> tuple[int, View]:
         last, i = index + len(self), index
         while i < last:
             here = i % len(self)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ldm.data.buckets import assign, cut_away, shapes
+from ldm.data.buckets import Buckets, assign, cut_away, lines, shapes, sort, wrong_step
+from ldm.data.order import Bucketed
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (64, 8), (256, 64)])
@@ -31,3 +34,75 @@ def test_each_picture_goes_where_its_aspect_is_nearest():
     for (height, width), c, cut in zip(sizes.tolist(), chosen.tolist(), lost.tolist(), strict=True):
         all_cuts = [1 - min(width / height / (w / h), w / h / (width / height)) for h, w in choices]
         assert cut == pytest.approx(all_cuts[c]) == pytest.approx(min(all_cuts))
+
+
+def stage_order(bucket: np.ndarray, seed: int, batch: int) -> Bucketed:
+    return Bucketed(seed, bucket, [(8, 8 + 8 * n) for n in range(6)], batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 2**63), st.integers(1, 9), st.integers(1, 60))
+def test_no_sample_is_left_out_or_seen_twice_before_the_others(buckets: list[int], seed: int, batch: int, steps: int) -> None:
+    bucket = np.array(buckets)
+    order = stage_order(bucket, seed, batch)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for step in range(steps):
+        index, shape = order.at(step, 0, batch)
+        assert {(8, 8 + 8 * int(b)) for b in bucket[index]} == {shape}  # a batch has one shape, that of its samples
+        seen.setdefault(shape, []).extend(index.tolist())
+    for number in set(buckets):
+        own, shown = np.flatnonzero(bucket == number), seen.get((8, 8 + 8 * number), [])
+        for first in range(0, len(shown), len(own)):  # each epoch of a bucket is a permutation
+            part = shown[first : first + len(own)]
+            assert len(set(part)) == len(part) and set(part) <= set(own.tolist())
+        # In proportion to its size, and what does not fill a batch waits: less than an epoch and a batch behind or ahead.
+        share = steps * batch * len(own) / len(buckets)
+        assert abs(len(shown) - share) <= len(own) + batch * (1 + len(set(buckets)))
+    assert order.batches(steps).tolist() == [len(seen.get(shape, [])) // batch for shape in order.shapes]
+
+
+def test_batches_are_addressed_by_number_and_cut_by_rank() -> None:
+    bucket = np.random.default_rng(0).integers(0, 6, 500)
+    order = stage_order(bucket, 7, 8)
+    whole = [order.at(step, 0, 8) for step in range(200)]
+    assert all(np.array_equal(order.at(step, 0, 8)[0], whole[step][0]) for step in (199, 3, 77))
+    for ranks in (2, 4, 8):
+        size = 8 // ranks
+        for step in (0, 50, 199):
+            parts = [order.at(step, rank * size, size) for rank in range(ranks)]
+            assert np.concatenate([index for index, _ in parts]).tolist() == whole[step][0].tolist()
+            assert {shape for _, shape in parts} == {whole[step][1]}
+    assert not np.array_equal(stage_order(bucket, 8, 8).at(0, 0, 8)[0], whole[0][0])  # another seed, another order
+    far, _ = order.at(10**12, 0, 8)  # no counter, no state
+    assert len(far) == 8
+    shapes_seen = [shape for _, shape in whole[:60]]
+    assert any(a != b for a, b in zip(shapes_seen, shapes_seen[1:], strict=False))  # buckets are mixed, not one after the other
+
+
+class Sizes:
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        self._sizes = np.array(sizes, np.int32)
+
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+
+def test_what_is_not_reached_is_counted() -> None:
+    data = Sizes([(64, 64)] * 30 + [(64, 128)] * 3)
+    found = sort(data, Buckets(), resolution=64, seed=0, batch=8, steps=4)
+    assert found is not None and [row["images"] for row in found.rows] == [30, 3]
+    assert sum(row["updates"] for row in found.rows) == 4 and found.missed == 3
+    told = lines(found.rows)
+    assert "64 x 64" in told[0] and "3 never reached" in told[1] and "96 x 40" not in told[0]
+    enough = sort(data, Buckets(), resolution=64, seed=0, batch=8, steps=40)
+    assert enough is not None and enough.missed == 0
+    assert sort(object(), Buckets(), resolution=64, seed=0, batch=8, steps=4) is None  # no sizes: squares
+
+
+def test_settings_that_make_no_shapes_are_refused() -> None:
+    def wrong(resolution: int = 64, factor: int = 8, **fields: float) -> list[str]:
+        return list(wrong_step(Buckets(**fields), resolution, factor, "stages.x.buckets"))  # type: ignore[arg-type]
+
+    assert wrong() == wrong(512) == []
+    assert wrong(step=12) == ["stages.x.buckets.step: got 12; the autoencoder needs a multiple of 8"]
+    assert "more than resolution" in wrong(step=128)[0] and "at least as long" in wrong(max_aspect=0.5)[0]

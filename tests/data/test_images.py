@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ldm.data.images import MAX_PIXELS, Rejected, cover, mirrored, probe, to_rgb, to_tensor, view
+from ldm.data.images import MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, to_tensor, view
 
 
 def packed(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -102,9 +102,13 @@ def test_exif_orientation_is_applied(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
-    seen = view(packed(turned, kind, exif=exif, **options), 20)
+    data = packed(turned, kind, exif=exif, **options)
+    seen = view(data, 20)
     assert seen.size == (20, 30, 0, 5, 20, 20)
     assert np.abs(seen.pixels.astype(int) - upright[:, 5:25]).max() <= 12
+    wide = view(data, (16, 24))
+    assert wide.size == (20, 30, 0, 0, 16, 24) and np.abs(wide.pixels[:6, :10].astype(int) - (250, 0, 0)).max() <= 40
+    assert probe(data) in ((20, 30), *(((30, 20),) if kind == "PNG" and orientation > 4 else ()))
 
 
 def test_damaged_exif_does_not_lose_the_picture():
@@ -130,24 +134,27 @@ def test_profiles_are_ignored():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 300), (64, 64), (640, 480), (33, 32)])
-def test_every_shape_is_covered_exactly(size):
-    seen = view(packed(picture(*size)), 32, at=(0.9999999, 0.9999999))
-    assert seen.pixels.shape == (32, 32, 3)
-    height, width, top, left, *_ = seen.size
-    rows, columns = cover(height, width, 32)
-    assert (height, width) == size[::-1] and min(rows, columns) == 32
-    assert (top, left) == (rows - 32, columns - 32)
+@pytest.mark.parametrize("shape", [32, (24, 40), (48, 16)])
+def test_every_shape_is_covered_exactly(size, shape):
+    high, wide = sides(shape)
+    seen = view(packed(picture(*size)), shape, at=(0.9999999, 0.9999999))
+    assert seen.pixels.shape == (high, wide, 3)
+    height, width, top, left, *target = seen.size
+    rows, columns = cover(height, width, shape)
+    assert (height, width) == size[::-1] and rows >= high and columns >= wide and (rows == high or columns == wide)
+    assert (top, left) == (rows - high, columns - wide) and target == [high, wide]
 
 
 @pytest.mark.parametrize("at", [(0.0, 0.0), (0.5, 0.5), (0.2, 0.999)])
 @pytest.mark.parametrize("size", [(128, 64), (64, 150), (96, 96)])
-def test_a_crop_is_the_crop_of_the_resized_whole(at, size):
+@pytest.mark.parametrize("shape", [32, (24, 40), (40, 16)])
+def test_a_crop_is_the_crop_of_the_resized_whole(at, size, shape):
     image = picture(*size)
-    seen = view(packed(image), 32, at=at)
-    _, _, top, left, _, _ = seen.size
-    rows, columns = cover(size[1], size[0], 32)
+    seen = view(packed(image), shape, at=at)
+    _, _, top, left, high, wide = seen.size
+    rows, columns = cover(size[1], size[0], shape)
     whole = np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(seen.pixels.astype(int) - whole[top : top + 32, left : left + 32]).max() <= 3
+    assert np.abs(seen.pixels.astype(int) - whole[top : top + high, left : left + wide]).max() <= 3
 
 
 def test_resizing_does_not_alias():

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.batch import ImageBatch
-from ldm.data.loader import batches, ordered, shuffled
+from ldm.data.loader import batches, ordered
+from ldm.data.order import shuffled
 from ldm.errors import UserError
 from ldm.rng import Rng
 

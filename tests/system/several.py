@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +47,12 @@ def environment(rank: int, world: int, port: int, **more: str) -> dict[str, str]
     return {**os.environ, **{name: str(value) for name, value in said.items()}, **more}
 
 
-def train(world: int, *words: str, fault: str = "", limit_s: float = 600, within_s: float = 90) -> Ended:
+def train(
+    world: int, *words: str, fault: str = "", limit_s: float = 600, within_s: float = 90, sizes: Sequence[str] = tuple(tiny.WORDS)
+) -> Ended:
     """Train with so many processes, whose fault is `kind:rank:step`; all of them end."""
     port = free_port()
-    command = [sys.executable, str(FAULTY), "configs/quickstart.yaml", *tiny.WORDS, *words]
+    command = [sys.executable, str(FAULTY), "configs/quickstart.yaml", *sizes, *words]
     running = [
         subprocess.Popen(
             command, cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,0 +1,149 @@
+"""In which order samples are seen: formulas of seed and global batch number, so that any batch can be asked for at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.data.images import Shape
+from ldm.errors import UserError
+from ldm.rng import mix
+
+ROUNDS = 8  # of the Feistel network
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele 2014): every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
+    """The sample numbers (int64, in [0,n)) at global positions, each epoch p // n being a permutation of its own.
+
+    A Feistel network over the next power of two, walked until it lands below n: constant time and memory per position.
+    """
+    if n < 1:
+        raise UserError("the data set is empty")
+    position = np.asarray(position, dtype=np.int64)
+    epoch, value = np.divmod(position, n)
+    if n == 1:
+        return value
+    bits = max(6, (n - 1).bit_length())  # below 64 values a Feistel network mixes poorly
+    low = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    key = _scramble(np.uint64(mix(seed, "order")) ^ _scramble(epoch.astype(np.uint64) + np.uint64(1)))
+    value = value.astype(np.uint64)
+    out = np.empty(len(position), np.int64)
+    todo = np.arange(len(position))
+    while len(todo):
+        left, right = value >> low, value & low_mask
+        for r in range(0, ROUNDS, 2):
+            left = left ^ (_scramble(key + right * np.uint64(ROUNDS) + np.uint64(r)) & high_mask)
+            right = right ^ (_scramble(key + left * np.uint64(ROUNDS) + np.uint64(r + 1)) & low_mask)
+        value = (left << low) | right
+        done = value < n
+        out[todo[done]] = value[done]
+        todo, value, key = todo[~done], value[~done], key[~done]
+    return out
+
+
+class Order(Protocol):
+    """Which samples make up each global batch."""
+
+    def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
+        """The sample numbers of rows first to first + count - 1 of batch `step`, and the shape of that whole batch."""
+        ...
+
+
+class Shuffled:
+    """Every sample once in each epoch, in an order of its own; past the end the next epoch goes on, inside a batch too.
+
+    Args:
+        seed: of the order.
+        samples: how many there are.
+        batch: rows of a global batch.
+        shapes: taken in turn from batch to batch.
+    """
+
+    def __init__(self, seed: int, samples: int, batch: int, shapes: Sequence[Shape]) -> None:
+        self.seed, self.samples, self.batch, self.shapes = seed, samples, batch, tuple(shapes)
+
+    def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
+        """As `Order.at`."""
+        start = step * self.batch + first
+        return shuffled(self.seed, np.arange(start, start + count), self.samples), self.shapes[step % len(self.shapes)]
+
+
+class Bucketed:
+    """Batches of one shape each: a sample is seen in its bucket's shape alone, once in every epoch of its bucket.
+
+    Buckets come in a random order, in proportion to their sizes: after e epochs a bucket of n samples has had
+    floor(e n / batch) batches. What does not fill a batch at the end of an epoch is not dropped but waits for the next, so a
+    bucket smaller than a batch has one every few epochs. All of it is arithmetic on the batch's number.
+
+    Args:
+        seed: of the order.
+        bucket: (N,) of which shape each sample is.
+        shapes: by number.
+        batch: rows of a global batch.
+    """
+
+    def __init__(self, seed: int, bucket: NDArray[np.integer], shapes: Sequence[Shape], batch: int) -> None:
+        if not len(bucket):
+            raise UserError("the data set is empty")
+        self.seed, self.batch = seed, batch
+        there = [number for number in range(len(shapes)) if (bucket == number).any()]
+        self.shapes = [shapes[number] for number in there]
+        self.members = [np.flatnonzero(bucket == number).astype(np.int64) for number in there]
+        self.counts = np.array([len(members) for members in self.members], np.int64)
+
+    def _batches(self, epochs: int) -> NDArray[np.int64]:
+        """Of each bucket in so many epochs."""
+        # Python's integers: a product of two large ones must not run over.
+        return np.array([epochs * int(count) // self.batch for count in self.counts], np.int64)
+
+    def _epoch(self, step: int) -> int:
+        """In which epoch a batch lies."""
+        low, high = 0, 1
+        while int(self._batches(high).sum()) <= step:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if int(self._batches(middle).sum()) <= step else (low, middle)
+        return low
+
+    def _lots(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Batches of each bucket before an epoch, and in it."""
+        before = self._batches(epoch)
+        return before, self._batches(epoch + 1) - before
+
+    def _drawn(self, epoch: int, place: NDArray[np.int64], own: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The bucket at each place of an epoch, and which of the epoch's batches of that bucket it is."""
+        lot = shuffled(mix(self.seed, "buckets", epoch), place, int(own.sum()))
+        ends = np.cumsum(own)
+        bucket = np.searchsorted(ends, lot, side="right")
+        return bucket, lot - (ends - own)[bucket]
+
+    def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
+        """As `Order.at`."""
+        epoch = self._epoch(step)
+        before, own = self._lots(epoch)
+        (bucket,), (number,) = self._drawn(epoch, np.array([step - int(before.sum())]), own)
+        start = (int(before[bucket]) + int(number)) * self.batch + first
+        members = self.members[bucket]
+        chosen = shuffled(mix(self.seed, "bucket", int(bucket)), np.arange(start, start + count), len(members))
+        return members[chosen], self.shapes[bucket]
+
+    def batches(self, steps: int) -> NDArray[np.int64]:
+        """How many of the first `steps` batches each bucket has."""
+        epoch = self._epoch(steps)
+        before, own = self._lots(epoch)
+        places = np.arange(steps - int(before.sum()))
+        if not len(places):
+            return before
+        return before + np.bincount(self._drawn(epoch, places, own)[0], minlength=len(self.shapes))

@@ -1,0 +1,48 @@
+"""Whether a step in every shape fits into the memory, found out before the first one is taken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ldm.data.buckets import Sorted, lines
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.train import Trainer
+
+
+def try_shapes(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> None:
+    """Tell of the buckets, and make a forward and a backward pass in each shape, the largest first; nothing is learned.
+
+    Raises:
+        UserError: naming the shape that needs more memory than there is.
+    """
+    stage, name, log = trainer.stage, trainer.folder.name, trainer.log
+    log.note(f"{name}: {len(buckets.rows)} buckets, each batch in one shape")
+    for line in lines(buckets.rows):
+        log.note(f"  {line}")
+    if buckets.missed:
+        log.note(f"{name}: {buckets.missed:,} pictures are never reached in {stage.steps:,} updates; lower batch or raise images")
+    log.record({"buckets": buckets.rows, "stage": name, "images": trainer.step * stage.batch})
+    count = stage.micro_batch or stage.batch // trainer.processes.world
+    buffers = {key: buffer.clone() for key, buffer in trainer.family.named_buffers()}
+    trainer.family.progress(stage.images)  # with every part of the loss
+    for shape in buckets.shapes:
+        batch = trainer.data.load([0] * count, range(count), shape, trainer.seed, False)
+        try:
+            with trainer.processes.apart(model):
+                trainer.gradients(model, batch)
+        except torch.OutOfMemoryError as error:
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"stages.{name}: {count} pictures of {shape[1]}x{shape[0]} px do not fit into the memory ({said});"
+                f" lower micro_batch or resolution, or set diffusion.network.checkpointing=true"
+            ) from None
+        finally:
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for key, buffer in trainer.family.named_buffers():
+            buffer.copy_(buffers[key])

@@ -1,0 +1,63 @@
+"""Training in aspect-ratio buckets, as whole commands: one process, two, and one that is stopped and goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import several
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
+WORDS = [
+    *tiny.only("autoencoder"), "stages.evaluation-low=null", "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
+    "autoencoder.adversarial.weight=0",
+    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.autoencoder.log_every_steps=1",
+    "stages.autoencoder.precision=fp32", "stages.autoencoder.samples=0", "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
+    "stages.autoencoder.buckets={step: 8}", "stages.autoencoder.images=96",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(30):
+        size = [(48, 48), (80, 40), (40, 70)][number % 3] if number < 27 else (99, 50)
+        Image.new("RGB", size, (8 * number, 255 - 8 * number, 90)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"picture {number}")
+    return folder
+
+
+def train(world: int, *words: str, fault: str = "") -> several.Ended:
+    return several.train(world, *words, fault=fault, sizes=tiny.FOLDER)
+
+
+def weights(run: Path) -> dict[str, object]:
+    return load_file(run / "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors")
+
+
+def test_two_processes_learn_what_one_learns_and_a_stop_changes_nothing(photographs: Path, tmp_path: Path) -> None:
+    words = [*WORDS, f"data={{kind: folder, path: {photographs}}}"]
+    alone, two, cut = (tmp_path / name for name in ("alone", "two", "cut"))
+    ended = train(1, *words, f"out={alone}")
+    assert ended.codes == [0], ended.said
+    said = ended.said[0]
+    assert "3 buckets, each batch in one shape" in said and "32 x 32" in said and "40 x 24" in said and "24 x 40" in said
+    lines = [json.loads(line) for line in (alone / "log.jsonl").read_text().splitlines()]
+    (told,) = [line["buckets"] for line in lines if "buckets" in line]
+    assert sum(row["images"] for row in told) == 29 and sum(row["updates"] for row in told) == 12
+    assert "shapes of autoencoder" in (alone / "report.html").read_text()
+
+    both = train(2, *words, f"out={two}")
+    assert both.codes == [0, 0], both.said
+    one, other = weights(alone), weights(two)
+    assert max(float(abs(one[name] - other[name]).max()) for name in one) < 2e-5  # type: ignore[operator]
+
+    stopped = train(1, *words, "stages.autoencoder.save_every_images=16", f"out={cut}", fault="kill:0:7")
+    assert stopped.codes == [-9], stopped.said
+    again = train(1, *words, f"out={cut}")
+    assert again.codes == [0] and "going on from 48 of 96 images" in again.said[0], again.said
+    assert all((one[name] == value).all() for name, value in weights(cut).items())  # type: ignore[attr-defined]
