@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from ldm import checkpoint, optim
 from ldm.batch import rows
 from ldm.config import Count, Fraction, Positive, config
-from ldm.data.buckets import Buckets, order_of, sort
+from ldm.data.buckets import Buckets, Sorted, sort
 from ldm.data.filter import Filter
 from ldm.data.loader import batches
+from ldm.data.order import Order, Shuffled
 from ldm.data.sources import DataSet
 from ldm.ema import Ema
 from ldm.errors import UserError
@@ -145,9 +147,21 @@ class Trainer:
         )  # fmt: skip
         self.step = self.states.restore()
         self.skipped = 0
-        order = {"seed": self.seed, "batch": stage.batch}
-        self.buckets = sort(data, stage.buckets, resolution=stage.resolution, steps=stage.steps, **order) if stage.buckets else None
-        self.order = order_of(self.buckets, samples=len(data), sides=(stage.resolution, *stage.also), **order)
+
+    @cached_property
+    def buckets(self) -> Sorted | None:
+        """The shapes that the data's pictures are seen in; None: squares."""
+        stage = self.stage
+        if stage.buckets is None:
+            return None
+        return sort(self.data, stage.buckets, resolution=stage.resolution, seed=self.seed, batch=stage.batch, steps=stage.steps)
+
+    @cached_property
+    def order(self) -> Order:
+        """Which samples make up each batch."""
+        if self.buckets is not None:
+            return self.buckets.order
+        return Shuffled(self.seed, len(self.data), self.stage.batch, (self.stage.resolution, *self.stage.also))
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the product to `folder/model`, and return what `finish` measured.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.config import Count, PositiveFloat, config
-from ldm.data.order import Bucketed, Order, Shuffled
+from ldm.data.order import Bucketed
 
 
 @config
@@ -123,11 +123,6 @@ def sort(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: in
     for row, updates in zip(rows, order.batches(steps).tolist(), strict=True):
         row |= {"updates": updates, "missed": max(0, row["images"] - updates * batch)}
     return Sorted(order, rows)
-
-
-def order_of(found: Sorted | None, *, seed: int, samples: int, batch: int, sides: Sequence[int]) -> Order:
-    """The order of a stage: in buckets where there are any."""
-    return found.order if found is not None else Shuffled(seed, samples, batch, sides)
 
 
 def wrong_step(chosen: Buckets, resolution: int, factor: int, where: str) -> Iterator[str]:

@@ -80,11 +80,12 @@ class Shuffled:
 
 
 class Bucketed:
-    """Batches of one shape each: a sample is seen in its bucket's shape alone, once in every epoch of its bucket.
+    """Batches of one shape each: a sample is seen in its bucket's shape alone.
 
     Buckets come in a random order, in proportion to their sizes: after e epochs a bucket of n samples has had
-    floor(e n / batch) batches. What does not fill a batch at the end of an epoch is not dropped but waits for the next, so a
-    bucket smaller than a batch has one every few epochs. All of it is arithmetic on the batch's number.
+    floor(e n / batch) batches, of as many permutations of its samples as these take. What does not fill a batch at the end
+    of an epoch is not dropped but waits for the next, so a bucket smaller than a batch has one every few epochs. All of it is
+    arithmetic on the batch's number.
 
     Args:
         seed: of the order.
