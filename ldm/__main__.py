@@ -19,6 +19,7 @@ VERBS = {
     "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
+    "watch": ("ldm.watch", "look at a run while it trains: ldm watch RUN"),
     "bench": ("ldm.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),
     "export": ("ldm.export_verb", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
