@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": ("ldm.launch", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
+    "plan": ("ldm.plan_verb", "what a run would do and cost: ldm plan CONFIG --processes 256 --samples 2e9"),
     "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
     "demo": ("ldm.demo", "draw in a browser: ldm demo MODEL"),
     "grid": ("ldm.grid", 'settings side by side: ldm grid --x guidance=1,3,7 --y steps=5,20 "a red circle"'),

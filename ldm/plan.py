@@ -87,12 +87,13 @@ def assumed_tflops() -> tuple[float, str]:
     return CORE_TFLOPS * cores, f"assumed for {cores} CPU cores; --tflops X says better"
 
 
-def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0) -> RunPlan:
+def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, samples: int = 0) -> RunPlan:
     """The plan of a placed run; nothing is trained, downloaded or written.
 
     Args:
         processes: how many would work; 0: as many as this launch has.
         tflops: what one of them does, 10^12 floating-point operations a second; 0: assumed.
+        samples: how many the data would have, filters passed; 0: as many as it has.
 
     Raises:
         UserError: where a batch cannot be shared, or a filter asks for what the data does not know.
@@ -106,7 +107,7 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0) -> Run
     doings = plan(run, out, data, val, given) if known else _unread(run, "the data" if data is None else "what it begins with")
     whole = parts_of(run)
     notes += whole.notes
-    stages = [_stage(run, doing, data, whole, processes, speed) for doing in doings]
+    stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
     return RunPlan(
         run=run.name, out=str(out), processes=processes, tflops=speed, speed_from=said,
         training_images=0 if data is None else len(data), validation_images=0 if val is None else len(val),
@@ -135,13 +136,13 @@ def _unread(run: Run, what: str) -> list[Planned]:
     return [Planned(name, False, f"{what} cannot be read here") for name in run.stages]
 
 
-def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, processes: int, speed: float) -> StagePlan:
+def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, processes: int, speed: float, told: int) -> StagePlan:
     stage: Stage = run.stages[doing.name]
     said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
     if not isinstance(stage, Train | Encode):
         return StagePlan(**said)
     seen = None if data is None else sift(data, stage.filter, f"stages.{doing.name}.filter")
-    samples = 0 if seen is None else len(seen)
+    samples = told or (0 if seen is None else len(seen))
     per_second = speed * 1e12 * processes
     if isinstance(stage, Encode):
         images = min(stage.images or samples, samples or stage.images)

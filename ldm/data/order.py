@@ -76,7 +76,11 @@ class Shuffled:
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
         """As `Order.at`."""
         start = step * self.batch + first
-        return shuffled(self.seed, np.arange(start, start + count), self.samples), self.shapes[step % len(self.shapes)]
+        return self.numbers(np.arange(start, start + count)), self.shapes[step % len(self.shapes)]
+
+    def numbers(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample numbers at global positions."""
+        return shuffled(self.seed, position, self.samples)
 
 
 class Bucketed:
