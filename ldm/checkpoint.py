@@ -113,10 +113,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     try:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, metadata={"format": "pt", **(metadata or {})})
+        if metadata:
+            _sort_texts(path)
     except SafetensorError as error:
         if code := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
         raise
+
+
+def _sort_texts(path: Path) -> None:
+    """Put the texts in a safetensors file's header in order, so that equal content is equal bytes: their order there is by chance."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        values = json.loads(file.read(size))
+        values["__metadata__"] = dict(sorted(values["__metadata__"].items()))
+        header = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(header) <= size:
+            file.seek(8)
+            file.write(header.ljust(size))
 
 
 def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:

@@ -20,6 +20,7 @@ from ldm.agreement import agree
 from ldm.config import dump
 from ldm.data.filter import sift
 from ldm.errors import UserError
+from ldm.families.adapt import KEPT
 from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import based, based_autoencoder, find, make
@@ -277,6 +278,9 @@ class Execution:
 
     def _export(self, products: Mapping[str, Product]) -> dict[str, Any]:
         self._assemble(products, self.out / "model")
+        for name in KEPT:
+            if (learned := products["diffusion"].folder / name).is_dir():
+                checkpoint.commit(self.out / name, lambda folder, learned=learned: shutil.copytree(learned, folder, dirs_exist_ok=True))
         return {"model": "model", "hash": checkpoint.folder_hash(self.out / "model")}
 
     def _judge(self, name: str, result: Mapping[str, Any]) -> None:

@@ -42,8 +42,9 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         raise UserError(f"{diffusion}: this UNet was trained on the latents of another autoencoder than {source}")
 
     def write(folder: Path) -> None:
+        words = diffusion if (diffusion / "text_encoder").is_dir() else text  # one that has learned beside the UNet
         for name in ("text_encoder", "tokenizer"):
-            shutil.copytree(text / name, folder / name)
+            shutil.copytree(words / name, folder / name)
         if part == "vae":
             _fold(source, folder / part)
         else:

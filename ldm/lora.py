@@ -169,6 +169,16 @@ def inject(network: nn.Module, rank: int, alpha: float, targets: Sequence[str]) 
     return [p for name, p in network.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name]
 
 
+def merged_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network with what `inject` put in added to its own, under the names that they had before; as `Merged` makes them."""
+    state = {name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if ".lora_" not in name}
+    for name, pair in injected(network).items():
+        weight = state[f"{name}.weight"]
+        delta = pair.delta(weight)
+        state[f"{name}.weight"] = (weight.to(delta) + delta).to(weight.dtype)
+    return state
+
+
 def injected(network: nn.Module) -> dict[str, Pair]:
     """What the adapters that `inject` has put into a network have learned, by the names of their layers."""
     from peft.tuners.lora import LoraLayer

@@ -112,6 +112,11 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
             if stage.caption_dropout is not None and stage.family != "diffusion":
                 yield f"{where}.caption_dropout: only family: diffusion drops captions"
+            if stage.family == "diffusion" and run.diffusion.adapt is not None:
+                if "diffusion" not in given:
+                    yield "diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out"
+                elif "diffusion" in trained:
+                    yield f"{where}: stages.{trained['diffusion']} has learned what diffusion.adapt names; give that one more images"
             trained[stage.family] = name
         elif isinstance(stage, Encode):
             encoded[name] = stage
@@ -198,7 +203,7 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
     if isinstance(stage, Train):
         family = plain(run.trained(stage))
-        found["family"] = {k: v for k, v in family.items() if k != "defaults"}
+        found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) != ("adapt", None)}
     if isinstance(stage, Train | Encode):
         found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
     if isinstance(stage, Evaluate):

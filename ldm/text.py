@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -108,6 +109,7 @@ class TextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.learned_words()
         self._memory: OrderedDict[Hashable, Row] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
@@ -135,7 +137,7 @@ class TextEncoder:
     def _readable(self, prompt: str) -> str:
         """The prompt as tokenizers take it: real characters, blanks joined, no longer than can matter."""
         line = " ".join(prompt[: 64 * self._characters].split())[: self._characters]
-        return unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
+        return self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B,L) and which of them are no padding (B,L)."""
@@ -162,7 +164,7 @@ class TextEncoder:
     def words(self, text: str) -> list[int]:
         """Token ids of a stretch of text without start, end and padding: of a long one, of as much as any network is told."""
         line = " ".join(text[: MOST * self._characters].split())
-        line = unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8"))
+        line = self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
         return list(self.tokenizer(line, add_special_tokens=False, verbose=False, **self._how)["input_ids"])
 
     def encode(self, prompts: Sequence[str]) -> Text:
@@ -225,6 +227,17 @@ class TextEncoder:
         each = 4 * self.max_tokens * self.width
         while len(self._memory) * each > MEMORY_BYTES:
             self._memory.popitem(last=False)
+
+    def learned_words(self) -> None:
+        """Find the words of several embeddings in the tokenizer, <a> with <a>_1 and so on: in a prompt the word stands for all of them."""
+        added = [word for word, _ in sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
+        rest = {word: [other for other in added if re.fullmatch(rf"{re.escape(word)}_\d+", other)] for word in added}
+        self._spellings = {word: " ".join([word, *others]) for word, others in rest.items() if others}
+
+    def _spelt(self, line: str) -> str:
+        for word, words in self._spellings.items():
+            line = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, words=words: words, line)
+        return line
 
     def forget(self) -> None:
         """Encode every caption anew: the model's weights have changed."""

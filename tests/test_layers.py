@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
      "sharded"),
     ("checkpoint", "compvis", "compvis_shapes", "pickles", "single_file", "folder", "tensor_file", "text", "text_files", "text_pretrained",
-     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "optim", "ema", "log", "pictures"),
+     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "log", "pictures"),
     ("families", "metrics"),
 )
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}

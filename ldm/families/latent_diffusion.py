@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, where
+from ldm.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
 from ldm.checkpoint import write_json
 from ldm.config import Fraction, NonNegative, Positive, config
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.families.adapt import Adapt
 from ldm.families.codec import Codec, autoencoder_folder, full, load_codec
 from ldm.families.drawing import Edit, Engine, Settings, choose, stay, warn
 from ldm.families.editing import all_new, from_picture, wants_mask
@@ -54,12 +55,13 @@ class LatentDiffusion:
     process: Process = Process()  # how data becomes noise, and what the network predicts
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
+    adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the UNet
 
     def inputs(self) -> tuple[str, ...]:
         """The families whose products this one reads."""
         return ("text", "autoencoder")
 
-    def build(self, context: Context) -> LatentDiffusionFamily:
+    def build(self, context: Context) -> Family:
         """The family, ready to train, on the earlier products; an earlier stage's UNet is continued."""
         text = TextEncoder.load(context.products["text"].folder)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
@@ -72,7 +74,11 @@ class LatentDiffusion:
             unet = _continue(context.init, network, codec)
         family = LatentDiffusionFamily(replace(self, network=network), unet, codec, text)
         family.resolution = context.resolution
-        return family
+        if self.adapt is None:
+            return family
+        from ldm.families.adapted import adapted
+
+        return adapted(self.adapt, family, context)
 
 
 def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
@@ -109,7 +115,7 @@ class LatentDiffusionFamily(Family):
         self.resolution = 0
         self.content_hash = ""
         self.turn: Callable[[nn.Module], None] = stay
-        self._empty: Cond | None = None
+        self.text_learns = False
 
     @property
     def codec(self) -> Codec:
@@ -137,14 +143,14 @@ class LatentDiffusionFamily(Family):
 
     # Training
 
-    @torch.no_grad()
     def encode(self, batch: ImageBatch | MomentBatch, rng: Rng) -> LatentBatch:
         """Latents drawn from the posterior, and the captions encoded."""
-        mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
+        with torch.no_grad():
+            mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
         x0 = full(mean)
         if std is not None:
             x0 = x0 + full(std) * rng.normal("posterior", mean.shape[1:]).to(x0)
-        text = self.text.encode(list(batch.caption))
+        text = self._told(list(batch.caption))
         return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
@@ -160,10 +166,13 @@ class LatentDiffusionFamily(Family):
         gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
         return {"denoising": (noised.weight * error).mean()}, gauges
 
+    def _told(self, captions: list[str]) -> Text:
+        return self.text.learn(captions) if self.text_learns else self.text.encode(captions)
+
     def _without_caption(self, cond: Cond) -> Cond:
         assert cond.text is not None
         batch = len(cond.text.tokens)
-        empty = self.text.encode([""])
+        empty = self._told([""])
         text = replace(
             empty,
             tokens=empty.tokens.expand(batch, -1, -1),
