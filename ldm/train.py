@@ -60,6 +60,7 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
     save_every_images: Positive = 100_000  # between checkpoints
     keep: Positive = 2  # checkpoints
+    save_beside: bool = True  # write checkpoints while training goes on, from a copy of the state in memory
     log_every_steps: Positive = 10  # between lines of the log
     sample_every_images: Count = 0  # between sample grids; 0: only at the end
     samples: Count = 8  # pictures in a grid, of the first validation captions
@@ -92,7 +93,7 @@ class Train:
         """What the result depends on: every field but those that only watch or keep."""
         from ldm.config import plain
 
-        watching = {"save_every_images", "keep", "log_every_steps", "sample_every_images", "samples", "prompts"}
+        watching = {"save_every_images", "keep", "save_beside", "log_every_steps", "sample_every_images", "samples", "prompts"}
         elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
         elsewhere |= set() if self.buckets else {"buckets"}
         return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
@@ -178,7 +179,7 @@ class Trainer:
         )  # fmt: skip
         start = self.step * stage.batch
         name = self.folder.name
-        with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log:
+        with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
             if self.buckets is not None:
                 try_shapes(self, model, self.buckets)
             self._at("reading data", 0)
@@ -189,6 +190,7 @@ class Trainer:
                 if self.step % stage.log_every_steps == 0 or last:
                     self._report(log, terms, gauges)
                 self.processes.alone(name, self.step - 1, "saving or drawing")
+                self.states.settle(wait=False)
                 if not last and (stop or self._due(stage.save_every_images)):
                     self.states.save(self.step, must=stop)
                 if stop and not last:
@@ -197,6 +199,7 @@ class Trainer:
                     self._sample(log)
                 self._at("reading data", 0)
             self.processes.alone(name, self.step, "finishing")
+            self.states.close()
             return self._finish()
 
     def _at(self, doing: str, part: int) -> None:

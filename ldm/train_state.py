@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from ldm import checkpoint, optim
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.sharded import collected, like
+from ldm.snapshot import Snapshot, Writer
 
 if TYPE_CHECKING:
     from ldm.families.family import Family
@@ -50,6 +54,9 @@ class States:
         self.family, self.optimizers, self.ema, self.scaler = family, optimizers, ema, scaler
         self.processes, self.log = processes, log
         self.failed = 0  # saves in a row
+        self._snapshot, self._writer = Snapshot(), Writer()
+        self._told: Callable[[OSError], None] = _raise  # what to do when the save under way fails
+        self._cost: dict[str, Any] = {}  # of the save under way
 
     def restore(self) -> int:
         """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
@@ -72,32 +79,100 @@ class States:
     def save(self, step: int, *, must: bool) -> None:
         """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed.
 
+        With `save_beside` it is written while training goes on, from a copy of the state, and its failure is found by
+        `settle`. One is written at a time: a save waits for the one before. One that `must` succeed is over on return.
+
         Raises:
             UserError: when it failed and must not, or failed too often.
         """
-        if self.processes.main or self.processes.sharded:
-            tensors = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
-            if self.ema:
-                tensors["ema"] = self.ema.state()
-            if self.processes.sharded:
-                tensors = {name: collected(group, self.processes.main) for name, group in tensors.items()}
+        began = time.perf_counter()
+        self.settle(wait=True)
+        groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
+        if self.ema:
+            groups["ema"] = self.ema.state()
+        beside = self.stage.save_beside and not must
+        copied = self._copied(groups) if beside else None
+        tensors = self._collected(groups) if copied is None else copied
+        meta: dict[str, Any] = {
+            "key": self.key,
+            "step": step,
+            "images": step * self.stage.batch,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.scaler.state_dict(),
+        }
         if self.processes.main:
-            meta: dict[str, Any] = {
-                "key": self.key,
-                "step": step,
-                "images": step * self.stage.batch,
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "scaler": self.scaler.state_dict(),
-            }
-            try:
-                checkpoint.save_state(self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
-                self.failed = 0
-            except OSError as error:
-                self._failed(error, tensors, meta["images"], must)
-        self.processes.wait()
+            work = partial(checkpoint.save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
+            told = partial(self._failed, needed=size(tensors), images=meta["images"], must=must)
+            if tensors is copied:
+                stalled = round(time.perf_counter() - began, 4)
+                self._cost = {"saved": meta["images"], "stage": self.folder.name, "stalled_s": stalled}
+                self._told = told
+                self._writer.start(work)
+            else:
+                self._end(work, told)
+        if not beside:
+            self.processes.wait()
 
-    def _failed(self, error: OSError, tensors: dict[str, dict[str, Tensor]], images: int, must: bool) -> None:
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    def settle(self, *, wait: bool) -> None:
+        """Find out how the save under way ended, if it has; or `wait` until it has.
+
+        Raises:
+            UserError: when too many failed in a row.
+        """
+        if not self._writer.waiting or (self._writer.busy and not wait):
+            return
+        failed = self.failed
+        self._end(self._writer.end, self._told)
+        if self.failed <= failed:
+            self.log.record({**self._cost, "written_s": round(self._writer.seconds, 4)})
+
+    def close(self) -> None:
+        """After the last step: wait for the save under way, and give the copy's memory back.
+
+        Raises:
+            UserError: as `settle`.
+        """
+        self.settle(wait=True)
+        self._snapshot.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a stage's steps: what fails there does not cost the save under way. A second stop signal does."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # what came first is what is told
+                self.settle(wait=True)
+            raise
+
+    def _copied(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
+        """The state as it is now; nothing where there is no memory for a copy."""
+        if not (self.processes.main or self.processes.sharded):
+            return {}
+        try:
+            return self._snapshot.take(groups, self.processes.main)
+        except RuntimeError as error:
+            if self.processes.sharded:  # the others are gathering with this one: it cannot turn to another way alone
+                raise
+            self._snapshot.release()
+            said = str(error).partition("\n")[0]
+            self.log.note(f"{self.folder.name}: no memory for a copy of the state ({said}); training waits while it is written")
+            return None
+
+    def _collected(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        if not self.processes.sharded:
+            return groups
+        return {name: collected(group, self.processes.main) for name, group in groups.items()}
+
+    def _end(self, work: Callable[[], Any], told: Callable[[OSError], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            told(error)
+            return
+        self.failed = 0
+
+    def _failed(self, error: OSError, *, needed: int, images: int, must: bool) -> None:
         free = shutil.disk_usage(self.folder).free
         text = (
             f"{self.folder / 'state'}: checkpoint at {images} images not written"
@@ -107,3 +182,12 @@ class States:
         if must or self.failed >= FAILED_SAVES:
             raise UserError(f"{text}. Earlier checkpoints are whole; make room and run the same command again") from None
         self.log.note(f"{text}; training goes on and tries again")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def size(groups: dict[str, dict[str, Tensor]]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
