@@ -45,6 +45,15 @@ class ImageBatch(Movable):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Text(Movable):
+    """Encoded prompts."""
+
+    tokens: Tensor  # (B,L,D)
+    mask: Tensor  # (B,L) bool, False on padding
+    pooled: Tensor | None = None  # (B,P)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MomentBatch(Movable):
     """Cached encodings of images: what ImageBatch is before the frozen autoencoder."""
 
@@ -53,15 +62,7 @@ class MomentBatch(Movable):
     caption: tuple[str, ...]
     size: Tensor  # (B,6) px, as in ImageBatch
     position: Tensor  # (B,) int64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text(Movable):
-    """Encoded prompts."""
-
-    tokens: Tensor  # (B,L,D)
-    mask: Tensor  # (B,L) bool, False on padding
-    pooled: Tensor | None = None  # (B,P)
+    text: Text | None = None  # the captions' states, where they are cached too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

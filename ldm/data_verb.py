@@ -18,6 +18,7 @@ USAGE = """usage: ldm data WHAT ...
 
   check PATH          what is there, what is left out and why; sizes, captions, buckets; a page of samples
   index PATH          read tar shards once, so that their samples have addresses
+  encode DATA         latents of all pictures, once for many trainings
   curate TABLE ...    filter parquet tables of links or pictures, remove duplicates, split, and account for every row
 
 `ldm data WHAT --help` tells more."""
@@ -29,10 +30,14 @@ def main(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
+    if words[0] == "encode":
+        from ldm.encode_verb import main as encode
+
+        return encode(words[1:])
     if words[0] == "fetch":
         raise UserError("fetch: pictures are fetched by img2dataset, which needs an environment of its own; docs/data.md has the command")
     if words[0] not in verbs:
-        raise UserError(f"{words[0]}: no such word; there are {', '.join(verbs)}")
+        raise UserError(f"{words[0]}: no such word; there are {', '.join((*verbs, 'encode'))}")
     return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")
 
 

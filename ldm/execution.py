@@ -23,13 +23,27 @@ from ldm.errors import UserError
 from ldm.families.adapt import KEPT
 from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
-from ldm.given import based, based_autoencoder, find, make
+from ldm.given import based, based_autoencoder, check_cache, find, make
 from ldm.launching import about, check_shares, record
 from ldm.log import Log
 from ldm.process import calibrate
 from ldm.processes import Learners, Stopped, leave
 from ldm.rng import mix
-from ldm.run import DONE, Finished, Run, check_filters, differences, finished, given_of, hashes_of, identity, inputs_of, key_of, plain_json
+from ldm.run import (
+    DONE,
+    Finished,
+    Run,
+    check_filters,
+    differences,
+    finished,
+    given_of,
+    hashes_of,
+    identity,
+    inputs_of,
+    kept_cache,
+    key_of,
+    plain_json,
+)
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Train, Trainer
 
@@ -187,7 +201,7 @@ class Execution:
         return mix(self.run.seed, name) % 2**63
 
     def _train(self, name: str, stage: Train, folder: Path, key: str, products: Mapping[str, Product]) -> dict[str, Any]:
-        from ldm.data.cache import CachedLatents
+        from ldm.data.cached import CachedLatents
         from ldm.families.family import Context
 
         seen = sift(self.data, stage.filter, f"stages.{name}.filter")
@@ -198,7 +212,12 @@ class Execution:
         )  # fmt: skip
         torch.manual_seed(context.seed)
         family = self._config(stage).build(context)
-        data = CachedLatents(products["latents"].folder) if stage.latents else seen
+        data: Any = seen
+        if stage.latents:
+            cache = kept_cache(stage)
+            data = CachedLatents(cache or products["latents"].folder)
+            if cache:
+                check_cache(data, stage.resolution, products)
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
             processes=self.processes, log=self.log,

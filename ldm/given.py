@@ -23,6 +23,7 @@ from ldm.single_file import named, open_single
 from ldm.text_pretrained import PretrainedText, text_folder
 
 if TYPE_CHECKING:
+    from ldm.data.cached import CachedLatents
     from ldm.run import Run
 
 GIVEN = "given"  # the folder in a run folder
@@ -193,6 +194,19 @@ def _agree(where: str, said: Any, theirs: Any, but: tuple[str, ...], base: Path)
 
 def _words(value: Any) -> str:
     return str(getattr(value, "kind", None) or value)
+
+
+def check_cache(cache: CachedLatents, resolution: int, products: Mapping[str, Product]) -> None:
+    """Refuse a latent cache from elsewhere that was made for something else.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    from ldm.text import TextEncoder
+
+    cache.require(autoencoder=content_hash(autoencoder_folder(products["autoencoder"].folder)), resolution=resolution)
+    if cache.plan.text:
+        cache.require_text(TextEncoder.load(products["text"].folder).encode)
 
 
 def problems(run: Run) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ldm import checkpoint
 from ldm.config import BY_KIND, Count, config, plain
 from ldm.data.buckets import wrong_step
+from ldm.data.cached import cache_hash
 from ldm.data.filter import sift
 from ldm.data.sources import ScenesSource, Source
 from ldm.errors import UserError
@@ -98,8 +99,10 @@ def _problems(run: Run) -> Iterator[str]:
                 yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
             if stage.latents:
                 cache = encoded.get(stage.latents)
-                if cache is None:
-                    yield f"{where}.latents: {stage.latents!r} is no encode stage before this one"
+                if cache is None and not kept_cache(stage):
+                    yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
+                elif cache is None:
+                    pass  # ldm data encode made it; it says what it holds
                 elif cache.resolution != stage.resolution:
                     yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
                 elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
@@ -169,11 +172,16 @@ def inputs_of(run: Run, name: str) -> dict[str, str]:
     if isinstance(stage, Train):
         if stage.family in latest:
             found["init"] = latest[stage.family]
-        if stage.latents:
+        if stage.latents and not kept_cache(stage):
             found["latents"] = stage.latents
     elif isinstance(stage, Evaluate | Export) and stage.of:
         found[run.stages[stage.of].family] = stage.of  # type: ignore[union-attr]
     return found
+
+
+def kept_cache(stage: Train) -> Path | None:
+    """The latent cache that a stage reads from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
+    return Path(stage.latents).expanduser() if "/" in stage.latents else None
 
 
 def _latest(run: Run, name: str) -> dict[str, str]:
@@ -204,6 +212,8 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     if isinstance(stage, Train):
         family = plain(run.trained(stage))
         found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) != ("adapt", None)}
+        if cache := kept_cache(stage):
+            found["latents"] = cache_hash(cache)
     if isinstance(stage, Train | Encode):
         found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
     if isinstance(stage, Evaluate):

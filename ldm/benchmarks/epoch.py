@@ -14,7 +14,8 @@ from ldm.benchmarks.loading import TOY, collate, quietly, their_images, write_jp
 from ldm.benchmarks.models import KL_SD, Shape, build_family, counts, distance, moments, small
 from ldm.benchmarks.rows import Case, Setup
 from ldm.benchmarks.training import DiffusersLoop, trainer
-from ldm.data.cache import CachedLatents, write_cache
+from ldm.data.cache import write_cache
+from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.loader import batches
 from ldm.families.latent_diffusion import LatentDiffusionFamily

@@ -14,7 +14,8 @@ from PIL import Image
 from ldm.batch import ImageBatch
 from ldm.benchmarks.models import CAPTIONS
 from ldm.benchmarks.rows import Case, Setup
-from ldm.data.cache import CachedLatents, write_cache
+from ldm.data.cache import write_cache
+from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderSource
 from ldm.data.loader import batches
 

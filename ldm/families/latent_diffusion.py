@@ -150,7 +150,8 @@ class LatentDiffusionFamily(Family):
         x0 = full(mean)
         if std is not None:
             x0 = x0 + full(std) * rng.normal("posterior", mean.shape[1:]).to(x0)
-        text = self._told(list(batch.caption))
+        kept = batch.text if isinstance(batch, MomentBatch) and not self.text_learns else None
+        text = self._told(list(batch.caption)) if kept is None else kept
         return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 import ldm.checkpoint as checkpoint
-import ldm.data.cache as cache
 from ldm.batch import MomentBatch
 from ldm.checkpoint import folder_hash, verify
-from ldm.data.cache import CachedLatents, seal, write_cache
+from ldm.data.cache import seal, write_cache
+from ldm.data.cached import CachedLatents
+from ldm.data.dataset import draw_flips
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.images import mirrored
 from ldm.data.loader import batches
@@ -91,7 +92,7 @@ def test_mirrored_copies(tmp_path, data):
     write_cache(tmp_path, data, encode, flip=True, **OPTIONS)
     latents = CachedLatents(tmp_path)
     index, position = [1, 5, 9] * 10, range(30)
-    flips = cache.draw_flips(2, position, True)
+    flips = draw_flips(2, position, True)
     batch = latents.load(index, position, PIXELS, 2, True)
     images = data.load(index, index, PIXELS, 3, False)
     expected = torch.stack([x.flip(-1) if f else x for x, f in zip(images.image, flips, strict=True)])

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from ldm.data.cache import CachedLatents, write_cache
+from ldm.data.cache import write_cache
+from ldm.data.cached import CachedLatents
 from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips
 from ldm.data.folder import FolderSource
 from ldm.data.sources import Source
