@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ldm.addons import refuse
 from ldm.axes import Axis, cells, read_axis
 from ldm.cli import call
 from ldm.errors import UserError
@@ -64,6 +65,7 @@ def grid(
         raise UserError(f"out: {out} is there already; choose another name")
     found = read_recipe(recipe) if recipe else {}
     old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
+    refuse(old, "ldm grid")
     words = writable(prompt or str(old.get("prompt", ""))).replace("\0", " ")
     if not words:
         raise UserError('prompt: what to draw? Write ldm grid "a red circle" --x ..., or --from PICTURE')

@@ -68,6 +68,8 @@ class Recipe:
     invert: bool = False  # whether it started from the noise that ddim gives `init` back from, instead of fresh noise
     source: str = ""  # what that picture was said to show then
     mark: str = ""  # text hidden in the pixels
+    loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
+    embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -87,6 +89,9 @@ class Recipe:
             values |= {"Denoising strength": self.hires_strength, "Hires upscale": self.hires}
         if self.variation:
             values |= {"Variation seed": self.variation_seed, "Variation seed strength": self.variation}
+        for name, field in (("Lora hashes", self.loras), ("TI hashes", self.embeddings)):
+            if field:
+                values[name] = ", ".join(f"{one.get('token') or Path(one['file']).stem}: {one['hash'][:12]}" for one in json.loads(field))
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
         return "\n".join(lines)
 

@@ -48,6 +48,8 @@ def sample(
     prompts: Annotated[Path | None, Option(help="A file, a prompt a line (flags --n --w --h --d --l --s, or JSON); -: input.")] = None,
     recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
     model: Annotated[str, Option(help="A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.")] = "",
+    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.")] = None,
+    embedding: Annotated[list[str] | None, Option(help="FILE of a word (textual inversion); may be repeated.")] = None,
     n: Annotated[int, Option(min=1, help="Pictures per prompt; picture k has the seed SEED + k.")] = 1,
     seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Seed of each prompt's first picture; default: 0.")] = None,
     seeds: Annotated[str, Option(help="The seeds of every prompt, such as 1,5,9; in place of --seed and --n.")] = "",
@@ -113,6 +115,8 @@ def sample(
     if best > 1 and (variations or not judge):
         fix = "not together with --variations" if variations else "who chooses? Give --judge scenes, or --judge FOLDER of a CLIP"
         raise UserError(f"best: {fix}")
+    if low_memory and (lora or embedding or old.get("loras") or old.get("embeddings")):
+        raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
     avoided = writable(old.get("negative", "") if negative is None else negative).replace("\0", " ")
     folder = model_for(model)
     out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +124,7 @@ def sample(
         grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm import jobs
+    from ldm.addons import add
     from ldm.families.finished import load
     from ldm.families.running import Running, ready
     from ldm.judges import judge_of
@@ -136,6 +141,7 @@ def sample(
     if low_memory:
         return_blocks()
     family = load(folder, device=place, low_memory=low_memory)
+    added = add(family, lora or [], embedding or [], old, tell)
     chosen: dict[str, Any] = {
         "steps": old.get("steps") if steps is None else steps,
         # Noise that a picture comes from without guidance gives it back without guidance, too.
@@ -151,7 +157,7 @@ def sample(
     }
     running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
     ready(family, folder, running, family.settings(**chosen).precision)
-    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited}
+    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited, **added}
     rest["notation"] = not literal and bool(old.get("notation", True))
     rest["mark"] = old.get("mark", "") if mark is None else mark
     if old.get("model_hash", family.content_hash) != family.content_hash:

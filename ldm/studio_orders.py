@@ -29,7 +29,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED), "pictures": (1, MAX_PICTURES), "steps": (1, 1000), "guidance": (0, 1000), "rescale": (0, 1), "eta": (0, 1),
     "guidance_from": (0, 1), "guidance_to": (0, 1), "hires": (1, 8), "hires_strength": (0, 1), "strength": (0, 1),
 }  # fmt: skip
-FOREIGN = ("variation", "to", "outpaint", "invert", "mark")  # fields of a recipe that the page has no place for
+FOREIGN = ("variation", "to", "outpaint", "invert", "mark", "loras", "embeddings")  # fields of a recipe that the page has no place for
 
 
 @dataclass(frozen=True, kw_only=True)

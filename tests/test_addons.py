@@ -1,0 +1,127 @@
+"""LoRAs and new words at drawing: what pictures remember, what rebuilds them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import pipeline_folder
+
+from ldm.__main__ import main
+from ldm.addons import add, weighted
+from ldm.errors import UserError
+from ldm.families.finished import load
+from ldm.lora import Lora, Pair
+from ldm.lora_files import write
+from ldm.recipe import Recipe, parse_parameters, read_chunks, read_recipe
+from ldm.words import write_embedding
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion written by diffusers; read only."""
+    return pipeline_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def here(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a LoRA in one.safetensors, another in two.safetensors, and a word in words/."""
+    monkeypatch.chdir(tmp_path)
+    family = load(base)
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        layers = [n for n, _ in family.unet.named_modules() if n.endswith("to_k")]
+        pairs = {}
+        for layer in layers:
+            out, inner = family.unet.get_submodule(layer).weight.shape  # type: ignore[union-attr, misc]
+            pairs[layer] = Pair(torch.randn(2, inner), torch.randn(out, 2), 2.0)
+        write(Lora(pairs={"unet": pairs}), tmp_path / name, "kohya")[0].rename(tmp_path / f"{name}.safetensors")
+    write_embedding(tmp_path / "words", "<thing>", torch.randn(2, family.text.width), {})
+    return tmp_path
+
+
+def draw(base: Path, *words: str) -> int:
+    return main(["sample", *words, "--model", str(base), "--steps", "2", "--device", "cpu"])
+
+
+def pixels(file: Path) -> Any:
+    from ldm.picture_files import read_pixels
+
+    return read_pixels(file)
+
+
+def test_pictures_remember_and_are_rebuilt(base: Path, here: Path) -> None:
+    asked = ["a <thing>", "--lora", "one.safetensors:0.5", "--lora", "two.safetensors", "--embedding", "words/thing.safetensors"]
+    assert draw(base, *asked, "--out", "a") == 0
+    file = here / "a" / "000000.png" if (here / "a" / "000000.png").exists() else next((here / "a").glob("*.png"))
+    recipe = read_recipe(file)
+    assert isinstance(recipe, Recipe)
+    loras, [word] = json.loads(recipe.loras), json.loads(recipe.embeddings)
+    assert [(one["file"], one["weight"], len(one["hash"])) for one in loras] == [("one.safetensors", 0.5, 64), ("two.safetensors", 1.0, 64)]
+    assert word["token"] == "<thing>"
+    said = read_chunks(file)["parameters"]
+    assert f'Lora hashes: "one: {loras[0]["hash"][:12]}, two: {loras[1]["hash"][:12]}"' in said and "TI hashes" in said
+    assert parse_parameters(said)["steps"] == 2
+    assert draw(base, "--from", str(file), "--out", "b") == 0
+    assert (pixels(next((here / "b").glob("*.png"))) == pixels(file)).all()
+    assert draw(base, "a <thing>", "--out", "c") == 0
+    assert (pixels(next((here / "c").glob("*.png"))) != pixels(file)).any()
+
+
+def test_a_lora_of_weight_zero_changes_nothing(base: Path, here: Path) -> None:
+    family, plain = load(base), load(base)
+    add(family, ["one.safetensors:0"], [], {}, pytest.fail)
+    assert all(torch.equal(a, b) for a, b in zip(family.unet.parameters(), plain.unet.parameters(), strict=True))
+
+
+def test_what_a_recipe_had_must_be_there_unchanged(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(base, "red", "--lora", "one.safetensors", "--out", "a") == 0
+    file = str(next((here / "a").glob("*.png")))
+    again = ["--from", file, "--out", "b"]
+    (here / "one.safetensors").rename(here / "moved.safetensors")
+    assert draw(base, *again) == 2
+    assert "one.safetensors (SHA-256 " in capsys.readouterr().err
+    (here / "one.safetensors").write_bytes((here / "two.safetensors").read_bytes())
+    assert draw(base, *again) == 2
+    assert "is not the file that the picture was drawn with; give that one by --lora" in capsys.readouterr().err
+    assert draw(base, *again, "--lora", "two.safetensors") == 0
+    assert "drawn with other loras: it will differ" in capsys.readouterr().err
+    assert draw(base, *again, "--lora", "moved.safetensors") == 0
+    assert "will differ" not in capsys.readouterr().err
+    assert main(["grid", "--from", file, "--x", "steps=1,2", "--model", str(base), "--out", "g.png"]) == 2
+    assert "which ldm grid does not take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "absent.safetensors"], "no such file"),
+        (["--lora", "one.safetensors:inf"], "FILE:WEIGHT"),
+        (["--lora", "words/thing.safetensors"], "no weights of a LoRA"),
+        (["--lora", "foreign.safetensors"], "none of its 1 layers is in this model"),
+        (["--embedding", "one.safetensors"], "an embedding's file has one"),
+        (["--embedding", "words/thing.safetensors", "--embedding", "words/thing.safetensors"], "knows this word already"),
+        (["--embedding", "wide.safetensors"], "made for another model"),
+        (["--lora", "one.safetensors", "--low-memory"], "low_memory"),
+    ],
+)
+def test_what_is_refused(base: Path, here: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    pair = {"elsewhere.to_q": Pair(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
+    write(Lora(pairs={"unet": pair}), here, "kohya")[0].rename(here / "foreign.safetensors")
+    write_embedding(here, "wide", torch.zeros(1, 7), {})
+    assert draw(base, "red", *words) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(("word", "meant"), [("a", ("a", 1.0)), ("a:0.5", ("a", 0.5)), ("C:/a", ("C:/a", 1.0)), ("a:-1", ("a", -1.0))])
+def test_files_and_weights(word: str, meant: tuple[str, float]) -> None:
+    assert weighted(word) == meant
+
+
+def test_a_weight_without_a_file() -> None:
+    with pytest.raises(UserError, match="FILE:WEIGHT"):
+        weighted(":2")
