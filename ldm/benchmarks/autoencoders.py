@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.benchmarks.models import KL_SD, TINY, count, distance, twin_autoencoder
 from ldm.benchmarks.rows import Case, Setup
+from ldm.models.inference import prepare
 
 Way = Literal["decode", "encode"]
 ERROR = "relative error of the result"
@@ -39,7 +40,7 @@ def _case(
     torch.manual_seed(0)
     network = config.build().eval().to(setup.device)
     peer = twin_autoencoder(network).eval().to(theirs)
-    network = network.to(ours)
+    network = prepare(network.to(ours), channels_last=True)  # as drawing and encoding use it
     image = torch.rand(1, 3, pixels, pixels, device=setup.device) * 2 - 1
     latent = torch.randn(1, config.latent_channels, pixels // network.factor, pixels // network.factor, device=setup.device)
 
