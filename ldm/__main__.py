@@ -59,7 +59,9 @@ def run(verb: str, words: Sequence[str]) -> int:
     """Call a verb and turn its mistakes into one line each."""
     from ldm.errors import UserError
     from ldm.process import prepare
+    from ldm.redact import hook, redacted
 
+    sys.excepthook = hook
     prepare()
     words = list(words)
     options = words[: words.index("--")] if "--" in words else words
@@ -69,7 +71,7 @@ def run(verb: str, words: Sequence[str]) -> int:
     try:
         return int(importlib.import_module(VERBS[verb][0]).main(words))
     except UserError as error:
-        print(f"ldm {verb}: {error}", file=sys.stderr)
+        print(f"ldm {verb}: {redacted(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

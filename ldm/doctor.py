@@ -25,7 +25,7 @@ NEEDED = {
     "pydantic": "configuration", "yaml": "configuration", "typer": "commands", "rich": "progress", "safetensors": "weights",
     "tokenizers": "text", "transformers": "text encoders", "accelerate": "training", "diffusers": "pipelines",
     "datasets": "data sets of the hub", "peft": "low-rank adapters", "open_clip": "OpenCLIP text encoders", "matplotlib": "plots",
-    "wandb": "the tracker",
+    "wandb": "a tracker", "tensorboard": "a tracker",
 }  # fmt: skip
 OPTIONAL = {"xformers": "memory-saving attention on CUDA", "duckdb": "ldm data curate", "gradio": "ldm demo"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch"}

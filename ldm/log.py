@@ -7,10 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ldm.redact import cleaned, redacted
+from ldm.trackers import Background
 
 LOG = "log.jsonl"
 PLAIN_EVERY_S = 5.0  # between lines where the console is no terminal
@@ -23,7 +26,7 @@ class Log:
 
     Args:
         folder: the run folder.
-        tracker: "wandb" or nothing.
+        tracker: one of `trackers.KINDS`, or nothing.
         console: whether to speak on standard error.
         write: whether to write log.jsonl and to the tracker (one process of a launch does).
     """
@@ -33,7 +36,7 @@ class Log:
         self.console = console
         self.started = time.time()
         self._file: Any = None
-        self._tracker: Any = None
+        self._tracker: Background | None = None
         self._bar: Any = None
         self._earlier: dict[str, float] = {}
         self._torn = self._warned = False
@@ -42,10 +45,11 @@ class Log:
             self._earlier = seconds_by_stage(read(self.path))
             self._open()
         if write and tracker:
-            self._tracker = _start_tracker(folder, self.note)
+            self._tracker = Background(tracker, folder, self.note)
 
     def note(self, text: str) -> None:
-        """One line for the reader, and in the log."""
+        """One line for the reader, and in the log; nothing secret is told."""
+        text = redacted(text)
         self._write({"note": text, "time": round(time.time(), 3)})
         if self.console:
             if self._bar is not None:
@@ -86,15 +90,12 @@ class Log:
 
     def close(self) -> None:
         """End of the run: flush everything."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._tracker is not None:
-            try:
-                self._tracker.finish()
-            except Exception as error:
-                print(f"tracker: {error}", file=sys.stderr)
-            self._tracker = None
 
     def _progress(self) -> Any:
         if not self.console or not sys.stderr.isatty():
@@ -145,7 +146,7 @@ class Log:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        text = (b"\n" if self._torn else b"") + json.dumps(line).encode() + b"\n"
+        text = (b"\n" if self._torn else b"") + json.dumps(cleaned(line)).encode() + b"\n"
         try:
             self._torn = self._file.write(text) != len(text)
         except OSError as error:
@@ -156,15 +157,6 @@ class Log:
         if not self._warned:
             print(f"{self.path}: not written ({error.strerror}); the run goes on", file=sys.stderr)
         self._warned = True
-
-    def _track(self, line: Mapping[str, Any], stage: str, images: int) -> None:
-        if self._tracker is None:
-            return
-        try:
-            self._tracker.log({f"{stage}/{name}": value for name, value in line.items()} | {f"{stage}/images": images})
-        except Exception as error:
-            self._tracker = None
-            self.note(f"tracker: {error}; the run goes on without it")
 
 
 class StageLog:
@@ -193,7 +185,9 @@ class StageLog:
             "peak_memory_mb": peak_memory_mb(), "time": round(time.time(), 3),
         }  # fmt: skip
         self.log._write(line)
-        self.log._track({"loss": line["loss"], **terms, **gauges, "lr": lr, "images_per_s": rate}, self.name, images)
+        self.images = images
+        if self.log._tracker is not None:
+            self.log._tracker.numbers(self.name, images, {"loss": sum(terms.values()), **terms, **gauges, "lr": lr, "images_per_s": rate})
         self._show(images, rate, "  ".join(f"{name} {value:.4g}" for name, value in list(terms.items())[:4]))
 
     def advance(self, images: int) -> None:
@@ -211,15 +205,8 @@ class StageLog:
     def pictures(self, path: Path) -> None:
         """A picture file was written."""
         self.log._write({"stage": self.name, "pictures": str(path), "time": round(time.time(), 3)})
-        tracker = self.log._tracker
-        if tracker is not None:
-            try:
-                import wandb
-
-                tracker.log({f"{self.name}/samples": wandb.Image(str(path))})
-            except Exception as error:
-                self.log._tracker = None
-                self.log.note(f"tracker: {error}; the run goes on without it")
+        if self.log._tracker is not None:
+            self.log._tracker.picture(self.name, self.images, path)
 
     def _show(self, done: int, rate: float, said: str) -> None:
         bar = self.log._bar
@@ -274,18 +261,3 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return line if isinstance(line, dict) else {}
-
-
-def _start_tracker(folder: Path, say: Callable[[str], None]) -> Any:
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        import wandb
-
-        # Neither the command line nor the console: both may hold what is meant for nobody else.
-        settings = wandb.Settings(init_timeout=20, console="off", x_disable_meta=True, disable_git=True, disable_code=True)
-        return wandb.init(project="ldm", name=folder.resolve().name, dir=str(folder), settings=settings)
-    except Exception as error:
-        said = str(error).partition("\n")[0]
-        say(f"tracker: wandb did not start ({said}); the run goes on without it")
-        return None

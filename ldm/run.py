@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ldm import checkpoint
 from ldm.config import BY_KIND, Count, config, plain
@@ -20,6 +20,7 @@ from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import PretrainedAutoencoder, problems, roles
+from ldm.redact import exposed
 from ldm.stages import Encode, Evaluate, Export, Stage
 from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
@@ -48,7 +49,7 @@ class Run:
     autoencoder: Autoencoder = KL()  # pixels to latents and back
     diffusion: LatentDiffusion = LatentDiffusion()  # noise to latents
     stages: dict[str, Stage]  # what is done, in this order
-    tracker: str = ""  # wandb: log there too (offline unless WANDB_MODE=online); empty: log.jsonl only
+    tracker: Literal["", "wandb", "tensorboard"] = ""  # log there too (wandb: offline unless WANDB_MODE=online); empty: log.jsonl only
     workers: Count = 2  # threads that load data
 
     def __post_init__(self) -> None:
@@ -71,8 +72,6 @@ def _problems(run: Run) -> Iterator[str]:
     """What is wrong between fields, before any work."""
     if not run.stages:
         yield "stages: none; a run needs at least one"
-    if run.tracker not in ("", "wandb"):
-        yield f"tracker: got {run.tracker!r}; allowed are wandb and nothing"
     contradictions = list(problems(run))
     yield from contradictions
     if contradictions:
@@ -341,8 +340,18 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
 
 
 def execute(run: Run, out: Path, file: Path | None = None) -> int:
-    """Do a placed run; `file` is where its settings come from."""
+    """Do a placed run; `file` is where its settings come from.
+
+    Raises:
+        UserError: for a setting that holds a password or the like.
+    """
     from ldm.execution import carry_out
+
+    if secret := list(exposed(plain(run))):
+        raise UserError(
+            f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
+            " environment or a credentials file of the library that needs it"
+        )
 
     return carry_out(run, out, str(file or "Run"))
 

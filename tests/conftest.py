@@ -15,9 +15,11 @@ NETWORK = "tests open no connection to other machines"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked `large`, unless -m names it."""
-    if "large" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("large")]
+    """Leaves out what is marked `large` or `soak`, unless -m names it."""
+    for mark in ("large", "soak"):
+        if mark in config.option.markexpr:
+            continue
+        left_out = [item for item in items if item.get_closest_marker(mark)]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 

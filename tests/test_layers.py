@@ -17,16 +17,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules by layer, lowest first, as docs/architecture.md tells; what is named nowhere is of the last one.
 LAYERS = (
     ("errors", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
-     "sharded"),
+     "redact", "sharded"),
     ("checkpoint", "compvis", "compvis_shapes", "pickles", "single_file", "folder", "tensor_file", "text", "text_files", "text_pretrained",
-     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "log", "pictures"),
+     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "trackers", "log", "pictures"),
     ("families", "metrics"),
 )
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}
 ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"processes.py"}}
 WAITING = {
     "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
-    "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb",
+    "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb", "tensorboard",
 }  # fmt: skip
 LIGHT = (
     "ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.grid", "ldm.animate", "ldm.info", "ldm.demo",

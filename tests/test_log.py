@@ -260,4 +260,4 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     log.note("on")
     log.close()
     said = capsys.readouterr().err
-    assert "wandb did not start" in said and said.endswith("on\n")
+    assert "wandb did not start" in said and "on\n" in said

@@ -66,3 +66,23 @@ def start_folder(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "train.py", "configs/folder.yaml", *FOLDER, *words]
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+MARK = "marked"
+MARKED = {
+    "WANDB_API_KEY": "0123456789abcdefmarked0123456789abcdef01", "HF_TOKEN": "hf_markedMARKEDmarked",
+    "AWS_SECRET_ACCESS_KEY": "marked/key+of/a/bucket", "HTTPS_PROXY": "http://user:markedpassword@127.0.0.1:9",
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+}  # fmt: skip
+
+
+def start_marked(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The quickstart's first stage with secrets in its environment that can be told by a word, and no server that answers."""
+    command = [sys.executable, "train.py", "configs/quickstart.yaml", *WORDS, *only("text"), f"out={folder}", *words]
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **MARKED, **environment}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=120)
+
+
+def marked_files(folder: Path) -> list[Path]:
+    """The files that tell one of those secrets."""
+    return [path for path in folder.rglob("*") if path.is_file() and MARK.encode() in path.read_bytes().lower()]
