@@ -25,9 +25,11 @@ NEEDED = {
     "pydantic": "configuration", "yaml": "configuration", "typer": "commands", "rich": "progress", "safetensors": "weights",
     "tokenizers": "text", "transformers": "text encoders", "accelerate": "training", "diffusers": "pipelines",
     "datasets": "data sets of the hub", "peft": "low-rank adapters", "open_clip": "OpenCLIP text encoders", "matplotlib": "plots",
-    "wandb": "a tracker", "tensorboard": "a tracker",
+    "wandb": "tracker=wandb",
 }  # fmt: skip
-OPTIONAL = {"xformers": "memory-saving attention on CUDA", "duckdb": "ldm data curate", "gradio": "ldm demo"}
+OPTIONAL = {
+    "xformers": "memory-saving attention on CUDA", "duckdb": "ldm data curate", "gradio": "ldm demo", "tensorboard": "tracker=tensorboard",
+}  # fmt: skip
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch"}
 LEAST_DISK_GB, LEAST_MEMORY_GB = 4.0, 3.0  # of the quickstart: its run folder, its process
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}

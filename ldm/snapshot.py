@@ -31,12 +31,19 @@ class Snapshot:
         """
         taken: dict[str, dict[str, Tensor]] = {name: {} for name in groups} if keep else {}
         devices: set[torch.device] = set()
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                value = whole(tensor.detach())
-                if keep:
-                    taken[group][name] = self._buffer((group, name), value).copy_(value, non_blocking=True)
-                    devices |= {value.device} if value.is_cuda else set()
+        threads = torch.get_num_threads()
+        # One thread saturates much of the memory's bandwidth; several wait for each other at every tensor, long on a busy machine.
+        torch.set_num_threads(1)
+        try:
+            for group, tensors in groups.items():
+                for name, tensor in tensors.items():
+                    value = whole(tensor.detach())
+                    if keep:
+                        taken[group][name] = self._buffer((group, name), value).copy_(value, non_blocking=True)
+                        if value.is_cuda:
+                            devices.add(value.device)
+        finally:
+            torch.set_num_threads(threads)
         for device in devices:
             torch.cuda.synchronize(device)
         return taken

@@ -163,4 +163,8 @@ ROWS = (
         peer=f"{DIFFUSERS_LOOP} (published with 8-bit Adam: 9.92 GB)", goal="7.5 GB",
         where="cuda", seconds=60, prepare="starting:memory_of_training",
     ),
+    Row(
+        id="B21", title="training's stall for a checkpoint that is written beside it", peer="the same save while training waits",
+        goal="20x: a stall of 5 %", where="any", seconds=2, prepare="saving:beside", needs=(),
+    ),
 )  # fmt: skip
