@@ -29,7 +29,7 @@ class Rng:
 
     def __init__(self, seed: int, positions: Sequence[int] | Tensor) -> None:
         self.seed = seed
-        self.positions: list[int] = [int(p) for p in positions]
+        self.positions: list[int] = positions.tolist() if isinstance(positions, Tensor) else [int(p) for p in positions]
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -78,7 +78,7 @@ class Writer:
         """Whether there is work of which nobody has asked yet how it ended."""
         return self._thread is not None
 
-    def start(self, work: Callable[[], None]) -> None:
+    def start(self, work: Callable[[], object]) -> None:
         """Begin; the former work must have been asked for."""
         assert self._thread is None, "one at a time"
 

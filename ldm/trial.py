@@ -1,4 +1,4 @@
-"""Whether a step in every shape fits into the memory, found out before the first one is taken."""
+"""What is found out before the first step: whether every shape fits into the memory, and whether the network compiles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from ldm.data.buckets import Sorted, lines
 from ldm.errors import UserError
+from ldm.families.family import Family
 
 if TYPE_CHECKING:
     from ldm.train import Trainer
@@ -46,3 +47,21 @@ def try_shapes(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> Non
     with torch.no_grad():
         for key, buffer in trainer.family.named_buffers():
             buffer.copy_(buffers[key])
+
+
+def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:
+    """Have torch compile what nearly all of a step goes through, in place, when it is first called; names of weights stay.
+
+    Raises:
+        UserError: for a family that has no such network, for sharded weights, or without a compiler.
+    """
+    from ldm.families.running import check_compiler
+
+    networks = family.compilable()
+    if not networks:
+        raise UserError("compile: true is for stages of family: diffusion; leave it out")
+    if sharded:
+        raise UserError("compile: true is not for sharded weights (FSDP2); leave one of them out")
+    check_compiler(device)
+    for network in networks:
+        network.compile()

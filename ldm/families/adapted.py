@@ -59,6 +59,10 @@ class AdaptedFamily(Family):
         """All of the base; the learned parameters, which it shares, move with it."""
         return [self.inner, *self.inner.frozen()]
 
+    def compilable(self) -> list[nn.Module]:
+        """The base's, with what learns in it."""
+        return self.inner.compilable()
+
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """The base's."""
         return self.inner.loss(batch, rng)

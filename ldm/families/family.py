@@ -76,6 +76,10 @@ class Family(nn.Module, ABC):
         """Parameters by who learns them; each player's gradients are clipped apart."""
         return [Player(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
 
+    def compilable(self) -> list[nn.Module]:
+        """The networks that nearly all of a training step goes through, as calls of their own."""
+        return []
+
     def idle(self) -> list[nn.Parameter]:
         """Parameters that do not learn at this step; their gradients are dropped."""
         return []

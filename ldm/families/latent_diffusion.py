@@ -143,6 +143,10 @@ class LatentDiffusionFamily(Family):
 
     # Training
 
+    def compilable(self) -> list[nn.Module]:
+        """The UNet."""
+        return [self.unet]
+
     def encode(self, batch: ImageBatch | MomentBatch, rng: Rng) -> LatentBatch:
         """Latents drawn from the posterior, and the captions encoded."""
         with torch.no_grad():
