@@ -275,13 +275,12 @@ def _write_text(state: Mapping[str, Tensor], parts: Mapping[str, Any], folder: P
 
 def _check_text(config: Mapping[str, Any], found: dict[str, Tensor], file: Path) -> None:
     """Refuse a text model whose weights do not fit what their shapes or the file say of it."""
+    from ldm.models.text_tower import TextTower
     from ldm.text_files import PREFIX as TEXT
-    from ldm.text_files import clip_text_model
 
     with torch.device("meta"):
-        wanted = clip_text_model(dict(config))().state_dict()
-    names = {TEXT + name.removeprefix(TEXT): value for name, value in wanted.items() if not name.endswith("position_ids")}
-    compare(names, found, file)
+        wanted = TextTower(config).state_dict()
+    compare({TEXT + name: value for name, value in wanted.items()}, found, file)
 
 
 def _side(unet: UNetConfig, recipe: Mapping[str, Any]) -> int:

@@ -6,16 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.folder import AGAIN, load_module, load_part, read_json, save_part, write_whole
+from ldm.models.text_tower import TextTower
 
-CLIP_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
 T5_FIELDS = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
     "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj", "eos_token_id", "pad_token_id",
@@ -34,7 +30,7 @@ def load_text_model(part: Path) -> Any:
     kind = (values.get("architectures") or ["CLIPTextModel"])[0]
     try:
         if kind in ("CLIPTextModel", "CLIPModel"):
-            model = load_module(clip_text_model(values), clip_state(state), part)
+            model = load_module(lambda: TextTower(values.get("text_config", values)), tower_state(state), part)
         elif kind in ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"):
             model = load_module(_t5(values), _t5_state(state), part)
         else:
@@ -46,38 +42,20 @@ def load_text_model(part: Path) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def clip_text_model(values: dict[str, Any]) -> Any:
-    """What builds the CLIPTextModel that a config.json describes."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    own: dict[str, Any] = values.get("text_config", values)
-    return lambda: CLIPTextModel(CLIPTextConfig(**{name: own[name] for name in CLIP_FIELDS if name in own}))
-
-
 def _t5(values: dict[str, Any]) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     return lambda: T5EncoderModel(T5Config(**{name: values[name] for name in T5_FIELDS if name in values}))
 
 
-PREFIX = "text_model."  # of a CLIP text model's weights in files; newer transformers leave it out in memory
+PREFIX = "text_model."  # of a CLIP text model's weights in files; `TextTower` leaves it out
 
 
-def clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text model's weights under the names that this version of transformers gives them."""
+def tower_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text model's weights, out of a whole CLIP's too, under the names of `TextTower`."""
     if any(name.startswith(PREFIX) for name in state):
         state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    state = {name: value for name, value in state.items() if not name.endswith("position_ids")}
-    return {clip_prefix() + name: value for name, value in state.items()}
-
-
-def clip_prefix() -> str:
-    """What stands before the names of a CLIPTextModel's weights in memory: depends on the version of transformers."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        names = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1)).state_dict()
-    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    return {name: value for name, value in state.items() if not name.endswith("position_ids")}
 
 
 def _t5_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +73,8 @@ def save_text_model(model: Any, part: Path) -> None:
 
 def text_part(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the weights of a CLIPTextModel or T5EncoderModel as any version of transformers reads them."""
-    config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
+    name = "T5EncoderModel" if model.config.model_type == "t5" else "CLIPTextModel"
+    config = {**json.loads(model.config.to_json_string()), "architectures": [name]}
     state = dict(model.state_dict())
     if config["model_type"] == "t5":
         del state["encoder.embed_tokens.weight"]  # the same table as shared.weight

@@ -10,8 +10,9 @@ from torch import Tensor
 from ldm.config import Count, Positive, config
 from ldm.errors import UserError
 from ldm.folder import hub_folder, load_module, read_json, read_safetensors
+from ldm.models.text_tower import TextTower
 from ldm.text import SPECIAL, TextEncoder
-from ldm.text_files import clip_prefix, clip_state, load_text_model, load_tokenizer
+from ldm.text_files import load_text_model, load_tokenizer, tower_state
 
 OPEN_CLIP = "open_clip_config.json"
 WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
@@ -71,7 +72,7 @@ def _skip_last(model: Any, layers: int) -> None:
     if layers >= model.config.num_hidden_layers:
         raise UserError(f"skip_last: got {layers}, but this text encoder has only {model.config.num_hidden_layers} layers")
     model.config.num_hidden_layers -= layers
-    encoder: Any = model.get_submodule(clip_prefix() + "encoder")
+    encoder: Any = model.get_submodule("encoder")
     encoder.layers = encoder.layers[: model.config.num_hidden_layers]
 
 
@@ -81,8 +82,6 @@ def load_open_clip(folder: Path) -> TextEncoder:
     Raises:
         UserError: naming what is missing, damaged or cannot be said in a CLIPTextModel.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     values = read_json(folder / OPEN_CLIP).get("model_cfg")
     text = values.get("text_cfg") if isinstance(values, dict) else None
     if not isinstance(values, dict) or not isinstance(text, dict):
@@ -94,7 +93,7 @@ def load_open_clip(folder: Path) -> TextEncoder:
         raise UserError(f"{folder / OPEN_CLIP}: text_cfg.{foreign[0]} is not supported; only CLIP's own text towers are")
     width, layers = int(text.get("width", 512)), int(text.get("layers", 12))
     tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else open_clip_tokenizer()
-    made = CLIPTextConfig(
+    made = dict(
         vocab_size=int(text.get("vocab_size", 49408)), hidden_size=width, num_hidden_layers=layers,
         intermediate_size=int(width * text.get("mlp_ratio", 4)), num_attention_heads=int(text.get("heads", 8)),
         max_position_embeddings=int(text.get("context_length", 77)), projection_dim=int(values.get("embed_dim", width)),
@@ -102,7 +101,7 @@ def load_open_clip(folder: Path) -> TextEncoder:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     state = from_open_clip(_weights(folder), layers)
-    model = load_module(lambda: CLIPTextModel(made), clip_state(state), folder)
+    model = load_module(lambda: TextTower(made), tower_state(state), folder)
     return TextEncoder(model.float().eval().requires_grad_(False), tokenizer)
 
 

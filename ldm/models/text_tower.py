@@ -1,0 +1,160 @@
+"""CLIP's text tower (Radford 2021, arXiv 2103.00020): the network of transformers' CLIPTextModel under its parameter names.
+
+transformers takes three seconds to import on a fast machine; a prompt needs a hundred lines of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OLD_EOS = 2  # what the first published configurations say of the end token, whose id it is not
+
+
+class States(NamedTuple):
+    """What the tower says of captions."""
+
+    last_hidden_state: Tensor  # (B,L,D), after the last norm
+    pooler_output: Tensor  # (B,D), of the end token
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), as OpenAI's CLIP has it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
+
+
+class TextConfig:
+    """What a CLIPTextModel's config.json says, with transformers' defaults for what it does not."""
+
+    model_type = "clip_text_model"
+
+    def __init__(self, **values: Any) -> None:
+        self.vocab_size = int(values.get("vocab_size", 49408))
+        self.hidden_size = int(values.get("hidden_size", 512))
+        self.intermediate_size = int(values.get("intermediate_size", 2048))
+        self.projection_dim = int(values.get("projection_dim", 512))
+        self.num_hidden_layers = int(values.get("num_hidden_layers", 12))
+        self.num_attention_heads = int(values.get("num_attention_heads", 8))
+        self.max_position_embeddings = int(values.get("max_position_embeddings", 77))
+        self.hidden_act = str(values.get("hidden_act", "quick_gelu"))
+        self.layer_norm_eps = float(values.get("layer_norm_eps", 1e-5))
+        self.bos_token_id = values.get("bos_token_id", 49406)
+        self.eos_token_id = values.get("eos_token_id", 49407)
+        self.pad_token_id = values.get("pad_token_id", 1)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act: got {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {**vars(self), "model_type": self.model_type, "architectures": ["CLIPTextModel"], "dtype": "float32"}
+
+    def to_json_string(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict())
+
+
+class Embeddings(nn.Module):
+    """Of tokens and of their places."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.token_embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B,L) to (B,L,D)."""
+        words: Tensor = self.token_embedding(ids)
+        return words + self.position_embedding.weight[: ids.shape[1]].to(words)
+
+
+class Attention(nn.Module):
+    """Each token looks at those before it."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, width = config.num_attention_heads, config.hidden_size
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,L,D) to the same."""
+        q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two layers on each token."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,L,D) to the same."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Layer(nn.Module):
+    """A transformer's block with its norms before."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,L,D) to the same."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Stack(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class TextTower(nn.Module):
+    """Token ids to states, each of which depends on the tokens before it alone."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = TextConfig(**values)
+        self.embeddings = Embeddings(self.config)
+        self.encoder = Stack(self.config)
+        self.final_layer_norm = nn.LayerNorm(self.config.hidden_size, eps=self.config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> States:
+        """(B,L) ids, at most `max_position_embeddings` a row, to states."""
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        x = self.final_layer_norm(x)
+        # The first configurations name a wrong end token; the right one has the largest id there.
+        end = ids.argmax(1) if self.config.eos_token_id == OLD_EOS else (ids == self.config.eos_token_id).int().argmax(1)
+        return States(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of tokens."""
+        return self.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Other ones."""
+        self.embeddings.token_embedding = value
