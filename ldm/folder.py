@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import sha256
 from ldm.errors import UserError
@@ -168,6 +170,23 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
+class Unfilled(TorchFunctionMode):
+    """Within it tensors without memory are not filled with first values, which would be lost.
+
+    On the meta device some of these functions are written in Python, and importing what they are written in takes seconds.
+    """
+
+    FILLS = re.compile(r"(kaiming_|xavier_|trunc_)?(normal|uniform)_|(zero|one|constant|fill|orthogonal)s?_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The call, or the tensor as it is."""
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if isinstance(tensor, Tensor) and tensor.is_meta and self.FILLS.fullmatch(getattr(func, "__name__", "")):
+            return tensor
+        return func(*args, **kwargs)
+
+
 def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -> M:
     """The module that `build` makes, with exactly the weights of `state`, in the data types that `build` chose.
 
@@ -178,7 +197,7 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
     """
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             module = build()
         wanted = module.state_dict()
         compare(wanted, state, where)
