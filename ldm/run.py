@@ -114,6 +114,8 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
             if stage.caption_dropout is not None and stage.family != "diffusion":
                 yield f"{where}.caption_dropout: only family: diffusion drops captions"
+            if stage.family == "diffusion" and stage.latents and run.diffusion.inpaint is not None:
+                yield f"{where}.latents: diffusion.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
             if stage.family == "diffusion" and run.diffusion.adapt is not None:
                 if "diffusion" not in given:
                     yield "diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out"
@@ -210,7 +212,7 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
     if isinstance(stage, Train):
         family = plain(run.trained(stage))
-        found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) != ("adapt", None)}
+        found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) not in (("adapt", None), ("inpaint", None))}
         if cache := kept_cache(stage):
             found["latents"] = cache_hash(cache)
     if isinstance(stage, Train | Encode):

@@ -308,7 +308,7 @@ def _mutate(data: dict[str, Any], chance: random.Random) -> None:
             continue
         how = chance.random()
         if how < 0.6:
-            data[name] = chance.choice(WRONG)
+            data[name] = copy.deepcopy(chance.choice(WRONG))
         elif how < 0.8:
             data[chance.choice([f"{name}x", name[1:], name.upper(), "kind", "_target_", "${oc.env:HOME}"])] = data.get(name)
         else:

@@ -21,6 +21,7 @@ from ldm.families.codec import Codec, autoencoder_folder, full, load_codec
 from ldm.families.drawing import Edit, Engine, Settings, choose, stay, warn
 from ldm.families.editing import all_new, from_picture, wants_mask
 from ldm.families.family import Context, Family, Product, Terms
+from ldm.families.inpainting import Inpainting, channels, masks, told, widened
 from ldm.folder import load_module, load_part, read_json, save_part
 from ldm.models.unet import UNet, UNetConfig
 from ldm.prompt_syntax import Prompt
@@ -55,6 +56,7 @@ class LatentDiffusion:
     process: Process = Process()  # how data becomes noise, and what the network predicts
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
+    inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
     adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the UNet
 
     def inputs(self) -> tuple[str, ...]:
@@ -66,8 +68,9 @@ class LatentDiffusion:
         text = TextEncoder.load(context.products["text"].folder)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
         network = replace(
-            self.network, in_channels=codec.channels, out_channels=codec.channels, context_width=text.width
-        )
+            self.network, in_channels=channels(codec) if self.inpaint else codec.channels, out_channels=codec.channels,
+            context_width=text.width,
+        )  # fmt: skip
         if context.init is None:
             unet = network.build()
         else:
@@ -89,9 +92,15 @@ def _continue(init: Product, network: UNetConfig, codec: Codec) -> UNet:
             f"{init.folder}: this UNet was trained on the latents of another autoencoder "
             f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
         )
-    if UNetConfig.from_diffusers(stored).to_diffusers() != network.to_diffusers():
+    theirs = UNetConfig.from_diffusers(stored)
+    if theirs.in_channels == channels(codec) != network.in_channels:
+        raise UserError(f"{init.folder}: this UNet is made for inpainting; set diffusion.inpaint={{}} to continue it as such")
+    wide = network.in_channels == channels(codec) != theirs.in_channels
+    like = replace(network, in_channels=codec.channels) if wide else network
+    if theirs.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
-    return load_module(network.build, state, init.folder / "unet")
+    unet: UNet = load_module(like.build, state, init.folder / "unet")
+    return widened(unet, network) if wide else unet
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -165,6 +174,10 @@ class LatentDiffusionFamily(Family):
         if self.config.caption_dropout:
             drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
             cond = where(drop, self._without_caption(cond), cond)
+        if self.config.inpaint is not None:
+            assert isinstance(batch, ImageBatch), "ldm.run refuses cached latents"
+            mask = masks(self.config.inpaint, rng, (batch.image.shape[2], batch.image.shape[3]))
+            cond = replace(cond, image=told(self.codec, batch.image, mask).to(latents.x0))
         noised = self.process.noise(latents.x0, rng)
         output = full(self.unet(noised.x, noised.t, cond))
         error = (output - noised.target).square().mean((1, 2, 3))  # (B,)
