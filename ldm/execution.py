@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,15 @@ from ldm import __version__, checkpoint
 from ldm.agreement import agree
 from ldm.config import dump
 from ldm.data.filter import sift
+from ldm.data.mixed import Mixed
 from ldm.errors import UserError
 from ldm.families.adapt import KEPT
 from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
-from ldm.given import based, based_autoencoder, check_cache, find, make
+from ldm.given import GIVEN, based, based_autoencoder, check_cache, find, make
 from ldm.launching import about, check_shares, record
 from ldm.log import Log
+from ldm.prior import PRIOR, Prior, draw
 from ldm.process import calibrate
 from ldm.processes import Learners, Stopped, leave
 from ldm.rng import mix
@@ -44,37 +43,9 @@ from ldm.run import (
     key_of,
     plain_json,
 )
+from ldm.run_folder import only_one, set_aside
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Train, Trainer
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Within it no other start may use the run folder; the lock dies with its process.
-
-    Raises:
-        UserError: naming the process that has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(f"{folder}: in use by process {owner}; wait for it, or give this run another out=DIR") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def set_aside(folder: Path) -> Path:
-    """Move a stage's folder out of the way of its successor; nothing that was trained is deleted."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
-        number += 1
-    return folder.rename(target)
 
 
 class Execution:
@@ -87,7 +58,16 @@ class Execution:
         self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
         self.done: dict[str, Finished] = {}
         self.given = find(run, self.log.note)
+        if run.prior is not None:
+            self.data = self._with_prior(run.prior)
         self.made: dict[str, Product] = {}  # the parts from elsewhere, as stages read them
+
+    def _with_prior(self, prior: Prior) -> Mixed:
+        folder = self.out / GIVEN / PRIOR
+        if prior.prompts and self.processes.main:
+            draw(prior, self.run.init, folder, str(self.processes.device), self.log.note)
+        self.processes.wait()
+        return prior.mixed(self.data, folder)
 
     def start(self) -> None:
         """Do every stage that is not done.

@@ -13,9 +13,10 @@ from ldm.data.buckets import lines, sort
 from ldm.data.filter import sift
 from ldm.errors import UserError
 from ldm.estimate import Parts, parts_of
-from ldm.given import Found, find
+from ldm.given import GIVEN, Found, find
 from ldm.launching import adopt_slurm
 from ldm.launching import launched as how
+from ldm.prior import PRIOR
 from ldm.process import usable_cores
 from ldm.run import Planned, Run, plan
 from ldm.stages import Encode, Stage
@@ -102,6 +103,12 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
     speed, said = (tflops, "as told") if tflops else assumed_tflops()
     notes: list[str] = []
     data, val = _data(run, notes)
+    if run.prior is not None and data is not None:
+        drawn = out / GIVEN / PRIOR
+        if run.prior.path or drawn.is_dir():
+            data = run.prior.mixed(data, drawn)
+        else:
+            notes.append(f"{run.prior.images:,} pictures of prior.prompts are drawn first; counts are without them")
     given = _given(run, notes)
     known = data is not None and val is not None and given is not None
     doings = plan(run, out, data, val, given) if known else _unread(run, "the data" if data is None else "what it begins with")

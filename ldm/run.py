@@ -20,6 +20,7 @@ from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import PretrainedAutoencoder, problems, roles
+from ldm.prior import Prior
 from ldm.redact import exposed
 from ldm.stages import Encode, Evaluate, Export, Stage
 from ldm.text_pretrained import PretrainedText
@@ -45,6 +46,7 @@ class Run:
     seed: Count = 0  # of all randomness: equal seeds give equal results
     data: Source  # where images and captions come from
     init: str = ""  # a model to begin with: a model or run folder, a checkpoint file, or owner/name on the hub; empty: from nothing
+    prior: Prior | None = None  # pictures of the data's kind, learned beside it so that the base keeps knowing them; null: none
     text: Text = Clip()  # the text encoder
     autoencoder: Autoencoder = KL()  # pixels to latents and back
     diffusion: LatentDiffusion = LatentDiffusion()  # noise to latents
@@ -72,6 +74,8 @@ def _problems(run: Run) -> Iterator[str]:
     """What is wrong between fields, before any work."""
     if not run.stages:
         yield "stages: none; a run needs at least one"
+    if run.prior is not None and run.prior.prompts and not run.init:
+        yield "prior.prompts: the base model draws them; name it by init, or give prior.path"
     contradictions = list(problems(run))
     yield from contradictions
     if contradictions:

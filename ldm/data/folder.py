@@ -37,6 +37,7 @@ class FolderSource:
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
     captions: Literal["auto", "txt", "metadata", "filename"] = "auto"  # where captions are; auto: metadata, else .txt
+    caption: str = ""  # of every picture, such as "a photo of sks dog", in place of captions that lie beside them
     val_share: Share = 0.02  # share held out by a hash of the name; at least one
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
@@ -176,6 +177,8 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
 
 
 def _captions(image: Path, name: str, source: FolderSource, table: Table) -> tuple[str, ...]:
+    if source.caption:
+        return (source.caption,)
     found: tuple[str, ...] = ()
     if source.captions in ("auto", "metadata"):
         found = tuple(table.captions.get(name, ()))
