@@ -10,11 +10,13 @@ import torch
 
 from ldm import cost
 from ldm.cost import Cost, TextShape
+from ldm.families.adapt import Adapt, TextualInversion
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.perception import PerceptualClip, PerceptualLpips
 from ldm.folder import open_model, read_json
 from ldm.given import roles
+from ldm.lora import TEXT_TARGETS, adapted_count
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.perceptual import FeatureDistance, Lpips
 from ldm.models.unet import UNetConfig
@@ -113,7 +115,7 @@ class Parts:
     def _needs(self, run: Run, stage: Train, side: int) -> Needs:
         if stage.family == "text":
             return self._clip(run, stage, side)
-        return self._autoencoder(run, stage, side) if stage.family == "autoencoder" else self._diffusion(stage, side)
+        return self._autoencoder(run, stage, side) if stage.family == "autoencoder" else self._diffusion(run, stage, side)
 
     def _clip(self, run: Run, stage: Train, side: int) -> Needs:
         assert isinstance(run.text, Clip)
@@ -142,12 +144,30 @@ class Parts:
             spent += cost.distance(judge, side, side)
         return _needs(stage, counts, frozen, spent, 0, averaged=learned)
 
-    def _diffusion(self, stage: Train, side: int) -> Needs:
+    def _diffusion(self, run: Run, stage: Train, side: int) -> Needs:
         learned, spent = cost.unet(self.unet, side // self.factor, side // self.factor, self.text.tokens)
         known, encode, _ = cost.autoencoder(self.autoencoder, side, side)
         extra = self.text.cost.forward + (0 if stage.latents else encode.forward)
+        if run.diffusion.adapt is not None:
+            return self._adapted(run.diffusion.adapt, stage, {"unet": learned, "autoencoder": known}, spent, extra)
         return _needs(stage, {"unet": learned}, {"autoencoder": known, "text encoder": self.text.parameters}, spent, extra)
 
+    def _adapted(self, adapt: Adapt, stage: Train, frozen: dict[str, int], spent: Cost, extra: int) -> Needs:
+        """Of a base that stays as it is: gradients of its weights are not made, and where captions are learned, the text encoder's are."""
+        frozen = frozen | {"text encoder": self.text.parameters}
+        spent = replace(spent, backward=spent.backward // 2)
+        if isinstance(adapt, TextualInversion):
+            learned = {"word": adapt.vectors * self.text.width}
+        else:
+            with torch.device("meta"):
+                learned = {"adapters": adapted_count(self.unet.build(), adapt.rank, adapt.targets)}
+            if adapt.text_rank:
+                ends = [end for end in adapt.text_targets if end in TEXT_TARGETS]
+                learned["text adapters"] = 2 * self.text.width * adapt.text_rank * self.text.layers * len(ends)
+        if adapt.text_learns:
+            spent = spent + replace(self.text.cost, backward=self.text.cost.backward // 2)
+            extra -= self.text.cost.forward
+        return _needs(stage, learned, frozen, spent, extra)
 
     def encoding(self, side: int, copies: int) -> tuple[Cost, int]:
         """What encoding an image costs, and the bytes it leaves in a latent cache: mean, deviation, six sizes."""
@@ -193,11 +213,11 @@ def parts_of(run: Run) -> Parts:
 def _unet(run: Run, notes: list[str]) -> UNetConfig:
     if not run.init:
         return run.diffusion.network
+    own = run.diffusion.network
     file = next(_files(_folder(run.init), "unet"), None)
     if file is None:
         notes.append(f"unet of {run.init}: its config.json is not here; counted as Stable Diffusion 1's")
-        return UNetConfig()
-    own = run.diffusion.network
+        return replace(UNetConfig(), checkpointing=own.checkpointing)
     return replace(UNetConfig.from_diffusers(read_json(file)), checkpointing=own.checkpointing, dropout=own.dropout)
 
 

@@ -145,6 +145,30 @@ class Merged:
         self._kept = []
 
 
+def targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers whose names end, at whole words, with one of `targets`.
+
+    Raises:
+        UserError: naming a target that no layer's name ends with.
+    """
+    known = dict(layers(network))
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in known if not name.rsplit(".", 1)[-1].isdigit()})
+            raise UserError(f"targets: no layer's name ends with {target!r}; there are {', '.join(ends)}")
+    return {name: layer for name, layer in known.items() if any(name == t or name.endswith(f".{t}") for t in targets)}
+
+
+def adapted_count(network: nn.Module, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of the adapters that `inject` would put in.
+
+    Raises:
+        UserError: as `targeted`.
+    """
+    weights: list[Tensor] = [layer.weight for layer in targeted(network, targets).values()]  # type: ignore[misc]
+    return sum(rank * (len(weight) + weight[0].numel()) for weight in weights)
+
+
 def inject(network: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> list[nn.Parameter]:
     """Put fresh adapters of no effect beside a frozen network's layers, and return their parameters, which alone learn.
 
@@ -156,13 +180,8 @@ def inject(network: nn.Module, rank: int, alpha: float, targets: Sequence[str]) 
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, _ in layers(network)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-            raise UserError(f"targets: no layer's name ends with {target!r}; there are {', '.join(ends)}")
+    chosen = list(targeted(network, targets))
     network.requires_grad_(False)
-    chosen = [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
     # An alpha that is no whole number is peft's business: it only divides by the rank.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, init_lora_weights=True)  # type: ignore[arg-type]
     inject_adapter_in_model(config, network, ADAPTER)

@@ -6,6 +6,7 @@ of the image's side, x to the right and y downwards; an object's centre is the c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Literal
@@ -63,9 +64,25 @@ TIERS: dict[str, Tier] = {
 }
 
 
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+Pairs = tuple[tuple[int, int], ...]  # numbers of colour and shape
+
+
+def _pairs(text: str) -> Pairs:
     words = (pair.split() for pair in text.split(","))
     return tuple((COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in words)
+
+
+def pairs_of(names: Sequence[str]) -> Pairs:
+    """The colour-shape pairs that `cyan cross` and the like name.
+
+    Raises:
+        ValueError: naming what is no colour and shape.
+    """
+    for name in names:
+        colour, _, shape = name.partition(" ")
+        if colour not in COLOURS or shape not in SHAPES:
+            raise ValueError(f"{name!r} is no colour and shape; colours are {', '.join(COLOURS)}, shapes {', '.join(SHAPES)}")
+    return _pairs(",".join(names)) if names else ()
 
 
 PAIR_DEV = _pairs("red circle,blue square,yellow triangle,pink diamond,cyan cross,orange ring")
@@ -309,11 +326,16 @@ def _admitted(rules: Rules, count: NDArray, there: NDArray, colour: NDArray, sha
     return good & (first.sum(1) >= rules.phrases)
 
 
-def draw_specs(tier: str, split: str, seed: int, index: NDArray[np.int64], attempt: NDArray[np.int64] | None = None) -> Specs:
+def draw_specs(
+    tier: str, split: str, seed: int, index: NDArray[np.int64], attempt: NDArray[np.int64] | None = None, only: Pairs = ()
+) -> Specs:
     """Scene `index` of a corpus: a pure function of (tier, its version, split, seed, index, attempt).
 
     A scene that breaks a rule is drawn again under the next inner number, so every index gives a scene; `attempt` (N,) asks for another
     scene at the same index, for certification.
+
+    Args:
+        only: the colour-shape pairs that objects have, in place of those of the split.
 
     Raises:
         ValueError: if the tier cannot hold what the split asks for.
@@ -324,6 +346,9 @@ def draw_specs(tier: str, split: str, seed: int, index: NDArray[np.int64], attem
         raise ValueError(f"tier {tier} has at most {kind.most} objects; split {split} needs {needed}: take another tier")
     index = np.asarray(index, np.int64)
     keys = addresses(index, "scene", VERSION, tier, split, seed)
+    if only:
+        rules = replace(rules, pairs=only)
+        keys = hashed(keys ^ np.uint64(mix("only", *(number for pair in only for number in pair))))
     if attempt is not None:
         keys = np.where(attempt > 0, hashed(keys + attempt.astype(np.uint64) * STEP), keys)
     specs, good = _attempt(kind, rules, keys)

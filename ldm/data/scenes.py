@@ -20,8 +20,10 @@ from ldm.data.fields import Fields
 from ldm.data.scene_captions import Target, reword, say, stated
 from ldm.data.scene_checker import reads_back
 from ldm.data.scene_render import render, to_bytes
-from ldm.data.scene_spec import TIERS, VERSION, Draws, Specs, TierName, addresses, draw_specs
+from ldm.data.scene_spec import TIERS, VERSION, Draws, Specs, TierName, addresses, draw_specs, pairs_of
+from ldm.data.scene_spec import Pairs as PairNumbers
 from ldm.data.web import WebFields, corrupt, draw_web
+from ldm.errors import UserError
 
 Pairs = Literal["seen", "held-out", "pair_dev", "pair_test", "count_test", "rel_test", "long_test"]
 SHEET = 256  # scenes certified at a time
@@ -40,7 +42,16 @@ class ScenesSource:
     drop: Fraction = 0.3  # chance that a fact is left out of a further wording; a quarter of it for colours and shapes
     synonyms: bool = False  # whether wordings take synonyms at random: big, disc, hoop
     web: bool = False  # whether training scenes are spoilt as pictures on the web are, for curation
+    pairs: tuple[str, ...] = ()  # only such objects, as in [cyan cross, blue ring]; empty: all but the twelve withheld pairs
     certified: bool = False  # whether training scenes must be read back perfectly, too: about 1 ms each at the start
+
+    def __post_init__(self) -> None:
+        try:
+            pairs_of(self.pairs)
+        except ValueError as error:
+            raise UserError(f"pairs: {error}") from None
+        if self.pairs and TIERS[self.tier].most > 1:
+            raise UserError(f"pairs: scenes of tier {self.tier} have several objects; choose them in tier one or T0")
 
     def build(self, split: Split) -> Scenes:
         """The training scenes, or as many validation scenes as `val` says."""
@@ -61,9 +72,10 @@ class Scenes:
         self.split: Split = split
         self._n = source.images if split == "train" else source.val
         self._web = source.web and split == "train"
+        self._only = pairs_of(source.pairs)
         self._attempt: NDArray[np.int64] | None = None
         if split == "val" or source.certified:
-            self._attempt = certified(source.tier, split, source.seed, np.arange(self._n))
+            self._attempt = certified(source.tier, split, source.seed, np.arange(self._n), self._only)
 
     def __len__(self) -> int:
         return self._n
@@ -72,7 +84,7 @@ class Scenes:
         """The scenes themselves."""
         rows = np.asarray(index, np.int64)
         attempt = None if self._attempt is None else self._attempt[rows]
-        return draw_specs(self.source.tier, self.split, self.source.seed, rows, attempt)
+        return draw_specs(self.source.tier, self.split, self.source.seed, rows, attempt, self._only)
 
     def targets(self, index: Sequence[int]) -> list[Target]:
         """All facts of scenes: what their pictures and reconstructions must show."""
@@ -154,7 +166,9 @@ class Scenes:
     def fingerprint(self) -> str:
         """A hash of everything that the samples depend on."""
         s = self.source
-        facts = [s.kind, s.tier, VERSION, self.split, self._n, s.seed, s.captions, s.drop, s.synonyms, self._web, self._attempt is not None]
+        facts: list[object] = [s.kind, s.tier, VERSION, self.split, self._n, s.seed, s.captions, s.drop, s.synonyms]
+        facts += [self._web, self._attempt is not None]
+        facts += [list(s.pairs)] if s.pairs else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @cached_property
@@ -187,7 +201,7 @@ class Scenes:
         return said
 
 
-def certified(tier: str, split: str, seed: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+def certified(tier: str, split: str, seed: int, index: NDArray[np.int64], only: PairNumbers = ()) -> NDArray[np.int64]:
     """For each scene number the first attempt whose picture, in 8 bits at the tier's size, is read back perfectly, (N,)."""
     attempt = np.zeros(len(index), np.int64)
     left = np.arange(len(index))
@@ -195,7 +209,7 @@ def certified(tier: str, split: str, seed: int, index: NDArray[np.int64]) -> NDA
         good = []
         for start in range(0, len(left), SHEET):
             rows = left[start : start + SHEET]
-            specs = draw_specs(tier, split, seed, index[rows], attempt[rows])
+            specs = draw_specs(tier, split, seed, index[rows], attempt[rows], only)
             good.append(reads_back(specs, to_bytes(render(specs, TIERS[tier].pixels))))
         left = left[~np.concatenate(good)]
         attempt[left] += 1
@@ -214,7 +228,7 @@ class Prompts:
         return len(self.text)
 
 
-def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen") -> Prompts:
+def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen", only: Sequence[str] = ()) -> Prompts:
     """Prompts that state every fact of scenes no data set holds.
 
     Args:
@@ -223,11 +237,13 @@ def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen") -> Pro
         seed: other seeds give other prompts.
         pairs: `seen`: colour-shape pairs, counts and relations of the training scenes; `held-out`: withheld pairs only (`pair_dev` and
             `pair_test` are its halves); or another split's rule: `count_test`, `rel_test`, `long_test`.
+        only: objects are of these colour-shape pairs, such as `cyan cross`, in place of the split's.
 
     Raises:
         ValueError: if the tier cannot hold what the split asks for.
     """
     index = np.arange(n)
-    specs = draw_specs(tier, pairs, seed, index, certified(tier, pairs, seed, index))
+    chosen = pairs_of(only)
+    specs = draw_specs(tier, pairs, seed, index, certified(tier, pairs, seed, index, chosen), chosen)
     targets = tuple(stated(specs, tier))
     return Prompts(tuple(say(target) for target in targets), targets, specs)

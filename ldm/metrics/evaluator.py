@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.config import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
-from ldm.data.scene_spec import TierName
+from ldm.data.scene_spec import TierName, pairs_of
 from ldm.data.scenes import Scenes, prompts
 from ldm.errors import UserError
 from ldm.metrics import adherence, frechet
@@ -99,19 +99,29 @@ class Adherence:
     sampler: str = ""  # empty: the model's own
     size: Count = 0  # px; 0: the model's own
     seed: Count = 0  # of prompts and pictures
+    pairs: tuple[str, ...] = ()  # as many prompts more with these colour-shape pairs alone, as in [cyan cross, blue ring]: chosen.bind
+
+    def __post_init__(self) -> None:
+        try:
+            pairs_of(self.pairs)
+        except ValueError as error:
+            raise UserError(f"pairs: {error}") from None
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""
-        return tuple(f"{pairs}.{name}" for pairs in ("seen", "held_out") for name in adherence.METRICS)
+        groups = ("seen", "held_out", *(("chosen",) if self.pairs else ()))
+        return tuple(f"{pairs}.{name}" for pairs in groups for name in adherence.METRICS)
 
     def run(self, bench: Bench) -> Values:
         """Means by attribute at the first guidance scale, all with intervals, and the checker's own score."""
         groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
+        if self.pairs:
+            groups["chosen"] = prompts(self.tier, self.prompts, self.seed, "seen", self.pairs)
         own: dict[str, Any] = {"steps": self.steps or None, "sampler": self.sampler or None}
         scales = self.guidance or (bench.model.settings().guidance,)
         size = (self.size, self.size) if self.size else None
         intervals: Values = {}
-        total, done = 2 * self.prompts * len(scales), 0
+        total, done = len(groups) * self.prompts * len(scales), 0
         for scale in scales:
             per_pairs: Values = {}
             for pairs, asked in groups.items():

@@ -26,9 +26,11 @@ from ldm.data.scene_spec import (
     SPLITS,
     TIERS,
     Draws,
+    TierName,
     addresses,
     draw_specs,
     hue_gap,
+    pairs_of,
     withheld_relations,
 )
 from ldm.data.scenes import Scenes, ScenesSource, certified, prompts
@@ -297,3 +299,25 @@ def test_the_configuration_refuses_other_words():
         with pytest.raises(ValidationError):
             TypeAdapter(ScenesSource).validate_python(wrong)
     assert set(SPLITS) >= {"train", "val", "seen", "held-out"}
+
+
+def test_scenes_of_chosen_pairs_alone() -> None:
+    """They are other scenes with the same rules, and validation scenes and prompts follow."""
+    from ldm.data.scenes import ScenesSource, prompts
+
+    source = ScenesSource(tier="one", images=40, val=10, pairs=("cyan cross", "blue ring"))
+    wanted = set(pairs_of(source.pairs))
+    specs = source.build("train").specs(range(40))
+    assert set(zip(specs.colour[:, 0].tolist(), specs.shape[:, 0].tolist(), strict=True)) == wanted
+    for specs in (source.build("val").specs(range(10)), prompts("one", 10, only=("cyan cross",)).specs):
+        assert set(zip(specs.colour[:, 0].tolist(), specs.shape[:, 0].tolist(), strict=True)) <= wanted
+    assert source.build("train").fingerprint() != ScenesSource(tier="one", images=40, val=10).build("train").fingerprint()
+
+
+@pytest.mark.parametrize(("tier", "name", "said"), [("one", "cyan dog", "no colour and shape"), ("T1", "cyan cross", "several objects")])
+def test_pairs_that_cannot_be(tier: TierName, name: str, said: str) -> None:
+    from ldm.data.scenes import ScenesSource
+    from ldm.errors import UserError
+
+    with pytest.raises(UserError, match=said):
+        ScenesSource(tier=tier, pairs=(name,))
