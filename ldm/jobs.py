@@ -101,7 +101,7 @@ def draw(
 
     Args:
         original: the picture that the recipes start from, as large as they say.
-        edits: further methods.
+        edits: further methods, of both passes.
         note: told what a user should know, one line each.
     """
     import torch
@@ -126,7 +126,7 @@ def draw(
     if passes == 2:
         small = drawn(0, (first.first_height, first.first_width), edits)
         large = enlarged(small, first.height, first.width)
-        edits = family.edits(large, None, first.hires_strength)
+        edits = (*family.edits(large, None, first.hires_strength), *edits)
     return drawn(passes - 1, (first.height, first.width), edits)
 
 

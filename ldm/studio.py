@@ -250,7 +250,7 @@ class Studio:
         jobs = list(dict.fromkeys(job for job, _ in unit))
 
         def on_step(done: int, of: int) -> None:
-            if all(job.over for job in jobs):  # what watches the denoiser does not see a second pass
+            if all(job.over for job in jobs):
                 raise Stopped
             for job in jobs:
                 job.steps, job.of = done, of

@@ -7,10 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from finished_model import SIDE
 from PIL import Image
 
+from ldm import jobs
 from ldm.__main__ import main
+from ldm.diffusion.samplers import Denoise
+from ldm.families.drawing import Canvas, Edit
+from ldm.families.film import Film
+from ldm.families.finished import load
+from ldm.prompt_files import Asked
 from ldm.recipe import Recipe, read_recipe
 
 DDIM = ["--steps", "4", "--sampler", "ddim"]
@@ -94,6 +101,29 @@ def test_two_passes(model: list[str], tmp_path: Path) -> None:
     assert np.array_equal(again, two)
     pair = draw(tmp_path / "pair", *model, "a blue ring", "a red circle", *size, "--hires", "2", "--hires-strength", "0.5")
     assert np.array_equal(pair[1], two)
+
+
+def test_both_passes_are_edited_and_filmed(model: list[str], tmp_path: Path) -> None:
+    family = load(model[1])
+    (made,) = jobs.recipes(family, [Asked(prompt="a ring")], None, seed=3, n=1, chosen={"steps": 4}, negative="", size=(64, 64), model="m",
+                           model_hash="h", hires=2.0, hires_strength=0.5)  # fmt: skip
+    calls: list[tuple[int, int]] = []
+
+    def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
+        def guided(x: torch.Tensor, i: int) -> torch.Tensor:
+            calls.append((x.shape[-1], i))
+            return denoise(x, i) + (0.5 if x.shape[-1] == 8 else 0)
+
+        return guided
+
+    plain = jobs.draw(family, [made], note=print)
+    film = Film()
+    edited = jobs.draw(family, [made], edits=[Edit(guide=guide), film.edit()], note=print)
+    small, large = [call for call in calls if call[0] == 4], [call for call in calls if call[0] == 8]
+    assert [i for _, i in small] == [0, 1, 2, 3] and [i for _, i in large] == [0, 1] and not torch.equal(plain, edited)
+    assert film.strip(0, family.codec).shape == (64, 6 * 66 - 2, 3)
+    filmed = jobs.draw(family, [made], edits=[Film().edit()], note=print)
+    assert torch.equal(filmed, plain)
 
 
 def test_the_steps_of_a_picture(model: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.diffusion.samplers import Denoise
 from ldm.families.codec import Codec
@@ -15,7 +16,7 @@ class Film:
     """The estimates of x0 of the pictures of one call, step after step."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, dict[int, Tensor]] = {}  # by picture, by step: (c,h,w)
+        self.seen: dict[int, dict[tuple[int, int], Tensor]] = {}  # by picture, by size (of a first pass) and step: (c,h,w)
 
     def edit(self) -> Edit:
         """The edit that watches and changes nothing."""
@@ -24,7 +25,7 @@ class Film:
             def watched(x: Tensor, i: int) -> Tensor:
                 x0 = denoise(x, i)
                 for row, own in zip(canvas.rows, x0, strict=True):
-                    self.seen.setdefault(row, {})[int(i)] = own.detach().cpu()
+                    self.seen.setdefault(row, {})[own[0].numel(), int(i)] = own.detach().cpu()
                 return x0
 
             return watched
@@ -33,8 +34,9 @@ class Film:
 
     @torch.no_grad()
     def strip(self, picture: int, codec: Codec, columns: int = 10) -> Tensor:
-        """The estimates of a picture of the call, decoded, side by side, (H,W,3) uint8."""
+        """The estimates of a picture of the call, decoded, side by side, (H,W,3) uint8; a smaller first pass is enlarged."""
         frames = self.seen[picture]
         device = next(codec.network.parameters()).device
-        images = [to_uint8(codec.decode(frames[i][None].to(device)).float()) for i in sorted(frames)]
-        return grid(torch.cat(images).cpu(), columns)
+        images = [codec.decode(frames[key][None].to(device)).float() for key in sorted(frames)]
+        side = images[-1].shape[2:]
+        return grid(to_uint8(torch.cat([F.interpolate(image, size=side) for image in images])), columns)
