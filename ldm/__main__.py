@@ -18,6 +18,7 @@ VERBS = {
     "animate": ("ldm.animate", 'films: ldm animate "a red circle" --to "a blue ring" --frames 24, or edit one: --clip FRAMES'),
     "info": ("ldm.info", "what pictures remember of how they were made: ldm info picture.png"),
     "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
+    "classifier": ("ldm.classifier_verb", "train what guides drawing: ldm classifier CACHE --model DIR --words red,blue --out FILE"),
     "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
     "report": ("ldm.report", "write the page of a run: ldm report RUN"),
     "watch": ("ldm.watch", "look at a run while it trains: ldm watch RUN"),

@@ -103,8 +103,8 @@ def refuse(old: Mapping[str, Any], verb: str) -> None:
     Raises:
         UserError: if it has any.
     """
-    if any(old.get(name) for name in FIELDS):
-        raise UserError(f"from: this picture was drawn with LoRAs or new words, which {verb} does not take; ldm sample does")
+    if any(old.get(name) for name in (*FIELDS, "classifier")):
+        raise UserError(f"from: this picture was drawn with LoRAs, new words or a classifier, which {verb} does not take; ldm sample does")
 
 
 def _again(one: Mapping[str, Any], option: str) -> str:

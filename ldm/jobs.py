@@ -13,6 +13,7 @@ from ldm.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.families.classifying import Classifier
     from ldm.families.latent_diffusion import LatentDiffusionFamily
     from ldm.originals import Original
     from ldm.prompt_syntax import Prompt
@@ -92,6 +93,7 @@ def draw(
     *,
     original: Original | None = None,
     edits: Sequence[Any] = (),
+    classifier: Classifier | None = None,
     on_step: Callable[[int, int], None] | None = None,
     note: Callable[[str], None],
 ) -> Tensor:
@@ -102,6 +104,7 @@ def draw(
     Args:
         original: the picture that the recipes start from, as large as they say.
         edits: further methods, of both passes.
+        classifier: what guides recipes with a `classifier_scale`.
         note: told what a user should know, one line each.
     """
     import torch
@@ -123,6 +126,8 @@ def draw(
         image = torch.tensor(original.pixels)[None]
         new = None if original.mask is None else torch.tensor(original.mask)[None]
         edits = (*edits_of(family, first, image, new), *edits)
+    if classifier is not None and first.classifier_scale:
+        edits = (classifier.edit([recipe.prompt for recipe in found], first.classifier_scale), *edits)
     if passes == 2:
         small = drawn(0, (first.first_height, first.first_width), edits)
         large = enlarged(small, first.height, first.width)

@@ -70,6 +70,8 @@ class Recipe:
     mark: str = ""  # text hidden in the pixels
     loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
     embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught
+    classifier: str = ""  # SHA-256 of the file that guided it besides the prompt
+    classifier_scale: float = 0.0  # and how strongly
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""

@@ -23,6 +23,7 @@ from ldm.sample_words import (
     asked_for,
     device_for,
     edits_asked,
+    guided_by,
     hires_of,
     interval_of,
     known,
@@ -73,6 +74,8 @@ def sample(
     outpaint: Annotated[str, Option(help="Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")] = "",
     invert: Annotated[Path | None, Option(help="A picture to edit by its prompt: start from the noise that it comes from.")] = None,
     source: Annotated[str | None, Option(help="What the picture of --invert shows.")] = None,
+    classifier: Annotated[Path | None, Option(help="A file of ldm classifier: draw towards the words of the prompt that it knows.")] = None,
+    classifier_scale: Annotated[float | None, Option(min=0, max=1000, help="How strongly; 1 is Bayes' rule; default: 1.")] = None,
     variations: Annotated[int, Option(min=0, help="So many pictures near each one, in its place.")] = 0,
     variation_strength: Annotated[float | None, Option(min=0, max=1, help="How far away they are; default: 0.2.")] = None,
     best: Annotated[int, Option(min=1, help="Draw so many for each picture and keep the one that JUDGE likes best.")] = 1,
@@ -109,7 +112,7 @@ def sample(
     known("guidance_curve", guidance_curve, CURVES)
     margins = margins_of(outpaint, old)
     passes = hires_of(hires, hires_strength, init or invert, old)
-    edited = edits_asked(init, strength, mask, invert, source, margins, size, old)
+    edited = guided_by(classifier, classifier_scale, old) | edits_asked(init, strength, mask, invert, source, margins, size, old)
     if variation_strength is not None and not variations:
         raise UserError(f"variation_strength: got {variation_strength}, but no variations; give --variations 4")
     if best > 1 and (variations or not judge):
@@ -165,6 +168,14 @@ def sample(
     rest |= {name: old[name] for name in ("to", "share", "variation", "variation_seed") if name in old}
     if variations:
         rest |= {"variation": 0.2 if variation_strength is None else variation_strength}
+    guide = None
+    if classifier is not None:
+        from ldm.families.classifying import Classifier
+
+        guide = Classifier.load(classifier, family.codec.hash, family.process, place)
+        if old.get("classifier") not in (None, "", guide.hash):
+            tell(f"classifier: {classifier} is not the file that the recipe was made with: the picture will differ")
+        rest["classifier"] = guide.hash
     original, picture = None, init or invert
     if picture is not None:
         if sizes := [one for one in wanted if one.width or one.height]:
@@ -195,7 +206,7 @@ def sample(
     started = time.monotonic()
     writer = Writer(
         out=out, first=first, batch=batch, best=best, judge=choose, safety=None if safety is None else SafetyFilter.load(safety, place),
-        save_steps=save_steps, tell=tell, told=to_json if as_json else lambda told: None, processes=team,
+        classifier=guide, save_steps=save_steps, tell=tell, told=to_json if as_json else lambda told: None, processes=team,
     )  # fmt: skip
     paths = writer.write(family, made, original)
     if team.rank == 0:

@@ -157,6 +157,23 @@ def edits_asked(
     }  # fmt: skip
 
 
+def guided_by(classifier: Path | None, scale: float | None, old: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of a classifier's guidance besides its hash; empty where there is none.
+
+    Raises:
+        UserError: for a scale without a file, a file that is missing, or a recipe that needs one.
+    """
+    if classifier is None:
+        if scale is not None:
+            raise UserError(f"classifier_scale: got {scale:g}, but no classifier; give --classifier FILE")
+        if old.get("classifier"):
+            raise UserError("from: this picture was drawn with a classifier; give its file by --classifier")
+        return {}
+    if not classifier.exists():
+        raise UserError(f"classifier: {classifier}: No such file or directory")
+    return {"classifier_scale": float(old.get("classifier_scale") or 1.0) if scale is None else float(scale)}
+
+
 def model_for(name: str) -> str:
     """The model that is meant: a folder, a file or a name on the hub; by default the newest here."""
     words = name.split("/")

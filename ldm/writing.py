@@ -15,6 +15,7 @@ from ldm.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.families.classifying import Classifier
     from ldm.families.latent_diffusion import LatentDiffusionFamily
     from ldm.judges import Judge
     from ldm.originals import Original
@@ -31,6 +32,7 @@ class Writer:
         best: of how many that follow each other one is kept.
         judge: who chooses then.
         safety: who withholds pictures, or None.
+        classifier: what guides recipes that ask for it.
         save_steps: whether a strip of its steps lies beside each.
         tell: told what a user should know.
         told: told every picture's file and recipe.
@@ -42,6 +44,7 @@ class Writer:
     best: int = 1
     judge: Judge | None = None
     safety: SafetyFilter | None = None
+    classifier: Classifier | None = None
     save_steps: bool = False
     tell: Callable[[str], None] = print
     told: Callable[[dict[str, Any]], None] = lambda told: None
@@ -68,7 +71,7 @@ class Writer:
                     show(done + count * step / of)
 
                 watching = (film.edit(),) if self.save_steps else ()
-                images = jobs.draw(family, part, original=original, edits=watching, on_step=on_step, note=note)
+                images = jobs.draw(family, part, original=original, edits=watching, classifier=self.classifier, on_step=on_step, note=note)
                 done += len(part)
                 for row, place in enumerate(places):
                     waiting[place] = images[row], film.strip(row, family.codec) if self.save_steps else None
