@@ -134,8 +134,13 @@ def _sort_texts(path: Path) -> None:
 
 
 def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
-    """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards."""
+    """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards.
+
+    What a save that was killed has left is removed before, as the room may be needed.
+    """
     target = folder / f"images-{images:012d}"
+    for left in folder.glob(".images-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
     def write(temporary: Path) -> None:
         for name, group in tensors.items():

@@ -27,10 +27,13 @@ KL_WEIGHT = 1e-6
 
 
 def steps(setup: Setup) -> Iterator[Case]:
-    """B13."""
-    yield game(setup, "equal", "fp32", "fp32", 1e-4)
-    yield game(setup, "equal", "bf16", "bf16", 1e-1)
-    yield game(setup, "default", "bf16", "fp32", 1e-1)
+    """B13. In float64 the two sides' gradients agree to 1e-14 (`tests/families/test_autoencoder.py`).
+
+    Rounding turns slopes of L1 and of hinges that are near nothing, and the adaptive weight passes it on, hence the errors allowed.
+    """
+    yield game(setup, "equal", "fp32", "fp32", 3e-3)
+    yield game(setup, "equal", "bf16", "bf16", 3e-1)
+    yield game(setup, "default", "bf16", "fp32", 3e-1)
 
 
 def game(setup: Setup, kind: Literal["equal", "default"], ours: Precision, theirs: Precision, tolerance: float) -> Case:

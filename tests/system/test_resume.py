@@ -38,7 +38,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path) -> No
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tiny.train(f"out={whole}", *WORDS)
     chance, kills = random.Random(0), 0
-    for _ in range(5):
+    for _ in range(2):  # ten and a hundred kills: tests/test_checkpoint_faults.py, tests/soak
         process = tiny.start(f"out={killed}", *WORDS)
         # Imports take seconds: wait for the first steps of this start, then kill at a random moment.
         log, before = killed / "log.jsonl", _steps(killed / "log.jsonl")
@@ -51,7 +51,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path: Path) -> No
             kills += 1
         process.communicate()
     said = tiny.train(f"out={killed}", *WORDS)
-    assert kills >= 2 and ("going on from" in said or "done already" in said)
+    assert kills >= 1 and ("going on from" in said or "done already" in said)
     assert weights(killed) == weights(whole)
 
 
