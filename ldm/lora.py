@@ -72,7 +72,7 @@ def flat_prefix() -> str:
     return TEXT_PREFIX.replace(".", "_")
 
 
-def layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that can be adapted, linear ones and convolutions, by name."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -145,7 +145,7 @@ class Merged:
         self._kept = []
 
 
-def targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+def targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     """The layers whose names end, at whole words, with one of `targets`.
 
     Raises:
@@ -165,7 +165,7 @@ def adapted_count(network: nn.Module, rank: int, targets: Sequence[str]) -> int:
     Raises:
         UserError: as `targeted`.
     """
-    weights: list[Tensor] = [layer.weight for layer in targeted(network, targets).values()]  # type: ignore[misc]
+    weights: list[Tensor] = [layer.weight for layer in targeted(network, targets).values()]
     return sum(rank * (len(weight) + weight[0].numel()) for weight in weights)
 
 
@@ -205,6 +205,7 @@ def injected(network: nn.Module) -> dict[str, Pair]:
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-            down, up = (part[ADAPTER].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+            parts: Any = (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+            down, up = (part.weight.detach().clone() for part in parts)
             found[name] = Pair(down, up, float(layer.lora_alpha[ADAPTER]))
     return found
