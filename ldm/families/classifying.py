@@ -108,7 +108,10 @@ class Classifier:
                 raise ValueError("it is not one that ldm classifier wrote")
             about = json.loads(texts["about"])
             values = about["network"]
-            config = NoisyClassifierConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            config = NoisyClassifierConfig(
+                words=tuple(values["words"]), latent_channels=values["latent_channels"], channels=tuple(values["channels"]),
+                grid=values["grid"],
+            )  # fmt: skip
             network = config.build()
             network.load_state_dict(state)
         except OSError as error:
