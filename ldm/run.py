@@ -100,6 +100,9 @@ def _problems(run: Run) -> Iterator[str]:
             if stage.buckets:
                 yield from _shapeless(stage, where)
                 yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
+            if stage.exact and (stage.family == "text" or (stage.family == "autoencoder" and isinstance(run.autoencoder, VQ))):
+                why = "pairs of the whole batch" if stage.family == "text" else "codes of the whole batch"
+                yield f"{where}.exact: this family learns from {why}, which depend on how many processes there are; leave it out"
             if stage.latents:
                 cache = encoded.get(stage.latents)
                 if cache is None and not kept_cache(stage):

@@ -22,7 +22,8 @@ from ldm.data.order import Order, Shuffled
 from ldm.data.sources import DataSet
 from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.families.family import Context, Family
+from ldm.exact import exact_gradients
+from ldm.families.family import Context, Family, Ranks
 from ldm.optim import AdamW, Optim
 from ldm.pictures import save_grid
 from ldm.processes import ALONE, Learners, Stopped, stop_requests
@@ -51,6 +52,7 @@ class Train:
     batch: Positive = 32  # samples of one update, over all processes
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
     buckets: Buckets | None = None  # pictures in shapes near their own, of about resolution² pixels; null: squares
+    exact: bool = False  # equal weights to the bit for any number of processes; needs micro_batch, and is slower
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
     caption_dropout: Fraction | None = None  # of this stage, family: diffusion; null: as diffusion.caption_dropout
@@ -70,6 +72,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.micro_batch and self.batch % self.micro_batch:
             raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.exact and not self.micro_batch:
+            raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
 
     @property
     def steps(self) -> int:
@@ -131,7 +135,9 @@ class Trainer:
         self.processes, self.log = processes, log
         self.seed = context.seed
         self.device = processes.device
-        family.ranks = processes.ranks()
+        if stage.exact and processes.launch.sharded:
+            raise UserError("exact: not for sharded weights (FSDP2); leave one of them out")
+        family.ranks = Ranks() if stage.exact else processes.ranks()
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()
@@ -253,6 +259,8 @@ class Trainer:
 
     def gradients(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a batch's gradients up, a micro-batch at a time; returns terms and gauges averaged over these."""
+        if self.stage.exact:
+            return exact_gradients(self, model, batch)
         count = len(batch.position)
         size = self.stage.micro_batch or count
         terms: dict[str, Tensor] = {}

@@ -1,0 +1,46 @@
+"""`exact: true`: the same weights, to the bit, from one process, two and four."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import several
+import tiny
+from safetensors.numpy import load_file
+
+from ldm.config import build
+from ldm.errors import UserError
+from ldm.run import Run
+
+WORDS = [
+    *tiny.only("autoencoder"), "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
+    "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}",
+    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.autoencoder.log_every_steps=1",
+    "stages.autoencoder.precision=fp32", "stages.autoencoder.samples=0", "stages.autoencoder.images=48",
+    "stages.autoencoder.micro_batch=2", "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
+    found = {}
+    for world in (1, 2, 4):
+        ended = several.train(world, *WORDS, "stages.autoencoder.exact=true", f"out={tmp_path / str(world)}")
+        assert ended.codes == [0] * world, ended.said
+        found[world] = load_file(tmp_path / str(world) / "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors")
+    for world in (2, 4):
+        assert all((found[1][name] == value).all() for name, value in found[world].items())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "micro", "said"),
+    [
+        ("autoencoder", "kl", 0, "needs micro_batch"), ("autoencoder", "vq", 2, "codes of the whole batch"),
+        ("text", "kl", 2, "pairs of the whole batch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exact_is_refused(family: str, kind: str, micro: int, said: str) -> None:
+    stage = {"kind": "train", "family": family, "images": 8, "resolution": 32, "batch": 8, "micro_batch": micro, "exact": True}
+    with pytest.raises(UserError, match=said):
+        build({"data": {"kind": "scenes"}, "autoencoder": {"kind": kind}, "stages": {"a": stage}}, Run, "run")
