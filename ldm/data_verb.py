@@ -20,13 +20,14 @@ USAGE = """usage: ldm data WHAT ...
   index PATH          read tar shards once, so that their samples have addresses
   encode DATA         latents of all pictures, once for many trainings
   curate TABLE ...    filter parquet tables of links or pictures, remove duplicates, split, and account for every row
+  fetch TABLE         the pictures of a table's links as tar shards, by img2dataset
 
 `ldm data WHAT --help` tells more."""
 
 
 def main(words: Sequence[str]) -> int:
     """`ldm data`: the exit code."""
-    verbs = {"check": check, "index": index, "curate": curate}
+    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -34,8 +35,6 @@ def main(words: Sequence[str]) -> int:
         from ldm.encode_verb import main as encode
 
         return encode(words[1:])
-    if words[0] == "fetch":
-        raise UserError("fetch: pictures are fetched by img2dataset, which needs an environment of its own; docs/data.md has the command")
     if words[0] not in verbs:
         raise UserError(f"{words[0]}: no such word; there are {', '.join((*verbs, 'encode'))}")
     return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")
@@ -138,3 +137,34 @@ def curate(
     audit = curating.curate(tables, out, asked, memory_mb=memory_mb, threads=threads)
     print(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str) if as_json else "\n".join(curating.lines(audit)))
     return 0
+
+
+def fetch(
+    table: Annotated[Path, typer.Argument(help="A parquet file of links, or a folder of them, as ldm data curate writes.")],
+    out: Annotated[Path, typer.Option(help="The folder of the shards; what is there already is not fetched again.")],
+    img2dataset: Annotated[str, typer.Option(help="The program, in its own environment; default: the one on the path.")] = "",
+    size: Annotated[int, typer.Option(help="px; larger pictures are made so large on the shorter side.", min=16)] = 512,
+    processes: Annotated[int, typer.Option(help="Of the program.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Downloads at a time in each.", min=1)] = 32,
+    shard: Annotated[int, typer.Option(help="Links of a shard.", min=1)] = 10_000,
+    timeout: Annotated[int, typer.Option(help="Seconds for a link.", min=1)] = 10,
+    retries: Annotated[int, typer.Option(help="More tries for a link.", min=0)] = 1,
+    distributor: Annotated[str, typer.Option(help="multiprocessing, or on a cluster pyspark or ray.")] = "multiprocessing",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Fetch pictures, and say which links gave none and why; start it again and it goes on."""
+    from ldm.data import fetch as fetching
+
+    if distributor not in ("multiprocessing", "pyspark", "ray"):
+        raise UserError(f"--distributor: got {distributor!r}; there are multiprocessing, pyspark, ray")
+    columns, command = fetching.columns_of(table), fetching.command_of(img2dataset)
+    options = {
+        "image_size": size, "processes_count": processes, "thread_count": threads, "number_sample_per_shard": shard, "timeout": timeout,
+        "retries": retries, "distributor": distributor,
+    }  # fmt: skip
+    words = fetching.words_of(table, out, columns, options)
+    print(" ".join([command, *words]), file=sys.stderr)
+    fetching.run([command, *words], out, lambda said: print(said, file=sys.stderr, flush=True))
+    found = fetching.look(out)
+    print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+    return 1 if found.wrong else 0
