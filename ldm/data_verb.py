@@ -17,6 +17,7 @@ from ldm.errors import UserError
 USAGE = """usage: ldm data WHAT ...
 
   check PATH          what is there, what is left out and why; sizes, captions, buckets; a page of samples
+  hash PATH           a table of pictures with their captions, sizes, and hashes for finding duplicates
   index PATH          read tar shards once, so that their samples have addresses
   encode DATA         latents of all pictures, once for many trainings
   curate TABLE ...    filter parquet tables of links or pictures, remove duplicates, split, and account for every row
@@ -27,7 +28,7 @@ USAGE = """usage: ldm data WHAT ...
 
 def main(words: Sequence[str]) -> int:
     """`ldm data`: the exit code."""
-    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch}
+    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -168,3 +169,18 @@ def fetch(
     found = fetching.look(out)
     print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
     return 1 if found.wrong else 0
+
+
+def hash_pictures(
+    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, or parquet with image bytes.")],
+    out: Annotated[Path, typer.Option(help="The parquet table.")],
+    threads: Annotated[int, typer.Option(help="That decode.", min=1)] = 2,
+) -> int:
+    """Write a table that `ldm data curate --unique sha256 --near 3` understands."""
+    from ldm.data.check import source_at
+    from ldm.data.hashes import write
+
+    source = source_at(path)
+    count = write([source.build("train"), source.build("val")], out, threads)
+    print(f"{out}: {count:,} pictures")
+    return 0
