@@ -105,10 +105,9 @@ def _problems(run: Run) -> Iterator[str]:
                 yield f"{where}.exact: this family learns from {why}, which depend on how many processes there are; leave it out"
             if stage.latents:
                 cache = encoded.get(stage.latents)
-                if cache is None and not kept_cache(stage):
-                    yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
-                elif cache is None:
-                    pass  # ldm data encode made it; it says what it holds
+                if cache is None:
+                    if not kept_cache(stage):  # one that ldm data encode made says itself what it holds
+                        yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
                 elif cache.resolution != stage.resolution:
                     yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
                 elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):

@@ -12,7 +12,7 @@ from ldm.redact import cleaned, exposed, hook, redacted, secrets
 
 ENVIRONMENT = {
     "WANDB_API_KEY": "f00dfeedf00dfeed", "HF_TOKEN": "hf_MARKEDabcdefgh", "AWS_SECRET_ACCESS_KEY": "aws/marked+value",
-    "DB_PASSWORD": "short", "TOKENIZERS_PARALLELISM": "false-not-secret", "HOME": "/home/somebody", "MONKEY": "banana-split",
+    "DB_PASSWORD": "short", "TOKENIZERS_PARALLELISM": "false-not-secret", "HOME": "somewhere/else", "MONKEY": "banana-split",
     "SSH_AUTH_SOCK": "/tmp",
 }  # fmt: skip
 
