@@ -83,7 +83,7 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sampel"]) == 2
     assert "did you mean sample?" in capsys.readouterr().err
     assert main(["zzz"]) == 2
-    assert "there are train, sample" in capsys.readouterr().err
+    assert "there are train, plan, sample" in capsys.readouterr().err
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("ldm ")
     assert main(["sample", "--stesp", "3"]) == 2
     said = capsys.readouterr().err

@@ -19,8 +19,8 @@ from ldm.__main__ import main
 pytestmark = pytest.mark.slow
 STAGES = tiny.only("text", "autoencoder")
 WORDS = [
-    *STAGES, "stages.autoencoder.images=320", "stages.autoencoder.save_every_images=16", "stages.text.save_every_images=16",
-    "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}", "stages.text.images=160",
+    *STAGES, "stages.autoencoder.images=160", "stages.autoencoder.save_every_images=16", "stages.text.save_every_images=16",
+    "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}", "stages.text.images=96",
     "stages.text.log_every_steps=1", "stages.autoencoder.log_every_steps=1",
 ]  # fmt: skip
 
