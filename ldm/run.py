@@ -120,6 +120,9 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
             if stage.caption_dropout is not None and stage.family != "diffusion":
                 yield f"{where}.caption_dropout: only family: diffusion drops captions"
+            network = run.diffusion.network
+            if stage.family == "diffusion" and run.diffusion.inpaint is None and network.in_channels == 2 * network.out_channels + 1:
+                yield f"diffusion.network: has {network.in_channels} input channels, as for inpainting; set diffusion.inpaint={{}} too"
             if stage.family == "diffusion" and stage.latents and run.diffusion.inpaint is not None:
                 yield f"{where}.latents: diffusion.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
             if stage.family == "diffusion" and run.diffusion.adapt is not None:

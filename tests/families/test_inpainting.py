@@ -128,5 +128,7 @@ def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytes
     file = configuration(tmp_path, kl_model)
     assert main(["train", str(file), "stages.paint.latents=./somewhere"]) == 2
     assert "diffusion.inpaint hides parts of pictures" in capsys.readouterr().err
+    assert main(["train", str(file), "init=''", "diffusion.network=sd1-inpaint", "diffusion.inpaint=null"]) == 2
+    assert "has 9 input channels, as for inpainting; set diffusion.inpaint={} too" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing would be new"):
         Inpainting(rectangles=0, strokes=0)
