@@ -61,12 +61,15 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
     like = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    ends = [f"{symbol}</w>" for symbol in symbols]
+    # Of pairs that are equally frequent the trainer takes the one with the lower numbers, and it would number what ends a word as it
+    # comes across them in a hash table, otherwise in each process: named beforehand, they have numbers.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL), initial_alphabet=symbols, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocabulary - len(SPECIAL), initial_alphabet=symbols, special_tokens=ends, end_of_word_suffix="</w>", show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
     learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][: vocabulary - least]
-    words = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in learned), *SPECIAL]
+    words = [*symbols, *ends, *("".join(pair) for pair in learned), *SPECIAL]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=max_tokens)  # type: ignore[arg-type]
 

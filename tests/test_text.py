@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,43 @@ def test_case_and_blanks_fold_as_in_clip(encoder: TextEncoder) -> None:
 def test_the_tokenizer_is_a_function_of_the_captions() -> None:
     one, two = (train_tokenizer(CAPTIONS, 560, 12).get_vocab() for _ in range(2))
     assert one == two != train_tokenizer(["other words than those"] * 9, 560, 12).get_vocab()
+
+
+TIED = ["a photo of a cat", "a painting of a dog", "a dog and a cat on a mat", "the dogs sat on that mat", "a b c d e f g"]
+
+
+def merges_by_definition(captions: list[str], count: int) -> list[list[str]]:
+    """Sennrich 2016, algorithm 1; of equally frequent pairs the one with the lower numbers: letters, letters that end words, merges."""
+    words = Counter(word for caption in captions for word in caption.split())
+    parts = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    letters = sorted({letter for word in words for letter in word})
+    number = {symbol: i for i, symbol in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    merges: list[list[str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, times in words.items():
+            for pair in pairwise(parts[word]):
+                pairs[pair] += times
+        if not pairs:
+            break
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], number[pair[0]], number[pair[1]]))
+        merges.append([first, second])
+        number.setdefault(first + second, len(number))
+        for word, old in parts.items():
+            new: list[str] = []
+            for part in old:
+                new = [*new[:-1], first + second] if new and (new[-1], part) == (first, second) else [*new, part]
+            parts[word] = new
+    return merges
+
+
+@pytest.mark.parametrize("captions, count", [(TIED, 46), (TIED, 12), (CAPTIONS, 46)])
+def test_equally_frequent_pairs_are_merged_in_one_order(captions: list[str], count: int) -> None:
+    expected = merges_by_definition(captions, count)
+    for _ in range(8):  # hash tables inside are seeded anew each time
+        tokenizer = train_tokenizer(captions, BYTES + 2 + count, 12)
+        found = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        assert [list(pair) for pair in found] == expected
 
 
 def test_a_vocabulary_without_room_is_refused() -> None:
