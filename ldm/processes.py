@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ldm.errors import UserError
 from ldm.launching import adopt_slurm, launched
 from ldm.lookout import Lookout, Place, broken, limit_s
+from ldm.redact import redacted
 from ldm.sharded import shard
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Learners(Processes):
         """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
         assert self.lookout is not None
         if not isinstance(error, UserError) and not broken(error):
-            traceback.print_exception(error)
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return self.lookout.failed(error)
 
     def close(self) -> None:

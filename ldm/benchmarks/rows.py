@@ -167,4 +167,8 @@ ROWS = (
         id="B21", title="training's stall for a checkpoint that is written beside it", peer="the same save while training waits",
         goal="20x: a stall of 5 %", where="any", seconds=2, prepare="saving:beside", needs=(),
     ),
+    Row(
+        id="B22", title="images a second of two processes, one thread each", peer="one of them alone",
+        goal="1.8x: 0.9 of each", where="cpu", seconds=20, prepare="scaling:two_processes", needs=(),
+    ),
 )  # fmt: skip
