@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -88,6 +89,11 @@ class Execution:
             self.made = make(self.given, self.out, write=False)
             for role, part in self.given.items():
                 self.log.note(f"{role}: from {part.path} ({part.hash[:12]})")
+        gpu = self.processes.device.type == "cuda"
+        if self.processes.main and (gpu or sys.stderr.isatty()):  # counting takes seconds: for runs that are long, or watched
+            from ldm.plan import expected
+
+            self.log.expected = expected(self.run, self.processes.world, torch.cuda.get_device_name() if gpu else "")
         try:
             for name in self.run.stages:
                 self._stage(name)

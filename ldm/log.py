@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ldm.pace import Expected, seconds_after
 from ldm.redact import cleaned, redacted
 from ldm.trackers import Background
 
+T = TypeVar("T")
 LOG = "log.jsonl"
 PLAIN_EVERY_S = 5.0  # between lines where the console is no terminal
 
@@ -40,6 +42,7 @@ class Log:
         self._bar: Any = None
         self._earlier: dict[str, float] = {}
         self._torn = self._warned = False
+        self.expected: dict[str, Expected] = {}  # what the stages will do, where it was counted
         if write:
             folder.mkdir(parents=True, exist_ok=True)
             self._earlier = seconds_by_stage(read(self.path))
@@ -169,6 +172,18 @@ class StageLog:
         self.images = self.first = start
         self._said = -math.inf
         self._window = (self.began, start)
+        self._waited = 0.0  # for data, since the last logged step, s
+
+    def waiting(self, feed: Iterator[T]) -> Iterator[T]:
+        """The same batches; how long each was waited for is counted."""
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(feed)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - asked
+            yield batch
 
     def step(
         self, *, step: int, images: int, terms: Mapping[str, float], gauges: Mapping[str, float], lr: float
@@ -176,19 +191,29 @@ class StageLog:
         """One logged step: a line in log.jsonl, the tracker's point, and the bar."""
         now = time.monotonic()
         before, seen = self._window
-        rate = (images - seen) / max(now - before, 1e-9)
+        spent = max(now - before, 1e-9)
+        rate = (images - seen) / spent
         self._window = (now, images)
+        waited, self._waited = min(1.0, self._waited / spent), 0.0
+        known = self.log.expected.get(self.name)
+        used = rate * known.flops / known.peak if known and known.peak else 0.0
+        paces = {"images_per_s": round(rate, 2), "data_wait": round(waited, 4), **({"mfu": round(used, 4)} if used else {})}
         seconds = self.log.seconds_before(self.name) + now - self.began
         line = {
             "stage": self.name, "step": step, "images": images, "loss": sum(terms.values()), "terms": dict(terms),
-            "gauges": dict(gauges), "lr": lr, "images_per_s": round(rate, 2), "seconds": round(seconds, 3),
+            "gauges": dict(gauges), "lr": lr, **paces, "seconds": round(seconds, 3),
             "peak_memory_mb": peak_memory_mb(), "time": round(time.time(), 3),
         }  # fmt: skip
         self.log._write(line)
         self.images = images
         if self.log._tracker is not None:
-            self.log._tracker.numbers(self.name, images, {"loss": sum(terms.values()), **terms, **gauges, "lr": lr, "images_per_s": rate})
-        self._show(images, rate, "  ".join(f"{name} {value:.4g}" for name, value in list(terms.items())[:4]))
+            self.log._tracker.numbers(self.name, images, {"loss": sum(terms.values()), **terms, **gauges, "lr": lr, **paces})
+        said = [f"MFU {used:.0%}"] if used else []
+        said += [f"data {waited:.0%}", f"{line['peak_memory_mb'] / 1e3:.1f} GB"]
+        later = seconds_after(self.name, (images - self.first) / max(now - self.began, 1e-9), self.log.expected)
+        if later and rate > 0:
+            said.append(f"run left {_clock(later + (self.total - images) / rate)}")
+        self._show(images, rate, "  ".join([*said, *(f"{name} {value:.4g}" for name, value in list(terms.items())[:4])]))
 
     def advance(self, images: int) -> None:
         """So many images more are done, without a line in the log."""

@@ -16,6 +16,7 @@ from ldm.estimate import Parts, parts_of
 from ldm.given import GIVEN, Found, find
 from ldm.launching import adopt_slurm
 from ldm.launching import launched as how
+from ldm.pace import Expected, peak
 from ldm.prior import PRIOR
 from ldm.process import usable_cores
 from ldm.run import Planned, Run, plan
@@ -172,6 +173,21 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes, seconds=needs.flops * stage.images / per_second,
     )  # fmt: skip
+
+
+def expected(run: Run, devices: int, device: str) -> dict[str, Expected]:
+    """The stages that train or encode, in their order, for so many devices of that name."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # counting builds networks, and is not to be seen in what is trained
+        parts = parts_of(run)
+        found: dict[str, Expected] = {}
+        for name, stage in run.stages.items():
+            if isinstance(stage, Train):
+                found[name] = Expected(stage.images, parts.training(run, stage).flops, devices * peak(device, stage.precision))
+            elif isinstance(stage, Encode):
+                found[name] = Expected(stage.images, parts.encoding(stage.resolution, 1)[0].forward)
+    return found
 
 
 # For people

@@ -128,6 +128,7 @@ def _curves(story: Story) -> str:
         if len(terms) > 1:
             readers += [(name, _term(name)) for name in terms]
         readers += [("learning rate", _value("lr")), ("images/s", _value("images_per_s"))]
+        readers += [("share waited for data", _value("data_wait")), ("MFU", _value("mfu"))]
         first = "".join(_drawn(stage, name, of) for name, of in readers)
         if not first:
             continue

@@ -12,7 +12,7 @@ from typing import Any
 from ldm import log
 from ldm.errors import UserError
 
-PLAIN = ("loss", "lr", "images_per_s", "seconds", "peak_memory_mb")  # numbers of a logged step
+PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
 LARGEST = 1e300  # what no count, time or loss of a run exceeds
 
 

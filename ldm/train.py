@@ -192,7 +192,7 @@ class Trainer:
             if self.buckets is not None:
                 try_shapes(self, model, self.buckets)
             self._at("reading data", 0)
-            for batch in feed:
+            for batch in log.waiting(feed):
                 terms, gauges, stop = self._update(model, batch, stopping())
                 self.step += 1
                 last = self.step == stage.steps

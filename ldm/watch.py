@@ -92,7 +92,8 @@ def _curves(stage: Stage, width: int) -> Iterator[str]:
     named = [("loss", [step.values.get("loss") for step in stage.steps])]
     if len(terms) > 1:
         named += [(name, [step.terms.get(name) for step in stage.steps]) for name in terms]
-    named.append(("images/s", [step.values.get("images_per_s") for step in stage.steps]))
+    for name, key in (("images/s", "images_per_s"), ("waited for data", "data_wait"), ("MFU", "mfu")):
+        named.append((name, [step.values.get(key) for step in stage.steps]))
     named += [(name, [step.gauges.get(name) for step in stage.steps]) for name in _gauges(stage.steps)]
     for name, column in named:
         values = [value for value in column if value is not None]

@@ -19,7 +19,8 @@ LAYERS = (
     ("errors", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
      "redact", "sharded"),
     ("checkpoint", "compvis", "compvis_shapes", "pickles", "single_file", "folder", "tensor_file", "text", "text_files", "text_pretrained",
-     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "trackers", "log", "pictures"),
+     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "trackers",
+     "pace", "log", "pictures"),
     ("families", "metrics"),
 )
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from ldm import log as module
 from ldm.log import LOG, Log, StageLog, peak_memory_mb, read, seconds_by_stage
+from ldm.pace import Expected, peak
 
 
 def step(log: StageLog, number: int, images: int, **terms: float) -> None:
@@ -155,7 +157,9 @@ def test_without_a_terminal_a_line_now_and_then(
             step(stage, number, 10 * number)
     lines = capsys.readouterr().err.splitlines()
     assert 10 <= len(lines) <= 12  # 50 s, at most one in 5 s, and the last
-    assert lines[1].split() == ["diffusion", "11%", "110", "of", "1,000", "20.0/s", "left", "0:44", "mse", "0.5", "kl", "0.25"]
+    said = lines[1].split()
+    assert said == ["diffusion", "11%", "110", "of", "1,000", "20.0/s", "left", "0:44", "data", "0%", *said[10:]]
+    assert said[11] == "GB" and float(said[10]) > 0 and said[12:] == ["mse", "0.5", "kl", "0.25"]
     assert lines[-1].split()[1:5] == ["100%", "1,000", "of", "1,000"]
     with log.stage("evaluate", 0, 0) as stage:
         for _ in range(100):
@@ -238,8 +242,9 @@ def test_the_tracker_gets_every_step_and_is_offline_unless_told(
 
     tracker = tracked(tmp_path, "", monkeypatch)
     assert len(tracker.said) == 4 and tracker.finished and os.environ["WANDB_MODE"] == "offline"
-    assert tracker.said[1] | {"a/images_per_s": 0} == {
+    assert tracker.said[1] | {"a/images_per_s": 0, "a/data_wait": 0} == {
         "a/images": 16, "a/loss": 0.75, "a/mse": 0.5, "a/kl": 0.25, "a/norm": 2.0, "a/lr": 1e-3, "a/images_per_s": 0,
+        "a/data_wait": 0,
     }  # fmt: skip
     assert tracker.said[3] == {"a/samples": f"image {tmp_path / 'x.png'}"}
     assert tracker.asked["settings"]["x_disable_meta"] and tracker.asked["settings"]["console"] == "off"
@@ -261,3 +266,39 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     log.close()
     said = capsys.readouterr().err
     assert "wandb did not start" in said and "on\n" in said
+
+
+def test_the_bar_tells_what_the_device_does_what_was_waited_for_and_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def slow() -> Iterator[int]:
+        for number in range(1, 11):
+            now[0] += 1.5  # the reading
+            yield number
+
+    log = Log(tmp_path, console=True)
+    log.expected = {
+        "before": Expected(10**9, 10**9), "a": Expected(1000, 5e9, peak=2e12), "encode": Expected(200, 1e9), "b": Expected(4000, 2e9)
+    }  # fmt: skip
+    with log.stage("a", 1000, 0) as stage:
+        for number in stage.waiting(slow()):
+            now[0] += 4.5  # the update
+            step(stage, number, 60 * number)
+    # 10 images/s of 5e9 FLOPs are 5e10 of 2e12; 8.2e12 FLOPs follow
+    assert [(line["images_per_s"], line["data_wait"], line["mfu"]) for line in read(tmp_path / LOG)] == [(10, 0.25, 0.025)] * 10
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert "10.0/s  left 1:34  MFU 2%  data 25%" in first and "run left 4:18" in first and "run left 3:24" in last
+    with log.stage("b", 4000, 0) as stage:
+        now[0] += 5
+        step(stage, 1, 50)
+    said = capsys.readouterr().err
+    assert "MFU" not in said and "run left" not in said and "mfu" not in read(tmp_path / LOG)[-1]
+
+
+def test_peaks_are_found_by_the_names_that_cuda_gives() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L4", "NVIDIA L40S", "Tesla T4")
+    assert [peak(name, "bf16") / 1e12 for name in names] == [989, 756, 121, 362, 65]
+    assert peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12 and peak("NVIDIA A1000", "bf16") == peak("", "bf16") == 0

@@ -23,7 +23,7 @@ from ldm.folder import load_part
 from ldm.given import PretrainedAutoencoder
 from ldm.models.autoencoder import KLConfig
 from ldm.models.unet import UNetConfig
-from ldm.plan import duration, make, operations, size_of
+from ldm.plan import duration, expected, make, operations, size_of
 from ldm.run import Run, place
 from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
@@ -230,3 +230,15 @@ def test_amounts_read_well() -> None:
         "2,407 GFLOP",
         "40.0 TFLOP",
     ]
+
+
+def test_what_the_bar_expects_is_what_the_plan_says_and_leaves_no_trace(tmp_path: Path) -> None:
+    run = quickstart()
+    before = torch.get_rng_state()
+    found = expected(run, 4, "NVIDIA H200")
+    assert torch.equal(torch.get_rng_state(), before)
+    planned = stages(run, tmp_path)
+    assert list(found) == [name for name, stage in planned.items() if stage.kind in ("train", "encode")]
+    for name, stage in found.items():
+        assert stage.flops == planned[name].flops > 0
+        assert stage.peak == (4 * 989e12 if planned[name].kind == "train" else 0)  # the quickstart trains in bfloat16
