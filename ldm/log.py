@@ -18,6 +18,7 @@ from ldm.trackers import Background
 
 T = TypeVar("T")
 LOG = "log.jsonl"
+FIXED_COLUMNS = 66  # characters of the bar before what is said last: name, bar, share, rate, times
 PLAIN_EVERY_S = 5.0  # between lines where the console is no terminal
 
 
@@ -107,7 +108,7 @@ class Log:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         return Progress(
-            TextColumn("{task.description:<16}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description:<16}"), BarColumn(bar_width=12), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             TextColumn("{task.fields[said]}"), console=Console(stderr=True), refresh_per_second=4,
         )  # fmt: skip
@@ -212,7 +213,7 @@ class StageLog:
         said += [f"data {waited:.0%}", f"{line['peak_memory_mb'] / 1e3:.1f} GB"]
         later = seconds_after(self.name, (images - self.first) / max(now - self.began, 1e-9), self.log.expected)
         if later and rate > 0:
-            said.append(f"run left {_clock(later + (self.total - images) / rate)}")
+            said.insert(0, f"run left {_clock(later + (self.total - images) / rate)}")
         self._show(images, rate, "  ".join([*said, *(f"{name} {value:.4g}" for name, value in list(terms.items())[:4])]))
 
     def advance(self, images: int) -> None:
@@ -236,6 +237,7 @@ class StageLog:
     def _show(self, done: int, rate: float, said: str) -> None:
         bar = self.log._bar
         if bar is not None:
+            said = said[: max(0, bar.console.width - FIXED_COLUMNS)]  # else the terminal would cut every column
             bar.update(self.task, completed=done, total=self.total or None, rate=f"{rate:,.1f}/s", said=said)
             return
         now = time.monotonic()
