@@ -200,17 +200,18 @@ class StageLog:
         used = rate * known.flops / known.peak if known and known.peak else 0.0
         paces = {"images_per_s": round(rate, 2), "data_wait": round(waited, 4), **({"mfu": round(used, 4)} if used else {})}
         seconds = self.log.seconds_before(self.name) + now - self.began
+        memory = peak_memory_mb()
         line = {
             "stage": self.name, "step": step, "images": images, "loss": sum(terms.values()), "terms": dict(terms),
             "gauges": dict(gauges), "lr": lr, **paces, "seconds": round(seconds, 3),
-            "peak_memory_mb": peak_memory_mb(), "time": round(time.time(), 3),
+            "peak_memory_mb": memory, "time": round(time.time(), 3),
         }  # fmt: skip
         self.log._write(line)
         self.images = images
         if self.log._tracker is not None:
             self.log._tracker.numbers(self.name, images, {"loss": sum(terms.values()), **terms, **gauges, "lr": lr, **paces})
         said = [f"MFU {used:.0%}"] if used else []
-        said += [f"data {waited:.0%}", f"{line['peak_memory_mb'] / 1e3:.1f} GB"]
+        said += [f"data {waited:.0%}", f"{memory / 1e3:.1f} GB"]
         later = seconds_after(self.name, (images - self.first) / max(now - self.began, 1e-9), self.log.expected)
         if later and rate > 0:
             said.insert(0, f"run left {_clock(later + (self.total - images) / rate)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm.batch import rows
 from ldm.benchmarks.models import QUICKSTART, TINY, build_family, distance, moments, small
@@ -37,11 +38,15 @@ def two_processes(setup: Setup) -> Iterator[Case]:
             two = open_.enter_context(Team(WORLD, shape, setup.folder))
             apart = open_.enter_context(Team(WORLD, shape, setup.folder, connected=False))
             tolerance, found = 5e-2 if shape == "quickstart" else 1e-4, distance([two.gradients()], [one.gradients()])
+
+            def check(found: float = found) -> float:
+                return found  # of the weights as they were at the start
+
             # Two that have nothing to do with each other tell what sharing the machine's memory costs by itself.
             for peer, against in ((one, "one"), (apart, "two that are not connected")):
                 yield Case(
                     name=f"{NAMES[shape]}, batch {BATCH[shape]} each; against {against}", kind="equal", ours=two.seconds,
-                    theirs=peer.seconds, check=lambda found=found: found, tolerance=tolerance, returned="seconds",
+                    theirs=peer.seconds, check=check, tolerance=tolerance, returned="seconds",
                     error="relative error of the gradients of all samples by one",
                     notes={"processes": WORLD, "threads_each": 1, "steps": STEPS[shape], "batch_each": BATCH[shape]},
                 )  # fmt: skip
@@ -90,9 +95,9 @@ class Team:
 
     def gradients(self) -> torch.Tensor:
         """Of the first samples of two processes, averaged."""
-        file = self.folder / f"gradients-{self.world}.pt"
+        file = self.folder / f"gradients-{self.world}.safetensors"
         self.tell("gradients", str(file))
-        return torch.load(file, weights_only=True)
+        return load_file(file)["gradients"]
 
 
 def _environment(rank: int, world: int, port: str) -> dict[str, str]:
@@ -125,7 +130,7 @@ def member(name: str, folder: Path) -> None:
                 made.gradients(model, part)
             found = [p.grad.flatten() / len(parts) for _, p in sorted(family.unet.named_parameters()) if p.grad is not None]
             if made.processes.main:
-                torch.save(torch.cat(found), word)
+                save_file({"gradients": torch.cat(found)}, word)
             family.zero_grad(set_to_none=True)
             print("written", flush=True)
             continue
