@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldm.data import tables
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.images import Rejected
 from ldm.errors import UserError
@@ -153,10 +154,10 @@ def _parquet(path: Path, name: str) -> list[tuple[str, dict[str, object]]]:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            rows = file.read(columns=[c for c in columns if c.lower() in wanted] or columns).to_pylist()
+            found = list(tables.rows(file, [c for c in columns if c.lower() in wanted] or columns))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole parquet file ({str(error)[:200]}); write it again") from None
-    return [(f"{name}:{number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{name}:{number}", row) for number, row in enumerate(found, 1)]
 
 
 def _jsonl(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:

@@ -18,6 +18,7 @@ from ldm.data.curate_rules import Bad, Rule, literal, rules_of
 from ldm.data.fields import ALIASES, column_of
 from ldm.data.near import near_duplicates
 from ldm.data.store import expand, is_url
+from ldm.data.tables import damage, unfit
 from ldm.errors import UserError
 
 AUDIT = "audit.json"
@@ -82,7 +83,8 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
         memory_mb: what the database may use; it goes on on the disk.
 
     Raises:
-        UserError: if duckdb is missing, a table is damaged, or lacks a column that a rule asks for.
+        UserError: if duckdb is missing, a table is damaged or lacks a column that a rule asks for, or no row passes; then
+            audit.json is written, and the tables of an earlier curation stay.
     """
     started = time.monotonic()
     files = _files(inputs)
@@ -107,6 +109,11 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
     audit.seconds = round(time.monotonic() - started, 2)
     audit.peak_mb = round(_peak_mb(), 1)
     (out / AUDIT).write_text(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    if audit.kept == 0:
+        worst = sorted(audit.rules, key=lambda rule: -rule["removed"])[:3]
+        counts = ((rule["removed"], rule["rule"], rule["unknown"] == audit.rows) for rule in worst if rule["removed"])
+        said = ", ".join(f"{removed:,} by {name}" + " (unknown)" * unknown for removed, name, unknown in counts)
+        raise UserError(f"none of {audit.rows:,} rows passes: {said}; relax these rules, {out / AUDIT} has examples of what they removed")
     return audit
 
 
@@ -156,11 +163,17 @@ def _told(files: list[str]) -> Iterator[None]:
         yield
     except Bad as error:
         raise UserError(str(error)) from None
+    except duckdb.OutOfMemoryException:
+        raise UserError(
+            "the tables need more memory than the database may use, even with the disk's help; raise --memory-mb or lower --threads"
+            " (a column of very long texts does this: keep the columns that are needed)"
+        ) from None
     except duckdb.Error as error:
-        said = " ".join(str(error).split())[:300]
-        broken = next((f for f in files if f in said), None) or _broken(files)
-        where = f"{broken}: " if broken else ""
-        raise UserError(f"{where}the table cannot be used ({type(error).__name__}: {said})") from None
+        if said := damage(files):
+            raise UserError(f"{said}; write it again or leave it out") from None
+        said = " ".join(str(error).split()).partition(" LINE 1:")[0].rpartition("Error: ")[2][:300]
+        named = next((f"{f}: " for f in files if f in said), "")
+        raise UserError(f"{named}the table cannot be used ({said})") from None
 
 
 def _check_patterns(database: Any, asked: Curation) -> None:
@@ -171,20 +184,6 @@ def _check_patterns(database: Any, asked: Curation) -> None:
             database.execute(f"SELECT regexp_matches('', {literal(pattern)})").fetchone()
         except duckdb.Error as error:
             raise UserError(f"{name}: {pattern!r} is no regular expression of RE2 ({str(error).rpartition('Error: ')[2][:200]})") from None
-
-
-def _broken(files: list[str]) -> str | None:
-    """The first file whose end is no parquet's."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for file in files:
-        try:
-            if not is_url(file):
-                pq.read_metadata(file)
-        except (pa.ArrowException, OSError):
-            return file
-    return None
 
 
 def _read(files: list[str]) -> str:
@@ -200,9 +199,19 @@ def _all(database: Any) -> list[str]:
 
 
 def _columns(database: Any, files: list[str]) -> dict[str, str]:
-    found = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {_read(files)}").fetchall()]
+    found = _types(database, files)
     named = {name: column_of(name, found) for name in ALIASES}
-    return {name: column for name, column in named.items() if column is not None}
+    columns = {name: column for name, column in named.items() if column is not None}
+    if wrong := unfit(found, columns, _NUMBERS):
+        column, wanted = wrong
+        alone = ((file, _types(database, [file])) for file in files)
+        file, kind = next(((f, kinds[column]) for f, kinds in alone if unfit(kinds, columns, _NUMBERS)), (files[0], found[column]))
+        raise UserError(f"{file}: column {column} holds {kind}, not {wanted}; convert it, rename it or leave the file out")
+    return columns
+
+
+def _types(database: Any, files: list[str]) -> dict[str, str]:
+    return {row[0]: row[1] for row in database.execute(f"DESCRIBE SELECT * FROM {_read(files)}").fetchall()}
 
 
 _NUMBERS = ("width", "height", "similarity", "unsafe", "watermark", "aesthetic")
@@ -323,8 +332,10 @@ def _write(database: Any, out: Path, asked: Curation, audit: Audit) -> None:
     # md5, as the database's own hash may change from version to version.
     place = f"CAST(md5_number_lower('{asked.seed}/' || {identity}) AS DOUBLE) / 18446744073709551616.0"
     database.execute(f"CREATE TEMP TABLE passed AS SELECT ldm_row, {place} < {asked.val_share} AS val FROM judged WHERE {passed}")
-    audit.val, audit.kept = database.execute("SELECT count_if(val), count(*) FROM passed").fetchone()
+    audit.val, audit.kept = database.execute("SELECT COALESCE(count_if(val), 0), count(*) FROM passed").fetchone()
     audit.train = audit.kept - audit.val
+    if not audit.kept:
+        return
     for name, which in (("train", "NOT val"), ("val", "val")):
         target, temporary = out / f"{name}.parquet", out / f".{name}.parquet.partial"
         if name == "val" and asked.val_share == 0:

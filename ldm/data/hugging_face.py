@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from ldm.errors import UserError
 
 IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes")  # columns, if none says its type
 THREADS, ROWS = 4, 128  # that look at headers; rows that one looks at together
+_CELLS = 512  # of a column that are in memory at a time
 
 
 @config
@@ -61,9 +62,9 @@ class DatasetsData(Photos):
         self.image_column = _image_column(table, source)
         self.caption_column = _caption_column(names, source)
         self._table = table.with_format("arrow")
-        captions = [caption_texts(value) for value in self._column(self.caption_column)]
+        captions = [caption_texts(value) for value in self._cells(self.caption_column)]
         wanted = [c for c in names if c.lower() in {a for n in ("width", "height", "aesthetic", "watermark") for a in ALIASES[n]}]
-        columns = {c: self._column(c) for c in wanted if c not in (self.image_column, self.caption_column)}
+        columns = {c: list(self._cells(c)) for c in wanted if c not in (self.image_column, self.caption_column)}
         told = [known(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] or [Known()] * len(captions)
         looked = self._headers()
         self.rejected: list[Rejection] = []
@@ -96,11 +97,10 @@ class DatasetsData(Photos):
             digest.update(json.dumps([row, texts]).encode())
         self._fingerprint = digest.hexdigest()
 
-    def _column(self, name: str) -> list[Any]:
-        found: list[Any] = []
-        for start in range(0, len(self._table), 10_000):
-            found += self._table[start : start + 10_000][name].to_pylist()
-        return found
+    def _cells(self, name: str) -> Iterator[Any]:
+        column = self._table.select_columns([name])
+        for start in range(0, len(column), _CELLS):
+            yield from column[start : start + _CELLS][name].to_pylist()
 
     def _headers(self) -> list[tuple[int, int, str] | Rejected]:
         """Height, width and path of every image, by its header."""
@@ -216,8 +216,11 @@ def open_table(source: DatasetsSource) -> Any:
     except UserError:
         raise
     except Exception as error:  # the library raises kinds of its own, of pyarrow's and of the hub's
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"data.path: {source.path} cannot be opened as a data set ({type(error).__name__}: {lines[-1][:300]})") from None
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        raise UserError(f"data.path: {source.path} cannot be opened as a data set ({type(first).__name__}: {lines[-1][:300]})") from None
     if isinstance(found, dict):
         if source.part not in found:
             raise UserError(f"data.part: {source.path} has no {source.part!r}; it has {', '.join(map(str, found))}")

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.folder import OTHER_IMAGES, SUFFIXES
@@ -211,16 +212,16 @@ def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
 
     stem = re.sub(r"\.tar$", "", path)
     wanted = {alias for name in ("caption", "width", "height", "aesthetic", "watermark") for alias in ALIASES[name]} | {"key", "status"}
-    rows: dict[str, dict[str, Any]] = {}
+    told: dict[str, dict[str, Any]] = {}
     try:
         with stream(f"{stem}.parquet") as raw, pq.ParquetFile(pa.BufferReader(raw.read())) as file:
             names = [c for c in file.schema_arrow.names if c.lower() in wanted]
             if "key" in names:
-                for row in file.read(columns=names).to_pylist():
+                for row in tables.rows(file, names):
                     if row.get("status", "success") == "success" and row["key"] is not None:
-                        rows[str(row.pop("key"))] = {k: v for k, v in row.items() if k != "status" and v is not None}
-                record.listed = len(rows)
-                return rows
+                        told[str(row.pop("key"))] = {k: v for k, v in row.items() if k != "status" and v is not None}
+                record.listed = len(told)
+                return told
     except FileNotFoundError:
         pass
     except (pa.ArrowException, OSError) as error:
@@ -232,4 +233,4 @@ def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
         pass
     except (ValueError, KeyError, TypeError, OSError) as error:
         record.damage.append(f"the statistics beside it cannot be read: {type(error).__name__}: {error}")
-    return rows
+    return told

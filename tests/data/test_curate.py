@@ -237,7 +237,7 @@ def test_bad_tables_are_named_with_their_column(tmp_path):
     says("no parquet files here", "bare")
     whole = (folder / "0.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    says(r"cut\.parquet: the table cannot be used", "in/1.parquet", "cut.parquet")
+    says(r"cut\.parquet: not a whole parquet file", "in/1.parquet", "cut.parquet")
     says(r"match: '\*' is no regular expression of RE2 \(no argument", "in", match="*")
     pq.write_table(pa.table({"URL": pa.array([], pa.string())}), tmp_path / "none.parquet")
     says("the table has no rows", "none.parquet")

@@ -1,0 +1,72 @@
+"""Parquet tables as people have them: read row by row in little memory, and what is wrong said of file and column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ldm.data.store import is_url
+
+LONGEST = 2**16  # characters of a text that are kept; a dictionary of parquet can make gigabytes of one value
+_ROWS = 64  # that are in memory at a time
+_NESTED = ("STRUCT", "MAP", "UNION")
+_TIMES = ("TIME", "DATE", "INTERVAL")
+
+
+def rows(opened: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow ParquetFile as plain values, texts cut at LONGEST."""
+    for part in opened.iter_batches(batch_size=_ROWS, columns=list(columns)):
+        for row in part.to_pylist():
+            yield {name: value[:LONGEST] if isinstance(value, str) else value for name, value in row.items()}
+
+
+def unfit(described: Mapping[str, str], columns: Mapping[str, str], numbers: Sequence[str]) -> tuple[str, str] | None:
+    """The first column whose type cannot mean what its name says, and what it should be.
+
+    Args:
+        described: types by column, as duckdb describes them.
+        columns: columns by our names for them.
+        numbers: which of our names are numbers; the others are texts.
+    """
+    for name, column in columns.items():
+        kind = described.get(column, "").upper()
+        if kind.endswith("]") or kind.startswith(_NESTED) or (name in numbers and kind.startswith(_TIMES)):
+            return column, "numbers" if name in numbers else "texts"
+    return None
+
+
+def damage(files: Sequence[str]) -> str | None:
+    """The first file, and its first column, that cannot be read whole; None if all of them can.
+
+    Reads row group by row group, so that a table of any size needs little memory. URLs are not looked at.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        if is_url(file):
+            continue
+        try:
+            with pq.ParquetFile(file) as opened:
+                for column in opened.schema_arrow.names:
+                    if said := _column(opened, column):
+                        return f"{file}: column {column} is damaged ({said})"
+        except (pa.ArrowException, OSError) as error:
+            return f"{file}: not a whole parquet file ({_short(error)})"
+    return None
+
+
+def _column(opened: Any, column: str) -> str | None:
+    import pyarrow as pa
+
+    for group in range(opened.num_row_groups):
+        try:
+            for part in opened.iter_batches(batch_size=4096, row_groups=[group], columns=[column]):
+                part.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            return f"row group {group}: {_short(error)}"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

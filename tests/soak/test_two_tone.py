@@ -1,0 +1,144 @@
+"""A thing that no caption describes: a disc of two colours, learned as a word (textual inversion) and by all weights (DreamBooth).
+
+`python -m pytest -m soak -s tests/soak/test_two_tone.py`, after `make quickstart`; LDM_RUNS names another folder than runs/.
+Prints the tables of docs/finetune.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.__main__ import main
+from ldm.data.scene_captions import say, stated
+from ldm.data.scene_render import render, to_bytes
+from ldm.data.scene_spec import COLOUR_RGB, COLOURS, SHAPES, Specs
+from ldm.data.scenes import prompts
+from ldm.families.running import load
+from ldm.metrics.adherence import score
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+RUNS = Path(os.environ.get("LDM_RUNS", "runs"))
+ROOT = Path(__file__).parents[2]
+SIDE, SHOWN = 64, 60
+LEFT, RIGHT, DISC = COLOURS.index("purple"), COLOURS.index("yellow"), SHAPES.index("circle")
+
+
+def scenes(count: int, seed: int) -> Specs:
+    """Discs at all places on all backgrounds."""
+    specs = prompts("one", count, seed=seed).specs
+    return replace(specs, shape=np.full_like(specs.shape, DISC), colour=np.full_like(specs.colour, LEFT))
+
+
+def said(specs: Specs, name: str) -> list[str]:
+    """Captions in which the disc has a name of its own."""
+    return [say(target).replace("purple circle", name) for target in stated(specs, "one")]
+
+
+def two_tone(specs: Specs) -> np.ndarray:
+    """Pictures (N,H,W,3) uint8 of discs whose left half is purple and whose right half is yellow."""
+    left, right = (to_bytes(render(replace(specs, colour=np.full_like(specs.colour, c)), SIDE)) for c in (LEFT, RIGHT))
+    places = (np.arange(SIDE) + 0.5) / SIDE
+    return np.where((places[None, None, :] < specs.x[:, :1, None])[..., None], left, right)
+
+
+def shows(images: np.ndarray, specs: Specs) -> np.ndarray:
+    """Whether pictures show the disc of two colours where it was asked for, (N,)."""
+    pixels = images.astype(np.float64) / 255
+    coloured = np.ptp(pixels, axis=-1) > 0.2
+    nearest = ((pixels[..., None, :] - COLOUR_RGB) ** 2).sum(-1).argmin(-1)
+    places = (np.arange(SIDE) + 0.5) / SIDE
+    found = []
+    for seen, hue, x, y, side in zip(coloured, nearest, specs.x[:, 0], specs.y[:, 0], specs.side[:, 0], strict=True):
+        total = seen.sum()
+        halves = [seen & (hue == colour) for colour in (LEFT, RIGHT)]
+        if total < 40 or min(half.sum() for half in halves) < 0.3 * total or sum(half.sum() for half in halves) < 0.85 * total:
+            found.append(False)
+            continue
+        across = [np.broadcast_to(places, seen.shape)[half].mean() for half in halves]
+        rows, columns = np.nonzero(seen)
+        centre = places[columns].mean(), places[rows].mean()
+        radius = np.sqrt(total / np.pi) / SIDE
+        disc = np.hypot(places[None, :] - centre[0], places[:, None] - centre[1]) < radius
+        round_enough = (disc & seen).sum() / (disc | seen).sum() > 0.85
+        found.append(bool(across[1] - across[0] > 0.5 * radius and round_enough and np.hypot(centre[0] - x, centre[1] - y) < side))
+    return np.array(found)
+
+
+def folder(place: Path, specs: Specs, captions: Sequence[str]) -> Path:
+    place.mkdir()
+    for i, (pixels, caption) in enumerate(zip(two_tone(specs), captions, strict=True)):
+        Image.fromarray(pixels).save(place / f"{i:02}.png")
+        (place / f"{i:02}.txt").write_text(caption)
+    return place
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    place = RUNS / "quickstart" / "model"
+    if not place.is_dir():
+        pytest.skip(f"no {place}")
+    return place.resolve()
+
+
+@pytest.fixture
+def trained(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    monkeypatch.chdir(ROOT)
+
+    def train(config: str, pictures: Path, *words: str, name: str = "run") -> Path:
+        data = f"data={{kind: folder, path: '{pictures}', captions: txt}}"
+        assert main(["train", f"configs/{config}", f"init={base}", data, f"out={tmp_path / name}", *words]) == 0
+        return tmp_path / name / "model"
+
+    return train
+
+
+def others(seed: int) -> tuple[list[str], list]:
+    """Ordinary discs of the colours that the base was shown as such."""
+    asked = prompts("one", 400, seed=seed)
+    rows = [i for i in range(400) if asked.specs.shape[i, 0] == DISC][:SHOWN]
+    return [asked.text[i] for i in rows], [asked.targets[i] for i in rows]
+
+
+def bound(model: Path, seed: int = 83) -> float:
+    texts, targets = others(seed)
+    return float(score(np.asarray(load(model).sample(texts, range(len(texts)))), targets)["bind"].mean())
+
+
+def share(model: Path, name: str) -> float:
+    """Of pictures that show the disc when it is asked for by its name, at places and on backgrounds as they come."""
+    specs = scenes(SHOWN, 81)
+    return float(shows(np.asarray(load(model).sample(said(specs, name), range(SHOWN))), specs).mean())
+
+
+def test_the_measure_knows_the_disc_and_nothing_else() -> None:
+    specs = scenes(200, 82)
+    assert shows(two_tone(specs), specs).mean() > 0.99 and shows(two_tone(specs)[:, :, ::-1], specs).mean() == 0
+    assert shows(to_bytes(render(specs, SIDE)), specs).mean() == 0
+
+
+def test_a_word_for_two_colours(base: Path, tmp_path: Path, trained: Callable[..., Path]) -> None:
+    specs = scenes(17, 80)
+    pictures = folder(tmp_path / "pictures", specs, said(specs, "<thing>"))
+    print(f"\nwithout it, 'purple and yellow circle': {share(base, 'purple and yellow circle'):.2f}")
+    for vectors in (2, 4):
+        model = trained("finetune-textual-inversion.yaml", pictures, f"diffusion.adapt.vectors={vectors}", name=f"word-{vectors}")
+        print(f"textual inversion, {vectors} vectors: {share(model, '<thing>'):.2f}; other discs bind {bound(model):.2f}")
+
+
+def test_a_thing_and_what_is_kept(base: Path, tmp_path: Path, trained: Callable[..., Path]) -> None:
+    specs = scenes(9, 80)
+    pictures = folder(tmp_path / "pictures", specs, said(specs, "sks circle"))
+    print(f"\nbase: {share(base, 'sks circle'):.2f}, other discs bind {bound(base):.2f}")
+    kind = ", ".join(f"a large {colour} circle at the {cell} on a {tone} background" for colour, cell, tone in zip(
+        ("orange", "yellow", "green", "blue", "purple", "pink"), ("top left", "top", "left", "right", "bottom", "bottom right"),
+        ("white", "black", "gray") * 2, strict=True))  # fmt: skip
+    for name, words in (("with prior", [f"prior.prompts=[{kind}]"]), ("without", ["prior=null"])):
+        model = trained("finetune-dreambooth.yaml", pictures, *words, name=name.replace(" ", "-"))
+        print(f"DreamBooth {name}: {share(model, 'sks circle'):.2f}, other discs bind {bound(model):.2f}")
