@@ -20,6 +20,7 @@ KINDS = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
+DIMENSIONS = 64  # of a tensor, at most
 HEADER = 100_000_000  # bytes at most, as in the format's description
 
 
@@ -35,10 +36,15 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         length = int.from_bytes(_read(opened, 8), "little")
         if not 2 <= length <= min(HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        values = json.loads(_read(opened, length))
+        try:
+            values = json.loads(_read(opened, length))
+        except RecursionError:
+            raise ValueError("its header is nested without end") from None
         if not isinstance(values, dict):
             raise ValueError("its header is no JSON object")
         texts = values.pop("__metadata__", None) or {}
+        if not isinstance(texts, dict):
+            raise ValueError(f"__metadata__ is no object of texts: {str(texts)[:100]}")
         wanted = {name: _described(name, value) for name, value in values.items()}
         found: dict[str, Tensor] = {}
         places: list[tuple[Tensor, int]] = []
@@ -60,7 +66,7 @@ def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]
     """Type, shape and place of a tensor in the data."""
     try:
         kind, shape, (start, stop) = KINDS[value["dtype"]], value["shape"], value["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        whole = len(shape) <= DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,14 +53,17 @@ def names(token: str, vectors: int) -> list[str]:
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
-def mean_embedding(encoder: TextEncoder, text: str) -> Tensor:
-    """The mean (1,D) of the embeddings of what a text's words are made of.
+def first_embeddings(encoder: TextEncoder, text: str, vectors: int) -> Tensor:
+    """What a word of `vectors` embeddings begins with, (V,D): those of a text's pieces in their order, each given an equal share.
+
+    One vector is their mean; as many as there are pieces are the pieces; more repeat them, fewer are means of neighbours.
 
     Raises:
         UserError: if the encoder has no table of them that can grow.
     """
-    table = _table(encoder)
-    return table[torch.tensor(encoder.words(text))].mean(0, keepdim=True).clone()
+    pieces = _table(encoder)[torch.tensor(encoder.words(text))]
+    edges = [i * len(pieces) / vectors for i in range(vectors + 1)]
+    return torch.stack([pieces[int(a) : max(int(a) + 1, math.ceil(b))].mean(0) for a, b in zip(edges, edges[1:], strict=False)])
 
 
 def add_word(encoder: TextEncoder, token: str, rows: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     "data",
     [
-        packed([]), packed({"a": 3}, b"12345678"),
+        packed([]), packed({"a": 3}, b"12345678"), packed({"__metadata__": "text"}), packed({"a": F32 | {"shape": [0, 10**30]}}),
+        struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995, packed({"a": F32 | {"shape": [1] * 5000 + [2]}}, bytes(8)),
         packed({"a": F32 | {"dtype": "F31"}}, bytes(8)), packed({"a": F32 | {"shape": [3]}}, bytes(8)),
         packed({"a": F32 | {"shape": [10**15]}}, bytes(8)), packed({"a": F32 | {"shape": [-1, -2]}}, bytes(8)),
         packed({"a": F32, "b": F32}, bytes(8)), packed({"a": F32 | {"data_offsets": [4, 12]}}, bytes(12)),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.buckets import Buckets, assign, table
-from ldm.data.folder import FolderSource
+from ldm.data.folder import SUFFIXES, FolderSource
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
@@ -67,7 +67,7 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
     if any(place.rglob("*.tar")):
         return ShardsSource(path=path, max_bad=1.0)
     tables = [p for p in place.rglob("*.parquet") if not p.name.startswith(("metadata", "."))]
-    if tables and not any(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for p in place.rglob("*")):
+    if tables and not any(p.suffix.lower() in SUFFIXES for p in place.rglob("*")):
         return DatasetsSource(path=path, max_bad=1.0)
     return FolderSource(path=path, captions=captions, max_bad=1.0)  # type: ignore[arg-type]
 

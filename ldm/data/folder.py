@@ -23,8 +23,8 @@ from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-OTHER_IMAGES = (".avif", ".bmp", ".eps", ".gif", ".heic", ".heif", ".jxl", ".pdf", ".svg", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
 SCAN_THREADS = 8
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @config
 class FolderSource:
-    """JPEG, PNG and WebP files below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
+    """Pictures (JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF) below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
@@ -205,7 +205,7 @@ def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], li
         elif suffix in SUFFIXES:
             images.append((name, status))
         elif suffix in OTHER_IMAGES:
-            rejected.append(Rejection(name, "format not supported", f"{suffix}; convert it to PNG, JPEG or WebP"))
+            rejected.append(Rejection(name, "format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}"))
     return sorted(images), sorted(tables), rejected
 
 

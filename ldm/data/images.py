@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
 MAX_BYTES = 2**28  # of one file
 MAX_PIXELS = 2**26  # of one image: 256 MiB as Pillow holds RGB
 DRAFT = 1.5  # a scaled JPEG is at least so many times as large as needed: within 1.5 levels of the full one

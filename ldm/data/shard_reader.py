@@ -13,7 +13,7 @@ from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.folder import OTHER_IMAGES, SUFFIXES
-from ldm.data.images import MAX_BYTES, Rejected, probe
+from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
 from ldm.data.store import Stat, stream
 from ldm.data.tar import Damage, Member, members
 from ldm.errors import UserError
@@ -160,7 +160,7 @@ def _take(group: _Group, suffix: str, member: Member) -> None:
             group.hash = sample_hash(member.data)
             group.image = Member(member.name, member.offset, member.size, None)  # the bytes are not kept
         elif suffix in OTHER_IMAGES:
-            raise Rejected("format not supported", f"{suffix}; convert it to PNG, JPEG or WebP")
+            raise Rejected("format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}")
         elif suffix in TEXTS:
             if member.size > MAX_SIDECAR_BYTES or member.data is None:
                 raise Rejected("caption too long", f"{suffix}: over {MAX_SIDECAR_BYTES} bytes")

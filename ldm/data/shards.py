@@ -24,7 +24,7 @@ from ldm.errors import UserError
 
 @config
 class ShardsSource:
-    """Tar shards of .jpg/.png/.webp with .txt or .json of the same name; read where they lie, never unpacked."""
+    """Tar shards of pictures (.jpg, .png, .webp, ...) with .txt or .json of the same name; read where they lie, never unpacked."""
 
     kind: Literal["shards"] = "shards"
     path: str  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens

@@ -21,7 +21,7 @@ from ldm.lora_files import write
 from ldm.optim import Player
 from ldm.rng import Rng
 from ldm.text_files import save_tokenizer, text_part
-from ldm.words import Rows, add_word, mean_embedding, write_embedding
+from ldm.words import Rows, add_word, first_embeddings, write_embedding
 
 
 def adapted(adapt: LowRank | TextualInversion, inner: LatentDiffusionFamily, context: Context) -> AdaptedFamily:
@@ -136,7 +136,7 @@ class InvertedFamily(AdaptedFamily):
     def __init__(self, config: TextualInversion, inner: LatentDiffusionFamily, context: Context) -> None:
         super().__init__(inner, context)
         self.config = config
-        start = mean_embedding(inner.text, config.init).repeat(config.vectors, 1)
+        start = first_embeddings(inner.text, config.init, config.vectors)
         self.rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (config.vectors > 1))
         table = add_word(inner.text, config.token, start)
         inner.text.model.requires_grad_(False)

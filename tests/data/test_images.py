@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ldm.data.images import MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, to_tensor, view
+from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, to_tensor, view
 
 
 def packed(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -116,13 +116,23 @@ def test_damaged_exif_does_not_lose_the_picture():
     assert view(data, 32).pixels.shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read(kind):
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"quality": 95, "subsampling": "4:4:4"}}.get(kind, {})
+    image = picture(40, 30)
+    data = packed(image, kind, **options)
+    assert probe(data) == (30, 40)
+    difference = np.abs(view(data, (30, 40)).pixels.astype(int) - np.asarray(image))
+    assert difference.mean() <= {"GIF": 16, "JPEG": 3, "AVIF": 3}.get(kind, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "AVIF", "PNG", "WEBP"])
 def test_animations_show_their_first_frame(kind):
     frames = [Image.new("RGB", (16, 16), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     data = packed(
         frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
     )
-    assert view(data, 16).pixels[8, 8].tolist() == [250, 0, 0]
+    assert np.abs(view(data, 16).pixels[8, 8].astype(int) - (250, 0, 0)).max() <= 3
 
 
 def test_profiles_are_ignored():
@@ -233,7 +243,7 @@ def test_a_bomb_is_refused_by_its_header():
     assert probe(under_pillows_own_limit, max_pixels=10**8) == (9000, 9000)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "EPS", "PPM", "ICO", "TGA"])
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "JPEG2000"])
 def test_formats_off_the_list_never_reach_a_decoder(kind):
     with pytest.raises(Rejected) as error:
         view(packed(picture(32, 32), kind), 32)
@@ -267,10 +277,10 @@ def test_truncated_files_are_refused(kind):
             view(data[: int(len(data) * share)], 16)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_mutated_files_are_decoded_or_refused_and_nothing_else(kind):
     rng = np.random.default_rng(2)
-    good = np.frombuffer(packed(picture(40, 30), kind, **({"exif": Image.Exif()} if kind != "PNG" else {})), np.uint8)
+    good = np.frombuffer(packed(picture(40, 30), kind, **({"exif": Image.Exif()} if kind in ("JPEG", "WEBP", "AVIF") else {})), np.uint8)
     for _ in range(200):
         bad = good.copy()
         places = rng.integers(0, len(bad), rng.integers(1, 6))

@@ -27,7 +27,7 @@ from ldm.lora import Lora, Merged
 from ldm.lora_files import header, read
 from ldm.rng import Rng
 from ldm.text import TextEncoder
-from ldm.words import DIFFUSERS, add_word, names, read_embedding
+from ldm.words import DIFFUSERS, add_word, first_embeddings, names, read_embedding
 
 BOTH = LowRank(rank=3, alpha=6, text_rank=2, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
 WORD = TextualInversion(token="<thing>", init="a red square", vectors=2)
@@ -130,6 +130,16 @@ def test_only_a_word_learns_and_means_the_same_everywhere(base: Path, tmp_path: 
     pipeline.load_textual_inversion(tmp_path / "embedding", weight_name=DIFFUSERS)
     theirs = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
     torch.testing.assert_close(theirs, plain.encode([prompt]).tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_a_word_begins_as_the_pieces_of_its_text(base: Path) -> None:
+    text = load(base).text
+    pieces = text.model.get_input_embeddings().weight[torch.tensor(text.words("a red square"))]
+    torch.testing.assert_close(first_embeddings(text, "a red square", 1), pieces.mean(0, keepdim=True))
+    assert torch.equal(first_embeddings(text, "a red square", len(pieces)), pieces)
+    assert torch.equal(first_embeddings(text, "a red square", 2 * len(pieces)), pieces.repeat_interleave(2, 0))
+    some = first_embeddings(text, "a red square", 2)
+    torch.testing.assert_close(some[0], pieces[: -(-len(pieces) // 2)].mean(0))
 
 
 def test_captions_have_the_word(base: Path) -> None:
