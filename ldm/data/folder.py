@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @config
 class FolderSource:
-    """Pictures (JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF) below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
+    """Pictures below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too

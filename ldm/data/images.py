@@ -16,8 +16,11 @@ from torch.nn import functional
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
 MAX_BYTES = 2**28  # of one file
-MAX_PIXELS = 2**26  # of one image: 256 MiB as Pillow holds RGB
+MAX_PIXELS = 61_000_000  # of one image: 233 MiB as Pillow holds RGB
+WEIGHT = {"WEBP": 4, "AVIF": 4}  # pixels of these count so much, of progressive JPEGs 2: their decoders hold a picture several times
 DRAFT = 1.5  # a scaled JPEG is at least so many times as large as needed: within 1.5 levels of the full one
+BAND = 2**20  # pixels of a large image that are made RGB at a time
+LARGE = 2**22  # pixels above which an image is large
 WHOLE = 2.5  # images up to so many times the result's pixels are resized as a whole, others cropped first
 
 Shape = int | tuple[int, int]  # px: the side of a square, or height and width
@@ -93,8 +96,9 @@ def _open(stream: BinaryIO, max_pixels: int) -> Image.Image:
         raise Rejected("too many pixels", str(error)) from None
     except Exception as error:  # Pillow raises SyntaxError, RuntimeError, ValueError and struct.error besides OSError
         raise Rejected("damaged header", f"{type(error).__name__}: {error}") from None
-    if image.width * image.height > max_pixels:
-        raise Rejected("too many pixels", f"{image.width}x{image.height}; at most {max_pixels} pixels")
+    most = max_pixels // (2 if image.info.get("progressive") else WEIGHT.get(image.format or "", 1))
+    if image.width * image.height > most:
+        raise Rejected("too many pixels", f"{image.width}x{image.height}; at most {most} pixels of {image.format}")
     if image.width < 1 or image.height < 1:
         raise Rejected("damaged header", f"{image.width}x{image.height} pixels")
     return image
@@ -171,7 +175,7 @@ def view(
             image.draft(None, (least, least))
             image.load()
             turn = _TURN.get(_orientation(image))
-            full = to_rgb(image)
+            full = _small_rgb(image, least)
         except Exception as error:  # as in _open
             raise Rejected("damaged image", f"{type(error).__name__}: {error}") from None
     if turn is not None:
@@ -189,6 +193,19 @@ def view(
     else:
         pixels = _part(full, (rows, columns), (top, start), (high, wide))
     return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, high, wide))
+
+
+def _small_rgb(image: Image.Image, least: int) -> Image.Image:
+    """RGB of a decoded image; a large one is converted band by band and averaged down as far as its sides stay `least` px long."""
+    if image.width * image.height <= LARGE:
+        return to_rgb(image)
+    by = max(1, min(image.size) // least)
+    high = by * max(1, BAND // (image.width * by))
+    out = np.empty((-(-image.height // by), -(-image.width // by), 3), np.uint8)
+    for top in range(0, image.height, high):
+        part = to_rgb(image.crop((0, top, image.width, min(top + high, image.height))))
+        out[top // by : (top + high) // by] = np.asarray(part.reduce(by) if by > 1 else part)
+    return Image.fromarray(out)
 
 
 def _whole(image: Image.Image, rows: int, columns: int) -> np.ndarray:

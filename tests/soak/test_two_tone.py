@@ -172,13 +172,13 @@ def test_a_word_for_two_colours(base: Path, tmp_path: Path, trained: Callable[..
     pictures = folder(tmp_path / "pictures", specs, said(specs, "<thing>"))
     asked = {name: share(base, name) for name in ("red circle", "red and blue circle", "purple and yellow circle")}
     print("\nthe base: " + ", ".join(f"'{name}' {found:.2f}" for name, found in asked.items()) + f"; other discs bind {bound(base):.2f}")
-    found = 0.0
+    found = []
     for vectors, init in ((1, "red circle"), (2, "red circle"), (4, "red and blue circle")):
         words = [f"diffusion.adapt.vectors={vectors}", f"diffusion.adapt.init={init}"]
         model = trained("finetune-textual-inversion.yaml", pictures, *words, name=f"word-{vectors}")
-        found = share(model, "<thing>")
-        print(f"textual inversion, {vectors} vectors from '{init}': {found:.2f}; other discs bind {bound(model):.2f}")
-    assert found > asked["red and blue circle"] + 0.5
+        found.append(share(model, "<thing>"))
+        print(f"textual inversion, {vectors} vectors from '{init}': {found[-1]:.2f}; other discs bind {bound(model):.2f}")
+    assert min(found) > asked["red and blue circle"] + 0.3
 
 
 def test_a_thing_and_what_is_kept(base: Path, tmp_path: Path, trained: Callable[..., Path]) -> None:

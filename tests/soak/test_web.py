@@ -53,7 +53,7 @@ def test_the_filter_keeps_watermarks_out_of_what_is_drawn(tmp_path: Path, monkey
     assert caught > 0.9
     assert main(["train", "configs/quickstart.yaml", *QUICK, f"out={tmp_path / 'raw'}"]) == 0
     shutil.copytree(tmp_path / "raw", tmp_path / "filtered")
-    words = [f"stages.diffusion-{size}.filter={FILTER}" for size in ("low", "high")]
+    words = [f"stages.latents-{size}.filter={FILTER}" for size in ("low", "high")]
     assert main(["train", "configs/quickstart.yaml", *QUICK, *words, f"out={tmp_path / 'filtered'}"]) == 0
     asked = prompts("one", SHOWN * 2, seed=79)
     rows = np.flatnonzero(asked.specs.tone != WHITE)[:SHOWN]
