@@ -213,6 +213,18 @@ def test_photographs_at_any_scale_stay_within_a_level_and_a_half(size, side):
     assert np.abs(seen.pixels - whole[top : top + side, left : left + side]).mean() <= 1.5
 
 
+@pytest.mark.parametrize(("mode", "side"), [("RGB", 128), ("RGBA", 96), ("L", 300), ("P", 64)])
+def test_large_pictures_are_made_smaller_band_by_band_and_stay_close(mode, side, monkeypatch):
+    image = photograph(500, 420, seed=side).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(np.linspace(0, 255, 500 * 420).reshape(420, 500).astype(np.uint8)))
+    data = packed(image)
+    whole = view(data, side).pixels.astype(float)
+    monkeypatch.setattr("ldm.data.images.LARGE", 1000)
+    monkeypatch.setattr("ldm.data.images.BAND", 3000)
+    assert np.abs(view(data, side).pixels - whole).mean() <= 1.5
+
+
 def test_very_long_pictures_cost_no_more_than_their_crop(monkeypatch):
     monkeypatch.setattr("ldm.data.images._whole", lambda *a: pytest.fail("all of it is resized"))
     assert view(packed(picture(1, 20000)), 64).pixels.shape == (64, 64, 3)

@@ -155,7 +155,8 @@ def test_bombs_are_refused_by_their_headers(tmp_path: Path) -> None:
     }  # fmt: skip
     taken = {
         "1-bit PNG": png(most, most, 1, 0), "palette with alpha": png(most, most, 8, 3), "RGBA": png(most, most, 8, 6),
-        "16-bit grey": png(most, most, 16, 0), "GIF": saved("GIF", "P", most), "progressive JPEG": saved("JPEG", "RGB", int((MAX_PIXELS // 2) ** 0.5), progressive=True, subsampling=0),
+        "16-bit grey": png(most, most, 16, 0), "GIF": saved("GIF", "P", most),
+        "progressive JPEG": saved("JPEG", "RGB", int((MAX_PIXELS // 2) ** 0.5), progressive=True, subsampling=0),
         "TIFF": saved("TIFF", "RGB", most, compression="tiff_deflate"), "WebP": saved("WEBP", "RGBA", third, method=0),
         "AVIF": saved("AVIF", "RGBA", third, speed=10),
     }  # fmt: skip
