@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,22 +16,36 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class Snapshot:
-    """A copy of tensors in this machine's memory, in buffers that the next copy uses again (pinned where the tensors are on a GPU)."""
+    """A copy of tensors in this machine's memory, in buffers that the next copy uses again (pinned where the tensors are on a GPU).
+
+    What stays as it is until the optimiser's next step may be copied `later`, by the thread that writes, during the next forward and
+    backward pass: `finish` copies it, and `wait` is asked before it changes.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._pending: list[tuple[Tensor, Tensor]] = []  # buffer, tensor
+        self._taken: list[tuple[torch.device, torch.cuda.Event]] = []  # when pending tensors had the values that are wanted
+        self._ready = threading.Event()
+        self._ready.set()
 
     @torch.no_grad()
-    def take(self, groups: Groups, keep: bool) -> dict[str, dict[str, Tensor]]:
+    def take(self, groups: Groups, keep: bool, later: Collection[tuple[str, str]] = ()) -> dict[str, dict[str, Tensor]]:
         """The tensors as they are now; later changes of theirs do not reach the copy, the next `take` does.
 
         Split tensors are gathered one after the other: every process must ask, those that do not `keep` get nothing.
 
+        Args:
+            later: groups and names of tensors that do not change before `wait` returns; their buffers hold them after `finish`. None of
+                them is split.
+
         Raises:
             RuntimeError: where there is no memory for it, as torch says.
         """
+        self.wait()
         taken: dict[str, dict[str, Tensor]] = {name: {} for name in groups} if keep else {}
         devices: set[torch.device] = set()
+        delayed: list[tuple[Tensor, Tensor]] = []
         threads = torch.get_num_threads()
         # One thread saturates much of the memory's bandwidth; several wait for each other at every tensor, long on a busy machine.
         torch.set_num_threads(1)
@@ -38,15 +53,54 @@ class Snapshot:
             for group, tensors in groups.items():
                 for name, tensor in tensors.items():
                     value = whole(tensor.detach())
-                    if keep:
-                        taken[group][name] = self._buffer((group, name), value).copy_(value, non_blocking=True)
-                        if value.is_cuda:
-                            devices.add(value.device)
+                    if not keep:
+                        continue
+                    buffer = taken[group][name] = self._buffer((group, name), value)
+                    if (group, name) in later:
+                        delayed.append((buffer, value))
+                        continue
+                    buffer.copy_(value, non_blocking=True)
+                    if value.is_cuda:
+                        devices.add(value.device)
         finally:
             torch.set_num_threads(threads)
         for device in devices:
             torch.cuda.synchronize(device)
+        if delayed:
+            self._taken = [
+                (device, torch.cuda.current_stream(device).record_event())
+                for device in {value.device for _, value in delayed if value.is_cuda}
+            ]
+            self._pending = delayed
+            self._ready.clear()
         return taken
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Copy what `take` left for later; in any thread."""
+        try:
+            streams = {device: torch.cuda.Stream(device) for device, _ in self._taken}
+            for device, event in self._taken:
+                streams[device].wait_event(event)
+            for buffer, value in self._pending:
+                if value.is_cuda:
+                    with torch.cuda.stream(streams[value.device]):
+                        buffer.copy_(value, non_blocking=True)
+                else:
+                    _copy_plain(buffer, value)
+            for stream in streams.values():
+                stream.synchronize()
+        finally:
+            self._pending, self._taken = [], []
+            self._ready.set()
+
+    def wait(self) -> float:
+        """Until all that was taken is copied; returns the seconds that took."""
+        if self._ready.is_set():
+            return 0.0
+        began = time.perf_counter()
+        self._ready.wait()
+        return time.perf_counter() - began
 
     def _buffer(self, key: tuple[str, str], value: Tensor) -> Tensor:
         held = self._buffers.get(key)
@@ -57,7 +111,17 @@ class Snapshot:
 
     def release(self) -> None:
         """Give the memory back."""
+        self.wait()
         self._buffers.clear()
+
+
+def _copy_plain(target: Tensor, source: Tensor) -> None:
+    """As `copy_`, by this thread alone and without holding Python's lock, where both lie densely in one layout."""
+    if target.stride() != source.stride() or source.numel() == 0:
+        target.copy_(source)
+        return
+    to, of = (t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() for t in (target, source))
+    np.copyto(to, of)
 
 
 class Writer:

@@ -240,6 +240,7 @@ class Trainer:
         self._at("agreeing on the update", ALONE - 1)
         numbers = torch.stack([value.detach().float().to(self.device) for value in (*norms.values(), *terms.values())])
         bad, stop = self.processes.any(not bool(torch.isfinite(numbers).all()), stopping)
+        self.states.still()
         if not bad:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -322,6 +323,7 @@ class Trainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Averaged weights in place and no dropout, as in the product; every process enters, the first one then works."""
+        self.states.still()
         self.family.eval()
         with self.ema.applied() if self.ema else nullcontext(), gathered(self.family, self.processes.main), torch.no_grad():
             yield

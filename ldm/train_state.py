@@ -103,15 +103,24 @@ class States:
         if self.processes.main:
             work = partial(checkpoint.save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
             told = partial(self._failed, needed=size(tensors), images=meta["images"], must=must)
-            if tensors is copied:
+            if copied is not None:
                 stalled = round(time.perf_counter() - began, 4)
                 self._cost = {"saved": meta["images"], "stage": self.folder.name, "stalled_s": stalled}
                 self._told = told
-                self._writer.start(work)
+                self._writer.start(partial(self._copy_and, work))
             else:
                 self._end(work, told)
         if not beside:
             self.processes.wait()
+
+    def _copy_and(self, work: Callable[[], object]) -> None:
+        self._snapshot.finish()
+        work()
+
+    def still(self) -> None:
+        """Before weights, averages or the optimiser's state change: the save under way must have its copy of them."""
+        if waited := self._snapshot.wait():
+            self._cost["stalled_s"] = round(self._cost["stalled_s"] + waited, 4)
 
     def settle(self, *, wait: bool) -> None:
         """Find out how the save under way ended, if it has; or `wait` until it has.
@@ -150,7 +159,7 @@ class States:
         if not (self.processes.main or self.processes.sharded):
             return {}
         try:
-            return self._snapshot.take(groups, self.processes.main)
+            return self._snapshot.take(groups, self.processes.main, self._unchanged(groups))
         except RuntimeError as error:
             if self.processes.sharded:  # the others are gathering with this one: it cannot turn to another way alone
                 raise
@@ -158,6 +167,13 @@ class States:
             said = str(error).partition("\n")[0]
             self.log.note(f"{self.folder.name}: no memory for a copy of the state ({said}); training waits while it is written")
             return None
+
+    def _unchanged(self, groups: dict[str, dict[str, Tensor]]) -> set[tuple[str, str]]:
+        """What only the optimiser's step changes, and not the passes before it, as it does buffers."""
+        if self.processes.sharded:
+            return set()
+        names = {"model": {name for name, _ in self.family.named_parameters()}}
+        return {(group, name) for group, tensors in groups.items() for name in names.get(group, tensors) if name in tensors}
 
     def _collected(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         if not self.processes.sharded:

@@ -82,6 +82,43 @@ def test_a_copy_is_of_its_moment_and_its_buffers_are_used_again() -> None:
     assert snapshot.take(weights, keep=False) == {}
 
 
+def test_what_is_copied_later_is_of_its_moment_and_is_waited_for() -> None:
+    groups = {
+        "model": {"now": torch.randn(5), "later": torch.randn(4, 6).t(), "n": torch.tensor(3), "none": torch.empty(0, 3),
+                  "h": torch.randn(3, 4).bfloat16(), "c": torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last),
+                  "part": torch.randn(6, 8)[:, ::2]},
+    }  # fmt: skip
+    kept = {name: value.clone() for name, value in groups["model"].items()}
+    snapshot, writer, go = Snapshot(), Writer(), threading.Event()
+    taken = snapshot.take(groups, keep=True, later={("model", name) for name in kept if name != "now"})
+    groups["model"]["now"].add_(1)
+    writer.start(lambda: (go.wait(5), snapshot.finish()))
+    threading.Timer(0.1, go.set).start()
+    assert snapshot.wait() > 0 and snapshot.wait() == 0.0
+    for value in groups["model"].values():
+        value.add_(1)
+    assert all(torch.equal(taken["model"][name], value) for name, value in kept.items())
+    writer.end()
+    snapshot.release()
+
+
+def test_the_next_step_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, order = Snapshot.finish, []
+
+    def slow(self: Snapshot) -> None:
+        time.sleep(0.05)
+        order.append("copied")
+        real(self)
+
+    monkeypatch.setattr(Snapshot, "finish", slow)
+    made = trainer(tmp_path)
+    for optimizer in made.optimizers:
+        optimizer.register_step_pre_hook(lambda *_: order.append("step"))
+    made.run()
+    steps = len(made.optimizers)
+    assert order == [*["step"] * steps, *(["copied"] + ["step"] * steps) * 5]
+
+
 def test_the_writer_does_one_thing_at_a_time_and_tells_of_its_error_once() -> None:
     writer, go = Writer(), threading.Event()
     writer.end()  # of nothing
@@ -119,6 +156,10 @@ def test_weights_that_change_during_the_write_are_stored_as_they_were(tmp_path: 
     before = {name: value.clone() for name, value in made.family.state_dict().items()}
     hold(monkeypatch, lambda: (go.wait(5), None)[1])
     made.states.save(1, must=False)
+    with torch.no_grad():
+        for buffer in made.family.buffers():  # these change in the next forward pass, the others after `still`
+            buffer.fill_(7)
+    made.states.still()
     with torch.no_grad():
         for parameter in made.family.parameters():
             parameter.fill_(7)
