@@ -67,7 +67,8 @@ class Source:
         from ldm import __version__
 
         defaults = {**self.defaults, "size": list(self.defaults["size"])}
-        return {"defaults": defaults, "scheduler": self.scheduler, "ldm_version": __version__, "story": self.story}
+        offset = {"offset_noise": self.process.offset_noise} if self.process.offset_noise else {}
+        return {"defaults": defaults, "scheduler": self.scheduler, **offset, "ldm_version": __version__, "story": self.story}
 
 
 def read_source(model: str) -> Source:

@@ -142,8 +142,8 @@ def _made(folder: Path, wanted: str) -> bool:
 def based(diffusion: LatentDiffusion, base: Path) -> LatentDiffusion:
     """The configuration of a UNet that continues a base model: its network, its schedule and its target are the base's.
 
-    What the configuration says of them must agree, but need not be said at all; what only concerns training (weights of
-    errors, density of times, dropout, checkpointing) is the configuration's own.
+    What the configuration says of them must agree, but need not be said at all; offset noise is the base's where the configuration is
+    silent. What else only concerns training (weights of errors, density of times, dropout, checkpointing) is the configuration's own.
 
     Raises:
         UserError: naming the field, both values and the fix.
@@ -158,13 +158,14 @@ def based(diffusion: LatentDiffusion, base: Path) -> LatentDiffusion:
         if said not in (getattr(usual, name), theirs):
             raise UserError(f"diffusion.process.{name}: got {_words(said)}, but the base model {base} has {_words(theirs)}; leave it out")
     record = read_record(base)
+    own_offset = diffusion.process.offset_noise
+    offset = process.offset_noise if own_offset is None else own_offset
     defaults = diffusion.defaults
     if defaults == Defaults():
         defaults = defaults_of(record, base)[0]
     network = replace(network, dropout=own.dropout, checkpointing=own.checkpointing, zero_start=False)
-    return replace(
-        diffusion, network=network, process=replace(diffusion.process, schedule=process.schedule, target=process.target), defaults=defaults
-    )
+    process = replace(diffusion.process, schedule=process.schedule, target=process.target, offset_noise=offset)
+    return replace(diffusion, network=network, process=process, defaults=defaults)
 
 
 def based_autoencoder(own: KL | VQ, base: Path) -> KL | VQ:

@@ -222,6 +222,8 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     if isinstance(stage, Train):
         family = plain(run.trained(stage))
         found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) not in (("adapt", None), ("inpaint", None))}
+        if (process := family.get("process")) and process["offset_noise"] is None:
+            del process["offset_noise"]
         if cache := kept_cache(stage):
             found["latents"] = cache_hash(cache)
     if isinstance(stage, Train | Encode):

@@ -128,6 +128,7 @@ class Process:
     target: Target = "epsilon"  # what the network predicts; v: alpha eps - sigma x0, flow: eps - x0
     weighting: Weighting = UniformWeight()  # weight of a sample's squared error
     density: Density = UniformTime()  # how often each t is drawn in training
+    offset_noise: NonNegative | None = None  # share of noise that is equal all over a channel (about 0.05); null: the base model's, else 0
 
     def __post_init__(self) -> None:
         flow = isinstance(self.schedule, Flow)
@@ -148,11 +149,17 @@ class Process:
     def noise(self, x0: Tensor, rng: Rng) -> Noised:
         """Noised data with their targets and weights; t and eps are drawn for each sample by its address.
 
+        With `offset_noise` s, eps is N(0, 1) for every value plus s N(0, 1) for every channel, so that the model learns to move
+        a whole picture's brightness (Guttenberg 2023, "Diffusion with Offset Noise").
+
         Args:
             x0: (B, ...) of unit variance.
         """
         t = self.schedule.draw(self.density.warp(rng.uniform("t"))).to(x0.device, torch.float32)
         eps = rng.normal("eps", x0.shape[1:]).to(x0)
+        if self.offset_noise:
+            whole = rng.normal("offset", x0.shape[1:2]).to(x0)
+            eps = eps + self.offset_noise * whole.view(*whole.shape, *[1] * (x0.dim() - 2))
         alpha, sigma = self.alpha_sigma(t)
         x = _mix(alpha, x0, sigma, eps)
         p, q = target_of(self.target, alpha, sigma)

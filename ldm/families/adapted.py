@@ -84,6 +84,7 @@ class AdaptedFamily(Family):
         return {
             "ldm_base_hash": base["unet"], "ss_sd_model_hash": base["unet"], "ss_resolution": f"({side}, {side})",
             "ss_seed": base["seed"], "ss_num_train_images": base["images"], "ss_v2": "False",
+            "ss_noise_offset": str(self.inner.process.offset_noise),
         }  # fmt: skip
 
     def save_text(self, state: dict[str, Tensor], folder: Path) -> None:

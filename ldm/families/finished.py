@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,18 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
 
 
 def process_of(root: Path) -> Process:
-    """The noise schedule and the target of a model folder, from its scheduler's configuration.
+    """The noise schedule and the target of a model folder, from its scheduler's configuration, and its offset noise, where ldm.json tells.
 
     Raises:
         UserError: naming the file and the value that is not known here.
     """
     file = root / "scheduler" / "scheduler_config.json"
     values = read_json(file)
+    offset = read_record(root).get("offset_noise")
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < float("inf")):
+        raise UserError(f"{root / RECORD}: offset_noise: got {offset!r}, not a number from 0 on; {AGAIN}")
     try:
-        return Process.from_scheduler_config(values)
+        return replace(Process.from_scheduler_config(values), offset_noise=offset)
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -216,7 +216,8 @@ class LatentDiffusionFamily(Family):
 
     def describe(self) -> dict[str, Any]:
         """What a model folder must say besides the networks' own configurations."""
-        return {"defaults": {**self.defaults}, "scheduler": self.process.scheduler_config()}
+        offset = {"offset_noise": self.process.offset_noise} if self.process.offset_noise else {}
+        return {"defaults": {**self.defaults}, "scheduler": self.process.scheduler_config(), **offset}
 
     # Sampling
 

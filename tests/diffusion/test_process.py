@@ -131,6 +131,21 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     assert torch.equal(whole.x[4:5], part.x) and torch.equal(whole.t[4:5], part.t)
 
 
+@pytest.mark.parametrize("target", ["epsilon", "v"])
+def test_offset_noise_is_equal_all_over_a_channel(target):
+    x0, rng = torch.zeros(4000, 2, 4, 4), Rng(0, range(4000))
+    plain, moved = Process(target=target).noise(x0, rng), Process(target=target, offset_noise=0.5).noise(x0, rng)
+    gain = plain.x[:, 0, 0, 0] / rng.normal("eps", (2, 4, 4))[:, 0, 0, 0]  # sigma
+    offset = (moved.x - plain.x) / gain[:, None, None, None]
+    assert torch.equal(moved.t, plain.t) and torch.allclose(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-4)
+    found = offset[:, :, 0, 0]
+    assert abs(found.std() - 0.5) < 0.02 and abs(found.mean()) < 0.02 and abs(np.corrcoef(found.numpy().T)[0, 1]) < 0.06
+    # The network is to say this noise, too.
+    eps = rng.normal("eps", (2, 4, 4)) + found[:, :, None, None]
+    assert torch.allclose(moved.target, output_for(Process(target=target), x0, eps, moved.t), atol=1e-3)
+    assert torch.equal(Process(offset_noise=0.0).noise(x0, rng).x, Process().noise(x0, rng).x)
+
+
 def test_v_and_noised_input_are_diffusers():
     theirs = diffusers.DDIMScheduler.from_config(Process(target="v").scheduler_config())
     x0, rng = torch.randn(8, 2, 3, 3), Rng(0, range(8))

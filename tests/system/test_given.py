@@ -12,7 +12,7 @@ import yaml
 
 from ldm.__main__ import main
 from ldm.errors import UserError
-from ldm.folder import load_part
+from ldm.folder import load_part, read_json
 
 SCENES = {"kind": "scenes", "images": 32, "val": 4}
 OPTIM = {"kind": "adamw", "lr": 1e-3}
@@ -23,6 +23,7 @@ def stage(family: str = "diffusion", **more: Any) -> dict[str, Any]:
 
 
 def go(folder: Path, run: dict[str, Any], *words: str) -> int:
+    folder.mkdir(exist_ok=True)
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(run, sort_keys=False))
     return main(["train", str(file), f"out={folder / 'out'}", *words])
@@ -138,3 +139,14 @@ def test_two_stages_of_text_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"stages\.b\.family: text is trained by an earlier stage"):
         build({"data": SCENES, "stages": {"a": stage("text"), "b": stage("text")}}, Run, "run")
+
+
+def test_offset_noise_is_taken_from_the_base_and_told_on(tmp_path: Path, base: Path) -> None:
+    run = {"data": SCENES, "init": str(base), "stages": {"tune": stage(), "export": {"kind": "export"}}}
+    assert go(tmp_path / "a", run | {"diffusion": {"process": {"offset_noise": 0.1}}}) == 0
+    first = tmp_path / "a" / "out" / "model"
+    assert read_json(first / "ldm.json")["offset_noise"] == 0.1
+    assert go(tmp_path / "b", run | {"init": str(first)}) == 0
+    assert read_json(tmp_path / "b" / "out" / "model" / "ldm.json")["offset_noise"] == 0.1
+    assert go(tmp_path / "c", run | {"init": str(first), "diffusion": {"process": {"offset_noise": 0.0}}}) == 0
+    assert "offset_noise" not in read_json(tmp_path / "c" / "out" / "model" / "ldm.json")
