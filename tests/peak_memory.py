@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,11 @@ torch.set_num_threads(1)
 """
 
 
-def peak_kib(before: str, counted: str) -> int:
+def peak_kib(before: str, counted: str, **environment: str) -> int:
     """KiB that running `counted` adds to the process's peak after `before`; skips the test where nobody counts them."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
     code = f"{ASK}\n{before}\nstart = peak()\n{counted}\nprint(peak() - start)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | environment)
     assert found.returncode == 0, found.stderr
     return int(found.stdout)
