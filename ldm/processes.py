@@ -158,7 +158,7 @@ class Learners(Processes):
             return family
         # Gradients of 1x1 convolutions may lie in either of two layouts; the copy that one of them needs is nothing to act on.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)  # open_clip's loss asks it
+        warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)  # open_clip's
         with warnings.catch_warnings():  # torch 2.15 renames the option; older ones know the old name alone
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return self.accelerator.prepare_model(family)

@@ -24,6 +24,7 @@ def peak_kib(before: str, counted: str, **environment: str) -> int:
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
     code = f"{ASK}\n{before}\nstart = peak()\n{counted}\nprint(peak() - start)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | environment)
+    words = [sys.executable, "-c", code]
+    found = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | environment)
     assert found.returncode == 0, found.stderr
     return int(found.stdout)
