@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm import threads
 from ldm.sharded import whole
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -149,14 +150,14 @@ class Writer:
         def run() -> None:
             began = time.perf_counter()
             try:
-                work()
+                with threads.piece():
+                    work()
             except BaseException as error:
                 self._error = error
             self.seconds = time.perf_counter() - began
 
         # A daemon, so that a second stop signal ends the process at once; what is half written is no checkpoint.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._thread = threads.start(run, "checkpoint")
 
     def end(self) -> None:
         """Wait for the work.

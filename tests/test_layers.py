@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules by layer, lowest first, as docs/architecture.md tells; what is named nowhere is of the last one.
 LAYERS = (
-    ("errors", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
+    ("errors", "threads", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
      "redact", "sharded"),
     ("checkpoint", "compvis", "compvis_shapes", "pickles", "single_file", "folder", "tensor_file", "text", "text_files", "text_pretrained",
      "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "trackers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,6 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from ldm import threads
 from ldm.batch import cat
 from ldm.data.dataset import B, Samples
 from ldm.data.images import Shape
@@ -73,6 +73,15 @@ def batches(
         yield parts[0] if len(parts) == 1 else cat(parts)
 
 
+def _settle(future: Future[R], task: Callable[[], R]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(task())
+    except BaseException as error:
+        future.set_exception(error)
+
+
 def _cut(index: np.ndarray, position: np.ndarray, cuts: int) -> Iterator[tuple[list[int], list[int]]]:
     for i, p in zip(np.array_split(index, cuts), np.array_split(position, cuts), strict=True):
         yield i.tolist(), p.tolist()
@@ -112,14 +121,14 @@ def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: fl
     todo: queue.SimpleQueue[tuple[Future[R], Callable[[], R]] | None] = queue.SimpleQueue()
 
     def work() -> None:
+        item: tuple[Future[R], Callable[[], R]] | None
         while (item := todo.get()) is not None:
-            future, task = item
-            if not future.set_running_or_notify_cancel():
-                continue
             try:
-                future.set_result(task())
-            except BaseException as error:
-                future.set_exception(error)
+                with threads.piece():
+                    _settle(*item)
+                    item = None  # what it made is let go within the piece, too
+            except threads.ProcessEnds:
+                return
 
     def submit(group: list[Callable[[], R]]) -> list[tuple[Future[R], Callable[[], R]]]:
         pairs = [(Future[R](), task) for task in group]
@@ -128,7 +137,7 @@ def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: fl
         return pairs
 
     for i in range(workers):
-        threading.Thread(target=work, daemon=True, name=f"loader-{i}").start()
+        threads.start(work, f"loader-{i}")
     running = deque(submit(group) for group in islice(groups, AHEAD))
     try:
         while running:

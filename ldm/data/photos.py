@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ldm import threads
 from ldm.batch import ImageBatch
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
@@ -147,7 +148,7 @@ class Photos(ABC):
         found: list[tuple[int, View]] = []
         while len(found) < len(rows):
             work = _Work(rows[len(found) :])
-            threading.Thread(target=self._work, args=(work, resolution), daemon=True, name="decode").start()
+            threads.start(self._work, "decode", work, resolution)
             slow, since = work.under_way
             while not work.ended.wait(max(0.0, since + self._look.max_seconds - time.monotonic())):
                 if work.under_way == (slow, since):
@@ -162,7 +163,8 @@ class Photos(ABC):
     def _work(self, work: _Work, resolution: Shape) -> None:
         try:
             for index, at, flip in work.rows:
-                work.done.append(self._view(work, index, resolution, at, flip))
+                with threads.piece():
+                    work.done.append(self._view(work, index, resolution, at, flip))
         except BaseException as error:
             work.error = error
         finally:
