@@ -44,6 +44,7 @@ def classifier(
 
     data, family, place = CachedLatents(cache), load(model), device_for(device)
     data.require(autoencoder=family.codec.hash)
+    data.require_shapes([])
     index = list(range(len(data)))
     said = says([" ".join(captions) for captions in data.all_captions(index)], known)
     for word, count in zip(known, said.sum(0).tolist(), strict=True):

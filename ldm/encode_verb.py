@@ -30,6 +30,9 @@ def encode(
     resolution: Annotated[int, Option(min=8, max=8192, help="px, height and width.")] = 512,
     flip: Annotated[bool, Option("--flip", help="Keep mirrored latents too, for training with flip (twice the size).")] = False,
     text: Annotated[bool, Option("--text", help="Keep the text encoder's states of the captions too.")] = False,
+    buckets: Annotated[bool, Option("--buckets", help="Pictures in shapes near their own, for stages with buckets; else squares.")] = False,
+    bucket_step: Annotated[int, Option(min=0, help="px, sides are multiples of it; 0: 64 from 256 px on, 8 below.")] = 0,
+    max_aspect: Annotated[float, Option(min=1, help="Of a bucket's longer side to its shorter one.")] = 2.0,
     images: Annotated[int, Option(min=0, help="The first so many; 0: all.")] = 0,
     batch: Annotated[int, Option(min=1, help="Pictures per call of the encoder.")] = 16,
     seed: Annotated[int, Option(min=0, help="Of the crops.")] = 0,
@@ -41,6 +44,7 @@ def encode(
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
     place = _model(model)
     seen: Any = _source(data).build("train")
+    from ldm.data.buckets import Buckets, sizes_of, wrong_step
     from ldm.data.cache import seal, write_cache
     from ldm.data.cached import CachedLatents
     from ldm.families.codec import autoencoder_folder, load_codec
@@ -52,6 +56,11 @@ def encode(
     codec = load_codec(autoencoder_folder(place)).to(where)
     if resolution % codec.factor:
         raise UserError(f"resolution: got {resolution}; this autoencoder needs a multiple of {codec.factor}")
+    chosen = Buckets(step=bucket_step, max_aspect=max_aspect) if buckets else None
+    if chosen and (wrong := list(wrong_step(chosen, resolution, codec.factor, "buckets"))):
+        raise UserError("; ".join(wrong))
+    if chosen and sizes_of(seen) is None:
+        raise UserError(f"--buckets: the pictures of {data} all have one size, or do not tell theirs; leave it out")
     read, text_hash = _reader(place, where) if text else (None, "")
     count = min(images or len(seen), len(seen))
     started = time.monotonic()
@@ -60,6 +69,7 @@ def encode(
             out, seen, lambda image: codec.moments(image.to(where)), autoencoder=codec.hash,
             normalisation=codec.statistics.to_dict(), resolution=resolution, images=count, batch=batch, seed=seed, flip=flip,
             shard_images=shard, workers=workers, rank=team.rank, world=team.world, on_images=advance, read=read, text=text_hash,
+            buckets=chosen,
         )  # fmt: skip
     team.wait()
     if team.main:
@@ -71,7 +81,8 @@ def encode(
         else:
             seconds = time.monotonic() - started
             size = int(str(described["bytes"])) / 2**20
-            print(f"{out}: latents of {count:,} pictures at {resolution} px, {size:,.1f} MiB, in {seconds:.1f} s")
+            shapes = f" in up to {len(chosen.shapes(resolution))} shapes" if chosen else ""
+            print(f"{out}: latents of {count:,} pictures at {resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     team.wait()
     return 0
 

@@ -203,7 +203,7 @@ class Execution:
             cache = kept_cache(stage)
             data = CachedLatents(cache or products["latents"].folder)
             if cache:
-                check_cache(data, stage.resolution, products)
+                check_cache(data, stage, products)
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
             processes=self.processes, log=self.log,
@@ -231,7 +231,7 @@ class Execution:
             write_cache(
                 folder / "model", seen, lambda image: codec.moments(image.to(device)),
                 autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
-                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, workers=self.run.workers,
+                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, buckets=stage.buckets, workers=self.run.workers,
                 rank=self.processes.rank, world=self.processes.world, on_images=log.advance,
             )  # fmt: skip
         self.processes.wait()

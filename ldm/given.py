@@ -25,6 +25,7 @@ from ldm.text_pretrained import PretrainedText, text_folder
 if TYPE_CHECKING:
     from ldm.data.cached import CachedLatents
     from ldm.run import Run
+    from ldm.train import Train
 
 GIVEN = "given"  # the folder in a run folder
 RECORD = "given.json"
@@ -197,7 +198,7 @@ def _words(value: Any) -> str:
     return str(getattr(value, "kind", None) or value)
 
 
-def check_cache(cache: CachedLatents, resolution: int, products: Mapping[str, Product]) -> None:
+def check_cache(cache: CachedLatents, stage: Train, products: Mapping[str, Product]) -> None:
     """Refuse a latent cache from elsewhere that was made for something else.
 
     Raises:
@@ -205,7 +206,8 @@ def check_cache(cache: CachedLatents, resolution: int, products: Mapping[str, Pr
     """
     from ldm.text import TextEncoder
 
-    cache.require(autoencoder=content_hash(autoencoder_folder(products["autoencoder"].folder)), resolution=resolution)
+    cache.require(autoencoder=content_hash(autoencoder_folder(products["autoencoder"].folder)), resolution=stage.resolution)
+    cache.require_shapes(stage.buckets.shapes(stage.resolution) if stage.buckets else [])
     if cache.plan.text:
         cache.require_text(TextEncoder.load(products["text"].folder).encode)
 

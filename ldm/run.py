@@ -96,10 +96,11 @@ def _problems(run: Run) -> Iterator[str]:
         for side in sides:
             if side % factor:
                 yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
+        if isinstance(stage, Train | Encode) and stage.buckets:
+            yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
         if isinstance(stage, Train):
             if stage.buckets:
                 yield from _shapeless(stage, where)
-                yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
             if stage.exact and (stage.family == "text" or (stage.family == "autoencoder" and isinstance(run.autoencoder, VQ))):
                 why = "pairs of the whole batch" if stage.family == "text" else "codes of the whole batch"
                 yield f"{where}.exact: this family learns from {why}, which depend on how many processes there are; leave it out"
@@ -112,6 +113,8 @@ def _problems(run: Run) -> Iterator[str]:
                     yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
                 elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
                     yield f"{where}.flip: {stage.latents} holds no mirrored latents; set stages.{stage.latents}.flip=true too"
+                elif _shapes(stage) != _shapes(cache):
+                    yield f"{where}.buckets: {stage.latents} is encoded otherwise; set stages.{stage.latents}.buckets alike"
                 if stage.also:
                     yield f"{where}.also: cached latents have one resolution"
                 if stage.family != "diffusion":
@@ -143,12 +146,14 @@ def _problems(run: Run) -> Iterator[str]:
                 yield from _unmeasured(run, stage, where)
 
 
+def _shapes(stage: Train | Encode) -> list[tuple[int, int]]:
+    return stage.buckets.shapes(stage.resolution) if stage.buckets else []
+
+
 def _shapeless(stage: Train, where: str) -> Iterator[str]:
     """Why a stage cannot have buckets."""
     if stage.family == "text":
         yield f"{where}.buckets: family: text reads squares"
-    if stage.latents:
-        yield f"{where}.buckets: cached latents are squares; leave out buckets, or latents"
     if stage.also:
         yield f"{where}.buckets: also (further resolutions) cannot be had beside it"
 

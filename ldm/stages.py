@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from ldm.config import BY_KIND, Count, Positive, config, plain
+from ldm.data.buckets import Buckets
 from ldm.data.filter import Filter
 from ldm.metrics.evaluator import Evaluator
 from ldm.train import Train
@@ -21,10 +22,11 @@ class Encode:
     images: Count = 0  # how many; 0: all that pass the filter
     filter: Filter = Filter()  # which samples are encoded
     flip: bool = False  # keep mirrored latents too, for training with flip (twice the size)
+    buckets: Buckets | None = None  # pictures in shapes near their own, as the stages that read them say; null: squares
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
-        unsaid = {"batch"} | ({"filter"} if self.filter == Filter() else set())
+        unsaid = {"batch"} | ({"filter"} if self.filter == Filter() else set()) | (set() if self.buckets else {"buckets"})
         return {name: value for name, value in plain(self).items() if name not in unsaid}
 
 

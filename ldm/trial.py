@@ -30,8 +30,9 @@ def try_shapes(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> Non
     count = stage.micro_batch or stage.batch // trainer.processes.world
     buffers = {key: buffer.clone() for key, buffer in trainer.family.named_buffers()}
     trainer.family.progress(stage.images)  # with every part of the loss
+    one = {shape: int(members[0]) for shape, members in zip(buckets.order.shapes, buckets.order.members, strict=True)}
     for shape in buckets.shapes:
-        batch = trainer.data.load([0] * count, range(count), shape, trainer.seed, False)
+        batch = trainer.data.load([one[shape]] * count, range(count), shape, trainer.seed, False)
         try:
             with trainer.processes.apart(model):
                 trainer.gradients(model, batch)

@@ -103,7 +103,27 @@ def test_training_reads_it_and_refuses_anothers(photographs: Path, kl_model: Pat
     assert "no finished latent cache here" in capsys.readouterr().err
 
 
+def test_training_in_buckets_reads_latents_in_buckets(photographs: Path, kl_model: Path, tmp_path: Path, capsys) -> None:
+    Image.new("RGB", (80, 40)).save(photographs / "wide.png")
+    (photographs / "wide.txt").write_text("a wide black picture")
+    try:
+        assert encode(photographs, kl_model, tmp_path / "cache", "--buckets", "--bucket-step", "16", "--max-aspect", "3", "--json") == 0
+        assert [16, 48] in json.loads(capsys.readouterr().out)["shapes"]
+        cache, same = tmp_path / "cache", "stages.tune.buckets={step: 16, max_aspect: 3}"
+        assert train(photographs, kl_model, cache, tmp_path / "run", same) == 0
+        capsys.readouterr()
+        assert train(photographs, kl_model, cache, tmp_path / "squares") == 2
+        assert "48x16, not squares" in capsys.readouterr().err
+        assert train(photographs, kl_model, cache, tmp_path / "others", "stages.tune.buckets={step: 8}") == 2
+        assert "48x16, not 24x40, 32x32, 40x24; encode again with buckets, or set the stage's buckets alike" in capsys.readouterr().err
+    finally:
+        for name in ("wide.png", "wide.txt"):
+            (photographs / name).unlink()
+
+
 @pytest.mark.parametrize(("words", "expected"), [
+    (["--buckets", "--bucket-step", "12"], "buckets.step: got 12; the autoencoder needs a multiple of 8"),
+    (["--buckets", "--max-aspect", "0.5"], "max-aspect"),
     (["--resolution", "33"], "multiple of 8"), (["--model", "/no/such"], "no such folder"), (["--images", "-1"], "images"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words: list[str], expected: str, photographs: Path, kl_model: Path, tmp_path: Path, capsys) -> None:

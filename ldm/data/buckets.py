@@ -34,6 +34,15 @@ class Sized(Protocol):
         ...
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """A data set whose samples have their shapes already."""
+
+    def buckets(self) -> tuple[Sequence[tuple[int, int]], NDArray[np.int64]] | None:
+        """Height and width of the shapes, px, and the number (N,) of each sample's; None: all are squares."""
+        ...
+
+
 def sizes_of(data: object) -> NDArray[np.int32] | None:
     """Height and width (N,2) px of all samples; None where all have one size, or the data does not know them."""
     return data.sizes() if isinstance(data, Sized) else None
@@ -112,17 +121,26 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sort(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: int, steps: int) -> Sorted | None:
-    """The buckets of a data set for a stage of so many updates; None where its samples have no sizes of their own."""
+    """The buckets of a data set for a stage of so many updates; None where its samples have no sizes of their own.
+
+    Cached latents keep the shapes that they were encoded in, so the order is that of their pictures.
+    """
     sizes = sizes_of(data)
     if sizes is None:
         return None
     choices = chosen.shapes(resolution)
-    bucket = assign(sizes, choices)
+    kept = data.buckets() if isinstance(data, Shaped) else None
+    bucket = assign(sizes, choices) if kept is None else _renumbered(*kept, choices)
     order = Bucketed(seed, bucket, choices, batch)
     rows = table(sizes, choices, bucket)
     for row, updates in zip(rows, order.batches(steps).tolist(), strict=True):
         row |= {"updates": updates, "missed": max(0, row["images"] - updates * batch)}
     return Sorted(order, rows)
+
+
+def _renumbered(shapes: Sequence[tuple[int, int]], bucket: NDArray[np.int64], choices: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Numbers of shapes as numbers of equal choices."""
+    return np.array([choices.index(shape) for shape in shapes], np.int64)[bucket]
 
 
 def wrong_step(chosen: Buckets, resolution: int, factor: int, where: str) -> Iterator[str]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ldm.batch import ImageBatch, Text
 from ldm.checkpoint import MANIFEST, Damaged, commit, sha256, verify, write_json
+from ldm.data.buckets import Buckets, assign, sizes_of
 from ldm.data.dataset import DataSet
-from ldm.data.images import mirrored
+from ldm.data.images import Shape, mirrored
 from ldm.data.loader import ordered
 from ldm.errors import UserError
 
@@ -46,11 +47,12 @@ class Plan:
     shard_images: int
     format: int = FORMAT
     text: str = ""  # hash of the text encoder whose states of the captions are kept; empty: none are
+    shapes: tuple[tuple[int, int], ...] = ()  # height and width, px, of the buckets by number; empty: all are squares
 
     @property
     def hash(self) -> str:
         """Of everything above."""
-        said = {name: value for name, value in asdict(self).items() if name != "text" or value}
+        said = {name: value for name, value in asdict(self).items() if name not in ("text", "shapes") or value}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -61,6 +63,11 @@ class Plan:
 
 def shard_folder(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}"
+
+
+def column(name: str, shape: tuple[int, int] | None) -> str:
+    """What a shard calls the rows of one shape; None: all are squares."""
+    return name if shape is None else f"{name}.{shape[0]}x{shape[1]}"
 
 
 def write_cache(
@@ -82,6 +89,7 @@ def write_cache(
     on_images: Callable[[int], None] | None = None,
     read: Read | None = None,
     text: str = "",
+    buckets: Buckets | None = None,
 ) -> None:
     """Encode every sample once into `folder`, in shards that are each whole or not there; finished ones are kept.
 
@@ -99,16 +107,19 @@ def write_cache(
         on_images: called with the number of images that have just been encoded or found finished.
         read: captions to their states, which are kept too, as float16; each sample must have one caption.
         text: hash of the text encoder that reads.
+        buckets: keep each picture in the shape that fits it best; None, or data of one size: squares.
 
     Raises:
         UserError: if the disk is full (finished shards stay), a latent is not finite, or a sample whose caption's states
             are to be kept has several.
     """
+    sizes = sizes_of(data) if buckets else None
+    choices = buckets.shapes(resolution) if buckets and sizes is not None else []
     plan = Plan(
         autoencoder=autoencoder, normalisation=normalisation or {}, data=data.fingerprint(),
         images=len(data) if images is None else min(images, len(data)),
         resolution=resolution, seed=seed, flip=flip and data.mirrors, mirrors=data.mirrors,
-        shard_images=shard_images, text=text,
+        shard_images=shard_images, text=text, shapes=tuple(choices),
     )  # fmt: skip
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
@@ -123,8 +134,10 @@ def write_cache(
             if _whole(shard_folder(folder, number), plan):
                 tell(len(members))
                 continue
-            tensors = _encode_shard(data, encode, read, members, plan, batch, workers, tell)
-            record = {"plan": plan.hash, "captions": data.all_captions(list(members))}
+            record: dict[str, Any] = {"plan": plan.hash, "captions": data.all_captions(list(members))}
+            if sizes is not None:
+                record["buckets"] = assign(sizes[members.start : members.stop], choices).tolist()
+            tensors = _encode_shard(data, encode, read, _cuts(members, record.get("buckets"), plan, batch), plan, workers, tell)
             commit(shard_folder(folder, number), _writer(tensors, record))
         if world == 1:
             seal(folder)
@@ -173,25 +186,34 @@ def _whole(shard: Path, plan: Plan) -> bool:
     return bool(record.get("plan") == plan.hash)
 
 
+Cut = tuple[list[int], tuple[int, int] | None]  # samples, and their shape; None: squares
+
+
+def _cuts(members: range, bucket: list[int] | None, plan: Plan, batch: int) -> list[Cut]:
+    """The members of a shard in batches of one shape each."""
+    groups: list[Cut] = [(list(members), None)]
+    if bucket is not None:
+        groups = [([i for i, b in zip(members, bucket, strict=True) if b == number], shape) for number, shape in enumerate(plan.shapes)]
+    return [(group[i : i + batch], shape) for group, shape in groups for i in range(0, len(group), batch)]
+
+
 def _encode_shard(
     data: DataSet,
     encode: Encode,
     read: Read | None,
-    members: range,
+    cuts: list[Cut],
     plan: Plan,
-    batch: int,
     workers: int,
     tell: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """The arrays of one shard."""
 
-    def load(index: list[int]) -> Callable[[], ImageBatch]:
-        return lambda: data.load(index, index, plan.resolution, plan.seed, False)
+    def load(index: list[int], shape: Shape) -> Callable[[], ImageBatch]:
+        return lambda: data.load(index, index, shape, plan.seed, False)
 
-    cuts = [list(members[i : i + batch]) for i in range(0, len(members), batch)]
-    tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(cut)] for cut in cuts)
+    tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(cut, shape or plan.resolution)] for cut, shape in cuts)
     columns: dict[str, list[np.ndarray]] = {}
-    for cut, (images,) in zip(cuts, ordered(tasks, workers), strict=True):
+    for (cut, shape), (images,) in zip(cuts, ordered(tasks, workers), strict=True):
         rows: dict[str, Tensor | None] = {"size": images.size}
         with torch.no_grad():
             rows["mean"], rows["std"] = encode(images.image)
@@ -208,7 +230,7 @@ def _encode_shard(
             if not finite.all():
                 wrong = data.origin(cut[int((~finite).nonzero()[0])])
                 raise UserError(f"{wrong}: its latent {name} is not finite in float16; encode in float32 instead")
-            columns.setdefault(name, []).append(value.numpy())
+            columns.setdefault(column(name, shape), []).append(value.numpy())
         tell(len(cut))
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
@@ -236,7 +258,8 @@ def _writer(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Callable[
 
 def read_plan(folder: Path) -> Plan:
     try:
-        return Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return Plan(**{**values, "shapes": tuple((height, width) for height, width in values.get("shapes", ()))})
     except FileNotFoundError:
         raise UserError(f"{folder}: no latent cache here ({PLAN} is missing)") from None
     except (ValueError, TypeError) as error:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.batch import MomentBatch, Text
 from ldm.checkpoint import MANIFEST, Damaged, sha256, verify
-from ldm.data.cache import DATA, RECORD, Read, read_plan, shard_folder
+from ldm.data.cache import DATA, RECORD, Read, column, read_plan, shard_folder
 from ldm.data.dataset import draw_captions, draw_flips
 from ldm.data.images import Shape
 from ldm.errors import UserError
@@ -34,6 +35,15 @@ def _arrays(file: Path, in_memory: bool) -> dict[str, Tensor]:
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             found[name] = torch.from_numpy(raw[start:end].view(kinds[entry["dtype"]]).reshape(entry["shape"]))
+    return found
+
+
+def _places(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each how many equal ones stand before it."""
+    found = np.empty(len(numbers), np.int64)
+    for number in np.unique(numbers):
+        here = np.flatnonzero(numbers == number)
+        found[here] = np.arange(len(here))
     return found
 
 
@@ -59,6 +69,7 @@ class CachedLatents:
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
         self._shards: list[dict[str, Tensor]] = []
+        rows, numbers = [], []
         digest = hashlib.sha256(self.plan.hash.encode())
         for shard in shards:
             try:
@@ -72,6 +83,12 @@ class CachedLatents:
             if record.get("plan") != self.plan.hash:
                 raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
             self._captions += record["captions"]
+            if self.plan.shapes:
+                numbers.append(np.array(record["buckets"], np.int64))
+                rows.append(_places(numbers[-1]))
+        self._names = {name.partition(".")[0] for shard in self._shards for name in shard}
+        self._bucket = np.concatenate(numbers) if numbers else None  # (N,) number of each sample's shape
+        self._row = np.concatenate(rows) if rows else None  # (N,) its place among those of its shape in its shard
         self._fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -98,6 +115,51 @@ class CachedLatents:
                     f"not {str(value)[:12]}; encode again"
                 )
 
+    def require_shapes(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Check that latents are kept in these buckets (height, width px); none: in squares.
+
+        Raises:
+            UserError: where they are not.
+        """
+        if set(wanted) != set(self.plan.shapes):
+            own, other = (", ".join(f"{w}x{h}" for h, w in shapes) or "squares" for shapes in (self.plan.shapes, wanted))
+            raise UserError(
+                f"{self.folder}: its latents are kept in {own}, not {other}; encode again {'with' if wanted else 'without'} buckets,"
+                " or set the stage's buckets alike"
+            )
+
+    def buckets(self) -> tuple[Sequence[tuple[int, int]], NDArray[np.int64]] | None:
+        """Height and width of the buckets, px, and the number (N,) of each sample's; None: squares."""
+        return None if self._bucket is None else (self.plan.shapes, self._bucket)
+
+    def sizes(self) -> NDArray[np.int32] | None:
+        """Height and width (N,2) px that the pictures had; None where latents are squares."""
+        if self._bucket is None:
+            return None
+        found = np.empty((len(self), 2), np.int32)
+        for number, shape in enumerate(self.plan.shapes):
+            rows = np.flatnonzero(self._bucket == number)
+            for s, shard in enumerate(self._shards):
+                here = rows[rows // self.plan.shard_images == s]
+                if len(here):
+                    found[here] = shard[column("size", shape)][self._row[here], :2].numpy()  # type: ignore[index]
+        return found
+
+    def _shape(self, rows: np.ndarray) -> tuple[int, int] | None:
+        """The one that all of these samples have; None: squares."""
+        if self._bucket is None or not len(rows):
+            return None
+        return self.plan.shapes[int(self._bucket[rows[0]])]
+
+    def _check_shape(self, rows: np.ndarray, wanted: Shape) -> None:
+        if self._bucket is None:
+            self.require(resolution=wanted)
+            return
+        for row in rows.tolist():
+            own = self.plan.shapes[int(self._bucket[row])]
+            if own != (wanted if isinstance(wanted, tuple) else (wanted, wanted)):
+                raise UserError(f"{self.origin(row)}: kept in {own[1]}x{own[0]} px; it cannot be read in another shape ({wanted})")
+
     def require_text(self, read: Read) -> None:
         """Check that the kept states of captions are those that the caller's text encoder gives.
 
@@ -116,15 +178,15 @@ class CachedLatents:
         Raises:
             UserError: if `resolution` is not the stored one, or `flip` is asked of a cache without mirrored copies.
         """
-        self.require(resolution=resolution)
+        rows = np.asarray(index, np.int64)
+        self._check_shape(rows, resolution)
         flip = flip and self.mirrors
         if flip and not self.plan.flip:
             raise UserError(f"{self.folder}: has no mirrored copies; encode with flip=true or train with flip=false")
-        rows = np.asarray(index, np.int64)
         mirror = np.asarray(draw_flips(seed, position, flip), bool)
         return MomentBatch(
             mean=self._gather("mean", rows, mirror),
-            std=self._gather("std", rows, mirror) if "std" in self._shards[0] else None,
+            std=self._gather("std", rows, mirror) if "std" in self._names else None,
             caption=tuple(self.captions(index, position, seed)),
             size=self._gather("size", rows, mirror),
             text=self._text(rows) if self.plan.text else None,
@@ -134,16 +196,23 @@ class CachedLatents:
     def _text(self, rows: np.ndarray) -> Text:
         """The kept states of the samples' captions."""
         plain = np.zeros(len(rows), bool)
-        pooled = self._gather("text_pooled", rows, plain) if "text_pooled" in self._shards[0] else None
+        pooled = self._gather("text_pooled", rows, plain) if "text_pooled" in self._names else None
         return Text(tokens=self._gather("text_tokens", rows, plain), mask=self._gather("text_mask", rows, plain).bool(), pooled=pooled)
 
     def _gather(self, name: str, rows: np.ndarray, mirror: np.ndarray) -> Tensor:
         """Rows of one column in float32."""
         shard, local = np.divmod(rows, self.plan.shard_images)
+        shape = self._shape(rows)
+        local = local if self._row is None else self._row[rows]
         places = zip(shard.tolist(), local.tolist(), mirror.tolist(), strict=True)
         # Joined from views and converted at once: three times as fast as an index array, which gathers value by value.
-        found = [self._shards[s][f"mirrored_{name}" if m else name][r] for s, r, m in places]
-        return torch.stack(found).float() if found else torch.empty(0, *self._shards[0][name].shape[1:])
+        plain, other = column(name, shape), column(f"mirrored_{name}", shape)
+        found = [self._shards[s][other if m else plain][r] for s, r, m in places]
+        return torch.stack(found).float() if found else torch.empty(0, *self._like(name).shape[1:])
+
+    def _like(self, name: str) -> Tensor:
+        """Any shard's rows of a column."""
+        return next(rows for held, rows in self._shards[0].items() if held.partition(".")[0] == name)
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """As `ldm.data.dataset.Samples.captions`."""
@@ -164,7 +233,7 @@ class CachedLatents:
             "kind": "latents",
             "images": len(self),
             "captions": sum(map(len, self._captions)),
-            "shape": list(self._shards[0]["mean"].shape[1:]),
+            "shape": list(self._like("mean").shape[1:]) if self._bucket is None else "by bucket",
             "bytes": self.bytes,
             "in_memory": self.in_memory,
             **{k: v for k, v in asdict(self.plan).items() if k not in ("images", "format")},

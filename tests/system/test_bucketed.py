@@ -61,3 +61,32 @@ def test_two_processes_learn_what_one_learns_and_a_stop_changes_nothing(photogra
     again = train(1, *words, f"out={cut}")
     assert again.codes == [0] and "going on from 48 of 96 images" in again.said[0], again.said
     assert all((one[name] == value).all() for name, value in weights(cut).items())  # type: ignore[attr-defined]
+
+
+CACHED = [
+    *tiny.only("text", "autoencoder", "latents-low", "diffusion-low", "export"), "stages.evaluation-low=null",
+    "autoencoder.adversarial.weight=0", "diffusion.network.norm_groups=4",
+    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.text.resolution=32",
+    "stages.latents-low.resolution=32", "stages.latents-low.buckets={step: 8}",
+    "stages.diffusion-low.resolution=32", "stages.diffusion-low.buckets={step: 8}", "stages.diffusion-low.log_every_steps=1",
+    "stages.diffusion-low.batch=8", *(f"stages.{name}.precision=fp32" for name in ("text", "autoencoder", "diffusion-low")),
+    *(f"stages.{name}.optim={{kind: adamw, lr: 1e-5}}" for name in ("text", "autoencoder", "diffusion-low")),
+]  # fmt: skip
+
+
+def test_diffusion_learns_from_latents_in_buckets(photographs: Path, tmp_path: Path) -> None:
+    words = [*CACHED, f"data={{kind: folder, path: {photographs}}}"]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    ended = train(1, *words, f"out={alone}")
+    assert ended.codes == [0], ended.said
+    assert "diffusion-low: 3 buckets, each batch in one shape" in ended.said[0]
+    both = train(2, *words, f"out={two}")
+    assert both.codes == [0, 0], both.said
+    losses = [
+        [line["loss"] for line in lines if line.get("stage") == "diffusion-low" and "loss" in line]
+        for lines in ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (alone, two))
+    ]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    mixed = train(1, *words, "stages.diffusion-low.buckets=null", f"out={tmp_path / 'mixed'}")
+    assert mixed.codes == [2] and "stages.diffusion-low.buckets: latents-low is encoded otherwise" in mixed.last
