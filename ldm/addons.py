@@ -34,12 +34,36 @@ def weighted(word: str) -> tuple[str, float]:
     return file, weight
 
 
+def with_addons(
+    folder: str,
+    device: str,
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    old: Mapping[str, Any],
+    note: Callable[[str], None],
+    factor: float = 1.0,
+) -> tuple[LatentDiffusionFamily, dict[str, str]]:
+    """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
+    from ldm.families.finished import load
+    from ldm.families.running import ready
+
+    family = load(folder, device=device)
+    added = add(family, loras, embeddings, old, note, factor)
+    return ready(family, folder), added
+
+
+def scaled(loras: str, factor: float) -> str:
+    """A recipe's `loras` with all weights multiplied."""
+    return json.dumps([{**one, "weight": one["weight"] * factor} for one in remembered({"loras": loras}, "loras")], ensure_ascii=False)
+
+
 def add(
     family: LatentDiffusionFamily,
     loras: Sequence[str],
     embeddings: Sequence[str],
     old: Mapping[str, Any],
     note: Callable[[str], None],
+    factor: float = 1.0,
 ) -> dict[str, str]:
     """Merge LoRAs into a model and teach it words; returns the fields of a recipe that tell of them.
 
@@ -49,6 +73,7 @@ def add(
         embeddings: files.
         old: a recipe that is followed where neither is given; its files must be where they were, with the same content.
         note: told where what is given is not what the recipe had.
+        factor: of the LoRAs' weights.
 
     Raises:
         UserError: naming the file that is missing, has changed, or is for another model.
@@ -76,9 +101,22 @@ def add(
     for word in words:
         add_word(family.text, word.token, word.rows)
     if found:
-        Merged({"unet": family.unet, "text_encoder": family.text.model}, found)
+        Merged({"unet": family.unet, "text_encoder": family.text.model}, [(lora, weight * factor) for lora, weight in found])
     family.text.forget()
-    return {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
+    fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
+    return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}
+
+
+def told_shortly(fields: Mapping[str, str]) -> list[str]:
+    """A few words for each of the LoRAs and words that a recipe's fields tell of."""
+    loras = [f"{Path(one['file']).stem} {one['weight']:g}" for one in remembered(fields, "loras")]
+    return loras + [str(one["token"]) for one in remembered(fields, "embeddings")]
+
+
+def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two recipes tell of other LoRAs or words, wherever their files lie."""
+    first, second = ([[{**x, "file": ""} for x in remembered(recipe, name)] for name in FIELDS] for recipe in (one, other))
+    return first != second
 
 
 def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -98,13 +136,13 @@ def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def refuse(old: Mapping[str, Any], verb: str) -> None:
-    """Say of a recipe with LoRAs or words that a verb cannot follow it.
+    """Say of a recipe with a classifier that a verb cannot follow it.
 
     Raises:
-        UserError: if it has any.
+        UserError: if it has one.
     """
-    if any(old.get(name) for name in (*FIELDS, "classifier")):
-        raise UserError(f"from: this picture was drawn with LoRAs, new words or a classifier, which {verb} does not take; ldm sample does")
+    if old.get("classifier"):
+        raise UserError(f"from: this picture was drawn with a classifier, which {verb} does not take; ldm sample does")
 
 
 def _again(one: Mapping[str, Any], option: str) -> str:

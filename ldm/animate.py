@@ -51,6 +51,8 @@ def animate(
     negative: Annotated[str, Option(help="What to stay away from.")] = "",
     size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
     rate: Annotated[float, Option(min=0.1, max=100, help="Frames a second.")] = 8.0,
+    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT] of a LoRA; as often as wanted.")] = None,
+    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
     out: Annotated[Path, Option(help="The film: .webp, .png or .gif; never replaces a file.")] = Path("film.webp"),
     pictures: Annotated[Path | None, Option(help="A folder for the single frames, too.")] = None,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
@@ -69,16 +71,16 @@ def animate(
     folder = model_for(model)
 
     from ldm import jobs
+    from ldm.addons import with_addons
     from ldm.animation import check_suffix, save_clip
-    from ldm.families.running import load
 
     check_suffix(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    family = load(folder, device=device_for(device))
+    family, added = with_addons(folder, device_for(device), lora or [], embedding or [], {}, tell)
     chosen = {"steps": steps, "guidance": guidance, "sampler": sampler, "precision": precision or None}
     if source is not None and guidance is None:
         chosen["guidance"] = 1.0
-    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True}
+    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
     (base,) = jobs.recipes(
         family, [Asked(prompt=_clean(prompt))], None, seed=seed, n=1, chosen=chosen, negative=_clean(negative),
         size=size_given(size, {}), **rest,

@@ -7,24 +7,28 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from ldm.addons import scaled
 from ldm.errors import UserError
 from ldm.recipe import NAMES, SPACINGS, Recipe
 
 KINDS: dict[str, type] = {
     "guidance": float, "steps": int, "seed": int, "sampler": str, "spacing": str, "strength": float, "rescale": float, "eta": float,
-    "negative": str, "prompt": str, "variation": float, "hires_strength": float,
+    "negative": str, "prompt": str, "variation": float, "hires_strength": float, "lora": float,
 }  # fmt: skip
 SHORT = {"cfg": "guidance", "seeds": "seed", "samplers": "sampler"}
 LIMITS = {
     "guidance": (0, 1000), "steps": (1, 1000), "seed": (0, 2**53), "strength": (0, 1), "rescale": (0, 1), "eta": (0, 1),
-    "variation": (0, 1), "hires_strength": (0, 1),
+    "variation": (0, 1), "hires_strength": (0, 1), "lora": (-10, 10),
 }  # fmt: skip
 MOST = 400  # cells
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values, in order. Of `prompt` the first value is what stands in the prompt, and every one takes its place."""
+    """A setting and its values, in order.
+
+    Of `prompt` the first value is what stands in the prompt, and every one takes its place; those of `lora` multiply all LoRAs' weights.
+    """
 
     name: str
     values: tuple[Any, ...]
@@ -73,7 +77,7 @@ def cells(base: Recipe, axes: Sequence[Axis], spacing_of: Callable[[str], str]) 
         spacing_of: a sampler's own spacing, which it gets unless an axis says otherwise.
 
     Raises:
-        UserError: for axes of the same setting, or a word that is not in the prompt.
+        UserError: for axes of the same setting, a word that is not in the prompt, or weights of LoRAs where there are none.
     """
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
@@ -91,6 +95,10 @@ def cells(base: Recipe, axes: Sequence[Axis], spacing_of: Callable[[str], str]) 
                 if axis.values[0] not in base.prompt:
                     raise UserError(f"prompt: {axis.values[0]!r} is not in {base.prompt!r}; the first value is what the others replace")
                 recipe = replace(recipe, prompt=recipe.prompt.replace(axis.values[0], value))
+            elif axis.name == "lora":
+                if not base.loras:
+                    raise UserError("lora: changes nothing without a LoRA; give one by --lora FILE")
+                recipe = replace(recipe, loras=scaled(base.loras, value))
             else:
                 recipe = replace(recipe, **{axis.name: value})
             if axis.name == "sampler" and "spacing" not in names:

@@ -15,7 +15,7 @@ import typer
 
 from ldm.cli import call
 from ldm.errors import UserError
-from ldm.sample_words import device_for, model_for, name_of
+from ldm.sample_words import device_for, model_for, name_of, tell
 
 if TYPE_CHECKING:
     from ldm.demo_guard import Guard
@@ -39,11 +39,15 @@ def demo(
     token: Annotated[str, Option(envvar="LDM_DEMO_TOKEN", help="What visitors must show; better set in the environment.")] = "",
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
     precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
+    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT] of a LoRA, for all that is drawn; as often as wanted.")] = None,
+    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
     largest: Annotated[int, Option("--max-size", min=8, max=8192, help="px: the longest side that may be asked for.")] = 1024,
     low_memory: Annotated[bool, Option("--low-memory", help="One part of the model in memory at a time; no previews.")] = False,
 ) -> int:
     """Open a page to draw on with a model. Every picture is the one that `ldm sample` draws with the same settings."""
     check_door(host, token)
+    if low_memory and (lora or embedding):
+        raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
     quiet()
     try:
         import gradio  # noqa: F401  # at once, before the model takes its time
@@ -55,9 +59,11 @@ def demo(
     from ldm.studio import Studio
 
     with tempfile.TemporaryDirectory(prefix="ldm-demo-") as files, listener:
-        family = opened(folder, device, precision, low_memory)
+        family, added = opened(folder, device, precision, low_memory, lora or [], embedding or [])
         with Studio(family, previews=not low_memory) as studio:
-            guard = application(studio, Path(files), name_of(folder), token=token or None, largest=largest, precision=precision)
+            guard = application(
+                studio, Path(files), name_of(folder), token=token or None, largest=largest, precision=precision, added=added
+            )  # fmt: skip
             shown = f"[{host}]" if ":" in host else host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
             config = uvicorn.Config(
@@ -107,17 +113,30 @@ def quiet() -> None:
     os.environ.update(GRADIO_MCP_SERVER="False", GRADIO_SHARE="False", GRADIO_NUM_PORTS="1")
 
 
-def opened(folder: str, device: str, precision: str, low_memory: bool) -> Any:
-    """The model, ready to draw."""
+def opened(
+    folder: str, device: str, precision: str, low_memory: bool, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+) -> tuple[Any, dict[str, str]]:
+    """The model, ready to draw, and what recipes tell of its LoRAs and words."""
+    from ldm.addons import add
     from ldm.families.finished import load
     from ldm.families.running import Running, ready
 
     family = load(folder, device=device_for(device), low_memory=low_memory)
+    added = add(family, loras, embeddings, {}, tell)
     kind = family.settings(precision=precision or None).precision
-    return ready(family, folder, Running(low_memory=low_memory), kind)
+    return ready(family, folder, Running(low_memory=low_memory), kind), added
 
 
-def application(studio: Studio, files: Path, model: str, *, token: str | None = None, largest: int = 1024, precision: str = "") -> Guard:
+def application(
+    studio: Studio,
+    files: Path,
+    model: str,
+    *,
+    token: str | None = None,
+    largest: int = 1024,
+    precision: str = "",
+    added: dict[str, str] | None = None,
+) -> Guard:
     """The page behind its guard, as an ASGI application.
 
     Args:
@@ -126,12 +145,14 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
         token: that visitors must show; None: nobody must.
         largest: px, of a side.
         precision: of the networks' weights; empty: the model's own.
+        added: what recipes tell of the model's LoRAs and words, as `ldm.addons.add` gives it.
     """
     quiet()
     os.environ["GRADIO_TEMP_DIR"] = str(files.resolve())
     import gradio
     from fastapi import FastAPI
 
+    from ldm.addons import told_shortly
     from ldm.demo_guard import Guard
     from ldm.demo_layout import build
     from ldm.demo_live import CSS, HEAD
@@ -141,7 +162,8 @@ def application(studio: Studio, files: Path, model: str, *, token: str | None = 
 
     weight = next(studio.family.unet.parameters())
     shelf = Shelf(files.resolve())
-    page = Page(studio, shelf, model, f"{studio.family.resolution} px · {weight.device.type}", largest, precision)
+    facts = " · ".join([f"{studio.family.resolution} px", weight.device.type, *told_shortly(added or {})])
+    page = Page(studio, shelf, model, facts, largest, precision, added or {})
     blocks = build(page)
     blocks.has_launched = True  # gradio looks where a client's files lie only after its own launch()
     fonts = [gradio.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "sans-serif")]

@@ -6,11 +6,13 @@ import base64
 import io
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ldm.addons import remembered
 from ldm.recipe import Recipe
 from ldm.studio import Job
 
@@ -100,6 +102,10 @@ def command(recipe: Recipe, many: int = 1, model: str = "MODEL", original: Seque
         words += ["--guidance-interval", f"{recipe.guidance_from!r},{recipe.guidance_to!r}"]
     if recipe.hires != 1:
         words += ["--hires", f"{recipe.hires:g}", "--hires-strength", repr(recipe.hires_strength)]
+    for one in remembered(asdict(recipe), "loras"):
+        words += ["--lora", f"{one['file']}:{one['weight']!r}"]
+    for one in remembered(asdict(recipe), "embeddings"):
+        words += ["--embedding", one["file"]]
     if recipe.init:
         words += ["--init", "init.png", "--strength", repr(recipe.strength)]
         words += ["--mask", "mask.png"] if recipe.mask else []

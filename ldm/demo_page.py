@@ -49,6 +49,7 @@ class Page:
     facts: str  # about it, a few words
     largest: int  # px, of a side
     precision: str = ""  # of the networks' weights; empty: the model's own
+    added: dict[str, str] = field(default_factory=dict)  # what recipes tell of its LoRAs and words
     jobs: dict[str, set[Job]] = field(default_factory=dict)  # by browser tab
 
     @property
@@ -71,7 +72,7 @@ class Page:
             if fresh:
                 form = replace(form, seed=secrets.randbelow(2**32))
             files = await asyncio.to_thread(painted, editor)
-            order = await asyncio.to_thread(order_of, self.family, self.model, form, *files)
+            order = await asyncio.to_thread(order_of, self.family, self.model, form, *files, added=self.added)
             async with self._drawing(order, request) as job:
                 yield progress(job, self.studio.ahead(job)), [], form.seed, off, on, []
                 async for said, paths in self._follow(job, user_of(request)):
@@ -91,7 +92,7 @@ class Page:
         try:
             form = replace(self.form(list(values)), pictures=1)
             files = await asyncio.to_thread(painted, editor)
-            base = await asyncio.to_thread(order_of, self.family, self.model, form, *files)
+            base = await asyncio.to_thread(order_of, self.family, self.model, form, *files, added=self.added)
             axes, whole = varied(base, (y or "", ys or ""), (x or "", xs or ""), form.spacing)
             async with self._drawing(whole, request) as job:
                 yield progress(job, self.studio.ahead(job)), None, off, on
@@ -155,7 +156,7 @@ class Page:
                 raise UserError("choose a picture first")
             check_upload("picture", Path(path).read_bytes())
             found = read_recipe(Path(path))
-            form, notes = fill_in(blank(self.family, self.precision), found, self.family.content_hash, self.largest)
+            form, notes = fill_in(blank(self.family, self.precision), found, self.family.content_hash, self.largest, self.added)
         except (UserError, OSError) as error:
             said = str(error).replace(f"{path}: ", "") if isinstance(error, UserError) else "the picture is gone"
             return panel(said, bad=True), *[gr.skip()] * len(NAMES), gr.skip()
@@ -234,6 +235,8 @@ def varied(base: Order, down: tuple[str, str], across: tuple[str, str], spacing:
     if math.prod(len(axis.values) for axis in axes) > MAX_PICTURES:
         raise UserError(f"grid: {' x '.join(str(len(axis.values)) for axis in axes)} pictures; at most {MAX_PICTURES}")
     for axis in axes:
+        if axis.name == "lora":
+            raise UserError("lora: this page's LoRAs are merged into its model when it starts; `ldm grid` varies their weights")
         if axis.name == "strength" and base.original is None:
             raise UserError("strength: changes nothing without a picture to start from")
         if axis.name == "hires_strength" and base.recipes[0].hires == 1:

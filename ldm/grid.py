@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.addons import refuse
+from ldm.addons import refuse, scaled, with_addons
 from ldm.axes import Axis, cells, read_axis
 from ldm.cli import call
 from ldm.errors import UserError
@@ -53,6 +53,8 @@ def grid(
     init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
     strength: Annotated[float | None, Option(help="How much of INIT is drawn anew, 0 to 1.")] = None,
     mask: Annotated[Path | None, Option(help="White where it is to be new.")] = None,
+    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT], as often as wanted; --x lora=0,0.5,1 multiplies the weights.")] = None,
+    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
     out: Annotated[Path, Option(help="The table, a PNG; never replaces a file.")] = Path("grid.png"),
     pictures: Annotated[Path | None, Option(help="A folder for the single pictures, too.")] = None,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
@@ -82,10 +84,10 @@ def grid(
 
     from ldm import jobs
     from ldm.diffusion.samplers import SAMPLERS
-    from ldm.families.running import load
     from ldm.originals import original_of
 
-    family = load(folder, device=device_for(device))
+    place = device_for(device)
+    family, added = with_addons(folder, place, lora or [], embedding or [], old, tell)
     wanted = {
         "steps": steps, "guidance": guidance, "sampler": sampler or None, "precision": precision or None,
         "spacing": spacing or (old.get("spacing") if not sampler else None),
@@ -93,7 +95,7 @@ def grid(
     chosen = {name: old.get(name) if wanted.get(name) is None else wanted[name] for name in jobs.NUMBERS if name != "spacing"}
     chosen["spacing"] = wanted["spacing"]
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **edited}
+    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **edited, **added}
     rest["notation"] = bool(old.get("notation", True))
     rest |= {name: old[name] for name in ("to", "share", "variation", "variation_seed", "hires", "hires_strength") if name in old}
     original = None
@@ -106,7 +108,16 @@ def grid(
     )[0]  # fmt: skip
     made = cells(base, axes, lambda name: spacing or SAMPLERS[name].spacing)
     started = time.monotonic()
-    drawn = draw_cells(family, made, original=original, note=tell)
+    factors = next((axis.values for axis in axes if axis.name == "lora"), ())
+    if not factors:
+        drawn = draw_cells(family, made, original=original, note=tell)
+    else:
+        found_at: dict[int, Tensor] = {}
+        for factor in factors:  # its weights are merged into a model of its own
+            family, _ = with_addons(folder, place, lora or [], embedding or [], old, lambda text: None, factor)
+            places = [i for i, one in enumerate(made) if one.loras == scaled(base.loras, factor)]
+            found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], original=original, note=tell), strict=True))
+        drawn = [found_at[i] for i in range(len(made))]
     save_picture(out, table(drawn, axes), base)
     if pictures is not None:
         from ldm.picture_files import free, save

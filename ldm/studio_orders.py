@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import jobs
+from ldm.addons import differ, told_shortly
 from ldm.data.images import Rejected, probe
 from ldm.errors import UserError
 from ldm.originals import Original, read_original
@@ -29,7 +30,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED), "pictures": (1, MAX_PICTURES), "steps": (1, 1000), "guidance": (0, 1000), "rescale": (0, 1), "eta": (0, 1),
     "guidance_from": (0, 1), "guidance_to": (0, 1), "hires": (1, 8), "hires_strength": (0, 1), "strength": (0, 1),
 }  # fmt: skip
-FOREIGN = ("variation", "to", "outpaint", "invert", "mark", "loras", "embeddings")  # fields of a recipe that the page has no place for
+FOREIGN = ("variation", "to", "outpaint", "invert", "mark")  # fields of a recipe that the page has no place for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,28 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
     return replace(form, **found)
 
 
-def order_of(family: LatentDiffusionFamily, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None) -> Order:
+def order_of(
+    family: LatentDiffusionFamily,
+    model: str,
+    form: Form,
+    init: bytes | None = None,
+    mask: bytes | None = None,
+    added: Mapping[str, str] | None = None,
+) -> Order:
     """An order by the same way that `sample.py` makes its recipes.
 
     Args:
         model: its name, that pictures remember.
         init: a picture file to start from.
         mask: a picture file, white where it is to be new.
+        added: what recipes tell of the model's LoRAs and words.
 
     Raises:
         UserError: as `sample.py` has it.
     """
     settings = ("steps", "guidance", "rescale", "sampler", "eta", "precision", "guidance_from", "guidance_to", "guidance_curve")
     chosen = {name: getattr(form, name) for name in settings} | {"spacing": form.spacing or None}
-    rest: dict[str, Any] = {"model": model, "model_hash": family.content_hash, "notation": form.notation}
+    rest: dict[str, Any] = {"model": model, "model_hash": family.content_hash, "notation": form.notation, **(added or {})}
     original = None
     if init is not None:
         original = read_uploaded(init, mask, (form.height, form.width))
@@ -163,12 +172,15 @@ def check_upload(name: str, data: bytes) -> None:
         raise UserError(f"{name}: {error}") from None
 
 
-def fill_in(form: Form, found: Recipe | dict[str, Any], model_hash: str, largest: int) -> tuple[Form, list[str]]:
+def fill_in(
+    form: Form, found: Recipe | dict[str, Any], model_hash: str, largest: int, added: Mapping[str, str] | None = None
+) -> tuple[Form, list[str]]:
     """A form with the settings of a picture, and what should be known of those that it could not take.
 
     Args:
         found: as `ldm.recipe.read_recipe` gives it.
         model_hash: of the model at hand.
+        added: what recipes tell of its LoRAs and words.
     """
     told = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
     notes = []
@@ -177,6 +189,8 @@ def fill_in(form: Form, found: Recipe | dict[str, Any], model_hash: str, largest
     if told.get("init"):
         notes.append(f"It was drawn out of another picture (SHA-256 {told['init'][:12]}…): load that one below to repeat it.")
     own = asdict(Recipe("", "", 0, 1, 1.0, 0.0, "", "", 0.0, 1, 1, "", ""))
+    if isinstance(found, Recipe) and differ(told, added or {}):
+        notes.append(f"This page draws with {', '.join(told_shortly(added or {})) or 'no LoRAs or new words'}: the picture will differ.")
     if other := [name for name in FOREIGN if told.get(name, own[name]) != own[name]]:
         notes.append(f"It also used {', '.join(other)}, which this page does not have; `ldm sample --from` does.")
     wanted = {name: told[name] for name in NAMES if name in told and (name != "strength" or told.get("init"))}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from pipelines import pipeline_folder
 
 from ldm.__main__ import main
-from ldm.addons import add, weighted
+from ldm.addons import add, scaled, weighted
 from ldm.errors import UserError
 from ldm.families.finished import load
 from ldm.lora import Lora, Pair
@@ -91,8 +94,61 @@ def test_what_a_recipe_had_must_be_there_unchanged(base: Path, here: Path, capsy
     assert "drawn with other loras: it will differ" in capsys.readouterr().err
     assert draw(base, *again, "--lora", "moved.safetensors") == 0
     assert "will differ" not in capsys.readouterr().err
-    assert main(["grid", "--from", file, "--x", "steps=1,2", "--model", str(base), "--out", "g.png"]) == 2
-    assert "which ldm grid does not take" in capsys.readouterr().err
+    again = ["grid", "--from", file, "--x", "steps=1,2", "--model", str(base), "--out", "g.png", "--device", "cpu"]
+    assert main(again) == 2
+    assert "is not the file that the picture was drawn with; give that one by --lora" in capsys.readouterr().err
+    assert main([*again, "--lora", "moved.safetensors"]) == 0
+
+
+def test_cells_of_a_table_are_the_pictures_of_each_weight(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors", "--embedding", "words/thing.safetensors"]
+    words = ["grid", "a <thing>", "--model", str(base), "--steps", "2", "--device", "cpu", "--out", "g.png", "--pictures", "cells"]
+    assert main([*words, *given, "--x", "lora=0,1,0.5", "--y", "seed=3,4"]) == 0
+    cells = sorted((here / "cells").glob("*.png"))
+    for place, (first, second) in enumerate([("0", "0"), ("0.5", "1"), ("0.25", "0.5")]):
+        asked = ["a <thing>", "--lora", f"one.safetensors:{first}", "--lora", f"two.safetensors:{second}", *given[4:]]
+        assert draw(base, *asked, "--seed", "4", "--out", str(place)) == 0
+        [alone] = (here / str(place)).glob("*.png")
+        assert (pixels(alone) == pixels(cells[3 + place])).all() and read_recipe(alone) == read_recipe(cells[3 + place])
+    assert (pixels(cells[3]) != pixels(cells[4])).any() and (pixels(cells[4]) != pixels(cells[5])).any()
+    assert main(["grid", "a <thing>", "--model", str(base), "--device", "cpu", "--x", "lora=0,1", "--out", "h.png"]) == 2
+    assert "lora: changes nothing without a LoRA; give one by --lora FILE" in capsys.readouterr().err
+
+
+def test_films_are_drawn_with_them(base: Path, here: Path) -> None:
+    given = ["--lora", "one.safetensors", "--embedding", "words/thing.safetensors"]
+    words = ["animate", "a <thing>", "--to", "a ring", "--frames", "2", "--model", str(base), "--steps", "2", "--device", "cpu"]
+    assert main([*words, *given, "--out", "film.webp", "--pictures", "frames"]) == 0
+    assert draw(base, "a <thing>", *given, "--sampler", "ddim", "--out", "a") == 0
+    first = sorted((here / "frames").glob("*.png"))[0]
+    assert (pixels(first) == pixels(next((here / "a").glob("*.png")))).all()
+    assert draw(base, "--from", str(first), "--out", "b") == 0
+    assert (pixels(first) == pixels(next((here / "b").glob("*.png")))).all()
+
+
+def test_the_page_draws_with_them(base: Path, here: Path) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from ldm.demo import opened
+    from ldm.demo_live import command
+    from ldm.studio import Studio
+    from ldm.studio_orders import blank, fill_in, order_of
+
+    family, added = opened(str(base), "cpu", "", False, ["one.safetensors:0.5"], ["words/thing.safetensors"])
+    form = replace(blank(family), prompt="a <thing>", steps=2, seed=3)
+    order = order_of(family, "base", form, added=added)
+    with Studio(family) as studio:
+        [picture] = studio.result(studio.submit("ann", order))
+    said = html.unescape(command(order.recipes[0]).removeprefix('<pre class="ldm-code">').removesuffix("</pre>"))
+    words = shlex.split(said.replace("MODEL", str(base)))
+    assert main([*words[1:], "--device", "cpu", "--out", "a"]) == 0
+    [file] = (here / "a").glob("*.png")
+    assert (pixels(file) == picture).all()
+    found = read_recipe(file)
+    assert fill_in(blank(family), found, family.content_hash, 256, added)[1] == []
+    [note] = fill_in(blank(family), found, family.content_hash, 256)[1]
+    assert note == "This page draws with no LoRAs or new words: the picture will differ."
+    [note] = fill_in(blank(family), found, family.content_hash, 256, {**added, "loras": scaled(added["loras"], 2)})[1]
+    assert note == "This page draws with one 1, <thing>: the picture will differ."
 
 
 @pytest.mark.parametrize(
