@@ -26,6 +26,8 @@ VERBS = {
     "export": ("ldm.export_verb", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
     "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
 }
+SMALLER = "choose a smaller --size, or --precision bf16"
+FITS = {"sample": f"{SMALLER}, or --low-memory", "grid": SMALLER, "animate": f"{SMALLER}, or --cells 1", "data": "choose a smaller --batch"}
 HUB = "--hub"  # for every verb
 
 
@@ -58,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(verb: str, words: Sequence[str]) -> int:
     """Call a verb and turn its mistakes into one line each."""
-    from ldm.errors import UserError
+    from ldm.errors import UserError, out_of_memory
     from ldm.process import prepare
     from ldm.redact import hook, redacted
 
@@ -87,6 +89,12 @@ def run(verb: str, words: Sequence[str]) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room and run the same command again, what is finished is kept" if full else ""
         print(f"ldm {verb}: {where}{error.strerror or error}{advice}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        advice = FITS.get(verb, "close other programs, or use a machine with more")
+        print(f"ldm {verb}: too little memory ({redacted(str(error).splitlines()[0][:200])}); {advice}", file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and what says that memory ran out."""
 
 from __future__ import annotations
 
@@ -8,3 +8,10 @@ class UserError(ValueError):
 
     The commands print it as one line and exit with code 2; everything else that escapes is a bug and keeps its traceback.
     """
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that this machine or its accelerator has too little memory: torch's CPU allocator has no kind of its own."""
+    said = str(error).lower()
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or (isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said))

@@ -18,7 +18,7 @@ from ldm.agreement import agree
 from ldm.config import dump
 from ldm.data.filter import sift
 from ldm.data.mixed import Mixed
-from ldm.errors import UserError
+from ldm.errors import UserError, out_of_memory
 from ldm.families.adapt import KEPT
 from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
@@ -47,6 +47,7 @@ from ldm.run import (
 from ldm.run_folder import only_one, set_aside
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Train, Trainer
+from ldm.trial import too_large
 
 
 class Execution:
@@ -208,7 +209,12 @@ class Execution:
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
             processes=self.processes, log=self.log,
         )  # fmt: skip
-        return trainer.run()
+        try:
+            return trainer.run()
+        except Exception as error:
+            if out_of_memory(error):
+                raise too_large(trainer, error) from None
+            raise
 
     def _config(self, stage: Train) -> Any:
         """The configuration of the family that a stage trains; where it continues a base model, that says what it does not."""

@@ -139,14 +139,6 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it again") from None
 
 
-def header(file: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file that has been read."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return dict(opened.metadata() or {})
-
-
 def _weight_files(folder: Path) -> list[Path]:
     for stem in WEIGHTS:
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):

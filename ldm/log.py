@@ -69,6 +69,10 @@ class Log:
         """Time that earlier starts had spent in a stage that goes on from their work, as far as their last logged step."""
         return self._earlier.get(stage, 0.0)
 
+    def steps(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of a stage's logged steps."""
+        return [line for line in read(self.path) if line.get("stage") == stage and "step" in line] if self._file is not None else []
+
     @contextmanager
     def stage(self, name: str, total: int, start: int) -> Iterator[StageLog]:
         """Progress of one stage over `total` images (0: unknown), of which `start` are done already.

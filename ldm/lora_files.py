@@ -15,6 +15,7 @@ from ldm.checkpoint import sha256, write_tensors
 from ldm.errors import UserError
 from ldm.folder import read_json, read_safetensors
 from ldm.lora import TEXT_PREFIX, Lora, Pair, Part, flat, flat_prefix, matched
+from ldm.tensor_file import read_texts
 
 Style = Literal["diffusers", "peft", "kohya"]
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -39,7 +40,7 @@ def read(path: str | Path) -> Lora:
         UserError: if there is none, or naming weights that are no part of a plain LoRA.
     """
     file = find(Path(path).expanduser())
-    state, metadata = read_safetensors(file), header(file)
+    state, metadata = read_safetensors(file), read_texts(file)
     alphas: Callable[[str, int], float] | None = None
     if file.name == PEFT and (file.parent / PEFT_CONFIG).is_file():
         alphas = _peft_alphas(file.parent / PEFT_CONFIG)
@@ -82,14 +83,6 @@ def find(path: Path) -> Path:
         several = f"{len(files)} safetensors files, none of a usual name" if files else "no safetensors file"
         raise UserError(f"{path}: {several} here; give the LoRA's file itself")
     return files[0]
-
-
-def header(file: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return dict(opened.metadata() or {})
 
 
 def _place(key: str) -> tuple[Part, str, str] | None:

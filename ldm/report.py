@@ -18,6 +18,7 @@ from ldm.report_story import Stage, Step, Story, mapping, number, read_json, rea
 FILE = "report.html"
 PICTURES_BYTES = 3_200_000  # of all pictures together, before they become a third more as text
 CHECKPOINTS = 12  # sample grids of one stage, evenly spaced, the last among them
+ALARMS = 8  # of a stage's that are shown, the latest
 PROMPTS = "prompts.json"
 
 
@@ -134,7 +135,8 @@ def _curves(story: Story) -> str:
             continue
         more = "".join(_drawn(stage, name, _gauge(name)) for name in _names(step.gauges for step in stage.steps))
         inside = f'<div class="curves">{more}</div>' if more else ""
-        parts.append(f'<h3>{escape(stage.name)}</h3><div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
+        odd = f'<p class="bad">{"<br>".join(escape(text) for text in stage.alarms[-ALARMS:])}</p>' if stage.alarms else ""
+        parts.append(f'<h3>{escape(stage.name)}</h3>{odd}<div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
     note = '<p class="note">Over images seen. Pale: as logged; strong: running mean.</p>' if parts else ""
     return note + "".join(parts)
 

@@ -35,6 +35,7 @@ class Stage:
     done: Mapping[str, Any] | None  # done.json; None: not finished
     folder: Path
     steps: Sequence[Step]
+    alarms: Sequence[str] = ()  # what was odd, in the order of time
     buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
 
     @property
@@ -141,16 +142,18 @@ def read_story(folder: Path) -> Story:
 
 def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]]) -> Stage:
     done = read_json(folder / "done.json")
-    steps, buckets = [], []
+    steps, buckets, alarms = [], [], []
     for line in lines:
         if line.get("stage") == name and isinstance(line.get("buckets"), list):
             buckets = [numbers(row) for row in line["buckets"]]
+        if line.get("stage") == name and isinstance(line.get("alarm"), str):
+            alarms.append(str(line["alarm"]))
         images = number(line.get("images"))
         if line.get("stage") == name and "step" in line and images is not None and images >= 0:
             values = numbers({key: line.get(key) for key in PLAIN})
             steps.append(Step(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
     steps.sort(key=lambda step: step.images)
-    return Stage(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, buckets)
+    return Stage(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, alarms, buckets)
 
 
 def _config(path: Path) -> tuple[str, Mapping[str, Any]]:

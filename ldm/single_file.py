@@ -18,9 +18,10 @@ from ldm import checkpoint
 from ldm.compvis import PREFIX, Part, from_compvis
 from ldm.compvis_shapes import HUGE, XL_SCALE, inner, text_config, unet_config, vae_config
 from ldm.errors import UserError
-from ldm.folder import compare, content_hash, header, read_safetensors, save_part
+from ldm.folder import compare, content_hash, read_safetensors, save_part
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
+from ldm.tensor_file import read_texts
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 RECIPE = "ldm.recipe"  # where a file of ours says how it was made
@@ -116,14 +117,14 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{file}: a web page, not weights; the download needs another address or a log-in")
     if file.suffix not in PICKLES and head[:2] != b"PK":
-        return read_safetensors(file), header(file)
+        return read_safetensors(file), read_texts(file)
     from ldm.pickles import convert
 
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
         converted = Path(folder) / "weights.safetensors"
         convert(file, converted)
-        return read_safetensors(converted), header(converted)
+        return read_safetensors(converted), read_texts(converted)
 
 
 def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from ldm.errors import UserError
+from ldm.errors import UserError, out_of_memory
 from ldm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -315,6 +315,6 @@ def _said(error: Exception) -> str:
     """An error as the user is told."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+    if out_of_memory(error):
         return "memory: this machine has too little of it for such a picture; choose a smaller size"
     return f"something went wrong ({type(error).__name__}); the terminal of `ldm demo` says more"

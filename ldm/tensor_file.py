@@ -33,18 +33,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with FileIO(file) as opened:  # unbuffered: large reads go straight into the tensors
         size = file.stat().st_size
-        length = int.from_bytes(_read(opened, 8), "little")
-        if not 2 <= length <= min(HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        try:
-            values = json.loads(_read(opened, length))
-        except RecursionError:
-            raise ValueError("its header is nested without end") from None
-        if not isinstance(values, dict):
-            raise ValueError("its header is no JSON object")
-        texts = values.pop("__metadata__", None) or {}
-        if not isinstance(texts, dict):
-            raise ValueError(f"__metadata__ is no object of texts: {str(texts)[:100]}")
+        length, values, texts = _header(opened, size)
         wanted = {name: _described(name, value) for name, value in values.items()}
         found: dict[str, Tensor] = {}
         places: list[tuple[Tensor, int]] = []
@@ -59,7 +48,35 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"{size - 8 - length - place} bytes too many")
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
             list(readers.map(lambda part: _fill(opened.fileno(), *part), places))
-    return {name: found[name] for name in wanted}, {str(name): str(text) for name, text in texts.items()}
+    return {name: found[name] for name in wanted}, texts
+
+
+def read_texts(file: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header.
+
+    Raises:
+        OSError: as the file system says.
+        ValueError: saying what is wrong with the header.
+    """
+    with FileIO(file) as opened:
+        return _header(opened, file.stat().st_size)[2]
+
+
+def _header(opened: FileIO, size: int) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Its length, what it says of each tensor, and its texts."""
+    length = int.from_bytes(_read(opened, 8), "little")
+    if not 2 <= length <= min(HEADER, size - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    try:
+        values = json.loads(_read(opened, length))
+    except RecursionError:
+        raise ValueError("its header is nested without end") from None
+    if not isinstance(values, dict):
+        raise ValueError("its header is no JSON object")
+    texts = values.pop("__metadata__", None) or {}
+    if not isinstance(texts, dict):
+        raise ValueError(f"__metadata__ is no object of texts: {str(texts)[:100]}")
+    return length, values, {str(name): str(text) for name, text in texts.items()}
 
 
 def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm import checkpoint, optim
+from ldm.alarms import Alarms
 from ldm.batch import rows
 from ldm.config import Count, Fraction, Positive, config
 from ldm.data.buckets import Buckets, Sorted, sort
@@ -191,13 +192,14 @@ class Trainer:
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
             if self.buckets is not None:
                 try_shapes(self, model, self.buckets)
+            alarms = self._alarms() if self.processes.main else None
             self._at("reading data", 0)
             for batch in log.waiting(feed):
                 terms, gauges, stop = self._update(model, batch, stopping())
                 self.step += 1
                 last = self.step == stage.steps
                 if self.step % stage.log_every_steps == 0 or last:
-                    self._report(log, terms, gauges)
+                    self._report(log, terms, gauges, alarms)
                 self.processes.alone(name, self.step - 1, "saving or drawing")
                 self.states.settle(wait=False)
                 if not last and (stop or self._due(stage.save_every_images)):
@@ -305,18 +307,22 @@ class Trainer:
                 f" or use precision=bf16; the same command goes on from {newest or 'the beginning'}"
             )
 
-    def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor]) -> None:
+    def _alarms(self) -> Alarms:
+        stage, before = self.stage, self.log.steps(self.folder.name)
+        weights, averages = (self.ema.parameters, self.ema.averages) if self.ema else ([], [])
+        return Alarms(lambda images: optim.lr_factor(stage.optim, images, stage.images), stage.batch, weights, averages, before)
+
+    def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor], alarms: Alarms | None) -> None:
         names = [*terms, *gauges]
         values = torch.stack([v.detach().float().to(self.device) for v in (*terms.values(), *gauges.values())])
         numbers = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
-        if self.processes.main:
-            log.step(
-                step=self.step,
-                images=self.step * self.stage.batch,
-                terms={name: numbers[name] for name in terms},
-                gauges={name: numbers[name] for name in gauges},
-                lr=self.optimizers[-1].param_groups[0]["lr"],
-            )
+        if alarms is not None:
+            images, lr = self.step * self.stage.batch, self.optimizers[-1].param_groups[0]["lr"]
+            summands, seen = ({name: numbers[name] for name in group} for group in (terms, gauges))
+            log.step(step=self.step, images=images, terms=summands, gauges=seen, lr=lr)
+            for text in alarms.look(images, summands, seen, lr):
+                self.log.note(f"warning: {self.folder.name}: {text}")
+                self.log.record({"alarm": text, "stage": self.folder.name, "images": images})
 
     # Pictures
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.data.buckets import Sorted, lines
-from ldm.errors import UserError
+from ldm.errors import UserError, out_of_memory
 from ldm.families.family import Family
 
 if TYPE_CHECKING:
@@ -36,18 +36,36 @@ def try_shapes(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> Non
         try:
             with trainer.processes.apart(model):
                 trainer.gradients(model, batch)
-        except torch.OutOfMemoryError as error:
-            said = str(error).splitlines()[0]
-            raise UserError(
-                f"stages.{name}: {count} pictures of {shape[1]}x{shape[0]} px do not fit into the memory ({said});"
-                f" lower micro_batch or resolution, or set diffusion.network.checkpointing=true"
-            ) from None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(f"stages.{name}: {count} pictures of {shape[1]}x{shape[0]} px {_too_many(trainer, error)}") from None
         finally:
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for key, buffer in trainer.family.named_buffers():
             buffer.copy_(buffers[key])
+
+
+def too_large(trainer: Trainer, error: Exception) -> UserError:
+    """What to tell where memory ran out in the middle of training."""
+    count = trainer.stage.micro_batch or trainer.stage.batch // trainer.processes.world
+    what = f"at step {trainer.step} {count} pictures of {trainer.stage.resolution} px"
+    return UserError(f"stages.{trainer.folder.name}: {what} {_too_many(trainer, error)}; the same command goes on from the last checkpoint")
+
+
+def _too_many(trainer: Trainer, error: Exception) -> str:
+    """That they do not fit, and what helps, most first."""
+    stage, name = trainer.stage, trainer.folder.name
+    count = stage.micro_batch or stage.batch // trainer.processes.world
+    helps = [f"set stages.{name}.micro_batch={count // 2} (the update stays that of {stage.batch} pictures)"] if count > 1 else []
+    if stage.precision == "fp32":
+        helps.append(f"stages.{name}.precision=bf16")
+    if stage.family == "diffusion":
+        helps.append("diffusion.network.checkpointing=true")
+    helps.append("a lower resolution")
+    return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
 
 
 def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:

@@ -61,6 +61,7 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
         yield _headline(stage)
         if stage.steps and stage.done is None:
             yield from _curves(stage, min(WIDEST, max(10, width - 44)))
+            yield from (f"    ! {text[: max(20, width - 6)]}" for text in stage.alarms[-NOTES:])
     grids = [path for stage in story.stages for path in sorted((stage.folder / "samples").glob("*.png"))]
     if grids:
         yield f"latest pictures: {max(grids, key=lambda path: path.stat().st_mtime)}"

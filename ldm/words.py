@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import sha256, write_tensors
 from ldm.errors import UserError
 from ldm.folder import read_safetensors
-from ldm.lora_files import header
+from ldm.tensor_file import read_texts
 from ldm.text import TextEncoder
 
 DIFFUSERS = "learned_embeds.safetensors"
@@ -112,7 +112,7 @@ def read_embedding(path: Path) -> Embedding:
     if len(state) != 1:
         raise UserError(f"{path}: {len(state)} tensors; an embedding's file has one, named by its word or {A1111}")
     [(token, rows)] = state.items()
-    token = header(file).get("token", file.stem) if token == A1111 else token
+    token = read_texts(file).get("token", file.stem) if token == A1111 else token
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path}: {token} is no table of embeddings; another kind of file?")

@@ -17,7 +17,8 @@ from ldm.errors import UserError
 from ldm.families.finished import load
 from ldm.families.latent_diffusion import LatentDiffusionFamily
 from ldm.lora import TEXT_TARGETS, UNET_TARGETS, Lora, Merged, Pair, flat, inject, injected
-from ldm.lora_files import Style, dotted, header, read, write
+from ldm.lora_files import Style, dotted, read, write
+from ldm.tensor_file import read_texts
 
 RANK, ALPHA = 3, 6.0
 STYLES: tuple[Style, ...] = ("diffusers", "peft", "kohya")
@@ -262,7 +263,7 @@ def test_an_adapter_config_of_another_kind(tmp_path: Path) -> None:
 def test_kohya_header_and_names(folder: Path, tmp_path: Path) -> None:
     lora = trained(load(folder))
     (file,) = write(lora, tmp_path, "kohya", {"modelspec.title": "Tiny"})
-    told = header(file)
+    told = read_texts(file)
     assert told["ss_network_module"] == "networks.lora" and told["ss_network_dim"] == "3" and told["ss_network_alpha"] == "6"
     assert told["modelspec.title"] == "Tiny"
     keys = set(load_file(file))

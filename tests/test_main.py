@@ -85,6 +85,7 @@ def verb_that(does: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ldm.doctor", SimpleNamespace(main=main))
 
 
+MORE = "close other programs, or use a machine with more"
 FULL = "No space left on device; make room and run the same command again, what is finished is kept"
 
 
@@ -95,6 +96,8 @@ FULL = "No space left on device; make room and run the same command again, what 
         (KeyboardInterrupt(), 130, "ldm doctor: interrupted\n"),
         (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "ldm doctor: x.png: No such file or directory\n"),
         (OSError(28, "No space left on device"), 2, f"ldm doctor: {FULL}\n"),
+        (MemoryError("Unable to allocate 9 GiB"), 2, f"ldm doctor: too little memory (Unable to allocate 9 GiB); {MORE}\n"),
+        (RuntimeError("CUDA out of memory. Tried\nto"), 2, f"ldm doctor: too little memory (CUDA out of memory. Tried); {MORE}\n"),
     ],
 )
 def test_what_escapes_a_verb(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ldm.tensor_file import KINDS, read_tensors
+from ldm.tensor_file import KINDS, read_tensors, read_texts
 
 
 @pytest.fixture
@@ -35,6 +38,48 @@ def test_equals_the_library(file: Path) -> None:
         assert value.dtype == theirs[name].dtype and value.shape == theirs[name].shape
         assert value.reshape(-1).view(torch.uint8).tolist() == theirs[name].reshape(-1).view(torch.uint8).tolist()
         assert value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() % 64 == 0
+
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+import torch
+import ldm
+
+root, rounds = Path(sys.argv[1]), int(sys.argv[2])
+files = {file: file.read_bytes() for file in sorted(root.rglob("*.safetensors"))}
+assert len(files) == 3, files
+expected = None
+for round in range(rounds):
+    model = ldm.load(root)
+    for file, content in files.items():
+        if round % 3 == 0:
+            os.truncate(file, 0)
+        elif round % 3 == 1:
+            file.write_bytes(bytes(len(content)))  # in place
+        else:
+            file.unlink()
+    picture = model.sample(["a small red circle"], steps=1)
+    expected = picture if expected is None else expected
+    assert torch.equal(torch.as_tensor(picture), torch.as_tensor(expected)), round
+    for file, content in files.items():
+        file.write_bytes(content)
+print("whole", rounds)
+"""
+
+
+def test_whoever_reads_a_model_is_untouched_by_what_becomes_of_its_files(kl_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(kl_model, tmp_path / "model")
+    # A process of its own: pages of a mapped file that is cut short would end it by a signal.
+    ended = subprocess.run([sys.executable, "-c", REPLACED, str(tmp_path / "model"), "50"], capture_output=True, text=True, timeout=240)
+    assert (ended.returncode, ended.stdout) == (0, "whole 50\n"), ended.stderr
+
+
+def test_texts_alone(file: Path) -> None:
+    assert read_texts(file) == read_tensors(file)[1]
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match="a header of"):
+        read_texts(file)
 
 
 def test_every_cut_is_found(file: Path) -> None:

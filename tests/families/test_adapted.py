@@ -24,8 +24,9 @@ from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.folder import load_part
 from ldm.given import based
 from ldm.lora import Lora, Merged
-from ldm.lora_files import header, read
+from ldm.lora_files import read
 from ldm.rng import Rng
+from ldm.tensor_file import read_texts
 from ldm.text import TextEncoder
 from ldm.words import DIFFUSERS, add_word, first_embeddings, names, read_embedding
 
@@ -88,7 +89,7 @@ def test_the_product_of_lora_is_the_base_with_its_file_merged(base: Path, tmp_pa
     learn(family)
     family.save(tmp_path)
     kohya, theirs = tmp_path / "lora" / "kohya.safetensors", tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    said = header(kohya)
+    said = read_texts(kohya)
     assert said["ss_sd_model_hash"] == said["ldm_base_hash"] == "base" and said["ss_network_module"] == "networks.lora"
     plain = load(base)
     networks: Any = {"unet": plain.unet, "text_encoder": plain.text.model}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -42,6 +43,13 @@ def loss(self: AutoencoderFamily, batch: Any, rng: Any) -> Any:
         raise ValueError("the wheel came off")
     elif kind == "mistake":
         raise UserError("wheel: it came off; put it on again")
+    elif kind == "memory":
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (2**30 + 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4, limits[1]))
+            torch.zeros(2**31)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
     elif kind == "hang":
         time.sleep(1000)
     elif kind == "pixel":
