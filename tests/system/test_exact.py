@@ -13,6 +13,7 @@ from ldm.config import build
 from ldm.errors import UserError
 from ldm.run import Run
 
+PRODUCT = "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors"
 WORDS = [
     *tiny.only("autoencoder"), "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
     "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}",
@@ -28,9 +29,17 @@ def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
     for world in (1, 2, 4):
         ended = several.train(world, *WORDS, "stages.autoencoder.exact=true", f"out={tmp_path / str(world)}")
         assert ended.codes == [0] * world, ended.said
-        found[world] = load_file(tmp_path / str(world) / "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors")
+        found[world] = load_file(tmp_path / str(world) / PRODUCT)
     for world in (2, 4):
         assert all((found[1][name] == value).all() for name, value in found[world].items())
+    # And where another number of processes goes on after each kill.
+    words = [*WORDS, "stages.autoencoder.exact=true", "stages.autoencoder.save_every_images=8", "stages.autoencoder.save_beside=false"]
+    words.append(f"out={tmp_path / 'elastic'}")
+    for world, fault, images in ((2, "kill:1:2", 0), (1, "kill:0:4", 16), (4, "", 32)):
+        ended = several.train(world, *words, fault=fault)
+        assert (ended.codes == [0] * world) == (not fault), ended.said
+        assert not images or f"going on from {images} of 48 images" in ended.said[0], ended.said
+    assert all((found[1][name] == value).all() for name, value in load_file(tmp_path / "elastic" / PRODUCT).items())
 
 
 @pytest.mark.parametrize(
