@@ -24,6 +24,11 @@ class Movable:
         return replace(self, **moved)  # type: ignore[type-var]
 
 
+def to_unit(image: Tensor) -> Tensor:
+    """Float32 in [-1,1] of uint8."""
+    return image.to(torch.float32).div_(127.5).sub_(1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One datum as it lies on disk."""
@@ -37,11 +42,18 @@ class Sample:
 class ImageBatch(Movable):
     """Decoded images and what is known about them."""
 
-    image: Tensor  # (B,3,H,W) in [-1,1]
+    image: Tensor  # (B,3,H,W) in [-1,1]; on the way to a device also uint8, which `to` turns into that
     caption: tuple[str, ...]
     size: Tensor  # (B,6) px: original height, width; crop top, left; target height, width
     position: Tensor  # (B,) int64, the global sample positions that address all randomness
     source: Tensor | None = None  # (B,C,h,w), a second image for translation and editing
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same on `device`, where bytes become numbers: a quarter of these would have to travel."""
+        moved = super(ImageBatch, self).to(device)  # slots give the class anew, which super() alone does not know
+        if moved.image.dtype != torch.uint8:
+            return moved
+        return replace(moved, image=to_unit(moved.image))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,8 +104,8 @@ def _images(folder: Path, pixels: int, batch: int, store: Path) -> Case:
     epoch = len(data) // batch
 
     def our_side() -> None:
-        for _ in batches(data, seed=0, batch=batch, resolution=pixels, stop=epoch):
-            pass
+        for seen in batches(data, seed=0, batch=batch, resolution=pixels, stop=epoch):
+            seen.to("cpu")  # numbers, as theirs are
 
     def their_side() -> None:
         for _ in islice(loader, epoch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from ldm.batch import ImageBatch, MomentBatch
 from ldm.data.images import Shape
@@ -62,6 +62,22 @@ class Samples(Protocol[B]):
 
 
 DataSet = Samples[ImageBatch]
+
+
+@runtime_checkable
+class Decoded(Protocol):
+    """A data set of pictures that were decoded to bytes, which need not become numbers before they are on a device."""
+
+    def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
+        """As `Samples.load`, with images as uint8."""
+        ...
+
+
+def loaded(data: Samples[B], index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> B:
+    """As `Samples.load`, with images as bytes where the data has them; `.to(device)` gives the same batch in either case."""
+    if isinstance(data, Decoded):
+        return data.load_bytes(index, position, resolution, seed, flip)  # type: ignore[return-value]
+    return data.load(index, position, resolution, seed, flip)
 
 
 def draw_flips(seed: int, position: Sequence[int], flip: bool) -> list[bool]:

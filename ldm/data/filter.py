@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ldm.batch import ImageBatch
 from ldm.config import Count, Fraction, NonNegative, config, plain
-from ldm.data.dataset import DataSet
+from ldm.data.dataset import DataSet, loaded
 from ldm.data.fields import Fields
 from ldm.data.images import Shape
 from ldm.errors import UserError
@@ -105,6 +105,10 @@ class Sifted:
     def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""
         return self.data.load(self._rows(index), position, resolution, seed, flip)
+
+    def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
+        """As `ldm.data.dataset.Decoded.load_bytes`, where the data is such."""
+        return loaded(self.data, self._rows(index), position, resolution, seed, flip)
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """As `ldm.data.dataset.Samples.captions`."""

@@ -231,6 +231,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Float32 (B,3,H,W) in [-1,1] of uint8 (B,H,W,3)."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(127.5).sub_(1)
+def channels_first(pixels: np.ndarray) -> Tensor:
+    """Uint8 (B,3,H,W) of (B,H,W,3)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

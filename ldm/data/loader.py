@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm import threads
 from ldm.batch import cat
-from ldm.data.dataset import B, Samples
+from ldm.data.dataset import B, Samples, loaded
 from ldm.data.images import Shape
 from ldm.data.order import Order, Shuffled
 from ldm.errors import UserError
@@ -40,7 +40,7 @@ def batches(
     world: int = 1,
     workers: int = 0,
 ) -> Iterator[B]:
-    """This rank's part of the global batches start, start + 1, ... stop - 1.
+    """This rank's part of the global batches start, start + 1, ... stop - 1; decoded pictures are bytes until `.to(device)`.
 
     Global batch s holds the global positions s * batch to (s + 1) * batch - 1, of which each rank takes a contiguous
     equal share. Nothing is dropped or padded.
@@ -99,7 +99,7 @@ class _Slice(Generic[B]):
     flip: bool
 
     def __call__(self) -> B:
-        return self.data.load(self.index, self.position, self.resolution, self.seed, self.flip)
+        return loaded(self.data, self.index, self.position, self.resolution, self.seed, self.flip)
 
     def __str__(self) -> str:
         return ", ".join(self.data.origin(i) for i in self.index)

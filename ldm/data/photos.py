@@ -18,7 +18,7 @@ from ldm import threads
 from ldm.batch import ImageBatch
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
-from ldm.data.images import Rejected, Shape, View, sides, to_tensor, view
+from ldm.data.images import Rejected, Shape, View, channels_first, sides, view
 from ldm.errors import UserError
 from ldm.rng import Rng, mix
 
@@ -126,6 +126,10 @@ class Photos(ABC):
 
     def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""
+        return self.load_bytes(index, position, resolution, seed, flip).to("cpu")
+
+    def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
+        """As `ldm.data.dataset.Decoded.load_bytes`."""
         if self._look.crop == "random" and self.split == "train":
             at = Rng(seed, position).uniform("crop", (2,)).tolist()
         else:
@@ -137,7 +141,7 @@ class Photos(ABC):
         for row, (_, seen) in enumerate(found):
             pixels[row] = seen.pixels
         return ImageBatch(
-            image=to_tensor(pixels),
+            image=channels_first(pixels),
             caption=tuple(self.captions([i for i, _ in found], position, seed)),
             size=torch.tensor([seen.size for _, seen in found], dtype=torch.float32).view(-1, 6),
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, to_tensor, view
+from ldm.batch import to_unit
+from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, channels_first, cover, mirrored, probe, sides, to_rgb, view
 
 
 def packed(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -39,7 +40,7 @@ def test_an_image_of_the_right_size_comes_out_untouched():
     seen = view(packed(Image.fromarray(pixels)), 24)
     assert np.array_equal(seen.pixels, pixels)
     assert seen.size == (24, 24, 0, 0, 24, 24)
-    tensor = to_tensor(pixels[None])
+    tensor = to_unit(channels_first(pixels[None]))
     assert tensor.shape == (1, 3, 24, 24) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     assert torch.equal(
         ((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)

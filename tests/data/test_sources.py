@@ -14,8 +14,10 @@ from pydantic import TypeAdapter
 
 from ldm.data.cache import write_cache
 from ldm.data.cached import CachedLatents
-from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips
+from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips, loaded
+from ldm.data.filter import Filter, Sifted
 from ldm.data.folder import FolderSource
+from ldm.data.loader import batches
 from ldm.data.sources import Source
 
 
@@ -46,6 +48,19 @@ def kinds(photos: Path) -> dict[str, dict[str, object]]:
         "shards": {"kind": "shards", "path": str(photos.parent / "shards"), "val_share": 0.3},
         "datasets": {"kind": "datasets", "path": str(photos.parent / "saved"), "val_share": 0.3},
     }
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "datasets"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_are_bytes_until_they_are_on_a_device(photos, kind, workers):
+    data: DataSet = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
+    for source in (data, Sifted(data, np.arange(len(data)), Filter())):
+        index, position = [0, 2, 1, 0], [11, 12, 13, 14]
+        seen, own = loaded(source, index, position, (24, 32), 5, True), source.load(index, position, (24, 32), 5, True)
+        assert seen.image.dtype == torch.uint8 and torch.equal(seen.to("cpu").image, own.image)
+        assert seen.caption == own.caption and torch.equal(seen.size, own.size)
+        (batch,) = batches(source, seed=1, batch=4, resolution=24, stop=1, workers=workers)
+        assert batch.image.dtype == torch.uint8 and batch.to("cpu").image.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])

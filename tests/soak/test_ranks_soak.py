@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +41,24 @@ def test_twenty_kills_of_one_of_two(tmp_path: Path) -> None:
     print(f"\n{RUNS * KILLS} kills of one of two processes: named every time, the other gone after at most {slowest:.1f} s,"
           f" {RUNS} of {RUNS} trainings end with the same bits")  # fmt: skip
     assert slowest < 10
+
+
+def test_all_ten_ways_to_share_a_batch_of_eight(tmp_path: Path) -> None:
+    """Processes x passes x samples of a pass: to the bit for equal passes, and else up to the order of sums."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    losses: dict[tuple[int, int], list[float]] = {}
+    for micro in (1, 2, 4, 8):
+        for world in (world for world in (1, 2, 4, 8) if world * micro <= 8):
+            out = tmp_path / f"{world}x{micro}"
+            words = [*WORDS, "autoencoder.adversarial.weight=0", "stages.autoencoder.exact=true", f"stages.autoencoder.micro_batch={micro}"]
+            ended = several.train(world, *words, f"out={out}", within_s=240)
+            assert ended.codes == [0] * world, ended.said
+            found[world, micro] = load_file(out / PRODUCT)
+            lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            losses[world, micro] = [line["loss"] for line in lines if "loss" in line]
+            assert all((found[1, micro][name] == value).all() for name, value in found[world, micro].items())
+    assert len(found) == 10 and all(len(values) == 6 for values in losses.values())
+    apart = max(abs(a - b) / abs(b) for values in losses.values() for a, b in zip(values, losses[1, 8], strict=True))
+    weights = max(float(abs(value - found[1, 8][name]).max()) for each in found.values() for name, value in each.items())
+    print(f"\n{len(found)} ways to share a batch: losses at most {apart:.1e} apart, weights {weights:.1e}; equal passes: the same bits")
+    assert apart < 1e-4
