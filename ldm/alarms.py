@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,10 +51,11 @@ class Alarms:
         self._moving = self._probe()
         self._still, self._told = 0, False
         for line in before:
-            for _, name, value in _numbers(line.get("terms", {}), line.get("gauges", {})):
+            for _, name, value in _numbers(line.get("terms"), line.get("gauges")):
                 self._remember(name, value)
-            if isinstance(line.get("lr"), int | float):
-                self._peak = self._peak_of(float(line["lr"]), int(line["images"])) or self._peak
+            lr, images = line.get("lr"), line.get("images")
+            if isinstance(lr, int | float) and isinstance(images, int):
+                self._peak = self._peak_of(float(lr), images) or self._peak
 
     def look(self, images: int, terms: Mapping[str, float], gauges: Mapping[str, float], lr: float) -> list[str]:
         """A line for each alarm that this logged step begins."""
@@ -120,9 +122,9 @@ def _local(tensor: Tensor) -> Tensor:
     return here.to_local() if is_split(here) else here  # type: ignore[attr-defined, no-any-return]
 
 
-def _numbers(terms: Mapping[str, Any], gauges: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
-    """Kind, name and value of what may spike."""
-    for kind, values in (("loss", terms), ("gradient", {k: v for k, v in gauges.items() if k.startswith(NORMS)})):
-        for name, value in values.items():
-            if isinstance(value, int | float):
+def _numbers(terms: Any, gauges: Any) -> Iterable[tuple[str, str, float]]:
+    """Kind, name and value of what may spike; a log may hold anything."""
+    for kind, values, begin in (("loss", terms, ""), ("gradient", gauges, NORMS)):
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if name.startswith(begin) and isinstance(value, int | float) and math.isfinite(value):
                 yield kind, name, float(value)

@@ -155,10 +155,12 @@ class CachedLatents:
         if self._bucket is None:
             self.require(resolution=wanted)
             return
-        for row in rows.tolist():
-            own = self.plan.shapes[int(self._bucket[row])]
-            if own != (wanted if isinstance(wanted, tuple) else (wanted, wanted)):
-                raise UserError(f"{self.origin(row)}: kept in {own[1]}x{own[0]} px; it cannot be read in another shape ({wanted})")
+        shape = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+        number = self.plan.shapes.index(shape) if shape in self.plan.shapes else -1
+        wrong = rows[self._bucket[rows] != number]
+        if len(wrong):
+            high, wide = self.plan.shapes[int(self._bucket[wrong[0]])]
+            raise UserError(f"{self.origin(int(wrong[0]))}: kept in {wide}x{high} px; it cannot be read in another shape ({wanted})")
 
     def require_text(self, read: Read) -> None:
         """Check that the kept states of captions are those that the caller's text encoder gives.
