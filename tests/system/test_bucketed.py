@@ -73,7 +73,7 @@ def test_memory_that_does_not_do_for_a_shape_or_a_step_is_told_with_what_helps(p
     begun = train(2, *words, "stages.autoencoder.buckets=null", f"out={tmp_path / 'begun'}", fault="memory:1:3")
     assert begun.codes[1] == 2 and begun.codes[0] != 0 and "Traceback" not in "".join(begun.said)
     assert "stages.autoencoder: at step 3 4 pictures of 32 px do not fit into the memory" in begun.last
-    assert begun.last.endswith("the same command goes on from the last checkpoint")
+    assert begun.last.endswith("the same command goes on from the last checkpoint, a changed setting begins the stage anew")
 
 
 CACHED = [
