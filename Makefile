@@ -8,7 +8,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/python train.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }

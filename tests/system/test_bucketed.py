@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import several
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file
+
+from ldm.config import build
+from ldm.errors import UserError
+from ldm.run import Run
 
 pytestmark = pytest.mark.slow
 WORDS = [
@@ -89,17 +94,27 @@ CACHED = [
 
 def test_diffusion_learns_from_latents_in_buckets(photographs: Path, tmp_path: Path) -> None:
     words = [*CACHED, f"data={{kind: folder, path: {photographs}}}"]
-    alone, two = tmp_path / "alone", tmp_path / "two"
-    ended = train(1, *words, f"out={alone}")
+    ended = train(1, *words, f"out={tmp_path / 'run'}")
     assert ended.codes == [0], ended.said
     assert "diffusion-low: 3 buckets, each batch in one shape" in ended.said[0]
-    both = train(2, *words, f"out={two}")
-    assert both.codes == [0, 0], both.said
-    losses = [
-        [line["loss"] for line in lines if line.get("stage") == "diffusion-low" and "loss" in line]
-        for lines in ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (alone, two))
-    ]
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # Two processes take up the encoded latents, and the same samples with the same noise.
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "stages" / "diffusion-low")
+    both = train(2, *words, f"out={tmp_path / 'two'}")
+    assert both.codes == [0, 0] and "latents-low: done" in both.said[0], both.said
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("run", "two")]
+    one, two = ([line["loss"] for line in lines if line.get("stage") == "diffusion-low" and "loss" in line] for lines in logs)
+    assert len(one) == 8 and one == pytest.approx(two[-8:], rel=1e-4)
 
-    mixed = train(1, *words, "stages.diffusion-low.buckets=null", f"out={tmp_path / 'mixed'}")
-    assert mixed.codes == [2] and "stages.diffusion-low.buckets: latents-low is encoded otherwise" in mixed.last
+
+def test_latents_that_are_encoded_otherwise_are_refused_before_any_work() -> None:
+    run = {"data": {"kind": "scenes"}, "stages": {
+        "autoencoder": {"kind": "train", "family": "autoencoder", "resolution": 64, "images": 8},
+        "text": {"kind": "train", "family": "text", "resolution": 64, "images": 8},
+        "latents": {"kind": "encode", "resolution": 64, "buckets": {"step": 16}},
+        "diffusion": {"kind": "train", "family": "diffusion", "resolution": 64, "images": 8, "latents": "latents", "buckets": {"step": 8}},
+    }}  # fmt: skip
+    with pytest.raises(UserError, match=r"stages.diffusion.buckets: latents is encoded otherwise; set stages.latents.buckets alike"):
+        build(run, Run, "run.yaml")
+    with pytest.raises(UserError, match=r"stages.latents.buckets.step: got 12; the autoencoder needs a multiple of 8"):
+        build(run | {"stages": run["stages"] | {"latents": {"kind": "encode", "resolution": 64, "buckets": {"step": 12}}}}, Run, "run.yaml")
