@@ -91,6 +91,7 @@ class Lookout:
         self._seen = {r: _Seen() for r in (range(world) if rank == 0 else [0, rank]) if r != rank}
         self._over = threading.Event()
         self._lock = threading.Lock()  # the store's connection serves one caller at a time
+        self._word = threading.Lock()  # the main thread and the lookout's may both have something to say
         self._tick = 0
         self._told = False
         self._gone: set[int] = set()
@@ -120,8 +121,9 @@ class Lookout:
                 self._say()
                 verdict, self._cause = self._get("verdict"), self._get("cause")
                 self._hear()
-            except Exception as error:
-                verdict = json.dumps({"text": f"{_keeper()} is gone ({_first_line(error)})", "hung": []})
+            except Exception:
+                self._lost()
+                return
             now = time.monotonic()
             if now - before > self.silent / 2:  # this process itself was stopped for a while: begin to count anew
                 for seen in (*self._seen.values(), own):
@@ -178,7 +180,18 @@ class Lookout:
         self._cause_at = self._cause_at or now
         if now - self._cause_at > self.period:
             self._bye()
-            os._exit(2 if json.loads(self._cause)["user"] else FAILED)
+            os._exit(_code(self._cause))
+
+    def _lost(self) -> None:
+        """The store is gone, with the process that kept it: this one ends here, unless its main thread already does."""
+        if self._over.is_set():
+            return
+        if not self._cause:
+            self._speak(self._without_store())
+        os._exit(_code(self._cause))
+
+    def _without_store(self) -> str:
+        return f"{_keeper()} is gone, killed or out of memory (rank {self.rank} waits in {self.place})"
 
     def _bye(self) -> None:
         """This process needs the store no more; the first one, which may keep it, waits for all others."""
@@ -197,7 +210,8 @@ class Lookout:
         if verdict["hung"]:
             stacks = f"; stacks in {self.folder / 'stacks'}" if self.folder else ""
             self._stacks()
-        self.tell(f"{verdict['text']}; all processes end{stacks}. The same command goes on from the last checkpoint")
+        text = f"{verdict['text']}; all processes end{stacks}. The same command goes on from the last checkpoint"
+        self._speak(self._elected(text))
         sys.stderr.flush()
         self._bye()
         os._exit(FAILED)
@@ -221,8 +235,7 @@ class Lookout:
         cause is told.
         """
         self._over.set()
-        if line := self._cause_of(error):
-            say(line, self.folder, self.place)
+        self._speak(self._cause_of(error))
         user = isinstance(error, UserError) or self._user_caused()
         self._bye()
         return 2 if user else FAILED
@@ -241,15 +254,16 @@ class Lookout:
             return self._elected(f"rank {cause['rank']} is gone, killed or out of memory (rank {self.rank} waits in {self.place})")
         except Exception:
             # Without the store nobody knows what the others know; they tell it themselves.
-            gone = f"{_keeper()} is gone, killed or out of memory (rank {self.rank} waits in {self.place})"
-            return gone if broken(error) else f"rank {self.rank} ({self.place}): {_named(error)}"
+            if not broken(error):
+                return f"rank {self.rank} ({self.place}): {_named(error)}"
+            return "" if self._cause else self._without_store()
 
     def _user_caused(self) -> bool:
         """Whether the first cause is a mistake that the user can mend."""
         try:
-            return bool(json.loads(self._get("cause") or "{}").get("user"))
+            return _code(self._get("cause")) != FAILED
         except Exception:
-            return False
+            return _code(self._cause) != FAILED
 
     def _explained(self) -> str:
         """The cause that another process has told, or that its silence tells; this process itself still gives signs of life."""
@@ -273,13 +287,15 @@ class Lookout:
             time.sleep(0.1)
         return ""
 
-    def tell(self, text: str) -> None:
-        """The last word of the job, by whichever process comes first: to the console, the log and the launcher."""
-        if not self._told and (line := self._elected(text)):
-            say(line, self.folder, self.place)
-        self._told = True
+    def _speak(self, text: str) -> None:
+        """To the console, the log and the launcher, if there is something to say and this process has not had its last word."""
+        with self._word:
+            if text and not self._told:
+                say(text, self.folder, self.place)
+            self._told = True
 
     def _elected(self, text: str) -> str:
+        """The text, where this process is the first that comes to speak for the job; else nothing."""
         try:
             return text if self._first("teller", str(self.rank)) == str(self.rank) else ""
         except Exception:
@@ -295,6 +311,11 @@ class Lookout:
         """What the first process that came here has put down under the key."""
         with self._lock:
             return str(self.store.compare_set(key, "", value), "utf-8")
+
+
+def _code(cause: str) -> int:
+    """The exit code of processes that end for a cause, as the store has it: 2 where the user can mend it."""
+    return 2 if cause and json.loads(cause)["user"] else FAILED
 
 
 def broken(error: BaseException) -> bool:

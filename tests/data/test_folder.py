@@ -380,7 +380,7 @@ def test_a_sample_that_takes_too_long_is_replaced_and_named(tmp_path, monkeypatc
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         batch = data.load([2, 3, 6], [0, 1, 2], 16, 0, False)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15  # and not the reader's 20 s
     released.set()
     assert torch.equal(batch.image[1], data.load([5], [1], 16, 0, False).image[0])
     assert {n: r.split(":")[0] for n, r in data.replaced.items()} == dict.fromkeys(data.names[3:5], "too slow")

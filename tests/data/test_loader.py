@@ -192,7 +192,7 @@ def test_a_hanging_read_is_named_and_does_not_last_for_ever():
     assert next(feed) == [0]
     with pytest.raises(UserError, match=r"photo\.jpg"):
         next(feed)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # and not the reader's 20 s
     release.set()
 
 

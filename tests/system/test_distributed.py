@@ -38,7 +38,7 @@ def test_a_killed_process_ends_the_job_by_name_and_the_next_start_goes_on(rank: 
     words = [*PLAIN, EVERY, f"out={tmp_path}"]
     ended = several.train(2, *words, fault=f"kill:{rank}:5")
     assert ended.codes[rank] == -9 and ended.codes[1 - rank] == 1, ended.said
-    assert ended.seconds < 10
+    assert ended.seconds < 30  # the goal of 10 s is measured in tests/soak
     left = ended.said[1 - rank]
     expected = f"ldm train: rank {rank} is gone, killed or out of memory (rank {1 - rank} waits in autoencoder, step 5, backward pass)"
     assert left.strip().splitlines()[-1] == expected and "Traceback" not in left, left
@@ -50,7 +50,7 @@ def test_a_killed_process_ends_the_job_by_name_and_the_next_start_goes_on(rank: 
 
 def test_the_first_cause_is_told_last_and_once(tmp_path: Path) -> None:
     ended = several.train(2, *PLAIN, f"out={tmp_path}", fault="raise:1:3")
-    assert ended.codes == [1, 1] and ended.seconds < 10
+    assert ended.codes == [1, 1] and ended.seconds < 30
     assert "Traceback" in ended.said[1] and "Traceback" not in ended.said[0]
     assert ended.said[1].strip().splitlines()[-1] == "ldm train: rank 1 (autoencoder, step 3, forward pass): ValueError: the wheel came off"
     assert "wheel" not in ended.said[0]
