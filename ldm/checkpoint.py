@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -137,10 +138,16 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
     """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards.
 
     What a save that was killed has left is removed before, as the room may be needed.
+
+    Raises:
+        OSError: as `commit`; before anything is written where the disk has no room for the tensors.
     """
     target = folder / f"images-{images:012d}"
     for left in folder.glob(".images-*"):
         shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < size_of(tensors):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     def write(temporary: Path) -> None:
         for name, group in tensors.items():
@@ -151,6 +158,11 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
     for old in states(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
 
 
 def states(folder: Path) -> list[Path]:

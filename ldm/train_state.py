@@ -102,7 +102,7 @@ class States:
         }
         if self.processes.main:
             work = partial(checkpoint.save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
-            told = partial(self._failed, needed=size(tensors), images=meta["images"], must=must)
+            told = partial(self._failed, needed=checkpoint.size_of(tensors), images=meta["images"], must=must)
             if copied is not None:
                 stalled = round(time.perf_counter() - began, 4)
                 self._cost = {"saved": meta["images"], "stage": self.folder.name, "stalled_s": stalled}
@@ -202,8 +202,3 @@ class States:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def size(groups: dict[str, dict[str, Tensor]]) -> int:
-    """Bytes of all tensors."""
-    return sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())

@@ -6,10 +6,13 @@ import errno
 import os
 import random
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from faults import child, dying_at, flip, is_whole, save
+from faults import child, dying_at, flip, is_whole, save, tensors
 from test_snapshot import trainer
 
 from ldm import checkpoint
@@ -100,6 +103,51 @@ def test_a_failing_disk_leaves_what_was_there(code: int, name: str, tmp_path: Pa
     found = newest_valid(tmp_path, silent)
     assert found is not None and is_whole(found, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["images-000000000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("looked_before", [True, False])
+def test_a_disk_that_is_really_full_leaves_what_was_there(looked_before: bool, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty amounts of room, from none to more than enough; without the look at what is free it is met in the middle of a file."""
+    outcomes = set()
+    if not looked_before:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**40))
+    for room in range(20):
+        state, filler = small_disk / "state", small_disk / "filler"
+        save(state, 1)
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(bytes(max(0, free - 4096 * room)))
+        try:
+            save(state, 2)
+            step = 2
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            step = 1
+        found = newest_valid(state, silent)
+        assert found is not None and is_whole(found, step) and len(list(state.iterdir())) == 1
+        outcomes.add(step)
+        shutil.rmtree(state)
+        filler.unlink()
+    assert outcomes == {1, 2}
+
+
+def test_where_there_is_no_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=checkpoint.size_of(tensors(2)) - 1))
+    monkeypatch.setattr(checkpoint, "commit", None)
+    with pytest.raises(OSError, match=r"No space left on device.*images-000000000002"):
+        save(tmp_path, 2)
 
 
 def test_a_damaged_newest_state_is_passed_over(tmp_path: Path) -> None:
