@@ -186,13 +186,16 @@ def clip(players: Sequence[Player], limit: float) -> dict[str, Tensor]:
 
 
 def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' states under `optimiser.parameter.name`."""
+    """Every tensor of the optimisers' states under `optimiser.parameter.name`, in the order of these names.
+
+    Split tensors are gathered one by one, so all processes must go through them alike; what was read from a file has any order.
+    """
     found: dict[str, Tensor] = {}
     for o, optimizer in enumerate(optimizers):
         for p, entry in optimizer.state_dict()["state"].items():
             for name, value in entry.items():
                 found[f"{o}.{p}.{name}"] = torch.as_tensor(value)
-    return found
+    return dict(sorted(found.items()))
 
 
 def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
