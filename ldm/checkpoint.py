@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +149,17 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < size_of(tensors):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-
-    def write(temporary: Path) -> None:
-        for name, group in tensors.items():
-            write_tensors(temporary / f"{name}.safetensors", group)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-
-    commit(target, write)
+    commit(target, partial(write_state, tensors=tensors, meta=meta))
     for old in states(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    """Fill a folder with a training state, as `load_state` reads it: a file of tensors for each group, and meta.json."""
+    for name, group in tensors.items():
+        write_tensors(folder / f"{name}.safetensors", group)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
 from ldm.models.blocks import ResnetBlock
+from ldm.models.coder import Bottom, Stage
 from ldm.models.critic import CriticConfig
 from ldm.models.transformer import Transformer
 from ldm.models.unet import Middle, UNetConfig
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
-RECOMPUTED = (ResnetBlock, Transformer, Middle)  # what `recompute` wraps in the U-Net
+RECOMPUTED = (ResnetBlock, Transformer, Middle, Stage, Bottom)  # what `recompute` wraps, where it lies in no other of these
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
             nonlocal most
             most = max(most, ledger.bytes - before)
 
-        within = {part for middle in network.modules() if isinstance(middle, Middle) for part in middle.modules() if part is not middle}
-        for module in network.modules():
-            if isinstance(module, RECOMPUTED) and module not in within:
+        outer = [module for module in network.modules() if isinstance(module, RECOMPUTED)]
+        within = {part for module in outer for part in module.modules() if part is not module}
+        for module in outer:
+            if module not in within:
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
         call()
@@ -124,9 +126,8 @@ def unet(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[int,
     return _unet(config, config.checkpointing, height, width, tokens)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # by configurations of which two that differ in `checkpointing` alone are equal, hence the argument
 def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, tokens: int) -> tuple[int, Cost]:
-    # Two configurations that differ in `checkpointing` alone are equal, hence the argument.
     with torch.device("meta"):
         network = config.build()
         image = torch.empty(IMAGES, config.in_channels, height, width)
@@ -144,9 +145,13 @@ def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, toke
         return count(network), found
 
 
-@lru_cache(maxsize=64)
 def autoencoder(config: KLConfig | VQConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
     """Parameters of an autoencoder, its encoder's cost and its decoder's, for images of (height, width) px."""
+    return _autoencoder(config, config.checkpointing, height, width)
+
+
+@lru_cache(maxsize=64)
+def _autoencoder(config: KLConfig | VQConfig, checkpointing: bool, height: int, width: int) -> tuple[int, Cost, Cost]:
     with torch.device("meta"):
         network = config.build()
         image = torch.empty(IMAGES, config.in_channels, height, width)
@@ -159,7 +164,12 @@ def autoencoder(config: KLConfig | VQConfig, height: int, width: int) -> tuple[i
         def decode() -> Tensor:
             return network.decode(latent, quantise=False) if isinstance(network, VQAutoencoder) else network.decode(latent)
 
-        return count(network), measure(network, encode), measure(network, decode)
+        costs = measure(network, encode), measure(network, decode)
+        if checkpointing:
+            network.encoder.checkpointing = network.decoder.checkpointing = False
+            most = max(largest_block(network, call) for call in (encode, decode))
+            costs = costs[0], replace(costs[1], activations=costs[1].activations + most)
+        return count(network), *costs
 
 
 @lru_cache(maxsize=64)

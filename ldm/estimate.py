@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ from ldm.single_file import named
 from ldm.text_pretrained import PretrainedText
 from ldm.train import Train
 
+Network = TypeVar("Network", bound=KLConfig | VQConfig | UNetConfig)
 FLOAT, HALF = 4, 2  # bytes
 SIZES = 6  # numbers of ImageBatch.size
 # Text encoders by the width of their states, where the files are not here to tell.
@@ -128,7 +130,7 @@ class Parts:
     def _autoencoder(self, run: Run, stage: Train, side: int) -> Needs:
         assert isinstance(run.autoencoder, KL | VQ)
         family = run.autoencoder
-        learned, encode, decode = cost.autoencoder(self.autoencoder, side, side)
+        learned, encode, decode = cost.autoencoder(_recomputed(self.autoencoder, stage), side, side)
         spent, counts, frozen = encode + decode, {"autoencoder": learned}, {}
         if family.adversarial.weight:
             counts["critic"], game = cost.critic(family.adversarial.critic, side, side)
@@ -145,7 +147,7 @@ class Parts:
         return _needs(stage, counts, frozen, spent, 0, averaged=learned)
 
     def _diffusion(self, run: Run, stage: Train, side: int) -> Needs:
-        learned, spent = cost.unet(self.unet, side // self.factor, side // self.factor, self.text.tokens)
+        learned, spent = cost.unet(_recomputed(self.unet, stage), side // self.factor, side // self.factor, self.text.tokens)
         known, encode, _ = cost.autoencoder(self.autoencoder, side, side)
         extra = self.text.cost.forward + (0 if stage.latents else encode.forward)
         if run.diffusion.adapt is not None:
@@ -188,6 +190,11 @@ def _needs(stage: Train, learned: dict[str, int], frozen: dict[str, int], spent:
         parameters=learned | frozen, learned=total, averaged=averaged or total, frozen=sum(frozen.values()),
         cost=spent, extra=extra, stage=stage,
     )  # fmt: skip
+
+
+def _recomputed(network: Network, stage: Train) -> Network:
+    """A network's configuration with what the stage says of recomputing."""
+    return network if stage.checkpointing is None else replace(network, checkpointing=stage.checkpointing)
 
 
 def parts_of(run: Run) -> Parts:

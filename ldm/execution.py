@@ -24,6 +24,7 @@ from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import GIVEN, based, based_autoencoder, check_cache, find, make
 from ldm.launching import about, check_shares, record
+from ldm.links import carried_from, given_of, inputs_of, kept_cache
 from ldm.log import Log
 from ldm.prior import PRIOR, Prior, draw
 from ldm.process import calibrate
@@ -36,17 +37,15 @@ from ldm.run import (
     check_filters,
     differences,
     finished,
-    given_of,
     hashes_of,
     identity,
-    inputs_of,
-    kept_cache,
     key_of,
     plain_json,
 )
 from ldm.run_folder import only_one, set_aside
 from ldm.stages import Encode, Evaluate, Export
 from ldm.train import Train, Trainer
+from ldm.train_state import CARRIED
 from ldm.trial import too_large
 
 
@@ -129,12 +128,14 @@ class Execution:
         started = time.monotonic()
         result, images = self._do(name, folder, key, self._products(name))
         if self.processes.main:
-            product = checkpoint.folder_hash(folder / "model") if (folder / "model").is_dir() else ""
+            product, carried = (
+                checkpoint.folder_hash(folder / part) if (folder / part).is_dir() else "" for part in ("model", CARRIED)
+            )
             spent = time.monotonic() - started + self._earlier_seconds(folder)
             values = {
                 "stage": name, "kind": self.run.stages[name].kind, "key": key, "identity": plain_json(wanted),
                 "inputs": hashes, "product": product, "result": result, "seconds": round(spent, 2), "images": images,
-                "version": __version__,
+                "carried": carried, "version": __version__,
             }  # fmt: skip
             checkpoint.write_json(folder / DONE, values)
             shutil.rmtree(folder / "state", ignore_errors=True)
@@ -207,7 +208,8 @@ class Execution:
                 check_cache(data, stage, products)
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
-            processes=self.processes, log=self.log,
+            processes=self.processes, log=self.log, keeps=name in (carried_from(self.run, other) for other in self.run.stages),
+            carried=self.out / "stages" / before / CARRIED if (before := carried_from(self.run, name)) else None,
         )  # fmt: skip
         try:
             return trainer.run()

@@ -182,7 +182,7 @@ def based_autoencoder(own: KL | VQ, base: Path) -> KL | VQ:
         raise UserError(f"autoencoder.kind: got {own.kind}, but the base model {base} has the other kind; write that one")
     if own.network != type(own.network)():
         _agree("autoencoder.network", own.network, network, (), base)
-    return replace(own, network=network)  # type: ignore[arg-type]
+    return replace(own, network=replace(network, checkpointing=own.network.checkpointing))  # type: ignore[arg-type]
 
 
 def _agree(where: str, said: Any, theirs: Any, but: tuple[str, ...], base: Path) -> None:

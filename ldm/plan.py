@@ -16,6 +16,7 @@ from ldm.estimate import Parts, parts_of
 from ldm.given import GIVEN, Found, find
 from ldm.launching import adopt_slurm
 from ldm.launching import launched as how
+from ldm.links import carried_from
 from ldm.pace import Expected, peak
 from ldm.prior import PRIOR
 from ldm.process import usable_cores
@@ -52,6 +53,7 @@ class StagePlan:
     flops: int = 0  # of one image in all, backward pass and frozen parts included
     checkpoint_bytes: int = 0
     kept_bytes: int = 0  # of all checkpoints kept at a time
+    carried_bytes: int = 0  # of the state that is kept at its end for a later stage
     cache_bytes: int = 0
     seconds: float = 0.0  # at the stated speed
 
@@ -163,7 +165,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
     passes = stage.passes(processes, f"stages.{doing.name}.batch")
     micro = stage.batch // processes // passes
     needs = parts.training(run, stage)
-    shaped = None
+    shaped, carried = None, doing.name in (carried_from(run, other) for other in run.stages)
     if stage.buckets and seen is not None:
         shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
     return StagePlan(
@@ -171,7 +173,8 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
         micro_batch=micro, passes=passes, buckets=[] if shaped is None else shaped.rows, parameters=needs.parameters,
         memory=needs.memory(micro),
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
-        kept_bytes=stage.keep * needs.checkpoint_bytes, seconds=needs.flops * stage.images / per_second,
+        kept_bytes=stage.keep * needs.checkpoint_bytes,
+        carried_bytes=needs.checkpoint_bytes if carried else 0, seconds=needs.flops * stage.images / per_second,
     )  # fmt: skip
 
 
@@ -239,6 +242,8 @@ def _details(stage: StagePlan) -> Iterator[str]:
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
     yield f"memory of each device, estimated: {size_of(sum(stage.memory.values()))} ({parts})"
     yield f"checkpoint {size_of(stage.checkpoint_bytes)}, {size_of(stage.kept_bytes)} kept at most"
+    if stage.carried_bytes:
+        yield f"its state at the end, {size_of(stage.carried_bytes)}, is kept for the stage that carries it on"
 
 
 def operations(flops: float) -> str:

@@ -1,25 +1,26 @@
-"""What a run is: stages linked by content hash, the plan before it starts, and the order in which it happens."""
+"""What a run is: stages linked by content hash, and the plan before it starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ldm import checkpoint
 from ldm.config import BY_KIND, Count, config, plain
-from ldm.data.buckets import wrong_step
+from ldm.contradictions import contradictions
 from ldm.data.cached import cache_hash
 from ldm.data.filter import sift
-from ldm.data.sources import ScenesSource, Source
+from ldm.data.sources import Source
 from ldm.errors import UserError
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
 from ldm.families.latent_diffusion import LatentDiffusion
-from ldm.given import PretrainedAutoencoder, problems, roles
+from ldm.given import PretrainedAutoencoder
+from ldm.links import carried_from, given_of, inputs_of, kept_cache
 from ldm.prior import Prior
 from ldm.redact import exposed
 from ldm.stages import Encode, Evaluate, Export, Stage
@@ -55,8 +56,8 @@ class Run:
     workers: Count = 2  # threads that load data
 
     def __post_init__(self) -> None:
-        if problems := list(_problems(self)):
-            raise UserError("; ".join(problems))
+        if found := list(contradictions(self)):
+            raise UserError("; ".join(found))
 
     def family(self, name: str) -> Any:
         """The configuration of a family by its field's name."""
@@ -65,158 +66,27 @@ class Run:
     def trained(self, stage: Train) -> Clip | KL | VQ | LatentDiffusion:
         """The configuration of the family that a stage trains, with what the stage itself says of it."""
         family: Clip | KL | VQ | LatentDiffusion = self.family(stage.family)
+        if stage.checkpointing is not None and not isinstance(family, Clip):
+            family = replace(family, network=replace(family.network, checkpointing=stage.checkpointing))  # type: ignore[arg-type]
         if stage.caption_dropout is None or not isinstance(family, LatentDiffusion):
             return family
         return replace(family, caption_dropout=stage.caption_dropout)
 
 
-def _problems(run: Run) -> Iterator[str]:
-    """What is wrong between fields, before any work."""
-    if not run.stages:
-        yield "stages: none; a run needs at least one"
-    if run.prior is not None and run.prior.prompts and not run.init:
-        yield "prior.prompts: the base model draws them; name it by init, or give prior.path"
-    contradictions = list(problems(run))
-    yield from contradictions
-    if contradictions:
-        return
-    given = roles(run)
-    trained: dict[str, str] = {}  # the families made so far, and by which stage
-    encoded: dict[str, Encode] = {}
-    own = isinstance(run.autoencoder, KL | VQ) and "autoencoder" not in given
-    factor = 2 ** (len(run.autoencoder.network.channels) - 1) if own else 1  # type: ignore[union-attr]
-    for name, stage in run.stages.items():
-        where = f"stages.{name}"
-        if not name or set(name) & set("/\\. ") or name.startswith("-"):
-            yield f"{where}: a stage's name becomes a folder; use letters, digits, - and _"
-        for needed in _needs(run, stage):
-            if needed not in trained and (needed not in given or needed == "diffusion"):
-                yield f"{where}: needs a stage before it that trains {needed} (kind: train, family: {needed})"
-        sides = (stage.resolution, *stage.also) if isinstance(stage, Train) else (stage.resolution,) if isinstance(stage, Encode) else ()
-        for side in sides:
-            if side % factor:
-                yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
-        if isinstance(stage, Train | Encode) and stage.buckets:
-            yield from wrong_step(stage.buckets, stage.resolution, factor, f"{where}.buckets")
-        if isinstance(stage, Train):
-            if stage.buckets:
-                yield from _shapeless(stage, where)
-            if stage.exact and (stage.family == "text" or (stage.family == "autoencoder" and isinstance(run.autoencoder, VQ))):
-                why = "pairs of the whole batch" if stage.family == "text" else "codes of the whole batch"
-                yield f"{where}.exact: this family learns from {why}, which depend on how many processes there are; leave it out"
-            if stage.latents:
-                cache = encoded.get(stage.latents)
-                if cache is None:
-                    if not kept_cache(stage):  # one that ldm data encode made says itself what it holds
-                        yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
-                elif cache.resolution != stage.resolution:
-                    yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
-                elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
-                    yield f"{where}.flip: {stage.latents} holds no mirrored latents; set stages.{stage.latents}.flip=true too"
-                elif _shapes(stage) != _shapes(cache):
-                    yield f"{where}.buckets: {stage.latents} is encoded otherwise; set stages.{stage.latents}.buckets alike"
-                if stage.also:
-                    yield f"{where}.also: cached latents have one resolution"
-                if stage.family != "diffusion":
-                    yield f"{where}.latents: only family: diffusion reads latents"
-                if stage.filter.wants():
-                    yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
-            if stage.caption_dropout is not None and stage.family != "diffusion":
-                yield f"{where}.caption_dropout: only family: diffusion drops captions"
-            network = run.diffusion.network
-            if stage.family == "diffusion" and run.diffusion.inpaint is None and network.in_channels == 2 * network.out_channels + 1:
-                yield f"diffusion.network: has {network.in_channels} input channels, as for inpainting; set diffusion.inpaint={{}} too"
-            if stage.family == "diffusion" and stage.latents and run.diffusion.inpaint is not None:
-                yield f"{where}.latents: diffusion.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
-            if stage.family == "diffusion" and run.diffusion.adapt is not None:
-                if "diffusion" not in given:
-                    yield "diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out"
-                elif "diffusion" in trained:
-                    yield f"{where}: stages.{trained['diffusion']} has learned what diffusion.adapt names; give that one more images"
-            trained[stage.family] = name
-        elif isinstance(stage, Encode):
-            encoded[name] = stage
-        elif stage.of or isinstance(stage, Evaluate):
-            of = run.stages.get(stage.of)
-            before = stage.of in list(run.stages)[: list(run.stages).index(name)]
-            allowed = ("diffusion",) if isinstance(stage, Export) else ("autoencoder", "diffusion")
-            if not isinstance(of, Train) or of.family not in allowed or not before:
-                yield f"{where}.of: {stage.of!r} is no earlier train stage of {' or '.join(allowed)}"
-            if isinstance(stage, Evaluate):
-                yield from _unmeasured(run, stage, where)
-
-
-def _shapes(stage: Train | Encode) -> list[tuple[int, int]]:
-    return stage.buckets.shapes(stage.resolution) if stage.buckets else []
-
-
-def _shapeless(stage: Train, where: str) -> Iterator[str]:
-    """Why a stage cannot have buckets."""
-    if stage.family == "text":
-        yield f"{where}.buckets: family: text reads squares"
-    if stage.also:
-        yield f"{where}.buckets: also (further resolutions) cannot be had beside it"
-
-
-def _unmeasured(run: Run, stage: Evaluate, where: str) -> Iterator[str]:
-    """Required values that none of the stage's metrics will give."""
-    scenes = isinstance(run.data, ScenesSource)
-    given = {f"{m.kind}.{name}" for m in stage.metrics for name in m.names(scenes)}
-    for path in stage.require:
-        kind, _, name = path.partition(".")
-        if f"{kind.rstrip('_0123456789')}.{name}" not in given:
-            yield f"{where}.require: {path} is not measured here; there are {', '.join(sorted(given))}"
-
-
-def _needs(run: Run, stage: Stage) -> tuple[str, ...]:
-    """The families that a stage reads, by their field's name."""
-    if isinstance(stage, Train):
-        return run.family(stage.family).inputs()
-    if isinstance(stage, Encode):
-        return ("autoencoder",)
-    of = run.stages.get(stage.of)
-    if isinstance(stage, Evaluate) and isinstance(of, Train) and of.family == "autoencoder":
-        return ("autoencoder",)
-    return ("text", "autoencoder", "diffusion")
-
-
-def inputs_of(run: Run, name: str) -> dict[str, str]:
-    """The earlier stages whose products a stage reads: by role, the stage's name."""
-    latest, stage = _latest(run, name), run.stages[name]
-    found = {family: latest[family] for family in _needs(run, stage) if family in latest}
-    if isinstance(stage, Train):
-        if stage.family in latest:
-            found["init"] = latest[stage.family]
-        if stage.latents and not kept_cache(stage):
-            found["latents"] = stage.latents
-    elif isinstance(stage, Evaluate | Export) and stage.of:
-        found[run.stages[stage.of].family] = stage.of  # type: ignore[union-attr]
-    return found
-
-
-def kept_cache(stage: Train) -> Path | None:
-    """The latent cache that a stage reads from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
-    return Path(stage.latents).expanduser() if "/" in stage.latents else None
-
-
-def _latest(run: Run, name: str) -> dict[str, str]:
-    """By family, the last stage before this one that trains it."""
-    before = dict(list(run.stages.items())[: list(run.stages).index(name)])
-    return {stage.family: other for other, stage in before.items() if isinstance(stage, Train)}
-
-
-def given_of(run: Run, name: str) -> dict[str, str]:
-    """What a stage reads of the parts from elsewhere: by role, the part's family."""
-    latest, stage, given = _latest(run, name), run.stages[name], roles(run)
-    found = {family: family for family in _needs(run, stage) if family in given and family not in latest}
-    if isinstance(stage, Train) and stage.family in given and stage.family not in latest:
-        found["init"] = stage.family
-    return found
-
-
 def hashes_of(run: Run, name: str, done: Mapping[str, Finished], given: Mapping[str, Found]) -> dict[str, str]:
-    """By role, the hash of everything that a stage reads."""
+    """By role, the hash of everything that a stage reads.
+
+    Raises:
+        UserError: where a stage is to carry on what an earlier one has not kept.
+    """
     own = {role: done[other].product or done[other].key for role, other in inputs_of(run, name).items()}
+    if other := carried_from(run, name):
+        if not done[other].carried:
+            raise UserError(
+                f"stages.{name}.carry: {other} was finished when nothing asked for more than its averaged weights, so no more was kept;"
+                f" leave carry out, or move {done[other].folder} away to train it again"
+            )
+        own["carried"] = done[other].carried
     return own | {role: given[family].hash for role, family in given_of(run, name).items()}
 
 
@@ -227,6 +97,8 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     if isinstance(stage, Train):
         family = plain(run.trained(stage))
         found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) not in (("adapt", None), ("inpaint", None))}
+        if "checkpointing" in (network := family.get("network", {})):  # the same to the bit with and without
+            network["checkpointing"] = False
         if (process := family.get("process")) and process["offset_noise"] is None:
             del process["offset_noise"]
         if cache := kept_cache(stage):
@@ -285,6 +157,7 @@ class Finished:
     result: dict[str, Any]
     seconds: float
     images: int
+    carried: str = ""  # hash of the state that was kept for a later stage; empty: none was
 
 
 def finished(folder: Path) -> Finished | None:
@@ -293,7 +166,7 @@ def finished(folder: Path) -> Finished | None:
         values = json.loads((folder / DONE).read_text())
         done = Finished(
             folder=folder, key=values["key"], identity=values["identity"], product=values["product"],
-            result=values["result"], seconds=values["seconds"], images=values["images"],
+            result=values["result"], seconds=values["seconds"], images=values["images"], carried=values.get("carried", ""),
         )  # fmt: skip
     except (OSError, ValueError, KeyError):
         return None

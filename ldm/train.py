@@ -61,6 +61,8 @@ class Train:
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    carry: Literal["averages", "weights", "all"] = "averages"  # what it begins with of the stage before it that trained this family
+    checkpointing: bool | None = None  # recompute blocks in the backward pass, not family: text; null: as the network says
     compile: bool = False  # torch.compile of the denoising network, family: diffusion; minutes first, then faster steps
     save_every_images: Positive = 100_000  # between checkpoints
     keep: Positive = 2  # checkpoints
@@ -99,9 +101,12 @@ class Train:
         """What the result depends on: every field but those that only watch or keep."""
         from ldm.config import plain
 
-        watching = {"save_every_images", "keep", "save_beside", "log_every_steps", "sample_every_images", "samples", "prompts"}
+        watching = {
+            "save_every_images", "keep", "save_beside", "log_every_steps", "sample_every_images", "samples", "prompts", "checkpointing",
+        }  # fmt: skip
         elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
         elsewhere |= {name for name in ("buckets", "compile") if not getattr(self, name)}
+        elsewhere |= {"carry"} if self.carry == "averages" else set()
         return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
 
 
@@ -115,6 +120,8 @@ class Trainer:
         data: what is read: images or cached latents.
         folder: stages/NAME.
         key: hash of everything the result depends on; a checkpoint of another key is not continued.
+        carried: what an earlier stage has kept for this one, as its `carry` asks.
+        keeps: whether the state at the end is kept for a later stage.
     """
 
     def __init__(
@@ -129,10 +136,12 @@ class Trainer:
         workers: int,
         processes: Learners,
         log: Log,
+        carried: Path | None = None,
+        keeps: bool = False,
     ) -> None:
         stage.passes(processes.world, "batch")
         self.stage, self.family, self.context, self.data = stage, family, context, data
-        self.folder, self.key, self.workers = folder, key, workers
+        self.folder, self.key, self.workers, self.keeps = folder, key, workers, keeps
         self.processes, self.log = processes, log
         self.seed = context.seed
         self.device = processes.device
@@ -157,6 +166,8 @@ class Trainer:
             processes=processes, log=log,
         )  # fmt: skip
         self.step = self.states.restore()
+        if carried is not None and not self.step:
+            self.states.take_over(carried, optimiser=stage.carry == "all")
         self.skipped = 0
 
     @cached_property
@@ -360,6 +371,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        if self.keeps:
+            self.states.keep(self.step)
         with self._averaged():
             if self.processes.main:
                 result = self.family.finish(self.context)

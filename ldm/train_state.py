@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm.processes import Learners
     from ldm.train import Train
 
+CARRIED = "carried"  # folder of a finished stage: its state at the end, for a stage that begins with it
 FAILED_SAVES = 3  # so many in a row, and the run stops
 
 
@@ -66,15 +67,59 @@ class States:
         path, tensors, meta = found
         if meta["key"] != self.key:
             return 0
-        own = self.family.state_dict()
-        self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
-        optim.restore_tensors(self.optimizers, tensors["optimizer"])
-        if self.ema:
-            self.ema.restore(tensors["ema"], meta["ema_updates"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(meta["scaler"])
+        self._take(tensors, meta, optimiser=True)
         self.log.note(f"{self.folder.name}: going on from {meta['images']} of {self.stage.images} images ({path.name})")
         return int(meta["step"])
+
+    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], *, optimiser: bool) -> None:
+        own = self.family.state_dict()
+        self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
+        if self.ema:
+            self.ema.restore(tensors["ema"], meta["ema_updates"])
+        if optimiser:
+            optim.restore_tensors(self.optimizers, tensors["optimizer"])
+            if self.scaler.is_enabled() and meta["scaler"]:
+                self.scaler.load_state_dict(meta["scaler"])
+
+    def keep(self, step: int) -> None:
+        """Leave the state at the stage's end in `carried`, for a later stage to begin with.
+
+        Raises:
+            UserError: when it cannot be written.
+        """
+        tensors, meta = self._collected(self._groups()), self._meta(step)
+        if self.processes.main:
+            folder = self.folder / CARRIED
+            told = partial(self._failed, needed=checkpoint.size_of(tensors), images=meta["images"], must=True)
+            self._end(lambda: checkpoint.commit(folder, partial(checkpoint.write_state, tensors=tensors, meta=meta)), told)
+        self.processes.wait()
+
+    def take_over(self, folder: Path, *, optimiser: bool) -> None:
+        """Begin with the weights and averages that another stage has kept, and with its optimiser's state where that is asked for.
+
+        Raises:
+            UserError: when the folder is gone or damaged.
+        """
+        try:
+            tensors, meta = checkpoint.load_state(folder)
+        except checkpoint.Damaged as error:
+            raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=averages") from None
+        self._take(tensors, meta, optimiser=optimiser)
+        what = ", ".join(["weights", *(["averages"] if self.ema else []), *(["optimiser"] if optimiser else [])])
+        self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta['images']} images")
+
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
+        return groups | ({"ema": self.ema.state()} if self.ema else {})
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "step": step,
+            "images": step * self.stage.batch,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.scaler.state_dict(),
+        }
 
     def save(self, step: int, *, must: bool) -> None:
         """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed.
@@ -87,19 +132,10 @@ class States:
         """
         began = time.perf_counter()
         self.settle(wait=True)
-        groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
-        if self.ema:
-            groups["ema"] = self.ema.state()
+        groups, meta = self._groups(), self._meta(step)
         beside = self.stage.save_beside and not must
         copied = self._copied(groups) if beside else None
         tensors = self._collected(groups) if copied is None else copied
-        meta: dict[str, Any] = {
-            "key": self.key,
-            "step": step,
-            "images": step * self.stage.batch,
-            "ema_updates": self.ema.updates if self.ema else 0,
-            "scaler": self.scaler.state_dict(),
-        }
         if self.processes.main:
             work = partial(checkpoint.save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
             told = partial(self._failed, needed=checkpoint.size_of(tensors), images=meta["images"], must=must)

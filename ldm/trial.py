@@ -65,8 +65,8 @@ def _too_many(trainer: Trainer, error: Exception) -> str:
     helps = [f"set stages.{name}.micro_batch={count // 2} (the update stays that of {stage.batch} pictures)"] if count > 1 else []
     if stage.precision == "fp32":
         helps.append(f"stages.{name}.precision=bf16")
-    if stage.family == "diffusion":
-        helps.append("diffusion.network.checkpointing=true")
+    if stage.family != "text" and not stage.checkpointing:
+        helps.append(f"stages.{name}.checkpointing=true")
     helps.append("a lower resolution")
     return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
 

@@ -90,6 +90,14 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
     assert plain.forward == recomputed.forward and plain.backward < recomputed.backward <= plain.backward + plain.forward
 
 
+def test_checkpointing_an_autoencoder_keeps_less_and_computes_more() -> None:
+    network = KLConfig(channels=(16, 32, 32), layers=2, norm_groups=8)
+    (_, *plain), (_, *recomputed) = (cost.autoencoder(replace(network, checkpointing=on), 64, 64) for on in (False, True))
+    before, after = plain[0] + plain[1], recomputed[0] + recomputed[1]
+    assert after.activations < 0.7 * before.activations
+    assert before.forward == after.forward and before.backward < after.backward <= before.backward + before.forward
+
+
 class Nowhere:
     """A module tracker that tracks nothing."""
 

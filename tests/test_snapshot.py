@@ -27,7 +27,7 @@ from ldm.train import Train, Trainer
 BATCH = 4
 
 
-def trainer(folder: Path, images: int = 24, **fields: Any) -> Trainer:
+def trainer(folder: Path, images: int = 24, carried: Path | None = None, keeps: bool = False, **fields: Any) -> Trainer:
     (folder / "stage").mkdir(parents=True, exist_ok=True)
     data = Pictures()
     fields = {"save_every_images": BATCH, "keep": 9, "samples": 0} | fields
@@ -40,7 +40,7 @@ def trainer(folder: Path, images: int = 24, **fields: Any) -> Trainer:
     family.save = lambda folder: checkpoint.write_tensors(folder / "all.safetensors", family.state_dict())  # type: ignore[method-assign]
     return Trainer(
         stage, family, context, data=data, folder=folder / "stage", key="k", workers=0, processes=Learners(),
-        log=Log(folder, console=False),
+        log=Log(folder, console=False), carried=carried, keeps=keeps,
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+import torch  # noqa: E402
 from finished_model import SIDE, Pictures  # noqa: E402
 
+from ldm import checkpoint  # noqa: E402
 from ldm.families.family import Context  # noqa: E402
 from ldm.families.finished import load  # noqa: E402
 from ldm.log import Log  # noqa: E402
@@ -22,35 +24,44 @@ from ldm.train import Train, Trainer  # noqa: E402
 
 # Without clipping nothing is summed in another order: two gradients have one sum.
 STAGE = Train(
-    family="diffusion", images=32, batch=8, micro_batch=2, resolution=SIDE, optim=AdamW(lr=1e-3, clip=0), save_every_images=16, samples=2
+    family="diffusion", images=40, batch=8, micro_batch=2, resolution=SIDE, optim=AdamW(lr=1e-3, clip=0), save_every_images=16, samples=2
 )
 
 
-def trainer(model: Path, folder: Path, processes: Learners) -> Trainer:
+def trainer(model: Path, folder: Path, processes: Learners, **more: Any) -> Trainer:
     """The stage, taken up where its folder stands."""
     data: Any = Pictures()
     family = load(model)
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=STAGE.images)
     log = Log(folder.parent, console=processes.main, write=False)
-    return Trainer(STAGE, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log)
+    stage = replace(STAGE, carry="all") if "carried" in more else STAGE
+    return Trainer(stage, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log, **more)
 
 
 if __name__ == "__main__":
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     processes = Learners()
     assert processes.launch.sharded
-    first = trainer(model, out / "sharded", processes)
+    first = trainer(model, out / "sharded", processes, keeps=True)
     assert all(is_split(p) for p in first.family.parameters()) and all(is_split(a) for a in first.ema.averages)  # type: ignore[union-attr]
     wide = max(first.family.parameters(), key=lambda p: p.numel())
     assert wide.to_local().numel() * 2 <= wide.numel() + wide[0].numel()  # type: ignore[operator]
     first.run()
     if processes.main:  # as if it had been stopped after the first checkpoint
-        shutil.copytree(out / "sharded" / "state", out / "again" / "state")
-        shutil.copytree(out / "sharded" / "state", out / "alone" / "state")
+        oldest = checkpoint.states(out / "sharded" / "state")[-1]
+        for name in ("again", "alone"):
+            shutil.copytree(oldest, out / name / "state" / oldest.name)
     processes.wait()
     again = trainer(model, out / "again", processes)
-    assert 0 < again.step < STAGE.steps
-    again.run()
+    assert again.step == 2
+    again.run()  # saving once more on its way
+    assert len(checkpoint.states(out / "again" / "state")) == 2
+    later = trainer(model, out / "later", processes, carried=out / "sharded" / "carried")
+    begun = later.states._collected(later.states._groups())
+    if processes.main:
+        kept, _ = checkpoint.load_state(out / "sharded" / "carried")
+        assert all(torch.equal(begun[group][name], value) for group in kept for name, value in kept[group].items())
+        assert {name: len(group) for name, group in begun.items()} == {name: len(group) for name, group in kept.items()}
     processes.launch = replace(processes.launch, sharded=False)
     whole = trainer(model, out / "whole", processes)
     assert not any(is_split(p) for p in whole.family.parameters())

@@ -68,6 +68,47 @@ def test_watching_differently_reruns_nothing(finished: Path, capsys: pytest.Capt
     assert "  run " not in capsys.readouterr().out.replace("  run  run", "")
 
 
+def test_a_stage_carries_on_weights_averages_and_optimiser(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    carry = "stages.diffusion-high.carry=all"
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    assert main(["train", str(out / "config.yaml"), carry]) == 2
+    said = capsys.readouterr().err
+    assert "stages.diffusion-high.carry: diffusion-low was finished when nothing asked for more" in said and "Traceback" not in said
+    shutil.move(out / "stages" / "diffusion-low", tmp_path)
+    assert main(["train", str(out / "config.yaml"), carry, "--plan"]) == 0
+    assert capsys.readouterr().out.count("is kept for the stage that carries it on") == 1
+    assert main(["train", str(out / "config.yaml"), carry]) == 0
+    said = capsys.readouterr().err
+    assert "diffusion-high: begins with the weights, averages, optimiser of diffusion-low after 64 images" in said
+    assert "diffusion-low: finished" in said and "latents-low: done already" in said
+    assert sorted(p.name for p in (out / "stages/diffusion-low/carried").iterdir()) == [
+        "ema.safetensors", "manifest.json", "meta.json", "model.safetensors", "optimizer.safetensors"
+    ]  # fmt: skip
+    for words, runs in (([carry], []), ([carry.replace("all", "weights")], ["diffusion-high", "evaluation", "export"])):
+        assert main(["train", str(out / "config.yaml"), *words, "--plan"]) == 0
+        plan = capsys.readouterr().out
+        assert [line.split()[1] for line in plan.splitlines() if line.startswith("  run")] == runs
+    shutil.rmtree(out / "stages/diffusion-low/carried")  # what is done needs it no more
+    assert main(["train", str(out / "config.yaml"), carry]) == 0
+    assert capsys.readouterr().err.count("done already") == 9
+
+
+def test_recomputing_blocks_changes_no_bit_and_no_key(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stages.diffusion-high.checkpointing=true", "stages.autoencoder.checkpointing=true", "diffusion.network.checkpointing=true"]
+    assert main(["train", str(finished / "config.yaml"), *words, "--plan"]) == 0
+    assert "  run " not in capsys.readouterr().out.replace("  run  run", "")
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    for name in ("autoencoder", "diffusion-high"):
+        shutil.move(out / "stages" / name, tmp_path)
+    assert main(["train", str(out / "config.yaml"), *words]) == 0
+    assert "latents-low: done already" in capsys.readouterr().err  # so the autoencoder is the same to the bit
+    for name in ("autoencoder", "diffusion-high"):
+        before, after = (json.loads((stages / name / "done.json").read_text())["product"] for stages in (tmp_path, out / "stages"))
+        assert before == after
+
+
 def test_a_damaged_product_is_made_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
@@ -132,6 +173,10 @@ def test_the_same_on_a_users_own_folder(tmp_path: Path) -> None:
         (["data.kind=folder"], "data.path: required"),
         (["data={kind: folder, path: /no/such/folder}", "stages.autoencoder-gate=null", "stages.evaluation=null"], "/no/such/folder"),
         (["autoencoder.kind=vae"], "allowed are kl, vq"),
+        (["stages.diffusion-low.carry=all"], "no stage before it trains diffusion"),
+        (["stages.diffusion-high.carry=weights", "stages.diffusion-low.ema=0"], "stages.diffusion-low has no averages"),
+        (["stages.diffusion-high.carry=all", "stages.diffusion-low.optim.kind=adamw"], "muon cannot take over the state of"),
+        (["stages.text.checkpointing=true"], "family: text has none"),
         (["stages.evaluation.require={adherence.seen.bnd: 1}"], "adherence.seen.bnd is not measured here"),
     ],
 )
