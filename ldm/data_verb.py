@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> int:
 def check(
     path: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL.")],
     resolution: Annotated[int, typer.Option(help="px; for the table of buckets.", min=8, max=8192)] = 512,
-    captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata or filename.")] = "auto",
+    captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename or kohya.")] = "auto",
     decode: Annotated[int, typer.Option(help="How many images are decoded to see whether they can be; -1: all.", min=-1)] = 200,
     html: Annotated[Path | None, typer.Option(help="Write a page with a grid of samples.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -52,8 +52,8 @@ def check(
     """Say what was found, what was left out and why, and what training would see."""
     from ldm.data import check as checking
 
-    if captions not in ("auto", "txt", "metadata", "filename"):
-        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename")
+    if captions not in ("auto", "txt", "metadata", "filename", "kohya"):
+        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya")
     found, parts = checking.check(checking.source_at(path, captions), resolution, sys.maxsize if decode < 0 else decode)
     if html is not None:
         from ldm.data_page import data_page

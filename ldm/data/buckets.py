@@ -70,7 +70,9 @@ def assign(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]]) -> NDAr
     """Which shape's aspect ratio is nearest, by its logarithm, to each of the sizes (N,2) height, width."""
     aspect = np.log(sizes[:, 1] / sizes[:, 0])
     offered = np.log([width / height for height, width in choices])
-    return np.asarray(np.abs(aspect[:, None] - offered[None]).argmin(1))
+    by_aspect = np.argsort(offered, kind="stable")
+    ordered = offered[by_aspect]
+    return by_aspect[np.searchsorted((ordered[1:] + ordered[:-1]) / 2, aspect)]  # a table of all distances would not fit for 1e8 pictures
 
 
 def cut_away(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]], chosen: NDArray[np.int64]) -> NDArray[np.float64]:

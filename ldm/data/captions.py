@@ -101,6 +101,17 @@ def from_name(image: Path) -> tuple[str, ...]:
     return (words,)
 
 
+def from_folder(name: str) -> tuple[int, str] | None:
+    """What kohya's scripts read from the folders of a picture's path: `10_sks dog/x.png` is seen 10 times an epoch and shows "sks dog".
+
+    The innermost folder that is named so counts; None where there is none.
+    """
+    for folder in reversed(name.split("/")[:-1]):
+        if found := re.fullmatch(r"(\d{1,6})_(.+)", folder):
+            return int(found[1]), clean(found[2])
+    return None
+
+
 @dataclass
 class Table:
     """The rows of a folder's metadata files, joined by image."""

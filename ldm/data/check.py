@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.buckets import Buckets, assign, table
+from ldm.data.captions import from_folder
 from ldm.data.folder import SUFFIXES, FolderSource
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
@@ -99,6 +100,12 @@ def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int 
         undecodable=dict(undecodable),
         fingerprint=str(described["fingerprint"]),
     )  # fmt: skip
+    plain = isinstance(source, FolderSource) and source.captions != "kohya"
+    if plain and any(from_folder(part.name(i)) for part in parts for i in range(len(part))):
+        found.notes.append("folders are named as kohya's scripts have them; captions=kohya reads repeats and words from the names")
+    if "with_repeats" in described:
+        distinct = len({part.name(i) for part in parts for i in range(len(part))})
+        found.notes.append(f"{distinct:,} pictures, counted as often as an epoch has them")
     small = int((sizes.min(1) < resolution).sum())
     if small:
         found.notes.append(f"{small} images are enlarged to reach {resolution} px; a filter with min_side leaves them out")

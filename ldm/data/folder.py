@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
-from ldm.data.captions import SIDECARS, TABLES, Table, from_name, read_tables, sidecar
+from ldm.data.captions import SIDECARS, TABLES, Table, from_folder, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
@@ -36,7 +36,7 @@ class FolderSource:
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
-    captions: Literal["auto", "txt", "metadata", "filename"] = "auto"  # where captions are; auto: metadata, else .txt
+    captions: Literal["auto", "txt", "metadata", "filename", "kohya"] = "auto"  # auto: metadata, else .txt; kohya: 10_sks dog/x.png
     caption: str = ""  # of every picture, such as "a photo of sks dog", in place of captions that lie beside them
     val_share: Share = 0.02  # share held out by a hash of the name; at least one
     min_side: Count = 32  # px; images with a shorter side are left out
@@ -62,6 +62,7 @@ class _Entry:
     captions: tuple[str, ...]
     known: Known
     size: tuple[int, int]  # height, width by the header
+    times: int  # that it is seen in an epoch
     rejection: Rejection | None
 
 
@@ -79,6 +80,9 @@ class FolderData(Photos):
         super().__init__(str(self.root), source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
         _refuse_empty(self.root, source, self.total, self.rejected)
         kept = [e for e, out in zip(entries, held_out([e.name for e in entries], source.val_share), strict=True) if out == (split == "val")]
+        self.distinct = len(kept)
+        if split == "train":
+            kept = [e for e in kept for _ in range(e.times)]
         self.names: list[str] = [e.name for e in kept]
         self._captions: list[tuple[str, ...]] = [e.captions for e in kept]
         self._fields = gather([e.known for e in kept])
@@ -122,7 +126,8 @@ class FolderData(Photos):
             "kind": "folder",
             "path": str(self.root),
             "split": self.split,
-            "images": len(self),
+            "images": self.distinct,
+            **({"with_repeats": len(self)} if len(self) != self.distinct else {}),
             "images_in_both_parts": self.total,
             "captions": sum(map(len, self._captions)),
             "captions_from": self.tables or self.source.captions,
@@ -157,8 +162,10 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
         name, status = item
         captions: tuple[str, ...] = ()
         rejection = None
-        told, size = table.known.get(name, Known()), (0, 0)
+        told, size, times = table.known.get(name, Known()), (0, 0), 1
         try:
+            if source.captions == "kohya":
+                times = _times(name)
             captions = _captions(root / name, name, source, table)
             size = probe(root / name, source.max_pixels)
             told = told.over(Known(*size))
@@ -168,7 +175,7 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, size, rejection)
+        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, size, times, rejection)
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         looked = list(pool.map(look, images))
@@ -182,13 +189,29 @@ def _captions(image: Path, name: str, source: FolderSource, table: Table) -> tup
     found: tuple[str, ...] = ()
     if source.captions in ("auto", "metadata"):
         found = tuple(table.captions.get(name, ()))
-    if not found and source.captions in ("auto", "txt"):
+    if not found and source.captions in ("auto", "txt", "kohya"):
         found = sidecar(image)
+    if not found and source.captions == "kohya" and (said := from_folder(name)):
+        found = (said[1],)
     if source.captions == "filename":
         found = from_name(image)
     if not found:
         raise Rejected("no caption")
     return found
+
+
+def _times(name: str) -> int:
+    """How often a picture in folders named as kohya's scripts have them is seen in an epoch.
+
+    Raises:
+        Rejected: as these scripts leave pictures out.
+    """
+    said = from_folder(name)
+    if said is None:
+        raise Rejected("no N_words folder", "captions=kohya reads pictures in folders such as '10_sks dog'")
+    if not said[0]:
+        raise Rejected("repeated 0 times")
+    return said[0]
 
 
 def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], list[Rejection]]:
@@ -245,7 +268,8 @@ def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[
     if usable == 0 and uncaptioned:
         raise UserError(
             f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); write x{SIDECARS[0]} "
-            f"beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename"
+            f"beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
+            " or kohya for folders such as '10_sks dog'"
         )
     first = f"the first is {rejected[0]}" if rejected else ""
     if usable == 0:
