@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,15 +28,16 @@ WHOLE = 2.5  # images up to so many times the result's pixels are resized as a w
 Shape = int | tuple[int, int]  # px: the side of a square, or height and width
 
 _ORIENTATION = 0x0112
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # (H,W,3), by the value of EXIF's orientation
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[::-1].swapaxes(0, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x[:, ::-1].swapaxes(0, 1),
 }
+LYING = 5  # from this value on height and width change places
 
 
 class Rejected(ValueError):
@@ -173,21 +176,22 @@ def view(
         try:
             least = math.ceil(DRAFT * min(cover(*_upright(image), shape)))
             image.draft(None, (least, least))
-            image.load()
-            turn = _TURN.get(_orientation(image))
-            full = _small_rgb(image, least)
+            orientation = _orientation(image)
+            full = _direct(image, data, (height, width))
+            if full is None:
+                image.load()
+                full = _small_rgb(image, least)
         except Exception as error:  # as in _open
             raise Rejected("damaged image", f"{type(error).__name__}: {error}") from None
-    if turn is not None:
-        full = full.transpose(turn)
-    if turn in (_TURN[5], _TURN[6], _TURN[7], _TURN[8]):
-        height, width = width, height
+    if orientation in _TURN:
+        full = np.ascontiguousarray(_TURN[orientation](full))
+        height, width = (width, height) if orientation >= LYING else (height, width)
     rows, columns = cover(height, width, shape)
     top = min(int(at[0] * (rows - high + 1)), rows - high)
     left = min(int(at[1] * (columns - wide + 1)), columns - wide)
     start = columns - wide - left if flip else left  # in the image as it is
-    if full.size == (wide, high):
-        pixels = np.asarray(full)
+    if full.shape[:2] == (high, wide):
+        pixels = full
     elif rows * columns <= WHOLE * high * wide:
         pixels = _whole(full, rows, columns)[top : top + high, start : start + wide]
     else:
@@ -195,28 +199,55 @@ def view(
     return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, high, wide))
 
 
-def _small_rgb(image: Image.Image, least: int) -> Image.Image:
-    """RGB of a decoded image; a large one is converted band by band and averaged down as far as its sides stay `least` px long."""
+def _direct(image: Image.Image, data: bytes, size: tuple[int, int]) -> np.ndarray | None:
+    """The pixels (H,W,3) of an RGB JPEG of `size` by simplejpeg, as small as its `draft`: Pillow's bits without two copies on the way.
+
+    None where it is another kind or large, where simplejpeg is not installed, or where anything is odd: Pillow then has the say.
+    """
+    decode = _jpeg_decoder()
+    if decode is None or image.format != "JPEG" or image.mode != "RGB" or image.width * image.height > LARGE:
+        return None
+    scale = next((s for s in (1, 2, 4, 8) if (-(-size[0] // s), -(-size[1] // s)) == (image.height, image.width)), 0)
+    try:
+        found: np.ndarray = decode(data, "RGB", min_height=image.height, min_width=image.width, min_factor=scale)
+    except Exception:
+        return None
+    return found if found.shape == (image.height, image.width, 3) else None
+
+
+@lru_cache(maxsize=1)
+def _jpeg_decoder() -> Callable[..., np.ndarray] | None:
+    """simplejpeg's, where it is installed."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return None
+    return decode_jpeg  # type: ignore[no-any-return]
+
+
+def _small_rgb(image: Image.Image, least: int) -> np.ndarray:
+    """RGB (H,W,3) of a decoded image; a large one is converted band by band and averaged down as far as its sides stay `least` px long."""
     if image.width * image.height <= LARGE:
-        return to_rgb(image)
+        return np.array(to_rgb(image))
     by = max(1, min(image.size) // least)
     high = by * max(1, BAND // (image.width * by))
     out = np.empty((-(-image.height // by), -(-image.width // by), 3), np.uint8)
     for top in range(0, image.height, high):
         part = to_rgb(image.crop((0, top, image.width, min(top + high, image.height))))
         out[top // by : (top + high) // by] = np.asarray(part.reduce(by) if by > 1 else part)
-    return Image.fromarray(out)
+    return out
 
 
-def _whole(image: Image.Image, rows: int, columns: int) -> np.ndarray:
-    """All of an image resized, (rows,columns,3) uint8; torch has Pillow's arithmetic in twice its speed, but no box."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+def _whole(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """All of an image (H,W,3) resized, (rows,columns,3) uint8; torch has Pillow's arithmetic in twice its speed, but no box."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     resized = functional.interpolate(pixels, size=(rows, columns), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _part(image: Image.Image, whole: tuple[int, int], at: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """The part `shape` at `at` of what an image would be as `whole`, without making the rest, which may be far larger."""
+def _part(pixels: np.ndarray, whole: tuple[int, int], at: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """The part `shape` at `at` of what an image (H,W,3) would be as `whole`, without making the rest, which may be far larger."""
+    image = Image.fromarray(pixels)
     down, across = image.height / whole[0], image.width / whole[1]
     # Rounding must not carry the box past the edge, which Pillow refuses.
     bottom, right = (at[0] + shape[0]) * down, (at[1] + shape[1]) * across
@@ -231,6 +262,3 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def channels_first(pixels: np.ndarray) -> Tensor:
-    """Uint8 (B,3,H,W) of (B,H,W,3)."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

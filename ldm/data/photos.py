@@ -18,7 +18,7 @@ from ldm import threads
 from ldm.batch import ImageBatch
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
-from ldm.data.images import Rejected, Shape, View, channels_first, sides, view
+from ldm.data.images import Rejected, Shape, View, sides, view
 from ldm.errors import UserError
 from ldm.rng import Rng, mix
 
@@ -137,11 +137,11 @@ class Photos(ABC):
         flips = draw_flips(seed, position, flip)
         rows = [(int(i), (w[0], w[1]), f) for i, w, f in zip(index, at, flips, strict=True)]
         found = self._in_time(rows, resolution)
-        pixels = np.empty((len(index), *sides(resolution), 3), np.uint8)
+        pixels = np.empty((len(index), 3, *sides(resolution)), np.uint8)
         for row, (_, seen) in enumerate(found):
-            pixels[row] = seen.pixels
+            pixels[row] = seen.pixels.transpose(2, 0, 1)
         return ImageBatch(
-            image=channels_first(pixels),
+            image=torch.from_numpy(pixels),
             caption=tuple(self.captions([i for i, _ in found], position, seed)),
             size=torch.tensor([seen.size for _, seen in found], dtype=torch.float32).view(-1, 6),
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ldm.batch import to_unit
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, channels_first, cover, mirrored, probe, sides, to_rgb, view
+from ldm.data import images
+from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, view
 
 
 def packed(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -40,8 +43,8 @@ def test_an_image_of_the_right_size_comes_out_untouched():
     seen = view(packed(Image.fromarray(pixels)), 24)
     assert np.array_equal(seen.pixels, pixels)
     assert seen.size == (24, 24, 0, 0, 24, 24)
-    tensor = to_unit(channels_first(pixels[None]))
-    assert tensor.shape == (1, 3, 24, 24) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    tensor = to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    assert tensor.shape == (1, 3, 24, 24) and tensor.dtype == torch.float32
     assert torch.equal(
         ((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
     )
@@ -312,3 +315,63 @@ def test_text_bombs_in_png_are_refused():
     info.add_text("a", "x" * (2**21), zip=True)
     with pytest.raises(Rejected):
         probe(packed(picture(8, 8), pnginfo=info))
+
+
+def jpegs() -> list[bytes]:
+    """Small JPEGs of every kind: samplings, progressive, grey, CMYK, restart markers, unconverted colours, turned."""
+    def made(mode: str = "RGB", turned: int = 1, **words: object) -> bytes:
+        exif, out = Image.Exif(), io.BytesIO()
+        exif[0x0112] = turned
+        coarse = np.random.default_rng(len(found)).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((161, 97), Image.Resampling.BICUBIC).convert(mode).save(out, "JPEG", exif=exif, **words)
+        return out.getvalue()
+
+    found: list[bytes] = []
+    found += [made(subsampling=s, progressive=p, quality=q) for s in (0, 1, 2) for p in (False, True) for q in (30, 90)]
+    found += [made("L"), made("CMYK"), made(restart_marker_blocks=4), made(keep_rgb=True, subsampling=0)]
+    return found + [made(turned=turned) for turned in range(2, 9)]
+
+
+def with_and_without(data: bytes, shape: int, monkeypatch: pytest.MonkeyPatch) -> tuple[object, object]:
+    """What a view is with simplejpeg and without it, or why there is none."""
+    found: list[object] = []
+    for decoder in (images._jpeg_decoder, lambda: None):
+        with monkeypatch.context() as patched:
+            patched.setattr(images, "_jpeg_decoder", decoder)
+            try:
+                seen = view(data, shape)
+                found.append((seen.size, seen.pixels.tobytes()))
+            except Rejected as error:
+                found.append(error.reason)
+    return found[0], found[1]
+
+
+def test_simplejpeg_changes_no_bit_and_no_verdict(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("simplejpeg")
+    used, chance = [], random.Random(0)
+    real = images._direct
+    monkeypatch.setattr(images, "_direct", lambda *words: (used.append(found := real(*words)), found)[1])
+    whole = jpegs()
+    for data in whole:
+        for shape in (12, 24, 48, 97):  # decoded at 1/4, 1/2 and as it is; 97 is its own height
+            a, b = with_and_without(data, shape, monkeypatch)
+            assert a == b and not isinstance(a, str)
+    assert sum(found is not None for found in used) == 4 * (len(whole) - 2)  # all but grey and CMYK, with it
+    for _ in range(600):
+        data = bytearray(chance.choice(whole))
+        if chance.random() < 0.4:
+            del data[chance.randrange(2, len(data)) :]
+        for _ in range(chance.randrange(3)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        a, b = with_and_without(bytes(data), 24, monkeypatch)
+        assert a == b
+    assert not capfd.readouterr().err
+
+
+def test_without_simplejpeg_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    images._jpeg_decoder.cache_clear()
+    try:
+        assert images._jpeg_decoder() is None and view(jpegs()[0], 24).pixels.shape == (24, 24, 3)
+    finally:
+        images._jpeg_decoder.cache_clear()
