@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T", bound="Movable")
+IN_CACHE = 2**16  # numbers, in float32
 
 
 class Movable:
@@ -26,7 +27,12 @@ class Movable:
 
 def to_unit(image: Tensor) -> Tensor:
     """Float32 in [-1,1] of uint8."""
-    return image.to(torch.float32).div_(127.5).sub_(1)
+    if image.device.type != "cpu" or not image.is_contiguous():
+        return image.to(torch.float32).div_(127.5).sub_(1)
+    found = torch.empty(image.shape)
+    for values, out in zip(image.view(-1).split(IN_CACHE), found.view(-1).split(IN_CACHE), strict=True):  # three passes over the cache
+        out.copy_(values).div_(127.5).sub_(1)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
