@@ -199,7 +199,7 @@ class Lookout:
             self._first(f"bye/{self.rank}", "1")
             if self.rank or _agent():
                 return
-            end = time.monotonic() + 2 + 3 * self.period
+            end = time.monotonic() + 5 + 3 * self.period
             others = set(range(1, self.world)) - self._gone
             while time.monotonic() < end and not all(self._get(f"bye/{rank}") for rank in others):
                 time.sleep(0.02)
