@@ -176,11 +176,11 @@ def view(
         try:
             least = math.ceil(DRAFT * min(cover(*_upright(image), shape)))
             image.draft(None, (least, least))
-            orientation = _orientation(image)
             full = _direct(image, data, (height, width))
             if full is None:
                 image.load()
                 full = _small_rgb(image, least)
+            orientation = _orientation(image)  # a PNG's may follow its pixels
         except Exception as error:  # as in _open
             raise Rejected("damaged image", f"{type(error).__name__}: {error}") from None
     if orientation in _TURN:
