@@ -8,9 +8,10 @@ from ldm.config import BY_KIND
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
+from ldm.data.joined import SeveralSource
 from ldm.data.scenes import ScenesSource
 from ldm.data.shards import ShardsSource
 
-Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource, BY_KIND]
+Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | SeveralSource, BY_KIND]
 
-__all__ = ["DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]
+__all__ = ["DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "SeveralSource", "ShardsSource", "Source", "Split"]
