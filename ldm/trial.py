@@ -52,10 +52,8 @@ def too_large(trainer: Trainer, error: Exception) -> UserError:
     """What to tell where memory ran out in the middle of training."""
     count = trainer.stage.micro_batch or trainer.stage.batch // trainer.processes.world
     what = f"at step {trainer.step} {count} pictures of {trainer.stage.resolution} px"
-    return UserError(
-        f"stages.{trainer.folder.name}: {what} {_too_many(trainer, error)}; the same command goes on from the last checkpoint, a changed"
-        " setting begins the stage anew"
-    )
+    goes_on = "the same command goes on from the last checkpoint, with checkpointing too; another changed setting begins the stage anew"
+    return UserError(f"stages.{trainer.folder.name}: {what} {_too_many(trainer, error)}; {goes_on}")
 
 
 def _too_many(trainer: Trainer, error: Exception) -> str:

@@ -73,12 +73,12 @@ def test_memory_that_does_not_do_for_a_shape_or_a_step_is_told_with_what_helps(p
     tried = train(1, *words, f"out={tmp_path / 'tried'}", fault="memory:0:12")  # shapes are tried as at the stage's end
     assert tried.codes == [2] and "Traceback" not in tried.said[0]
     assert "stages.autoencoder: 8 pictures of 32x32 px do not fit into the memory" in tried.last and "can't allocate memory" in tried.last
-    helps = "set stages.autoencoder.micro_batch=4 (the update stays that of 8 pictures), or stages.autoencoder.precision=bf16, or a lower"
-    assert tried.last.endswith(f"{helps} resolution")
+    helps = ["set stages.autoencoder.micro_batch=4 (the update stays that of 8 pictures)", "stages.autoencoder.precision=bf16"]
+    assert tried.last.endswith(", or ".join([*helps, "stages.autoencoder.checkpointing=true", "a lower resolution"]))
     begun = train(2, *words, "stages.autoencoder.buckets=null", f"out={tmp_path / 'begun'}", fault="memory:1:3")
     assert begun.codes[1] == 2 and begun.codes[0] != 0 and "Traceback" not in "".join(begun.said)
     assert "stages.autoencoder: at step 3 4 pictures of 32 px do not fit into the memory" in begun.last
-    assert begun.last.endswith("the same command goes on from the last checkpoint, a changed setting begins the stage anew")
+    assert "the same command goes on from the last checkpoint, with checkpointing too;" in begun.last
 
 
 CACHED = [
