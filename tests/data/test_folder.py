@@ -17,7 +17,6 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from ldm.data.captions import MAX_CHARACTERS, clean
-from ldm.data.check import check, source_at
 from ldm.data.dataset import Split
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.photos import held_out
@@ -386,40 +385,3 @@ def test_a_sample_that_takes_too_long_is_replaced_and_named(tmp_path, monkeypatc
     assert torch.equal(batch.image[1], data.load([5], [1], 16, 0, False).image[0])
     assert {n: r.split(":")[0] for n, r in data.replaced.items()} == dict.fromkeys(data.names[3:5], "too slow")
     assert "within 0.2 s" in caplog.text and data.names[3] in caplog.text
-
-
-def test_folders_of_kohyas_scripts_tell_repeats_and_words(tmp_path):
-    for i in range(6):
-        paint(tmp_path / "3_sks dog" / f"a{i}.png", i)
-        paint(tmp_path / "img" / "1_a_cat" / f"b{i}.png", 10 + i)
-    (tmp_path / "3_sks dog" / "a1.caption").write_text("sks dog asleep\n")
-    paint(tmp_path / "3_sks dog" / "old" / "c.png", 30)
-    paint(tmp_path / "0_none" / "d.png", 31)
-    paint(tmp_path / "elsewhere" / "e.png", 32)
-    data, val = (build(tmp_path, split, captions="kohya", val_share=0.2) for split in ("train", "val"))
-    dogs, cats = ([n for n in dict.fromkeys(data.names) if n.startswith(folder)] for folder in ("3_sks dog", "img"))
-    assert len(data) == 3 * len(dogs) + len(cats) and len(set(data.names)) + len(val) == 13 and len(set(val.names)) == len(val) > 0
-    assert all(data.names.count(name) == 3 for name in dogs) and "3_sks dog/old/c.png" in {*data.names, *val.names}
-    words = {name: said for name, said in all_words(data, val).items()}
-    assert words.pop("3_sks dog/a1.png") == ["sks dog asleep"]
-    assert {name.split("/")[0]: said for name, said in words.items()} == {"3_sks dog": ["sks dog"], "img": ["a_cat"]}
-    assert reasons(data) == {"0_none/d.png": "repeated 0 times", "elsewhere/e.png": "no N_words folder"}
-    told = data.describe()
-    assert told["with_repeats"] == len(data) > told["images"] == len(set(data.names))
-    more = build(tmp_path.rename(tmp_path.parent / "moved"), captions="kohya", val_share=0.2)
-    assert more.fingerprint() == data.fingerprint()
-    (more.root / "3_sks dog").rename(more.root / "2_sks dog")
-    assert build(more.root, captions="kohya", val_share=0.2).fingerprint() != data.fingerprint()
-
-
-def test_folders_of_kohyas_scripts_are_told_of(tmp_path):
-    for i in range(4):
-        paint(tmp_path / "3_sks dog" / f"a{i}.png", i).with_suffix(".txt").write_text("a dog")
-    found, _ = check(source_at(str(tmp_path)))
-    assert any("captions=kohya" in note for note in found.notes)
-    found, parts = check(source_at(str(tmp_path), "kohya"))
-    assert not any("captions=kohya" in note for note in found.notes) and found.images == sum(map(len, parts))
-    for file in (tmp_path / "3_sks dog").glob("*.txt"):
-        file.unlink()
-    with pytest.raises(UserError, match=r"no captions.*or kohya for folders such as '10_sks dog'"):
-        build(tmp_path)

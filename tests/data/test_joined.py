@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tars import painted
 
 from ldm.config import build
 from ldm.data.dataset import loaded
@@ -21,8 +25,7 @@ from ldm.errors import UserError
 
 def paint(path: Path, number: int, size: tuple[int, int]) -> None:
     path.parent.mkdir(exist_ok=True)
-    coarse = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+    path.write_bytes(painted(number, size, {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix]))
 
 
 def source(root: Path, repeats: int = 3) -> SeveralSource:
