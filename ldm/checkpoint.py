@@ -93,7 +93,11 @@ def verify(folder: Path) -> dict[str, str]:
 
 def folder_hash(folder: Path) -> str:
     """One hash of a committed folder: that of its manifest's sums."""
-    return hashlib.sha256(json.dumps(verify(folder), sort_keys=True).encode()).hexdigest()
+    return _hash(verify(folder))
+
+
+def _hash(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -172,17 +176,22 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob("images-*"), reverse=True)
 
 
-def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tensors by file and the meta of a committed state; all sums are checked before anything is returned.
 
     Files are read into memory, not mapped, so a later rewrite cannot kill the reader.
 
+    Args:
+        wanted: the state's `folder_hash`; empty: any state will do.
+
     Raises:
-        Damaged: as `verify`.
+        Damaged: as `verify`, and where it is not the state that is wanted.
     """
     from safetensors.torch import load
 
-    verify(path)
+    sums = verify(path)
+    if wanted and _hash(sums) != wanted:
+        raise Damaged(f"{path}: another state than the one that was kept here ({_hash(sums)[:12]}, not {wanted[:12]})")
     tensors = {p.stem: load(p.read_bytes()) for p in sorted(path.glob("*.safetensors"))}
     return tensors, json.loads((path / "meta.json").read_text())
 

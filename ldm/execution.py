@@ -24,7 +24,7 @@ from ldm.families.family import Product
 from ldm.families.latent_diffusion import LatentDiffusion
 from ldm.given import GIVEN, based, based_autoencoder, check_cache, find, make
 from ldm.launching import about, check_shares, record
-from ldm.links import carried_from, given_of, inputs_of, kept_cache
+from ldm.links import carried_from, carried_on, given_of, inputs_of, kept_cache
 from ldm.log import Log
 from ldm.prior import PRIOR, Prior, draw
 from ldm.process import calibrate
@@ -206,10 +206,11 @@ class Execution:
             data = CachedLatents(cache or products["latents"].folder)
             if cache:
                 check_cache(data, stage, products)
+        before = carried_from(self.run, name)
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
-            processes=self.processes, log=self.log, keeps=name in (carried_from(self.run, other) for other in self.run.stages),
-            carried=self.out / "stages" / before / CARRIED if (before := carried_from(self.run, name)) else None,
+            processes=self.processes, log=self.log, keeps=carried_on(self.run, name),
+            carried=Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
         )  # fmt: skip
         try:
             return trainer.run()

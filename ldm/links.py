@@ -45,6 +45,11 @@ def carried_from(run: Run, name: str) -> str:
     return latest_of(run, name)[stage.family] if isinstance(stage, Train) and stage.carry != "averages" else ""
 
 
+def carried_on(run: Run, name: str) -> bool:
+    """Whether a later stage begins with what this one has at its end, so that it must be kept."""
+    return name in (carried_from(run, other) for other in run.stages)
+
+
 def kept_cache(stage: Train) -> Path | None:
     """The latent cache that a stage reads from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
     return Path(stage.latents).expanduser() if "/" in stage.latents else None

@@ -16,7 +16,7 @@ from ldm.estimate import Parts, parts_of
 from ldm.given import GIVEN, Found, find
 from ldm.launching import adopt_slurm
 from ldm.launching import launched as how
-from ldm.links import carried_from
+from ldm.links import carried_on
 from ldm.pace import Expected, peak
 from ldm.prior import PRIOR
 from ldm.process import usable_cores
@@ -165,7 +165,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
     passes = stage.passes(processes, f"stages.{doing.name}.batch")
     micro = stage.batch // processes // passes
     needs = parts.training(run, stage)
-    shaped, carried = None, doing.name in (carried_from(run, other) for other in run.stages)
+    shaped = None
     if stage.buckets and seen is not None:
         shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
     return StagePlan(
@@ -174,7 +174,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
         memory=needs.memory(micro),
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes,
-        carried_bytes=needs.checkpoint_bytes if carried else 0, seconds=needs.flops * stage.images / per_second,
+        carried_bytes=needs.checkpoint_bytes if carried_on(run, doing.name) else 0, seconds=needs.flops * stage.images / per_second,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from ldm.data.sources import DataSet
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.exact import exact_gradients
-from ldm.families.family import Context, Family, Ranks
+from ldm.families.family import Context, Family, Product, Ranks
 from ldm.optim import AdamW, Optim
 from ldm.pictures import save_grid
 from ldm.processes import ALONE, Learners, Stopped, stop_requests
@@ -136,7 +136,7 @@ class Trainer:
         workers: int,
         processes: Learners,
         log: Log,
-        carried: Path | None = None,
+        carried: Product | None = None,
         keeps: bool = False,
     ) -> None:
         stage.passes(processes.world, "batch")

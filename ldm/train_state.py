@@ -20,7 +20,7 @@ from ldm.sharded import collected, like
 from ldm.snapshot import Snapshot, Writer
 
 if TYPE_CHECKING:
-    from ldm.families.family import Family
+    from ldm.families.family import Family, Product
     from ldm.log import Log
     from ldm.processes import Learners
     from ldm.train import Train
@@ -94,14 +94,15 @@ class States:
             self._end(lambda: checkpoint.commit(folder, partial(checkpoint.write_state, tensors=tensors, meta=meta)), told)
         self.processes.wait()
 
-    def take_over(self, folder: Path, *, optimiser: bool) -> None:
+    def take_over(self, carried: Product, *, optimiser: bool) -> None:
         """Begin with the weights and averages that another stage has kept, and with its optimiser's state where that is asked for.
 
         Raises:
-            UserError: when the folder is gone or damaged.
+            UserError: when it is gone, damaged or not what was kept.
         """
+        folder = carried.folder
         try:
-            tensors, meta = checkpoint.load_state(folder)
+            tensors, meta = checkpoint.load_state(folder, carried.hash)
         except checkpoint.Damaged as error:
             raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=averages") from None
         self._take(tensors, meta, optimiser=optimiser)

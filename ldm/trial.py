@@ -63,10 +63,15 @@ def _too_many(trainer: Trainer, error: Exception) -> str:
     helps = [f"set stages.{name}.micro_batch={count // 2} (the update stays that of {stage.batch} pictures)"] if count > 1 else []
     if stage.precision == "fp32":
         helps.append(f"stages.{name}.precision=bf16")
-    if stage.family != "text" and not stage.checkpointing:
+    if stage.family != "text" and not _recomputes(trainer.family):
         helps.append(f"stages.{name}.checkpointing=true")
     helps.append("a lower resolution")
     return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
+
+
+def _recomputes(family: Family) -> bool:
+    """Whether a network of it recomputes its blocks already; a base that is adapted is not among its modules."""
+    return any(getattr(part, "checkpointing", False) for network in (family, *family.compilable()) for part in network.modules())
 
 
 def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:

@@ -16,7 +16,7 @@ from finished_model import SIDE, Pictures
 from ldm import checkpoint
 from ldm.errors import UserError
 from ldm.families.autoencoder import KL, Adversarial
-from ldm.families.family import Context
+from ldm.families.family import Context, Product
 from ldm.log import Log, read
 from ldm.models.autoencoder import KLConfig
 from ldm.models.critic import CriticConfig
@@ -27,7 +27,7 @@ from ldm.train import Train, Trainer
 BATCH = 4
 
 
-def trainer(folder: Path, images: int = 24, carried: Path | None = None, keeps: bool = False, **fields: Any) -> Trainer:
+def trainer(folder: Path, images: int = 24, carried: Product | None = None, keeps: bool = False, **fields: Any) -> Trainer:
     (folder / "stage").mkdir(parents=True, exist_ok=True)
     data = Pictures()
     fields = {"save_every_images": BATCH, "keep": 9, "samples": 0} | fields

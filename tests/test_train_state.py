@@ -14,11 +14,16 @@ from test_snapshot import BATCH, notes, trainer
 
 from ldm import checkpoint, optim
 from ldm.errors import UserError
+from ldm.families.family import Product
 from ldm.train import Trainer
 
 
 def state(made: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     return {group: {name: value.clone() for name, value in tensors.items()} for group, tensors in made.states._groups().items()}
+
+
+def kept(folder: Path) -> Product:
+    return Product(folder / "stage/carried", checkpoint.folder_hash(folder / "stage/carried"))
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -30,7 +35,7 @@ def test_a_stage_begins_with_what_the_one_before_had_at_its_end(carry: str, tmp_
     before = trainer(tmp_path / "before", keeps=True)
     before.run()
     left = state(before)
-    carried = tmp_path / "before/stage/carried"
+    carried = kept(tmp_path / "before")
     after = trainer(tmp_path / "after", carried=carried, carry=carry)
     begun = state(after)
     assert after.step == 0 and after.ema is not None and before.ema is not None and after.ema.updates == before.ema.updates == 6
@@ -47,7 +52,7 @@ def test_a_stage_begins_with_what_the_one_before_had_at_its_end(carry: str, tmp_
 
 def test_a_stage_that_was_stopped_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path / "before", keeps=True).run()
-    carried = tmp_path / "before/stage/carried"
+    carried = kept(tmp_path / "before")
     first = trainer(tmp_path / "parts", carried=carried, carry="all")
     for _ in range(2):
         first._update(first.family, first.data.load(range(BATCH), range(BATCH), SIDE, 0, False))
@@ -59,12 +64,20 @@ def test_a_stage_that_was_stopped_goes_on_from_its_own_checkpoint(tmp_path: Path
 
 def test_a_damaged_or_missing_state_is_refused_before_anything_changes(tmp_path: Path) -> None:
     trainer(tmp_path / "before", keeps=True).run()
-    carried = tmp_path / "before/stage/carried"
-    flip(carried, random.Random(0))
+    carried = kept(tmp_path / "before")
+    flip(carried.folder, random.Random(0))
     with pytest.raises(UserError, match=r"carried.*move .*stage away to train that stage again, or set carry=averages"):
         trainer(tmp_path / "after", carried=carried, carry="all")
     with pytest.raises(UserError, match=r"nowhere.*no readable manifest"):
-        trainer(tmp_path / "after", carried=tmp_path / "nowhere", carry="weights")
+        trainer(tmp_path / "after", carried=Product(tmp_path / "nowhere", "0"), carry="weights")
+
+
+def test_the_state_of_another_stage_is_refused(tmp_path: Path) -> None:
+    for name, images in (("before", 24), ("other", 12)):
+        trainer(tmp_path / name, images, keeps=True).run()
+    there, other = kept(tmp_path / "before"), kept(tmp_path / "other")
+    with pytest.raises(UserError, match=r"another state than the one that was kept here.*set carry=averages"):
+        trainer(tmp_path / "after", carried=Product(other.folder, there.hash), carry="all")
 
 
 def test_a_state_that_cannot_be_kept_ends_the_run_and_the_next_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from finished_model import SIDE, Pictures  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
-from ldm.families.family import Context  # noqa: E402
+from ldm.families.family import Context, Product  # noqa: E402
 from ldm.families.finished import load  # noqa: E402
 from ldm.log import Log  # noqa: E402
 from ldm.optim import AdamW  # noqa: E402
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     assert again.step == 2
     again.run()  # saving once more on its way
     assert len(checkpoint.states(out / "again" / "state")) == 2
-    later = trainer(model, out / "later", processes, carried=out / "sharded" / "carried")
+    later = trainer(model, out / "later", processes, carried=Product(out / "sharded" / "carried", ""))
     begun = later.states._collected(later.states._groups())
     if processes.main:
         kept, _ = checkpoint.load_state(out / "sharded" / "carried")

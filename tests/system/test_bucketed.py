@@ -75,6 +75,8 @@ def test_memory_that_does_not_do_for_a_shape_or_a_step_is_told_with_what_helps(p
     assert "stages.autoencoder: 8 pictures of 32x32 px do not fit into the memory" in tried.last and "can't allocate memory" in tried.last
     helps = ["set stages.autoencoder.micro_batch=4 (the update stays that of 8 pictures)", "stages.autoencoder.precision=bf16"]
     assert tried.last.endswith(", or ".join([*helps, "stages.autoencoder.checkpointing=true", "a lower resolution"]))
+    again = train(1, *words, "stages.autoencoder.checkpointing=true", f"out={tmp_path / 'again'}", fault="memory:0:12")
+    assert again.last.endswith(", or ".join([*helps, "a lower resolution"]))
     begun = train(2, *words, "stages.autoencoder.buckets=null", f"out={tmp_path / 'begun'}", fault="memory:1:3")
     assert begun.codes[1] == 2 and begun.codes[0] != 0 and "Traceback" not in "".join(begun.said)
     assert "stages.autoencoder: at step 3 4 pictures of 32 px do not fit into the memory" in begun.last
