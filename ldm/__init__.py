@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Run", "UserError", "load", "start"]
+from ldm.config.version import __version__
+
+__all__ = ["Run", "UserError", "__version__", "load", "start"]
 
 if TYPE_CHECKING:
-    from ldm.errors import UserError
-    from ldm.families.running import load
-    from ldm.run import Run, start
+    from ldm.config.errors import UserError
+    from ldm.families.latent_diffusion.runtime import load
+    from ldm.runs.run import Run, start
 
-_HOME = {"Run": "ldm.run", "start": "ldm.run", "load": "ldm.families.running", "UserError": "ldm.errors"}
+_HOME = {"Run": "ldm.runs.run", "start": "ldm.runs.run", "load": "ldm.families.latent_diffusion.runtime", "UserError": "ldm.config.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,21 +10,21 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "train": ("ldm.launch", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
-    "plan": ("ldm.plan_verb", "what a run would do and cost: ldm plan CONFIG --processes 256 --samples 2e9"),
-    "sample": ("ldm.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
-    "demo": ("ldm.demo", "draw in a browser: ldm demo MODEL"),
-    "grid": ("ldm.grid", 'settings side by side: ldm grid --x guidance=1,3,7 --y steps=5,20 "a red circle"'),
-    "animate": ("ldm.animate", 'films: ldm animate "a red circle" --to "a blue ring" --frames 24, or edit one: --clip FRAMES'),
-    "info": ("ldm.info", "what pictures remember of how they were made: ldm info picture.png"),
-    "data": ("ldm.data_verb", "look at data, index shards, curate tables: ldm data check PATH"),
-    "classifier": ("ldm.classifier_verb", "train what guides drawing: ldm classifier CACHE --model DIR --words red,blue --out FILE"),
-    "evaluate": ("ldm.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
-    "report": ("ldm.report", "write the page of a run: ldm report RUN"),
-    "watch": ("ldm.watch", "look at a run while it trains: ldm watch RUN"),
-    "bench": ("ldm.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),
-    "export": ("ldm.export_verb", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
-    "doctor": ("ldm.doctor", "what is installed here, and what would be in the way"),
+    "train": ("ldm.cli.train", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
+    "plan": ("ldm.cli.plan", "what a run would do and cost: ldm plan CONFIG --processes 256 --samples 2e9"),
+    "sample": ("ldm.cli.sample", "draw pictures: ldm sample PROMPT ... --model DIR"),
+    "demo": ("ldm.demo.server", "draw in a browser: ldm demo MODEL"),
+    "grid": ("ldm.cli.grid", 'settings side by side: ldm grid --x guidance=1,3,7 --y steps=5,20 "a red circle"'),
+    "animate": ("ldm.cli.animate", 'films: ldm animate "a red circle" --to "a blue ring" --frames 24, or edit one: --clip FRAMES'),
+    "info": ("ldm.cli.info", "what pictures remember of how they were made: ldm info picture.png"),
+    "data": ("ldm.cli.data", "look at data, index shards, curate tables: ldm data check PATH"),
+    "classifier": ("ldm.cli.classifier", "train what guides drawing: ldm classifier CACHE --model DIR --words red,blue --out FILE"),
+    "evaluate": ("ldm.cli.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
+    "report": ("ldm.cli.report", "write the page of a run: ldm report RUN"),
+    "watch": ("ldm.cli.watch", "look at a run while it trains: ldm watch RUN"),
+    "bench": ("ldm.cli.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),
+    "export": ("ldm.cli.export", "write a model for other programs: ldm export MODEL --to diffusers --dtype fp16 --out DIR"),
+    "doctor": ("ldm.cli.doctor", "what is installed here, and what would be in the way"),
 }
 SMALLER = "choose a smaller --size, or --precision bf16"
 FITS = {"sample": f"{SMALLER}, or --low-memory", "grid": SMALLER, "animate": f"{SMALLER}, or --cells 1", "data": "choose a smaller --batch"}
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if words[0] in ("-V", "--version"):
-        from ldm import __version__
+        from ldm.config.version import __version__
 
         print(f"ldm {__version__}")
         return 0
@@ -60,9 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(verb: str, words: Sequence[str]) -> int:
     """Call a verb and turn its mistakes into one line each."""
-    from ldm.errors import UserError, out_of_memory
-    from ldm.process import prepare
-    from ldm.redact import hook, redacted
+    from ldm.config.errors import UserError, out_of_memory
+    from ldm.config.secrets import hook, redacted
+    from ldm.distributed.environment import prepare
 
     sys.excepthook = hook
     prepare()

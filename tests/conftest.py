@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: small tensors gain nothing from more
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+# Helpers are imported by their names: tests/*.py, tests/data/tars.py, tests/system/tiny.py and so on.
+sys.path[:0] = [str(TESTS / folder) for folder in (".", "data", "system", "training")]
 
 NETWORK = "tests open no connection to other machines"
 

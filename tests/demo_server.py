@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.demo import application, listen
-from ldm.families.running import load
-from ldm.studio import Studio
+from ldm.demo.server import application, listen
+from ldm.demo.studio import Studio
+from ldm.families.latent_diffusion.runtime import load
 
 
 @dataclass

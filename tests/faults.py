@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ldm import checkpoint
+from ldm.formats import atomic
+from ldm.training import checkpoint
 
 POINTS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")  # of os: what a save does to the disk, besides filling files
 
@@ -59,7 +60,7 @@ def dying_at(point: int, work: Callable[[], None]) -> Callable[[], None]:
 
         for name in POINTS:
             setattr(os, name, counted(getattr(os, name)))
-        checkpoint.write_tensors = counted(checkpoint.write_tensors)
+        atomic.write_tensors = counted(atomic.write_tensors)
         work()
 
     return run
@@ -70,8 +71,9 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     made = torch.Generator().manual_seed(step)
     return {
         "model": {"a": torch.full((40, 30), float(step)), "b": torch.rand(500, generator=made)},
-        "ema": {"a": torch.full((40, 30), step + 0.5)}, "optimizer": {"0.exp_avg": torch.full((40, 30), -float(step))},
-    }  # fmt: skip
+        "ema": {"a": torch.full((40, 30), step + 0.5)},
+        "optimizer": {"0.exp_avg": torch.full((40, 30), -float(step))},
+    }
 
 
 def save(folder: Path, step: int, keep: int = 1) -> Path:

@@ -9,21 +9,24 @@ from typing import Any, Literal
 
 import torch
 
-from ldm.batch import ImageBatch
+from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.process import Process
-from ldm.export import assemble
-from ldm.families.codec import load_codec, measure, save_codec
-from ldm.families.latent_diffusion import Defaults, LatentDiffusion, LatentDiffusionFamily, autoencoder_folder
+from ldm.families.autoencoder import measure
+from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.formats.assembly import assemble
+from ldm.formats.latent_codec import autoencoder_folder, load_codec, save_codec
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
-from ldm.text import SmallText, TextEncoder, small_clip_text, train_tokenizer
+from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 
 Kind = Literal["kl", "vq"]
 SIDE = 32  # px, of the pictures that the models draw
 CAPTIONS = tuple(
     f"a {size} {colour} {shape}"
-    for size in ("small", "large") for colour in ("red", "green", "blue") for shape in ("circle", "square", "ring")
-)  # fmt: skip
+    for size in ("small", "large")
+    for colour in ("red", "green", "blue")
+    for shape in ("circle", "square", "ring")
+)
 TEXT = SmallText(width=32, layers=2, heads=2, max_tokens=16)
 KL = KLConfig(channels=(8, 8, 8, 16), layers=1, norm_groups=4, latent_channels=4)  # f8
 VQ = VQConfig(channels=(8, 8, 16), layers=1, norm_groups=4, latent_channels=3, codes=32)  # f4
@@ -46,8 +49,10 @@ class Pictures:
         size = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * len(index)).float()
         return ImageBatch(
             image=torch.nn.functional.interpolate(coarse, (resolution, resolution), mode="bilinear"),
-            caption=tuple(self.captions(index, position, seed)), size=size, position=torch.tensor(position),
-        )  # fmt: skip
+            caption=tuple(self.captions(index, position, seed)),
+            size=size,
+            position=torch.tensor(position),
+        )
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """One caption for each picture, all different."""
@@ -90,9 +95,7 @@ def autoencoder_product(folder: Path, kind: Kind = "kl", seed: int = 0) -> Path:
     return folder
 
 
-def diffusion_product(
-    folder: Path, text: Path, autoencoder: Path, process: Process, network: UNetConfig = UNET, **fields: Any
-) -> Path:
+def diffusion_product(folder: Path, text: Path, autoencoder: Path, process: Process, network: UNetConfig = UNET, **fields: Any) -> Path:
     """A random UNet on the other products."""
     torch.manual_seed(0)
     codec = load_codec(autoencoder_folder(autoencoder))
@@ -104,9 +107,7 @@ def diffusion_product(
     return folder
 
 
-def finished_model(
-    root: Path, kind: Kind = "kl", process: Process | None = None, network: UNetConfig = UNET, **defaults: Any
-) -> Path:
+def finished_model(root: Path, kind: Kind = "kl", process: Process | None = None, network: UNetConfig = UNET, **defaults: Any) -> Path:
     """A whole model folder, root/model, beside the products it was made of."""
     text, autoencoder = text_product(root / "text"), autoencoder_product(root / "autoencoder", kind)
     diffusion = diffusion_product(root / "diffusion", text, autoencoder, process or Process(), network, **defaults)

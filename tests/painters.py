@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data.scene_captions import parse, say
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scene_spec import Specs
-from ldm.data.scenes import prompts
+from ldm.data.scenes.captions import parse, say
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
+from ldm.data.scenes.spec import Specs
 
 SIDE = 32  # px
 
@@ -51,9 +51,11 @@ class Painter:
     def settings(self, *, steps: int | None = None, guidance: float | None = None, sampler: str | None = None) -> SimpleNamespace:
         """The model's own: 20 steps of ddim at guidance 3."""
         return SimpleNamespace(
-            steps=20 if steps is None else steps, guidance=3.0 if guidance is None else guidance,
-            sampler=sampler or "ddim", spacing="trailing",
-        )  # fmt: skip
+            steps=20 if steps is None else steps,
+            guidance=3.0 if guidance is None else guidance,
+            sampler=sampler or "ddim",
+            spacing="trailing",
+        )
 
     def sample(
         self,

@@ -13,11 +13,11 @@ import torch
 from finished_model import Pictures, text_product
 from torch import Tensor
 
+from ldm.data.pictures import to_uint8
 from ldm.diffusion.process import Process
-from ldm.families.finished import load
-from ldm.families.latent_diffusion import LatentDiffusionFamily
-from ldm.pictures import to_uint8
-from ldm.rng import Rng
+from ldm.diffusion.rng import Rng
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.families.latent_diffusion.loading import load
 
 SIDE, FACTOR = 32, 4  # px
 PROMPTS, NEGATIVE = ["a small red circle", "a large blue ring"], "a green square"
@@ -35,22 +35,35 @@ def pipeline_folder(folder: Path, channels: int = 4, target: Any = "epsilon") ->
     text_product(folder / "text")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        in_channels=channels, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=2, sample_size=SIDE // FACTOR, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        in_channels=channels,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        sample_size=SIDE // FACTOR,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, sample_size=SIDE, latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=SIDE,
+        latent_channels=4,
         scaling_factor=0.25,  # and so 1 / scaling_factor, are exact in float32
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
     values = Process(target=target).scheduler_config()
     scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
     parts = {
-        "vae": vae, "unet": unet, "scheduler": scheduler,
+        "vae": vae,
+        "unet": unet,
+        "scheduler": scheduler,
         "text_encoder": CLIPTextModel.from_pretrained(folder / "text" / "text_encoder"),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "text" / "tokenizer"),
-    }  # fmt: skip
+    }
     made = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     made.save_pretrained(folder / "model")
     return folder / "model"
@@ -70,9 +83,7 @@ class Pair:
         """Clean latents of diffusers' pipeline, from our noise: `noise` at the start, ours step by step."""
         pipeline_class, module = KINDS[kind]
         parts = {name: self.made.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}
-        pipeline = pipeline_class(
-            **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        pipeline = pipeline_class(**parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipeline.set_progress_bar_config(disable=True)
         place = f"diffusers.pipelines.stable_diffusion.{module}"
         monkeypatch.setattr(f"{place}.randn_tensor", lambda *_, **__: noise)
@@ -88,9 +99,7 @@ class Pair:
         own = seeds(len(noise))
         with torch.no_grad():
             settings = self.family.settings(**words)
-            return self.family.engine().draw(
-                PROMPTS, own, settings, (SIDE, SIDE), negative=NEGATIVE, latents=noise, edits=edits
-            )[1]
+            return self.family.engine().draw(PROMPTS, own, settings, (SIDE, SIDE), negative=NEGATIVE, latents=noise, edits=edits)[1]
 
     def pictures(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides' latents as images."""
@@ -119,9 +128,7 @@ class Wide:
         return getattr(self._module, "float64" if name == "float32" else name)
 
 
-def scheduler_of(
-    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, target: Any = "epsilon", **changes: Any
-) -> Any:
+def scheduler_of(kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, target: Any = "epsilon", **changes: Any) -> Any:
     """A diffusers scheduler of Stable Diffusion's process; in float64, its code computes in float64 all through."""
     if dtype == torch.float64:
         place = __import__(kind.__module__, fromlist=["x"])

@@ -16,23 +16,89 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules by layer, lowest first, as docs/architecture.md tells; what is named nowhere is of the last one.
 LAYERS = (
-    ("errors", "threads", "rng", "batch", "config", "config_presets", "config_text", "config_yaml", "models", "diffusion", "process",
-     "redact", "sharded"),
-    ("checkpoint", "compvis", "compvis_shapes", "pickles", "single_file", "folder", "tensor_file", "text", "text_files", "text_pretrained",
-     "text_weighted", "prompt_syntax", "data", "lora", "lora_files", "words", "optim", "ema", "snapshot", "trackers",
-     "pace", "log", "pictures"),
+    (
+        "errors",
+        "threads",
+        "rng",
+        "batch",
+        "config",
+        "config_presets",
+        "config_text",
+        "config_yaml",
+        "models",
+        "diffusion",
+        "process",
+        "redact",
+        "sharded",
+    ),
+    (
+        "checkpoint",
+        "compvis",
+        "compvis_shapes",
+        "pickles",
+        "single_file",
+        "folder",
+        "tensor_file",
+        "text",
+        "text_files",
+        "text_pretrained",
+        "text_weighted",
+        "prompt_syntax",
+        "data",
+        "lora",
+        "lora_files",
+        "words",
+        "optim",
+        "ema",
+        "snapshot",
+        "trackers",
+        "pace",
+        "log",
+        "pictures",
+    ),
     ("families", "metrics"),
 )
 NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}
 ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"processes.py"}}
 WAITING = {
-    "transformers", "open_clip", "diffusers", "datasets", "wandb", "gradio", "matplotlib", "scipy", "accelerate", "peft", "rich",
-    "xformers", "huggingface_hub", "torchvision", "tokenizers", "pyarrow", "fsspec", "duckdb", "tensorboard",
-}  # fmt: skip
+    "transformers",
+    "open_clip",
+    "diffusers",
+    "datasets",
+    "wandb",
+    "gradio",
+    "matplotlib",
+    "scipy",
+    "accelerate",
+    "peft",
+    "rich",
+    "xformers",
+    "huggingface_hub",
+    "torchvision",
+    "tokenizers",
+    "pyarrow",
+    "fsspec",
+    "duckdb",
+    "tensorboard",
+}
 LIGHT = (
-    "ldm", "ldm.__main__", "ldm.cli", "ldm.launch", "ldm.sample", "ldm.grid", "ldm.animate", "ldm.info", "ldm.demo",
-    "ldm.evaluate", "ldm.report", "ldm.doctor", "ldm.data_verb", "ldm.export_verb", "ldm.config", "ldm.log",
-)  # fmt: skip
+    "ldm",
+    "ldm.__main__",
+    "ldm.cli.command",
+    "ldm.cli.train",
+    "ldm.cli.sample",
+    "ldm.cli.grid",
+    "ldm.cli.animate",
+    "ldm.cli.info",
+    "ldm.demo.server",
+    "ldm.runs.evaluation",
+    "ldm.runs.report",
+    "ldm.cli.doctor",
+    "ldm.cli.data",
+    "ldm.cli.export",
+    "ldm.config.schema",
+    "ldm.training.log",
+)
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
@@ -112,7 +178,7 @@ def test_what_answers_at_once_loads_neither_torch_nor_what_waits(module: str) ->
 
 def test_public_names_load_on_first_use() -> None:
     import ldm
-    from ldm.errors import UserError
+    from ldm.config.errors import UserError
 
     assert ldm.UserError is UserError and callable(ldm.load) and callable(ldm.start) and ldm.Run.__name__ == "Run"
     assert set(ldm.__all__) == {"Run", "UserError", "load", "start"}

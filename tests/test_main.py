@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ldm import __main__ as entry
-from ldm import process
-from ldm.config_text import fields_of
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.config.messages import fields_of
+from ldm.distributed import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +59,7 @@ def test_a_typo_in_a_configuration_is_found_before_any_work(tmp_path: Path) -> N
 
 
 def test_help_of_train_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    from ldm.run import Run
+    from ldm.runs.run import Run
 
     assert entry.main(["train", "--help"]) == 0
     said = capsys.readouterr().out
@@ -80,8 +80,8 @@ def verb_that(does: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def main(words: list[str]) -> int:
         return does()
 
-    monkeypatch.setattr(process, "prepare", lambda: None)
-    monkeypatch.setitem(sys.modules, "ldm.doctor", SimpleNamespace(main=main))
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setitem(sys.modules, "ldm.cli.doctor", SimpleNamespace(main=main))
 
 
 MORE = "close other programs, or use a machine with more"

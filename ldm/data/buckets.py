@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.config import Count, PositiveFloat, config
+from ldm.config.schema import Count, PositiveFloat, config
 from ldm.data.order import Bucketed
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.batch import ImageBatch, Text
-from ldm.checkpoint import MANIFEST, Damaged, commit, sha256, verify, write_json
+from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, sizes_of
 from ldm.data.dataset import DataSet
 from ldm.data.images import Shape, mirrored
 from ldm.data.loader import ordered
-from ldm.errors import UserError
+from ldm.diffusion.batch import ImageBatch, Text
+from ldm.formats.atomic import MANIFEST, Damaged, commit, sha256, verify, write_json
 
 PLAN = "cache.json"
 DATA = "moments.safetensors"
@@ -116,11 +116,18 @@ def write_cache(
     sizes = sizes_of(data) if buckets else None
     choices = buckets.shapes(resolution) if buckets and sizes is not None else []
     plan = Plan(
-        autoencoder=autoencoder, normalisation=normalisation or {}, data=data.fingerprint(),
+        autoencoder=autoencoder,
+        normalisation=normalisation or {},
+        data=data.fingerprint(),
         images=len(data) if images is None else min(images, len(data)),
-        resolution=resolution, seed=seed, flip=flip and data.mirrors, mirrors=data.mirrors,
-        shard_images=shard_images, text=text, shapes=tuple(choices),
-    )  # fmt: skip
+        resolution=resolution,
+        seed=seed,
+        flip=flip and data.mirrors,
+        mirrors=data.mirrors,
+        shard_images=shard_images,
+        text=text,
+        shapes=tuple(choices),
+    )
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
     tell = on_images or (lambda count: None)
@@ -198,13 +205,7 @@ def _cuts(members: range, bucket: list[int] | None, plan: Plan, batch: int) -> l
 
 
 def _encode_shard(
-    data: DataSet,
-    encode: Encode,
-    read: Read | None,
-    cuts: list[Cut],
-    plan: Plan,
-    workers: int,
-    tell: Callable[[int], None],
+    data: DataSet, encode: Encode, read: Read | None, cuts: list[Cut], plan: Plan, workers: int, tell: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """The arrays of one shard."""
 

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.batch import MomentBatch, Text
-from ldm.checkpoint import MANIFEST, Damaged, sha256, verify
+from ldm.config.errors import UserError
 from ldm.data.cache import DATA, RECORD, Read, column, read_plan, shard_folder
 from ldm.data.dataset import draw_captions, draw_flips
 from ldm.data.images import Shape
-from ldm.errors import UserError
+from ldm.diffusion.batch import MomentBatch, Text
+from ldm.formats.atomic import MANIFEST, Damaged, sha256, verify
 
 IN_MEMORY_BYTES = 2**32  # a cache up to this size is read into memory, a larger one is mapped
 
@@ -99,9 +99,7 @@ class CachedLatents:
         """As the data that was encoded."""
         return self.plan.mirrors
 
-    def require(
-        self, *, autoencoder: str | None = None, resolution: Shape | None = None, data: str | None = None
-    ) -> None:
+    def require(self, *, autoencoder: str | None = None, resolution: Shape | None = None, data: str | None = None) -> None:
         """Check that the cache is what the caller means to train on; None: do not care.
 
         Raises:
@@ -172,9 +170,7 @@ class CachedLatents:
         if kept.shape != own.shape or float((kept - own).abs().max()) > 0.01 * float(own.abs().max()):
             raise UserError(f"{self.folder}: its text states are another text encoder's; encode again with --text, or without")
 
-    def load(
-        self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool
-    ) -> MomentBatch:
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> MomentBatch:
         """As `ldm.data.dataset.Samples.load`; the crop is the stored one, flip and caption are drawn by position.
 
         Raises:

@@ -10,10 +10,10 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldm.config.errors import UserError
 from ldm.data import tables
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.images import Rejected
-from ldm.errors import UserError
 
 SIDECARS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import from_folder
 from ldm.data.folder import SUFFIXES, FolderSource
@@ -17,8 +18,7 @@ from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
 from ldm.data.shards import ShardsSource
-from ldm.data.store import is_url
-from ldm.errors import UserError
+from ldm.data.storage import is_url
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # px, the lower ends of the histogram's bars
 ASPECTS = (0.0, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # width over height
@@ -92,14 +92,24 @@ def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int 
     examples = next((list(v) for k, v in described.items() if k in ("rejected_files", "rejected_samples", "rejected_rows")), [])
     choices = Buckets().shapes(resolution)
     found = Checked(
-        kind=source.kind, path=source.path, images=len(sizes), captions=len(texts), rejected=dict(described["rejected"]),
-        examples=examples[:SHOWN], damage=described.get("damaged_shards", {}), sides=_bars(sizes.min(1), SIDES),
+        kind=source.kind,
+        path=source.path,
+        images=len(sizes),
+        captions=len(texts),
+        rejected=dict(described["rejected"]),
+        examples=examples[:SHOWN],
+        damage=described.get("damaged_shards", {}),
+        sides=_bars(sizes.min(1), SIDES),
         aspects=_bars(sizes[:, 1] / sizes[:, 0], ASPECTS),
-        caption_characters=_bars(np.array([len(t) for t in texts]), LENGTHS), repeated_captions=sum(n for n in counted.values() if n > 1),
-        scores=_scores(parts), resolution=resolution, buckets=table(sizes, choices, assign(sizes, choices)), decoded=decoded,
+        caption_characters=_bars(np.array([len(t) for t in texts]), LENGTHS),
+        repeated_captions=sum(n for n in counted.values() if n > 1),
+        scores=_scores(parts),
+        resolution=resolution,
+        buckets=table(sizes, choices, assign(sizes, choices)),
+        decoded=decoded,
         undecodable=dict(undecodable),
         fingerprint=str(described["fingerprint"]),
-    )  # fmt: skip
+    )
     plain = isinstance(source, FolderSource) and source.captions != "kohya"
     if plain and any(from_folder(part.name(i)) for part in parts for i in range(len(part))):
         found.notes.append("folders are named as kohya's scripts have them; captions=kohya reads repeats and words from the names")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
-from ldm.batch import ImageBatch, MomentBatch
 from ldm.data.images import Shape
-from ldm.rng import Rng
+from ldm.diffusion.batch import ImageBatch, MomentBatch
+from ldm.diffusion.rng import Rng
 
 Split = Literal["train", "val"]
 B = TypeVar("B", ImageBatch, MomentBatch, covariant=True)

@@ -10,12 +10,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.batch import ImageBatch
-from ldm.config import Count, Fraction, NonNegative, config, plain
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, NonNegative, config, plain
 from ldm.data.dataset import DataSet, loaded
 from ldm.data.fields import Fields
 from ldm.data.images import Shape
-from ldm.errors import UserError
+from ldm.diffusion.batch import ImageBatch
 
 
 @config
@@ -41,7 +41,7 @@ class Tabled(Protocol):
     """A data set that knows something of its samples before it decodes them."""
 
     def fields(self) -> Fields:
-        """Original sizes and scores of all samples."""
+        """InitImage sizes and scores of all samples."""
         ...
 
 

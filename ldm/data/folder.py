@@ -15,13 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import SIDECARS, TABLES, Table, from_folder, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
-from ldm.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")

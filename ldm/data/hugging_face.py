@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import COLUMNS, caption_texts
 from ldm.data.dataset import Split
 from ldm.data.fields import ALIASES, Fields, Known, column_of, gather, known
 from ldm.data.images import MAX_PIXELS, Rejected, probe
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
-from ldm.data.store import find
-from ldm.errors import UserError
+from ldm.data.storage import find
 
 IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes")  # columns, if none says its type
 THREADS, ROWS = 4, 128  # that look at headers; rows that one looks at together

@@ -147,13 +147,7 @@ def mirrored(size: Tensor) -> Tensor:
     return rows
 
 
-def view(
-    data: bytes,
-    shape: Shape,
-    at: tuple[float, float] = (0.5, 0.5),
-    flip: bool = False,
-    max_pixels: int = MAX_PIXELS,
-) -> View:
+def view(data: bytes, shape: Shape, at: tuple[float, float] = (0.5, 0.5), flip: bool = False, max_pixels: int = MAX_PIXELS) -> View:
     """One view: decoded (first frame), turned upright, made RGB, maybe mirrored, resized to cover and cropped.
 
     Resizing is antialiased bicubic in whole numbers; a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8, but
@@ -260,5 +254,3 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged EXIF block is no reason to lose a good picture
         return 1
-
-

@@ -12,12 +12,12 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from ldm import threads
-from ldm.batch import cat
+from ldm.config.errors import UserError
+from ldm.data import threads
 from ldm.data.dataset import B, Samples, loaded
 from ldm.data.images import Shape
 from ldm.data.order import Order, Shuffled
-from ldm.errors import UserError
+from ldm.diffusion.batch import cat
 
 R = TypeVar("R")
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.config.errors import UserError
 from ldm.data.images import Shape
-from ldm.errors import UserError
-from ldm.rng import mix
+from ldm.diffusion.rng import mix
 
 ROUNDS = 8  # of the Feistel network
 

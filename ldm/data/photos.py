@@ -14,13 +14,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ldm import threads
-from ldm.batch import ImageBatch
+from ldm.config.errors import UserError
+from ldm.data import threads
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
 from ldm.data.images import Rejected, Shape, View, sides, view
-from ldm.errors import UserError
-from ldm.rng import Rng, mix
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng, mix
 
 LISTED = 20  # rejected files that describe() names; `rejected` has all
 TOLERATED = 10  # bad files that never stop a run, however small the data
@@ -118,7 +118,7 @@ class Photos(ABC):
 
     @abstractmethod
     def fields(self) -> Fields:
-        """Original sizes and scores of all samples."""
+        """InitImage sizes and scores of all samples."""
 
     @abstractmethod
     def sizes(self) -> np.ndarray:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.config.errors import UserError
 from ldm.data.shard_reader import ShardRecord, read_shard
-from ldm.data.store import find, is_url, stat
-from ldm.errors import UserError
+from ldm.data.storage import find, is_url, stat
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,13 +49,22 @@ def schema() -> pa.Schema:
     """The columns of an index."""
     import pyarrow as pa
 
-    return pa.schema([
-        ("shard", pa.int32()), ("key", pa.large_string()), ("offset", pa.int64()), ("size", pa.int64()), ("hash", pa.uint64()),
-        ("height", pa.int32()), ("width", pa.int32()),  # px as stored, by the header
-        ("original_height", pa.int32()), ("original_width", pa.int32()),  # 0: unknown
-        ("aesthetic", pa.float32()), ("watermark", pa.float32()),  # NaN: unknown
-        ("captions", pa.large_list(pa.large_string())),
-    ])  # fmt: skip
+    return pa.schema(
+        [
+            ("shard", pa.int32()),
+            ("key", pa.large_string()),
+            ("offset", pa.int64()),
+            ("size", pa.int64()),
+            ("hash", pa.uint64()),
+            ("height", pa.int32()),
+            ("width", pa.int32()),  # px as stored, by the header
+            ("original_height", pa.int32()),
+            ("original_width", pa.int32()),  # 0: unknown
+            ("aesthetic", pa.float32()),
+            ("watermark", pa.float32()),  # NaN: unknown
+            ("captions", pa.large_list(pa.large_string())),
+        ]
+    )
 
 
 def join(root: str, name: str) -> str:
@@ -93,7 +102,7 @@ def open_index(
     """The index of the shards that `path` means; shards that are not in it yet are read and added.
 
     Args:
-        path: as `ldm.data.store.find` takes it.
+        path: as `ldm.data.storage.find` takes it.
         renew: read shards that have changed anew; if not, they are refused.
         verify: read all shards, and refuse one whose hash is not the index's.
         file: where the index is kept; None: as `place_of` says.

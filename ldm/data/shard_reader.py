@@ -9,14 +9,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from ldm.config.errors import UserError
 from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.folder import OTHER_IMAGES, SUFFIXES
 from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
-from ldm.data.store import Stat, stream
+from ldm.data.storage import Stat, stream
 from ldm.data.tar import Damage, Member, members
-from ldm.errors import UserError
 
 EXAMPLES = 20  # rejections that a record names
 TEXTS = (".txt", ".caption")
@@ -192,9 +192,17 @@ def _row(key: str, group: _Group, listed: dict[str, Any]) -> tuple[Any, ...]:
     if "original_width" not in table:  # width and height are then those of the file that lies here
         told = Known(*group.size, told.aesthetic, told.watermark)
     return (
-        clean(key) if not _is_text(key) else key, group.image.offset, group.image.size, group.hash, *group.size, told.height, told.width,
-        told.aesthetic, told.watermark, list(captions),
-    )  # fmt: skip
+        clean(key) if not _is_text(key) else key,
+        group.image.offset,
+        group.image.size,
+        group.hash,
+        *group.size,
+        told.height,
+        told.width,
+        told.aesthetic,
+        told.watermark,
+        list(captions),
+    )
 
 
 def _is_text(name: str) -> bool:

@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from ldm.config import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
 from ldm.data.shard_index import Index, open_index
 from ldm.data.shard_reader import sample_hash
-from ldm.data.store import Ranges
-from ldm.errors import UserError
+from ldm.data.storage import Ranges
 
 
 @config

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ldm.config import BY_KIND
+from ldm.config.schema import BY_KIND
+from ldm.data.concatenation import SeveralSource
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
-from ldm.data.joined import SeveralSource
-from ldm.data.scenes import ScenesSource
+from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
 
 Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | SeveralSource, BY_KIND]

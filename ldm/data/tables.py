@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ldm.data.store import is_url
+from ldm.data.storage import is_url
 
 LONGEST = 2**16  # characters of a text that are kept; a dictionary of parquet can make gigabytes of one value
 _ROWS = 64  # that are in memory at a time

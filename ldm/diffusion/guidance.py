@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.batch import Cond, cat
+from ldm.diffusion.batch import Cond, cat
 
 Predict = Callable[[Tensor, int, Cond], Tensor]
 
 
-def guided(
-    predict: Predict, cond: Cond, uncond: Cond, scale: float, rescale: float = 0.0
-) -> Callable[[Tensor, int], Tensor]:
+def guided(predict: Predict, cond: Cond, uncond: Cond, scale: float, rescale: float = 0.0) -> Callable[[Tensor, int], Tensor]:
     """Classifier-free guidance: away from `uncond`, through `cond` (Ho 2022, arXiv 2207.12598, eq. 6).
 
     x0 = x0_uncond + scale (x0_cond - x0_uncond). At a given x, x0 is linear in epsilon, v and flow, so this is the same
@@ -35,11 +33,7 @@ def guided(
 
 
 def composed(
-    predict: Predict,
-    told: Callable[[int], tuple[Cond, ...]],
-    weights: Tensor,
-    scale: Callable[[int], float],
-    rescale: float = 0.0,
+    predict: Predict, told: Callable[[int], tuple[Cond, ...]], weights: Tensor, scale: Callable[[int], float], rescale: float = 0.0
 ) -> Callable[[Tensor, int], Tensor]:
     """Guidance by K conditions at once, each of which may change from step to step (Liu 2022, arXiv 2206.01714, eq. 11).
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.batch import Noised
-from ldm.config import BY_KIND, NonNegative, PositiveFloat, config
+from ldm.config.errors import UserError
+from ldm.config.schema import BY_KIND, NonNegative, PositiveFloat, config
+from ldm.diffusion.batch import Noised
+from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear, from_scheduler_config, to_scheduler_config
-from ldm.errors import UserError
-from ldm.rng import Rng
 
 Schedule = Annotated[Linear | ScaledLinear | Cosine | Flow, BY_KIND]
 Target = Literal["epsilon", "v", "x0", "flow"]

@@ -23,7 +23,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ldm.diffusion.process import PURE_NOISE, Grid
-from ldm.rng import Rng
+from ldm.diffusion.rng import Rng
 
 Denoise = Callable[[Tensor, int], Tensor]
 AfterStep = Callable[[Tensor, int], Tensor] | None
@@ -33,22 +33,12 @@ class Run(Protocol):
     """The shape of every sampler."""
 
     def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        rng: Rng,
-        *,
-        eta: float = 0.0,
-        after_step: AfterStep = None,
+        self, denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
     ) -> Tensor:
         """x at the clean end."""
 
 
-def ddim(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Denoising diffusion implicit models (Song 2020, arXiv 2010.02502, eq. 12 and 16, for any alpha and sigma)."""
     a, s = alpha.tolist(), sigma.tolist()
     for i in range(len(a) - 1):
@@ -63,16 +53,12 @@ def ddim(
     return x
 
 
-def ddpm(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def ddpm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Ancestral sampling with the posterior's variance (Ho 2020, arXiv 2006.11239, eq. 6 and 7): ddim at eta = 1."""
     return ddim(denoise, x, alpha, sigma, rng, eta=1.0, after_step=after_step)
 
 
-def euler(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Euler steps of d(x/alpha) = eps d(sigma/alpha) (Karras 2022, arXiv 2206.00364): written out, ddim at eta = 0.
 
     On the flow path it is also Euler's step of dx = (eps - x0) d sigma.
@@ -98,9 +84,7 @@ def euler_a(
     return x
 
 
-def heun(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Heun's second-order rule for dx = x0 d alpha + eps d sigma (Karras 2022, algorithm 1 without churn).
 
     One more evaluation per step, at the point that ddim predicts, but none at the clean end: 2n - 1 in all. In the
@@ -122,9 +106,7 @@ def heun(
     return x
 
 
-def plms(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def plms(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Pseudo linear multistep: ddim with eps from up to four past steps (Liu 2022, arXiv 2202.09778, eq. 9 and 12).
 
     Its first step is Heun-like and costs one more evaluation, as in latent diffusion and diffusers. From pure noise
@@ -188,9 +170,7 @@ def dpmpp_2m_sde(
     return x
 
 
-def unipc(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def unipc(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao 2023, arXiv 2302.04867): dpmpp_2m, each step corrected on arrival.
 
     The evaluation at the predicted point serves the corrector and the next predictor: n evaluations in all.
@@ -211,9 +191,7 @@ def unipc(
     return x
 
 
-def lcm(
-    denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
-) -> Tensor:
+def lcm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Multistep consistency sampling: all the way to x0, then up to the next level with fresh noise (Luo 2023, arXiv 2310.04378,
     algorithm 3).
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import Positive, PositiveFloat, config
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.config.schema import Positive, PositiveFloat, config
 
 FLOW_STEPS = 1000  # a flow's sigma in [0,1] is told to the network as t = 1000 sigma, as diffusers does
 
@@ -250,8 +250,5 @@ def from_scheduler_config(values: Mapping[str, Any]) -> tuple[Linear | ScaledLin
     start, end = (0.00085, 0.012) if name in _LATENT_BETAS else (1e-4, 0.02)
     made = Linear if kind == "linear" else ScaledLinear
     return made(
-        steps=steps,
-        beta_start=float(values.get("beta_start", start)),
-        beta_end=float(values.get("beta_end", end)),
-        zero_terminal_snr=zero,
+        steps=steps, beta_start=float(values.get("beta_start", start)), beta_end=float(values.get("beta_end", end)), zero_terminal_snr=zero
     ), target

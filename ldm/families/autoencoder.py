@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.batch import ImageBatch
-from ldm.config import Count, Fraction, NonNegative, PositiveFloat, config, plain
-from ldm.errors import UserError
-from ldm.families.codec import Statistics, autoencoder_folder, measure, save_codec
-from ldm.families.family import Context, Family, Product, Terms
-from ldm.families.perception import Perceptual, PerceptualNone
-from ldm.folder import load_module, load_part, save_part
-from ldm.models.autoencoder import KLConfig, VQConfig, code_use, redraw_dead
-from ldm.models.critic import CriticConfig
-from ldm.optim import Player
-from ldm.rng import Rng
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, NonNegative, PositiveFloat, config, plain
+from ldm.data.sources import DataSet
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
+from ldm.families.family import Context, Family, ParameterGroup, Product, Terms
+from ldm.families.perceptual_loss import Perceptual, PerceptualNone
+from ldm.formats.latent_codec import Statistics, autoencoder_folder, save_codec
+from ldm.formats.part import load_module, load_part, save_part
+from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
+from ldm.models.discriminator import DiscriminatorConfig
 
-CRITIC = "critic"  # folder of a product
+DISCRIMINATOR = "discriminator"  # folder of a product
 
 
 @config
@@ -35,14 +35,14 @@ class PixelLoss:
 
 @config
 class Adversarial:
-    """The critic's game: Esser 2021 (VQGAN, arXiv 2012.09841) eq. 7 with its adaptive weight."""
+    """The discriminator's game: Esser 2021 (VQGAN, arXiv 2012.09841) eq. 7 with its adaptive weight."""
 
-    weight: NonNegative = 0.5  # factor on the adaptive weight; 0: no critic at all
-    start: Fraction = 0.5  # share of the stage before which the critic neither learns nor is heard
+    weight: NonNegative = 0.5  # factor on the adaptive weight; 0: no discriminator at all
+    start: Fraction = 0.5  # share of the stage before which the discriminator neither learns nor is heard
     loss: Literal["hinge", "non_saturating"] = "hinge"  # both players' loss
     max_weight: PositiveFloat = 1e4  # clamp of the adaptive weight before the factor
-    lr_scale: PositiveFloat = 1.0  # the critic's learning rate, as a share of the autoencoder's
-    critic: CriticConfig = CriticConfig()
+    lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the autoencoder's
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 @config
@@ -104,11 +104,11 @@ def _continued(config: KL | VQ, init: Product) -> nn.Module:
 
 
 class AutoencoderFamily(Family):
-    """An autoencoder and its critic, learning from the same batch.
+    """An autoencoder and its discriminator, learning from the same batch.
 
     The loss's gradients with respect to the reconstruction are taken once, for the reconstruction loss and for the
-    critic's opinion apart; their norms at the decoder's last layer give the adaptive weight, and their weighted sum goes
-    back through the autoencoder once. The critic sees a detached reconstruction, so the players' gradients never mix.
+    discriminator's opinion apart; their norms at the decoder's last layer give the adaptive weight, and their weighted sum goes
+    back through the autoencoder once. The discriminator sees a detached reconstruction, so the players' gradients never mix.
     """
 
     usage: Tensor
@@ -119,10 +119,10 @@ class AutoencoderFamily(Family):
         self.network = config.network.build() if context.init is None else _continued(config, context.init)
         self.total_images = context.total_images
         self.images = 0
-        self.critic: nn.Module | None = config.adversarial.critic.build() if config.adversarial.weight else None
-        if self.critic is not None and context.init is not None and (context.init.folder / CRITIC).is_dir():
-            critic, path = config.adversarial.critic, context.init.folder / CRITIC
-            self.critic = load_module(critic.build, load_part(path)[1], path)
+        self.discriminator: nn.Module | None = config.adversarial.discriminator.build() if config.adversarial.weight else None
+        if self.discriminator is not None and context.init is not None and (context.init.folder / DISCRIMINATOR).is_dir():
+            discriminator, path = config.adversarial.discriminator, context.init.folder / DISCRIMINATOR
+            self.discriminator = load_module(discriminator.build, load_part(path)[1], path)
         distance = config.perceptual.build(context)
         self._frozen = () if distance is None else (distance,)  # a tuple, so that it stays out of the module tree
         self.statistics: Statistics | None = None
@@ -134,26 +134,26 @@ class AutoencoderFamily(Family):
         """The perceptual network, if there is one."""
         return list(self._frozen)
 
-    def players(self) -> list[Player]:
-        """The autoencoder and its critic."""
-        found = [Player(name="autoencoder", parameters=list(self.network.parameters()))]
-        if self.critic is not None:
-            found.append(Player("critic", list(self.critic.parameters()), self.config.adversarial.lr_scale))
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The autoencoder and its discriminator."""
+        found = [ParameterGroup(name="autoencoder", parameters=list(self.network.parameters()))]
+        if self.discriminator is not None:
+            found.append(ParameterGroup("discriminator", list(self.discriminator.parameters()), self.config.adversarial.lr_scale))
         return found
 
     def progress(self, images: int) -> None:
-        """How far the stage is, for the critic's start; a new step begins."""
+        """How far the stage is, for the discriminator's start; a new step begins."""
         self.images = images
         self._seen.clear()
 
     @property
-    def critic_active(self) -> bool:
-        """Whether the critic learns and is heard at this step."""
-        return self.critic is not None and self.images >= self.config.adversarial.start * self.total_images
+    def discriminator_active(self) -> bool:
+        """Whether the discriminator learns and is heard at this step."""
+        return self.discriminator is not None and self.images >= self.config.adversarial.start * self.total_images
 
     def idle(self) -> list[nn.Parameter]:
-        """The critic's parameters before its start."""
-        return [] if self.critic is None or self.critic_active else list(self.critic.parameters())
+        """The discriminator's parameters before its start."""
+        return [] if self.discriminator is None or self.discriminator_active else list(self.discriminator.parameters())
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The autoencoder's picture of images (B,3,H,W) in [-1,1], through the posterior's mean or the codebook."""
@@ -162,7 +162,7 @@ class AutoencoderFamily(Family):
         return self.network.decode(self.network.encode(image)[0])
 
     def loss(self, batch: ImageBatch, rng: Rng) -> tuple[Terms, Terms]:
-        """Pixel, perceptual, adversarial and latent terms; the critic's own term; gauges of the game."""
+        """Pixel, perceptual, adversarial and latent terms; the discriminator's own term; gauges of the game."""
         image = batch.image
         recon, terms, gauges = self._vq(image) if isinstance(self.config, VQ) else self._kl(image, rng)
 
@@ -175,17 +175,17 @@ class AutoencoderFamily(Family):
         (slope,) = torch.autograd.grad(judged, leaf)
         gauges["psnr"] = -10 * torch.log10(F.mse_loss(recon.detach(), image) / 4)
 
-        if self.critic is not None and self.critic_active:
+        if self.discriminator is not None and self.discriminator_active:
             opinion, opinion_slope = self._opinion(leaf)
             weight, game = self._adaptive_weight(recon, slope, opinion_slope)
             gauges |= game
             slope = slope + weight * opinion_slope
             terms["adversarial"] = (weight * opinion).detach()
-            terms["critic"], logits = self._critic_loss(image, leaf.detach())
+            terms["discriminator"], logits = self._discriminator_loss(image, leaf.detach())
             gauges |= logits
-        elif self.critic is not None:
+        elif self.discriminator is not None:
             # Every parameter takes part in every backward pass, so no wrapper need search for unused ones.
-            terms["critic"] = torch.stack([p.sum() * 0 for p in self.critic.parameters()]).sum()
+            terms["discriminator"] = torch.stack([p.sum() * 0 for p in self.discriminator.parameters()]).sum()
 
         # A term whose value is the loss and whose gradient is `slope`, already computed.
         carried = (recon * slope).sum()
@@ -212,10 +212,7 @@ class AutoencoderFamily(Family):
         counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage.dtype)
         if self.training:
             self._seen.append((z.detach().permute(0, 2, 3, 1).flatten(0, 2), counts))
-        terms = {
-            "codebook": self.config.codebook * distance["codebook"],
-            "commitment": self.config.commitment * distance["commitment"],
-        }
+        terms = {"codebook": self.config.codebook * distance["codebook"], "commitment": self.config.commitment * distance["commitment"]}
         return recon, terms, {}
 
     def _pixel(self, recon: Tensor, image: Tensor) -> Terms:
@@ -231,10 +228,10 @@ class AutoencoderFamily(Family):
         return found
 
     def _opinion(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.critic is not None
-        parameters = {name: p.detach() for name, p in self.critic.named_parameters()}
+        assert self.discriminator is not None
+        parameters = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         with torch.enable_grad():
-            logits = _full(torch.func.functional_call(self.critic, parameters, (leaf,)))
+            logits = _full(torch.func.functional_call(self.discriminator, parameters, (leaf,)))
             hinge = self.config.adversarial.loss == "hinge"
             opinion = -logits.mean() if hinge else F.softplus(-logits).mean()
         (slope,) = torch.autograd.grad(opinion, leaf)
@@ -243,17 +240,15 @@ class AutoencoderFamily(Family):
     def _adaptive_weight(self, recon: Tensor, slope: Tensor, opinion_slope: Tensor) -> tuple[Tensor, Terms]:
         """lambda = |grad rec| / (|grad gan| + 1e-4) at the last layer, over all ranks, clamped (Esser 2021, eq. 7)."""
         last = self.network.last_layer
-        norms = [
-            self.ranks.mean(torch.autograd.grad(recon, last, s, retain_graph=True)[0]).norm() for s in (slope, opinion_slope)
-        ]
+        norms = [self.ranks.mean(torch.autograd.grad(recon, last, s, retain_graph=True)[0]).norm() for s in (slope, opinion_slope)]
         free = norms[0] / (norms[1] + 1e-4)
         limit = self.config.adversarial.max_weight
         weight = free.clamp(0, limit) * self.config.adversarial.weight
         return weight.detach(), {"lambda": weight.detach(), "lambda_clamped": (free >= limit).float()}
 
-    def _critic_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, Terms]:
-        assert self.critic is not None
-        real, fake = _full(self.critic(torch.cat([image, recon]))).chunk(2)
+    def _discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, Terms]:
+        assert self.discriminator is not None
+        real, fake = _full(self.discriminator(torch.cat([image, recon]))).chunk(2)
         if self.config.adversarial.loss == "hinge":
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         else:
@@ -289,7 +284,7 @@ class AutoencoderFamily(Family):
         return found | {"codes_redrawn": dead.sum().float()}
 
     def averaged(self) -> list[nn.Parameter]:
-        """The autoencoder's own parameters; the critic is never used afterwards."""
+        """The autoencoder's own parameters; the discriminator is never used afterwards."""
         return list(self.network.parameters())
 
     def preview(self, batch: ImageBatch, seed: int) -> Tensor:
@@ -302,8 +297,33 @@ class AutoencoderFamily(Family):
         return {"latents": self.statistics.to_dict()}
 
     def save(self, folder: Path) -> None:
-        """vae/ or vqvae/ in diffusers' layout, with the latent statistics; critic/, with which a later stage goes on."""
+        """vae/ or vqvae/ in diffusers' layout, with the latent statistics; discriminator/, with which a later stage goes on."""
         assert self.statistics is not None, "finish() measures the statistics before save()"
         save_codec(folder / ("vqvae" if isinstance(self.config, VQ) else "vae"), self.network, self.statistics)
-        if self.critic is not None:
-            save_part(plain(self.config.adversarial.critic), dict(self.critic.state_dict()), folder / CRITIC)
+        if self.discriminator is not None:
+            save_part(plain(self.config.adversarial.discriminator), dict(self.discriminator.state_dict()), folder / DISCRIMINATOR)
+
+
+@torch.no_grad()
+def measure(
+    network: KLAutoencoder | VQAutoencoder, data: DataSet, resolution: int, seed: int, device: torch.device, images: int = 1024
+) -> Statistics:
+    """Mean and deviation per latent channel over up to `images` images of `data`, posterior variance included."""
+    count, total = min(images, len(data)), 0.0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
+    for start in range(0, count, 64):
+        index = list(range(start, min(start + 64, count)))
+        image = data.load(index, index, resolution, seed, False).image.to(device)
+        if isinstance(network, VQAutoencoder):
+            mean, extra = network.encode(image).double(), 0.0
+        else:
+            posterior, logvar = network.encode(image)
+            mean, extra = posterior.double(), logvar.double().exp().sum((0, 2, 3))
+        first = first + mean.sum((0, 2, 3))
+        second = second + mean.square().sum((0, 2, 3)) + extra
+        total += mean.shape[0] * mean.shape[2] * mean.shape[3]
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    average = first / total
+    deviation = (second / total - average.square()).clamp_min(1e-12).sqrt()
+    return Statistics(tuple(average.tolist()), tuple(deviation.tolist()), count, resolution)

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.batch import ImageBatch
-from ldm.config import Count, Fraction, Positive, config
+from ldm.config.schema import Count, Fraction, Positive, config
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, Terms
-from ldm.folder import save_part
+from ldm.formats.part import save_part
 from ldm.models.image_tower import ImageTowerConfig
-from ldm.rng import Rng
-from ldm.text import SmallText, TextEncoder, small_clip_text, train_tokenizer
+from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 
 
 @config
@@ -65,9 +65,7 @@ class ClipFamily(Family):
         words = nn.functional.normalize(self.projection(pooled).float(), dim=-1)  # (B,E)
         pictures = self.tower(batch.image)  # (B,E)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        contrast = self._clip_loss(
-            local_loss=True, gather_with_grad=True, rank=self.ranks.rank, world_size=self.ranks.world
-        )
+        contrast = self._clip_loss(local_loss=True, gather_with_grad=True, rank=self.ranks.rank, world_size=self.ranks.world)
         loss = contrast(pictures, words, scale)
         with torch.no_grad():
             best = (pictures @ words.T).argmax(1)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.batch import ImageBatch
 from ldm.data.sources import DataSet
-from ldm.optim import Player
-from ldm.rng import Rng
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 
 Terms = dict[str, Tensor]
 
@@ -72,9 +71,9 @@ class Family(nn.Module, ABC):
         """Networks that are used but never trained."""
         return []
 
-    def players(self) -> list[Player]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         """Parameters by who learns them; each player's gradients are clipped apart."""
-        return [Player(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
+        return [ParameterGroup(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
 
     def compilable(self) -> list[nn.Module]:
         """The networks that nearly all of a training step goes through, as calls of their own."""
@@ -93,7 +92,7 @@ class Family(nn.Module, ABC):
 
     def averaged(self) -> list[nn.Parameter]:
         """The parameters whose moving average is sampled and saved."""
-        return [p for p in self.players()[0].parameters]
+        return [p for p in self.parameter_groups()[0].parameters]
 
     def preview(self, batch: ImageBatch, seed: int) -> Tensor | None:
         """A few pictures (N,3,H,W) in [-1,1] for the eye, laid out in rows of `preview_columns`."""
@@ -108,3 +107,12 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the parts in diffusers' layout below `folder`."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are clipped together and learn at `lr_scale` times the stage's rate."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr_scale: float = 1.0

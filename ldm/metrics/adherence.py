@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.scene_captions import Target
-from ldm.data.scene_checker import Reading, read
-from ldm.data.scene_geometry import relation_of
+from ldm.data.scenes.captions import Target
+from ldm.data.scenes.checker import Reading, read
+from ldm.data.scenes.geometry import relation_of
 
 ATTRIBUTES = ("colour", "shape", "size", "cell", "fill")
 WEIGHTS = np.array([0.9999, 1.01, 0.999, 1.0, 1.0])  # of agreeing facts in the match: one each, but for ties
@@ -58,8 +58,9 @@ def grade(reading: Reading, targets: Sequence[Target]) -> Scores:
     rows = []
     for i, target in enumerate(targets):
         at = reading.objects(i)
-        rows.append(_grade(target, facts[at], reading.x[at], reading.y[at], bool(reading.valid[i]),
-                           (int(reading.tone[i]), int(reading.texture[i]))))  # fmt: skip
+        rows.append(
+            _grade(target, facts[at], reading.x[at], reading.y[at], bool(reading.valid[i]), (int(reading.tone[i]), int(reading.texture[i])))
+        )
     table = np.array(rows, np.float64).reshape(len(targets), len(METRICS))
     return {name: table[:, k] for k, name in enumerate(METRICS)}
 
@@ -86,8 +87,9 @@ def _grade(target: Target, found: NDArray, x: NDArray, y: NDArray, valid: bool, 
         relation = float(ends and relation_of(x[b] - x[a], y[b] - y[a]) == target.relation)
     count = float(valid and len(found) == many)
     strict = float(count and (right | ~stated)[:, :4].all() and relation != 0)
-    tone, texture = (np.nan if want < 0 else float(valid and got == want) for want, got in
-                     ((target.tone, ground[0]), (target.texture, ground[1])))  # fmt: skip
+    tone, texture = (
+        np.nan if want < 0 else float(valid and got == want) for want, got in ((target.tone, ground[0]), (target.texture, ground[1]))
+    )
     both = [value for value in (tone, texture) if value == value]
     return [*shares, bind, relation, count, strict, tone, texture, min(both) if both else np.nan]
 

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ldm.config import BY_KIND, Count, NonNegative, Positive, config
+from ldm.config.errors import UserError
+from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
-from ldm.data.scene_spec import TierName, pairs_of
-from ldm.data.scenes import Scenes, prompts
-from ldm.errors import UserError
+from ldm.data.pictures import save_grid
+from ldm.data.scenes.source import Scenes, prompts
+from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.metrics import adherence, frechet
 from ldm.metrics.reconstruction import psnr, ssim
-from ldm.pictures import save_grid
 
 Values = dict[str, Any]
 PROMPTS = "prompts.json"  # beside example pictures: what each grid was asked for, by its name
@@ -142,15 +142,21 @@ class Adherence:
         means = {pairs.replace("-", "_"): {k: round(v["mean"], 4) for k, v in found.items()} for pairs, found in first.items()}
         used = bench.model.settings(guidance=scales[0], **own)
         protocol = {
-            "tier": self.tier, "prompts": self.prompts, "guidance": list(scales), "steps": used.steps, "sampler": used.sampler,
-            "spacing": used.spacing, "seed": self.seed, "size": self.size or bench.model.defaults["size"][0],
+            "tier": self.tier,
+            "prompts": self.prompts,
+            "guidance": list(scales),
+            "steps": used.steps,
+            "sampler": used.sampler,
+            "spacing": used.spacing,
+            "seed": self.seed,
+            "size": self.size or bench.model.defaults["size"][0],
             "intervals": "95 % bootstrap over prompts, 1000 resamples",
-        }  # fmt: skip
+        }
         return {**means, "intervals": intervals, "checker": self._checker(groups, protocol["size"]), "protocol": protocol}
 
     def _checker(self, groups: Any, size: int) -> Values:
         """The checker's score of perfect answers, drawn at the size that is measured: nothing can score more."""
-        from ldm.data.scene_render import render, to_bytes
+        from ldm.data.scenes.render import render, to_bytes
 
         found = {}
         for pairs, asked in groups.items():
@@ -217,9 +223,7 @@ class Frechet:
         def on_step(done: int, total: int) -> None:
             bench.progress(done, total, "frechet")
 
-        images = bench.model.sample(
-            real.caption[:half], [self.seed + i for i in range(half)], steps=self.steps or None, on_step=on_step
-        )
+        images = bench.model.sample(real.caption[:half], [self.seed + i for i in range(half)], steps=self.steps or None, on_step=on_step)
         a, b, c = (frechet.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
         a, b, c = frechet.standardise(a, b, c)
         return {

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.scene_captions import stated
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scene_spec import TIERS, Specs
+from ldm.data.scenes.captions import stated
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.spec import TIERS, Specs
 from ldm.metrics.adherence import score
 
 Images = NDArray[np.floating]

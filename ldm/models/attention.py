@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.config.errors import UserError
 
 Kind = Literal["auto", "sdpa", "plain", "xformers", "sliced"]
 
@@ -109,10 +109,7 @@ def _sliced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     step = max(1, SLICE_BYTES // row_bytes)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    parts = [
-        _plain(q[:, :, i : i + step], k, v, None if mask is None else mask[:, :, i : i + step])
-        for i in range(0, q.shape[2], step)
-    ]
+    parts = [_plain(q[:, :, i : i + step], k, v, None if mask is None else mask[:, :, i : i + step]) for i in range(0, q.shape[2], step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import Count, Positive, PositiveFloat, config, named
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Positive, PositiveFloat, config, named
+from ldm.diffusion.rng import Rng
 from ldm.models.blocks import start_as_identity
 from ldm.models.coder import Decoder, Encoder, Shape
 from ldm.models.diffusers_config import kl_from_diffusers, kl_to_diffusers, vq_from_diffusers, vq_to_diffusers
 from ldm.models.stripes import Stripes
-from ldm.rng import Rng
 
 DEAD = 0.01  # a code with less than this share of the mean use counts as unused
 SEARCH_BYTES = 64 * 2**20  # of distances that the nearest-code search holds at a time
@@ -239,7 +239,7 @@ class Codebook(nn.Module):
             The codes' values (B,c,h,w), whose gradient goes straight to `z`; their numbers (B,h,w) int64; the two terms
             of arXiv 1711.00937, eq. 3, as means over all values: "codebook" pulls the codes, "commitment" the latents.
         """
-        numbers = self.nearest(z)                                          # (B,h,w)
+        numbers = self.nearest(z)  # (B,h,w)
         chosen = F.embedding(numbers, self.embedding.weight).permute(0, 3, 1, 2)  # (B,c,h,w)
         terms = {"codebook": F.mse_loss(chosen, z.detach()), "commitment": F.mse_loss(z, chosen.detach())}
         return z + (chosen - z).detach(), numbers, terms
@@ -249,9 +249,9 @@ class Codebook(nn.Module):
         """Numbers (B,h,w) of the codes with the least Euclidean distance to latents (B,c,h,w), in float32 at least."""
         with torch.autocast(z.device.type, enabled=False):
             dtype = torch.promote_types(z.dtype, torch.float32)
-            places = z.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)         # (N,c)
-            codes = self.embedding.weight.to(dtype)                        # (K,c)
-            half = 0.5 * codes.square().sum(1)                             # (K,)
+            places = z.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)  # (N,c)
+            codes = self.embedding.weight.to(dtype)  # (K,c)
+            half = 0.5 * codes.square().sum(1)  # (K,)
             step = max(1, SEARCH_BYTES // (len(codes) * codes.element_size()))
             # |z - e|^2 / 2 without |z|^2, which does not depend on the code.
             found = [torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in places.split(step)]
@@ -266,9 +266,7 @@ def code_use(usage: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def redraw_dead(
-    codebook: Tensor, usage: Tensor, latest: Tensor, rng: Rng, rank: int = 0, world: int = 1
-) -> tuple[Tensor, Tensor]:
+def redraw_dead(codebook: Tensor, usage: Tensor, latest: Tensor, rng: Rng, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
     """New values for the codes that are hardly used.
 
     Args:
@@ -313,12 +311,12 @@ def fold_latent_stats(
     made = dict(state)
     shift, scale = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
-    weight, bias = _one_by_one(state, "quant_conv", 2 * channels)          # (2c,2c), (2c,)
+    weight, bias = _one_by_one(state, "quant_conv", 2 * channels)  # (2c,2c), (2c,)
     factor = torch.cat([1 / scale, torch.ones_like(scale)])
     offset = torch.cat([shift / scale, 2 * scale.log()])
     _put(made, "quant_conv", factor[:, None] * weight, factor * bias - offset, state)
 
-    weight, bias = _one_by_one(state, "post_quant_conv", channels)         # (c,c), (c,)
+    weight, bias = _one_by_one(state, "post_quant_conv", channels)  # (c,c), (c,)
     _put(made, "post_quant_conv", weight * scale, weight @ shift + bias, state)
     return replace(config, quant_conv=True, post_quant_conv=True, scaling_factor=1.0, shift_factor=None), made
 

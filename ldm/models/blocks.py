@@ -52,7 +52,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | Step | None = None, codes: Tensor | None = None) -> Tensor:
         """(B,C,h,w), (B,T) after its SiLU or what became of it, (B,c,h',w') -> (B,C',h,w)."""
-        h = self.conv1(F.silu(normed(self.norm1, x, codes)))               # (B,C',h,w)
+        h = self.conv1(F.silu(normed(self.norm1, x, codes)))  # (B,C',h,w)
         if self.time_emb_proj is not None:
             shift = time.shifts[self] if isinstance(time, Step) else self.time_emb_proj(time)
             h = h + shift[:, :, None, None]
@@ -137,12 +137,12 @@ def folded_upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, _, height, width = x.shape
     x = F.pad(x, (1, 1, 1, 1))
     rows = []
-    for r, across in enumerate(_pairs(weight, 2)):                         # (C',C,2,3)
+    for r, across in enumerate(_pairs(weight, 2)):  # (C',C,2,3)
         columns = [
             F.conv2d(x[:, :, r : r + height + 1, c : c + width + 1], kernel, bias)  # (B,C',h,w)
-            for c, kernel in enumerate(_pairs(across, 3))                  # (C',C,2,2)
+            for c, kernel in enumerate(_pairs(across, 3))  # (C',C,2,2)
         ]
-        rows.append(torch.stack(columns, dim=-1))                          # (B,C',h,w,2)
+        rows.append(torch.stack(columns, dim=-1))  # (B,C',h,w,2)
     return torch.stack(rows, dim=-3).reshape(batch, -1, 2 * height, 2 * width)
 
 

@@ -95,14 +95,7 @@ class Stage(nn.Module):
     """The residual blocks of one resolution, each followed by attention where wanted, and a change of size."""
 
     def __init__(
-        self,
-        before: int,
-        channels: int,
-        layers: int,
-        groups: int,
-        attends: bool,
-        scale: Downsample | Upsample | None,
-        code_channels: int,
+        self, before: int, channels: int, layers: int, groups: int, attends: bool, scale: Downsample | Upsample | None, code_channels: int
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
@@ -133,9 +126,7 @@ class Bottom(nn.Module):
     def __init__(self, channels: int, groups: int, attends: bool, code_channels: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([MapAttention(channels, groups, code_channels)] if attends else [])
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, groups=groups, eps=EPS, code_channels=code_channels) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups=groups, eps=EPS, code_channels=code_channels) for _ in range(2))
 
     def forward(self, x: Tensor, codes: Tensor | None) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
@@ -159,9 +150,9 @@ class MapAttention(nn.Module):
     def forward(self, x: Tensor, codes: Tensor | None) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
         layer = self.group_norm if self.spatial_norm is None else self.spatial_norm
-        h = normed(layer, x, codes).flatten(2).transpose(1, 2)             # (B,h*w,C)
-        q, k, v = (y[:, None] for y in self._projected(h))                 # (B,1,h*w,C)
-        h = self.to_out[0](attention(q, k, v)[:, 0])                       # (B,h*w,C)
+        h = normed(layer, x, codes).flatten(2).transpose(1, 2)  # (B,h*w,C)
+        q, k, v = (y[:, None] for y in self._projected(h))  # (B,1,h*w,C)
+        h = self.to_out[0](attention(q, k, v)[:, 0])  # (B,h*w,C)
         return x + h.transpose(1, 2).reshape(x.shape)
 
     def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

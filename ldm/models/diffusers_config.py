@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ldm.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm.models.autoencoder import KLConfig, VQConfig
-    from ldm.models.unet import UNetConfig
+from ldm.config.errors import UserError
 
 Plain = tuple[tuple[str, str, object], ...]
 
@@ -103,8 +99,8 @@ VQ_PLAIN: Plain = (
 VQ_IGNORED = {"lookup_from_codebook", "force_upcast"}
 
 
-def unet_to_diffusers(config: UNetConfig) -> dict[str, object]:
-    """A U-Net's config.json."""
+def unet_to_diffusers(config: Any) -> dict[str, object]:
+    """A `UNetConfig`'s config.json."""
     pooled = config.pooled_channels or config.context_width
     values: dict[str, object] = {
         "_class_name": "UNet2DConditionModel" if config.stock else OWN_UNET,
@@ -162,8 +158,8 @@ def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     return fields
 
 
-def kl_to_diffusers(config: KLConfig) -> dict[str, object]:
-    """A KL autoencoder's config.json."""
+def kl_to_diffusers(config: Any) -> dict[str, object]:
+    """A `KLConfig`'s config.json."""
     return {"_class_name": "AutoencoderKL", **KL_FIXED, **_coder_to_diffusers(config, KL_PLAIN)}
 
 
@@ -172,8 +168,8 @@ def kl_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     return _coder_from_diffusers("AutoencoderKL", values, KL_FIXED, KL_PLAIN, set())
 
 
-def vq_to_diffusers(config: VQConfig) -> dict[str, object]:
-    """A VQ autoencoder's config.json."""
+def vq_to_diffusers(config: Any) -> dict[str, object]:
+    """A `VQConfig`'s config.json."""
     values = {"_class_name": "VQModel", **VQ_FIXED, **_coder_to_diffusers(config, VQ_PLAIN)}
     return values | {"vq_embed_dim": config.code_channels or None}
 
@@ -186,7 +182,7 @@ def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     return fields | {"code_channels": fields["code_channels"] or 0}
 
 
-def _coder_to_diffusers(config: KLConfig | VQConfig, plain: Plain) -> dict[str, object]:
+def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, object]:
     return {
         **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in plain},
         "down_block_types": ["AttnDownEncoderBlock2D" if on else "DownEncoderBlock2D" for on in config.levels],
@@ -235,13 +231,7 @@ def _check_class(values: Mapping[str, object], names: tuple[str, ...]) -> None:
         raise UserError(f"config.json: _class_name is {found!r}, but a {names[0]} is needed here")
 
 
-def _check_fields(
-    name: str,
-    values: Mapping[str, object],
-    fixed: Mapping[str, object],
-    plain: Plain,
-    special: set[str],
-) -> None:
+def _check_fields(name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, special: set[str]) -> None:
     known = {theirs for theirs, _, _ in plain} | special
     for key, value in values.items():
         if key in fixed:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.config import Positive, config
+from ldm.config.schema import Positive, config
 
 
 @config
@@ -24,12 +24,7 @@ class ImageTowerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the part's config.json."""
-        return {
-            "_class_name": "ImageTower",
-            "channels": list(self.channels),
-            "embedding": self.embedding,
-            "grid": self.grid,
-        }
+        return {"_class_name": "ImageTower", "channels": list(self.channels), "embedding": self.embedding, "grid": self.grid}
 
 
 class ImageTower(nn.Module):
@@ -40,13 +35,7 @@ class ImageTower(nn.Module):
         self.config = config
         widths = (3, *config.channels)
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(a, b, 3, stride=2, padding=1),
-                nn.GroupNorm(1, b),
-                nn.SiLU(),
-                nn.Conv2d(b, b, 3, padding=1),
-                nn.SiLU(),
-            )
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(1, b), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
             for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         self.head = nn.Linear(widths[-1] * config.grid**2, config.embedding)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.config.errors import UserError
 
 # VGG16's 3x3 convolutions: for each block, torchvision's numbers of its convolutions and their width.
 VGG16 = (((0, 2), 64), ((5, 7), 128), ((10, 12, 14), 256), ((17, 19, 21), 512), ((24, 26, 28), 512))
@@ -68,9 +68,9 @@ class Lpips(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances (B,) >= 0 of two batches of pictures (B,3,H,W) in [-1,1], of at least 16 px."""
-        total = torch.zeros(len(a), device=a.device)                       # (B,)
+        total = torch.zeros(len(a), device=a.device)  # (B,)
         for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):
-            difference = (_unit(x, 1e-20) - _unit(y, 1e-20)).square()      # (B,C,h,w)
+            difference = (_unit(x, 1e-20) - _unit(y, 1e-20)).square()  # (B,C,h,w)
             total = total + (difference * head.view(1, -1, 1, 1)).sum(1).mean((1, 2))
         return total
 

@@ -24,24 +24,13 @@ class Transformer(nn.Module):
     """Transformer blocks over the places of a map, beside a shortcut."""
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        depth: int,
-        context_width: int,
-        groups: int,
-        linear: bool,
-        upcast: bool,
-        dropout: float,
+        self, channels: int, *, heads: int, depth: int, context_width: int, groups: int, linear: bool, upcast: bool, dropout: float
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_width, upcast, dropout) for _ in range(depth)
-        )
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width, upcast, dropout) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
@@ -50,7 +39,7 @@ class Transformer(nn.Module):
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2).contiguous()                      # (B,h*w,C)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B,h*w,C)
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
@@ -95,9 +84,9 @@ class CrossAttention(nn.Module):
         """(B,L,C) -> (B,L,C)."""
         mask = None
         if memory is None:
-            q, k, v = self._inward(x)                                      # (B,heads,L,D)
+            q, k, v = self._inward(x)  # (B,heads,L,D)
         else:
-            q = self._split(self.to_q(x))                                  # (B,heads,L,D)
+            q = self._split(self.to_q(x))  # (B,heads,L,D)
             k, v = memory.keys_values.get(self) or self.keys_values(memory.tokens)
             mask = memory.mask
         if self.upcast:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.batch import Cond, Text
-from ldm.config import Count, Fraction, Positive, PositiveFloat, config, named
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, config, named
+from ldm.diffusion.batch import Cond, Text
 from ldm.models.blocks import Downsample, ResnetBlock, Step, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
 from ldm.models.transformer import CrossAttention, Memory, Transformer
@@ -178,9 +178,9 @@ class UNet(nn.Module):
         memory = memory or self._memory(cond.text, x.dtype)
         recomputed = self.checkpointing and torch.is_grad_enabled()
         if self.config.coordinates:
-            x = torch.cat([x, coordinates(x)], dim=1)                      # (B,C+6,h,w)
+            x = torch.cat([x, coordinates(x)], dim=1)  # (B,C+6,h,w)
 
-        x = self.conv_in(x)                                                # (B,c,h,w)
+        x = self.conv_in(x)  # (B,c,h,w)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -196,7 +196,7 @@ class UNet(nn.Module):
                 x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, memory, recomputed)
             if level.upsamplers is not None:
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                # (B,C',h,w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B,C',h,w)
 
     def remember(self, text: Text) -> Memory:
         """The keys and values of every cross-attention: they depend on the prompt alone, so once serves all steps."""
@@ -265,13 +265,7 @@ class Level(nn.Module):
     """The residual blocks of one resolution, each with a transformer where the level attends, and a change of size."""
 
     def __init__(
-        self,
-        config: UNetConfig,
-        sizes: list[int],
-        channels: int,
-        time: int,
-        attends_as: int | None,
-        scale: Downsample | Upsample | None,
+        self, config: UNetConfig, sizes: list[int], channels: int, time: int, attends_as: int | None, scale: Downsample | Upsample | None
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnet(config, size, channels, time) for size in sizes)
@@ -309,12 +303,7 @@ class Middle(nn.Module):
 def resnet(config: UNetConfig, channels_in: int, channels_out: int, time: int) -> ResnetBlock:
     """A residual block as `config` wants it."""
     return ResnetBlock(
-        channels_in,
-        channels_out,
-        groups=config.norm_groups,
-        eps=config.norm_eps,
-        time_channels=time,
-        dropout=config.dropout,
+        channels_in, channels_out, groups=config.norm_groups, eps=config.norm_eps, time_channels=time, dropout=config.dropout
     )
 
 

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import ldm.checkpoint as checkpoint
-from ldm.batch import MomentBatch
-from ldm.checkpoint import folder_hash, verify
+import ldm.formats.atomic as checkpoint
+from ldm.config.errors import UserError
 from ldm.data.cache import seal, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import draw_flips
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.images import mirrored
 from ldm.data.loader import batches
-from ldm.errors import UserError
+from ldm.diffusion.batch import MomentBatch
+from ldm.formats.atomic import folder_hash, verify
 
 PIXELS = 16
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import folder_hash
+from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, sort
 from ldm.data.cache import write_cache
 from ldm.data.cached import CachedLatents
@@ -19,7 +19,7 @@ from ldm.data.dataset import draw_flips
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.images import mirrored
 from ldm.data.loader import batches
-from ldm.errors import UserError
+from ldm.formats.atomic import folder_hash
 
 CHOSEN = Buckets(step=8)
 OPTIONS = {"autoencoder": "aaaa", "resolution": 32, "batch": 3, "seed": 3, "shard_images": 7, "buckets": CHOSEN}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tars import painted
 
 from ldm.data.captions import MAX_CHARACTERS, caption_texts, clean, text_captions
@@ -42,10 +39,22 @@ FILES: list[tuple[bytes, tuple[str, ...] | str]] = [
     (b"a" * (2**20 + 1), "caption too long"),
 ]
 CELLS: list[tuple[object, tuple[str, ...]]] = [
-    ("plain", ("plain",)), (None, ()), ("", ()), ("  \n", ()), (5, ()), (1.5, ()), (True, ()), ({"text": "a"}, ()), ([], ()),
-    (["a", "b", "a"], ("a", "b")), (["a", 3, None, ["b"], "c "], ("a", "c")), ([[["deep"]]], ()), ("a\ud800b", ("ab",)), (b"bytes", ()),
+    ("plain", ("plain",)),
+    (None, ()),
+    ("", ()),
+    ("  \n", ()),
+    (5, ()),
+    (1.5, ()),
+    (True, ()),
+    ({"text": "a"}, ()),
+    ([], ()),
+    (["a", "b", "a"], ("a", "b")),
+    (["a", 3, None, ["b"], "c "], ("a", "c")),
+    ([[["deep"]]], ()),
+    ("a\ud800b", ("ab",)),
+    (b"bytes", ()),
     ("x" * 10**6, ("x" * MAX_CHARACTERS,)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("data", "wanted"), FILES, ids=range(len(FILES)))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.config.errors import UserError
 from ldm.data.filter import Filter, Sifted, sift
 from ldm.data.folder import FolderSource
-from ldm.data.scenes import ScenesSource
-from ldm.errors import UserError
+from ldm.data.scenes.source import ScenesSource
 
 WEB = ScenesSource(tier="one", images=400, val=4, web=True).build("train")
 

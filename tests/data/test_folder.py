@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from ldm.config.errors import UserError
 from ldm.data.captions import MAX_CHARACTERS, clean
 from ldm.data.dataset import Split
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.photos import held_out
-from ldm.errors import UserError
 
 
 def paint(path: Path, number: int = 0, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Path:
@@ -105,9 +105,7 @@ def test_metadata_jsonl_and_csv_with_several_rows_lists_and_missing_files(tmp_pa
     ]
     lines = [*map(json.dumps, rows), "{not json", "[1]", ""]
     (tmp_path / "shelf0" / "metadata.jsonl").write_text("\n".join(lines))
-    (tmp_path / "shelf1" / "metadata.csv").write_text(
-        '\ufefffile_name,text\np01.png,"a, quoted"\np03.jpg,plain\np05.webp,\n'
-    )
+    (tmp_path / "shelf1" / "metadata.csv").write_text('\ufefffile_name,text\np01.png,"a, quoted"\np03.jpg,plain\np05.webp,\n')
     data = build(tmp_path, val_share=1e-9)
     assert all_words(data, build(tmp_path, "val", val_share=1e-9)) == {
         "shelf0/p00.jpg": ["first", "second"],
@@ -138,9 +136,7 @@ def test_other_caption_columns_are_known_and_unknown_ones_are_shown(tmp_path):
     table.write_text("file_name,caption\np00.jpg,yes\np02.webp,no\n")
     assert len(build(tmp_path)) == 1
     table.write_text("image,words\np00.jpg,yes\n")
-    with pytest.raises(
-        UserError, match=r"metadata\.csv: needs the columns file_name and one of text, .* has image, words"
-    ):
+    with pytest.raises(UserError, match=r"metadata\.csv: needs the columns file_name and one of text, .* has image, words"):
         build(tmp_path)
     table.write_bytes(b"file_name,text\np00.jpg,\xff\xfe\n")
     with pytest.raises(UserError, match="not UTF-8 at byte 23"):
@@ -150,9 +146,7 @@ def test_other_caption_columns_are_known_and_unknown_ones_are_shown(tmp_path):
 def test_where_captions_come_from_can_be_chosen(tmp_path):
     for name in ("a_red-circle_012", "blue ring (3)"):
         paint(tmp_path / f"{name}.png").with_suffix(".caption").write_text("beside")
-    (tmp_path / "metadata.jsonl").write_text(
-        "\n".join(json.dumps({"file_name": p.name, "text": "table"}) for p in tmp_path.glob("*.png"))
-    )
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": p.name, "text": "table"}) for p in tmp_path.glob("*.png")))
 
     def captions(**options: str) -> set[str]:
         parts = [build(tmp_path, split, **options) for split in ("train", "val")]
@@ -218,8 +212,10 @@ def test_bad_files_are_left_out_counted_and_named(tmp_path):
     data = build(tmp_path, max_pixels=200 * 200)
     assert data.total == good
     assert reasons(data) == {name: reason for name, (_, reason) in bad.items()} | {
-        "tiny.png": "too small", "huge.png": "too many pixels", "silent.png": "no caption",
-    }  # fmt: skip
+        "tiny.png": "too small",
+        "huge.png": "too many pixels",
+        "silent.png": "no caption",
+    }
     assert data.describe()["rejected"]["format not supported"] == 3
     assert build(tmp_path, min_side=8).total == good + 2
 
@@ -270,9 +266,7 @@ def test_folders_that_cannot_be_used_say_path_and_fix(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}: no images here; put PNG, JPEG, WEBP"):
         build(tmp_path)
     photos(tmp_path, 3, captions=False)
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}: 3 images but no captions .*x\.txt beside each x\.jpg, or a metadata\.jsonl"
-    ):
+    with pytest.raises(UserError, match=rf"{tmp_path}: 3 images but no captions .*x\.txt beside each x\.jpg, or a metadata\.jsonl"):
         build(tmp_path)
     only = tmp_path / "only"
     paint(only / "one.png").with_suffix(".txt").write_text("one")
@@ -351,16 +345,24 @@ def test_metadata_parquet_brings_captions_sizes_and_scores(tmp_path):
 
     photos(tmp_path, 4, captions=False)
     rows = {
-        "file_name": ["p00.jpg", "p02.webp"], "TEXT": ["zero", "two"], "original_width": [800, None], "HEIGHT": [600.0, None],
-        "AESTHETIC_SCORE": [6.5, None], "pwatermark": [0.25, "x"[:0] or None], "blob": [b"\0", b"\1"],
-    }  # fmt: skip
+        "file_name": ["p00.jpg", "p02.webp"],
+        "TEXT": ["zero", "two"],
+        "original_width": [800, None],
+        "HEIGHT": [600.0, None],
+        "AESTHETIC_SCORE": [6.5, None],
+        "pwatermark": [0.25, "x"[:0] or None],
+        "blob": [b"\0", b"\1"],
+    }
     table = tmp_path / "shelf0" / "metadata.parquet"
     pq.write_table(pa.table(rows), table)
     (tmp_path / "metadata.csv").write_text("file_name,text,aesthetic\nshelf1/p01.png,one,7\nshelf1/p03.jpg,three,often\n")
     parts = [build(tmp_path, split) for split in ("train", "val")]
     assert {n: w for d in parts for n, w in all_words(d).items()} == {
-        "shelf0/p00.jpg": ["zero"], "shelf0/p02.webp": ["two"], "shelf1/p01.png": ["one"], "shelf1/p03.jpg": ["three"],
-    }  # fmt: skip
+        "shelf0/p00.jpg": ["zero"],
+        "shelf0/p02.webp": ["two"],
+        "shelf1/p01.png": ["one"],
+        "shelf1/p03.jpg": ["three"],
+    }
     told = {}
     for data in parts:
         f = data.fields()

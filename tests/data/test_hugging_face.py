@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tars import painted
 
+from ldm.config.errors import UserError
 from ldm.data.hugging_face import DatasetsData, DatasetsSource
-from ldm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +90,11 @@ def test_bad_rows_are_counted_and_damaged_ones_replaced(tmp_path):
     file = parquet(tmp_path / "bad.parquet", 8, image=cells, text=[*text[:6], None, text[7]])
     data = build(file, val_share=1e-9)
     assert {r.name: r.reason for r in data.rejected} == {
-        "row 2": "not an image", "row 3": "no image", "row 4": "unreadable file", "row 6": "no caption",
-    }  # fmt: skip
+        "row 2": "not an image",
+        "row 3": "no image",
+        "row 4": "unreadable file",
+        "row 6": "no caption",
+    }
     if 5 in data._rows:
         data.load([data._rows.index(5)], [0], 16, 0, False)
         assert list(data.replaced) == ["row 5"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ldm.batch import to_unit
 from ldm.data import images
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, view
+from ldm.diffusion.batch import to_unit
 
 
 def packed(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -45,9 +45,7 @@ def test_an_image_of_the_right_size_comes_out_untouched():
     assert seen.size == (24, 24, 0, 0, 24, 24)
     tensor = to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     assert tensor.shape == (1, 3, 24, 24) and tensor.dtype == torch.float32
-    assert torch.equal(
-        ((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
-    )
+    assert torch.equal(((tensor + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels[None]).permute(0, 3, 1, 2))
     assert tensor.min() >= -1 and tensor.max() <= 1
 
 
@@ -99,9 +97,15 @@ def test_exif_orientation_is_applied(orientation, kind):
     undo = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 5, 8: 6}
     turned = Image.fromarray(upright)
     if orientation > 1:
-        steps = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-                 Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE,
-                 Image.Transpose.ROTATE_270]  # fmt: skip
+        steps = [
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_90,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_270,
+        ]
         turned = turned.transpose(steps[undo[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -133,9 +137,7 @@ def test_every_format_is_read(kind):
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "AVIF", "PNG", "WEBP"])
 def test_animations_show_their_first_frame(kind):
     frames = [Image.new("RGB", (16, 16), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
-    data = packed(
-        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
-    )
+    data = packed(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
     assert np.abs(view(data, 16).pixels[8, 8].astype(int) - (250, 0, 0)).max() <= 3
 
 
@@ -319,6 +321,7 @@ def test_text_bombs_in_png_are_refused():
 
 def jpegs() -> list[bytes]:
     """Small JPEGs of every kind: samplings, progressive, grey, CMYK, restart markers, unconverted colours, turned."""
+
     def made(mode: str = "RGB", turned: int = 1, **words: object) -> bytes:
         exif, out = Image.Exif(), io.BytesIO()
         exif[0x0112] = turned

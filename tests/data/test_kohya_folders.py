@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from tars import painted
 
+from ldm.config.errors import UserError
 from ldm.data.check import check, source_at
 from ldm.data.dataset import Split
 from ldm.data.folder import FolderData, FolderSource
-from ldm.errors import UserError
 
 
 def build(root: Path, split: Split = "train", **options: object) -> FolderData:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.batch import ImageBatch
+from ldm.config.errors import UserError
 from ldm.data.loader import batches, ordered
 from ldm.data.order import shuffled
-from ldm.errors import UserError
-from ldm.rng import Rng
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 
 
 class Numbers:
@@ -36,9 +36,7 @@ class Numbers:
             raise OSError("the disk is gone")
         self.threads.add(threading.current_thread().name)
         noise = Rng(seed, position).uniform("crop").float().view(-1, 1, 1, 1)
-        image = (torch.tensor(list(index)).float().view(-1, 1, 1, 1) + noise + flip).expand(
-            -1, 3, resolution, resolution
-        )
+        image = (torch.tensor(list(index)).float().view(-1, 1, 1, 1) + noise + flip).expand(-1, 3, resolution, resolution)
         return ImageBatch(
             image=image.contiguous(),
             caption=tuple(f"number {i}" for i in index),

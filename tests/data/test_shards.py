@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,23 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tars import packed, painted, sample, shard
 
-from ldm.data import store
+from ldm.config.errors import UserError
+from ldm.data import storage
 from ldm.data.images import view
 from ldm.data.shard_index import NAME, open_index
 from ldm.data.shards import ShardsData, ShardsSource
-from ldm.data.tar import Damage, Member, Skipped, members
-from ldm.errors import UserError
+from ldm.data.tar import Damage, Member, NonFiniteUpdate, members
 
 
 def build(path: object, split: str = "train", **options: object) -> ShardsData:
     return ShardsSource(path=str(path), **options).build(split)  # type: ignore[arg-type]
 
 
-def read(data: bytes) -> list[Member | Skipped | Damage]:
+def read(data: bytes) -> list[Member | NonFiniteUpdate | Damage]:
     return list(members(io.BytesIO(data), 10**6))
 
 
@@ -147,11 +144,11 @@ def test_brace_ranges_and_urls(tmp_path):
     for i in range(3):
         shard(tmp_path, i, 4)
     pattern = tmp_path / "{00000..00002}.tar"
-    assert store.expand("a{08..11}.{x,y}")[::3] == ["a08.x", "a09.y", "a11.x"] and store.expand("no{braces}") == ["no{braces}"]
+    assert storage.expand("a{08..11}.{x,y}")[::3] == ["a08.x", "a09.y", "a11.x"] and storage.expand("no{braces}") == ["no{braces}"]
     with pytest.raises(UserError, match="must count upwards"):
-        store.expand("{3..1}")
+        storage.expand("{3..1}")
     with pytest.raises(UserError, match="stands for 1000000000000 names"):
-        store.expand("{0..999999}{0..999999}")
+        storage.expand("{0..999999}{0..999999}")
     local = build(pattern)
     memory = fsspec.filesystem("memory")
     for file in tmp_path.glob("*.tar"):
@@ -195,19 +192,39 @@ def test_img2dataset_tables_bring_sizes_scores_and_the_count(tmp_path):
 def test_odd_samples_have_a_counted_reason_and_never_another_ones_caption(tmp_path):
     pictures = [s for i in range(12) for s in sample(f"good{i:02d}", i)]
     odd = [
-        *sample("photo.v2", 20), ("UPPER.JPG", painted(21)), ("UPPER.TXT", b"picture 21"),  # fine
-        ("late.txt", b"picture 22"), *pictures, ("late.jpg", painted(22)),  # unordered: fine
-        *sample("twice", 23), *sample("other", 24), *sample("twice", 25),  # far duplicate
-        *sample("near", 26)[:1], *sample("near", 27),
-        ("both.jpg", painted(28)), ("both.png", painted(29, kind="PNG")), ("both.txt", b"picture 28"),
-        ("mute.jpg", painted(30)), ("blank.jpg", painted(31)), ("blank.txt", b" \n"), ("words.txt", b"picture 32"),
-        ("latin.jpg", painted(33)), ("latin.txt", b"caf\xe9"), ("phone.heic", b"ftypheic"),
+        *sample("photo.v2", 20),
+        ("UPPER.JPG", painted(21)),
+        ("UPPER.TXT", b"picture 21"),  # fine
+        ("late.txt", b"picture 22"),
+        *pictures,
+        ("late.jpg", painted(22)),  # unordered: fine
+        *sample("twice", 23),
+        *sample("other", 24),
+        *sample("twice", 25),  # far duplicate
+        *sample("near", 26)[:1],
+        *sample("near", 27),
+        ("both.jpg", painted(28)),
+        ("both.png", painted(29, kind="PNG")),
+        ("both.txt", b"picture 28"),
+        ("mute.jpg", painted(30)),
+        ("blank.jpg", painted(31)),
+        ("blank.txt", b" \n"),
+        ("words.txt", b"picture 32"),
+        ("latin.jpg", painted(33)),
+        ("latin.txt", b"caf\xe9"),
+        ("phone.heic", b"ftypheic"),
         ("phone.txt", b"picture 34"),
-        ("page.jpg", b"<html>"), ("page.txt", b"picture 35"), ("label.cls", b"3"),
-        ("only.jpg", painted(36)), ("only.json", b'{"caption": "picture 36"}'),
-        ("number.jpg", painted(37)), ("number.json", b'{"caption": 5}'), ("broken.jpg", painted(38)), ("broken.txt", b"picture 38"),
+        ("page.jpg", b"<html>"),
+        ("page.txt", b"picture 35"),
+        ("label.cls", b"3"),
+        ("only.jpg", painted(36)),
+        ("only.json", b'{"caption": "picture 36"}'),
+        ("number.jpg", painted(37)),
+        ("number.json", b'{"caption": 5}'),
+        ("broken.jpg", painted(38)),
+        ("broken.txt", b"picture 38"),
         ("broken.json", b"{"),
-    ]  # fmt: skip
+    ]
     (tmp_path / "odd.tar").write_bytes(packed(odd))
     parts = [build(tmp_path, split, max_bad=0.5) for split in ("train", "val")]
     found = {d.name(i).removeprefix("odd.tar/"): (d.read(i), d.all_captions([i])[0]) for d in parts for i in range(len(d))}
@@ -216,9 +233,14 @@ def test_odd_samples_have_a_counted_reason_and_never_another_ones_caption(tmp_pa
         number = int(captions[0].removeprefix("picture "))
         assert data in (painted(number), painted(number, (40 + number % 5, 36))), key
     assert parts[0].rejected == {
-        "duplicate key": 3, "no caption": 2, "empty caption": 1, "no image": 1, "caption not UTF-8": 1, "format not supported": 1,
+        "duplicate key": 3,
+        "no caption": 2,
+        "empty caption": 1,
+        "no image": 1,
+        "caption not UTF-8": 1,
+        "format not supported": 1,
         "not an image": 1,
-    }  # fmt: skip
+    }
     assert parts[0].index.shards[0].other == {".cls": 1}
 
 
@@ -262,7 +284,7 @@ def mutations(whole: bytes, count: int, seed: int) -> list[bytes]:
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_no_cut_and_no_turned_bit_loses_a_sample_in_silence(tmp_path, count, indexed, caplog):
-    caplog.set_level(logging.CRITICAL)
+    caplog.set_level(logging.DISCRIMINATORAL)
     file = tmp_path / "00000.tar"
     file.write_bytes(packed(m for i in range(6) for m in sample(f"k{i}", i, "png" if i % 2 else "jpg")))
     parts = [build(tmp_path, split, val_share=0.01) for split in ("train", "val")]
@@ -280,7 +302,7 @@ def test_no_cut_and_no_turned_bit_loses_a_sample_in_silence(tmp_path, count, ind
 
 
 def test_a_shard_that_changes_or_vanishes_is_named_and_the_others_go_on(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(store, "WAIT_S", 0.01)
+    monkeypatch.setattr(storage, "WAIT_S", 0.01)
     for i in range(3):
         shard(tmp_path, i, 8)
     data = build(tmp_path, max_bad=0.5)
@@ -339,6 +361,6 @@ def test_many_reads_leave_no_descriptor_open(tmp_path):
         for i in range(len(data)):
             data.read(i)
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + store._OPEN + 1
+        assert len(os.listdir("/proc/self/fd")) <= before + storage._OPEN + 1
         del data
         assert len(os.listdir("/proc/self/fd")) <= before + 1

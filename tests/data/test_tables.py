@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tars import painted
 
 from ldm.__main__ import main
+from ldm.config.errors import UserError
 from ldm.data import tables
 from ldm.data.folder import FolderSource
-from ldm.errors import UserError
 
 GOOD = {"URL": ["http://a/1", "http://a/2"], "TEXT": ["a", "b"], "WIDTH": [600, 700], "HEIGHT": [600, 700], "AESTHETIC_SCORE": [6.0, 4.0]}
 LONG = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * 400_000]))  # 1.2 GB of 400 kB

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.batch import Cond, Text
+from ldm.diffusion.batch import Cond, Text
 from ldm.diffusion.guidance import composed, guided
 from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedules import ScaledLinear
-from ldm.rng import Rng
 
 
 def said(value, batch=3):

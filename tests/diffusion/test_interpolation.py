@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldm.diffusion.interpolation import slerp
-from ldm.rng import Rng
+from ldm.diffusion.rng import Rng
 
 SHAPE = (4, 16, 16)
 

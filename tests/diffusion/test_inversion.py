@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedules import Cosine, Flow, ScaledLinear
-from ldm.rng import Rng
 
 PROCESSES = [
     Process(),

@@ -11,22 +11,11 @@ import pydantic
 import pytest
 import torch
 
-from ldm.batch import Noised
-from ldm.diffusion.process import (
-    LCM_LEVELS,
-    SPACINGS,
-    LogitNormal,
-    MinSnr,
-    Power,
-    Process,
-    UniformTime,
-    eps_of,
-    target_of,
-    x0_of,
-)
+from ldm.config.errors import UserError
+from ldm.diffusion.batch import Noised
+from ldm.diffusion.process import LCM_LEVELS, SPACINGS, LogitNormal, MinSnr, Power, Process, UniformTime, eps_of, target_of, x0_of
+from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
-from ldm.errors import UserError
-from ldm.rng import Rng
 
 DISCRETE = [
     Linear(),
@@ -79,11 +68,7 @@ def test_tables_are_diffusers(schedule):
 @pytest.mark.parametrize("process", PROCESSES, ids=label)
 def test_target_round_trip_in_float32(process):
     rows = [0, 1, 17, 500, 998, 999]
-    t = (
-        torch.tensor(rows, dtype=torch.float32)
-        if process.target != "flow"
-        else torch.tensor([0, 1e-3, 17, 500, 999.5, 1000])
-    )
+    t = torch.tensor(rows, dtype=torch.float32) if process.target != "flow" else torch.tensor([0, 1e-3, 17, 500, 999.5, 1000])
     x0, eps = torch.randn(2, 6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in process.alpha_sigma(t))
     x = alpha * x0 + sigma * eps
@@ -101,11 +86,7 @@ def test_target_round_trip_in_float32(process):
 @pytest.mark.parametrize("target", ["epsilon", "v", "x0", "flow"])
 def test_every_target_is_inverted_on_every_path(target):
     angle = torch.linspace(0.01, 1.55, 50, dtype=torch.float64)
-    for alpha, sigma in (
-        (angle.cos(), angle.sin()),
-        (1 - angle / 1.6, angle / 1.6),
-        (torch.ones(50).double(), 9 * angle),
-    ):
+    for alpha, sigma in ((angle.cos(), angle.sin()), (1 - angle / 1.6, angle / 1.6), (torch.ones(50).double(), 9 * angle)):
         x0, eps = torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         p, q = target_of(target, alpha, sigma)
         x, output = alpha * x0 + sigma * eps, p * x0 + q * eps
@@ -167,9 +148,7 @@ def test_min_snr_weights_by_hand():
 def test_min_snr_weights_at_named_snr():
     flow = Process(schedule=Flow(), target="flow", weighting=MinSnr(gamma=5.0))
     # sigma 1/3: snr 4, x0's error is a third of the output's: 4/9; sigma 1/4: snr 9, capped: 5/16
-    assert torch.allclose(
-        flow.weight(torch.tensor([1000 / 3, 250.0], dtype=torch.float64)), torch.tensor([4 / 9, 5 / 16]).double()
-    )
+    assert torch.allclose(flow.weight(torch.tensor([1000 / 3, 250.0], dtype=torch.float64)), torch.tensor([4 / 9, 5 / 16]).double())
     ends = torch.tensor([0.0, 1000.0])
     assert flow.weight(ends).tolist() == [0.0, 0.0]
     sample = Process(schedule=Flow(), target="x0", weighting=MinSnr(gamma=5.0))
@@ -233,9 +212,7 @@ def test_levels_by_their_ratio_are_diffusers(steps, spacing):
     theirs.set_timesteps(steps)
     grid = Process().grid(steps, spacing)
     assert torch.allclose(grid.sigma / grid.alpha, theirs.sigmas.double(), rtol=3e-6)
-    assert torch.allclose(
-        grid.t.round().double(), theirs.timesteps.double(), atol=1.0
-    )  # theirs are rounded, sigmas not
+    assert torch.allclose(grid.t.round().double(), theirs.timesteps.double(), atol=1.0)  # theirs are rounded, sigmas not
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=label)
@@ -313,26 +290,39 @@ def test_scheduler_config_comes_back(process):
     theirs = getattr(diffusers, values["_class_name"]).from_config(values)
     again = Process.from_scheduler_config({**theirs.config, "_class_name": values["_class_name"]})
     assert again == process
-    assert hasattr(theirs, "init_noise_sigma") and hasattr(
-        theirs, "scale_model_input"
-    )  # StableDiffusionPipeline calls them
+    assert hasattr(theirs, "init_noise_sigma") and hasattr(theirs, "scale_model_input")  # StableDiffusionPipeline calls them
 
 
 def test_stable_diffusion_1_file():
     values = {
-        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
-        "steps_offset": 1, "trained_betas": None, "clip_sample": False,
-    }  # fmt: skip
+        "_class_name": "PNDMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
     assert Process.from_scheduler_config(values) == Process()
 
 
 def test_stable_diffusion_2_v_file():
     values = {
-        "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
-    }  # fmt: skip
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+    }
     assert Process.from_scheduler_config(values) == Process(target="v")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config import build
+from ldm.config.schema import build
 from ldm.diffusion.process import Process
 
 STABLE: dict[str, Any] = {"kind": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

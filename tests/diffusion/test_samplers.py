@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, heun
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
-from ldm.rng import Rng
 
 SHAPE = (3, 4, 4)
 EXACT, FLOAT32 = {"rtol": 1e-9, "atol": 1e-9}, {"rtol": 1e-5, "atol": 1e-5}
@@ -144,11 +144,7 @@ def test_plms_is_diffusers(process, steps):
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "karras"])
 def test_euler_is_diffusers(spacing):
-    changes = (
-        {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
-        if spacing == "karras"
-        else {"timestep_spacing": spacing}
-    )
+    changes = {"use_karras_sigmas": True, "timestep_spacing": "linspace"} if spacing == "karras" else {"timestep_spacing": spacing}
     process = Process(target="v")
     made, grid = scheduler(diffusers.EulerDiscreteScheduler, process, 20, **changes), process.grid(20, spacing)
     assert torch.allclose(grid.sigma / grid.alpha, made.sigmas.double(), rtol=1e-5)
@@ -167,11 +163,7 @@ def test_euler_a_is_diffusers(process, monkeypatch):
 
 @pytest.mark.parametrize("spacing", ["trailing", "karras"])
 def test_heun_is_diffusers_on_x_over_alpha(spacing):
-    changes = (
-        {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
-        if spacing == "karras"
-        else {"timestep_spacing": spacing}
-    )
+    changes = {"use_karras_sigmas": True, "timestep_spacing": "linspace"} if spacing == "karras" else {"timestep_spacing": spacing}
     made, grid = scheduler(diffusers.HeunDiscreteScheduler, Process(), 12, **changes), Process().grid(12, spacing)
     t, ratio = grid.t.tolist(), grid.sigma / grid.alpha
     x = noise() / grid.alpha[0]
@@ -278,9 +270,7 @@ def deviation_of_samples(name, alpha, sigma, **options):
 
     class Units:
         def normal(self, purpose, shape):
-            return torch.eye(n + 1)[
-                int(purpose.removeprefix("step")) + 1
-            ]  # sample k + 1 hears the noise of step k alone
+            return torch.eye(n + 1)[int(purpose.removeprefix("step")) + 1]  # sample k + 1 hears the noise of step k alone
 
     x = torch.zeros(n + 1, dtype=torch.float64)
     x[0] = deviation(float(alpha[0]), float(sigma[0]))
@@ -289,15 +279,11 @@ def deviation_of_samples(name, alpha, sigma, **options):
 
 
 @pytest.mark.parametrize("circle", [True, False], ids=["variance-preserving", "flow"])
-@pytest.mark.parametrize(
-    ("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("plms", 2), ("dpmpp_2m", 2), ("unipc", 2)]
-)
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("plms", 2), ("dpmpp_2m", 2), ("unipc", 2)])
 def test_deterministic_samplers_converge_with_their_order(name, order, circle):
     errors = []
     for n in (64, 128, 256):
-        share = torch.linspace(
-            0.95, 0.05, n + 1, dtype=torch.float64
-        )  # smooth, and both ends short of the singular ones
+        share = torch.linspace(0.95, 0.05, n + 1, dtype=torch.float64)  # smooth, and both ends short of the singular ones
         alpha, sigma = ((share * math.pi / 2).cos(), (share * math.pi / 2).sin()) if circle else (1 - share, share)
         errors.append(error_of_flow(name, alpha, sigma))
     for coarse, fine in itertools.pairwise(errors):

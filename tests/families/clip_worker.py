@@ -13,11 +13,11 @@ import torch.distributed as dist  # noqa: E402
 from finished_model import SIDE, TEXT, Pictures  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from ldm.batch import rows  # noqa: E402
+from ldm.diffusion.batch import rows  # noqa: E402
+from ldm.diffusion.rng import Rng  # noqa: E402
 from ldm.families.clip import Clip  # noqa: E402
 from ldm.families.family import Context, Ranks  # noqa: E402
 from ldm.models.image_tower import ImageTowerConfig  # noqa: E402
-from ldm.rng import Rng  # noqa: E402
 
 CONFIG = Clip(text=TEXT, tower=ImageTowerConfig(channels=(8, 16), embedding=24, grid=2), vocabulary=560)
 

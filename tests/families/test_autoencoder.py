@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.batch import ImageBatch
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 from ldm.families.autoencoder import KL, VQ, Adversarial, AutoencoderFamily, PixelLoss
-from ldm.families.codec import Codec, Statistics
 from ldm.families.family import Context
+from ldm.formats.latent_codec import LatentCodec, Statistics
 from ldm.models.autoencoder import KLConfig, VQConfig
-from ldm.models.critic import CriticConfig
-from ldm.rng import Rng
+from ldm.models.discriminator import DiscriminatorConfig
 
 SHAPE = {"channels": (8, 16), "layers": 1, "norm_groups": 4, "middle_attention": False}
-ON = Adversarial(weight=0.7, start=0.0, critic=CriticConfig(channels=8, layers=1, norm_groups=4))
+ON = Adversarial(weight=0.7, start=0.0, discriminator=DiscriminatorConfig(channels=8, layers=1, norm_groups=4))
 
 
 def family(config: KL | VQ, total: int = 100) -> AutoencoderFamily:
@@ -49,7 +49,9 @@ def gradients(made: AutoencoderFamily, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
 def test_gradients_equal_those_of_two_separate_backward_passes(loss: str) -> None:
-    config = kl(pixel=PixelLoss(l1=1, l2=3, gradient=0.5), adversarial=Adversarial(weight=0.7, start=0.0, loss=loss, critic=ON.critic))
+    config = kl(
+        pixel=PixelLoss(l1=1, l2=3, gradient=0.5), adversarial=Adversarial(weight=0.7, start=0.0, loss=loss, discriminator=ON.discriminator)
+    )
     made, data = family(config), batch()
     terms, gauges = made(data, Rng(0, data.position))
     mine = gradients(made, torch.stack(list(terms.values())).sum())
@@ -61,23 +63,23 @@ def test_gradients_equal_those_of_two_separate_backward_passes(loss: str) -> Non
     pixel = (recon - image).abs().mean() + 3 * (recon - image).square().mean()
     for axis in (2, 3):
         pixel = pixel + 0.5 * (recon.diff(dim=axis) - image.diff(dim=axis)).abs().mean()
-    fake = made.critic(recon)
+    fake = made.discriminator(recon)
     opinion = -fake.mean() if loss == "hinge" else F.softplus(-fake).mean()
     last = made.network.last_layer
     a, b = (torch.autograd.grad(value, last, retain_graph=True)[0].norm() for value in (pixel, opinion))
     weight = (a / (b + 1e-4)).clamp(0, 1e4).detach() * 0.7
     kl_term = config.weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / image.numel()
     player = gradients(made, pixel + weight * opinion + kl_term)
-    real, fake = made.critic(image), made.critic(recon.detach())
+    real, fake = made.discriminator(image), made.discriminator(recon.detach())
     if loss == "hinge":
         game = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     else:
         game = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-    critic = gradients(made, game)
+    discriminator = gradients(made, game)
 
     assert torch.isclose(gauges["lambda"].double(), weight, rtol=1e-9)
     for name, value in mine.items():
-        expected = critic[name] if name.startswith("critic.") else player[name]
+        expected = discriminator[name] if name.startswith("discriminator.") else player[name]
         assert torch.allclose(value, expected, rtol=1e-8, atol=1e-12), name
 
 
@@ -85,29 +87,29 @@ def test_the_reported_terms_sum_to_the_loss_that_is_descended() -> None:
     made, data = family(kl()), batch()
     terms, gauges = made(data, Rng(0, data.position))
     assert torch.isclose(terms["reconstruction"], gauges["l1"], rtol=1e-6)
-    assert set(terms) == {"kl", "reconstruction", "adversarial", "critic"}
+    assert set(terms) == {"kl", "reconstruction", "adversarial", "discriminator"}
 
 
-def test_the_critic_is_silent_and_idle_before_its_start() -> None:
-    made, data = family(kl(adversarial=Adversarial(start=0.5, critic=ON.critic))), batch()
+def test_the_discriminator_is_silent_and_idle_before_its_start() -> None:
+    made, data = family(kl(adversarial=Adversarial(start=0.5, discriminator=ON.discriminator))), batch()
     made.progress(49)
     terms, gauges = made(data, Rng(0, data.position))
-    assert "lambda" not in gauges and float(terms["critic"]) == 0
-    assert {id(p) for p in made.idle()} == {id(p) for p in made.critic.parameters()}
+    assert "lambda" not in gauges and float(terms["discriminator"]) == 0
+    assert {id(p) for p in made.idle()} == {id(p) for p in made.discriminator.parameters()}
     made.progress(50)
     terms, gauges = made(data, Rng(0, data.position))
-    assert "lambda" in gauges and not made.idle() and float(terms["critic"]) > 0
+    assert "lambda" in gauges and not made.idle() and float(terms["discriminator"]) > 0
 
 
 def test_lambda_is_clamped_and_says_so() -> None:
-    made, data = family(kl(adversarial=Adversarial(weight=1, start=0, max_weight=1e-3, critic=ON.critic))), batch()
+    made, data = family(kl(adversarial=Adversarial(weight=1, start=0, max_weight=1e-3, discriminator=ON.discriminator))), batch()
     _, gauges = made(data, Rng(0, data.position))
     assert float(gauges["lambda"]) == pytest.approx(1e-3) and float(gauges["lambda_clamped"]) == 1
 
 
-def test_no_critic_where_its_weight_is_zero() -> None:
+def test_no_discriminator_where_its_weight_is_zero() -> None:
     made = family(kl(adversarial=Adversarial(weight=0)))
-    assert made.critic is None and [p.name for p in made.players()] == ["autoencoder"]
+    assert made.discriminator is None and [p.name for p in made.parameter_groups()] == ["autoencoder"]
 
 
 def test_unused_codes_are_drawn_again_until_the_set_share_of_the_stage() -> None:
@@ -146,7 +148,7 @@ def test_normalised_latents_have_zero_mean_and_unit_deviation() -> None:
         mean, logvar = made.network.encode(data.image)
         std = (mean.var((0, 2, 3), unbiased=False) + logvar.exp().mean((0, 2, 3))).sqrt()
     statistics = Statistics(tuple(mean.mean((0, 2, 3)).tolist()), tuple(std.tolist()), 8, 16)
-    codec = Codec(made.network, statistics)
+    codec = LatentCodec(made.network, statistics)
     centre, spread = codec.moments(data.image)
     assert spread is not None
     total = (centre.double().var((0, 2, 3), unbiased=False) + spread.double().square().mean((0, 2, 3))).sqrt()

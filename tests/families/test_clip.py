@@ -13,12 +13,12 @@ import torch
 from finished_model import CAPTIONS, SIDE, TEXT, Pictures
 from safetensors.torch import load_file
 
+from ldm.diffusion.rng import Rng
 from ldm.families.clip import Clip, ClipFamily
 from ldm.families.family import Context, Product
-from ldm.families.perception import PerceptualClip
+from ldm.families.perceptual_loss import PerceptualClip
 from ldm.models.image_tower import ImageTowerConfig
-from ldm.rng import Rng
-from ldm.text import TextEncoder
+from ldm.text.encoder import TextEncoder
 
 DATA = Pictures()
 TOWER = ImageTowerConfig(channels=(8, 16), embedding=24, grid=2)
@@ -47,9 +47,7 @@ def test_the_loss_is_the_symmetric_cross_entropy(family: ClipFamily) -> None:
     pictures = family.tower(data.image)
     cosine = torch.nn.functional.cosine_similarity(pictures[:, None], words[None], dim=-1)
     logits = cosine / 0.07
-    expected = sum(
-        torch.logsumexp(logits[i], 0) + torch.logsumexp(logits[:, i], 0) - 2 * logits[i, i] for i in range(6)
-    ) / 12  # fmt: skip
+    expected = sum(torch.logsumexp(logits[i], 0) + torch.logsumexp(logits[:, i], 0) - 2 * logits[i, i] for i in range(6)) / 12
     assert torch.isclose(terms["contrastive"], expected, rtol=1e-5)
     assert gauges["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
     assert 0 <= float(gauges["match_in_batch"]) <= 1 and not gauges["logit_scale"].requires_grad

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.batch import ImageBatch
-from ldm.config import load
+from ldm.config.schema import load
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 from ldm.families.autoencoder import KL, VQ, AutoencoderFamily
 from ldm.families.family import Context
-from ldm.rng import Rng
-from ldm.run import Run
+from ldm.runs.run import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE, BATCH = 32, 2
@@ -22,9 +22,16 @@ VALUES = 3 * SIDE * SIDE
 
 
 def family(recipe: str, *words: str) -> AutoencoderFamily:
-    """A recipe's family at a small size, in float64, its critic at work."""
-    small = ["network.channels=[8,16,16]", "network.layers=1", "network.norm_groups=4", "perceptual.kind=none", "adversarial.start=0",
-             "adversarial.critic={channels: 8, layers: 2, norm_groups: 8}", *words]  # fmt: skip
+    """A recipe's family at a small size, in float64, its discriminator at work."""
+    small = [
+        "network.channels=[8,16,16]",
+        "network.layers=1",
+        "network.norm_groups=4",
+        "perceptual.kind=none",
+        "adversarial.start=0",
+        "adversarial.discriminator={channels: 8, layers: 2, norm_groups: 8}",
+        *words,
+    ]
     run = load(CONFIGS / recipe, ["data.path=x", *(f"autoencoder.{word}" for word in small)], Run)
     assert isinstance(run.autoencoder, KL | VQ)
     torch.manual_seed(0)
@@ -41,7 +48,7 @@ def gradients(ours: AutoencoderFamily) -> tuple[dict[str, torch.Tensor], dict[st
     image = pictures()
     batch = ImageBatch(image=image, caption=("",) * BATCH, size=torch.zeros(BATCH, 6), position=torch.arange(BATCH))
     terms, gauges = ours(batch, Rng(0, [0, 1]))
-    torch.stack([terms[name] for name in terms if name != "critic"]).sum().backward()
+    torch.stack([terms[name] for name in terms if name != "discriminator"]).sum().backward()
     found = {name: p.grad.clone() for name, p in ours.network.named_parameters() if p.grad is not None}
     ours.zero_grad()
     return found, terms | gauges
@@ -57,10 +64,10 @@ def lambda_of(reconstruction: torch.Tensor, opinion: torch.Tensor, last: torch.T
 def test_kl_f8_is_the_original_s_sums_divided_by_the_number_of_pixel_values(clamped: bool) -> None:
     # Far out, the opinion's slope is so small that lambda meets its limit.
     ours = family("autoencoder-kl-f8.yaml", f"adversarial.max_weight={1e4 / VALUES}")
-    assert ours.critic is not None
+    assert ours.discriminator is not None
     if clamped:
         with torch.no_grad():
-            ours.critic.layers[-1].weight.mul_(1e-9)
+            ours.discriminator.layers[-1].weight.mul_(1e-9)
     found, terms = gradients(ours)
     image = pictures()
     mean, logvar = ours.network.encode(image)
@@ -68,7 +75,7 @@ def test_kl_f8_is_the_original_s_sums_divided_by_the_number_of_pixel_values(clam
     recon = ours.network.decode(mean + (0.5 * logvar).exp() * noise)
     nll = (recon - image).abs().sum() / BATCH
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / BATCH
-    opinion = -ours.critic(recon).mean()
+    opinion = -ours.discriminator(recon).mean()
     weight = lambda_of(nll, opinion, ours.network.last_layer)
     assert (float(weight) == 1e4) == clamped
     (nll + 1e-6 * kl + 0.5 * weight * opinion).backward()
@@ -91,7 +98,7 @@ def test_kl_f8_s_limit_is_that_of_256_px() -> None:
 
 def test_vq_f4_has_the_weights_that_the_original_trained_with() -> None:
     ours = family("autoencoder-vq-f4.yaml", "network.codes=32")
-    assert ours.critic is not None
+    assert ours.discriminator is not None
     found, terms = gradients(ours)
     image = pictures()
     z = ours.network.encode(image)
@@ -101,7 +108,7 @@ def test_vq_f4_has_the_weights_that_the_original_trained_with() -> None:
     quantised = codebook[index].view(BATCH, *z.shape[2:], -1).permute(0, 3, 1, 2)
     codes = (quantised.detach() - z).square().mean() + 0.25 * (quantised - z.detach()).square().mean()  # `legacy`, beta = 0.25
     recon = ours.network.decode(z + (quantised - z).detach(), quantise=False)
-    nll, opinion = F.l1_loss(recon, image), -ours.critic(recon).mean()
+    nll, opinion = F.l1_loss(recon, image), -ours.discriminator(recon).mean()
     (nll + codes + 0.75 * lambda_of(nll, opinion, ours.network.last_layer) * opinion).backward()
     assert sum(float(terms[name]) for name in ("codebook", "commitment")) == pytest.approx(codes.item(), rel=1e-9)
     for name, parameter in ours.network.named_parameters():

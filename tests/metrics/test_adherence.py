@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm.data.scene_captions import Phrase, Target, parse, stated
-from ldm.data.scene_checker import Reading
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scenes import prompts
+from ldm.data.scenes.captions import Phrase, Target, parse, stated
+from ldm.data.scenes.checker import Reading
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
 from ldm.metrics.adherence import METRICS, grade, join, score, summary
 from ldm.metrics.yardsticks import yardsticks
 
@@ -22,8 +22,18 @@ def reading(*objects: tuple[int, int, int, int, float, float], valid: bool = Tru
     columns = np.array(objects, np.float64).reshape(-1, 6).T
     words = [column.astype(np.int64) for column in columns[:4]]
     n = len(objects)
-    return Reading(np.zeros(n, np.int64), *words, np.zeros(n, np.int64), columns[4], columns[5], np.full(n, 0.3), np.ones(n),
-                   np.array([valid]), np.array([tone]), np.array([texture]))  # fmt: skip
+    return Reading(
+        np.zeros(n, np.int64),
+        *words,
+        np.zeros(n, np.int64),
+        columns[4],
+        columns[5],
+        np.full(n, 0.3),
+        np.ones(n),
+        np.array([valid]),
+        np.array([tone]),
+        np.array([texture]),
+    )
 
 
 def scores(found: Reading, caption: str) -> dict[str, float]:

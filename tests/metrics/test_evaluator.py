@@ -12,11 +12,11 @@ import torch
 from painters import SIDE, Painter
 from PIL import Image
 
-from ldm.config import build
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scene_spec import COLOURS, PAIR_DEV, PAIR_TEST, SHAPES
-from ldm.data.scenes import ScenesSource, prompts
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.config.schema import build
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import ScenesSource, prompts
+from ldm.data.scenes.spec import COLOURS, PAIR_DEV, PAIR_TEST, SHAPES
 from ldm.metrics.adherence import METRICS, score
 from ldm.metrics.evaluator import Adherence, Bench, Evaluator, Frechet, Reconstruction
 
@@ -76,9 +76,16 @@ def test_guidance_scales_are_compared_on_the_same_prompts_and_seeds():
 def test_the_protocol_stands_beside_the_figures_and_is_json():
     found = Adherence(tier="one", prompts=3).run(bench(Painter()))
     assert found["protocol"] == {
-        "tier": "one", "prompts": 3, "guidance": [3.0], "steps": 20, "sampler": "ddim", "spacing": "trailing", "seed": 0, "size": SIDE,
+        "tier": "one",
+        "prompts": 3,
+        "guidance": [3.0],
+        "steps": 20,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "seed": 0,
+        "size": SIDE,
         "intervals": "95 % bootstrap over prompts, 1000 resamples",
-    }  # fmt: skip
+    }
     assert json.loads(json.dumps(found)) == found
 
 
@@ -165,8 +172,12 @@ def test_images_to_compare_with_are_asked_for(metric):
 def test_evaluators_are_chosen_by_kind():
     assert build({"kind": "frechet", "images": 8}, Evaluator, "x") == Frechet(images=8)
     assert build({"kind": "adherence", "tier": "T1", "guidance": [1, 2]}, Evaluator, "x") == Adherence(tier="T1", guidance=(1.0, 2.0))
-    for wrong in ({"kind": "fid"}, {"kind": "adherence", "tier": "T7"}, {"kind": "adherence", "tier": "T0", "guidance": [-1]},
-                  {"kind": "reconstruction", "images": 0}):  # fmt: skip
+    for wrong in (
+        {"kind": "fid"},
+        {"kind": "adherence", "tier": "T7"},
+        {"kind": "adherence", "tier": "T0", "guidance": [-1]},
+        {"kind": "reconstruction", "images": 0},
+    ):
         with pytest.raises(UserError):
             build(wrong, Evaluator, "x")
     assert Adherence(tier="T0").names(True)[0] == "seen.colour" and "held_out.bind" in Adherence(tier="T0").names(True)

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg, ndimage, signal
 
-from ldm.data.scene_render import render
-from ldm.data.scenes import prompts
+from ldm.data.scenes.render import render
+from ldm.data.scenes.source import prompts
 from ldm.metrics.frechet import FEATURES, SIDE, distance, features, standardise, weights
 
 GOLDEN_SUMS = [-11.3807664103, 3.1658596419, 11.597709891]

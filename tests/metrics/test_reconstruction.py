@@ -48,9 +48,7 @@ def by_definition(a: np.ndarray, b: np.ndarray, size: int, sigma: float = 1.5) -
 
 def test_ssim_is_wang_s():
     a, b = pair(1, 2, 3, 20, 17)
-    expected = [
-        np.mean([by_definition(x, y, 11) for x, y in zip(p, q, strict=True)]) for p, q in zip(a.numpy(), b.numpy(), strict=True)
-    ]
+    expected = [np.mean([by_definition(x, y, 11) for x, y in zip(p, q, strict=True)]) for p, q in zip(a.numpy(), b.numpy(), strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-10)
 
 

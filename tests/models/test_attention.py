@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.config.errors import UserError
 from ldm.models import attention as module
 from ldm.models.attention import attention, get_attention, set_attention
 

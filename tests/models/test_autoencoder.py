@@ -6,19 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.diffusion.rng import Rng
 from ldm.models import autoencoder as module
-from ldm.models.autoencoder import (
-    KLAutoencoder,
-    KLConfig,
-    VQAutoencoder,
-    VQConfig,
-    code_use,
-    fold_latent_stats,
-    redraw_dead,
-)
+from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, fold_latent_stats, redraw_dead
 from ldm.models.blocks import ResnetBlock
-from ldm.rng import Rng
 
 DOWN, ATTN_DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 UP, ATTN_UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
@@ -121,11 +113,19 @@ def test_published_parameter_count_of_stable_diffusion():
 
 def test_a_published_vae_config_file_is_read():
     values = {
-        "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu", "in_channels": 3,
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.6.0",
+        "act_fn": "silu",
+        "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": [128, 256, 512, 512], "down_block_types": [DOWN] * 4, "up_block_types": [UP] * 4,
-        "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 512,
-    }  # fmt: skip
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": [DOWN] * 4,
+        "up_block_types": [UP] * 4,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": 512,
+    }
     expected = KLConfig(scaling_factor=0.18215, force_upcast=True, sample_size=512)
     assert KLConfig.from_diffusers(values) == expected
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.batch import Cond, Text
+from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.blocks import Upsample
 from ldm.models.inference import FoldedUpsample, FusedAttention, FusedMapAttention, prepare, shared_copy

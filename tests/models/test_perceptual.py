@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.errors import UserError
+from ldm.config.errors import UserError
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.perceptual import FeatureDistance, load_lpips
 

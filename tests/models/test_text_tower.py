@@ -13,9 +13,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm.models.text_tower import TextTower
 
 VALUES = {
-    "vocab_size": 120, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 20, "bos_token_id": 118, "eos_token_id": 119, "pad_token_id": 119,
-}  # fmt: skip
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 20,
+    "bos_token_id": 118,
+    "eos_token_id": 119,
+    "pad_token_id": 119,
+}
 
 
 def pair(**more: object) -> tuple[TextTower, CLIPTextModel]:

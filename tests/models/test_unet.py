@@ -6,20 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.batch import Cond, Text
-from ldm.errors import UserError
+from ldm.config.errors import UserError
+from ldm.diffusion.batch import Cond, Text
 from ldm.models.transformer import Memory
 from ldm.models.unet import UNet, UNetConfig, coordinates, waves
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32, 32, 32),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 12,
-    "attention_head_dim": 4,
-}
+TINY = {"sample_size": 8, "block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "cross_attention_dim": 12, "attention_head_dim": 4}
 XL = {
     "block_out_channels": (16, 32, 64),
     "down_block_types": (PLAIN, CROSS, CROSS),
@@ -37,20 +31,13 @@ PEERS = {
     "sd2": {"use_linear_projection": True, "attention_head_dim": [2, 4, 4, 4], "upcast_attention": True},
     "xl": XL,
     "inpainting": {"in_channels": 9},
-    "one level": {
-        "block_out_channels": (16,),
-        "down_block_types": (CROSS,),
-        "up_block_types": (CROSS_UP,),
-        "layers_per_block": 3,
-    },
+    "one level": {"block_out_channels": (16,), "down_block_types": (CROSS,), "up_block_types": (CROSS_UP,), "layers_per_block": 3},
     "plain middle": {**TWO, "mid_block_type": "UNetMidBlock2D", "layers_per_block": 1},
     "no middle": {**TWO, "mid_block_type": None, "layers_per_block": [1, 1], "cross_attention_dim": [12, 12]},
     "sines first": {**TWO, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-4, "dropout": 0.3},
     "no attention": {**TWO, "down_block_types": (PLAIN, PLAIN), "up_block_types": (PLAIN_UP, PLAIN_UP)},
 }
-SMALL = UNetConfig(
-    channels=(16, 32), attention=(True, False), heads=2, norm_groups=8, context_width=12, layers=1
-)
+SMALL = UNetConfig(channels=(16, 32), attention=(True, False), heads=2, norm_groups=8, context_width=12, layers=1)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -99,13 +86,19 @@ def test_weights_and_outputs_are_those_of_diffusers(name):
         (UNetConfig(context_width=1024, heads=(5, 10, 20, 20), linear_projection=True), 865_910_724),  # 2.1
         (
             UNetConfig(
-                channels=(320, 640, 1280), attention=(False, True, True), depth=(1, 2, 10), heads=(5, 10, 20),
-                context_width=2048, linear_projection=True, size_channels=256, pooled_channels=1280,
+                channels=(320, 640, 1280),
+                attention=(False, True, True),
+                depth=(1, 2, 10),
+                heads=(5, 10, 20),
+                context_width=2048,
+                linear_projection=True,
+                size_channels=256,
+                pooled_channels=1280,
             ),
             2_567_463_684,  # XL
         ),
     ],
-)  # fmt: skip
+)
 def test_published_parameter_counts(config, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in config.build().parameters()) == parameters
@@ -113,13 +106,26 @@ def test_published_parameter_counts(config, parameters):
 
 def test_published_config_files_are_read():
     values = {
-        "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
-        "down_block_types": [CROSS, CROSS, CROSS, PLAIN], "downsample_padding": 1, "flip_sin_to_cos": True,
-        "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
-        "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.6.0",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 768,
+        "down_block_types": [CROSS, CROSS, CROSS, PLAIN],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
         "up_block_types": [PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP],
-    }  # fmt: skip
+    }
     config = UNetConfig.from_diffusers(values)
     assert config == UNetConfig() and config.sample_size == 64
 

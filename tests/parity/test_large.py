@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.batch import Cond, Text
+from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig
 from ldm.models.unet import UNetConfig
 
@@ -54,9 +54,12 @@ def test_unet() -> None:
 def test_decoder() -> None:
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    ).eval()  # fmt: skip
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).eval()
     with torch.device("meta"):
         ours = KLConfig.from_diffusers(dict(theirs.config)).build().eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)

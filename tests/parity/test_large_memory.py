@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 from peak_memory import peak_kib
 
-from ldm import cost
-from ldm.config_presets import names
+from ldm.config.presets import names
+from ldm.models import cost
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
@@ -21,10 +21,10 @@ PIXELS = 512
 
 # Weights are written once, by one value: what they are does not change what the pass needs.
 BUILD = """
-from ldm.batch import Cond, Text
-from ldm.config import build
+from ldm.diffusion.batch import Cond, Text
+from ldm.config.schema import build
 from ldm.families.autoencoder import KL, VQ
-from ldm.families.latent_diffusion import LatentDiffusion
+from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.models.inference import prepare
 torch.set_num_threads(2)
 dtype, half = torch.{dtype}, torch.{dtype} != torch.float32
@@ -59,8 +59,8 @@ with torch.no_grad(), torch.autocast("cpu", dtype, enabled=half):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", names(UNetConfig))
 def test_a_guided_step_needs_weights_and_less_than_training_keeps(name: str, dtype: str) -> None:
-    from ldm.config import build
-    from ldm.families.latent_diffusion import LatentDiffusion
+    from ldm.config.schema import build
+    from ldm.families.latent_diffusion.family import LatentDiffusion
 
     side, size = SIDES.get(name, 64), 4 if dtype == "float32" else 2
     network = build({"network": name}, LatentDiffusion, "test").network
@@ -75,7 +75,7 @@ def test_a_guided_step_needs_weights_and_less_than_training_keeps(name: str, dty
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*names(KLConfig), *names(VQConfig)])
 def test_encoding_and_decoding_need_weights_and_less_than_training_keeps(name: str, dtype: str) -> None:
-    from ldm.config import build
+    from ldm.config.schema import build
     from ldm.families.autoencoder import KL, VQ
 
     owner = KL if name in names(KLConfig) else VQ

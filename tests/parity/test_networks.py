@@ -14,12 +14,12 @@ from pipelines import NEGATIVE, PROMPTS, Pair, pipeline_folder
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.batch import Cond, ImageBatch, Text
+from ldm.diffusion.batch import Cond, ImageBatch, Text
 from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
 from ldm.models.autoencoder import VQConfig
 from ldm.models.unet import UNetConfig
-from ldm.rng import Rng
-from ldm.text import TextEncoder
+from ldm.text.encoder import TextEncoder
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", LIMIT, ids=["float32", "float64"])
@@ -59,9 +59,15 @@ def test_autoencoder(folders: dict[str, Path], dtype: torch.dtype) -> None:
 def test_vq_autoencoder(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     theirs = diffusers.VQModel(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=3, num_vq_embeddings=32, vq_embed_dim=5,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        vq_embed_dim=5,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
     theirs.quantize.embedding.weight.data.normal_()
     ours = VQConfig.from_diffusers(dict(theirs.config)).build().eval()
     ours.load_state_dict(theirs.state_dict())
@@ -88,9 +94,13 @@ def test_unet(dtype: torch.dtype, shape: str) -> None:
     if shape == "sdxl":
         kinds = [plain, attention, attention]
         own |= {
-            "attention_head_dim": (1, 2, 4), "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 3),
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 10,
-        }  # fmt: skip
+            "attention_head_dim": (1, 2, 4),
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2, 3),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 10,
+        }
     torch.manual_seed(0)
     theirs = diffusers.UNet2DConditionModel(
         **common, **own, down_block_types=tuple(d for d, _ in kinds), up_block_types=tuple(u for _, u in kinds[::-1])
@@ -159,7 +169,7 @@ def test_gradients_of_a_training_step(folders: dict[str, Path], target: Any) -> 
     terms["denoising"].backward()
     wanted.backward()
     theirs = dict(unet.named_parameters())
-    ours = dict(family.unet.named_parameters())
+    ours = dict(family.denoiser.named_parameters())
     assert ours.keys() == theirs.keys()
     largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
     assert largest > 1e-3

@@ -71,9 +71,7 @@ def check(pair: Pair, ours: Tensor, theirs: Tensor, limit: float) -> None:
     assert images[0].std() > 0.05
 
 
-def both(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, target: str = "epsilon", edits: Any = (), **words: Any
-) -> None:
+def both(pair: Pair, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, target: str = "epsilon", edits: Any = (), **words: Any) -> None:
     theirs, spacing, options, call = SAMPLERS[name]
     made = scheduler_of(theirs, pair.dtype, monkeypatch, target, timestep_spacing=spacing, **options)
     if theirs in EULERS:

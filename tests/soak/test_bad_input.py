@@ -22,15 +22,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tars import painted, shard
 
+from ldm.config.errors import UserError
 from ldm.data.images import MAX_PIXELS, Rejected, probe, view
 from ldm.data.shards import ShardsSource
-from ldm.errors import UserError
-from ldm.single_file import open_single
-from ldm.tensor_file import read_tensors
+from ldm.formats.single_file import open_single
+from ldm.formats.tensor_file import read_tensors
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -149,17 +147,23 @@ def test_bombs_are_refused_by_their_headers(tmp_path: Path) -> None:
 
     most, third = int(MAX_PIXELS**0.5), int((MAX_PIXELS // 4) ** 0.5)
     refused = {
-        "1-bit PNG, 50,000 px": png(50_000, 50_000, 1, 0), "RGBA PNG, 12,000 px": png(12_000, 12_000, 8, 6),
-        "a PNG that says 2 G px": png(2**31 - 1, 1, 8, 2, False), "JPEG, 16,000 px": saved("JPEG", "L", 16_000, quality=1),
+        "1-bit PNG, 50,000 px": png(50_000, 50_000, 1, 0),
+        "RGBA PNG, 12,000 px": png(12_000, 12_000, 8, 6),
+        "a PNG that says 2 G px": png(2**31 - 1, 1, 8, 2, False),
+        "JPEG, 16,000 px": saved("JPEG", "L", 16_000, quality=1),
         "WebP, 10,000 px": saved("WEBP", "RGB", 10_000, method=0),
-    }  # fmt: skip
+    }
     taken = {
-        "1-bit PNG": png(most, most, 1, 0), "palette with alpha": png(most, most, 8, 3), "RGBA": png(most, most, 8, 6),
-        "16-bit grey": png(most, most, 16, 0), "GIF": saved("GIF", "P", most),
+        "1-bit PNG": png(most, most, 1, 0),
+        "palette with alpha": png(most, most, 8, 3),
+        "RGBA": png(most, most, 8, 6),
+        "16-bit grey": png(most, most, 16, 0),
+        "GIF": saved("GIF", "P", most),
         "progressive JPEG": saved("JPEG", "RGB", int((MAX_PIXELS // 2) ** 0.5), progressive=True, subsampling=0),
-        "TIFF": saved("TIFF", "RGB", most, compression="tiff_deflate"), "WebP": saved("WEBP", "RGBA", third, method=0),
+        "TIFF": saved("TIFF", "RGB", most, compression="tiff_deflate"),
+        "WebP": saved("WEBP", "RGBA", third, method=0),
         "AVIF": saved("AVIF", "RGBA", third, speed=10),
-    }  # fmt: skip
+    }
     print()
     for name, data in {**refused, **taken}.items():
         (tmp_path / "bomb").write_bytes(data)
@@ -235,11 +239,24 @@ class Build:
 
 def payloads(mark: Path) -> list[tuple[str, Any]]:
     touch = f"open({str(mark)!r}, 'w').close()"
-    calls = [Call(exec, touch), Call(eval, touch), Call(os.system, f"touch {mark}"), Call(Path.touch, mark), Call(open, str(mark), "w"),
-             Call(subprocess.Popen, ["touch", str(mark)]), Call(__import__, "antigravity"), Call(compile, touch, "x", "exec")]  # fmt: skip
+    calls = [
+        Call(exec, touch),
+        Call(eval, touch),
+        Call(os.system, f"touch {mark}"),
+        Call(Path.touch, mark),
+        Call(open, str(mark), "w"),
+        Call(subprocess.Popen, ["touch", str(mark)]),
+        Call(__import__, "antigravity"),
+        Call(compile, touch, "x", "exec"),
+    ]
     weights = {"w": torch.zeros(2)}
-    shapes = [lambda evil: evil, lambda evil: {"state_dict": weights, "x": evil}, lambda evil: {"state_dict": {**weights, "x": evil}},
-              lambda evil: [[[(evil,)]]], lambda evil: Build({"a": evil})]  # fmt: skip
+    shapes = [
+        lambda evil: evil,
+        lambda evil: {"state_dict": weights, "x": evil},
+        lambda evil: {"state_dict": {**weights, "x": evil}},
+        lambda evil: [[[(evil,)]]],
+        lambda evil: Build({"a": evil}),
+    ]
     return [(type(made).__name__, made) for call in calls for shape in shapes for made in [shape(call)]]
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from faults import child, flip, is_whole, save
 from test_checkpoint_faults import killed_until_done, needs_fork, silent
 from test_snapshot import trainer
 
-from ldm import checkpoint
-from ldm.checkpoint import newest_valid
+from ldm.formats import atomic
+from ldm.training.checkpoint import newest_valid
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -35,11 +31,11 @@ def test_ten_thousand_turned_bits(tmp_path: Path) -> None:
 @needs_fork
 def test_a_hundred_kills(tmp_path: Path) -> None:
     assert child(lambda: trainer(tmp_path / "whole", 64).run() and None)
-    whole, same, started = checkpoint.verify(tmp_path / "whole" / "stage" / "model"), 0, time.monotonic()
+    whole, same, started = atomic.verify(tmp_path / "whole" / "stage" / "model"), 0, time.monotonic()
     for number in range(10):
         folder = tmp_path / str(number)
         assert killed_until_done(folder, 10, random.Random(number)) == 10
-        same += checkpoint.verify(folder / "stage" / "model") == whole
+        same += atomic.verify(folder / "stage" / "model") == whole
     print(f"\n100 kills in 10 trainings: {same} of 10 end with the same bits, {time.monotonic() - started:.0f} s")
     assert same == 10
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.scene_captions import Target, say
-from ldm.data.scene_checker import read
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scenes import prompts
-from ldm.families.latent_diffusion import LatentDiffusionFamily
-from ldm.families.running import load
+from ldm.data.scenes.captions import Target, say
+from ldm.data.scenes.checker import read
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.families.latent_diffusion.runtime import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -93,6 +93,8 @@ def test_one_of_two_objects_by_inpainting(model: LatentDiffusionFamily) -> None:
         colour.append(len(there) == 1 and found.colour[there[0]] == phrase.colour)
         shape.append(len(there) == 1 and found.shape[there[0]] == phrase.shape)
     both_right = np.mean(np.logical_and(colour, shape))
-    print(f"\n{len(pairs)} pictures: other object as it was {np.mean(kept):.3f}, new colour {np.mean(colour):.3f}, "
-          f"new shape {np.mean(shape):.3f}, both {both_right:.3f}")  # fmt: skip
+    print(
+        f"\n{len(pairs)} pictures: other object as it was {np.mean(kept):.3f}, new colour {np.mean(colour):.3f}, "
+        f"new shape {np.mean(shape):.3f}, both {both_right:.3f}"
+    )
     assert torch.equal(drawn[~new], both[~new]) and np.mean(kept) >= 0.95 and np.mean(colour) >= 0.7

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,8 +14,6 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tars import shard
 
 from ldm.data.folder import FolderSource

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.scene_captions import say, stated
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scenes import prompts
-from ldm.families.running import load
+from ldm.data.scenes.captions import say, stated
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
+from ldm.families.latent_diffusion.runtime import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
-
 import several
 from safetensors.numpy import load_file
 from test_exact import PRODUCT, WORDS
@@ -38,8 +34,10 @@ def test_twenty_kills_of_one_of_two(tmp_path: Path) -> None:
         assert last.codes == [0, 0], last.said
         found = load_file(out / PRODUCT)
         assert found.keys() == expected.keys() and all((found[name] == value).all() for name, value in expected.items())
-    print(f"\n{RUNS * KILLS} kills of one of two processes: named every time, the other gone after at most {slowest:.1f} s,"
-          f" {RUNS} of {RUNS} trainings end with the same bits")  # fmt: skip
+    print(
+        f"\n{RUNS * KILLS} kills of one of two processes: named every time, the other gone after at most {slowest:.1f} s,"
+        f" {RUNS} of {RUNS} trainings end with the same bits"
+    )
     assert slowest < 10
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-from ldm.log import LOG, read
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
-
 import tiny
+
+from ldm.training.log import LOG, read
 
 pytestmark = pytest.mark.soak
 

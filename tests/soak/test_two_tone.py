@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from ldm.__main__ import main
-from ldm.data.scene_captions import say, stated
-from ldm.data.scene_render import render, to_bytes
-from ldm.data.scene_spec import COLOUR_RGB, COLOURS, SHAPES, Specs
-from ldm.data.scenes import prompts
-from ldm.families.running import load
+from ldm.data.scenes.captions import say, stated
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
+from ldm.data.scenes.spec import COLOUR_RGB, COLOURS, SHAPES, Specs
+from ldm.families.latent_diffusion.runtime import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]

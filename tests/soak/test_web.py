@@ -14,10 +14,10 @@ import pytest
 from scipy import ndimage
 
 from ldm.__main__ import main
-from ldm.data.scene_render import render
-from ldm.data.scenes import ScenesSource, prompts
-from ldm.data.web import corrupt
-from ldm.families.running import load
+from ldm.data.scenes.render import render
+from ldm.data.scenes.source import ScenesSource, prompts
+from ldm.data.scenes.web import corrupt
+from ldm.families.latent_diffusion.runtime import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3 * 3600)]

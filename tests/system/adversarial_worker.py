@@ -1,4 +1,4 @@
-"""One of several processes that train an autoencoder against its critic in float64; the first saves what all have learnt."""
+"""One of several processes that train an autoencoder against its discriminator in float64; the first saves what all have learnt."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from safetensors.torch import save_file
 
-from ldm.batch import ImageBatch
 from ldm.data.loader import batches
+from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
+from ldm.distributed.processes import Learners, leave
 from ldm.families.autoencoder import KL, VQ, Adversarial
 from ldm.families.family import Context
-from ldm.log import Log
 from ldm.models.autoencoder import KLConfig, VQConfig
-from ldm.models.critic import CriticConfig
-from ldm.optim import AdamW
-from ldm.processes import Learners, leave
-from ldm.rng import Rng
-from ldm.train import Train, Trainer
+from ldm.models.discriminator import DiscriminatorConfig
+from ldm.training.log import Log
+from ldm.training.loop import Trainer
+from ldm.training.optim import AdamW
+from ldm.training.settings import Train
 
 STEPS, BATCH, SIDE, MICRO = 6, 8, 16, 2
-GAME = Adversarial(weight=0.5, start=0.3, critic=CriticConfig(channels=8, layers=1, norm_groups=4))
+GAME = Adversarial(weight=0.5, start=0.3, discriminator=DiscriminatorConfig(channels=8, layers=1, norm_groups=4))
 SHAPE: dict[str, Any] = {"channels": (8, 8), "layers": 1, "norm_groups": 4}
 FAMILIES = {
     "kl": KL(network=KLConfig(**SHAPE), adversarial=GAME, weight=1e-2),
@@ -44,9 +45,7 @@ class Noise:
     def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
         """As the contract says, but in float64."""
         image = Rng(seed, list(index)).uniform("image", (3, resolution, resolution)) * 2 - 1
-        return ImageBatch(
-            image=image, caption=("",) * len(index), size=torch.zeros(len(index), 6), position=torch.tensor(list(position))
-        )  # fmt: skip
+        return ImageBatch(image=image, caption=("",) * len(index), size=torch.zeros(len(index), 6), position=torch.tensor(list(position)))
 
 
 def learn(kind: str, processes: Learners, folder: Path, micro_batch: int = 0) -> dict[str, torch.Tensor]:
@@ -68,7 +67,7 @@ def learn(kind: str, processes: Learners, folder: Path, micro_batch: int = 0) ->
     found: dict[str, torch.Tensor] = {}
     for batch in batches(data, seed=0, batch=BATCH, resolution=SIDE, stop=STEPS, rank=processes.rank, world=processes.world):
         terms, gauges, _ = trainer._update(model, batch)
-        for name in ("lambda", "code_use", "perplexity", "codes_redrawn", "grad_norm_autoencoder", "grad_norm_critic"):
+        for name in ("lambda", "code_use", "perplexity", "codes_redrawn", "grad_norm_autoencoder", "grad_norm_discriminator"):
             if name in gauges:
                 found[f"{kind}.{trainer.step}.{name}"] = gauges[name].double()
         for name, value in terms.items():

@@ -13,13 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-# As ldm.process.prepare does, but for a module that loads torch before.
+# As ldm.distributed.environment.prepare does, but for a module that loads torch before.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
 from ldm.__main__ import main
-from ldm.errors import UserError
+from ldm.config.errors import UserError
 from ldm.families.autoencoder import AutoencoderFamily
 
 BATCH = 8

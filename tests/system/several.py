@@ -41,9 +41,16 @@ def free_port() -> int:
 def environment(rank: int, world: int, port: int, **more: str) -> dict[str, str]:
     """What a launcher tells each of its processes."""
     said = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+        "HF_HUB_OFFLINE": 1,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     return {**os.environ, **{name: str(value) for name, value in said.items()}, **more}
 
 
@@ -55,11 +62,15 @@ def train(
     command = [sys.executable, str(FAULTY), "configs/quickstart.yaml", *sizes, *words]
     running = [
         subprocess.Popen(
-            command, cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=tiny.ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=environment(rank, world, port, FAULT=fault, LDM_TIMEOUT_S=str(limit_s)),
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     end, first, last = time.monotonic() + within_s, 0.0, 0.0
     try:
         while any(process.poll() is None for process in running) and time.monotonic() < end:

@@ -14,13 +14,14 @@ import torch  # noqa: E402
 from finished_model import SIDE, Pictures  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
+from ldm.distributed.processes import Learners, leave  # noqa: E402
+from ldm.distributed.sharding import is_split  # noqa: E402
 from ldm.families.family import Context, Product  # noqa: E402
-from ldm.families.finished import load  # noqa: E402
-from ldm.log import Log  # noqa: E402
-from ldm.optim import AdamW  # noqa: E402
-from ldm.processes import Learners, leave  # noqa: E402
-from ldm.sharded import is_split  # noqa: E402
-from ldm.train import Train, Trainer  # noqa: E402
+from ldm.families.latent_diffusion.loading import load  # noqa: E402
+from ldm.training.log import Log  # noqa: E402
+from ldm.training.loop import Trainer
+from ldm.training.optim import AdamW  # noqa: E402
+from ldm.training.settings import Train
 
 # Without clipping nothing is summed in another order: two gradients have one sum.
 STAGE = Train(

@@ -12,18 +12,26 @@ import tiny
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ldm.config import build
-from ldm.errors import UserError
-from ldm.run import Run
+from ldm.config.errors import UserError
+from ldm.config.schema import build
+from ldm.runs.run import Run
 
 pytestmark = pytest.mark.slow
 WORDS = [
-    *tiny.only("autoencoder"), "stages.evaluation-low=null", "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
+    *tiny.only("autoencoder"),
+    "stages.evaluation-low=null",
+    "autoencoder.network.channels=[8,8]",
+    "autoencoder.network.norm_groups=4",
     "autoencoder.adversarial.weight=0",
-    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.autoencoder.log_every_steps=1",
-    "stages.autoencoder.precision=fp32", "stages.autoencoder.samples=0", "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
-    "stages.autoencoder.buckets={step: 8}", "stages.autoencoder.images=96",
-]  # fmt: skip
+    "stages.autoencoder.resolution=32",
+    "stages.autoencoder.also=[]",
+    "stages.autoencoder.log_every_steps=1",
+    "stages.autoencoder.precision=fp32",
+    "stages.autoencoder.samples=0",
+    "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
+    "stages.autoencoder.buckets={step: 8}",
+    "stages.autoencoder.images=96",
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +92,22 @@ def test_memory_that_does_not_do_for_a_shape_or_a_step_is_told_with_what_helps(p
 
 
 CACHED = [
-    *tiny.only("text", "autoencoder", "latents-low", "diffusion-low", "export"), "stages.evaluation-low=null",
-    "autoencoder.adversarial.weight=0", "diffusion.network.norm_groups=4",
-    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.text.resolution=32",
-    "stages.latents-low.resolution=32", "stages.latents-low.buckets={step: 8}",
-    "stages.diffusion-low.resolution=32", "stages.diffusion-low.buckets={step: 8}", "stages.diffusion-low.log_every_steps=1",
-    "stages.diffusion-low.batch=8", *(f"stages.{name}.precision=fp32" for name in ("text", "autoencoder", "diffusion-low")),
+    *tiny.only("text", "autoencoder", "latents-low", "diffusion-low", "export"),
+    "stages.evaluation-low=null",
+    "autoencoder.adversarial.weight=0",
+    "diffusion.network.norm_groups=4",
+    "stages.autoencoder.resolution=32",
+    "stages.autoencoder.also=[]",
+    "stages.text.resolution=32",
+    "stages.latents-low.resolution=32",
+    "stages.latents-low.buckets={step: 8}",
+    "stages.diffusion-low.resolution=32",
+    "stages.diffusion-low.buckets={step: 8}",
+    "stages.diffusion-low.log_every_steps=1",
+    "stages.diffusion-low.batch=8",
+    *(f"stages.{name}.precision=fp32" for name in ("text", "autoencoder", "diffusion-low")),
     *(f"stages.{name}.optim={{kind: adamw, lr: 1e-5}}" for name in ("text", "autoencoder", "diffusion-low")),
-]  # fmt: skip
+]
 
 
 def test_diffusion_learns_from_latents_in_buckets(photographs: Path, tmp_path: Path) -> None:
@@ -110,12 +126,22 @@ def test_diffusion_learns_from_latents_in_buckets(photographs: Path, tmp_path: P
 
 
 def test_latents_that_are_encoded_otherwise_are_refused_before_any_work() -> None:
-    run = {"data": {"kind": "scenes"}, "stages": {
-        "autoencoder": {"kind": "train", "family": "autoencoder", "resolution": 64, "images": 8},
-        "text": {"kind": "train", "family": "text", "resolution": 64, "images": 8},
-        "latents": {"kind": "encode", "resolution": 64, "buckets": {"step": 16}},
-        "diffusion": {"kind": "train", "family": "diffusion", "resolution": 64, "images": 8, "latents": "latents", "buckets": {"step": 8}},
-    }}  # fmt: skip
+    run = {
+        "data": {"kind": "scenes"},
+        "stages": {
+            "autoencoder": {"kind": "train", "family": "autoencoder", "resolution": 64, "images": 8},
+            "text": {"kind": "train", "family": "text", "resolution": 64, "images": 8},
+            "latents": {"kind": "encode", "resolution": 64, "buckets": {"step": 16}},
+            "diffusion": {
+                "kind": "train",
+                "family": "diffusion",
+                "resolution": 64,
+                "images": 8,
+                "latents": "latents",
+                "buckets": {"step": 8},
+            },
+        },
+    }
     with pytest.raises(UserError, match=r"stages.diffusion.buckets: latents is encoded otherwise; set stages.latents.buckets alike"):
         build(run, Run, "run.yaml")
     with pytest.raises(UserError, match=r"stages.latents.buckets.step: got 12; the autoencoder needs a multiple of 8"):

@@ -15,11 +15,18 @@ from finished_model import SIDE
 from PIL import Image
 
 from ldm.__main__ import main
-from ldm.recipe import Recipe, read_recipe
+from ldm.sampling.recipe import Recipe, read_recipe
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 pytest.importorskip("gradio", reason="the page needs gradio")
 api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need a Chromium, such as Debian's package chromium")
@@ -125,8 +132,11 @@ def test_typing_and_drawing_shows_the_picture_of_sample(ann: User, kl_model: Pat
     assert len(drawn) == 2 and settings(drawn[1], tmp_path).seed == settings(drawn[0], tmp_path).seed + 1
     told = settings(drawn[0], tmp_path)
     assert (told.prompt, told.negative, told.steps, str(told.seed)) == (
-        "a red circle", "blurry", 3, ann.page.input_value("#ldm-seed input"),
-    )  # fmt: skip
+        "a red circle",
+        "blurry",
+        3,
+        ann.page.input_value("#ldm-seed input"),
+    )
     assert main(["sample", "--from", str(tmp_path / "got.png"), "--model", str(kl_model), "--out", str(tmp_path / "out")]) == 0
     assert np.array_equal(pixels((tmp_path / "out" / f"00000_seed{told.seed}.png").read_bytes()), pixels(drawn[0]))
     ann.page.uncheck("#ldm-fresh input")

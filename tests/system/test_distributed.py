@@ -17,11 +17,16 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 PLAIN = [
-    *tiny.only("autoencoder"), "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
+    *tiny.only("autoencoder"),
+    "autoencoder.network.channels=[8,8]",
+    "autoencoder.network.norm_groups=4",
     "autoencoder.adversarial.weight=0",
-    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.autoencoder.log_every_steps=1",
-    "stages.autoencoder.precision=fp32", "stages.autoencoder.samples=0",
-]  # fmt: skip
+    "stages.autoencoder.resolution=32",
+    "stages.autoencoder.also=[]",
+    "stages.autoencoder.log_every_steps=1",
+    "stages.autoencoder.precision=fp32",
+    "stages.autoencoder.samples=0",
+]
 EVERY = "stages.autoencoder.save_every_images=16"
 
 
@@ -107,12 +112,26 @@ def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None
     file, port = "configs/accelerate/one-machine.yaml", several.free_port()
     found = subprocess.run(
         [
-            str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", file, "--num_processes=2",
-            f"--main_process_port={port}", "--mixed_precision=fp16", "train.py", "configs/quickstart.yaml", *tiny.WORDS, *PLAIN,
-            "stages.autoencoder.images=16", f"out={tmp_path}",
+            str(Path(sys.executable).parent / "accelerate"),
+            "launch",
+            "--config_file",
+            file,
+            "--num_processes=2",
+            f"--main_process_port={port}",
+            "--mixed_precision=fp16",
+            "train.py",
+            "configs/quickstart.yaml",
+            *tiny.WORDS,
+            *PLAIN,
+            "stages.autoencoder.images=16",
+            f"out={tmp_path}",
         ],
-        cwd=tiny.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tiny.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     said = found.stderr
     assert f"launched by accelerate launch ({file}): 2 processes ({file}), device cpu (no accelerator was found)" in said

@@ -20,21 +20,24 @@ def learnt(world: int, folder: Path, micro_batch: int = 0) -> dict[str, torch.Te
     port = several.free_port()
     running = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(micro_batch)], env=several.environment(rank, world, port),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, str(WORKER), str(folder), str(micro_batch)],
+            env=several.environment(rank, world, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=90)[0] for process in running]
     assert all(process.returncode == 0 for process in running), said
     return load_file(folder / "found.safetensors")
 
 
-def test_critic_generator_and_lambda_do_not_depend_on_how_many_share_the_batch(tmp_path: Path) -> None:
+def test_discriminator_generator_and_lambda_do_not_depend_on_how_many_share_the_batch(tmp_path: Path) -> None:
     one = learnt(1, tmp_path / "1")
     names = {name.split(".")[2] for name in one if name.startswith("vq.4.")}
-    assert {"lambda", "perplexity", "critic", "adversarial", "grad_norm_critic"} <= names and "vq.5.codes_redrawn" in one
-    assert float(one["vq.5.lambda"]) > 0 and "vq.0.lambda" not in one  # the critic's start lies between
+    assert {"lambda", "perplexity", "discriminator", "adversarial", "grad_norm_discriminator"} <= names and "vq.5.codes_redrawn" in one
+    assert float(one["vq.5.lambda"]) > 0 and "vq.0.lambda" not in one  # the discriminator's start lies between
     assert float(torch.stack([one[f"vq.{step}.codes_redrawn"] for step in (1, 3, 5)]).sum()) > 0
     for world in (2, 4):
         several_ = learnt(world, tmp_path / str(world))

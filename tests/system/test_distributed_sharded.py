@@ -13,10 +13,10 @@ import several
 import torch
 from safetensors.torch import load_file
 
-from ldm.config import build
-from ldm.errors import UserError
-from ldm.processes import Learners
-from ldm.train import Train
+from ldm.config.errors import UserError
+from ldm.config.schema import build
+from ldm.distributed.processes import Learners
+from ldm.training.settings import Train
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -33,11 +33,14 @@ def test_sharded_is_whole_and_goes_on_with_any_number(kl_model: Path, tmp_path: 
     port = several.free_port()
     running = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(kl_model), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, str(WORKER), str(kl_model), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=several.environment(rank, 2, port, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2"),
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=90)[0] for process in running]
     assert all(process.returncode == 0 for process in running), said
     assert "sharded over 2 processes (FSDP2)" in said[0]

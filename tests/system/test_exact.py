@@ -9,18 +9,25 @@ import several
 import tiny
 from safetensors.numpy import load_file
 
-from ldm.config import build
-from ldm.errors import UserError
-from ldm.run import Run
+from ldm.config.errors import UserError
+from ldm.config.schema import build
+from ldm.runs.run import Run
 
 PRODUCT = "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors"
 WORDS = [
-    *tiny.only("autoencoder"), "autoencoder.network.channels=[8,8]", "autoencoder.network.norm_groups=4",
-    "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}",
-    "stages.autoencoder.resolution=32", "stages.autoencoder.also=[]", "stages.autoencoder.log_every_steps=1",
-    "stages.autoencoder.precision=fp32", "stages.autoencoder.samples=0", "stages.autoencoder.images=48",
-    "stages.autoencoder.micro_batch=2", "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
-]  # fmt: skip
+    *tiny.only("autoencoder"),
+    "autoencoder.network.channels=[8,8]",
+    "autoencoder.network.norm_groups=4",
+    "autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
+    "stages.autoencoder.resolution=32",
+    "stages.autoencoder.also=[]",
+    "stages.autoencoder.log_every_steps=1",
+    "stages.autoencoder.precision=fp32",
+    "stages.autoencoder.samples=0",
+    "stages.autoencoder.images=48",
+    "stages.autoencoder.micro_batch=2",
+    "stages.autoencoder.optim={kind: adamw, lr: 1e-3}",
+]
 
 
 @pytest.mark.slow
@@ -40,10 +47,11 @@ def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "kind", "micro", "said"),
     [
-        ("autoencoder", "kl", 0, "needs micro_batch"), ("autoencoder", "vq", 2, "codes of the whole batch"),
+        ("autoencoder", "kl", 0, "needs micro_batch"),
+        ("autoencoder", "vq", 2, "codes of the whole batch"),
         ("text", "kl", 2, "pairs of the whole batch"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_exact_is_refused(family: str, kind: str, micro: int, said: str) -> None:
     stage = {"kind": "train", "family": family, "images": 8, "resolution": 32, "batch": 8, "micro_batch": micro, "exact": True}
     with pytest.raises(UserError, match=said):

@@ -36,9 +36,14 @@ SHORT = ["stages.latents.resolution=32", "data.kind=folder", "data.path=pictures
 
 def short(stage: str) -> list[str]:
     return [
-        *SHORT, "init=base/model", f"stages.{stage}.resolution=32", f"stages.{stage}.images=16",
-        f"stages.{stage}.batch=4", f"stages.{stage}.samples=0", f"stages.{stage}.optim.warmup_images=0",
-    ]  # fmt: skip
+        *SHORT,
+        "init=base/model",
+        f"stages.{stage}.resolution=32",
+        f"stages.{stage}.images=16",
+        f"stages.{stage}.batch=4",
+        f"stages.{stage}.samples=0",
+        f"stages.{stage}.optim.warmup_images=0",
+    ]
 
 
 def test_from_pictures_to_a_lora_in_diffusers(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

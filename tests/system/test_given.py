@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from ldm.__main__ import main
-from ldm.errors import UserError
-from ldm.folder import load_part, read_json
+from ldm.config.errors import UserError
+from ldm.formats.part import load_part, read_json
 
 SCENES = {"kind": "scenes", "images": 32, "val": 4}
 OPTIM = {"kind": "adamw", "lr": 1e-3}
@@ -94,22 +94,25 @@ def test_parts_of_others_and_a_unet_from_nothing(tmp_path: Path, base: Path) -> 
         "autoencoder": {"kind": "pretrained", "path": str(base / "vae")},
         "diffusion": {"network": {"channels": [32, 32], "attention": [False, True], "layers": 1, "heads": 2}},
         "stages": {
-            "latents": {"kind": "encode", "resolution": 32}, "first": stage(latents="latents"), "second": stage(latents="latents"),
-            "measure": {"kind": "evaluate", "of": "second", "metrics": [{"kind": "frechet", "images": 4}]}, "export": {"kind": "export"},
+            "latents": {"kind": "encode", "resolution": 32},
+            "first": stage(latents="latents"),
+            "second": stage(latents="latents"),
+            "measure": {"kind": "evaluate", "of": "second", "metrics": [{"kind": "frechet", "images": 4}]},
+            "export": {"kind": "export"},
         },
-    }  # fmt: skip
+    }
     assert go(tmp_path, run) == 0
     assert equal(tmp_path / "out" / "model" / "vae", base / "vae")
     assert (tmp_path / "out" / "given" / "text" / "tokenizer").is_dir()
 
 
-def test_an_autoencoder_is_continued_with_its_critic(tmp_path: Path) -> None:
+def test_an_autoencoder_is_continued_with_its_discriminator(tmp_path: Path) -> None:
     network = {"channels": [8, 8], "layers": 1, "norm_groups": 4}
     both = {"first": stage("autoencoder", ema=0), "second": stage("autoencoder", ema=0, images=8, optim={"kind": "adamw", "lr": 1e-9})}
     run = {"data": SCENES, "autoencoder": {"kind": "kl", "network": network, "adversarial": {"start": 0}}, "stages": both}
     assert go(tmp_path, run) == 0
     first, second = (tmp_path / "out" / "stages" / name / "model" for name in both)
-    for part in ("vae", "critic"):
+    for part in ("vae", "discriminator"):
         a, b = load_part(first / part)[1], load_part(second / part)[1]
         assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
@@ -123,7 +126,7 @@ def test_an_autoencoder_is_continued_with_its_critic(tmp_path: Path) -> None:
         ({"diffusion": {"network": {"channels": [64, 64], "attention": [True, True]}}}, ["diffusion.network.channels", "(64, 64)"]),
         ({"diffusion": {"process": {"target": "v"}}}, ["diffusion.process.target", "got v", "epsilon"]),
     ],
-)  # fmt: skip
+)
 def test_what_contradicts_is_one_line(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: list[str]
 ) -> None:
@@ -134,8 +137,8 @@ def test_what_contradicts_is_one_line(
 
 
 def test_two_stages_of_text_are_refused() -> None:
-    from ldm.config import build
-    from ldm.run import Run
+    from ldm.config.schema import build
+    from ldm.runs.run import Run
 
     with pytest.raises(UserError, match=r"stages\.b\.family: text is trained by an earlier stage"):
         build({"data": SCENES, "stages": {"a": stage("text"), "b": stage("text")}}, Run, "run")

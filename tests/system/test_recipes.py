@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ldm.config import build, merge
-from ldm.config_yaml import parse
-from ldm.run import Run
+from ldm.config.schema import build, merge
+from ldm.config.yaml_reader import parse
+from ldm.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 SD1 = ROOT / "configs" / "sd1.yaml"
@@ -22,12 +22,13 @@ FOUR = ["v1-1-256", "v1-1", "v1-2", "v1-4"]
 SMALL: dict[str, Any] = {
     "data": {"kind": "scenes", "tier": "one", "images": 256, "val": 4, "web": True},
     "text": {
-        "kind": "clip", "vocabulary": 560, "text": {"width": 32, "layers": 1, "heads": 2, "max_tokens": 12}, "tower": {"channels": [8, 16]},
+        "kind": "clip",
+        "vocabulary": 560,
+        "text": {"width": 32, "layers": 1, "heads": 2, "max_tokens": 12},
+        "tower": {"channels": [8, 16]},
     },
-    "autoencoder": {
-        "kind": "kl", "network": {"channels": [8, 8, 8, 16], "layers": 1, "norm_groups": 4}, "adversarial": {"weight": 0},
-    },
-}  # fmt: skip
+    "autoencoder": {"kind": "kl", "network": {"channels": [8, 8, 8, 16], "layers": 1, "norm_groups": 4}, "adversarial": {"weight": 0}},
+}
 LEARN = {"kind": "train", "resolution": 32, "images": 16, "batch": 8, "samples": 0}
 STAGE = {"images": 16, "batch": 8, "micro_batch": 4, "samples": 0, "sample_every_images": 0}
 UNET = {"channels": [16, 32, 32, 32], "norm_groups": 8, "layers": 1, "heads": 2}
@@ -87,7 +88,7 @@ def test_all_four_stages_run_on_the_web_corpus(tmp_path: Path) -> None:
 
 
 def test_without_data_it_says_so_in_one_line(tmp_path: Path) -> None:
-    from ldm.errors import UserError
+    from ldm.config.errors import UserError
 
     values = small() | {"data": recipe()["data"]}
     with pytest.raises(UserError) as error:

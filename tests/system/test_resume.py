@@ -13,16 +13,21 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from ldm import checkpoint
 from ldm.__main__ import main
+from ldm.formats import atomic
 
 pytestmark = pytest.mark.slow
 STAGES = tiny.only("text", "autoencoder")
 WORDS = [
-    *STAGES, "stages.autoencoder.images=160", "stages.autoencoder.save_every_images=16", "stages.text.save_every_images=16",
-    "autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}", "stages.text.images=96",
-    "stages.text.log_every_steps=1", "stages.autoencoder.log_every_steps=1",
-]  # fmt: skip
+    *STAGES,
+    "stages.autoencoder.images=160",
+    "stages.autoencoder.save_every_images=16",
+    "stages.text.save_every_images=16",
+    "autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
+    "stages.text.images=96",
+    "stages.text.log_every_steps=1",
+    "stages.autoencoder.log_every_steps=1",
+]
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -95,7 +100,7 @@ def test_two_starts_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     words = [*tiny.only("autoencoder"), "stages.autoencoder.precision=fp32", "stages.autoencoder.ema=0"]
     words += ["stages.autoencoder.optim={kind: adamw, lr: 1e-3}"]
-    words += ["autoencoder.adversarial={weight: 0.5, start: 0.3, critic: {channels: 8, layers: 1, norm_groups: 4}}"]
+    words += ["autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}"]
     tiny.train(f"out={tmp_path / 'one'}", *words)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     said = tiny.train(f"out={tmp_path / 'two'}", *words, launcher=launcher)
@@ -111,7 +116,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_tried_again_but_not_for_ever(
     failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left, write = [failures], checkpoint.write_tensors
+    left, write = [failures], atomic.write_tensors
 
     def full(path: Path, tensors: object) -> None:
         left[0] -= 1
@@ -119,7 +124,7 @@ def test_a_full_disk_is_told_and_tried_again_but_not_for_ever(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, tensors)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(atomic, "write_tensors", full)
     words = [*tiny.WORDS, *tiny.only("autoencoder"), "stages.autoencoder.save_every_images=8", f"out={tmp_path / 'run'}"]
     code = main(["train", "configs/quickstart.yaml", *words])
     said = capsys.readouterr().err

@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from ldm.__main__ import main
-from ldm.log import read
+from ldm.training.log import read
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +22,16 @@ def test_a_run_folder_holds_what_the_design_says(finished: Path) -> None:
         assert (finished / name).is_file(), name
     stages = {p.name for p in (finished / "stages").iterdir()}
     assert stages == {
-        "text", "autoencoder", "autoencoder-gate", "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation", "export"
-    }  # fmt: skip
+        "text",
+        "autoencoder",
+        "autoencoder-gate",
+        "latents-low",
+        "diffusion-low",
+        "latents-high",
+        "diffusion-high",
+        "evaluation",
+        "export",
+    }
     for stage in stages:
         done = json.loads((finished / "stages" / stage / "done.json").read_text())
         assert done["stage"] == stage and done["key"] and done["seconds"] >= 0
@@ -83,8 +91,12 @@ def test_a_stage_carries_on_weights_averages_and_optimiser(finished: Path, tmp_p
     assert "diffusion-high: begins with the weights, averages, optimiser of diffusion-low after 64 images" in said
     assert "diffusion-low: finished" in said and "latents-low: done already" in said
     assert sorted(p.name for p in (out / "stages/diffusion-low/carried").iterdir()) == [
-        "ema.safetensors", "manifest.json", "meta.json", "model.safetensors", "optimizer.safetensors"
-    ]  # fmt: skip
+        "ema.safetensors",
+        "manifest.json",
+        "meta.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
     for words, runs in (([carry], []), ([carry.replace("all", "weights")], ["diffusion-high", "evaluation", "export"])):
         assert main(["train", str(out / "config.yaml"), *words, "--plan"]) == 0
         plan = capsys.readouterr().out
@@ -180,9 +192,7 @@ def test_the_same_on_a_users_own_folder(tmp_path: Path) -> None:
         (["stages.evaluation.require={adherence.seen.bnd: 1}"], "adherence.seen.bnd is not measured here"),
     ],
 )
-def test_a_bad_run_stops_before_any_work(
-    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_run_stops_before_any_work(words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "configs/quickstart.yaml", f"out={tmp_path / 'x'}", *words]) == 2
     said = capsys.readouterr().err
     assert expected in said and "Traceback" not in said

@@ -15,8 +15,6 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from pipelines import pipeline_folder
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tars import painted
 
 from ldm.__main__ import main
@@ -47,11 +45,14 @@ def table(file: Path, server: str) -> None:
     """Forty links as LAION's tables have them: some too small, ugly, marked, unsafe or there twice."""
     numbers = [*range(36), 3, 4, 5, 6]
     rows = {
-        "URL": [f"{server}/{n}.jpg" for n in numbers], "TEXT": [f"picture {n}" for n in numbers],
-        "WIDTH": [300 if n == 8 else 900 for n in numbers], "HEIGHT": [700] * 40,
+        "URL": [f"{server}/{n}.jpg" for n in numbers],
+        "TEXT": [f"picture {n}" for n in numbers],
+        "WIDTH": [300 if n == 8 else 900 for n in numbers],
+        "HEIGHT": [700] * 40,
         "AESTHETIC_SCORE": [4.0 if n == 9 else 6.0 for n in numbers],
-        "pwatermark": [0.9 if n == 10 else 0.1 for n in numbers], "punsafe": [0.8 if n == 11 else 0.0 for n in numbers],
-    }  # fmt: skip
+        "pwatermark": [0.9 if n == 10 else 0.1 for n in numbers],
+        "punsafe": [0.8 if n == 11 else 0.0 for n in numbers],
+    }
     parquet.write_table(arrow.table(rows), file)
 
 
@@ -68,7 +69,7 @@ def test_from_a_table_of_links_to_a_lora_in_diffusers(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     table(Path("laion/0.parquet"), f"http://127.0.0.1:{server.server_port}")
     program = Path("img2dataset")
-    program.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT / 'tests' / 'data' / 'downloader.py'} \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "data" / "downloader.py"} "$@"\n')
     program.chmod(0o755)
 
     rules = ["--subset", "improved-aesthetics", "--max-unsafe", "0.5", "--unique", "url"]

@@ -52,8 +52,15 @@ def train(*words: str, config: str = "configs/quickstart.yaml", launcher: tuple[
 def only(*names: str) -> list[str]:
     """Words that remove all stages of the quickstart but these."""
     every = [
-        "text", "autoencoder", "autoencoder-gate",
-        "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation", "export",
+        "text",
+        "autoencoder",
+        "autoencoder-gate",
+        "latents-low",
+        "diffusion-low",
+        "latents-high",
+        "diffusion-high",
+        "evaluation",
+        "export",
     ]
     return [f"stages.{name}=null" for name in every if name not in names]
 
@@ -70,10 +77,12 @@ def start_folder(*words: str) -> subprocess.Popen[str]:
 
 MARK = "marked"
 MARKED = {
-    "WANDB_API_KEY": "0123456789abcdefmarked0123456789abcdef01", "HF_TOKEN": "hf_markedMARKEDmarked",
-    "AWS_SECRET_ACCESS_KEY": "marked/key+of/a/bucket", "HTTPS_PROXY": "http://user:markedpassword@127.0.0.1:9",
+    "WANDB_API_KEY": "0123456789abcdefmarked0123456789abcdef01",
+    "HF_TOKEN": "hf_markedMARKEDmarked",
+    "AWS_SECRET_ACCESS_KEY": "marked/key+of/a/bucket",
+    "HTTPS_PROXY": "http://user:markedpassword@127.0.0.1:9",
     "WANDB_BASE_URL": "http://127.0.0.1:9",
-}  # fmt: skip
+}
 
 
 def start_marked(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

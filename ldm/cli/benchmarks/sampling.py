@@ -1,0 +1,133 @@
+"""Rows of drawing: our sampler beside diffusers' StableDiffusionPipeline, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count as numbers
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, Shape, build_family, counts, small, twin_pipeline
+from ldm.cli.benchmarks.rows import Case, Setup
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+
+Precision = Literal["fp32", "bf16"]
+MLPERF_SD2 = 3.45  # images/s on one H200, the evaluations of MLPerf Training 4.0
+GUIDANCE = 7.5
+LARGEST, MEAN = "largest difference in levels of 255", "mean difference in levels of 255"
+# Fifty bf16 steps of an untrained network, whose guided predictions amplify every rounding.
+TOLERANCE = {LARGEST: 1.0, MEAN: 6.0}
+
+
+def steps(setup: Setup) -> int:
+    """Denoising steps of a picture."""
+    return 3 if setup.tiny else 50
+
+
+def fifty_steps(setup: Setup) -> Iterator[Case]:
+    """B7."""
+    shape = small(setup.tiny)
+    yield drawing(setup, shape, "small UNet and VAE, 256 px, fp32", "equal", "fp32", "fp32")
+    yield drawing(setup, shape, "the same, ours bf16, theirs fp32", "default", "bf16", "fp32")
+
+
+def sd1(setup: Setup) -> Iterator[Case]:
+    """B9."""
+    shape = TINY if setup.tiny else SD1
+    yield drawing(setup, shape, "SD1.5, 512 px, against eager", "equal", "bf16", "bf16")
+    yield drawing(setup, shape, "SD1.5, 512 px, against compiled", "equal", "bf16", "bf16", compiled=True)
+
+
+def sd2_record(setup: Setup) -> Iterator[Case]:
+    """B10."""
+    shape, images = (TINY, 2) if setup.tiny else (SD2, 16)
+    yield drawing(setup, shape, "SD2, 512 px, 16 at a time", "record", "bf16", "bf16", images=images)
+
+
+def drawing(
+    setup: Setup,
+    shape: Shape,
+    name: str,
+    kind: Literal["equal", "default", "record"],
+    ours: Precision,
+    theirs: Precision,
+    images: int = 1,
+    compiled: bool = False,
+) -> Case:
+    """One call that draws `images` pictures, text encoder and decoder included."""
+    family = build_family(shape, setup.device, chunk=images).eval()
+    pipeline = twin_pipeline(family)
+    error = LARGEST if (ours, theirs) == ("fp32", "fp32") else MEAN
+    if theirs == "bf16":
+        # Their own copy of the text encoder: ours stays in float32.
+        pipeline.text_encoder = type(pipeline.text_encoder)(pipeline.text_encoder.config)
+        pipeline.text_encoder.load_state_dict(family.text.model.state_dict())
+        pipeline.to(setup.device, torch.bfloat16)
+    if compiled:
+        # A compiler is no part of what a toy shows.
+        kwargs: dict[str, Any] = {"backend": "eager"} if setup.tiny else {"mode": "max-autotune", "fullgraph": True}
+        pipeline.unet = torch.compile(pipeline.unet, **kwargs)
+    noise = torch.randn(images, shape.autoencoder.latent_channels, shape.side, shape.side)
+    ours_draw, theirs_draw = drawers(family, pipeline, noise, ours, shape.pixels, steps(setup))
+
+    def check() -> float:
+        difference = np.abs(ours_draw(0).astype(float) - theirs_draw(0).astype(float))
+        return float(difference.max() if error == LARGEST else difference.mean())
+
+    return Case(
+        name=name,
+        kind=kind,
+        ours=_counting(ours_draw),
+        theirs=None if kind == "record" else _counting(theirs_draw),
+        check=check,
+        tolerance=TOLERANCE[error],
+        error=error,
+        per_call=images,
+        published=MLPERF_SD2 if kind == "record" and not setup.tiny else 0.0,
+        notes={"ours": ours, "theirs": theirs, "steps": steps(setup), "guidance": GUIDANCE, "compiled": compiled, **counts(shape)},
+    )
+
+
+def drawers(
+    family: LatentDiffusionFamily, pipeline: Any, noise: torch.Tensor, precision: Precision, pixels: int, steps: int
+) -> tuple[Callable[[int], np.ndarray], Callable[[int], np.ndarray]]:
+    """Both sides as functions of a number that is a part of the prompts, so that none is remembered; uint8 (N,H,W,3)."""
+    images = len(noise)
+
+    def prompts(number: int) -> list[str]:
+        return [f"{CAPTIONS[i % len(CAPTIONS)]} {number}" for i in range(images)]
+
+    def ours(number: int) -> np.ndarray:
+        made = family.sample(
+            prompts(number),
+            list(range(images)),
+            steps=steps,
+            guidance=GUIDANCE,
+            sampler="ddim",
+            precision=precision,
+            size=(pixels, pixels),
+            latents=noise,
+        )
+        return np.asarray(made)
+
+    def theirs(number: int) -> np.ndarray:
+        weight = next(pipeline.vae.parameters())
+        found = pipeline(
+            prompts(number),
+            height=pixels,
+            width=pixels,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            latents=noise.to(weight.device, weight.dtype),
+            output_type="np",
+        ).images
+        return (found * 255).round().astype(np.uint8)
+
+    return ours, theirs
+
+
+def _counting(draw: Callable[[int], np.ndarray]) -> Callable[[], np.ndarray]:
+    number = numbers(1)
+    return lambda: draw(next(number))

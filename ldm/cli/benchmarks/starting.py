@@ -1,0 +1,138 @@
+"""Rows that are measured in fresh processes: cold starts, and peak memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.cli.benchmarks.rows import Case, Setup
+
+ROOT = Path(__file__).parents[3]
+# A field that is not there: found before anything heavy is loaded.
+MISTAKEN = "data:\n  kind: scenes\n  tier: one\nautoencoder: {kind: kl}\nstages:\n  text: {kind: train\n"
+
+
+def words(setup: Setup) -> Iterator[Case]:
+    """B17: the commands' exit codes are what is checked."""
+    config = setup.folder / "mistaken.yaml"
+    config.write_text(MISTAKEN)
+    peer = [sys.executable, "-c", "from diffusers import StableDiffusionPipeline"]
+    ours = {
+        "ldm --help": ([sys.executable, "-m", "ldm", "--help"], 0),
+        "ldm train with a mistake in the YAML": ([sys.executable, "-m", "ldm", "train", str(config)], 2),
+    }
+    for name, (command, code) in list(ours.items())[: 1 if setup.tiny else None]:
+
+        def check(command: list[str] = command, code: int = code) -> float:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
+            return float(abs(done.returncode - code) + (not (done.stdout or done.stderr)))
+
+        yield Case(
+            name=name,
+            kind="default",
+            ours=lambda command=command, code=code: seconds_of(command, code)[0],
+            theirs=lambda: seconds_of(peer)[0],
+            check=check,
+            tolerance=0.0,
+            error="difference of exit codes",
+            unit="start",
+            returned="seconds",
+        )
+
+
+def first_call(setup: Setup) -> Iterator[Case]:
+    """B18."""
+    from ldm.cli.benchmarks.models import build_family, counts, small, twin_pipeline
+
+    shape = small(setup.tiny)
+    folder = setup.folder / "model"
+    twin_pipeline(build_family(shape, "cpu").eval()).save_pretrained(folder)
+    results = {side: setup.folder / f"{side}.npy" for side in ("ours", "theirs")}
+
+    def start(side: str) -> float:
+        return seconds_of(_child("first_call", side, setup, str(folder), str(results[side])))[0]
+
+    checked: dict[str, float] = {}  # these starts are measurements too
+
+    def check() -> float:
+        checked.update({side: start(side) for side in results})
+        ours, theirs = (np.load(file).astype(np.float64) for file in results.values())
+        return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+    yield Case(
+        name="a whole model from its folder, UNet once",
+        kind="default",
+        ours=lambda: checked.pop("ours", 0.0) or start("ours"),
+        theirs=lambda: checked.pop("theirs", 0.0) or start("theirs"),
+        check=check,
+        tolerance=1e-4,
+        error="relative error of the UNet's output",
+        unit="start",
+        returned="seconds",
+        notes=counts(shape),
+    )
+
+
+def memory_of_drawing(setup: Setup) -> Iterator[Case]:
+    """B19."""
+    yield _memory(setup, "draw", "drawing one picture, bf16")
+
+
+def memory_of_training(setup: Setup) -> Iterator[Case]:
+    """B20."""
+    yield _memory(setup, "train", "training step, batch 1, bf16, recomputed activations")
+
+
+def _memory(setup: Setup, task: str, name: str) -> Case:
+    """Peak bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
+
+    def peak(side: str) -> float:
+        return float(seconds_of(_child(task, side, setup))[1].split()[-1])
+
+    def check() -> float:
+        from ldm.cli.benchmarks.child import compare
+
+        return compare(task, setup.size, setup.device)
+
+    return Case(
+        name=name,
+        kind="equal",
+        ours=lambda: peak("ours"),
+        theirs=lambda: peak("theirs"),
+        check=check,
+        tolerance=0.2,
+        error="relative error of the result",
+        unit="process",
+        returned="bytes",
+    )
+
+
+def _child(task: str, side: str, setup: Setup, *more: str) -> list[str]:
+    return [sys.executable, "-m", "ldm.cli.benchmarks.child", task, side, setup.size, setup.device, *more]
+
+
+def _environment() -> dict[str, str]:
+    """The child's: this package and no other, one thread, no network."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def seconds_of(command: Sequence[str], code: int = 0) -> tuple[float, str]:
+    """CPU seconds, user and system, of a command and its children, and what it printed.
+
+    Raises:
+        RuntimeError: if it ends with another code.
+    """
+    before = os.times()
+    done = subprocess.run(list(command), cwd=ROOT, capture_output=True, text=True, env=_environment())
+    after = os.times()
+    if done.returncode != code:
+        lines: Any = (done.stderr or done.stdout).strip().splitlines() or [""]
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}: {lines[-1][:300]}")
+    return after.children_user + after.children_system - before.children_user - before.children_system, done.stdout

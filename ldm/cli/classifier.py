@@ -1,0 +1,77 @@
+"""The verb that trains a small classifier of noisy latents, for guidance by `ldm sample --classifier`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.cli.command import call
+from ldm.config.errors import UserError
+
+Option = typer.Option
+
+
+def main(words: Sequence[str]) -> int:
+    """`ldm classifier CACHE ...`: the exit code."""
+    return call(classifier, words, "ldm classifier")
+
+
+def classifier(
+    cache: Annotated[Path, typer.Argument(help="A latent cache that ldm data encode made with this model.")],
+    model: Annotated[str, Option(help="The model that will be guided: its autoencoder and its noise.")],
+    words: Annotated[str, Option(help="What to tell apart: words of captions with commas, such as red,green,blue.")],
+    out: Annotated[Path, Option(help="The file to write (.safetensors).")],
+    images: Annotated[int, Option(min=1, help="So many are seen.")] = 200_000,
+    batch: Annotated[int, Option(min=1, help="Of a step.")] = 128,
+    rate: Annotated[float, Option(min=0, help="Learning rate at the start.")] = 1e-3,
+    seed: Annotated[int, Option(min=0, help="Of order, noise and first weights.")] = 0,
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+) -> int:
+    """Learn which words captions say of noisy latents. Then: ldm sample "a red circle" --classifier FILE --classifier-scale 2."""
+    known = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
+    if not known:
+        raise UserError(f"words: got {words!r}; words of captions with commas are needed, such as red,green,blue")
+    from ldm.cli.sampling_options import device_for
+    from ldm.data.cached import CachedLatents
+    from ldm.families.latent_diffusion.classifier_guidance import Classifier, says, train
+    from ldm.families.latent_diffusion.loading import load
+    from ldm.models.noisy_classifier import NoisyClassifierConfig
+
+    data, family, place = CachedLatents(cache), load(model), device_for(device)
+    data.require(autoencoder=family.codec.hash)
+    data.require_shapes([])
+    index = list(range(len(data)))
+    said = says([" ".join(captions) for captions in data.all_captions(index)], known)
+    for word, count in zip(known, said.sum(0).tolist(), strict=True):
+        if not 0 < count < len(data):
+            raise UserError(f"words: {word!r} is in {'no' if not count else 'every'} caption of {cache}; leave it out")
+    started, shown = time.monotonic(), 0.0
+
+    def tell(seen: int, loss: float) -> None:
+        nonlocal shown
+        if (now := time.monotonic()) - shown > 10:
+            shown = now
+            print(f"{seen:,} of {images:,} images, loss {loss:.3f}", file=sys.stderr)
+
+    config = NoisyClassifierConfig(words=known, latent_channels=family.codec.channels)
+    network = train(
+        lambda index, position: data.load(index, position, data.plan.resolution, seed, False),
+        len(data),
+        family.process,
+        config,
+        images=images,
+        batch=batch,
+        rate=rate,
+        seed=seed,
+        device=place,
+        on_images=tell,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Classifier(network, family.codec.hash, family.process.scheduler_config()).save(out)
+    print(f"{out}: tells {', '.join(known)} apart in noisy latents of {model}, after {time.monotonic() - started:.0f} s")
+    return 0

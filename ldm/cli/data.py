@@ -1,0 +1,205 @@
+"""The verb for data: look at it, index its shards, curate its tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.cli.command import call
+from ldm.config.errors import UserError
+
+USAGE = """usage: ldm data WHAT ...
+
+  check PATH          what is there, what is left out and why; sizes, captions, buckets; a page of samples
+  hash PATH           a table of pictures with their captions, sizes, and hashes for finding duplicates
+  index PATH          read tar shards once, so that their samples have addresses
+  encode DATA         latents of all pictures, once for many trainings
+  curate TABLE ...    filter parquet tables of links or pictures, remove duplicates, split, and account for every row
+  fetch TABLE         the pictures of a table's links as tar shards, by img2dataset
+
+`ldm data WHAT --help` tells more."""
+
+
+def main(words: Sequence[str]) -> int:
+    """`ldm data`: the exit code."""
+    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if words[0] == "encode":
+        from ldm.cli.encode import main as encode
+
+        return encode(words[1:])
+    if words[0] not in verbs:
+        raise UserError(f"{words[0]}: no such word; there are {', '.join((*verbs, 'encode'))}")
+    return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")
+
+
+def check(
+    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL.")],
+    resolution: Annotated[int, typer.Option(help="px; for the table of buckets.", min=8, max=8192)] = 512,
+    captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename or kohya.")] = "auto",
+    decode: Annotated[int, typer.Option(help="How many images are decoded to see whether they can be; -1: all.", min=-1)] = 200,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a grid of samples.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Say what was found, what was left out and why, and what training would see."""
+    from ldm.data import check as checking
+
+    if captions not in ("auto", "txt", "metadata", "filename", "kohya"):
+        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya")
+    found, parts = checking.check(checking.source_at(path, captions), resolution, sys.maxsize if decode < 0 else decode)
+    if html is not None:
+        from ldm.cli.data_page import data_page
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(data_page(found, parts), encoding="utf-8")
+    print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(checking.lines(found)))
+    if html is not None and not as_json:
+        print(f"{html}: the page")
+    return 0
+
+
+def index(
+    path: Annotated[str, typer.Argument(help="A folder of shards, a pattern such as {00000..00099}.tar, or a URL.")],
+    out: Annotated[Path | None, typer.Option(help="The index file; otherwise beside the shards, or in the cache.")] = None,
+    verify: Annotated[bool, typer.Option(help="Read all shards again and compare them with their hashes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Read tar shards once and keep where each sample lies; shards that have not changed are not read again."""
+    from ldm.data.shard_index import open_index
+    from ldm.data.shard_reader import ShardRecord
+
+    def tell(record: ShardRecord, number: int, count: int) -> None:
+        left = sum(record.rejected.values())
+        said = f"{record.name}: {record.samples:,} samples" + (f", {left} left out" if left else "")
+        said += "".join(f"\n  damaged {place}" for place in record.damage[:5])
+        print(f"[{number}/{count}] {said}", file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    found = open_index(path, renew=not verify, verify=verify, file=out, on_shard=tell)
+    if as_json:
+        shards = [asdict(record) for record in found.shards]
+        print(json.dumps({"root": found.root, "samples": len(found), "shards": shards}, indent=1, ensure_ascii=False))
+        return 0
+    reasons: dict[str, int] = {}
+    for record in found.shards:
+        for reason, count in record.rejected.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    print(f"{len(found):,} samples in {len(found.shards):,} shards, {sum(r.bytes for r in found.shards) / 2**20:,.1f} MiB")
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        print(f"  {count:>9,}  left out: {reason}")
+    return 0
+
+
+def curate(
+    tables: Annotated[list[str], typer.Argument(help="Parquet files, folders of them, patterns or URLs.")],
+    out: Annotated[Path, typer.Option(help="The folder for train.parquet, val.parquet and audit.json.")],
+    subset: Annotated[str, typer.Option(help="laion-high-resolution or improved-aesthetics; the options below tighten it.")] = "",
+    min_side: Annotated[int, typer.Option(help="px of the shorter side.", min=0)] = 0,
+    min_pixels: Annotated[int, typer.Option(help="Width times height.", min=0)] = 0,
+    max_aspect: Annotated[float, typer.Option(help="Longer over shorter side.", min=0)] = 0.0,
+    min_aesthetic: Annotated[float | None, typer.Option(help="Scores above this.")] = None,
+    max_watermark: Annotated[float | None, typer.Option(help="Probabilities below this.")] = None,
+    max_unsafe: Annotated[float | None, typer.Option(help="Probabilities below this.")] = None,
+    min_similarity: Annotated[float | None, typer.Option(help="Of picture and caption, above this.")] = None,
+    language: Annotated[list[str], typer.Option(help="One of these; may be given several times.")] = [],  # noqa: B006
+    min_caption: Annotated[int, typer.Option(help="Characters.", min=0)] = 0,
+    max_caption: Annotated[int, typer.Option(help="Characters.", min=0)] = 0,
+    match: Annotated[str, typer.Option(help="A regular expression that captions contain.")] = "",
+    reject: Annotated[str, typer.Option(help="A regular expression that captions do not contain.")] = "",
+    remove: Annotated[list[Path], typer.Option(help="A removal list of links, hashes or keys: text, csv or parquet.")] = [],  # noqa: B006
+    unique: Annotated[list[str], typer.Option(help="url, caption, hash, sha256, key or phash: of equal rows one stays.")] = [],  # noqa: B006
+    near: Annotated[int, typer.Option(help="Perceptual hashes within so many bits are one picture; -1: off.", min=-1, max=16)] = -1,
+    val_share: Annotated[float, typer.Option(help="Share of links that go to val.parquet.", min=0, max=0.9)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of that split.")] = 0,
+    memory_mb: Annotated[int, typer.Option(help="Of the database, which goes on on the disk.", min=64)] = 1024,
+    threads: Annotated[int, typer.Option(help="Of the database.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Filter tables of links or pictures; what each rule removed is told and kept in audit.json."""
+    from ldm.data.curation import curate as curating
+
+    allowed = ("url", "caption", "hash", "sha256", "key", "phash")
+    if wrong := [name for name in unique if name not in allowed]:
+        raise UserError(f"--unique: got {wrong[0]!r}; there are {', '.join(allowed)}")
+    asked = curating.Curation(
+        min_side=min_side,
+        min_pixels=min_pixels,
+        max_aspect=max_aspect,
+        min_aesthetic=min_aesthetic,
+        max_watermark=max_watermark,
+        max_unsafe=max_unsafe,
+        min_similarity=min_similarity,
+        languages=tuple(language),
+        min_caption=min_caption,
+        max_caption=max_caption,
+        match=match,
+        reject=reject,
+        remove=tuple(remove),
+        unique=tuple(unique),
+        near=near,
+        val_share=val_share,
+        seed=seed,
+    )
+    if subset:
+        asked = curating.with_subset(subset, asked)
+    audit = curating.curate(tables, out, asked, memory_mb=memory_mb, threads=threads)
+    print(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str) if as_json else "\n".join(curating.lines(audit)))
+    return 0
+
+
+def fetch(
+    table: Annotated[Path, typer.Argument(help="A parquet file of links, or a folder of them, as ldm data curate writes.")],
+    out: Annotated[Path, typer.Option(help="The folder of the shards; what is there already is not fetched again.")],
+    img2dataset: Annotated[str, typer.Option(help="The program, in its own environment; default: the one on the path.")] = "",
+    size: Annotated[int, typer.Option(help="px; larger pictures are made so large on the shorter side.", min=16)] = 512,
+    processes: Annotated[int, typer.Option(help="Of the program.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Downloads at a time in each.", min=1)] = 32,
+    shard: Annotated[int, typer.Option(help="Links of a shard.", min=1)] = 10_000,
+    timeout: Annotated[int, typer.Option(help="Seconds for a link.", min=1)] = 10,
+    retries: Annotated[int, typer.Option(help="More tries for a link.", min=0)] = 1,
+    distributor: Annotated[str, typer.Option(help="multiprocessing, or on a cluster pyspark or ray.")] = "multiprocessing",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Fetch pictures, and say which links gave none and why; start it again and it goes on."""
+    from ldm.data.curation import fetch as fetching
+
+    if distributor not in ("multiprocessing", "pyspark", "ray"):
+        raise UserError(f"--distributor: got {distributor!r}; there are multiprocessing, pyspark, ray")
+    columns, command = fetching.columns_of(table), fetching.command_of(img2dataset)
+    options = {
+        "image_size": size,
+        "processes_count": processes,
+        "thread_count": threads,
+        "number_sample_per_shard": shard,
+        "timeout": timeout,
+        "retries": retries,
+        "distributor": distributor,
+    }
+    words = fetching.words_of(table, out, columns, options)
+    print(" ".join([command, *words]), file=sys.stderr)
+    fetching.run([command, *words], out, lambda said: print(said, file=sys.stderr, flush=True))
+    found = fetching.look(out)
+    print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+    return 1 if found.wrong else 0
+
+
+def hash_pictures(
+    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, or parquet with image bytes.")],
+    out: Annotated[Path, typer.Option(help="The parquet table.")],
+    threads: Annotated[int, typer.Option(help="That decode.", min=1)] = 2,
+) -> int:
+    """Write a table that `ldm data curate --unique sha256 --near 3` understands."""
+    from ldm.data.check import source_at
+    from ldm.data.curation.hashes import write
+
+    source = source_at(path)
+    count = write([source.build("train"), source.build("val")], out, threads)
+    print(f"{out}: {count:,} pictures")
+    return 0

@@ -1,0 +1,150 @@
+"""The verb that encodes data once, for many trainings: a latent cache from pictures and an autoencoder, by one process or many."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ldm.cli.command import call
+from ldm.config.errors import UserError
+
+Option = typer.Option
+
+
+def main(words: list[str]) -> int:
+    """`ldm data encode DATA ...`: the exit code."""
+    return call(encode, words, "ldm data encode")
+
+
+def encode(
+    data: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, or a YAML file of a run.")],
+    model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub.")],
+    out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept.")],
+    resolution: Annotated[int, Option(min=8, max=8192, help="px, height and width.")] = 512,
+    flip: Annotated[bool, Option("--flip", help="Keep mirrored latents too, for training with flip (twice the size).")] = False,
+    text: Annotated[bool, Option("--text", help="Keep the text encoder's states of the captions too.")] = False,
+    buckets: Annotated[bool, Option("--buckets", help="Pictures in shapes near their own, for stages with buckets; else squares.")] = False,
+    bucket_step: Annotated[int, Option(min=0, help="px, sides are multiples of it; 0: 64 from 256 px on, 8 below.")] = 0,
+    max_aspect: Annotated[float, Option(min=1, help="Of a bucket's longer side to its shorter one.")] = 2.0,
+    images: Annotated[int, Option(min=0, help="The first so many; 0: all.")] = 0,
+    batch: Annotated[int, Option(min=1, help="Pictures per call of the encoder.")] = 16,
+    seed: Annotated[int, Option(min=0, help="Of the crops.")] = 0,
+    workers: Annotated[int, Option(min=0, help="Threads that decode ahead.")] = 2,
+    shard: Annotated[int, Option(min=1, help="Pictures of a file; a restart does unfinished files again.")] = 4096,
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
+    place = _model(model)
+    seen: Any = _source(data).build("train")
+    from ldm.cli.sampling_options import device_for
+    from ldm.data.buckets import Buckets, sizes_of, wrong_step
+    from ldm.data.cache import seal, write_cache
+    from ldm.data.cached import CachedLatents
+    from ldm.distributed.processes import processes
+    from ldm.formats.latent_codec import autoencoder_folder, load_codec
+
+    team = processes(cpu=device == "cpu")
+    where = device_for(device, team.local)
+    codec = load_codec(autoencoder_folder(place)).to(where)
+    if resolution % codec.factor:
+        raise UserError(f"resolution: got {resolution}; this autoencoder needs a multiple of {codec.factor}")
+    chosen = Buckets(step=bucket_step, max_aspect=max_aspect) if buckets else None
+    if chosen and (wrong := list(wrong_step(chosen, resolution, codec.factor, "buckets"))):
+        raise UserError("; ".join(wrong))
+    if chosen and sizes_of(seen) is None:
+        raise UserError(f"--buckets: the pictures of {data} all have one size, or do not tell theirs; leave it out")
+    read, text_hash = _reader(place, where) if text else (None, "")
+    count = min(images or len(seen), len(seen))
+    started = time.monotonic()
+    with _bar(count, team.main and sys.stderr.isatty()) as advance:
+        write_cache(
+            out,
+            seen,
+            lambda image: codec.moments(image.to(where)),
+            autoencoder=codec.hash,
+            normalisation=codec.statistics.to_dict(),
+            resolution=resolution,
+            images=count,
+            batch=batch,
+            seed=seed,
+            flip=flip,
+            shard_images=shard,
+            workers=workers,
+            rank=team.rank,
+            world=team.world,
+            on_images=advance,
+            read=read,
+            text=text_hash,
+            buckets=chosen,
+        )
+    team.wait()
+    if team.main:
+        if team.world > 1:
+            seal(out)
+        described = CachedLatents(out).describe()
+        if as_json:
+            print(json.dumps({"folder": str(out), **described}, indent=1))
+        else:
+            seconds = time.monotonic() - started
+            size = int(str(described["bytes"])) / 2**20
+            shapes = f" in up to {len(chosen.shapes(resolution))} shapes" if chosen else ""
+            print(f"{out}: latents of {count:,} pictures at {resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
+    team.wait()
+    return 0
+
+
+def _source(data: str) -> Any:
+    """Where pictures come from: a path, or what a run's file says."""
+    if data.endswith((".yaml", ".yml")):
+        from ldm.config.schema import build, read
+        from ldm.runs.run import Run, place
+
+        return place(build(read(Path(data), []), Run, data), Path(data))[0].data
+    from ldm.data.check import source_at
+
+    return source_at(data)
+
+
+def _model(name: str) -> Path:
+    from ldm.formats.model_folder import open_model
+
+    return open_model(name).folder
+
+
+def _reader(folder: Path, device: str) -> tuple[Callable[..., Any], str]:
+    """What reads captions, and the hash of what reads."""
+    from ldm.formats.part import content_hash
+    from ldm.text.encoder import TextEncoder
+
+    text = TextEncoder.load(folder)
+    text.model.to(device)
+    return text.encode, content_hash(folder / "text_encoder") + content_hash(folder / "tokenizer")
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar with rate and time left, on a terminal."""
+    if not shown:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task, started, done = progress.add_task("", total=total, rate=""), time.monotonic(), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(task, completed=done, rate=f"{done / max(1e-9, time.monotonic() - started):,.0f} images/s")
+
+        yield advance

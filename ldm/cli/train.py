@@ -1,0 +1,93 @@
+"""The verb that trains: words are read and checked as far as that needs no torch, then the run starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.config.errors import UserError
+from ldm.distributed.environment import keep_blocks
+
+USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
+
+  CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
+  key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
+  --plan      say what would be done, why, and what it would cost, and stop; with it
+    --processes N   for so many processes instead of this launch's
+    --tflops X      if each does 10^12 X floating-point operations a second
+    --json          as JSON
+  --help      this text, and every field with its type, default and meaning
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """`ldm train CONFIG [key=value ...]`: the exit code.
+
+    Raises:
+        UserError: on anything the user can mend.
+    """
+    keep_blocks()
+    words, options = _options(words)
+    if options.keys() & {"--help", "-h"}:
+        from ldm.config.messages import describe
+        from ldm.runs.run import Run
+
+        print(USAGE)
+        print(describe(Run))
+        return 0
+    if "--plan" not in options and options:
+        raise UserError(f"{next(iter(options))}: only together with --plan")
+    files = [word for word in words if "=" not in word]
+    if len(files) != 1:
+        raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
+    from ldm.config.schema import build, read
+
+    file = Path(files[0])
+    # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
+    values = read(file, [word for word in words if "=" in word])
+    from ldm.runs.run import Run, execute, place
+
+    run, out = place(build(values, Run, str(file)), file)
+    if "--plan" not in options:
+        code = execute(run, out, file)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            from ldm.distributed.processes import leave
+
+            leave(code)
+        return code
+    from ldm.runs.plan import as_json, make, show
+
+    found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0))
+    print(as_json(found) if "--json" in options else show(found))
+    return 0
+
+
+def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """The words that are no options, and the options with their numbers (0 where they take none)."""
+    left: list[str] = []
+    options: dict[str, float] = {}
+    waiting = iter(words)
+    for word in waiting:
+        name, sign, value = word.partition("=")
+        if not word.startswith("-"):
+            left.append(word)
+        elif name in ("--processes", "--tflops"):
+            options[name] = _positive(name, value if sign else next(waiting, ""))
+        elif word in ("--plan", "--json", "--help", "-h"):
+            options[word] = 0
+        else:
+            raise UserError(f"{name}: no such option; there are --plan, with it --processes, --tflops, --json, --help and key=value words")
+    return left, options
+
+
+def _positive(name: str, text: str) -> float:
+    whole = name == "--processes"
+    try:
+        number = float(int(text) if whole else float(text))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name}: got {text or 'nothing'}; a {'whole number' if whole else 'number'} above 0 is needed")
+    return number

@@ -1,0 +1,283 @@
+"""YAML and key=value words become a frozen typed tree, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+
+import pydantic
+import yaml
+
+from ldm.config.errors import UserError
+from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
+from ldm.config.messages import explain
+from ldm.config.presets import named
+from ldm.config.schema import presets
+from ldm.config.yaml_reader import DEEPEST, Number, parse
+
+__all__ = [
+    "BY_KIND",
+    "Count",
+    "Fraction",
+    "NonNegative",
+    "Positive",
+    "PositiveFloat",
+    "Share",
+    "build",
+    "config",
+    "dump",
+    "load",
+    "merge",
+    "named",
+    "plain",
+    "read",
+]
+
+T = TypeVar("T")
+
+BY_KIND = pydantic.Discriminator("kind")
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Share = Annotated[float, pydantic.Field(gt=0, lt=1)]  # neither nothing nor all
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """A frozen, slotted, keyword-only dataclass that forbids unknown fields."""
+    made: Any = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+    made.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+    return made
+
+
+# Reading
+
+
+def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
+    """The tree of a YAML file with words such as `optim.lr=3e-4` laid over it.
+
+    The file may name one `base:` file, beside which it is laid; mappings are merged, all else is replaced, null removes an
+    entry. Where `kind` changes, the new kind takes over the fields that both have, and the others are dropped. The order
+    of words matters only where two set the same field: the later one holds.
+
+    Raises:
+        UserError: telling every mistake at once, each with its path, its value and what is allowed.
+    """
+    return build(read(path, words), kind, str(path))
+
+
+def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The plain values of a YAML file, its bases and words, not yet checked against a type.
+
+    Raises:
+        UserError: for files and words that cannot be read, all such words at once.
+    """
+    above: Any = {}
+    problems = []
+    for word in words:
+        name, sign, text = word.partition("=")
+        parts = name.split(".")
+        word = word if len(word) <= 80 else f"{word[:77]}..."
+        if not sign or not all(parts) or len(parts) > DEEPEST:
+            problems.append(f"{word}: a word is written PATH=VALUE, such as seed=1")
+            continue
+        try:
+            value = parse(text, word) if text.strip() else ""
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for part in reversed(parts):
+            value = {part: value}
+        above = _together(above, value)
+    if problems:
+        raise UserError("\n".join(problems))
+    return merge(_read(path, ()), above)
+
+
+def _together(first: Any, second: Any) -> Any:
+    """The words so far with one more: no kind gives way yet, no null has anything to remove."""
+    if _numbered(first, second):
+        return merge(first, second)
+    first = _spelt_out(first, second)
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return first | {name: _together(first[name], value) if name in first else value for name, value in second.items()}
+
+
+def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
+    """The typed tree of plain values.
+
+    Raises:
+        UserError: telling every mistake at once, each line beginning with `where`.
+    """
+    data = _resolve(data, kind)
+    try:
+        return _adapter(cast("type", kind)).validate_python(data)
+    except pydantic.ValidationError as error:
+        lines = [explain(problem, data, kind) for problem in error.errors()]
+        raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+@cache
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def merge(below: Any, above: Any) -> Any:
+    """`above` laid over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
+    if _numbered(below, above):
+        return [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)]
+    below = _spelt_out(below, above)
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if above.get("kind") is not None and above["kind"] != below.get("kind"):
+        return {**above, "kind": _Switched(above["kind"], below)}
+    merged = dict(below)
+    for name, value in above.items():
+        if value is None and below.get(name) is not None:
+            del merged[name]
+        else:
+            merged[name] = merge(merged[name], value) if name in merged else value
+    return merged
+
+
+def _spelt_out(below: Any, above: Any) -> Any:
+    """A word below a mapping names a preset beside whose fields the mapping's are written."""
+    return {presets.WORD: below} if type(below) is str and isinstance(above, dict) else below
+
+
+def _numbered(below: Any, above: Any) -> bool:
+    """Whether `above` is a mapping of changes to numbered entries of a list."""
+    return isinstance(below, list) and isinstance(above, dict) and set(above) <= {str(n) for n in range(len(below))} and bool(above)
+
+
+class _Switched(str):
+    """A kind that was changed, with the fields of the former kind: the new one takes over those that it has, too."""
+
+    below: dict[str, Any]
+
+    def __new__(cls, kind: Any, below: dict[str, Any]) -> _Switched:
+        made = super().__new__(cls, kind)
+        made.below = below
+        return made
+
+
+def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
+    """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
+    kind = without_annotation(kind)
+    if (found := presets.chosen(kind, data)) is not None:
+        file, beside = found
+        data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
+    members = members_of(kind)
+    if members and isinstance(data, Mapping):
+        usual = getattr(default, "kind", None)
+        chosen = data.get("kind", usual)
+        kind = members.get(str(chosen))
+        data = {**data, "kind": str(chosen)} if chosen is not None else data
+        if isinstance(chosen, _Switched) and kind is not None:
+            former = members.get(str(chosen.below.get("kind", usual)))
+            own = {name: value for name, value in data.items() if name != "kind"}
+            data = {"kind": str(chosen), **merge(_shared(chosen.below, former, kind), own)}
+    if kind is str and isinstance(data, Number):
+        return data.text
+    if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
+        hints = hints_of(kind)
+        given = {n: v for n, v in data.items() if v is not None or n not in hints}  # null: as if it were not there
+        return {n: _resolve(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in given.items()}
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(data, Mapping):
+        entries = _flat(data) if without_annotation(arguments[1]) in (int, float, str, bool) else data
+        return {name: _resolve(value, arguments[1]) for name, value in entries.items()}
+    if origin is tuple and isinstance(data, list | tuple) and len(arguments) == 2 and arguments[1] is ...:
+        return [_resolve(value, arguments[0]) for value in data]
+    return data
+
+
+def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The leaves of mappings inside each other under dotted names: a word cannot say that a name has dots in it."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in data.items():
+        leaves += _flat(value, f"{path}{name}.").items() if isinstance(value, Mapping) else [(f"{path}{name}", value)]
+    found: dict[str, Any] = {}
+    for name, value in leaves:
+        if value is None and name in found:
+            del found[name]
+        else:
+            found[name] = value
+    return found
+
+
+def _shared(data: Any, former: Any, kind: Any) -> dict[str, Any]:
+    """The fields that a former kind and another one have with the same type."""
+    if not (dataclasses.is_dataclass(former) and dataclasses.is_dataclass(kind) and isinstance(data, Mapping)):
+        return {}
+    old, new = hints_of(former), hints_of(kind)
+    found: dict[str, Any] = {}
+    for name in (n for n in data if n != "kind" and n in old and n in new):
+        if old[name] == new[name]:
+            found[name] = data[name]
+        elif inner := _shared(data[name], without_annotation(old[name]), without_annotation(new[name])):
+            found[name] = inner
+    return found
+
+
+# YAML
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    if path in below:
+        raise UserError(f"{path}: base leads back to this file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: {error.strerror or error}{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    data = parse(text, str(path))
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a mapping of fields was expected, got {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: names one file, got {base!r}")
+    return merge(_read(path.parent / base, (*below, path)), data)
+
+
+# Writing
+
+
+def plain(tree: Any) -> Any:
+    """The tree as mappings, lists and scalars, in the order of its fields."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {f.name: plain(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+    if isinstance(tree, Mapping):
+        return {name: plain(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    return tree
+
+
+def dump(tree: Any) -> str:
+    """The tree as YAML that `load` reads back equal."""
+    return yaml.dump(plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # The other styles fold the line breaks that only Unicode knows.
+        style = '"' if set(data) & set("\x85\u2028\u2029\r\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)

@@ -1,0 +1,117 @@
+"""YAML as its version 1.2 means it: `3e-4` is a number, `no` is a word, a key stands once, and nothing is ever called."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from ldm.config.errors import UserError
+
+LARGEST = 1_000_000  # characters of a file
+DEEPEST = 40  # mappings and lists inside each other
+MOST_NODES = 100_000  # with every alias counted as what it stands for: nine aliases of nine aliases of ... end here
+
+_RULES = (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
+    ("null", "~|null|Null|NULL", "~nN"),
+    ("null", "", ""),
+)
+
+
+class Number:
+    """What a number looked like, so that `name: 007` may be a text."""
+
+    text: str
+
+
+class Integer(int, Number):
+    """A whole number that remembers its text."""
+
+
+class Real(float, Number):
+    """A number that remembers its text."""
+
+
+class Loader(yaml.SafeLoader):
+    """Plain data by the core schema of YAML 1.2, of bounded size."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth, self.nodes = 0, 0
+        self.sizes: dict[int, int] = {}  # nodes below each node, aliases followed
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One node, counted."""
+        alias = self.check_event(yaml.AliasEvent)
+        before = self.nodes
+        self.depth += 1
+        mark = self.peek_event().start_mark
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels inside each other", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias and id(node) not in self.sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias inside what it stands for", mark)
+        self.nodes += self.sizes[id(node)] if alias else 1
+        self.sizes.setdefault(id(node), self.nodes - before)
+        if self.nodes > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} entries", mark)
+        return node
+
+
+def _mapping(loader: Loader, node: Any) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, "a mapping was expected", node.start_mark)
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        name = loader.construct_object(key, deep=True)
+        if isinstance(name, Number):
+            name = name.text
+        if not isinstance(name, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is not a word", key.start_mark)
+        if name in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands here twice", key.start_mark)
+        found[name] = loader.construct_object(value, deep=True)
+    return found
+
+
+def _number(loader: Loader, node: Any) -> Number:
+    text = loader.construct_scalar(node)
+    spelled = text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")
+    whole = node.tag.endswith(":int")
+    try:
+        made = Integer(spelled) if whole else Real(spelled)
+    except ValueError:
+        raise yaml.constructor.ConstructorError(None, None, f"{text[:40]} is no number", node.start_mark) from None
+    made.text = text
+    return made
+
+
+for _tag, _pattern, _first in _RULES:
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first) or [""])
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+Loader.add_constructor("tag:yaml.org,2002:float", _number)
+Loader.add_constructor("tag:yaml.org,2002:int", _number)
+
+
+def parse(text: str, where: str) -> Any:
+    """The plain value of a YAML text of one document.
+
+    Raises:
+        UserError: naming `where` and the line.
+    """
+    if len(text) > LARGEST:
+        raise UserError(f"{where}: {len(text):,} characters; a configuration has at most {LARGEST:,}")
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark and "\n" in text.strip() else ""
+        said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise UserError(f"{where}{line}: {said}") from None

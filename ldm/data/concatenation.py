@@ -1,0 +1,168 @@
+"""Several data sets as one, each as often as it is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm.config.errors import UserError
+from ldm.config.schema import BY_KIND, Positive, config
+from ldm.data.buckets import sizes_of
+from ldm.data.dataset import DataSet, Split, loaded
+from ldm.data.fields import Fields, Known, gather
+from ldm.data.filter import Tabled
+from ldm.data.folder import FolderSource
+from ldm.data.hugging_face import DatasetsSource
+from ldm.data.images import Shape
+from ldm.data.photos import LISTED
+from ldm.data.shards import ShardsSource
+from ldm.diffusion.batch import ImageBatch, cat
+
+R = TypeVar("R")
+
+
+class Joined:
+    """Samples of several data sets, one part after the other; a part's samples come again and again until it has so many.
+
+    Args:
+        parts: at least one.
+        counts: samples of each part.
+    """
+
+    def __init__(self, parts: Sequence[DataSet], counts: Sequence[int]) -> None:
+        self.parts, self.counts = tuple(parts), tuple(counts)
+        self._ends = np.cumsum(counts)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether captions of all parts stay true when a picture is mirrored."""
+        return all(part.mirrors for part in self.parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _numbers(self, part: int) -> NDArray[np.int64]:
+        """Which of its own samples a part's are."""
+        return np.arange(self.counts[part]) % len(self.parts[part])
+
+    def _grouped(self, index: Sequence[int]) -> Iterator[tuple[DataSet, list[int], list[int]]]:
+        """By part: the data, the rows of `index` that are its, and their numbers there."""
+        wanted = np.asarray(index, np.int64)
+        owner = np.searchsorted(self._ends, wanted, side="right")
+        for part in np.unique(owner).tolist():
+            rows = np.flatnonzero(owner == part)
+            numbers = (wanted[rows] - (self._ends[part] - self.counts[part])) % len(self.parts[part])
+            yield self.parts[part], rows.tolist(), numbers.tolist()
+
+    def _each(self, index: Sequence[int], ask: Callable[[DataSet, list[int], list[int]], Sequence[R]]) -> list[R]:
+        """What each part says of its rows, in the order of `index`."""
+        found: dict[int, R] = {}
+        for data, rows, numbers in self._grouped(index):
+            found |= zip(rows, ask(data, rows, numbers), strict=True)
+        return [found[row] for row in range(len(found))]
+
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
+        """As `ldm.data.dataset.Samples.load`."""
+        return self.load_bytes(index, position, resolution, seed, flip).to("cpu")
+
+    def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
+        """As `ldm.data.dataset.Decoded.load_bytes`, where all parts have bytes; else numbers."""
+        found, order = [], []
+        for data, rows, numbers in self._grouped(index):
+            found.append(loaded(data, numbers, [position[row] for row in rows], resolution, seed, flip and self.mirrors))
+            order += rows
+        if any(batch.image.dtype != torch.uint8 for batch in found):
+            found = [batch.to("cpu") for batch in found]
+        whole = cat(found)
+        back = torch.tensor(np.argsort(order))
+        return ImageBatch(
+            image=whole.image[back], caption=tuple(whole.caption[i] for i in back), size=whole.size[back], position=whole.position[back]
+        )
+
+    def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
+        """As `ldm.data.dataset.Samples.captions`."""
+        return self._each(index, lambda data, rows, numbers: data.captions(numbers, [position[row] for row in rows], seed))
+
+    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
+        """As `ldm.data.dataset.Samples.all_captions`."""
+        return self._each(index, lambda data, rows, numbers: data.all_captions(numbers))
+
+    def origin(self, index: int) -> str:
+        """As the part's."""
+        return self._each([index], lambda data, rows, numbers: [data.origin(numbers[0])])[0]
+
+    def sizes(self) -> NDArray[np.int32] | None:
+        """Of all samples, where every part knows them."""
+        known = [sizes_of(part) for part in self.parts]
+        found = [sizes[self._numbers(part)] for part, sizes in enumerate(known) if sizes is not None]
+        return np.concatenate(found) if len(found) == len(self.parts) else None
+
+    def fields(self) -> Fields:
+        """Of all samples; unknown where a part does not know them."""
+        known = [part.fields() if isinstance(part, Tabled) else gather([Known()] * len(part)) for part in self.parts]
+        found = [fields[self._numbers(part)] for part, fields in enumerate(known)]
+        names = ("height", "width", "aesthetic", "watermark")
+        return Fields(*(np.concatenate([getattr(fields, name) for fields in found]) for name in names))
+
+    def describe(self) -> dict[str, object]:
+        """Counts and rejections of all parts, what each says of itself, and the fingerprint."""
+        said = [part.describe() for part in self.parts]
+        rejected: Counter[str] = Counter()
+        for each in said:
+            if isinstance(found := each.get("rejected"), Mapping):
+                rejected.update(found)
+        names = ("rejected_files", "rejected_samples", "rejected_rows")
+        files = [str(file) for each in said for name in names for file in _list(each.get(name))]
+        return {
+            "kind": "several",
+            "images": len(self),
+            "rejected": dict(rejected),
+            "rejected_files": files[:LISTED],
+            "parts": said,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Of the parts and how often they come."""
+        said = ["joined", 1, *(part.fingerprint() for part in self.parts), *self.counts]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+@config
+class Part:
+    """One of several sources."""
+
+    source: Annotated[FolderSource | ShardsSource | DatasetsSource, BY_KIND]  # where its images and captions come from
+    repeats: Positive = 1  # how often each of its training samples comes in an epoch
+
+
+@config
+class SeveralSource:
+    """Several sources as one: the parts' samples in one order, each as often in an epoch as its part repeats."""
+
+    kind: Literal["several"] = "several"
+    parts: tuple[Part, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError("parts: none; give at least one source")
+
+    def build(self, split: Split) -> Joined:
+        """The training or the held-out parts.
+
+        Raises:
+            UserError: as the first source that cannot be built.
+        """
+        parts = [part.source.build(split) for part in self.parts]
+        return Joined(parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)])

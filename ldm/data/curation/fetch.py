@@ -1,0 +1,206 @@
+"""Pictures of a table of links: img2dataset, in an environment of its own, is told what to do, watched, and what it left is checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.config.errors import UserError
+
+NAMES = {  # columns by what they hold, as LAION's tables call them in letters of any case; the first that is there counts
+    "url": ("url", "image_url", "link"),
+    "caption": ("caption", "text", "top_caption"),
+}
+KEPT = ("aesthetic", "aesthetic_score", "aesthetics_score", "pwatermark", "punsafe", "similarity", "phash", "language")
+HASHES = ("sha256", "md5")  # of the pictures' files, where the table tells them
+MISSING = (
+    "fetch: img2dataset is not here. It needs libraries of other versions than ldm, so give it an environment of its own:"
+    " python -m venv fetch && fetch/bin/pip install img2dataset, and name it by --img2dataset fetch/bin/img2dataset"
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of a table of links."""
+
+    url: str
+    caption: str | None
+    kept: tuple[str, ...]  # that go along to the pictures
+    hash: str | None
+
+
+@dataclass
+class Fetched:
+    """What is there after fetching."""
+
+    folder: str
+    links: int = 0
+    pictures: int = 0
+    shards: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # why links gave no picture, by their number
+    failed: str = ""  # the table of these links; empty: none
+    wrong: list[str] = field(default_factory=list)  # shards that do not hold what they promise
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        said = [f"{self.pictures:,} pictures of {self.links:,} links in {self.shards:,} shards: {self.folder}"]
+        said += [f"  {count:>9,}  {reason}" for reason, count in self.reasons.items()]
+        if self.failed:
+            said.append(f"  the links that gave none: {self.failed}")
+        return said + [f"  damaged: {line}" for line in self.wrong]
+
+
+def columns_of(table: Path) -> Columns:
+    """What a table of links calls its columns.
+
+    Raises:
+        UserError: if it is no parquet file, or has no links.
+    """
+    import pyarrow.parquet as parquet
+
+    file = next(iter(sorted(table.glob("*.parquet"))), None) if table.is_dir() else table
+    if file is None or not file.is_file():
+        raise UserError(f"fetch: {table}: no such table; give a parquet file or a folder of them, as ldm data curate writes")
+    try:
+        there = parquet.read_schema(file).names
+    except Exception as error:  # pyarrow raises many kinds on what is no parquet
+        raise UserError(f"fetch: {file}: no parquet table ({str(error).splitlines()[0][:100]})") from None
+    small = {name.lower(): name for name in reversed(there)}
+    url, caption = (next((small[name] for name in names if name in small), None) for names in NAMES.values())
+    if url is None:
+        raise UserError(f"fetch: {file}: no column of links ({', '.join(NAMES['url'])}); it has {', '.join(there)}")
+    return Columns(url, caption, tuple(small[n] for n in KEPT if n in small), next((n for n in HASHES if n in there), None))
+
+
+def command_of(given: str) -> str:
+    """The program that fetches.
+
+    Raises:
+        UserError: saying how to install it, if it is not there.
+    """
+    found = shutil.which(given or "img2dataset")
+    if found is None:
+        raise UserError(MISSING if not given else f"fetch: {given}: no such program. {MISSING.removeprefix('fetch: ')}")
+    return found
+
+
+def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) -> list[str]:
+    """What img2dataset is told: shards of pictures no larger than asked, what has been fetched left alone."""
+    said: dict[str, Any] = {
+        "url_list": table,
+        "input_format": "parquet",
+        "url_col": columns.url,
+        "output_format": "webdataset",
+        "output_folder": out,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "incremental_mode": "incremental",
+        "enable_wandb": False,
+        "compute_hash": columns.hash or "sha256",
+        **options,
+    }
+    if columns.caption:
+        said["caption_col"] = columns.caption
+    if columns.kept:
+        said["save_additional_columns"] = json.dumps(list(columns.kept))
+    if columns.hash:
+        said["verify_hash"] = json.dumps([columns.hash, columns.hash])
+    return [word for name, value in said.items() for word in (f"--{name}", str(value))]
+
+
+def run(command: Sequence[str], out: Path, tell: Callable[[str], None], every_s: float = 5.0) -> None:
+    """Let it fetch, telling from time to time how far it is.
+
+    Raises:
+        UserError: with its last words, if it fails.
+    """
+    log = out.parent / f"{out.name}.fetch.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started, last = time.monotonic(), ""
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(every_s)
+                except subprocess.TimeoutExpired:
+                    done = stats(out)
+                    said = f"{sum(s['successes'] for s in done):,} pictures in {len(done):,} shards"
+                    if said != last:
+                        rate = sum(s["count"] for s in done) / max(1e-9, time.monotonic() - started)
+                        tell(f"{said}, {rate:,.0f} links/s")
+                        last = said
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = words[-1] if words else "no word"
+        raise UserError(f"fetch: {Path(command[0]).name} failed ({process.returncode}): {last}; all of it: {log}")
+
+
+def stats(out: Path) -> list[dict[str, Any]]:
+    """What the program says of its finished shards."""
+    found = []
+    for path in sorted(out.glob("*_stats.json")):
+        try:
+            values = json.loads(path.read_text())
+            name = path.name.removesuffix("_stats.json")
+            found.append({"name": name, "count": int(values["count"]), "successes": int(values["successes"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being written
+    return found
+
+
+def look(out: Path) -> Fetched:
+    """Count what came, write the links that gave nothing to OUT.failed.parquet, and compare shards with what is said of them.
+
+    Raises:
+        UserError: if not one picture came.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    from ldm.data.shard_index import open_index
+
+    done = stats(out)
+    found = Fetched(str(out), links=sum(s["count"] for s in done), pictures=sum(s["successes"] for s in done), shards=len(done))
+    if not found.pictures:
+        raise UserError(f"fetch: no picture came of {found.links:,} links; {_reasons_text(out)}")
+    rows: list[dict[str, Any]] = []
+    for shard in done:
+        for row in parquet.read_table(out / f"{shard['name']}.parquet").to_pylist():
+            if row.get("status") != "success":
+                rows.append({"url": row.get("url"), "status": row.get("status"), "error": row.get("error_message")})
+    found.reasons = dict(Counter(_reason(row) for row in rows).most_common(20))
+    if rows:
+        found.failed = str(out.parent / f"{out.name}.failed.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), found.failed)
+    counted = {Path(record.name).stem: record for record in open_index(str(out), renew=True).shards}
+    for shard in done:
+        record = counted.get(shard["name"])
+        if record is None:
+            found.wrong.append(f"{shard['name']}.tar is missing")
+        elif record.damage or record.samples + sum(record.rejected.values()) < shard["successes"]:
+            found.wrong.append(f"{record.name}: {record.samples} samples of {shard['successes']} that were told; remove it and fetch again")
+    return found
+
+
+def _reason(row: dict[str, Any]) -> str:
+    return str(row["error"] or row["status"] or "no reason told").splitlines()[0][:120]
+
+
+def _reasons_text(out: Path) -> str:
+    found: Counter[str] = Counter()
+    for path in out.glob("*_stats.json"):
+        try:
+            found.update({str(k): int(v) for k, v in json.loads(path.read_text()).get("status_dict", {}).items()})
+        except (OSError, ValueError):
+            continue
+    return ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "see its log"

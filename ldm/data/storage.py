@@ -1,0 +1,189 @@
+"""Where shards lie: local paths and any URL that fsspec opens, with brace ranges; opened as streams and read in ranges."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ldm.config.errors import UserError
+
+MOST = 10**6  # names that one pattern may give
+RETRIES, WAIT_S = 3, 0.5  # of a read that fails, the wait doubling
+_OPEN = 64  # local files that are kept open
+_RANGE = re.compile(r"\{([^{}]*)\}")
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a place that fsspec opens."""
+    return bool(_URL.match(path))
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that braces stand for: `{00000..00099}` counts with the digits of its first number, `{a,b}` lists.
+
+    Raises:
+        UserError: for a range that runs backwards or gives too many names.
+    """
+    pieces: list[list[str]] = []
+    for i, piece in enumerate(_RANGE.split(pattern)):
+        pieces.append([piece] if i % 2 == 0 else _choices(piece, pattern))
+    count = 1
+    for choices in pieces:
+        count *= len(choices)
+    if count > MOST:
+        raise UserError(f"data.path: {pattern} stands for {count} names; at most {MOST}")
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    if (found := re.fullmatch(r"(\d+)\.\.(\d+)", inside)) is None:
+        return inside.split(",") if "," in inside else ["{" + inside + "}"]
+    first, last = int(found[1]), int(found[2])
+    if last < first or last - first >= MOST:
+        raise UserError(f"data.path: {{{inside}}} in {pattern} must count upwards, to at most {MOST} names")
+    return [str(n).zfill(len(found[1])) for n in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What is known of a file without reading it."""
+
+    bytes: int
+    mtime_ns: int  # 0: the store does not tell
+
+
+def find(path: str, suffix: str) -> list[str]:
+    """The files that a path means, sorted: itself, what its braces or stars stand for, or all `suffix` files below a folder.
+
+    Raises:
+        UserError: if there are none.
+    """
+    names = expand(path)
+    found: list[str] = []
+    for name in names:
+        found += _find_url(name, suffix) if is_url(name) else _find_local(name, suffix)
+    if not found:
+        raise UserError(f"data.path: no {suffix} files at {path}; give a folder of shards, or a pattern such as {{00000..00099}}{suffix}")
+    return sorted(dict.fromkeys(found))
+
+
+def _find_local(name: str, suffix: str) -> list[str]:
+    place = Path(name)
+    if place.is_dir():
+        return [str(p) for p in place.rglob(f"*{suffix}") if not p.name.startswith(".")]
+    if glob.has_magic(name) and not place.exists():
+        return glob.glob(name, recursive=True)
+    if not place.exists():
+        raise UserError(f"data.path: {name} does not exist; correct the path or the range in braces")
+    return [name]
+
+
+def _find_url(name: str, suffix: str) -> list[str]:
+    files, path = system(name)
+    try:
+        if glob.has_magic(path):
+            return [files.unstrip_protocol(p) for p in files.glob(path)]
+        if files.isdir(path):
+            return [files.unstrip_protocol(p) for p in files.glob(path.rstrip("/") + f"/**/*{suffix}")]
+        if not files.exists(path):
+            raise UserError(f"data.path: {name} does not exist; correct the URL or the range in braces")
+    except OSError as error:
+        raise UserError(f"data.path: {name} cannot be listed: {error}") from None
+    return [name]
+
+
+def system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises:
+        UserError: if its protocol is unknown or the package for it is missing.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"data.path: {url} cannot be opened: {error}") from None
+
+
+def stat(name: str) -> Stat:
+    """Length and time of a file.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    if not is_url(name):
+        status = os.stat(name)
+        return Stat(status.st_size, status.st_mtime_ns)
+    files, path = system(name)
+    return Stat(int(files.size(path) or 0), 0)
+
+
+def stream(name: str) -> BinaryIO:
+    """A file from its beginning."""
+    if not is_url(name):
+        return open(name, "rb")
+    files, path = system(name)
+    return cast("BinaryIO", files.open(path, "rb", block_size=2**22))
+
+
+class Ranges:
+    """Reads pieces of many files; safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}  # descriptors belong to one process
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer past the end; tried RETRIES times.
+
+        Raises:
+            OSError: as the last try said.
+        """
+        for attempt in range(RETRIES):
+            try:
+                return self._remote(name, offset, size) if is_url(name) else self._local(name, offset, size)
+            except OSError as error:
+                if attempt == RETRIES - 1 or isinstance(error, FileNotFoundError):
+                    raise
+                time.sleep(WAIT_S * 2**attempt)
+        raise AssertionError
+
+    def _local(self, name: str, offset: int, size: int) -> bytes:
+        with self._lock:
+            descriptor = self._open.pop(name, None)
+            if descriptor is None:
+                descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._open[name] = descriptor  # the newest last
+            mine = os.dup(descriptor)  # stays open for this read, whoever closes the other
+            if len(self._open) > _OPEN:
+                os.close(self._open.popitem(last=False)[1])
+        try:
+            return os.pread(mine, size, offset)
+        finally:
+            os.close(mine)
+
+    def _remote(self, name: str, offset: int, size: int) -> bytes:
+        files, path = system(name)
+        return bytes(files.cat_file(path, start=offset, end=offset + size))

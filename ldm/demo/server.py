@@ -1,0 +1,210 @@
+"""The verb that opens a page to draw on: in a browser on this machine, or for whoever has the token."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldm.cli.command import call
+from ldm.cli.sampling_options import device_for, model_for, name_of, tell
+from ldm.config.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.demo.guard import Guard
+    from ldm.demo.studio import Studio
+
+Option = typer.Option
+LEAST_TOKEN = 12  # characters
+CONNECTIONS = 512
+MISSING = 'demo: gradio is not installed; pip install "ldm[demo]"'
+
+
+def main(words: Sequence[str]) -> int:
+    """`ldm demo MODEL`: the exit code."""
+    return call(demo, words, "ldm demo")
+
+
+def demo(
+    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub; default: newest of runs/*.")] = "",
+    host: Annotated[str, Option(help="The address to listen on; any but this machine's own needs a token.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    token: Annotated[str, Option(envvar="LDM_DEMO_TOKEN", help="What visitors must show; better set in the environment.")] = "",
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
+    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT] of a LoRA, for all that is drawn; as often as wanted.")] = None,
+    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
+    largest: Annotated[int, Option("--max-size", min=8, max=8192, help="px: the longest side that may be asked for.")] = 1024,
+    low_memory: Annotated[bool, Option("--low-memory", help="One part of the model in memory at a time; no previews.")] = False,
+) -> int:
+    """Open a page to draw on with a model. Every picture is the one that `ldm sample` draws with the same settings."""
+    check_door(host, token)
+    if low_memory and (lora or embedding):
+        raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
+    quiet()
+    try:
+        import gradio  # noqa: F401  # at once, before the model takes its time
+        import uvicorn
+    except ImportError as error:
+        raise UserError(MISSING if error.name in ("gradio", "uvicorn") else f"{MISSING} ({error})") from None
+    folder = model_for(model)
+    listener = listen(host, port)
+    from ldm.demo.studio import Studio
+
+    with tempfile.TemporaryDirectory(prefix="ldm-demo-") as files, listener:
+        family, added = opened(folder, device, precision, low_memory, lora or [], embedding or [])
+        with Studio(family, previews=not low_memory) as studio:
+            guard = application(
+                studio, Path(files), name_of(folder), token=token or None, largest=largest, precision=precision, added=added
+            )
+            shown = f"[{host}]" if ":" in host else host
+            print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
+            config = uvicorn.Config(
+                guard,
+                log_level="warning",
+                access_log=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=2,
+                server_header=False,
+                timeout_keep_alive=30,
+                ws="none",
+            )
+            uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def check_door(host: str, token: str) -> None:
+    """Refuse to listen to other machines without a token, and tokens that are soon guessed.
+
+    Raises:
+        UserError: saying so.
+    """
+    try:
+        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        own = False
+    if not own and not token:
+        raise UserError(f"host: {host} lets other machines in; give --token, or LDM_DEMO_TOKEN in the environment")
+    if token and (len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable()):
+        raise UserError(f"token: at least {LEAST_TOKEN} printable ASCII characters are needed")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: if the address is not this machine's, or the port is taken.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(128)
+        return made
+    except OSError as error:
+        raise UserError(f"port: {host}:{port}: {error.strerror or error}; choose another --port, or 0 for any that is free") from None
+
+
+def quiet() -> None:
+    """No analytics, no look-ups of versions, no hub: set before gradio is imported."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_RUN_HISTORY="False", GRADIO_SSR_MODE="False")
+    os.environ.update(GRADIO_MCP_SERVER="False", GRADIO_SHARE="False", GRADIO_NUM_PORTS="1")
+
+
+def opened(
+    folder: str, device: str, precision: str, low_memory: bool, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
+) -> tuple[Any, dict[str, str]]:
+    """The model, ready to draw, and what recipes tell of its LoRAs and words."""
+    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.runtime import Running, ready
+    from ldm.sampling.adapters import add
+
+    family = load(folder, device=device_for(device), low_memory=low_memory)
+    added = add(family, loras, embeddings, {}, tell)
+    kind = family.settings(precision=precision or None).precision
+    return ready(family, folder, Running(low_memory=low_memory), kind), added
+
+
+def application(
+    studio: Studio,
+    files: Path,
+    model: str,
+    *,
+    token: str | None = None,
+    largest: int = 1024,
+    precision: str = "",
+    added: dict[str, str] | None = None,
+) -> Guard:
+    """The page behind its guard, as an ASGI application.
+
+    Args:
+        files: an empty folder for uploads and results.
+        model: its name.
+        token: that visitors must show; None: nobody must.
+        largest: px, of a side.
+        precision: of the networks' weights; empty: the model's own.
+        added: what recipes tell of the model's LoRAs and words, as `ldm.sampling.adapters.add` gives it.
+    """
+    quiet()
+    os.environ["GRADIO_TEMP_DIR"] = str(files.resolve())
+    import gradio
+    from fastapi import FastAPI
+
+    from ldm.demo.files import Shelf
+    from ldm.demo.guard import Guard
+    from ldm.demo.layout import build
+    from ldm.demo.orders import MAX_BYTES, MAX_PIXELS
+    from ldm.demo.page import Page
+    from ldm.demo.status import CSS, HEAD
+    from ldm.sampling.adapters import told_shortly
+
+    weight = next(studio.family.denoiser.parameters())
+    shelf = Shelf(files.resolve())
+    facts = " · ".join([f"{studio.family.resolution} px", weight.device.type, *told_shortly(added or {})])
+    page = Page(studio, shelf, model, facts, largest, precision, added or {})
+    blocks = build(page)
+    blocks.has_launched = True  # gradio looks where a client's files lie only after its own launch()
+    fonts = [gradio.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "sans-serif")]
+    mono = [gradio.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")]
+    theme = gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="sm", font=fonts, font_mono=mono)
+    theme.set(
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_text_weight="500",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_shadow="none",
+        block_border_width="1px",
+        input_border_width="1px",
+        input_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gradio.mount_gradio_app(
+        outer,
+        blocks,
+        path="/",
+        footer_links=[],
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme,
+        css=CSS,
+        head=HEAD,
+    )
+    return Guard(outer, files, token, largest=2 * MAX_BYTES, pixels=max(MAX_PIXELS, largest**2))

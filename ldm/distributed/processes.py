@@ -1,0 +1,251 @@
+"""Which of several processes this is, and what they do together. All of accelerate is here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ldm.config.errors import UserError
+from ldm.config.secrets import redacted
+from ldm.distributed.launcher import adopt_slurm, launched
+from ldm.distributed.sharding import shard
+from ldm.distributed.watchdog import Place, Watchdog, broken, limit_s
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ldm.families.family import Family, Ranks
+
+
+LONG = timedelta(days=7)  # for the first process's work alone, an evaluation say
+STORE = timedelta(seconds=20)
+ALONE = 1 << 30  # behind every other part of a step
+
+
+@dataclass
+class Processes:
+    """This process among `world` that share the work."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # among those of this machine
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces are this process'."""
+        each = -(-count // self.world)
+        return range(min(self.rank * each, count), min((self.rank + 1) * each, count))
+
+    def wait(self) -> None:
+        """Until all have come this far."""
+        if self.world > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Everyone's values, in the order of the ranks."""
+        if self.world == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values))
+
+
+def processes(cpu: bool) -> Processes:
+    """This process, connected to the others that `accelerate launch` or `torchrun` started with it, if any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu)
+    return Processes(state.process_index, state.num_processes, state.local_process_index)
+
+
+class Learners(Processes):
+    """The processes of a training launch: they hold the same weights, and average their gradients.
+
+    Raises:
+        UserError: for a launcher's wish that `ldm` does not have, or variables that contradict each other.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        adopt_slurm(os.environ)
+        self.launch = launched(os.environ)
+        limit = limit_s()
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND"):  # what they ask for is done or told of here
+            os.environ.pop(name, None)
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        # Families keep their buffers equal themselves; and who waits too long is for the watchdog to say, which knows why.
+        keywords = [
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=LONG),
+        ]
+        # Precision is the stage's, not the launcher's: stages of one run may differ in it.
+        cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=keywords)
+        super().__init__(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.local_process_index)
+        if self.world != self.launch.world:
+            raise UserError(f"WORLD_SIZE: {self.launch.world}, but {self.world} processes are connected; start with torchrun")
+        self.device: torch.device = self.accelerator.device
+        self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
+        self.watchdog: Watchdog | None = None
+        self._stages = 0  # of training that have begun
+        if self.world > 1:
+            from torch.distributed import PrefixStore, TCPStore
+
+            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timeout=STORE)
+            self.watchdog = Watchdog(PrefixStore("ldm", store), self.rank, self.world, limit)
+
+    def at(self, stage: str, step: int, doing: str, part: int) -> None:
+        """This process has come to that part of a training step, and should soon go on."""
+        if self.watchdog is not None:
+            self.watchdog.at(Place(self._stages, step, part, doing, True, stage))
+
+    def alone(self, stage: str, step: int, doing: str) -> None:
+        """What this process does now may take its time, and the others wait."""
+        if self.watchdog is not None:
+            self.watchdog.at(Place(self._stages, step, ALONE, doing, False, stage))
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The average over processes."""
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor.clone(), "mean")
+
+    def ranks(self) -> Ranks:
+        """What a family may know of all this."""
+        from ldm.families.family import Ranks
+
+        return Ranks(rank=self.rank, world=self.world, mean=self.mean)
+
+    def split(self, family: Family, precision: str, optimizer: str) -> bool:
+        """Split the family's parameters over the processes where the launch asks for it and the family allows it; whether it was done.
+
+        Raises:
+            UserError: for what split parameters cannot be trained with.
+        """
+        self.sharded = self.launch.sharded and self.world > 1 and family.shardable
+        if not self.sharded:
+            return False
+        if precision == "fp16":
+            raise UserError("precision: fp16 is not for sharded weights (FSDP2); use bf16 or fp32")
+        if optimizer == "muon":
+            raise UserError("optim.kind: muon orthogonalises whole matrices and is not for sharded weights (FSDP2); use adamw")
+        shard(family, self.device, self.world)
+        return True
+
+    def wrap(self, family: Family) -> torch.nn.Module:
+        """What gives the family's loss, with gradients averaged over processes in every backward pass."""
+        self._stages += 1
+        self.accelerator.free_memory()  # of the models of earlier stages
+        if self.sharded:
+            return family
+        # Gradients of 1x1 convolutions may lie in either of two layouts; the copy that one of them needs is nothing to act on.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+        warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)  # open_clip's
+        with warnings.catch_warnings():  # torch 2.15 renames the option; older ones know the old name alone
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return self.accelerator.prepare_model(family)
+
+    @contextmanager
+    def apart(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within it gradients stay on this process (all micro-batches but the last)."""
+        if not self.sharded:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        switch: Callable[[bool], None] = model.set_requires_gradient_sync  # type: ignore[assignment]
+        switch(False)
+        try:
+            yield
+        finally:
+            switch(True)
+
+    def chained(self, parts: list[Tensor]) -> Tensor:
+        """The sum of everyone's parts, added one by one in the order of the ranks and of each one's list."""
+        import torch
+        from torch import distributed
+
+        total, own = parts[0].clone(), parts[1:]
+        if self.rank:
+            total, own = torch.empty_like(total), parts
+            distributed.recv(total, src=self.rank - 1)
+        for part in own:
+            total += part
+        if self.world > 1:
+            if self.rank < self.world - 1:
+                distributed.send(total, dst=self.rank + 1)
+            distributed.broadcast(total, src=self.world - 1)
+        return total
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any process says so."""
+        if self.world == 1:
+            return flags
+        import torch
+
+        found = self.accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=self.device), "sum")
+        return tuple(bool(value) for value in found.tolist())
+
+    def ended(self, error: BaseException) -> int:
+        """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
+        assert self.watchdog is not None
+        if not isinstance(error, UserError) and not broken(error):
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        return self.watchdog.failed(error)
+
+    def close(self) -> None:
+        """All have come to the end."""
+        if self.watchdog is not None:
+            self.wait()
+            self.watchdog.close()
+            self.wait()
+            self.watchdog = None
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that was connected to others: at once, since gloo's threads may abort it when they are taken down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and its state is saved."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT ask for a stop after the present step; a second one stops at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        old = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,323 @@
+"""The sampling engine: one way from prompts and seeds to pictures, open at a few places to methods that edit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.data.pictures import to_uint8
+from ldm.diffusion.batch import Cond, Text
+from ldm.diffusion.guidance import composed
+from ldm.diffusion.process import SPACINGS, Grid, Process
+from ldm.diffusion.rng import Rng
+from ldm.diffusion.samplers import SAMPLERS, Denoise
+from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, Shape, shape_of
+from ldm.formats.latent_codec import LatentCodec
+from ldm.models.blocks import Step
+from ldm.models.transformer import Memory
+from ldm.models.unet import UNet
+from ldm.text.encoder import TextEncoder
+from ldm.text.prompt_syntax import Prompt, literal
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How guidance changes over the share of the steps that is done; each has a mean of 1.
+CURVES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 2 * share,
+    "cosine": lambda share: 1 - math.cos(math.pi * share),
+}
+REMEMBERED = 4  # conditions whose keys and values are kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one sampling call."""
+
+    steps: int
+    guidance: float
+    rescale: float
+    sampler: str
+    spacing: str
+    eta: float
+    precision: str
+    guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
+    guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
+    guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
+
+    def guidance_at(self, i: int, steps: int) -> float:
+        """The guidance of step i of `steps`."""
+        share = min((i + 0.5) / steps, 1.0)
+        if not self.guidance_from <= share <= self.guidance_to:
+            return 1.0
+        if self.guidance_curve == "constant":
+            return self.guidance
+        return 1 + (self.guidance - 1) * CURVES[self.guidance_curve](share)
+
+
+def choose(
+    defaults: Any,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    precision: str | None = None,
+    guidance_from: float = 0.0,
+    guidance_to: float = 1.0,
+    guidance_curve: str = "constant",
+) -> Settings:
+    """The numbers of a sampling call, those of `defaults` where none are given.
+
+    Raises:
+        UserError: on an unknown sampler, spacing, precision or curve, or an interval that is none.
+    """
+    name = sampler or defaults.sampler
+    if name not in SAMPLERS:
+        raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
+    chosen = Settings(
+        steps=SAMPLERS[name].steps or defaults.steps if steps is None else steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        rescale=defaults.rescale if rescale is None else rescale,
+        sampler=name,
+        spacing=spacing or SAMPLERS[name].spacing,
+        eta=eta,
+        precision=precision or defaults.precision,
+        guidance_from=guidance_from,
+        guidance_to=guidance_to,
+        guidance_curve=guidance_curve,
+    )
+    if not 0 <= guidance_from < guidance_to <= 1:
+        interval = f"{guidance_from:g} to {guidance_to:g}"
+        raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
+    if guidance_curve not in CURVES:
+        raise UserError(f"guidance_curve: got {guidance_curve!r}; choose one of {', '.join(CURVES)}")
+    if chosen.precision not in PRECISION:
+        raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
+    if chosen.spacing not in SPACINGS:
+        raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What an edit may look at: a chunk of B pictures while they are drawn."""
+
+    rows: tuple[int, ...]  # (B,) which pictures of the call these are; padding repeats the last
+    grid: Grid  # the noise levels that are visited
+    noise: Tensor  # (B,c,h,w) the pictures' own noise, unit variance
+    rng: Rng  # more noise of theirs, by purpose
+
+    def own(self, values: Tensor) -> Tensor:
+        """These pictures' rows of a tensor with one row for each picture of the call, or one for all, where noise lies."""
+        found = values[list(self.rows)] if len(values) > 1 else values.expand(len(self.rows), *values.shape[1:])
+        return found.to(self.noise) if found.is_floating_point() else found.to(self.noise.device)
+
+    def noised(self, x0: Tensor, i: int) -> Tensor:
+        """Latents x0 (B,c,h,w) at level i of the grid, with the pictures' own noise."""
+        return float(self.grid.alpha[i]) * x0 + float(self.grid.sigma[i]) * self.noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """How a method departs from drawing out of noise. Every part may be left out; several edits act in their order."""
+
+    strength: float = 1.0  # the share of the steps that is taken; the first ones are left out
+    start: Callable[[Tensor, Canvas], Tensor] | None = None  # x (B,c,h,w) at the first level visited, from what it would be
+    condition: Callable[[Cond, Canvas], Cond] | None = None  # what the network is told; with and without the prompt alike
+    guide: Callable[[Denoise, Canvas], Denoise] | None = None  # the denoiser (x, i) -> x0, from the guided one
+    after_step: Callable[[Tensor, int, Canvas], Tensor] | None = None  # x at level i, that a step has just reached
+    finish: Callable[[Tensor, Canvas], Tensor] | None = None  # the picture (B,H,W,3) uint8, from the decoded one
+
+
+def warn(text: str) -> None:
+    """A notice to whoever calls from Python."""
+    warnings.warn(text, stacklevel=4)
+
+
+def stay(part: nn.Module) -> None:
+    """All parts lie on the device all the time, so nothing is done before one is used."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Networks and mathematics that draw together.
+
+    Args:
+        chunk: pictures per network call, padded where fewer are left, so that no picture depends on how many are drawn.
+        note: told what a user should know, one line each.
+        turn: told that the network is used next.
+    """
+
+    denoiser: UNet
+    process: Process
+    codec: LatentCodec
+    text: TextEncoder
+    chunk: int
+    note: Callable[[str], None] = warn
+    turn: Callable[[nn.Module], None] = stay
+
+    def draw(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int],
+        settings: Settings,
+        size: tuple[int, int],
+        *,
+        negative: str | Prompt = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Edit] = (),
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (N,H,W,3) uint8, and the latents (N,c,h,w) that they were decoded from; arguments as `sample` has them.
+
+        Raises:
+            UserError: on a size that is not a multiple of the autoencoder's factor, or a result that is not finite.
+        """
+        height, width = size
+        factor = self.codec.factor
+        if height % factor or width % factor or min(height, width) < factor:
+            raise UserError(f"size: got {width}x{height}; both must be multiples of {factor}")
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        shape = (self.codec.channels, height // factor, width // factor)
+        grid = shortened(self.process.grid(settings.steps, settings.spacing), min((e.strength for e in edits), default=1.0))
+        read, avoided = [_read(prompt) for prompt in prompts], _read(negative)
+        alike: dict[Shape, list[int]] = {}
+        for row, prompt in enumerate(read):
+            alike.setdefault(shape_of(self.text, prompt, avoided, len(grid.t)), []).append(row)
+        chunks = [(kind, rows[i : i + self.chunk]) for kind, rows in alike.items() for i in range(0, len(rows), self.chunk)]
+        image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
+        x0 = torch.empty(len(prompts), *shape, dtype=self._place()[1])
+        drawn: list[tuple[list[int], Canvas, Tensor]] = []
+        was_training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            for i, (kind, rows) in enumerate(chunks):
+                padded = (*rows, *[rows[-1]] * (self.chunk - len(rows)))
+                rng = Rng(0, [seeds[row] for row in padded])
+                noise = rng.normal("init", shape) if latents is None else latents.cpu()[list(padded)]
+                canvas = Canvas(padded, grid, noise.to(*self._place()), rng)
+                report = None if on_step is None else _offset(on_step, i, len(chunks), len(grid.t))
+                x = self._denoise([read[row] for row in padded], avoided, kind, canvas, settings, edits, report)
+                drawn.append((rows, canvas, x))
+            for rows, canvas, x in drawn:  # only now, so that each part has one turn
+                made = to_uint8(self._decode(x, settings))
+                for edit in edits:
+                    made = made if edit.finish is None else edit.finish(made, canvas)
+                image[rows], x0[rows] = made[: len(rows)].cpu(), x[: len(rows)].cpu()
+        finally:
+            self.denoiser.train(was_training)
+        return image, x0
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the network lies, and the type that x is kept in: at least float32, whatever the network's own."""
+        weight = next(self.denoiser.parameters())
+        return weight.device, torch.promote_types(weight.dtype, torch.float32)
+
+    def denoiser(
+        self, prompts: Sequence[Prompt], negative: Prompt, shape: Shape, canvas: Canvas, settings: Settings, edits: Sequence[Edit] = ()
+    ) -> Denoise:
+        """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
+        grid, device = canvas.grid, canvas.noise.device
+        height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
+        size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
+
+        def about(text: Text) -> Cond:
+            cond = Cond(text=text, size=size)
+            for edit in edits:
+                cond = cond if edit.condition is None else edit.condition(cond, canvas)
+            return cond
+
+        script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about)
+        # Of the conditions that steps share; a few, for those that take turns.
+        remembered: list[tuple[Cond, Memory, list[Step]]] = []
+        times = grid.t.to(device)
+
+        def predict(x: Tensor, i: int, c: Cond) -> Tensor:
+            self.turn(self.denoiser)
+            found = next((found for found in remembered if found[0] is c), None)
+            if found is None:
+                assert c.text is not None
+                # Without sizes and pooled text, the steps are those of any condition.
+                steps = remembered[0][2] if remembered and not self.denoiser.told_more else self.denoiser.schedule(times, c)
+                found = (c, self.denoiser.remember(c.text), steps)
+                remembered[:] = [*remembered[1 - REMEMBERED :], found]
+            t = times[i].expand(len(x))
+            output = self.denoiser(x, t, c, found[1], found[2][i]).to(x.dtype)
+            return self.process.x0_from(output, x, t)
+
+        steps = len(grid.t)
+        weights = script.weights().to(device)
+        denoise = composed(predict, script.told, weights, lambda i: settings.guidance_at(i, steps), settings.rescale)
+        for edit in edits:
+            denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
+        return denoise
+
+    def _denoise(
+        self,
+        prompts: list[Prompt],
+        negative: Prompt,
+        shape: Shape,
+        canvas: Canvas,
+        settings: Settings,
+        edits: Sequence[Edit],
+        report: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Clean latents (B,c,h,w) of a chunk."""
+        entry, grid, told_of = SAMPLERS[settings.sampler], canvas.grid, set[int]()
+
+        def after_step(x: Tensor, i: int) -> Tensor:
+            for edit in edits:
+                x = x if edit.after_step is None else edit.after_step(x, i, canvas)
+            if report is not None and i not in told_of:
+                told_of.add(i)
+                report(i)
+            return x
+
+        kind = PRECISION[settings.precision]
+        with torch.autocast(canvas.noise.device.type, kind, enabled=kind != torch.float32):
+            x = entry.start(canvas.noise, grid)
+            for edit in edits:
+                x = x if edit.start is None else edit.start(x, canvas)
+            denoise = self.denoiser(prompts, negative, shape, canvas, settings, edits)
+            x = entry.run(denoise, x, grid.alpha, grid.sigma, canvas.rng, eta=settings.eta, after_step=after_step)
+        if not x.isfinite().all():
+            cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"
+            raise UserError(f"precision: with {settings.precision} the network's numbers are not finite; {cure}")
+        return x
+
+    def _decode(self, x: Tensor, settings: Settings) -> Tensor:
+        """Images (B,3,H,W) of latents; those that overflow in a half type are decoded once more in float32."""
+        kind = PRECISION[settings.precision]
+        with torch.autocast(x.device.type, kind, enabled=kind != torch.float32):
+            image = self.codec.decode(x)
+        whole = image.isfinite().flatten(1).all(1)
+        if not whole.all():
+            self.note(f"the decoder overflowed in {settings.precision}; it was run again in float32")
+            image = torch.where(whole.view(-1, 1, 1, 1), image.float(), self.codec.decode(x))
+        return image
+
+
+def _read(prompt: str | Prompt) -> Prompt:
+    """A prompt given as text is meant as it stands."""
+    return literal(prompt) if isinstance(prompt, str) else prompt
+
+
+def shortened(grid: Grid, strength: float) -> Grid:
+    """The last `strength` of a grid's steps, rounded down."""
+    steps = len(grid.t)
+    left_out = steps - int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return Grid(t=grid.t[left_out:], alpha=grid.alpha[left_out:], sigma=grid.sigma[left_out:])
+
+
+def _offset(on_step: Callable[[int, int], None], round_: int, rounds: int, steps: int) -> Callable[[int], None]:
+    return lambda step: on_step(round_ * steps + step, rounds * steps)

@@ -1,0 +1,77 @@
+"""A finished text-to-image model as the parts that files are written from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.families.latent_diffusion.loading import load
+from ldm.formats.export_source import CARD, Part, Source
+from ldm.formats.latent_codec import Statistics
+from ldm.formats.model_folder import open_model, read_record
+from ldm.formats.part import read_json
+from ldm.formats.text_folder import text_part
+from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
+
+
+def read_source(model: str) -> Source:
+    """A model by folder, run folder or any other name that `ldm.load` takes, checked as strictly as for sampling.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not belong together.
+    """
+    family = load(model)
+    path = Path(model).expanduser()
+    root = open_model(path if path.exists() else model).folder
+    record = read_record(root)
+    autoencoder, state, statistics = _autoencoder(family)
+    parts = {
+        "unet": Part(_unet_config(family), dict(family.denoiser.state_dict())),
+        "vae" if isinstance(autoencoder, KLConfig) else "vqvae": Part(autoencoder.to_diffusers(), state),
+        "text_encoder": Part(*text_part(family.text.model)),
+    }
+    # As it stands in the folder: how others like to sample it is said there too.
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+    card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).is_file() and not record else ""
+    left = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if (root / name).is_dir()]
+    notices = (f"left out, because ldm has no use for it: {', '.join(left)}",) if left else ()
+    return Source(
+        name=record.get("story", {}).get("name") or _name(path if path.exists() else root),
+        parts=parts,
+        network=family.config.network,
+        autoencoder=autoencoder,
+        statistics=statistics,
+        tokenizer=family.text.tokenizer,
+        process=family.process,
+        scheduler=scheduler,
+        defaults=family.defaults,
+        story=record.get("story", {}),
+        card=card,
+        notices=notices,
+        hash=family.content_hash,
+    )
+
+
+def _name(path: Path) -> str:
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.stem
+
+
+def _unet_config(family: LatentDiffusionFamily) -> dict[str, Any]:
+    network = family.config.network
+    return replace(network, sample_size=network.sample_size or family.resolution // family.factor).to_diffusers()
+
+
+def _autoencoder(family: LatentDiffusionFamily) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:
+    """The autoencoder; statistics that were measured are folded into a KL one, and told beside a VQ one."""
+    network, statistics = family.codec.network, family.codec.statistics
+    config, state = network.config, dict(network.state_dict())
+    if not statistics.images:  # its own configuration says it all
+        return config, state, None
+    if isinstance(config, VQConfig):
+        return config, state, statistics
+    return *fold_latent_stats(config, state, statistics.mean, statistics.std), None

@@ -1,0 +1,242 @@
+"""A base model of which little learns, adapters or a new word's embedding; all else is frozen, and not in checkpoints."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, PositiveFloat, config
+from ldm.diffusion.batch import ImageBatch, MomentBatch
+from ldm.diffusion.rng import Rng
+from ldm.families.family import Context, Family, ParameterGroup, Terms
+from ldm.formats.lora_files import write
+from ldm.formats.part import save_part
+from ldm.formats.text_folder import save_tokenizer, text_part
+from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, UNET_TARGETS, Lora, Part, inject, injected, merged_state
+from ldm.text.encoder import TextEncoder
+from ldm.text.textual_inversion import Rows, add_word, first_embeddings, write_embedding
+
+
+class Adaptable(Family):
+    """What adapters need of the family whose networks they learn beside."""
+
+    denoiser: nn.Module
+    text: TextEncoder
+    text_learns: bool
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a model folder must say besides the networks' own configurations."""
+
+    @abstractmethod
+    def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: str) -> None:
+        """Write the denoising network with other weights below `folder`, and what it was trained with."""
+
+
+def adapted(adapt: LowRank | TextualInversion, inner: Adaptable, context: Context) -> AdaptedFamily:
+    """The family of which only what `adapt` names learns.
+
+    Raises:
+        UserError: if there is no base, or naming the setting that does not suit it.
+    """
+    if context.init is None:
+        raise UserError("diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out")
+    inner.requires_grad_(False)
+    if isinstance(adapt, LowRank):
+        return LoraFamily(adapt, inner, context)
+    return InvertedFamily(adapt, inner, context)
+
+
+class AdaptedFamily(Family):
+    """Learned parameters, in a module tree of their own, and the frozen base model that uses them.
+
+    Checkpoints, averages and the processes' exchange of gradients see the learned parameters alone.
+    """
+
+    def __init__(self, inner: Adaptable, context: Context) -> None:
+        super().__init__()
+        self._inner = (inner,)  # a tuple, so that it stays out of the module tree
+        self.base = {"unet": "" if context.init is None else context.init.hash, "resolution": str(context.resolution)}
+        self.base |= {"seed": str(context.seed), "images": str(context.total_images)}
+
+    @property
+    def inner(self) -> Adaptable:
+        """The base model with what learns in its place."""
+        return self._inner[0]
+
+    def frozen(self) -> list[nn.Module]:
+        """All of the base; the learned parameters, which it shares, move with it."""
+        return [self.inner, *self.inner.frozen()]
+
+    def compilable(self) -> list[nn.Module]:
+        """The base's, with what learns in it."""
+        return self.inner.compilable()
+
+    def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """The base's."""
+        return self.inner.loss(batch, rng)
+
+    def averaged(self) -> list[nn.Parameter]:
+        """Everything that learns."""
+        return [p for player in self.parameter_groups() for p in player.parameters]
+
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
+        """The base's."""
+        self.inner.text.forget()
+        pictures = self.inner.preview(batch, seed)
+        self.inner.text.forget()
+        return pictures
+
+    def metadata(self) -> dict[str, str]:
+        """What files tell of their origin: the base's hash, and the names that kohya's scripts give such things."""
+        base, side = self.base, self.base["resolution"]
+        return {
+            "ldm_base_hash": base["unet"],
+            "ss_sd_model_hash": base["unet"],
+            "ss_resolution": f"({side}, {side})",
+            "ss_seed": base["seed"],
+            "ss_num_train_images": base["images"],
+            "ss_v2": "False",
+            "ss_noise_offset": str(self.inner.describe().get("offset_noise")),
+        }
+
+    def save_text(self, state: dict[str, Tensor], folder: Path) -> None:
+        """text_encoder/ with other weights, and tokenizer/."""
+        config, _ = text_part(self.inner.text.model)
+        table = next(value for name, value in state.items() if name.endswith("token_embedding.weight"))
+        state = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): value for name, value in state.items()}
+        save_part({**config, "vocab_size": len(table)}, state, folder / "text_encoder", "model")
+        save_tokenizer(self.inner.text.tokenizer, folder / "tokenizer")
+
+
+class LoraFamily(AdaptedFamily):
+    """Adapters of the UNet, and where they are asked for of the text encoder."""
+
+    def __init__(self, config: LowRank, inner: Adaptable, context: Context) -> None:
+        super().__init__(inner, context)
+        self.config = config
+        self.unet = nn.ParameterList(inject(inner.denoiser, config.rank, config.alpha, config.targets))
+        self.text = nn.ParameterList()
+        if config.text_learns:
+            scaled = config.alpha * config.text_rank / config.rank
+            self.text.extend(inject(inner.text.model, config.text_rank, scaled, config.text_targets))
+            inner.text_learns = True
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The UNet's adapters, and the text encoder's at their own rate."""
+        found = [ParameterGroup(name="model", parameters=list(self.unet))]
+        return found + ([ParameterGroup(name="text", parameters=list(self.text), lr_scale=self.config.text_lr)] if len(self.text) else [])
+
+    def lora(self) -> Lora:
+        """What has been learned."""
+        pairs = {"unet": injected(self.inner.denoiser)}
+        if len(self.text):
+            pairs["text_encoder"] = {name.removeprefix(TEXT_PREFIX): pair for name, pair in injected(self.inner.text.model).items()}
+        return Lora(pairs=dict[Part, dict](pairs), metadata=self.metadata())  # type: ignore[type-arg, arg-type]
+
+    def save(self, folder: Path) -> None:
+        """The merged UNet and text encoder as a model has them, and lora/ with peft's, diffusers' and kohya's files."""
+        self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, base=self.base["unet"])
+        if len(self.text):
+            self.save_text(merged_state(self.inner.text.model), folder)
+        for style in ("diffusers", "peft", "kohya"):
+            write(self.lora(), folder / LORA, style, self.metadata())  # type: ignore[arg-type]
+
+
+class InvertedFamily(AdaptedFamily):
+    """A new word's embedding."""
+
+    def __init__(self, config: TextualInversion, inner: Adaptable, context: Context) -> None:
+        super().__init__(inner, context)
+        self.config = config
+        start = first_embeddings(inner.text, config.init, config.vectors)
+        self.rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (config.vectors > 1))
+        table = add_word(inner.text, config.token, start)
+        inner.text.model.requires_grad_(False)
+        inner.text.model.set_input_embeddings(Rows(table, self.rows))
+        inner.text_learns = True
+
+    def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """The base's, of captions with the word in them."""
+        return self.inner.loss(replace(batch, caption=tuple(self.captions(batch.caption, rng))), rng)
+
+    def captions(self, captions: Sequence[str], rng: Rng) -> list[str]:
+        """Captions that have the word stay; others become one of the templates, by chance."""
+        config = self.config
+        chosen = (rng.uniform("template") * len(config.templates)).long().tolist()
+        return [
+            text if config.token in text else config.templates[i].replace("{}", config.token)
+            for text, i in zip(captions, chosen, strict=True)
+        ]
+
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
+        """Pictures of captions with the word in them."""
+        texts = [text if self.config.token in text else self.config.templates[0].replace("{}", self.config.token) for text in batch.caption]
+        return super().preview(replace(batch, caption=tuple(texts)), seed)
+
+    def save(self, folder: Path) -> None:
+        """The base with one word more, and embedding/ with diffusers' and A1111's files."""
+        self.inner.save(folder)
+        state = dict(self.inner.text.model.state_dict())
+        [name] = [name for name in state if name.endswith(".table")]
+        stem = name.removesuffix(".table")
+        table, rows = state.pop(name), state.pop(f"{stem}.rows")
+        state[f"{stem}.weight"] = torch.cat([table[: len(table) - len(rows)], rows])
+        self.save_text(state, folder)
+        write_embedding(folder / EMBEDDING, self.config.token, self.rows.detach(), self.metadata())
+
+
+LORA, EMBEDDING = "lora", "embedding"  # folders in a product, beside the model's parts
+KEPT = (LORA, EMBEDDING)  # what an export puts beside the model, too
+
+
+@config
+class LowRank:
+    """LoRA (Hu 2021, arXiv 2106.09685): small matrices beside the base's frozen ones learn, and are merged in the product."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = 8  # of the UNet's adapters
+    alpha: PositiveFloat = 8.0  # adapters are scaled by alpha / rank
+    targets: tuple[str, ...] = UNET_TARGETS  # ends of the names of the UNet's layers that get one: to_q, attn2.to_k, conv1
+    text_rank: Count = 0  # of the text encoder's adapters, of the same alpha / rank; 0: the text encoder stays as it is
+    text_targets: tuple[str, ...] = TEXT_TARGETS  # its layers
+    text_lr: NonNegative = 0.5  # their learning rate, as a share of the stage's
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether captions are encoded anew at every step."""
+        return self.text_rank > 0
+
+
+@config
+class TextualInversion:
+    """Textual inversion (Gal 2022, arXiv 2208.01618): the base's weights stay; a new word's embedding learns what its pictures share."""
+
+    kind: Literal["textual_inversion"] = "textual_inversion"
+    token: str  # the new word, such as <thing>
+    init: str  # what it means at first, in words that the base knows
+    vectors: Positive = 1  # how many embeddings it has; prompts have room for fewer words the more they are
+    templates: tuple[str, ...] = ("a picture of {}", "{}", "a {}")  # captions of pictures whose own has not the word; {}: the word
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether captions are encoded anew at every step."""
+        return True
+
+    def __post_init__(self) -> None:
+        if len(self.token) < 3 or any(c.isspace() or c in "()[]:" for c in self.token):
+            raise UserError(f"token: got {self.token!r}; one word of three characters or more without brackets or colons, such as <thing>")
+        if not self.init.strip():
+            raise UserError("init: empty; say what the new word means at first, in words the base knows, such as 'ball'")
+        if not self.templates or any(text.count("{}") != 1 for text in self.templates):
+            raise UserError(f"templates: got {list(self.templates)}; each needs {{}} once, where the word stands")
+
+
+Adapt = Annotated[LowRank | TextualInversion, BY_KIND]

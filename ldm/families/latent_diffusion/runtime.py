@@ -1,0 +1,121 @@
+"""How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.config.errors import UserError
+from ldm.families.latent_diffusion.engine import PRECISION
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, loading
+from ldm.families.latent_diffusion.offload import Offload, rest
+from ldm.formats.latent_codec import TILE, autoencoder_folder, load_codec
+from ldm.formats.model_folder import open_model
+from ldm.formats.part import load_module, load_part
+from ldm.models.attention import Kind, set_attention
+from ldm.models.inference import prepare
+from ldm.models.unet import UNet, UNetConfig
+from ldm.text.encoder import TextEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What may be chosen."""
+
+    attention: Kind | None = None  # the kernel of every attention in this process; None: as it is
+    compiled: bool = False  # whether torch compiles the UNet, once for each size and number of pictures per call
+    low_memory: bool = False  # whether the text encoder, the UNet and the autoencoder lie on the device one at a time
+    tile: int = TILE  # px; larger pictures go through the autoencoder in stripes; 0: never
+
+
+DEFAULT = Running()
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = DEFAULT) -> LatentDiffusionFamily:
+    """A finished model, ready to draw: see `ldm.families.latent_diffusion.loading.load` and `ready`."""
+    return ready(loading.load(folder, device, running.low_memory), folder, running)
+
+
+def ready(family: LatentDiffusionFamily, folder: str | Path, running: Running = DEFAULT, precision: str = "fp32") -> LatentDiffusionFamily:
+    """The same family, whose networks are in the form that only draws; they can neither learn nor be saved.
+
+    Args:
+        family: as `load` gave it.
+        folder: where it was loaded from.
+        running: what was chosen.
+        precision: that it will draw with; bf16 and fp16 halve the UNet's weights.
+
+    Raises:
+        UserError: for an attention kernel that does not run, or where nothing can compile.
+    """
+    device = next(family.denoiser.parameters()).device
+    if running.attention is not None:
+        set_attention(running.attention, device)
+    if running.compiled:
+        check_compiler(device)
+    family.codec.tile = running.tile
+    if running.low_memory:
+        _take_turns(family, open_model(Path(folder)).folder, device, precision)
+    else:
+        family.denoiser = prepared_unet(family.denoiser, precision)
+        family.codec.network = prepare(family.codec.network, channels_last=True, in_place=True)
+    if running.compiled:
+        family.denoiser.compile(dynamic=False)
+    return family
+
+
+def prepared_unet(unet: UNet, precision: str) -> UNet:
+    """A UNet, changed in place for inference at a precision; its numbers under autocast do not depend on whether that was known."""
+    kind = PRECISION[precision]
+    return prepare(unet, dtype=None if kind == torch.float32 else kind, channels_last=True, in_place=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse where torch.compile would find nothing to compile with.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    if device.type == "cpu":
+        wanted = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]
+        if not any(map(shutil.which, wanted)):
+            raise UserError("compile: no C++ compiler here, which torch.compile needs; install g++ or clang++, or leave it out")
+    elif device.type == "cuda":
+        from importlib.util import find_spec
+
+        if find_spec("triton") is None:
+            raise UserError("compile: triton is missing, which torch.compile needs on a GPU; install it or leave it out")
+    else:
+        raise UserError(f"compile: torch does not compile for {device.type}; leave it out")
+
+
+def _take_turns(family: LatentDiffusionFamily, root: Path, device: torch.device, precision: str) -> None:
+    """Every part is read from its file when its turn comes, or on a GPU taken from the machine's memory."""
+
+    codec, model = family.codec, family.text.model
+
+    def network() -> UNet:
+        stored, state = load_part(root / "unet")
+        module = load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet")
+        state.clear()  # or the weights that are laid out anew would be there twice
+        return prepared_unet(module, precision)
+
+    def autoencoder() -> nn.Module:
+        return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)
+
+    def text() -> nn.Module:
+        made: nn.Module = TextEncoder.load(root).model
+        return made
+
+    family.denoiser = network().to(device)
+    rest(family.denoiser)
+    codec.network = autoencoder().to(device)
+    turns = Offload({family.denoiser: network, codec.network: autoencoder, model: text}, keep=device.type != "cpu")
+    family.turn = turns
+    codec.turn = lambda: turns(codec.network)
+    model.register_forward_pre_hook(lambda *_: turns(model))

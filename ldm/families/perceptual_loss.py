@@ -1,0 +1,81 @@
+"""The choice of a perceptual distance: none, LPIPS from a weights file, or the run's own CLIP image tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from torch import Tensor, nn
+
+from ldm.config.schema import BY_KIND, NonNegative, config
+from ldm.families.family import Context
+from ldm.formats.part import load_module, load_part
+from ldm.models.image_tower import ImageTowerConfig
+from ldm.models.perceptual import FeatureDistance, load_lpips
+
+
+@config
+class PerceptualNone:
+    """No perceptual term."""
+
+    kind: Literal["none"] = "none"
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return ()
+
+    def build(self, context: Context) -> None:
+        """Nothing."""
+        return None
+
+
+@config
+class PerceptualLpips:
+    """LPIPS with VGG16 (Zhang 2018, arXiv 1801.03924), its weights read from a local file."""
+
+    kind: Literal["lpips"] = "lpips"
+    weights: str  # a .safetensors or .pth file with the backbone and the linear heads
+    weight: NonNegative = 1.0  # of the distance
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return ()
+
+    def build(self, context: Context) -> nn.Module:
+        """The frozen distance, scaled by its weight."""
+        return Scaled(load_lpips(Path(self.weights)), self.weight)
+
+
+@config
+class PerceptualClip:
+    """Distance of feature maps in the image tower of the run's own CLIP."""
+
+    kind: Literal["clip"] = "clip"
+    weight: NonNegative = 1.0  # of the distance
+
+    def inputs(self) -> tuple[str, ...]:
+        """The families whose products this one reads."""
+        return ("text",)
+
+    def build(self, context: Context) -> nn.Module:
+        """The frozen distance, scaled by its weight."""
+        folder = context.products["text"].folder / "image_tower"
+        config, state = load_part(folder)
+        tower = ImageTowerConfig(channels=tuple(config["channels"]), embedding=config["embedding"], grid=config["grid"])
+        return Scaled(FeatureDistance(load_module(tower.build, state, folder)), self.weight)
+
+
+Perceptual = Annotated[PerceptualNone | PerceptualLpips | PerceptualClip, BY_KIND]
+
+
+class Scaled(nn.Module):
+    """A frozen distance times a weight: two image batches (B,3,H,W) in [-1,1] to (B,)."""
+
+    def __init__(self, distance: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.distance = distance.eval().requires_grad_(False)
+        self.weight = weight
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The weighted distance (B,)."""
+        return self.weight * self.distance(a, b)

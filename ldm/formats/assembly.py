@@ -1,0 +1,122 @@
+"""The finished model: a folder that diffusers opens, with what ldm itself wants to know beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ldm.config.errors import UserError
+from ldm.config.version import __version__
+from ldm.formats import atomic
+from ldm.formats.latent_codec import STATISTICS, Statistics, autoencoder_folder
+from ldm.formats.model_card import model_card
+from ldm.formats.model_folder import RECORD
+from ldm.formats.part import content_hash, load_part, read_config, save_part
+from ldm.models.autoencoder import KLConfig, fold_latent_stats
+
+STOCK_UNET = "UNet2DConditionModel"
+
+
+def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
+    """Put the products of three stages together as a model folder, committed at once.
+
+    A KL autoencoder's latent statistics are folded into its quant convolutions, so that its latents have unit variance
+    with a scaling factor of 1 and any diffusers pipeline may use it; one from elsewhere keeps its own scaling factor. A VQ
+    autoencoder keeps its statistics in latents.json.
+
+    Args:
+        text: holds text_encoder/ and tokenizer/.
+        autoencoder: holds vae/ or vqvae/ with its latent statistics.
+        diffusion: holds unet/ and ldm.json.
+        target: the model folder; replaced when it is there.
+        story: what the model card tells besides: name, data, stages, metrics.
+
+    Raises:
+        UserError: if the UNet was trained on another autoencoder.
+    """
+    record = json.loads((diffusion / RECORD).read_text())
+    source = autoencoder_folder(autoencoder)
+    part = "vae" if read_config(source)["_class_name"] == "AutoencoderKL" else "vqvae"  # a given one may lie in any folder
+    if record["autoencoder"] != content_hash(source):
+        raise UserError(f"{diffusion}: this UNet was trained on the latents of another autoencoder than {source}")
+
+    def write(folder: Path) -> None:
+        words = diffusion if (diffusion / "text_encoder").is_dir() else text  # one that has learned beside the UNet
+        for name in ("text_encoder", "tokenizer"):
+            shutil.copytree(words / name, folder / name)
+        if part == "vae":
+            _fold(source, folder / part)
+        else:
+            config, state = load_part(source)
+            save_part(config, state, folder / part)
+            if (source / STATISTICS).exists():
+                shutil.copy(source / STATISTICS, folder / part)
+        size = tuple(record["defaults"]["size"])
+        config, state = load_part(diffusion / "unet")
+        factor = 2 ** (len(json.loads((source / "config.json").read_text())["block_out_channels"]) - 1)
+        save_part({**config, "sample_size": size[0] // factor}, state, folder / "unet")
+        (folder / "scheduler").mkdir()
+        _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
+        index = model_index(part, record["scheduler"]["_class_name"], config, read_config(folder / "text_encoder"))
+        _write(folder / "model_index.json", index)
+        own = content_hash(folder / part)
+        _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
+        stock = config["_class_name"] == STOCK_UNET
+        card = model_card(story, record, vq=part == "vqvae", stock=stock)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    atomic.commit(target, write)
+
+
+def _fold(source: Path, target: Path) -> None:
+    config, state = load_part(source)
+    made = KLConfig.from_diffusers(config)
+    if not (source / STATISTICS).exists():  # another's: its scaling factor stands for them
+        save_part(config, state, target)
+        return
+    statistics = Statistics.read(source / STATISTICS, made.latent_channels)
+    folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
+    save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
+
+
+def model_index(autoencoder: str, scheduler: str, unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json: which class of which library opens each part, and which pipeline joins them.
+
+    Args:
+        autoencoder: vae or vqvae.
+        scheduler: the class name.
+        unet: its config.json.
+        text: the text encoder's.
+    """
+    import diffusers
+
+    absent: list[None] = [None, None]
+    clip = text["model_type"] == "clip_text_model"
+    inpaints = unet["in_channels"] == 2 * unet["out_channels"] + 1
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", text["architectures"][0]],
+        "tokenizer": ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"],
+        "unet": ["diffusers" if unet["_class_name"] == STOCK_UNET else "ldm", unet["_class_name"]],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": absent,
+        "feature_extractor": absent,
+        "image_encoder": absent,
+        "requires_safety_checker": False,
+    }
+    if not clip:
+        index["_class_name"] = "DiffusionPipeline"  # no stock pipeline hides the padding from a T5
+    if autoencoder == "vqvae":
+        # No stock pipeline joins these parts; the card shows the lines that do.
+        index["_class_name"] = "DiffusionPipeline"
+        del index["vae"]
+        index["vqvae"] = ["diffusers", "VQModel"]
+    return index
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2))

@@ -1,0 +1,259 @@
+"""The names of CompVis' checkpoints (latent diffusion, Stable Diffusion 1.x and 2.x, sgm) and diffusers' names, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.unet import UNetConfig
+
+Part = Literal["unet", "vae", "text", "open_clip"]
+Config = UNetConfig | KLConfig | VQConfig | Mapping[str, Any]
+
+PREFIX: dict[Part, str] = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "cond_stage_model.transformer.text_model.",
+    "open_clip": "cond_stage_model.model.",
+}
+TEXT = "text_model."  # before the names of a CLIPTextModel's weights in a folder; some versions of transformers leave it out
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP_OUTER = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+# In checkpoints, but in no text model of diffusers: constants, and what only the contrastive loss reads.
+UNREAD = ("embeddings.position_ids", "attn_mask", "text_projection", "logit_scale")
+
+# A place where names change: ours, theirs, and which layers inside it have other names (all others keep theirs).
+Place = tuple[str, str, Mapping[str, str]]
+
+
+def to_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights under their names in a CompVis checkpoint, each with the part's PREFIX.
+
+    Args:
+        part: unet, vae, text (CLIP, as in Stable Diffusion 1) or open_clip (as in 2).
+        config: of the network; of a text model the content of its config.json, of which num_hidden_layers is read.
+        state: under diffusers' names; a text model's with or without "text_model." before them.
+
+    Raises:
+        UserError: for what CompVis' code has no name for.
+    """
+    if isinstance(config, Mapping):
+        state = {name.removeprefix(TEXT): value for name, value in state.items() if not name.endswith("position_ids")}
+    if part == "open_clip":
+        state = _joined(state, _layers(config))
+    places = {ours: (theirs, inside) for ours, theirs, inside in places_of(part, config)}
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        renamed = _renamed(name, places)
+        if renamed is None:
+            raise UserError(f"{part}: CompVis' checkpoints have no name for {name}; keep this model as a diffusers folder")
+        new, place = renamed
+        found[PREFIX[part] + new] = value[:, :, None, None] if place[1] is VAE_ATTENTION and value.ndim == 2 else value
+    return found
+
+
+def from_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights under diffusers' names, out of a CompVis checkpoint; all names without the part's PREFIX are left out.
+
+    Args:
+        part: as in `to_compvis`.
+        config: of the network, as in `to_compvis`. Of an OpenCLIP, layers beyond num_hidden_layers are left out: Stable
+            Diffusion 2 reads the states after the last layer but one.
+        state: of the whole checkpoint.
+
+    Returns:
+        All weights of the part, a text model's with "text_model." before their names. A name that `config` has no place
+        for is kept as it is, so that whoever loads the weights finds it left over.
+    """
+    prefix = PREFIX[part]
+    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if isinstance(config, Mapping):
+        inner = {name: value for name, value in inner.items() if name not in UNREAD and not _beyond(name, config)}
+    places = {theirs: (ours, inside) for ours, theirs, inside in places_of(part, config)}
+    found: dict[str, Tensor] = {}
+    for name, value in inner.items():
+        renamed = _renamed(name, places, back=True)
+        if renamed is not None:
+            name, place = renamed
+            value = value[:, :, 0, 0] if place[1] is VAE_ATTENTION and value.shape[2:] == (1, 1) else value
+        found[name] = value
+    if part == "open_clip":
+        found = _parted(found, _layers(config))
+    return {TEXT + name: value for name, value in found.items()} if isinstance(config, Mapping) else found
+
+
+def places_of(part: Part, config: Config) -> Iterator[Place]:
+    """Where the names of a part differ, as (ours, theirs, names inside)."""
+    if part == "unet" and isinstance(config, UNetConfig):
+        return _unet(config)
+    if part == "vae" and isinstance(config, KLConfig | VQConfig):
+        return _vae(config)
+    if part == "open_clip" and isinstance(config, Mapping):
+        return _open_clip(config)
+    if part == "text" and isinstance(config, Mapping):
+        return iter([(name, name, {}) for name in ("embeddings", "encoder", "final_layer_norm")])
+    raise TypeError(f"{part} has no {type(config).__name__}")
+
+
+def _unet(config: UNetConfig) -> Iterator[Place]:
+    """openaimodel.UNetModel's lists: input blocks, the middle, output blocks, counted through all levels."""
+    if config.middle != "attention":
+        raise UserError(f"unet: middle is {config.middle!r}, which CompVis' code has not; keep this model as a diffusers folder")
+    last = len(config.channels) - 1
+    yield "conv_in", "input_blocks.0.0", {}
+    yield from _pairs("time_embedding", "time_embed")
+    if config.size_channels:
+        yield from _pairs("add_embedding", "label_emb.0")
+    number = 1
+    for i in range(last + 1):
+        for j in range(config.layers):
+            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{number}.0", UNET_RESNET
+            if config.attention[i]:
+                yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{number}.1", {}
+            number += 1
+        if i < last:
+            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op", {}
+            number += 1
+    yield "mid_block.resnets.0", "middle_block.0", UNET_RESNET
+    yield "mid_block.attentions.0", "middle_block.1", {}
+    yield "mid_block.resnets.1", "middle_block.2", UNET_RESNET
+    number = 0
+    for i in range(last + 1):
+        attends = config.attention[last - i]
+        for j in range(config.layers + 1):
+            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{number}.0", UNET_RESNET
+            if attends:
+                yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{number}.1", {}
+            if i < last and j == config.layers:
+                yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{number}.{1 + attends}.conv", {}
+            number += 1
+    yield "conv_norm_out", "out.0", {}
+    yield "conv_out", "out.2", {}
+
+
+def _pairs(ours: str, theirs: str) -> Iterator[Place]:
+    yield f"{ours}.linear_1", f"{theirs}.0", {}
+    yield f"{ours}.linear_2", f"{theirs}.2", {}
+
+
+def _vae(config: KLConfig | VQConfig) -> Iterator[Place]:
+    """The encoder and decoder of latent diffusion; the decoder counts its levels from the full resolution too."""
+    if isinstance(config, VQConfig):
+        if config.norm == "spatial":
+            raise UserError("vae: norm is 'spatial', which CompVis' code has not; keep this model as a diffusers folder")
+        yield "quantize.embedding", "quantize.embedding", {}
+    for name in ("quant_conv", "post_quant_conv"):
+        yield name, name, {}
+    last = len(config.channels) - 1
+    for coder, layers in (("encoder", config.layers), ("decoder", config.layers + 1)):
+        for ours, theirs in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
+            yield f"{coder}.{ours}", f"{coder}.{theirs}", {}
+        for j in range(2):
+            yield f"{coder}.mid_block.resnets.{j}", f"{coder}.mid.block_{j + 1}", VAE_RESNET
+        if config.middle_attention:
+            yield f"{coder}.mid_block.attentions.0", f"{coder}.mid.attn_1", VAE_ATTENTION
+        way, scale = ("down", "downsample") if coder == "encoder" else ("up", "upsample")
+        for i in range(last + 1):
+            ours, theirs = f"{coder}.{way}_blocks.{i}", f"{coder}.{way}.{i if way == 'down' else last - i}"
+            for j in range(layers):
+                yield f"{ours}.resnets.{j}", f"{theirs}.block.{j}", VAE_RESNET
+                if config.levels[i if way == "down" else last - i]:
+                    yield f"{ours}.attentions.{j}", f"{theirs}.attn.{j}", VAE_ATTENTION
+            if i < last:
+                yield f"{ours}.{scale}rs.0.conv", f"{theirs}.{scale}.conv", {}
+
+
+def _open_clip(config: Mapping[str, Any]) -> Iterator[Place]:
+    for ours, theirs in OPEN_CLIP_OUTER.items():
+        yield ours, theirs, {}
+    for layer in range(_layers(config)):
+        yield f"encoder.layers.{layer}", f"transformer.resblocks.{layer}", OPEN_CLIP_LAYER
+
+
+def _layers(config: Config) -> int:
+    assert isinstance(config, Mapping)
+    values = config.get("text_config") or config
+    return int(values["num_hidden_layers"])
+
+
+def _beyond(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a weight is of an OpenCLIP layer that is not read."""
+    words = name.split(".")
+    return words[:2] == ["transformer", "resblocks"] and len(words) > 2 and words[2].isdigit() and int(words[2]) >= _layers(config)
+
+
+def _joined(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Queries, keys and values of each layer as one matrix, as in OpenCLIP."""
+    found = dict(state)
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            names = [f"encoder.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+            if all(name in found for name in names):
+                found[f"encoder.layers.{layer}.attn.in_proj_{kind}"] = torch.cat([found.pop(name) for name in names])
+    return found
+
+
+def _parted(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The inverse of joining."""
+    found = dict(state)
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            joined = found.pop(f"encoder.layers.{layer}.attn.in_proj_{kind}", None)
+            if joined is not None:
+                names = [f"encoder.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+                found |= dict(zip(names, joined.chunk(3), strict=True))
+    return found
+
+
+Found = tuple[str, Mapping[str, str]]  # of a place: the other name, and the names inside
+
+
+def _renamed(name: str, places: Mapping[str, Found], back: bool = False) -> tuple[str, Found] | None:
+    """The new name and the place that it was found in; None where there is no place for it."""
+    words = name.split(".")
+    for cut in range(len(words), 0, -1):
+        place = places.get(".".join(words[:cut]))
+        if place is None:
+            continue
+        inside = {theirs: ours for ours, theirs in place[1].items()} if back else place[1]
+        layer, _, kind = ".".join(words[cut:]).rpartition(".")
+        rest = [inside.get(layer, layer), kind]
+        return ".".join(word for word in (place[0], *rest) if word), place
+    return None
+
+
+def departures(config: UNetConfig | KLConfig | VQConfig) -> list[str]:
+    """What CompVis' code would compute otherwise, whatever the weights, as `field is value`; empty where it can run the network."""
+    usual: dict[str, object] = {"norm_groups": 32}
+    if isinstance(config, UNetConfig):
+        usual |= {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "middle": "attention"}
+        usual |= {"coordinates": False, "pooled_text": False, "mask_padding": False}
+    else:
+        usual |= {"norm": "group"} if isinstance(config, VQConfig) else {"quant_conv": True, "post_quant_conv": True, "shift_factor": None}
+    return [f"{name} is {getattr(config, name)!r}" for name, value in usual.items() if getattr(config, name) != value]

@@ -1,0 +1,79 @@
+"""The model that is exported: its parts as float32 weights under the names of files, and what belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ldm.diffusion.process import Process
+from ldm.formats.latent_codec import Statistics
+from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
+from ldm.models.unet import UNetConfig
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network as files keep it."""
+
+    config: dict[str, Any]  # the content of config.json
+    state: dict[str, Tensor]  # float32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole text-to-image model."""
+
+    name: str  # for titles: the run's or folder's
+    parts: dict[str, Part]  # unet, vae or vqvae, text_encoder
+    network: UNetConfig
+    autoencoder: KLConfig | VQConfig
+    statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
+    tokenizer: Any
+    process: Process
+    scheduler: dict[str, Any]  # the content of scheduler_config.json
+    defaults: dict[str, Any]  # how it wants to be sampled
+    story: dict[str, Any]  # how it was made; empty: elsewhere
+    card: str  # the model card that came with it; empty: none
+    notices: tuple[str, ...]  # what is not taken along
+    hash: str
+
+    @property
+    def codec(self) -> str:
+        """The folder name of its autoencoder."""
+        return "vae" if isinstance(self.autoencoder, KLConfig) else "vqvae"
+
+    @property
+    def clip(self) -> bool:
+        """Whether its text encoder is a CLIP's."""
+        return str(self.parts["text_encoder"].config["model_type"]) == "clip_text_model"
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether its U-Net is told a masked picture besides the latents (Stable Diffusion inpainting: 4 + 4 + 1 channels)."""
+        return self.network.in_channels == 2 * self.network.out_channels + 1
+
+    def record(self) -> dict[str, Any]:
+        """What a copy must say besides the networks' own configurations, so that it is sampled and told of as this one."""
+        from ldm.config.version import __version__
+
+        defaults = {**self.defaults, "size": list(self.defaults["size"])}
+        offset = {"offset_noise": self.process.offset_noise} if self.process.offset_noise else {}
+        return {"defaults": defaults, "scheduler": self.scheduler, **offset, "ldm_version": __version__, "story": self.story}
+
+
+def with_quant_convolutions(config: KLConfig, state: Mapping[str, Tensor]) -> tuple[KLConfig, dict[str, Tensor]]:
+    """The same KL autoencoder with its shift folded into 1x1 convolutions on both sides of the latents, as CompVis' has them.
+
+    Its scaling factor stays. Where nothing is to be done, the weights are the same tensors.
+    """
+    shift = config.shift_factor or 0.0
+    if config.quant_conv and config.post_quant_conv and not shift:
+        return replace(config, shift_factor=None), dict(state)
+    channels = config.latent_channels
+    folded, made = fold_latent_stats(config, state, (shift,) * channels, (1.0,) * channels)
+    return replace(folded, scaling_factor=config.scaling_factor), made

@@ -1,0 +1,171 @@
+"""A frozen autoencoder with its latent statistics: pixels to latents of unit variance, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.formats.atomic import write_json
+from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_part, read_json, save_part
+from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
+from ldm.models.stripes import Stripes
+
+STATISTICS = "latents.json"
+KINDS = ("AutoencoderKL", "VQModel")  # diffusers' names
+TILE = 512  # px
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each latent channel, measured over images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int  # how many they were measured on; 0: taken from the file, not measured
+    resolution: int  # px
+
+    def to_dict(self) -> dict[str, object]:
+        """As it stands in latents.json and in the log."""
+        return {"mean": list(self.mean), "std": list(self.std), "images": self.images, "resolution": self.resolution}
+
+    @staticmethod
+    def read(file: Path, channels: int) -> Statistics:
+        """The statistics in a latents.json.
+
+        Raises:
+            UserError: if it does not tell a mean and a positive deviation for each of `channels`.
+        """
+        values = read_json(file)
+        try:
+            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+            found = Statistics(mean, std, int(values["images"]), int(values["resolution"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: tells no latent statistics ({type(error).__name__}: {error}); {AGAIN}") from None
+        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"{file}: {channels} means and positive deviations are needed, got {mean} and {std}; {AGAIN}")
+        return found
+
+
+class LatentCodec(nn.Module):
+    """An autoencoder seen from the diffusion's side.
+
+    Args:
+        network: KL or VQ.
+        statistics: of the raw latents.
+        hash: of the autoencoder's folder; latents and diffusion models remember it and refuse any other.
+
+    Larger pictures than `tile` x `tile` go through the network one at a time and in stripes, which gives the same numbers;
+    smaller ones are decoded as many at a time as have so many pixels together. A tile of 0: everything at once.
+    """
+
+    tile = TILE
+    turn: Callable[[], None] = staticmethod(lambda: None)  # told before the network is used
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: KLAutoencoder | VQAutoencoder, statistics: Statistics, hash: str = "") -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.statistics = statistics
+        self.hash = hash
+        self.register_buffer("mean", torch.tensor(statistics.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics.std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return self.network.factor
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return self.network.latent_channels
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
+        self.turn()
+        way = self._way(image, image.shape[2] * image.shape[3])
+        parts = [self._moments(part, way) for part in (image.split(1) if way else (image,))]
+        std = [part for _, part in parts if part is not None]
+        return torch.cat([mean for mean, _ in parts]), torch.cat(std) if std else None
+
+    def _moments(self, image: Tensor, way: Stripes | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.network, VQAutoencoder):
+            return (full(self.network.encode(image, way)) - self.mean) / self.std, None
+        mean, logvar = self.network.encode(image, way)
+        return (full(mean) - self.mean) / self.std, (0.5 * full(logvar)).exp() / self.std
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture, in [-1,1], of images (B,3,H,W) in [-1,1]."""
+        return self.decode(self.moments(image)[0]).float().clamp(-1, 1)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images (B,3,H,W), about [-1,1], of normalised latents (B,c,h,w)."""
+        self.turn()
+        pixels = latent.shape[2] * latent.shape[3] * self.factor**2
+        way, together = self._way(latent, pixels), max(1, self.tile**2 // pixels) if self.tile else len(latent)
+        z = (latent * self.std + self.mean).to(next(self.network.parameters()).dtype)
+        return torch.cat([self.network.decode(part, way) for part in z.split(together)])
+
+    def _way(self, x: Tensor, pixels: int) -> Stripes | None:
+        """How pictures of so many pixels go through the network; None: at once."""
+        learning = torch.is_grad_enabled() and x.requires_grad
+        return Stripes(self.tile**2) if self.tile and pixels > self.tile**2 and not learning else None
+
+
+def full(x: Tensor) -> Tensor:
+    """x as float32 where it is of a half type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics: Statistics) -> None:
+    """Write the autoencoder in diffusers' layout, with latents.json beside it."""
+    config = network.config.to_diffusers()
+    save_part(config, dict(network.state_dict()), folder)
+    write_json(folder / STATISTICS, statistics.to_dict())
+
+
+def autoencoder_folder(folder: Path) -> Path:
+    """vae/ or vqvae/ below a product or model folder; the folder itself where it is one of these.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for name in ("vae", "vqvae"):
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") in KINDS:
+        return folder
+    raise UserError(f"{folder}: no autoencoder here; a folder named vae or vqvae was expected")
+
+
+def load_codec(folder: Path) -> LatentCodec:
+    """The autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
+
+    Without latents.json the folder's scaling_factor and shift_factor stand for them, as in Stable Diffusion.
+
+    Raises:
+        UserError: if the folder holds something else, or its weights do not fit its configuration.
+    """
+    config, state = load_part(folder)
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
+    made = KLConfig.from_diffusers(config) if kind == "AutoencoderKL" else VQConfig.from_diffusers(config)
+    network = load_module(made.build, state, folder)
+    file = folder / STATISTICS
+    if file.exists():
+        statistics = Statistics.read(file, network.latent_channels)
+    else:
+        scale = float(config.get("scaling_factor") or 1.0)
+        shift = float(config.get("shift_factor") or 0.0)
+        channels = network.latent_channels
+        statistics = Statistics((shift,) * channels, (1 / scale,) * channels, 0, 0)
+    return LatentCodec(network, statistics, content_hash(folder))

@@ -1,0 +1,97 @@
+"""A whole model folder, found by folder, run folder, single file or name on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config.errors import UserError
+from ldm.formats.part import AGAIN, COUNTED, PARTS, read_json
+from ldm.formats.single_file import named, open_single
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder that has been found, and the parts in it."""
+
+    folder: Path
+    parts: tuple[str, ...]
+
+
+def say(text: str) -> None:
+    """A notice on standard error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
+    """A model by folder, by run folder (its model/), by a file in CompVis' naming, or by a name on the Hugging Face Hub.
+
+    Behind a file's name may stand what the file leaves open: `sd.ckpt::ema=no,prediction=v`.
+
+    The network is asked only where LDM_HUB=1; otherwise what the hub's cache on this machine holds is all there is.
+
+    Raises:
+        UserError: saying what was looked for and where.
+    """
+    folder = Path(name).expanduser()
+    if file := named(str(name)):
+        folder = open_single(*file, note=note)
+    elif not folder.is_dir():
+        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", "ldm.json"])
+    if (folder / "model").is_dir() and not (folder / "unet").is_dir():
+        folder = folder / "model"
+    parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
+    wanted = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
+    if missing:
+        fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN
+        raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing; {fix}")
+    return Model(folder, parts)
+
+
+def online() -> bool:
+    """Whether the network was asked for."""
+    return os.environ.get("LDM_HUB", "") not in ("", "0")
+
+
+def hub_folder(name: str, patterns: list[str]) -> Path:
+    """Where the Hugging Face Hub's copy of `owner/name` lies on this machine, after fetching what is not there yet.
+
+    Args:
+        name: owner/name.
+        patterns: which files of the repository; of these only configurations, vocabularies and safetensors.
+
+    Raises:
+        UserError: if it is no such name, or cannot be had.
+    """
+    words = name.split("/")
+    if len(words) != 2 or not all(words) or name.startswith((".", "~")) or Path(words[0]).is_dir():
+        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = [p if p.endswith(COUNTED) else p + suffix for p in patterns for suffix in COUNTED]
+        left_out = ["*.fp16.*", "*non_ema*"]
+        found = snapshot_download(name, allow_patterns=sorted(set(wanted)), ignore_patterns=left_out, local_files_only=not online())
+        return Path(found)
+    except Exception as error:  # of the network, of the hub, of the disk: each library has its own
+        if not online():
+            raise UserError(
+                f"{name}: no such folder, and the hub's cache on this machine has no such model. The network is used only when it is"
+                " asked for: --hub, or LDM_HUB=1"
+            ) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and it could not be had from the hub ({lines[0][:200]})") from None
+
+
+RECORD = "ldm.json"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ldm.json of a product or model folder says; nothing where there is none."""
+    file = folder / RECORD
+    return read_json(file) if file.exists() else {}

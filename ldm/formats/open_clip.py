@@ -1,0 +1,56 @@
+"""OpenCLIP's text tower and tokenizer under the names of transformers' CLIPTextModel and CLIPTokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ldm.formats.text_folder import SPECIAL
+
+RENAMED = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """An OpenCLIP text tower's weights under a CLIPTextModel's names; the image tower's are left out."""
+    outer = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
+    found = {new: state[old] for old, new in outer.items() if old in state}
+    for layer in range(layers):
+        old, new = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            for name, renamed in RENAMED.items():
+                if f"{old}{name}.{kind}" in state:
+                    found[f"{new}{renamed}.{kind}"] = state[f"{old}{name}.{kind}"]
+            joined = state.get(f"{old}attn.in_proj_{kind}")
+            if joined is not None:
+                for name, part in zip("qkv", joined.chunk(3), strict=True):
+                    found[f"{new}self_attn.{name}_proj.{kind}"] = part
+    return found
+
+
+def open_clip_tokenizer(padding_ends: bool = False) -> Any:
+    """OpenCLIP's own tokenizer, which has the words of OpenAI's CLIP, as CLIPTokenizer.
+
+    Args:
+        padding_ends: pad with end tokens as OpenAI's CLIP and Stable Diffusion 1, not with the token of `!`, number 0, as
+            OpenCLIP and Stable Diffusion 2.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    theirs = SimpleTokenizer()
+    named = {"<start_of_text>": SPECIAL[0], "<end_of_text>": SPECIAL[1]}
+    vocab = {named.get(word, word): number for word, number in theirs.encoder.items()}
+    padding = SPECIAL[1] if padding_ends else "!"
+    return CLIPTokenizer(vocab=vocab, merges=list(theirs.bpe_ranks), model_max_length=77, pad_token=padding)

@@ -1,0 +1,338 @@
+"""One file that holds a model under CompVis' names, opened as a model folder that is kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.formats import atomic
+from ldm.formats.compvis import PREFIX, Part, from_compvis
+from ldm.formats.compvis_shapes import HUGE, XL_SCALE, inner, text_config, unet_config, vae_config
+from ldm.formats.part import compare, content_hash, read_safetensors, save_part
+from ldm.formats.tensor_file import read_texts
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.unet import UNetConfig
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+RECIPE = "ldm.recipe"  # where a file of ours says how it was made
+PREDICTIONS = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "sample": "sample",
+    "x0": "sample",
+}
+SIZES = {768: 512, HUGE: 768}  # px, what Stable Diffusion 1 and 2 draw, by the width of their text
+BETAS = (0.00085, 0.012)  # Stable Diffusion's
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a file does not say, or says twice."""
+
+    ema: bool = True  # averaged weights where the file has both
+    prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
+
+
+def named(name: str) -> tuple[Path, Choices] | None:
+    """The file that a name such as `sd.ckpt` or `sd.ckpt::ema=no,prediction=v` means; None where it means no file.
+
+    Raises:
+        UserError: naming what is said behind `::` and not known.
+    """
+    path, told, said = name.partition("::")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    choices = Choices()
+    for word in said.split(",") if told else ():
+        field, _, value = word.partition("=")
+        if field == "ema" and value in ("yes", "no"):
+            choices = replace(choices, ema=value == "yes")
+        elif field == "prediction" and value in PREDICTIONS:
+            choices = replace(choices, prediction=value)
+        else:
+            raise UserError(f"{name}: {word!r} is not known; behind :: stand ema=yes, ema=no or prediction={'|'.join(PREDICTIONS)}")
+    return file, choices
+
+
+def cache() -> Path:
+    """Where opened files are kept: LDM_CACHE, or ldm in the user's cache folder."""
+    own = os.environ.get("LDM_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "ldm"
+
+
+def open_single(file: Path, choices: Choices | None = None, note: Callable[[str], None] = print) -> Path:
+    """The model folder of a file: unet/, vae/ or vqvae/, text_encoder/, tokenizer/ and scheduler/, as far as the file has them.
+
+    Args:
+        file: .safetensors, or a pickle (.ckpt, .pt), which a process of its own reads.
+        note: told what was assumed, one line each.
+
+    Raises:
+        UserError: naming the file and the weight that is missing, left over or of another kind.
+    """
+    choices = choices or Choices()
+    if choices.prediction and choices.prediction not in PREDICTIONS:
+        raise UserError(f"prediction: got {choices.prediction!r}; choose epsilon, v_prediction or sample")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    sums = [atomic.sha256(path) for path in (file, *_beside(file))]
+    key = hashlib.sha256(json.dumps([1, *sums, choices.ema, choices.prediction]).encode()).hexdigest()
+    target = cache() / "models" / f"{file.stem}-{key[:24]}"
+    if target.is_dir():
+        return target
+    state, said = read_file(file)
+    refuse_others(state, file)
+
+    def write(folder: Path) -> None:
+        _write(state, said, file, folder, choices, note)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic.commit(target, write)
+    return target
+
+
+def _beside(file: Path) -> list[Path]:
+    """What of a file's neighbours belongs to it: NAME.yaml, and the tokenizer's files in NAME.tokenizer/."""
+    own = sorted(file.with_name(f"{file.stem}.tokenizer").glob("*.json"))
+    return [path for path in (file.with_suffix(".yaml"), *own) if path.is_file()]
+
+
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and the texts beside them.
+
+    Raises:
+        UserError: naming what is missing or damaged.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{file}: a web page, not weights; the download needs another address or a log-in")
+    if file.suffix not in PICKLES and head[:2] != b"PK":
+        return read_safetensors(file), read_texts(file)
+    from ldm.formats.pickles import convert
+
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+        converted = Path(folder) / "weights.safetensors"
+        convert(file, converted)
+        return read_safetensors(converted), read_texts(converted)
+
+
+def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
+    """Name what a file is that is no model.
+
+    Raises:
+        UserError: for an adapter, learned words, or weights under other names.
+    """
+    names = list(state)
+    if found := next((n for n in names if ".lora_" in n or "lora_unet" in n or "lora_te" in n or ".hada_" in n or ".lokr_" in n), None):
+        raise UserError(f"{file}: an adapter (LoRA: {found}), not a model; give its base model, and this with --lora")
+    if len(names) <= 2 and all(value.ndim <= 2 for value in state.values()):
+        raise UserError(f"{file}: learned words (textual inversion: {', '.join(names)}), not a model; give the model they were learned for")
+    if not any(name.startswith(tuple(PREFIX.values())) for name in names) and not _bare(state):
+        stranger = sorted(names)[0] if names else "nothing"
+        raise UserError(f"{file}: holds {stranger} and no names of CompVis' checkpoints; give the folder of a diffusers model as a folder")
+
+
+def _bare(state: Mapping[str, Tensor]) -> Part | None:
+    """The part that a file holds alone, under its names without a prefix."""
+    if "encoder.down.0.block.0.conv1.weight" in state:
+        return "vae"
+    return "unet" if "input_blocks.0.0.weight" in state else None
+
+
+def _write(
+    state: dict[str, Tensor], said: Mapping[str, str], file: Path, folder: Path, choices: Choices, note: Callable[[str], None]
+) -> None:
+    """The model folder of a checkpoint."""
+    if part := _bare(state):
+        state = {PREFIX[part] + name: value for name, value in state.items() if not name.startswith("loss.")}
+    recipe = _recipe(said, file)
+    known = _yaml(file)
+    parts = recipe.get("parts", {})
+    state = _averaged(state, choices.ema, note, file)
+    if any(name.startswith("conditioner.") for name in state):
+        note(f"{file}: of Stable Diffusion XL the unet and the autoencoder are opened; its two text encoders are not")
+    unet: UNetConfig | None = None
+    if weights := inner("unet", state):
+        unet = UNetConfig.from_diffusers(parts["unet"]) if "unet" in parts else unet_config(weights)
+        save_part(unet.to_diffusers() | {"sample_size": _side(unet, recipe)}, _whole("unet", unet, state, file), folder / "unet")
+    if weights := inner("vae", state):
+        _write_vae(weights, recipe, known, state, unet, folder, file)
+    _write_text(state, parts, folder, file)
+    if unet is not None:
+        schedule = recipe.get("scheduler") or _schedule(state, said, known, unet, choices, note, file)
+        (folder / "scheduler").mkdir()
+        atomic.write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    if recipe:
+        codec = "vqvae" if (folder / "vqvae").is_dir() else "vae"
+        record = {name: recipe[name] for name in ("defaults", "scheduler", "story", "ldm_version") if name in recipe}
+        atomic.write_json(folder / "ldm.json", record | {"autoencoder": content_hash(folder / codec)})
+
+
+def _recipe(said: Mapping[str, str], file: Path) -> dict[str, Any]:
+    if RECIPE not in said:
+        return {}
+    try:
+        found = json.loads(said[RECIPE])
+    except ValueError:
+        raise UserError(f"{file}: its {RECIPE} is not JSON; export the model again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    """What CompVis' YAML beside a file says of its schedule: parameterization, scale_factor, linear_start, linear_end."""
+    path = file.with_suffix(".yaml")
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = values["model"]["params"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{path}: no YAML of a CompVis model (model.params); take it away or put the right one there") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _averaged(state: dict[str, Tensor], ema: bool, note: Callable[[str], None], file: Path) -> dict[str, Tensor]:
+    """The state with the averaged weights of the U-Net in place of its own, where there are both and they are wanted."""
+    averaged = {name: value for name, value in state.items() if name.startswith("model_ema.")}
+    found = {name: value for name, value in state.items() if name not in averaged}
+    own = [name for name in found if name.startswith(PREFIX["unet"])]
+    theirs = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
+    if not averaged or not own:
+        return found
+    if ema and (missing := [name for name in own if theirs[name] not in averaged]):
+        raise UserError(f"{file}: has averaged weights, but none for {missing[0]}; choose the others (ema=False)")
+    note(f"{file}: holds averaged weights and those of the last step; the {'averaged' if ema else 'last'} ones are used")
+    return found | {name: averaged[theirs[name]] for name in own} if ema else found
+
+
+def _whole(part: Part, config: Any, state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A part's weights under diffusers' names, all of them and of the right shapes.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    found = from_compvis(part, config, state)
+    with torch.device("meta"):
+        wanted = config.build().state_dict()
+    compare(wanted, found, file)
+    return found
+
+
+def _write_vae(
+    weights: dict[str, Tensor],
+    recipe: Mapping[str, Any],
+    known: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    unet: UNetConfig | None,
+    folder: Path,
+    file: Path,
+) -> None:
+    parts = recipe.get("parts", {})
+    said = parts.get("vqvae") or parts.get("vae")
+    config: KLConfig | VQConfig
+    if said:
+        config = VQConfig.from_diffusers(said) if "vqvae" in parts else KLConfig.from_diffusers(said)
+    else:
+        usual = XL_SCALE if (unet is not None and unet.size_channels) or any(n.startswith("conditioner.") for n in state) else None
+        scale = known.get("scale_factor", state.get("scale_factor"))
+        config = vae_config(weights, float(scale) if scale is not None else usual)
+    name = "vqvae" if isinstance(config, VQConfig) else "vae"
+    # The losses of its training are stored beside it in some files, under "loss.".
+    own = {n: v for n, v in state.items() if not n.startswith(PREFIX["vae"] + "loss.")}
+    save_part(config.to_diffusers(), _whole("vae", config, own, file), folder / name)
+    if recipe.get("latents"):
+        atomic.write_json(folder / name / "latents.json", recipe["latents"])
+
+
+def _write_text(state: Mapping[str, Tensor], parts: Mapping[str, Any], folder: Path, file: Path) -> None:
+    from ldm.formats.open_clip import open_clip_tokenizer
+    from ldm.formats.text_folder import load_tokenizer, save_tokenizer
+
+    kinds: tuple[Part, ...] = ("text", "open_clip")
+    kind = next((kind for kind in kinds if inner(kind, state)), None)
+    if kind is None:
+        return
+    config = parts.get("text_encoder") or text_config(inner(kind, state), kind)
+    found = {name: value for name, value in from_compvis(kind, config, state).items() if "visual." not in name}
+    _check_text(config, found, file)
+    save_part(config, found, folder / "text_encoder", "model")
+    own = file.with_name(f"{file.stem}.tokenizer")
+    if own.is_dir():
+        tokenizer = load_tokenizer(own)
+    else:
+        tokenizer = open_clip_tokenizer(padding_ends=kind == "text")
+        if len(tokenizer) != config["vocab_size"]:
+            raise UserError(f"{file}: its text encoder has {config['vocab_size']} words of its own; put their tokenizer into {own}")
+    save_tokenizer(tokenizer, folder / "tokenizer")
+
+
+def _check_text(config: Mapping[str, Any], found: dict[str, Tensor], file: Path) -> None:
+    """Refuse a text model whose weights do not fit what their shapes or the file say of it."""
+    from ldm.formats.text_folder import PREFIX as TEXT
+    from ldm.models.text_tower import TextTower
+
+    with torch.device("meta"):
+        wanted = TextTower(config).state_dict()
+    compare({TEXT + name: value for name, value in wanted.items()}, found, file)
+
+
+def _side(unet: UNetConfig, recipe: Mapping[str, Any]) -> int:
+    """Latent pixels of the side that the model draws."""
+    stored = (recipe.get("parts", {}).get("unet") or {}).get("sample_size")
+    if isinstance(stored, int):
+        return stored
+    return 128 if unet.size_channels else SIZES.get(unet.context_width, 256) // 8
+
+
+def _schedule(
+    state: Mapping[str, Tensor],
+    said: Mapping[str, str],
+    known: Mapping[str, Any],
+    unet: UNetConfig,
+    choices: Choices,
+    note: Callable[[str], None],
+    file: Path,
+) -> dict[str, Any]:
+    """The scheduler_config.json of a checkpoint that does not carry one."""
+    told = choices.prediction or known.get("parameterization") or said.get("modelspec.prediction_type")
+    prediction = PREDICTIONS.get(str(told), "")
+    if not prediction:
+        prediction = "v_prediction" if unet.context_width == HUGE and unet.linear_projection else "epsilon"
+        note(f"{file}: does not say what its unet predicts; {prediction} is assumed (prediction=epsilon or v_prediction says otherwise)")
+    betas = state.get("betas")
+    count, first, last = 1000, *BETAS
+    if betas is not None and betas.ndim == 1 and len(betas) > 1:
+        count, first, last = len(betas), float(betas[0]), float(betas[-1])
+    first, last = float(known.get("linear_start", first)), float(known.get("linear_end", last))
+    straight = betas is not None and abs(float(betas[count // 2]) - (first + last) / 2) < abs(last - first) / 50
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": int(known.get("timesteps", count)),
+        "beta_start": first,
+        "beta_end": last,
+        "beta_schedule": "linear" if straight else "scaled_linear",
+        "prediction_type": prediction,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "rescale_betas_zero_snr": False,
+    }

@@ -1,0 +1,229 @@
+"""What networks cost: parameters, multiplications and activations, counted on torch's meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.diffusion.batch import Cond, Text
+from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
+from ldm.models.blocks import ResnetBlock
+from ldm.models.coder import Bottom, Stage
+from ldm.models.discriminator import DiscriminatorConfig
+from ldm.models.transformer import Transformer
+from ldm.models.unet import Middle, UNetConfig
+
+IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
+RECOMPUTED = (ResnetBlock, Transformer, Middle, Stage, Bottom)  # what `recompute` wraps, where it lies in no other of these
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image. A multiplication and its addition count as two; only matrix products and convolutions count."""
+
+    forward: int  # FLOPs
+    backward: int  # FLOPs, what is recomputed included
+    activations: int  # bytes that the forward pass keeps for the backward pass, in float32
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.activations + other.activations)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(round(self.forward * times), round(self.backward * times), round(self.activations * times))
+
+    @property
+    def training(self) -> int:
+        """FLOPs of a forward and a backward pass."""
+        return self.forward + self.backward
+
+
+NOTHING = Cost(0, 0, 0)
+
+
+def count(network: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+class Ledger(TorchFunctionMode):
+    """Within it the bytes that forward passes keep for backward ones are added up, each block of memory once.
+
+    Attention's scores do not count: the kernels that train keep none, and only the meta device's own does.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.seen = {p.untyped_storage()._cdata for p in network.parameters()}
+        self.held: list[Tensor] = []  # so that no block of memory takes the place of one that was counted
+        self.bytes = 0
+        self.inside = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor, unless it is a weight or has been counted."""
+        storage = tensor.untyped_storage()
+        if not self.inside and storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.held.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every call as it is, but for attention, whose inputs and output alone are counted."""
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.inside = True
+        out = func(*args, **(kwargs or {}))
+        self.inside = False
+        for tensor in (*args[:3], out):
+            self.keep(tensor)
+        return out
+
+
+def measure(network: nn.Module, call: Callable[[], Tensor]) -> Cost:
+    """What `call`, which runs `network` on IMAGES meta images, and the backward pass from its sum cost for each of them."""
+    with FlopCounterMode(display=False) as counter:
+        with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+            out = call()
+        forward = counter.get_total_flops()
+        out.sum().backward()
+        both = counter.get_total_flops()
+    return Cost(forward, both - forward, ledger.bytes) * (1 / IMAGES)
+
+
+def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
+    """The most bytes for an image that one recomputed block keeps while its backward pass runs."""
+    most, before = 0, 0
+    with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            nonlocal before
+            before = ledger.bytes
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal most
+            most = max(most, ledger.bytes - before)
+
+        outer = [module for module in network.modules() if isinstance(module, RECOMPUTED)]
+        within = {part for module in outer for part in module.modules() if part is not module}
+        for module in outer:
+            if module not in within:
+                module.register_forward_pre_hook(enter)
+                module.register_forward_hook(leave)
+        call()
+    return most // IMAGES
+
+
+def unet(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[int, Cost]:
+    """Parameters of a U-Net and its cost for latents (height, width) and so many text tokens."""
+    return _unet(config, config.checkpointing, height, width, tokens)
+
+
+@lru_cache(maxsize=64)  # by configurations of which two that differ in `checkpointing` alone are equal, hence the argument
+def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, tokens: int) -> tuple[int, Cost]:
+    with torch.device("meta"):
+        network = config.build()
+        image = torch.empty(IMAGES, config.in_channels, height, width)
+        pooled = torch.empty(IMAGES, config.pooled_channels or config.context_width)
+        states, mask = torch.empty(IMAGES, tokens, config.context_width), torch.ones(IMAGES, tokens, dtype=torch.bool)
+        cond = Cond(text=Text(tokens=states, mask=mask, pooled=pooled), size=torch.zeros(IMAGES, 6))
+
+        def call() -> Tensor:
+            return network(image, torch.zeros(IMAGES), cond)
+
+        found = measure(network, call)
+        if checkpointing:
+            network.checkpointing = False
+            found = replace(found, activations=found.activations + largest_block(network, call))
+        return count(network), found
+
+
+def autoencoder(config: KLConfig | VQConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
+    """Parameters of an autoencoder, its encoder's cost and its decoder's, for images of (height, width) px."""
+    return _autoencoder(config, config.checkpointing, height, width)
+
+
+@lru_cache(maxsize=64)
+def _autoencoder(config: KLConfig | VQConfig, checkpointing: bool, height: int, width: int) -> tuple[int, Cost, Cost]:
+    with torch.device("meta"):
+        network = config.build()
+        image = torch.empty(IMAGES, config.in_channels, height, width)
+        latent = torch.empty(IMAGES, network.latent_channels, height // network.factor, width // network.factor, requires_grad=True)
+
+        def encode() -> Tensor:
+            found = network.encode(image)
+            return found if isinstance(found, Tensor) else torch.cat(found)
+
+        def decode() -> Tensor:
+            return network.decode(latent, quantise=False) if isinstance(network, VQAutoencoder) else network.decode(latent)
+
+        costs = measure(network, encode), measure(network, decode)
+        if checkpointing:
+            network.encoder.checkpointing = network.decoder.checkpointing = False
+            most = max(largest_block(network, call) for call in (encode, decode))
+            costs = costs[0], replace(costs[1], activations=costs[1].activations + most)
+        return count(network), *costs
+
+
+@lru_cache(maxsize=64)
+def discriminator(config: DiscriminatorConfig, height: int, width: int) -> tuple[int, Cost]:
+    """Parameters of a discriminator and what an update with it costs: its opinion of a picture, and its own lesson on two."""
+    with torch.device("meta"):
+        network = config.build()
+        picture = torch.empty(IMAGES, config.in_channels, height, width, requires_grad=True)
+        pair = torch.empty(2 * IMAGES, config.in_channels, height, width)
+        lesson = measure(network, lambda: network(pair))
+        frozen = config.build().requires_grad_(False)
+        return count(network), lesson + measure(frozen, lambda: frozen(picture))
+
+
+def distance(network: nn.Module, height: int, width: int) -> Cost:
+    """What a frozen perceptual distance on the meta device costs, with its slope."""
+    with torch.device("meta"):
+        picture, other = torch.empty(IMAGES, 3, height, width, requires_grad=True), torch.empty(IMAGES, 3, height, width)
+        return measure(network, lambda: network(picture, other))
+
+
+def tower(network: nn.Module, side: int) -> Cost:
+    """What a network of images alone, on the meta device, costs."""
+    with torch.device("meta"):
+        return measure(network, lambda: network(torch.empty(IMAGES, 3, side, side)))
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """A transformer of a CLIP's text side."""
+
+    name: str
+    width: int
+    layers: int
+    tokens: int = 77
+    vocabulary: int = 49_408
+    positions: int = 77
+    inner: int = 0  # of its feed-forward layers; 0: four times the width
+
+    @property
+    def parameters(self) -> int:
+        """Embeddings, layers, last norm."""
+        w, m = self.width, self.inner or 4 * self.width
+        layer = 4 * (w * w + w) + 2 * w * m + m + w + 4 * w
+        return (self.vocabulary + self.positions) * w + self.layers * layer + 2 * w
+
+    @property
+    def cost(self) -> Cost:
+        """Of one caption; the backward pass is twice the forward one, and ten states per layer are kept besides the feed-forward's."""
+        w, m, n = self.width, self.inner or 4 * self.width, self.tokens
+        forward = self.layers * (2 * n * (4 * w * w + 2 * w * m) + 4 * n * n * w)
+        return Cost(forward, 2 * forward, 4 * self.layers * n * (10 * w + 2 * m))
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Their sum."""
+    return sum(costs, NOTHING)

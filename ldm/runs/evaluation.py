@@ -1,0 +1,49 @@
+"""Measurements of a model, by the evaluate stage and the evaluate verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def measure(
+    model: Any,
+    metrics: Sequence[Any],
+    *,
+    data: Any,
+    resolution: int,
+    seed: int,
+    pictures: Path | None,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """The results of measurements by their kind; a kind that stands there twice gets a number behind it.
+
+    Args:
+        model: a family that draws and reconstructs, or a codec that only reconstructs.
+        metrics: members of `ldm.metrics.evaluator.Evaluator`.
+        data: validation images, or None.
+        resolution: px, of reconstructions.
+        pictures: folder for example pictures, or None.
+        progress: called as progress(done, in all, what).
+    """
+    from ldm.metrics.evaluator import Bench
+
+    bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress)
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        name, number = metric.kind, 2
+        while name in found:
+            name, number = f"{metric.kind}_{number}", number + 1
+        found[name] = metric.run(bench)
+    return found
+
+
+
+
+
+
+
+
+
+

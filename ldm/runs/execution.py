@@ -1,0 +1,394 @@
+"""One start of a run: through its stages in order, skipping what is done, doing and recording the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.config.version import __version__
+from ldm.formats import atomic
+from ldm.distributed.rank_checks import agree
+from ldm.config.schema import dump
+from ldm.data.filter import sift
+from ldm.data.mixture import Mixture
+from ldm.config.errors import UserError, out_of_memory
+from ldm.families.latent_diffusion.fine_tuning import KEPT
+from ldm.families.family import Product
+from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.runs.pretrained import GIVEN, based, based_autoencoder, check_cache, find, make
+from ldm.distributed.launcher import about, check_shares, record
+from ldm.runs.stage_graph import carried_from, carried_on, given_of, inputs_of, kept_cache
+from ldm.training.log import Log
+from ldm.runs.prior_preservation import PRIOR, Prior, draw
+from ldm.distributed.environment import calibrate
+from ldm.distributed.processes import Learners, Stopped, leave
+from ldm.diffusion.rng import mix
+from ldm.runs.run import (
+    DONE,
+    Finished,
+    Run,
+    check_filters,
+    differences,
+    finished,
+    hashes_of,
+    identity,
+    key_of,
+    plain_json,
+)
+from ldm.runs.run_folder import only_one, set_aside
+from ldm.runs.stages import Encode, Evaluate, Export
+from ldm.training.loop import Trainer
+from ldm.training.settings import Train
+from ldm.training.checkpoint import CARRIED
+from ldm.training.loop import too_large
+
+
+class Execution:
+    """One start of a run: it goes through the stages, skips what is done and does the rest."""
+
+    def __init__(self, run: Run, out: Path, processes: Learners) -> None:
+        self.run, self.out, self.processes = run, out, processes
+        self.data = run.data.build("train")
+        self.val = run.data.build("val")
+        self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
+        self.done: dict[str, Finished] = {}
+        self.given = find(run, self.log.note)
+        if run.prior is not None:
+            self.data = self._with_prior(run.prior)
+        self.made: dict[str, Product] = {}  # the parts from elsewhere, as stages read them
+
+    def _with_prior(self, prior: Prior) -> Mixture:
+        folder = self.out / GIVEN / PRIOR
+        if prior.prompts and self.processes.main:
+            draw(prior, self.run.init, folder, str(self.processes.device), self.log.note)
+        self.processes.wait()
+        return prior.mixed(self.data, folder)
+
+    def start(self) -> None:
+        """Do every stage that is not done.
+
+        Raises:
+            UserError: on anything the user can mend.
+            Stopped: when a signal asked for it and the state was saved.
+        """
+        from ldm.runs.report import report
+
+        check_filters(self.run, self.data)
+        for line in _about(self.data.describe()):
+            self.log.note(line)
+        if self.given:
+            if self.processes.main:
+                make(self.given, self.out, write=True)
+            self.processes.wait()
+            self.made = make(self.given, self.out, write=False)
+            for role, part in self.given.items():
+                self.log.note(f"{role}: from {part.path} ({part.hash[:12]})")
+        gpu = self.processes.device.type == "cuda"
+        if self.processes.main and (gpu or sys.stderr.isatty()):  # counting takes seconds: for runs that are long, or watched
+            from ldm.runs.plan import expected
+
+            self.log.expected = expected(self.run, self.processes.world, torch.cuda.get_device_name() if gpu else "")
+        try:
+            for name in self.run.stages:
+                self._stage(name)
+        finally:
+            if self.processes.main and self.done:
+                self._write_metrics()
+                path = report(self.out)
+                self.log.note(f"report: {path}")
+                if (self.out / "model" / "model_index.json").exists():
+                    self.log.note(f'model: try python sample.py "{self._story()["prompt"]}" --model {self.out}')
+            self.log.close()
+
+    def _stage(self, name: str) -> None:
+        folder = self.out / "stages" / name
+        hashes = hashes_of(self.run, name, self.done, self.given)
+        wanted = identity(self.run, name, self.data, self.val, hashes)
+        key = key_of(wanted)
+        have = finished(folder)
+        complete = have is not None and have.key == key
+        if complete and not (isinstance(self.run.stages[name], Export) and not self._exported(have)):
+            assert have is not None
+            self.done[name] = have
+            self.log.note(f"{name}: done already, nothing it depends on has changed")
+            self._judge(name, have.result)
+            return
+        self.processes.wait()
+        if self.processes.main:
+            self._make_room(name, folder, key, wanted, have)
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(folder / "identity.json", wanted | {"key": key})
+        self.processes.wait()
+        started = time.monotonic()
+        result, images = self._do(name, folder, key, self._products(name))
+        if self.processes.main:
+            product, carried = (
+                atomic.folder_hash(folder / part) if (folder / part).is_dir() else "" for part in ("model", CARRIED)
+            )
+            spent = time.monotonic() - started + self._earlier_seconds(folder)
+            values = {
+                "stage": name, "kind": self.run.stages[name].kind, "key": key, "identity": plain_json(wanted),
+                "inputs": hashes, "product": product, "result": result, "seconds": round(spent, 2), "images": images,
+                "carried": carried, "version": __version__,
+            }
+            atomic.write_json(folder / DONE, values)
+            shutil.rmtree(folder / "state", ignore_errors=True)
+        self.processes.wait()
+        have = finished(folder)
+        assert have is not None, f"{folder} was just finished"
+        self.done[name] = have
+        self.log.note(f"{name}: finished in {have.seconds:.0f} s{_headline(result)}")
+        self._judge(name, have.result)
+
+    def _make_room(self, name: str, folder: Path, key: str, wanted: Mapping[str, Any], have: Finished | None) -> None:
+        """Put a stage of another key aside, saying what differs; an interrupted one of this key stays."""
+        try:
+            old = json.loads((folder / "identity.json").read_text())
+        except (OSError, ValueError):
+            old = None
+        if old is not None and old.get("key") == key and have is None:
+            return  # interrupted: its state is continued
+        if not folder.exists():
+            return
+        kept = set_aside(folder)
+        if old is not None and old.pop("key", None) != key:
+            changed = "; ".join(differences(old, plain_json(wanted))[:4])
+            self.log.note(f"{name}: runs anew, since {changed}; the former result is kept in {kept}")
+
+    def _earlier_seconds(self, folder: Path) -> float:
+        """Time that interrupted starts of this stage had already spent, as their log tells."""
+        return self.log.seconds_before(folder.name)
+
+    def _exported(self, have: Finished | None) -> bool:
+        return have is not None and (self.out / "model" / "model_index.json").exists()
+
+    def _products(self, name: str) -> dict[str, Product]:
+        """What a stage reads, by role: of earlier stages, and from elsewhere."""
+        stages, own = self.out / "stages", inputs_of(self.run, name)
+        products = {role: Product(stages / other / "model", self.done[other].product) for role, other in own.items()}
+        return products | {role: self.made[family] for role, family in given_of(self.run, name).items()}
+
+    def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
+        stage = self.run.stages[name]
+        if isinstance(stage, Train):
+            return self._train(name, stage, folder, key, products), stage.images
+        if isinstance(stage, Encode):
+            return self._encode(name, stage, folder, products)
+        result: dict[str, Any] = {}
+        if self.processes.main:
+            result = self._evaluate(name, stage, folder, products) if isinstance(stage, Evaluate) else self._export(products)
+        return result, 0
+
+    def _seed(self, name: str) -> int:
+        return mix(self.run.seed, name) % 2**63
+
+    def _train(self, name: str, stage: Train, folder: Path, key: str, products: Mapping[str, Product]) -> dict[str, Any]:
+        from ldm.data.cached import CachedLatents
+        from ldm.families.family import Context
+
+        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        context = Context(
+            data=seen, val=self.val, resolution=stage.resolution, seed=self._seed(name),
+            total_images=stage.images, products={k: v for k, v in products.items() if k not in ("init", "latents")},
+            init=products.get("init"), device=self.processes.device,
+        )
+        torch.manual_seed(context.seed)
+        family = self._config(stage).build(context)
+        data: Any = seen
+        if stage.latents:
+            cache = kept_cache(stage)
+            data = CachedLatents(cache or products["latents"].folder)
+            if cache:
+                check_cache(data, stage, products)
+        before = carried_from(self.run, name)
+        trainer = Trainer(
+            stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
+            processes=self.processes, log=self.log, keeps=carried_on(self.run, name),
+            carried=Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
+        )
+        try:
+            return trainer.run()
+        except Exception as error:
+            if out_of_memory(error):
+                raise too_large(trainer, error) from None
+            raise
+
+    def _config(self, stage: Train) -> Any:
+        """The configuration of the family that a stage trains; where it continues a base model, that says what it does not."""
+        config = self.run.trained(stage)
+        if stage.family not in self.given:
+            return config
+        base = self.given[stage.family].folder
+        return based(config, base) if isinstance(config, LatentDiffusion) else based_autoencoder(config, base)
+
+    def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
+        from ldm.data.cache import seal, write_cache
+        from ldm.formats.latent_codec import load_codec
+        from ldm.formats.latent_codec import autoencoder_folder
+
+        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        count = min(stage.images or len(seen), len(seen))
+        device = self.processes.device
+        codec = load_codec(autoencoder_folder(products["autoencoder"].folder)).to(device)
+        with self.log.stage(name, count, 0) as log:
+            write_cache(
+                folder / "model", seen, lambda image: codec.moments(image.to(device)),
+                autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
+                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, buckets=stage.buckets, workers=self.run.workers,
+                rank=self.processes.rank, world=self.processes.world, on_images=log.advance,
+            )
+        self.processes.wait()
+        if self.processes.main and self.processes.world > 1:
+            seal(folder / "model")
+        self.processes.wait()
+        return {"images": count}, count
+
+    def _assemble(self, products: Mapping[str, Product], target: Path) -> None:
+        from ldm.formats.assembly import assemble
+
+        assemble(products["text"].folder, products["autoencoder"].folder, products["diffusion"].folder, target, self._story())
+
+    def _story(self) -> dict[str, Any]:
+        stages = {
+            name: f"{stage.images:,} images at {stage.resolution} px" if isinstance(stage, Train) else stage.kind
+            for name, stage in self.run.stages.items()
+            if name in self.done
+        }
+        caption = next(iter(self.val.captions([0], [0], 0)), "a picture") if len(self.val) else "a picture"
+        described = self.data.describe()
+        return {
+            "name": self.run.name,
+            "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
+            "prompt": caption.replace('"', ""),
+            "stages": stages,
+        }
+
+    def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
+        from ldm.runs.evaluation import measure
+        from ldm.formats.latent_codec import load_codec
+        from ldm.families.latent_diffusion.loading import load
+        from ldm.formats.latent_codec import autoencoder_folder
+
+        of = self.run.stages[stage.of]
+        assert isinstance(of, Train)
+        if of.family == "autoencoder":
+            model: Any = load_codec(autoencoder_folder(self.out / "stages" / stage.of / "model")).to(self.processes.device)
+        else:
+            target = folder / "assembled"
+            self._assemble(products, target)
+            model = load(target, device=self.processes.device)
+            shutil.rmtree(target)
+        with self.log.stage(name, 0, 0) as log:
+            return measure(
+                model, stage.metrics, data=self.val, resolution=of.resolution, seed=self.run.seed,
+                pictures=folder / "samples", progress=log.progress,
+            )
+
+    def _export(self, products: Mapping[str, Product]) -> dict[str, Any]:
+        self._assemble(products, self.out / "model")
+        for name in KEPT:
+            if (learned := products["diffusion"].folder / name).is_dir():
+                atomic.commit(self.out / name, lambda folder, learned=learned: shutil.copytree(learned, folder, dirs_exist_ok=True))
+        return {"model": "model", "hash": atomic.folder_hash(self.out / "model")}
+
+    def _judge(self, name: str, result: Mapping[str, Any]) -> None:
+        """Compare a measurement with what its stage requires.
+
+        Raises:
+            UserError: when a required value is missed and the stage says stop.
+        """
+        stage = self.run.stages[name]
+        if not isinstance(stage, Evaluate):
+            return
+        for path, least in stage.require.items():
+            value: Any = result
+            for word in path.split("."):
+                value = value.get(word) if isinstance(value, Mapping) else None
+            if not isinstance(value, int | float):
+                raise UserError(f"stages.{name}.require: {path!r} names no value of this stage's metrics")
+            if value >= least:
+                self.log.note(f"{name}: {path} {value:.3f} meets the required {least:g}")
+                continue
+            text = f"{name}: {path} is {value:.3f}, below the required {least:g}"
+            if stage.on_miss == "stop":
+                raise UserError(
+                    f"{text}. Train {stage.of} longer (stages.{stage.of}.images), or accept it with"
+                    f" stages.{name}.on_miss=warn; everything done so far is kept"
+                )
+            self.log.note(f"warning: {text}")
+
+    def _write_metrics(self) -> None:
+        metrics = {
+            name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Evaluate)
+        }
+        trained = {name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Train) and done.result}
+        if metrics or trained:
+            atomic.write_json(self.out / "metrics.json", {"version": __version__, "evaluations": metrics, "training": trained})
+
+
+def _about(described: Mapping[str, Any]) -> Iterator[str]:
+    """What a data set says of itself, in a line, and its rejected files in further ones."""
+    plain = {k: v for k, v in described.items() if isinstance(v, int | str) and not isinstance(v, bool) and k != "fingerprint"}
+    yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in plain.items())
+    rejected = described.get("rejected")
+    if isinstance(rejected, Mapping) and rejected:
+        yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+    files = described.get("rejected_files")
+    if isinstance(files, list):
+        yield from (f"  {line}" for line in files)
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    """The plain numbers of a result, for one line."""
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    shown = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in numbers.items()]
+    return f"; {', '.join(shown)}" if shown else ""
+
+
+def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
+    """Do a run in its folder; returns the exit code.
+
+    Args:
+        file: where its settings come from, for the start's account.
+    """
+    threads = calibrate()
+    processes = Learners()
+    try:
+        _carry_out(run, out, processes, threads, file)
+        processes.close()
+    except KeyboardInterrupt:
+        if processes.watchdog is None:
+            raise
+        leave(130)
+    except Exception as error:
+        if processes.watchdog is None:
+            raise
+        leave(processes.ended(error))
+    return 0
+
+
+def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str) -> None:
+    check_shares(run, processes.world)
+    with only_one(out) if processes.main else nullcontext():
+        if processes.main:
+            (out / "config.yaml").write_text(dump(run))
+        if processes.watchdog is not None:
+            processes.watchdog.folder = out
+        execution = Execution(run, out, processes)
+        execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
+        for line in about(processes.launch, processes.device.type, run, file):
+            execution.log.note(line)
+        execution.log.record(record(processes.launch, processes.device.type, run))
+        agree(processes, run, out, execution.data, execution.val)
+        try:
+            execution.start()
+        except Stopped:
+            execution.log.note("stopped, everything is saved; the same command goes on from here")

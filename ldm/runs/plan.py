@@ -1,0 +1,272 @@
+"""The plan of a run: what a start would do and why, and what it would cost in parameters, memory, storage and time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.data.buckets import lines, sort
+from ldm.data.filter import sift
+from ldm.config.errors import UserError
+from ldm.runs.estimate import Parts, parts_of
+from ldm.runs.pretrained import GIVEN, Found, find
+from ldm.distributed.launcher import adopt_slurm
+from ldm.distributed.launcher import launched as how
+from ldm.runs.stage_graph import carried_on
+from ldm.training.throughput import Expected, peak
+from ldm.runs.prior_preservation import PRIOR
+from ldm.distributed.environment import usable_cores
+from ldm.runs.run import Planned, Run, plan
+from ldm.runs.stages import Encode, Stage
+from ldm.training.settings import Train
+
+if TYPE_CHECKING:
+    from ldm.data.sources import DataSet
+
+CORE_TFLOPS = 0.05  # what a CPU core does in training, in float32 or bfloat16 (docs/benchmarks.md)
+GPU_TFLOPS = 100.0  # about a third of what an A100 could do in bfloat16; a well-fed H100 does three times as much
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage before it is done; what does not apply to its kind is 0 or empty."""
+
+    name: str
+    kind: str
+    skip: bool
+    why: str
+    samples: int = 0  # that pass its filter; 0: not known
+    images: int = 0  # seen in the whole stage
+    resolution: int = 0  # px
+    steps: int = 0  # optimiser steps, the same for any number of processes
+    batch: int = 0  # images of a step, over all processes
+    micro_batch: int = 0  # images of one forward pass on one process
+    passes: int = 0  # forward passes of a step on one process
+    buckets: list[dict[str, Any]] = field(default_factory=list)  # width, height, images, cut, enlarged, updates, missed
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # bytes on each device
+    flops_forward: int = 0  # of one image through the part that learns, or through the encoder
+    flops: int = 0  # of one image in all, backward pass and frozen parts included
+    checkpoint_bytes: int = 0
+    kept_bytes: int = 0  # of all checkpoints kept at a time
+    carried_bytes: int = 0  # of the state that is kept at its end for a later stage
+    cache_bytes: int = 0
+    seconds: float = 0.0  # at the stated speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """All stages, and what their figures rest on."""
+
+    run: str
+    out: str
+    processes: int
+    tflops: float  # of one process
+    speed_from: str  # who said so
+    training_images: int  # 0: the data cannot be read here
+    validation_images: int
+    parameters: dict[str, int]
+    notes: list[str]
+    stages: list[StagePlan]
+    seconds: float  # of the stages that would run; evaluation and export are not counted
+
+
+def launched() -> int:
+    """The processes of this launch, as launchers tell."""
+    adopt_slurm(os.environ)
+    return how(os.environ).world
+
+
+def assumed_tflops() -> tuple[float, str]:
+    """The speed of one process, and why it is thought so."""
+    import torch
+
+    if torch.cuda.is_available():
+        return GPU_TFLOPS, f"assumed for {torch.cuda.get_device_name()}; --tflops X says better"
+    cores = usable_cores()
+    return CORE_TFLOPS * cores, f"assumed for {cores} CPU cores; --tflops X says better"
+
+
+def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, samples: int = 0) -> RunPlan:
+    """The plan of a placed run; nothing is trained, downloaded or written.
+
+    Args:
+        processes: how many would work; 0: as many as this launch has.
+        tflops: what one of them does, 10^12 floating-point operations a second; 0: assumed.
+        samples: how many the data would have, filters passed; 0: as many as it has.
+
+    Raises:
+        UserError: where a batch cannot be shared, or a filter asks for what the data does not know.
+    """
+    processes = processes or launched()
+    speed, said = (tflops, "as told") if tflops else assumed_tflops()
+    notes: list[str] = []
+    data, val = _data(run, notes)
+    if run.prior is not None and data is not None:
+        drawn = out / GIVEN / PRIOR
+        if run.prior.path or drawn.is_dir():
+            data = run.prior.mixed(data, drawn)
+        else:
+            notes.append(f"{run.prior.images:,} pictures of prior.prompts are drawn first; counts are without them")
+    given = _given(run, notes)
+    known = data is not None and val is not None and given is not None
+    doings = plan(run, out, data, val, given) if known else _unread(run, "the data" if data is None else "what it begins with")
+    whole = parts_of(run)
+    notes += whole.notes
+    stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
+    return RunPlan(
+        run=run.name, out=str(out), processes=processes, tflops=speed, speed_from=said,
+        training_images=0 if data is None else len(data), validation_images=0 if val is None else len(val),
+        parameters=whole.parameters, notes=notes, stages=stages,
+        seconds=sum(stage.seconds for stage in stages if not stage.skip),
+    )
+
+
+def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
+    try:
+        return run.data.build("train"), run.data.build("val")
+    except UserError as error:
+        notes.append(f"planned without the data, so without its counts ({str(error).splitlines()[0]})")
+        return None, None
+
+
+def _given(run: Run, notes: list[str]) -> dict[str, Found] | None:
+    try:
+        return find(run, notes.append)
+    except UserError as error:
+        notes.append(f"planned without what it begins with ({str(error).splitlines()[0]})")
+        return None
+
+
+def _unread(run: Run, what: str) -> list[Planned]:
+    return [Planned(name, False, f"{what} cannot be read here") for name in run.stages]
+
+
+def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, processes: int, speed: float, told: int) -> StagePlan:
+    stage: Stage = run.stages[doing.name]
+    said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
+    if not isinstance(stage, Train | Encode):
+        return StagePlan(**said)
+    seen = None if data is None else sift(data, stage.filter, f"stages.{doing.name}.filter")
+    samples = told or (0 if seen is None else len(seen))
+    per_second = speed * 1e12 * processes
+    if isinstance(stage, Encode):
+        images = min(stage.images or samples, samples or stage.images)
+        copies = 2 if stage.flip and (data is None or data.mirrors) else 1
+        cost, each = parts.encoding(stage.resolution, copies)
+        return StagePlan(
+            **said, samples=samples, images=images, resolution=stage.resolution, flops_forward=cost.forward, flops=cost.forward,
+            cache_bytes=each * images, seconds=cost.forward * images / per_second,
+        )
+    passes = stage.passes(processes, f"stages.{doing.name}.batch")
+    micro = stage.batch // processes // passes
+    needs = parts.training(run, stage)
+    shaped = None
+    if stage.buckets and seen is not None:
+        shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
+    return StagePlan(
+        **said, samples=samples, images=stage.images, resolution=stage.resolution, steps=stage.steps, batch=stage.batch,
+        micro_batch=micro, passes=passes, buckets=[] if shaped is None else shaped.rows, parameters=needs.parameters,
+        memory=needs.memory(micro),
+        flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
+        kept_bytes=stage.keep * needs.checkpoint_bytes,
+        carried_bytes=needs.checkpoint_bytes if carried_on(run, doing.name) else 0, seconds=needs.flops * stage.images / per_second,
+    )
+
+
+def expected(run: Run, devices: int, device: str) -> dict[str, Expected]:
+    """The stages that train or encode, in their order, for so many devices of that name."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # counting builds networks, and is not to be seen in what is trained
+        parts = parts_of(run)
+        found: dict[str, Expected] = {}
+        for name, stage in run.stages.items():
+            if isinstance(stage, Train):
+                found[name] = Expected(stage.images, parts.training(run, stage).flops, devices * peak(device, stage.precision))
+            elif isinstance(stage, Encode):
+                found[name] = Expected(stage.images, parts.encoding(stage.resolution, 1)[0].forward)
+    return found
+
+
+# For people
+
+
+def show(found: RunPlan) -> str:
+    """The plan as text."""
+    return "\n".join(_lines(found))
+
+
+def as_json(found: RunPlan) -> str:
+    """The plan as JSON: the fields of RunPlan and StagePlan."""
+    return json.dumps(asdict(found), indent=2)
+
+
+def _lines(found: RunPlan) -> Iterator[str]:
+    counts = f"; {found.training_images:,} training and {found.validation_images:,} validation images" if found.training_images else ""
+    yield f"run {found.run} in {found.out}{counts}"
+    yield f"parameters: {', '.join(f'{name} {value:,}' for name, value in found.parameters.items())}"
+    plural = "es" if found.processes > 1 else ""
+    yield f"at {found.processes} process{plural} of {found.tflops:g} TFLOP/s ({found.speed_from}): {duration(found.seconds)}"
+    yield from (f"note: {note}" for note in found.notes)
+    for stage in found.stages:
+        yield f"  {'skip' if stage.skip else 'run '}  {stage.name:<16} {stage.kind:<9} {_amount(stage)}[{stage.why}]"
+        if not stage.skip:
+            yield from (f"{'':<8}{line}" for line in _details(stage))
+
+
+def _amount(stage: StagePlan) -> str:
+    if stage.kind == "train":
+        return f"{stage.images:,} images at {stage.resolution} px, {stage.steps:,} updates  "
+    if stage.kind == "encode":
+        return f"{f'{stage.images:,}' if stage.images else 'all'} images at {stage.resolution} px  "
+    return ""
+
+
+def _details(stage: StagePlan) -> Iterator[str]:
+    if stage.kind == "encode":
+        size = f"; cache {size_of(stage.cache_bytes)}" if stage.cache_bytes else ""
+        yield f"{operations(stage.flops)} an image, {duration(stage.seconds)}{size}"
+    if stage.kind != "train":
+        return
+    if stage.samples:
+        yield f"{stage.images / stage.samples:.3g} times through {stage.samples:,} samples"
+    split = f"{stage.passes} x {stage.micro_batch}" if stage.passes > 1 else str(stage.micro_batch)
+    yield f"batch {stage.batch}: {split} on each process"
+    yield from (f"bucket {line}" for line in lines(stage.buckets))
+    yield f"{operations(stage.flops_forward)} forward, {operations(stage.flops)} in all an image: {duration(stage.seconds)}"
+    parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
+    yield f"memory of each device, estimated: {size_of(sum(stage.memory.values()))} ({parts})"
+    yield f"checkpoint {size_of(stage.checkpoint_bytes)}, {size_of(stage.kept_bytes)} kept at most"
+    if stage.carried_bytes:
+        yield f"its state at the end, {size_of(stage.carried_bytes)}, is kept for the stage that carries it on"
+
+
+def operations(flops: float) -> str:
+    """Floating-point operations as a reader would say them."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+        if flops < (1000 if unit != "GFLOP" else 20_000):
+            return f"{flops:,.4g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
+        flops /= 1000
+    return f"{flops:,.1f} TFLOP"
+
+
+def size_of(count: float) -> str:
+    """Bytes in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Time as a reader would say it."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

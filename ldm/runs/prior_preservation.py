@@ -1,0 +1,79 @@
+"""Prior preservation (DreamBooth, Ruiz 2022, arXiv 2208.12242): pictures of the kind that something new is of, kept known beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm.config.schema import Positive, PositiveFloat, config
+from ldm.data.dataset import DataSet
+from ldm.data.folder import FolderSource
+from ldm.data.mixture import Mixture
+from ldm.config.errors import UserError
+
+PRIOR = "prior"  # the folder in a run's folder of what is given
+CHUNK = 8  # pictures between two looks at the progress
+
+
+@config
+class Prior:
+    """What the base model is to go on knowing: pictures of it are drawn once, or lie in a folder."""
+
+    prompts: tuple[str, ...] = ()  # what the base draws, in turn; such as "a photo of a dog"
+    images: Positive = 200  # how many it draws
+    weight: PositiveFloat = 1.0  # of their loss beside that of the new pictures; their share of a batch is weight / (1 + weight)
+    path: str = ""  # a folder of captioned pictures instead
+
+    def __post_init__(self) -> None:
+        if bool(self.prompts) == bool(self.path):
+            raise UserError("prompts and path: give one of them, what the base draws or a folder of pictures")
+
+    @property
+    def share(self) -> float:
+        """Of a batch, so that both losses are means and theirs counts `weight` times (eq. 2)."""
+        return self.weight / (1 + self.weight)
+
+    def mixed(self, data: DataSet, drawn: Path) -> Mixture:
+        """The run's data with that of its kind.
+
+        Args:
+            drawn: the folder that `draw` filled.
+
+        Raises:
+            UserError: as `FolderSource.build`.
+        """
+        kind = FolderSource(path=self.path or str(drawn), max_bad=0.1).build("train")
+        return Mixture(data, kind, self.share)
+
+
+def draw(prior: Prior, base: str, folder: Path, device: str, note: Callable[[str], None]) -> None:
+    """Draw what is missing of a prior's pictures, each a function of its number: a start after a kill goes on.
+
+    Args:
+        base: the model, as `init` names it.
+        folder: gets NUMBER.png and NUMBER.txt.
+    """
+    from PIL import Image
+
+    from ldm.families.latent_diffusion.runtime import load
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {number: prior.prompts[number % len(prior.prompts)] for number in range(prior.images)}
+    missing = [number for number, prompt in wanted.items() if not _there(folder, number, prompt)]
+    if not missing:
+        return
+    note(f"prior: drawing {len(missing)} of {prior.images} pictures with {base}")
+    model = load(base, device)
+    for start in range(0, len(missing), CHUNK):
+        part = missing[start : start + CHUNK]
+        for number, pixels in zip(part, model.sample([wanted[number] for number in part], part).cpu().numpy(), strict=True):
+            (folder / f"{number:05}.txt").write_text(wanted[number], encoding="utf-8")
+            partial = folder / f".{number:05}.png"
+            Image.fromarray(pixels).save(partial)
+            partial.replace(folder / f"{number:05}.png")
+    note(f"prior: {prior.images} pictures in {folder}")
+
+
+def _there(folder: Path, number: int, prompt: str) -> bool:
+    caption = folder / f"{number:05}.txt"
+    return (folder / f"{number:05}.png").is_file() and caption.is_file() and caption.read_text(encoding="utf-8") == prompt

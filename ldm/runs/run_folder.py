@@ -1,0 +1,41 @@
+"""The folder of a run: one start at a time uses it, and nothing in it that was trained is deleted."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldm.config.errors import UserError
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Within it no other start may use the run folder; the lock dies with its process.
+
+    Raises:
+        UserError: naming the process that has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"{folder}: in use by process {owner}; wait for it, or give this run another out=DIR") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a stage's folder out of the way of its successor; nothing that was trained is deleted."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    return folder.rename(target)

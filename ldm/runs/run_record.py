@@ -1,0 +1,169 @@
+"""What a run folder tells of its run: read with care, so that whatever is missing or damaged tells nothing and costs nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.training import log
+from ldm.config.errors import UserError
+
+PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
+LARGEST = 1e300  # what no count, time or loss of a run exceeds
+
+
+@dataclass(frozen=True)
+class Step:
+    """One logged step."""
+
+    images: float  # seen so far
+    values: Mapping[str, float]  # those of PLAIN that stand there
+    terms: Mapping[str, float]
+    gauges: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run folder tells of one stage."""
+
+    name: str
+    settings: Mapping[str, Any]  # of config.yaml
+    done: Mapping[str, Any] | None  # done.json; None: not finished
+    folder: Path
+    steps: Sequence[Step]
+    alarms: Sequence[str] = ()  # what was odd, in the order of time
+    buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
+
+    @property
+    def kind(self) -> str:
+        """train, encode, evaluate, export."""
+        return str(self.settings.get("kind") or (self.done or {}).get("kind") or "")
+
+    @property
+    def state(self) -> str:
+        """finished, unfinished or waiting."""
+        if self.done is not None:
+            return "finished"
+        return "unfinished" if self.steps or self.folder.is_dir() else "waiting"
+
+    @property
+    def images(self) -> int:
+        """How many it has seen."""
+        return int(number((self.done or {}).get("images")) or (self.steps[-1].images if self.steps else 0))
+
+    @property
+    def wanted(self) -> int:
+        """How many it is to see; 0: unknown."""
+        return int(number(self.settings.get("images")) or 0)
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, or has taken as far as the log tells."""
+        if self.done is not None:
+            return max(0.0, number(self.done.get("seconds")) or 0.0)
+        lines = [{"stage": self.name, "seconds": step.values["seconds"]} for step in self.steps if "seconds" in step.values]
+        return max(0.0, log.seconds_by_stage(lines).get(self.name, 0.0))
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """Of done.json."""
+        return mapping((self.done or {}).get("result"))
+
+    @property
+    def required(self) -> Mapping[str, float]:
+        """The least values that its settings ask for."""
+        return numbers(self.settings.get("require"))
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run folder tells of the run, as far as it goes."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    text: str  # config.yaml as it stands
+    stages: Sequence[Stage]
+    notes: Sequence[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is."""
+        return bool(self.stages) and all(stage.done is not None for stage in self.stages)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping with texts as keys; an empty one for anything else."""
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The finite numbers of a mapping."""
+    return {name: found for name, each in mapping(value).items() if (found := number(each)) is not None}
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_story(folder: Path) -> Story:
+    """All that the files of a run folder tell; files that are missing or damaged tell nothing.
+
+    Raises:
+        UserError: if there is neither a configuration nor a log nor a stage.
+    """
+    if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
+        raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
+    text, config = _config(folder / "config.yaml")
+    lines = log.read(folder / log.LOG)
+    settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items()}
+    there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and ".replaced-" not in p.name), key=lambda p: p.stat().st_mtime)
+    names = [*settings, *(p.name for p in there if p.name not in settings)]
+    stages = [_stage(name, settings.get(name, {}), folder / "stages" / name, lines) for name in names]
+    notes = [str(line["note"]) for line in lines if "note" in line]
+    name = config.get("name")
+    return Story(folder, name if isinstance(name, str) and name else folder.resolve().name, config, text, stages, notes)
+
+
+def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]]) -> Stage:
+    done = read_json(folder / "done.json")
+    steps, buckets, alarms = [], [], []
+    for line in lines:
+        if line.get("stage") == name and isinstance(line.get("buckets"), list):
+            buckets = [numbers(row) for row in line["buckets"]]
+        if line.get("stage") == name and isinstance(line.get("alarm"), str):
+            alarms.append(str(line["alarm"]))
+        images = number(line.get("images"))
+        if line.get("stage") == name and "step" in line and images is not None and images >= 0:
+            values = numbers({key: line.get(key) for key in PLAIN})
+            steps.append(Step(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
+    steps.sort(key=lambda step: step.images)
+    return Stage(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, alarms, buckets)
+
+
+def _config(path: Path) -> tuple[str, Mapping[str, Any]]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", {}
+    try:
+        return text, mapping(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text, {}

@@ -1,0 +1,162 @@
+"""LoRAs and new words that a finished model is given before it draws, and what recipes remember of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+
+FIELDS = ("loras", "embeddings")  # of a Recipe: JSON, a list of {file, weight, hash} and of {file, token, hash}
+
+
+def weighted(word: str) -> tuple[str, float]:
+    """The file and the weight that FILE[:weight] names; 1 where it says none.
+
+    Raises:
+        UserError: for a weight that is not finite.
+    """
+    file, colon, number = word.rpartition(":")
+    try:
+        weight = float(number) if colon else None
+    except ValueError:
+        weight = None  # a colon of the file's name
+    if weight is None:
+        return word, 1.0
+    if not file or not math.isfinite(weight):
+        raise UserError(f"lora: got {word!r}; FILE or FILE:WEIGHT is needed, such as lora.safetensors:0.8")
+    return file, weight
+
+
+def with_adapters(
+    folder: str,
+    device: str,
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    old: Mapping[str, Any],
+    note: Callable[[str], None],
+    factor: float = 1.0,
+) -> tuple[LatentDiffusionFamily, dict[str, str]]:
+    """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
+    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.runtime import ready
+
+    family = load(folder, device=device)
+    added = add(family, loras, embeddings, old, note, factor)
+    return ready(family, folder), added
+
+
+def scaled(loras: str, factor: float) -> str:
+    """A recipe's `loras` with all weights multiplied."""
+    return json.dumps([{**one, "weight": one["weight"] * factor} for one in remembered({"loras": loras}, "loras")], ensure_ascii=False)
+
+
+def add(
+    family: LatentDiffusionFamily,
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    old: Mapping[str, Any],
+    note: Callable[[str], None],
+    factor: float = 1.0,
+) -> dict[str, str]:
+    """Merge LoRAs into a model and teach it words; returns the fields of a recipe that tell of them.
+
+    Args:
+        family: as `ldm.families.latent_diffusion.loading.load` gave it.
+        loras: FILE or FILE:WEIGHT.
+        embeddings: files.
+        old: a recipe that is followed where neither is given; its files must be where they were, with the same content.
+        note: told where what is given is not what the recipe had.
+        factor: of the LoRAs' weights.
+
+    Raises:
+        UserError: naming the file that is missing, has changed, or is for another model.
+    """
+    from ldm.formats.lora_files import read
+    from ldm.models.lora import Merged
+    from ldm.text.textual_inversion import add_word, read_embedding
+
+    before = {name: remembered(old, name) for name in FIELDS}
+    wanted = [weighted(word) for word in loras] or [(_again(one, "lora"), float(one["weight"])) for one in before["loras"]]
+    found = [(read(file), weight) for file, weight in wanted]
+    words = [read_embedding(Path(file)) for file in embeddings or [_again(one, "embedding") for one in before["embeddings"]]]
+    told: dict[str, list[dict[str, Any]]] = {
+        "loras": [{"file": _shown(file), "weight": w, "hash": lora.hash} for (lora, w), (file, _) in zip(found, wanted, strict=True)],
+        "embeddings": [{"file": _shown(word.name), "token": word.token, "hash": word.hash} for word in words],
+    }
+    for name in FIELDS:
+        kept = [{**one, "file": ""} for one in before[name]]
+        if kept and [{**one, "file": ""} for one in told[name]] != kept:
+            given = (loras if name == "loras" else embeddings) or None
+            if given is None:
+                lost = next(a for a, b in zip(before[name], told[name], strict=True) if a["hash"] != b["hash"])
+                raise UserError(f"from: {lost['file']} is not the file that the picture was drawn with; give that one by --{name[:-1]}")
+            note(f"the picture was drawn with other {name}: it will differ")
+    for word in words:
+        add_word(family.text, word.token, word.rows)
+    if found:
+        Merged({"unet": family.denoiser, "text_encoder": family.text.model}, [(lora, weight * factor) for lora, weight in found])
+    family.text.forget()
+    fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
+    return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}
+
+
+def told_shortly(fields: Mapping[str, str]) -> list[str]:
+    """A few words for each of the LoRAs and words that a recipe's fields tell of."""
+    loras = [f"{Path(one['file']).stem} {one['weight']:g}" for one in remembered(fields, "loras")]
+    return loras + [str(one["token"]) for one in remembered(fields, "embeddings")]
+
+
+def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two recipes tell of other LoRAs or words, wherever their files lie."""
+    first, second = ([[{**x, "file": ""} for x in remembered(recipe, name)] for name in FIELDS] for recipe in (one, other))
+    return first != second
+
+
+def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """What a recipe tells of LoRAs or words.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        values = json.loads(old.get(name) or "[]")
+        keys = {"file", "hash", "weight" if name == "loras" else "token"}
+        if all(isinstance(one, dict) and keys <= one.keys() for one in values):
+            return list(values)
+    except (ValueError, TypeError):
+        pass
+    raise UserError(f"from: the recipe's {name} cannot be read; give the files by --{name[:-1]}")
+
+
+def refuse(old: Mapping[str, Any], verb: str) -> None:
+    """Say of a recipe with a classifier that a verb cannot follow it.
+
+    Raises:
+        UserError: if it has one.
+    """
+    if old.get("classifier"):
+        raise UserError(f"from: this picture was drawn with a classifier, which {verb} does not take; ldm sample does")
+
+
+def _again(one: Mapping[str, Any], option: str) -> str:
+    """The file that a recipe names.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if not Path(one["file"]).exists():
+        raise UserError(f"from: this picture was drawn with {one['file']} (SHA-256 {one['hash'][:12]}), not here; give it by --{option}")
+    return str(one["file"])
+
+
+def _shown(file: str) -> str:
+    """A path as a picture may tell it: nothing of where this machine keeps its files."""
+    path = Path(file)
+    return path.name if path.is_absolute() or str(path).startswith("~") else str(path)

@@ -1,0 +1,184 @@
+"""What is asked of a model becomes a list of recipes, one for each picture, and recipes become pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.errors import UserError
+from ldm.sampling.prompt_files import Asked
+from ldm.sampling.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.families.latent_diffusion.classifier_guidance import Classifier
+    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+    from ldm.sampling.init_images import InitImage
+    from ldm.text.prompt_syntax import Prompt
+
+MAX_SIDE = 8192  # px
+OWN: dict[str, Any] = {"prompt": "", "seed": 0, "variation_seed": 0, "variation": 0.0, "to": "", "share": 0.0}  # of each in a call
+NUMBERS = ("steps", "guidance", "rescale", "sampler", "spacing", "eta", "precision", "guidance_from", "guidance_to", "guidance_curve")
+
+
+def recipes(
+    family: LatentDiffusionFamily,
+    asked: Sequence[Asked],
+    seeds: Sequence[int] | None,
+    *,
+    seed: int,
+    n: int,
+    chosen: dict[str, Any],
+    negative: str,
+    size: tuple[int, int] | None,
+    variations: int = 0,
+    **rest: Any,
+) -> list[Recipe]:
+    """A recipe for every picture, prompt after prompt; what a prompt's own line says goes before everything else.
+
+    Args:
+        seeds: every prompt's; None: `n` from the line's seed or `seed` on.
+        chosen: settings by the names of NUMBERS, None for the model's own.
+        size: (height, width) px, or None for the model's own.
+        variations: of every picture, in its place: with the noise of seed + 1, seed + 2, ... mixed into its own; 0: the picture.
+        rest: other fields of every recipe.
+    """
+    found = []
+    for one in asked:
+        own = {name: value for name in ("steps", "guidance") if (value := getattr(one, name)) is not None}
+        settings = asdict(family.settings(**{**chosen, **own}))
+        height, width = size or family.defaults["size"]
+        first = seed if one.seed is None else one.seed
+        avoided = negative if one.negative is None else one.negative
+        for number in seeds if seeds is not None and one.seed is None else range(first, first + n):
+            recipe = Recipe(
+                prompt=one.prompt, negative=avoided, seed=number, width=one.width or width, height=one.height or height, **settings, **rest
+            )
+            check_size(recipe, family.factor)
+            found += [replace(recipe, variation_seed=number + 1 + k) for k in range(variations)] or [recipe]
+    return found
+
+
+def check_size(recipe: Recipe, factor: int) -> None:
+    """Refuse sides, of a first pass too, that are no multiples of the autoencoder's factor, or beyond MAX_SIDE.
+
+    Raises:
+        UserError: naming the size and the fix.
+    """
+    shown = f"{recipe.width}x{recipe.height}"
+    if max(recipe.width, recipe.height) > MAX_SIDE:
+        raise UserError(f"size: got {shown}; at most {MAX_SIDE} px a side")
+    if recipe.width % factor or recipe.height % factor:
+        raise UserError(f"size: got {shown}; both must be multiples of {factor}")
+    for side in (recipe.width / recipe.hires, recipe.height / recipe.hires):
+        if side != int(side) or int(side) % factor:
+            raise UserError(f"hires: {shown} divided by {recipe.hires:g} is not a multiple of {factor} px; choose another size or factor")
+
+
+def alike(found: Sequence[Recipe], many: int) -> Iterator[list[int]]:
+    """Places of recipes that differ in what OWN names alone, in their order, at most `many` at a time."""
+    groups: dict[Recipe, list[int]] = {}
+    for i, recipe in enumerate(found):
+        groups.setdefault(replace(recipe, **OWN), []).append(i)
+    for places in groups.values():
+        for start in range(0, len(places), many):
+            yield places[start : start + many]
+
+
+def draw(
+    family: LatentDiffusionFamily,
+    found: Sequence[Recipe],
+    *,
+    init_image: InitImage | None = None,
+    edits: Sequence[Any] = (),
+    classifier: Classifier | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None],
+) -> Tensor:
+    """The pictures (N,H,W,3) uint8 of recipes that differ in what OWN names alone.
+
+    With `hires` above 1 they are drawn at a smaller size first, enlarged and drawn anew in part, as image-to-image does.
+
+    Args:
+        init_image: the picture that the recipes start from, as large as they say.
+        edits: further methods, of both passes.
+        classifier: what guides recipes with a `classifier_scale`.
+        note: told what a user should know, one line each.
+    """
+    import torch
+
+    first = found[0]
+    meant = _reader(first)
+    told: dict[str, Any] = {name: getattr(first, name) for name in NUMBERS}
+    told |= {"negative": meant(first.negative), "note": note}
+    prompts, seeds = [_between(recipe) for recipe in found], [recipe.seed for recipe in found]
+    passes = 1 if first.hires == 1 else 2
+
+    def in_pass(number: int) -> Callable[[int, int], None] | None:
+        return None if on_step is None else lambda done, steps: on_step(number * steps + done, passes * steps)
+
+    def drawn(number: int, size: tuple[int, int], edits: Sequence[Any]) -> Tensor:
+        return family.sample(prompts, seeds, size=size, latents=noise_of(family, found, size), on_step=in_pass(number), edits=edits, **told)
+
+    if init_image is not None:
+        image = torch.tensor(init_image.pixels)[None]
+        new = None if init_image.mask is None else torch.tensor(init_image.mask)[None]
+        edits = (*edits_of(family, first, image, new), *edits)
+    if classifier is not None and first.classifier_scale:
+        edits = (classifier.edit([recipe.prompt for recipe in found], first.classifier_scale), *edits)
+    if passes == 2:
+        small = drawn(0, (first.first_height, first.first_width), edits)
+        large = enlarged(small, first.height, first.width)
+        edits = (*family.edits(large, None, first.hires_strength), *edits)
+    return drawn(passes - 1, (first.height, first.width), edits)
+
+
+def edits_of(family: LatentDiffusionFamily, recipe: Recipe, image: Tensor, new: Tensor | None) -> tuple[Any, ...]:
+    """How a recipe departs from pictures (1 or N,H,W,3) uint8, of which `new` (1 or N,H,W) or all is to be new."""
+    import torch
+
+    from ldm.families.latent_diffusion.edits import from_inverted
+
+    if not recipe.invert:
+        return family.edits(image, new, recipe.strength)
+    settings = family.settings(**{name: getattr(recipe, name) for name in NUMBERS})
+    with torch.no_grad():
+        return (from_inverted(family.engine(), image, _reader(recipe)(recipe.source), settings, recipe.strength),)
+
+
+def noise_of(family: LatentDiffusionFamily, found: Sequence[Recipe], size: tuple[int, int]) -> Tensor | None:
+    """The noise (N,c,h,w) of recipes of which some are variations; None where each has its seed's own."""
+    if not any(recipe.variation for recipe in found):
+        return None
+    import torch
+
+    from ldm.diffusion.interpolation import slerp
+    from ldm.diffusion.rng import Rng
+
+    shape = (family.codec.channels, size[0] // family.factor, size[1] // family.factor)
+    own, other = (Rng(0, [getattr(r, name) for r in found]).normal("init", shape) for name in ("seed", "variation_seed"))
+    return slerp(own, other, torch.tensor([recipe.variation for recipe in found]))
+
+
+def _reader(recipe: Recipe) -> Callable[[str], Prompt]:
+    from ldm.text.prompt_syntax import literal, read
+
+    return read if recipe.notation else literal
+
+
+def _between(recipe: Recipe) -> Prompt:
+    """A recipe's prompt, or what lies on the way to its second one."""
+    meant = _reader(recipe)
+    return replace(meant(recipe.prompt), end=meant(recipe.to), share=recipe.share) if recipe.share else meant(recipe.prompt)
+
+
+def enlarged(images: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (N,H,W,3) uint8 at another size, by Lanczos' filter."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    resized = [Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))

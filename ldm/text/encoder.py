@@ -1,0 +1,279 @@
+"""Prompts become Text: a small CLIP text tower learned in the run, a pretrained CLIP or T5; always frozen when it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.config.schema import Positive, config
+from ldm.diffusion.batch import Text
+from ldm.formats.text_folder import SPECIAL, load_text_model, load_tokenizer, save_text_model, save_tokenizer
+
+BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
+ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
+MEMORY_BYTES = 2**28  # of encoded captions that are remembered
+MOST = 16  # times as much as the encoder reads at once is looked at
+K = TypeVar("K", bound=Hashable)
+
+
+@config
+class SmallText:
+    """The size of a text tower that is trained in the run."""
+
+    width: Positive = 128  # of the states that the UNet attends to
+    layers: Positive = 2  # transformer blocks
+    heads: Positive = 4  # attention heads; a divisor of width
+    max_tokens: Positive = 77  # longer captions are cut
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"heads {self.heads} does not divide width {self.width}")
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Any:
+    """A CLIPTokenizer whose byte-pair merges are learned from captions (Sennrich 2016, arXiv 1508.07909).
+
+    Any text can be written in it, since all bytes are in the vocabulary. The special tokens come last, so that no id is
+    0, 1 or 2: transformers pools at the wrong place where the end token's id is 2.
+
+    Raises:
+        UserError: if the vocabulary has no room for the bytes and the two special tokens.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    least = BYTES + len(SPECIAL)
+    if vocabulary < least:
+        raise UserError(f"vocabulary: got {vocabulary}; at least {least} are needed, since all bytes must fit")
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    like = CLIPTokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    ends = [f"{symbol}</w>" for symbol in symbols]
+    # Of pairs that are equally frequent the trainer takes the one with the lower numbers, and it would number what ends a word as it
+    # comes across them in a hash table, otherwise in each process: named beforehand, they have numbers.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL), initial_alphabet=symbols, special_tokens=ends, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][: vocabulary - least]
+    words = [*symbols, *ends, *("".join(pair) for pair in learned), *SPECIAL]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=max_tokens)  # type: ignore[arg-type]
+
+
+def small_clip_text(config: SmallText, tokenizer: Any) -> Any:
+    """A fresh transformers CLIPTextModel for a tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.max_tokens,
+            projection_dim=config.width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoded prompt."""
+
+    states: Tensor  # (L,D)
+    mask: Tensor  # (L,) bool
+    pooled: Tensor | None  # (P,)
+
+
+class TextEncoder:
+    """A frozen text model with its tokenizer.
+
+    `encode` gives the states of all tokens after the last layer norm, padding included. Stable Diffusion's networks attend
+    to the padding too, and so do ours, so that a model folder draws the same picture in diffusers; `Text.mask` tells
+    padding from words for whoever wants to hide it. (Stable Diffusion 2's states of the layer before the last come from a
+    text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing.
+
+    Args:
+        model: a transformers CLIPTextModel or T5EncoderModel.
+        tokenizer: its tokenizer, whose model_max_length is the number of tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.learned_words()
+        self._memory: OrderedDict[Hashable, Row] = OrderedDict()
+        self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
+
+    @property
+    def width(self) -> int:
+        """Channels of a token's state."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of every encoded prompt, start, end and padding included."""
+        longest = int(self.tokenizer.model_max_length)
+        return min(longest, self.model.config.to_dict().get("max_position_embeddings", longest))  # T5 takes any number
+
+    @cached_property
+    def _how(self) -> dict[str, bool]:
+        """How words are looked up: where padding is a word too (OpenCLIP pads with `!`), it must not be found in prompts as padding."""
+        return {"split_special_tokens": not str(self.tokenizer.pad_token).startswith("<")}
+
+    @cached_property
+    def _characters(self) -> int:
+        """How much of a prompt can matter: beyond it all tokens are used up, however long each is."""
+        return 4 * (self.max_tokens + 8) * max(map(len, self.tokenizer.get_vocab()))
+
+    def _readable(self, prompt: str) -> str:
+        """The prompt as tokenizers take it: real characters, blanks joined, no longer than can matter."""
+        line = " ".join(prompt[: 64 * self._characters].split())[: self._characters]
+        return self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B,L) and which of them are no padding (B,L)."""
+        lines = [self._readable(prompt) for prompt in prompts]
+        found = self.tokenizer(lines, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt", **self._how)
+        return found["input_ids"], found["attention_mask"].bool()
+
+    @cached_property
+    def _special(self) -> tuple[list[int], list[int]]:
+        """The ids before and after the words of every prompt."""
+        ids = self.tokenizer("")["input_ids"]
+        return ids[:-1], ids[-1:]
+
+    @property
+    def room(self) -> int:
+        """Tokens of words that one prompt may have."""
+        return self.max_tokens - self.words_start - 1
+
+    @property
+    def words_start(self) -> int:
+        """How many tokens stand before the words."""
+        return len(self._special[0])
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a stretch of text without start, end and padding: of a long one, of as much as any network is told."""
+        line = " ".join(text[: MOST * self._characters].split())
+        line = self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
+        return list(self.tokenizer(line, add_special_tokens=False, verbose=False, **self._how)["input_ids"])
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone."""
+        return self._encode(prompts, self.tokens)
+
+    def encode_words(self, rows: Sequence[tuple[int, ...]]) -> Text:
+        """The same for token ids of words, at most `room` a row."""
+        return self._encode(rows, self._framed)
+
+    def _framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Words' ids with start, end and padding (B,L), and which are no padding (B,L)."""
+        before, after = self._special
+        ids = torch.full((len(rows), self.max_tokens), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(rows), self.max_tokens, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            whole = [*before, *row, *after]
+            ids[i, : len(whole)] = torch.tensor(whole)
+            mask[i, : len(whole)] = True
+        return ids, mask
+
+    @torch.no_grad()
+    def _encode(self, keys: Sequence[K], tokens: Callable[[Sequence[K]], tuple[Tensor, Tensor]]) -> Text:
+        place = next((p.device, p.dtype) for p in self.model.parameters())
+        if place != self._place:
+            self._memory.clear()
+            self._place = place
+        fresh: dict[Hashable, Row] = {}
+        missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
+        for start in range(0, len(missing), ROWS):
+            part = missing[start : start + ROWS]
+            ids, mask = tokens(part + [part[-1]] * (ROWS - len(part)))
+            # The states must be the same in training under autocast and in sampling without it.
+            with torch.autocast(place[0].type, enabled=False):
+                states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
+            for i, key in enumerate(part):
+                # Copies, or one remembered caption would keep all of its call's.
+                fresh[key] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
+        found = [fresh[key] if key in fresh else self._recall(key) for key in keys]
+        self._remember(fresh)
+        return Text(
+            tokens=torch.stack([row.states for row in found]),
+            mask=torch.stack([row.mask for row in found]),
+            pooled=None if found[0].pooled is None else torch.stack([row.pooled for row in found if row.pooled is not None]),
+        )
+
+    def _run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.model.config.model_type == "t5":
+            # T5 looks both ways, so its words must not see the padding; CLIP's cannot.
+            return self.model(ids, attention_mask=mask).last_hidden_state, None
+        out = self.model(ids)
+        return out.last_hidden_state, out.pooler_output
+
+    def _recall(self, key: Hashable) -> Row:
+        self._memory.move_to_end(key)
+        return self._memory[key]
+
+    def _remember(self, fresh: dict[Hashable, Row]) -> None:
+        self._memory.update(fresh)
+        each = 4 * self.max_tokens * self.width
+        while len(self._memory) * each > MEMORY_BYTES:
+            self._memory.popitem(last=False)
+
+    def learned_words(self) -> None:
+        """Find the words of several embeddings in the tokenizer, <a> with <a>_1 and so on: in a prompt the word stands for all of them."""
+        added = [word for word, _ in sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
+        rest = {word: [other for other in added if re.fullmatch(rf"{re.escape(word)}_\d+", other)] for word in added}
+        self._spellings = {word: " ".join([word, *others]) for word, others in rest.items() if others}
+
+    def _spelt(self, line: str) -> str:
+        for word, words in self._spellings.items():
+            line = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, words=words: words, line)
+        return line
+
+    def forget(self) -> None:
+        """Encode every caption anew: the model's weights have changed."""
+        self._memory.clear()
+
+    def learn(self, captions: Sequence[str]) -> Text:
+        """What `encode` gives, with gradients and without memory."""
+        ids, mask = self.tokens(captions)
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            states, pooled = self._run(ids.to(device), mask.to(device))
+        return Text(tokens=states, mask=mask.to(device), pooled=pooled)
+
+    def forward_train(self, captions: Sequence[str], device: torch.device) -> Tensor:
+        """CLIP's state at each caption's end token (B,D), with gradient."""
+        ids, _ = self.tokens(captions)
+        return self.model(ids.to(device)).pooler_output
+
+    def save(self, folder: Path) -> None:
+        """text_encoder/ and tokenizer/ below `folder`, as any version of transformers reads them."""
+        save_text_model(self.model, folder / "text_encoder")
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+    @staticmethod
+    def load(folder: Path) -> TextEncoder:
+        """The encoder in text_encoder/ and tokenizer/ below `folder`, ready to use.
+
+        Raises:
+            UserError: naming what is missing, damaged or neither CLIP's nor T5's.
+        """
+        return TextEncoder(load_text_model(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"))

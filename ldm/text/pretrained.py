@@ -1,0 +1,123 @@
+"""Text encoders that others have trained: of a Stable Diffusion, a CLIP or T5 of transformers, or an OpenCLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Positive, config
+from ldm.formats.model_folder import hub_folder
+from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
+from ldm.formats.part import load_module, read_json, read_safetensors
+from ldm.formats.text_folder import load_text_model, load_tokenizer, tower_state
+from ldm.models.text_tower import TextTower
+from ldm.text.encoder import TextEncoder
+
+OPEN_CLIP = "open_clip_config.json"
+WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
+
+
+@config
+class PretrainedText:
+    """A text encoder from a folder or from the Hugging Face Hub, used as it is."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
+    max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
+    skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
+
+    def build(self) -> TextEncoder:
+        """The encoder, frozen.
+
+        Raises:
+            UserError: naming what is missing, damaged or of another kind.
+        """
+        folder = text_folder(self.path)
+        if (folder / "text_encoder").is_dir():
+            encoder = TextEncoder.load(folder)
+        elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
+            encoder = load_open_clip(folder)
+        else:
+            encoder = TextEncoder(load_text_model(folder), load_tokenizer(folder))
+        if self.skip_last:
+            _skip_last(encoder.model, self.skip_last)
+        encoder.tokenizer.model_max_length = min(self.max_tokens, encoder.max_tokens)
+        return encoder
+
+
+def text_folder(path: str) -> Path:
+    """Where a text encoder lies: a model's folder, a run's model, the encoder's own folder, or the hub's copy.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _fetch(path)
+    return folder / "model" if (folder / "model" / "text_encoder").is_dir() else folder
+
+
+def _fetch(name: str) -> Path:
+    folder = hub_folder(name, WORDS)
+    if (folder / "text_encoder").is_dir():
+        return hub_folder(name, ["text_encoder/*", "tokenizer/*"])
+    weights = "model*.safetensors" if (folder / "config.json").is_file() else "open_clip*.safetensors"
+    return hub_folder(name, [*WORDS, weights])
+
+
+def _skip_last(model: Any, layers: int) -> None:
+    if model.config.model_type == "t5":
+        raise UserError(f"skip_last: got {layers}, but T5 is read after its last layer; write skip_last=0")
+    if layers >= model.config.num_hidden_layers:
+        raise UserError(f"skip_last: got {layers}, but this text encoder has only {model.config.num_hidden_layers} layers")
+    model.config.num_hidden_layers -= layers
+    encoder: Any = model.get_submodule("encoder")
+    encoder.layers = encoder.layers[: model.config.num_hidden_layers]
+
+
+def load_open_clip(folder: Path) -> TextEncoder:
+    """An OpenCLIP's text tower as a CLIPTextModel: the same function, so a model folder with it opens in diffusers.
+
+    Raises:
+        UserError: naming what is missing, damaged or cannot be said in a CLIPTextModel.
+    """
+    values = read_json(folder / OPEN_CLIP).get("model_cfg")
+    text = values.get("text_cfg") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or not isinstance(text, dict):
+        raise UserError(f"{folder / OPEN_CLIP}: no model_cfg with a text_cfg in it; copy the whole folder again")
+    known = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+    usual = {"pool_type": "argmax", "proj_type": "linear", "pad_id": 0, "output_tokens": True}
+    foreign = [name for name, value in text.items() if name not in known and value not in (None, False, usual.get(name))]
+    if foreign:
+        raise UserError(f"{folder / OPEN_CLIP}: text_cfg.{foreign[0]} is not supported; only CLIP's own text towers are")
+    width, layers = int(text.get("width", 512)), int(text.get("layers", 12))
+    tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else open_clip_tokenizer()
+    made = dict(
+        vocab_size=int(text.get("vocab_size", 49408)),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=int(width * text.get("mlp_ratio", 4)),
+        num_attention_heads=int(text.get("heads", 8)),
+        max_position_embeddings=int(text.get("context_length", 77)),
+        projection_dim=int(values.get("embed_dim", width)),
+        hidden_act="quick_gelu" if values.get("quick_gelu") else "gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    state = from_open_clip(_weights(folder), layers)
+    model = load_module(lambda: TextTower(made), tower_state(state), folder)
+    return TextEncoder(model.float().eval().requires_grad_(False), tokenizer)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("open_clip*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no open_clip_model.safetensors here; pickled weights (.bin, .pt) are not read, convert them")
+    state = read_safetensors(files[0])
+    if any(name.startswith("text.transformer.") for name in state):  # OpenCLIP's towers apart
+        return {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+    return state

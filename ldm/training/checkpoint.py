@@ -1,0 +1,315 @@
+"""The state of a stage that is being trained: saved now and then, and taken up again by the next start."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.distributed.sharding import collected, like
+from ldm.formats import atomic
+from ldm.formats.atomic import Damaged, commit, state_hash, verify, write_tensors
+from ldm.training import optim
+from ldm.training.ema import Ema
+from ldm.training.snapshot import Snapshot, Writer
+
+if TYPE_CHECKING:
+    from ldm.distributed.processes import Learners
+    from ldm.families.family import Family, Product
+    from ldm.training.log import Log
+    from ldm.training.settings import Train
+
+CARRIED = "carried"  # folder of a finished stage: its state at the end, for a stage that begins with it
+FAILED_SAVES = 3  # so many in a row, and the run stops
+
+
+class States:
+    """The checkpoints of one stage, in its folder's `state`.
+
+    Args:
+        stage: its settings.
+        folder: stages/NAME.
+        key: hash of everything the result depends on; a checkpoint of another key is not continued.
+    """
+
+    def __init__(
+        self,
+        stage: Train,
+        folder: Path,
+        key: str,
+        *,
+        family: Family,
+        optimizers: Sequence[torch.optim.Optimizer],
+        ema: Ema | None,
+        scaler: torch.amp.GradScaler,
+        processes: Learners,
+        log: Log,
+    ) -> None:
+        self.stage, self.folder, self.key = stage, folder, key
+        self.family, self.optimizers, self.ema, self.scaler = family, optimizers, ema, scaler
+        self.processes, self.log = processes, log
+        self.failed = 0  # saves in a row
+        self._snapshot, self._writer = Snapshot(), Writer()
+        self._told: Callable[[OSError], None] = _raise  # what to do when the save under way fails
+        self._cost: dict[str, Any] = {}  # of the save under way
+
+    def restore(self) -> int:
+        """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
+        found = newest_valid(self.folder / "state", self.log.note)
+        if found is None:
+            return 0
+        path, tensors, meta = found
+        if meta["key"] != self.key:
+            return 0
+        self._take(tensors, meta, optimiser=True)
+        self.log.note(f"{self.folder.name}: going on from {meta['images']} of {self.stage.images} images ({path.name})")
+        return int(meta["step"])
+
+    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], *, optimiser: bool) -> None:
+        own = self.family.state_dict()
+        self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
+        if self.ema:
+            self.ema.restore(tensors["ema"], meta["ema_updates"])
+        if optimiser:
+            optim.restore_tensors(self.optimizers, tensors["optimizer"])
+            if self.scaler.is_enabled() and meta["scaler"]:
+                self.scaler.load_state_dict(meta["scaler"])
+
+    def keep(self, step: int) -> None:
+        """Leave the state at the stage's end in `carried`, for a later stage to begin with.
+
+        Raises:
+            UserError: when it cannot be written.
+        """
+        tensors, meta = self._collected(self._groups()), self._meta(step)
+        if self.processes.main:
+            folder = self.folder / CARRIED
+            told = partial(self._failed, needed=size_of(tensors), images=meta["images"], must=True)
+            self._end(lambda: atomic.commit(folder, partial(write_state, tensors=tensors, meta=meta)), told)
+        self.processes.wait()
+
+    def take_over(self, carried: Product, *, optimiser: bool) -> None:
+        """Begin with the weights and averages that another stage has kept, and with its optimiser's state where that is asked for.
+
+        Raises:
+            UserError: when it is gone, damaged or not what was kept.
+        """
+        folder = carried.folder
+        try:
+            tensors, meta = load_state(folder, carried.hash)
+        except atomic.Damaged as error:
+            raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=averages") from None
+        self._take(tensors, meta, optimiser=optimiser)
+        what = ", ".join(["weights", *(["averages"] if self.ema else []), *(["optimiser"] if optimiser else [])])
+        self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta['images']} images")
+
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
+        return groups | ({"ema": self.ema.state()} if self.ema else {})
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "step": step,
+            "images": step * self.stage.batch,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def save(self, step: int, *, must: bool) -> None:
+        """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed.
+
+        With `save_beside` it is written while training goes on, from a copy of the state, and its failure is found by
+        `settle`. One is written at a time: a save waits for the one before. One that `must` succeed is over on return.
+
+        Raises:
+            UserError: when it failed and must not, or failed too often.
+        """
+        began = time.perf_counter()
+        self.settle(wait=True)
+        groups, meta = self._groups(), self._meta(step)
+        beside = self.stage.save_beside and not must
+        copied = self._copied(groups) if beside else None
+        tensors = self._collected(groups) if copied is None else copied
+        if self.processes.main:
+            work = partial(save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
+            told = partial(self._failed, needed=size_of(tensors), images=meta["images"], must=must)
+            if copied is not None:
+                stalled = round(time.perf_counter() - began, 4)
+                self._cost = {"saved": meta["images"], "stage": self.folder.name, "stalled_s": stalled}
+                self._told = told
+                self._writer.start(partial(self._copy_and, work))
+            else:
+                self._end(work, told)
+        if not beside:
+            self.processes.wait()
+
+    def _copy_and(self, work: Callable[[], object]) -> None:
+        self._snapshot.finish()
+        work()
+
+    def still(self) -> None:
+        """Before weights, averages or the optimiser's state change: the save under way must have its copy of them."""
+        if waited := self._snapshot.wait():
+            self._cost["stalled_s"] = round(self._cost["stalled_s"] + waited, 4)
+
+    def settle(self, *, wait: bool) -> None:
+        """Find out how the save under way ended, if it has; or `wait` until it has.
+
+        Raises:
+            UserError: when too many failed in a row.
+        """
+        if not self._writer.waiting or (self._writer.busy and not wait):
+            return
+        failed = self.failed
+        self._end(self._writer.end, self._told)
+        if self.failed <= failed:
+            self.log.record({**self._cost, "written_s": round(self._writer.seconds, 4)})
+
+    def close(self) -> None:
+        """After the last step: wait for the save under way, and give the copy's memory back.
+
+        Raises:
+            UserError: as `settle`.
+        """
+        self.settle(wait=True)
+        self._snapshot.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a stage's steps: what fails there does not cost the save under way. A second stop signal does."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # what came first is what is told
+                self.settle(wait=True)
+            raise
+
+    def _copied(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
+        """The state as it is now; nothing where there is no memory for a copy."""
+        if not (self.processes.main or self.processes.sharded):
+            return {}
+        try:
+            return self._snapshot.take(groups, self.processes.main, self._unchanged(groups))
+        except RuntimeError as error:
+            if self.processes.sharded:  # the others are gathering with this one: it cannot turn to another way alone
+                raise
+            self._snapshot.release()
+            said = str(error).partition("\n")[0]
+            self.log.note(f"{self.folder.name}: no memory for a copy of the state ({said}); training waits while it is written")
+            return None
+
+    def _unchanged(self, groups: dict[str, dict[str, Tensor]]) -> set[tuple[str, str]]:
+        """What only the optimiser's step changes, and not the passes before it, as it does buffers."""
+        if self.processes.sharded:
+            return set()
+        names = {"model": {name for name, _ in self.family.named_parameters()}}
+        return {(group, name) for group, tensors in groups.items() for name in names.get(group, tensors) if name in tensors}
+
+    def _collected(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        if not self.processes.sharded:
+            return groups
+        return {name: collected(group, self.processes.main) for name, group in groups.items()}
+
+    def _end(self, work: Callable[[], Any], told: Callable[[OSError], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            told(error)
+            return
+        self.failed = 0
+
+    def _failed(self, error: OSError, *, needed: int, images: int, must: bool) -> None:
+        free = shutil.disk_usage(self.folder).free
+        text = (
+            f"{self.folder / 'state'}: checkpoint at {images} images not written"
+            f" ({error.strerror or error}); {needed:,} bytes needed, {free:,} free"
+        )
+        self.failed += 1
+        if must or self.failed >= FAILED_SAVES:
+            raise UserError(f"{text}. Earlier checkpoints are whole; make room and run the same command again") from None
+        self.log.note(f"{text}; training goes on and tries again")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
+    """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards.
+
+    What a save that was killed has left is removed before, as the room may be needed.
+
+    Raises:
+        OSError: as `commit`; before anything is written where the disk has no room for the tensors.
+    """
+    target = folder / f"images-{images:012d}"
+    for left in folder.glob(".images-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < size_of(tensors):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    commit(target, partial(write_state, tensors=tensors, meta=meta))
+    for old in states(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    """Fill a folder with a training state, as `load_state` reads it: a file of tensors for each group, and meta.json."""
+    for name, group in tensors.items():
+        write_tensors(folder / f"{name}.safetensors", group)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
+
+
+def states(folder: Path) -> list[Path]:
+    """The committed states of a folder, newest first."""
+    return sorted(folder.glob("images-*"), reverse=True)
+
+
+def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors by file and the meta of a committed state; all sums are checked before anything is returned.
+
+    Files are read into memory, not mapped, so a later rewrite cannot kill the reader.
+
+    Args:
+        wanted: the state's `folder_hash`; empty: any state will do.
+
+    Raises:
+        Damaged: as `verify`, and where it is not the state that is wanted.
+    """
+    from safetensors.torch import load
+
+    sums = verify(path)
+    if wanted and state_hash(sums) != wanted:
+        raise Damaged(f"{path}: another state than the one that was kept here ({state_hash(sums)[:12]}, not {wanted[:12]})")
+    tensors = {p.stem: load(p.read_bytes()) for p in sorted(path.glob("*.safetensors"))}
+    return tensors, json.loads((path / "meta.json").read_text())
+
+
+def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest state that verifies; damaged ones are reported through `say` and passed over."""
+    for path in states(folder):
+        try:
+            tensors, meta = load_state(path)
+        except Damaged as error:
+            say(f"checkpoint refused: {error}; trying the one before")
+            continue
+        return path, tensors, meta
+    return None

@@ -1,0 +1,308 @@
+"""Console progress, log.jsonl and an optional tracker behind one call."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm.config.secrets import cleaned, redacted
+from ldm.training.throughput import Expected, seconds_after
+from ldm.training.trackers import Background
+
+T = TypeVar("T")
+LOG = "log.jsonl"
+FIXED_COLUMNS = 66  # characters of the bar before what is said last: name, bar, share, rate, times
+PLAIN_EVERY_S = 5.0  # between lines where the console is no terminal
+
+
+class Log:
+    """What a run says: to its reader, to log.jsonl always, and to a tracker when asked.
+
+    A tracker that fails is told of once and then left alone; it never stops a run.
+
+    Args:
+        folder: the run folder.
+        tracker: one of `trackers.KINDS`, or nothing.
+        console: whether to speak on standard error.
+        write: whether to write log.jsonl and to the tracker (one process of a launch does).
+    """
+
+    def __init__(self, folder: Path, *, tracker: str = "", console: bool = True, write: bool = True) -> None:
+        self.path = folder / LOG
+        self.console = console
+        self.started = time.time()
+        self._file: Any = None
+        self._tracker: Background | None = None
+        self._bar: Any = None
+        self._earlier: dict[str, float] = {}
+        self._torn = self._warned = False
+        self.expected: dict[str, Expected] = {}  # what the stages will do, where it was counted
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._earlier = seconds_by_stage(read(self.path))
+            self._open()
+        if write and tracker:
+            self._tracker = Background(tracker, folder, self.note)
+
+    def note(self, text: str) -> None:
+        """One line for the reader, and in the log; nothing secret is told."""
+        text = redacted(text)
+        self._write({"note": text, "time": round(time.time(), 3)})
+        if self.console:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """What only the log is told."""
+        self._write({**line, "time": round(time.time(), 3)})
+
+    def seconds_before(self, stage: str) -> float:
+        """Time that earlier starts had spent in a stage that goes on from their work, as far as their last logged step."""
+        return self._earlier.get(stage, 0.0)
+
+    def steps(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of a stage's logged steps."""
+        return [line for line in read(self.path) if line.get("stage") == stage and "step" in line] if self._file is not None else []
+
+    @contextmanager
+    def stage(self, name: str, total: int, start: int) -> Iterator[StageLog]:
+        """Progress of one stage over `total` images (0: unknown), of which `start` are done already.
+
+        What log.jsonl tells of the stage beyond `start` is cut: that work is lost, and will be done again.
+        """
+        if start == 0:
+            self._earlier[name] = 0.0
+        if self._file is not None:
+            self._cut(name, start)
+        log = StageLog(self, name, total, start)
+        bar = self._progress()
+        if bar is None:
+            yield log
+            return
+        with bar:
+            self._bar = bar
+            log.task = bar.add_task(name, total=total or None, completed=start, rate="", said="")
+            try:
+                yield log
+            finally:
+                self._bar = None
+
+    def close(self) -> None:
+        """End of the run: flush everything."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _progress(self) -> Any:
+        if not self.console or not sys.stderr.isatty():
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        return Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+        )
+
+    def _open(self) -> None:
+        """Append to the log behind its last whole line."""
+        try:
+            text = self.path.read_bytes()
+            if not text.endswith(b"\n") and text:
+                os.truncate(self.path, text.rfind(b"\n") + 1)
+        except FileNotFoundError:
+            pass
+        self._file = self.path.open("ab", buffering=0)
+
+    def _cut(self, stage: str, start: int) -> None:
+        kept, beyond = [], False
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for raw in lines:
+            line = _parsed(raw)
+            if line.get("stage") == stage:
+                beyond = beyond or start == 0 or line.get("images", 0) > start
+            if not beyond or line.get("stage") != stage:
+                kept.append(raw)
+        if len(kept) == len(lines):
+            return
+        beside = self.path.with_name(f".{LOG}.cut")
+        try:
+            with beside.open("wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        except OSError as error:
+            self._failed(error)
+            return
+        self._file.close()
+        self._open()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        text = (b"\n" if self._torn else b"") + json.dumps(cleaned(line)).encode() + b"\n"
+        try:
+            self._torn = self._file.write(text) != len(text)
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        # A full disk must not cost the training; its checkpoints have their own word on it.
+        if not self._warned:
+            print(f"{self.path}: not written ({error.strerror}); the run goes on", file=sys.stderr)
+        self._warned = True
+
+
+class StageLog:
+    """The progress of one stage."""
+
+    def __init__(self, log: Log, name: str, total: int, start: int) -> None:
+        self.log, self.name, self.total = log, name, total
+        self.task: Any = None
+        self.began = time.monotonic()
+        self.images = self.first = start
+        self._said = -math.inf
+        self._window = (self.began, start)
+        self._waited = 0.0  # for data, since the last logged step, s
+
+    def waiting(self, feed: Iterator[T]) -> Iterator[T]:
+        """The same batches; how long each was waited for is counted."""
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(feed)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - asked
+            yield batch
+
+    def step(self, *, step: int, images: int, terms: Mapping[str, float], gauges: Mapping[str, float], lr: float) -> None:
+        """One logged step: a line in log.jsonl, the tracker's point, and the bar."""
+        now = time.monotonic()
+        before, seen = self._window
+        spent = max(now - before, 1e-9)
+        rate = (images - seen) / spent
+        self._window = (now, images)
+        waited, self._waited = min(1.0, self._waited / spent), 0.0
+        known = self.log.expected.get(self.name)
+        used = rate * known.flops / known.peak if known and known.peak else 0.0
+        paces = {"images_per_s": round(rate, 2), "data_wait": round(waited, 4), **({"mfu": round(used, 4)} if used else {})}
+        seconds = self.log.seconds_before(self.name) + now - self.began
+        memory = peak_memory_mb()
+        line = {
+            "stage": self.name,
+            "step": step,
+            "images": images,
+            "loss": sum(terms.values()),
+            "terms": dict(terms),
+            "gauges": dict(gauges),
+            "lr": lr,
+            **paces,
+            "seconds": round(seconds, 3),
+            "peak_memory_mb": memory,
+            "time": round(time.time(), 3),
+        }
+        self.log._write(line)
+        self.images = images
+        if self.log._tracker is not None:
+            self.log._tracker.numbers(self.name, images, {"loss": sum(terms.values()), **terms, **gauges, "lr": lr, **paces})
+        said = [f"MFU {used:.0%}"] if used else []
+        said += [f"data {waited:.0%}", f"{memory / 1e3:.1f} GB"]
+        later = seconds_after(self.name, (images - self.first) / max(now - self.began, 1e-9), self.log.expected)
+        if later and rate > 0:
+            said.insert(0, f"run left {_clock(later + (self.total - images) / rate)}")
+        self._show(images, rate, "  ".join([*said, *(f"{name} {value:.4g}" for name, value in list(terms.items())[:4])]))
+
+    def advance(self, images: int) -> None:
+        """So many images more are done, without a line in the log."""
+        self.images += images
+        rate = (self.images - self.first) / max(time.monotonic() - self.began, 1e-9)
+        self._show(self.images, rate, "")
+
+    def progress(self, done: int, total: int, said: str = "") -> None:
+        """`done` of `total` parts of the work are done."""
+        self.total = total
+        rate = done / max(time.monotonic() - self.began, 1e-9)
+        self._show(done, rate, said)
+
+    def pictures(self, path: Path) -> None:
+        """A picture file was written."""
+        self.log._write({"stage": self.name, "pictures": str(path), "time": round(time.time(), 3)})
+        if self.log._tracker is not None:
+            self.log._tracker.picture(self.name, self.images, path)
+
+    def _show(self, done: int, rate: float, said: str) -> None:
+        bar = self.log._bar
+        if bar is not None:
+            said = said[: max(0, bar.console.width - FIXED_COLUMNS)]  # else the terminal would cut every column
+            bar.update(self.task, completed=done, total=self.total or None, rate=f"{rate:,.1f}/s", said=said)
+            return
+        now = time.monotonic()
+        if not self.log.console or (now - self._said < PLAIN_EVERY_S and (done < self.total or not self.total)):
+            return
+        self._said = now
+        left = (self.total - done) / rate if rate > 0 and self.total else 0
+        of = f"{100 * done / self.total:3.0f}% {done:,} of {self.total:,}" if self.total else f"{done:,}"
+        clock = f"  left {_clock(left)}" if left else ""
+        print(f"{self.name:<16} {of}  {rate:,.1f}/s{clock}  {said}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far: the accelerator's where there is one, else resident memory, MB."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    import resource
+
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def seconds_by_stage(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The time spent in each stage by the starts that led to its last logged step."""
+    return {line["stage"]: line["seconds"] for line in lines if "seconds" in line and "stage" in line}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a log.jsonl; nothing where there is none."""
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return []
+    return [line for raw in text.splitlines() if (line := _parsed(raw))]
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """One line, or nothing where it was torn."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return {}
+    return line if isinstance(line, dict) else {}

@@ -1,0 +1,483 @@
+"""The only training loop: any family, any number of processes, stopped anywhere and continued exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.config.errors import UserError, out_of_memory
+from ldm.data.buckets import Sorted, lines, sort
+from ldm.data.loader import batches
+from ldm.data.order import Order, Shuffled
+from ldm.data.pictures import save_grid
+from ldm.data.sources import DataSet
+from ldm.diffusion.batch import rows
+from ldm.diffusion.rng import Rng, mix
+from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
+from ldm.distributed.sharding import gathered
+from ldm.families.family import Context, Family, Product, Ranks
+from ldm.formats import atomic
+from ldm.training import checkpoint, optim
+from ldm.training.alarms import Alarms
+from ldm.training.checkpoint import States
+from ldm.training.ema import Ema
+from ldm.training.log import Log
+from ldm.training.settings import PRECISION, Train
+
+if TYPE_CHECKING:
+    from ldm.training.log import Log, StageLog
+
+SKIPPED_UPDATES = 50  # so many in a row, and the run stops
+
+
+class Trainer:
+    """One stage being trained.
+
+    Args:
+        stage: its settings.
+        family: the networks with their loss, freshly built.
+        context: what the family was built from.
+        data: what is read: images or cached latents.
+        folder: stages/NAME.
+        key: hash of everything the result depends on; a checkpoint of another key is not continued.
+        carried: what an earlier stage has kept for this one, as its `carry` asks.
+        keeps: whether the state at the end is kept for a later stage.
+    """
+
+    def __init__(
+        self,
+        stage: Train,
+        family: Family,
+        context: Context,
+        *,
+        data: DataSet,
+        folder: Path,
+        key: str,
+        workers: int,
+        processes: Learners,
+        log: Log,
+        carried: Product | None = None,
+        keeps: bool = False,
+    ) -> None:
+        stage.passes(processes.world, "batch")
+        self.stage, self.family, self.context, self.data = stage, family, context, data
+        self.folder, self.key, self.workers, self.keeps = folder, key, workers, keeps
+        self.processes, self.log = processes, log
+        self.seed = context.seed
+        self.device = processes.device
+        if stage.exact and processes.launch.sharded:
+            raise UserError("exact: not for sharded weights (FSDP2); leave one of them out")
+        family.ranks = Ranks() if stage.exact else processes.ranks()
+        family.to(self.device).train()
+        for module in family.frozen():
+            module.to(self.device).eval()
+        if processes.split(family, stage.precision, stage.optim.kind):
+            log.note(f"{folder.name}: weights, optimiser and averages are sharded over {processes.world} processes (FSDP2)")
+        elif processes.launch.sharded:
+            log.note(f"{folder.name}: this family is held whole by every process (DDP)")
+        if stage.compile:
+            compile_networks(family, self.device, processes.sharded)
+        self.groups = family.parameter_groups()
+        self.optimizers = optim.build(stage.optim, self.groups)
+        self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
+        self.states = States(
+            stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
+        )
+        self.step = self.states.restore()
+        if carried is not None and not self.step:
+            self.states.take_over(carried, optimiser=stage.carry == "all")
+        self.skipped = 0
+
+    @cached_property
+    def buckets(self) -> Sorted | None:
+        """The shapes that the data's pictures are seen in; None: squares."""
+        stage = self.stage
+        if stage.buckets is None:
+            return None
+        return sort(self.data, stage.buckets, resolution=stage.resolution, seed=self.seed, batch=stage.batch, steps=stage.steps)
+
+    @cached_property
+    def order(self) -> Order:
+        """Which samples make up each batch."""
+        if self.buckets is not None:
+            return self.buckets.order
+        return Shuffled(self.seed, len(self.data), self.stage.batch, (self.stage.resolution, *self.stage.also))
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, write the product to `folder/model`, and return what `finish` measured.
+
+        Raises:
+            Stopped: after a stop was asked for and the state was saved.
+            UserError: when updates stay non-finite or checkpoints cannot be written.
+        """
+        stage = self.stage
+        model = self.processes.wrap(self.family)
+        feed = batches(
+            self.data,
+            seed=self.seed,
+            batch=stage.batch,
+            order=self.order,
+            flip=stage.flip,
+            start=self.step,
+            stop=stage.steps,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            workers=self.workers,
+        )
+        start = self.step * stage.batch
+        name = self.folder.name
+        with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
+            if self.buckets is not None:
+                preflight(self, model, self.buckets)
+            alarms = self._alarms() if self.processes.main else None
+            self._at("reading data", 0)
+            for batch in log.waiting(feed):
+                terms, gauges, stop = self._update(model, batch, stopping())
+                self.step += 1
+                last = self.step == stage.steps
+                if self.step % stage.log_every_steps == 0 or last:
+                    self._report(log, terms, gauges, alarms)
+                self.processes.alone(name, self.step - 1, "saving or drawing")
+                self.states.settle(wait=False)
+                if not last and (stop or self._due(stage.save_every_images)):
+                    self.states.save(self.step, must=stop)
+                if stop and not last:
+                    raise Stopped
+                if last or (stage.sample_every_images and self._due(stage.sample_every_images)):
+                    self._sample(log)
+                self._at("reading data", 0)
+            self.processes.alone(name, self.step, "finishing")
+            self.states.close()
+            return self._finish()
+
+    def _at(self, doing: str, part: int) -> None:
+        self.processes.at(self.folder.name, self.step, doing, part)
+
+    def _due(self, every_images: int) -> bool:
+        """Whether this step crossed a multiple of `every_images`."""
+        batch = self.stage.batch
+        return (self.step * batch) // every_images > ((self.step - 1) * batch) // every_images
+
+    def _update(self, model: torch.nn.Module, batch: Any, stopping: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+        """One optimiser step; returns terms and gauges averaged over micro-batches, and whether any process is to stop."""
+        stage, step = self.stage, self.step
+        self.family.progress(step * stage.batch)
+        factor = optim.lr_factor(stage.optim, step * stage.batch, stage.images)
+        optim.set_lr(self.optimizers, factor)
+        # Dropout inside networks draws from torch's own generator: address it too.
+        torch.manual_seed(mix(self.seed, "torch", step, self.processes.rank) % 2**63)
+        buffers = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
+        terms, gauges = self.gradients(model, batch)
+        for parameter in self.family.idle():
+            parameter.grad = None
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norms = optim.clip(self.groups, stage.optim.clip)
+        gauges |= {f"grad_norm_{name}": norm.detach() for name, norm in norms.items()}
+        self._at("agreeing on the update", ALONE - 1)
+        numbers = torch.stack([value.detach().float().to(self.device) for value in (*norms.values(), *terms.values())])
+        bad, stop = self.processes.any(not bool(torch.isfinite(numbers).all()), stopping)
+        self.states.still()
+        if not bad:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            if self.ema:
+                self.ema.update()
+            gauges |= self.family.after_step(step, Rng(self.seed, [step]))
+            self.skipped = 0
+        else:
+            with torch.no_grad():
+                for name, buffer in self.family.named_buffers():
+                    buffer.copy_(buffers[name])
+            self._skip(batch, norms)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return terms, gauges, stop
+
+    def gradients(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a batch's gradients up, a micro-batch at a time; returns terms and gauges averaged over these."""
+        if self.stage.exact:
+            return exact_gradients(self, model, batch)
+        count = len(batch.position)
+        size = self.stage.micro_batch or count
+        terms: dict[str, Tensor] = {}
+        gauges: dict[str, Tensor] = {}
+        for first in range(0, count, size):
+            here = rows(batch, first, first + size)
+            part, share = here.to(self.device), len(here.position) / count
+            waiting = first + size < count and self.processes.world > 1
+            with self.processes.apart(model) if waiting else nullcontext():
+                self._at("forward pass", 2 * first + 1)
+                with self._autocast():
+                    found, seen = model(part, Rng(self.seed, here.position))  # not the device's: reading them there would wait for it
+                self._at("backward pass", 2 * first + 2)
+                loss = torch.stack([value.float() for value in found.values()]).sum()
+                self.scaler.scale(loss * share).backward()
+            for sums, values in ((terms, found), (gauges, seen)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() * share
+        return terms, gauges
+
+    def _autocast(self) -> torch.autocast:
+        kind = PRECISION[self.stage.precision]
+        return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
+
+    def _skip(self, batch: Any, norms: dict[str, Tensor]) -> None:
+        """Tell of an update that was skipped on all processes together, and of the samples it was made of.
+
+        Raises:
+            UserError: after too many in a row.
+        """
+        self.skipped += 1
+        # fp16 finds its loss scale by overflowing a few times; that is no news.
+        if not self.scaler.is_enabled() or self.skipped > 10:
+            found = NonFiniteUpdate(self.data, self.stage.batch, self.order, self.step, {name: float(norm) for name, norm in norms.items()})
+            found.tell(self.folder.name, self.processes.gather(rows_not_finite(batch)), self.log)
+        if self.skipped >= SKIPPED_UPDATES:
+            newest = next(iter(checkpoint.states(self.folder / "state")), None)
+            raise UserError(
+                f"{self.folder.name}: {self.skipped} updates in a row, up to step {self.step}, had losses or gradients that are not"
+                f" finite; the weights are as before the first of them. The samples are in log.jsonl. Lower optim.lr, set optim.clip"
+                f" or use precision=bf16; the same command goes on from {newest or 'the beginning'}"
+            )
+
+    def _alarms(self) -> Alarms:
+        stage, before = self.stage, self.log.steps(self.folder.name)
+        weights, averages = (self.ema.parameters, self.ema.averages) if self.ema else ([], [])
+        return Alarms(lambda images: optim.lr_factor(stage.optim, images, stage.images), stage.batch, weights, averages, before)
+
+    def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor], alarms: Alarms | None) -> None:
+        names = [*terms, *gauges]
+        values = torch.stack([v.detach().float().to(self.device) for v in (*terms.values(), *gauges.values())])
+        numbers = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
+        if alarms is not None:
+            images, lr = self.step * self.stage.batch, self.optimizers[-1].param_groups[0]["lr"]
+            summands, seen = ({name: numbers[name] for name in group} for group in (terms, gauges))
+            log.step(step=self.step, images=images, terms=summands, gauges=seen, lr=lr)
+            for text in alarms.look(images, summands, seen, lr):
+                self.log.note(f"warning: {self.folder.name}: {text}")
+                self.log.record({"alarm": text, "stage": self.folder.name, "images": images})
+
+    # Pictures
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights in place and no dropout, as in the product; every process enters, the first one then works."""
+        self.states.still()
+        self.family.eval()
+        with self.ema.applied() if self.ema else nullcontext(), gathered(self.family, self.processes.main), torch.no_grad():
+            yield
+        self.family.train()
+
+    def _sample(self, log: StageLog) -> None:
+        count = len(self.stage.prompts) or self.stage.samples
+        count = min(count, len(self.context.val))
+        if not count:
+            return
+        pictures = None
+        with self._averaged(), self._autocast():
+            if self.processes.main:
+                index = list(range(count))
+                batch = self.context.val.load(index, index, self.stage.resolution, 0, False).to(self.device)
+                if self.stage.prompts:
+                    batch = replace(batch, caption=self.stage.prompts[:count])
+                pictures = self.family.preview(batch, seed=0)
+        if pictures is None:
+            return
+        path = self.folder / "samples" / f"{self.step * self.stage.batch:09d}.png"
+        try:
+            save_grid(pictures, path, self.family.preview_columns)
+        except OSError as error:
+            self.log.note(f"{path}: not written ({error.strerror or error}); training goes on")
+            return
+        log.pictures(path)
+
+    def _finish(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.keeps:
+            self.states.keep(self.step)
+        with self._averaged():
+            if self.processes.main:
+                result = self.family.finish(self.context)
+                atomic.commit(self.folder / "model", self.family.save)
+        self.processes.wait()
+        return result
+
+
+def exact_gradients(trainer: Trainer, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of a batch: of every micro-batch by itself, added one after the other in the order of its samples.
+
+    Floating-point sums depend on their order. Here the order is that of the samples, whoever computes them: each process
+    hands the sum so far to the next, and the last one tells all. Returns terms and gauges as `Trainer.gradients` does.
+    """
+    stage, device = trainer.stage, trainer.device
+    count, size = len(batch.position), stage.micro_batch
+    parameters = [parameter for player in trainer.groups for parameter in player.parameters]
+    terms: dict[str, Tensor] = {}
+    gauges: dict[str, Tensor] = {}
+    parts: list[Tensor] = []
+    live: list[torch.nn.Parameter] = []
+    for first in range(0, count, size):
+        here = rows(batch, first, first + size)
+        # Dropout inside networks draws from torch's own generator: by the samples, not by who computes them.
+        torch.manual_seed(mix(trainer.seed, "torch", int(here.position[0])) % 2**63)
+        with trainer.processes.apart(model):
+            with trainer._autocast():
+                found, seen = model(here.to(device), Rng(trainer.seed, here.position))
+            loss = torch.stack([value.float() for value in found.values()]).sum()
+            trainer.scaler.scale(loss * (size / stage.batch)).backward()
+        live = [parameter for parameter in parameters if parameter.grad is not None]
+        parts.append(torch.cat([parameter.grad.flatten() for parameter in live if parameter.grad is not None]))
+        for parameter in live:
+            parameter.grad = None
+        for sums, values in ((terms, found), (gauges, seen)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach() * (size / count)
+    whole = trainer.processes.chained(parts)
+    for parameter, values in zip(live, whole.split([parameter.numel() for parameter in live]), strict=True):
+        parameter.grad = values.view_as(parameter)
+    return terms, gauges
+
+
+def preflight(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> None:
+    """Tell of the buckets, and make a forward and a backward pass in each shape, the largest first; nothing is learned.
+
+    Raises:
+        UserError: naming the shape that needs more memory than there is.
+    """
+    stage, name, log = trainer.stage, trainer.folder.name, trainer.log
+    log.note(f"{name}: {len(buckets.rows)} buckets, each batch in one shape")
+    for line in lines(buckets.rows):
+        log.note(f"  {line}")
+    if buckets.missed:
+        log.note(f"{name}: {buckets.missed:,} pictures are never reached in {stage.steps:,} updates; lower batch or raise images")
+    log.record({"buckets": buckets.rows, "stage": name, "images": trainer.step * stage.batch})
+    count = stage.micro_batch or stage.batch // trainer.processes.world
+    buffers = {key: buffer.clone() for key, buffer in trainer.family.named_buffers()}
+    trainer.family.progress(stage.images)  # with every part of the loss
+    one = {shape: int(members[0]) for shape, members in zip(buckets.order.shapes, buckets.order.members, strict=True)}
+    for shape in buckets.shapes:
+        batch = trainer.data.load([one[shape]] * count, range(count), shape, trainer.seed, False)
+        try:
+            with trainer.processes.apart(model):
+                trainer.gradients(model, batch)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(f"stages.{name}: {count} pictures of {shape[1]}x{shape[0]} px {_too_many(trainer, error)}") from None
+        finally:
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for key, buffer in trainer.family.named_buffers():
+            buffer.copy_(buffers[key])
+
+
+def too_large(trainer: Trainer, error: Exception) -> UserError:
+    """What to tell where memory ran out in the middle of training."""
+    count = trainer.stage.micro_batch or trainer.stage.batch // trainer.processes.world
+    what = f"at step {trainer.step} {count} pictures of {trainer.stage.resolution} px"
+    goes_on = "the same command goes on from the last checkpoint, with checkpointing too; another changed setting begins the stage anew"
+    return UserError(f"stages.{trainer.folder.name}: {what} {_too_many(trainer, error)}; {goes_on}")
+
+
+def _too_many(trainer: Trainer, error: Exception) -> str:
+    """That they do not fit, and what helps, most first."""
+    stage, name = trainer.stage, trainer.folder.name
+    count = stage.micro_batch or stage.batch // trainer.processes.world
+    helps = [f"set stages.{name}.micro_batch={count // 2} (the update stays that of {stage.batch} pictures)"] if count > 1 else []
+    if stage.precision == "fp32":
+        helps.append(f"stages.{name}.precision=bf16")
+    if stage.family != "text" and not _recomputes(trainer.family):
+        helps.append(f"stages.{name}.checkpointing=true")
+    helps.append("a lower resolution")
+    return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
+
+
+def _recomputes(family: Family) -> bool:
+    """Whether a network of it recomputes its blocks already; a base that is adapted is not among its modules."""
+    return any(getattr(part, "checkpointing", False) for network in (family, *family.compilable()) for part in network.modules())
+
+
+def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:
+    """Have torch compile what nearly all of a step goes through, in place, when it is first called; names of weights stay.
+
+    Raises:
+        UserError: for a family that has no such network, for sharded weights, or without a compiler.
+    """
+    from ldm.families.latent_diffusion.runtime import check_compiler
+
+    networks = family.compilable()
+    if not networks:
+        raise UserError("compile: true is for stages of family: diffusion; leave it out")
+    if sharded:
+        raise UserError("compile: true is not for sharded weights (FSDP2); leave one of them out")
+    check_compiler(device)
+    for network in networks:
+        network.compile()
+
+
+NAMED = 4  # samples in the line for the reader; log.jsonl names all
+
+
+def rows_not_finite(batch: Any) -> list[int]:
+    """The global positions of a batch's samples that hold NaN or infinity as they come from the data."""
+    bad = torch.zeros(len(batch.position), dtype=torch.bool)
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            bad |= ~torch.isfinite(value.flatten(1)).all(1).cpu()
+    return [int(position) for position in batch.position[bad.to(batch.position.device)]]
+
+
+@dataclass(frozen=True)
+class NonFiniteUpdate:
+    """One such update."""
+
+    data: DataSet
+    batch: int  # rows of one, over all processes
+    order: Order
+    step: int
+    norms: dict[str, float]  # of each player's gradient
+
+    def tell(self, stage: str, bad: list[int], log: Log) -> None:
+        """A line for the reader, and all samples of the batch in log.jsonl.
+
+        Args:
+            bad: positions of samples that were not finite before any network saw them.
+        """
+        first, last = self.step * self.batch, (self.step + 1) * self.batch
+        index, _ = self.order.at(self.step, 0, self.batch)
+        names = {first + i: self.data.origin(int(number)) for i, number in enumerate(index)}
+        guilty = {position: names[position] for position in sorted(set(bad)) if position in names}
+        norms = {name: norm if np.isfinite(norm) else str(norm) for name, norm in self.norms.items()}
+        log.record(
+            {
+                "skipped": {
+                    "positions": [first, last - 1],
+                    "samples": list(names.values()),
+                    "not_finite": list(guilty.values()),
+                    "norms": norms,
+                },
+                "stage": stage,
+                "at_step": self.step,
+                "images": last,
+            }
+        )
+        said = ", ".join(f"{name} {norm}" for name, norm in norms.items())
+        more = f" and {len(guilty) - NAMED} more" if len(guilty) > NAMED else ""
+        why = f"not finite as read: {', '.join(list(guilty.values())[:NAMED])}{more}; " if guilty else ""
+        log.note(
+            f"{stage}: step {self.step}: loss or gradient not finite (norms: {said}); this update is skipped by all processes."
+            f" {why}its samples, positions {first} to {last - 1}, are named in log.jsonl"
+        )

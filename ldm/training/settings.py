@@ -1,0 +1,89 @@
+"""The settings of a training stage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, Fraction, Positive, config, plain
+from ldm.data.buckets import Buckets
+from ldm.data.filter import Filter
+from ldm.training.optim import AdamW, Optim
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@config
+class Train:
+    """A stage that trains one family for a number of images."""
+
+    kind: Literal["train"] = "train"
+    family: Literal["text", "autoencoder", "diffusion"]  # which part of the model learns
+    images: Positive  # how many samples the stage sees; progress, schedules and periods count images
+    resolution: Positive  # px, height and width
+    also: tuple[Positive, ...] = ()  # further resolutions, px; updates take all of them in turn
+    batch: Positive = 32  # samples of one update, over all processes
+    micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
+    buckets: Buckets | None = None  # pictures in shapes near their own, of about resolution² pixels; null: squares
+    exact: bool = False  # equal weights to the bit for any number of processes; needs micro_batch, and is slower
+    flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
+    filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
+    caption_dropout: Fraction | None = None  # of this stage, family: diffusion; null: as diffusion.caption_dropout
+    latents: str = ""  # the encode stage whose cached latents are read instead of images
+    optim: Optim = AdamW()
+    ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    carry: Literal["averages", "weights", "all"] = "averages"  # what it begins with of the stage before it that trained this family
+    checkpointing: bool | None = None  # recompute blocks in the backward pass, not family: text; null: as the network says
+    compile: bool = False  # torch.compile of the denoising network, family: diffusion; minutes first, then faster steps
+    save_every_images: Positive = 100_000  # between checkpoints
+    keep: Positive = 2  # checkpoints
+    save_beside: bool = True  # write checkpoints while training goes on, from a copy of the state in memory
+    log_every_steps: Positive = 10  # between lines of the log
+    sample_every_images: Count = 0  # between sample grids; 0: only at the end
+    samples: Count = 8  # pictures in a grid, of the first validation captions
+    prompts: tuple[str, ...] = ()  # pictures in a grid, of these prompts instead
+
+    def __post_init__(self) -> None:
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.exact and not self.micro_batch:
+            raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
+
+    @property
+    def steps(self) -> int:
+        """Updates until every image of the stage is seen."""
+        return -(-self.images // self.batch)
+
+    def passes(self, world: int, where: str) -> int:
+        """Forward passes of one update on each of `world` processes.
+
+        Raises:
+            UserError: naming the field `where`, the batch and the processes, when it cannot be shared equally.
+        """
+        share = self.batch // world
+        if self.batch % world or (self.micro_batch and share % self.micro_batch):
+            raise UserError(
+                f"{where}: {self.batch} cannot be shared by {world} processes"
+                f" in micro-batches of {self.micro_batch or 'any size'}; make it a multiple of their product"
+            )
+        return share // self.micro_batch if self.micro_batch else 1
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: every field but those that only watch or keep."""
+        watching = {
+            "save_every_images",
+            "keep",
+            "save_beside",
+            "log_every_steps",
+            "sample_every_images",
+            "samples",
+            "prompts",
+            "checkpointing",
+        }
+        elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
+        elsewhere |= {name for name in ("buckets", "compile") if not getattr(self, name)}
+        elsewhere |= {"carry"} if self.carry == "averages" else set()
+        return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}

@@ -1,0 +1,93 @@
+"""ldm plan: the order of samples at sizes that nobody has here, what a run costs there, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.__main__ import main
+from ldm.config.errors import UserError
+from ldm.data.order import Shuffled
+from ldm.runs import simulation
+from ldm.runs.simulation import simulate
+
+
+def test_two_thousand_million_samples_on_256_processes() -> None:
+    found = simulate(2 * 10**9, 2048, 256)
+    assert found.right and found.drawn == 1_000_000 and found.small == 50_000
+
+
+def test_memory_does_not_depend_on_how_many_samples_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "DRAWN", 100_000)
+    monkeypatch.setattr(simulation, "SMALL", 5_000)
+
+    def most(samples: int) -> int:
+        tracemalloc.start()
+        assert simulate(samples, 256, 8).right
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert most(10**12) < 1.5 * most(10**6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 5), st.sampled_from([1, 2, 3, 8]), st.integers(0, 2**63))
+def test_every_small_order_is_right(samples: int, share: int, processes: int, seed: int) -> None:
+    found = simulate(samples, share * processes, processes, seed)
+    assert found.right and found.drawn == found.small == samples
+
+
+def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "SMALL", 500)
+    monkeypatch.setattr(simulation, "DRAWN", 2000)
+    monkeypatch.setattr(Shuffled, "numbers", lambda self, position: position // 2 * 2 % self.samples)  # half of them twice
+    found = simulate(10_000, 16, 4)
+    assert not found.right and found.repeated > 0 and found.small_wrong == 500
+    monkeypatch.setattr(Shuffled, "numbers", lambda self, position: position + 9_000)
+    assert simulate(10_000, 16, 4).outside > 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(UserError, match="batch: 10 images cannot be shared equally by 4 processes"):
+        simulate(100, 10, 4)
+
+
+def test_as_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "DRAWN", 2000)
+    monkeypatch.setattr(simulation, "SMALL", 2000)
+    words = ["plan", "configs/quickstart.yaml", "--samples", "1e6", "--peak", "100", "--mfu", "0.5", "--price", "2", "--disk", "2"]
+    assert main([*words, "--processes", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "at 8 processes of 50 TFLOP/s" in said and "order of 1,000,000 samples, batch 64 on 8 processes: right" in said
+    assert main([*words, "--processes", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(each["right"] and each["samples"] == 10**6 for each in found["order"])
+    by_name = {stage["name"]: stage for stage in found["stages"]}
+    for one in found["costs"]:
+        hours = by_name[one["stage"]]["seconds"] * 8 / 3600
+        assert one["device_hours"] == pytest.approx(hours) and one["price"] == pytest.approx(2 * hours)
+        assert one["save_seconds"] == pytest.approx(one["checkpoint_bytes"] / 2e9) and one["data_shards"] in (0, 100)
+    assert main(["plan", "configs/quickstart.yaml", "data.images=100"]) == 0  # of this launch, with the data as it is
+    assert "order of 100 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--samples", "many"], "samples: got 'many'"),
+        (["--samples", "2.5"], "samples: got '2.5'"),
+        (["--tflops", "1", "--peak", "2"], "not together"),
+        (["--processes", "0"], "processes"),
+        (["--processes", "3"], "cannot be shared"),
+        (["stages.text.imgaes=1"], "did you mean images"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "configs/quickstart.yaml", *words]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and "Traceback" not in said

@@ -1,0 +1,284 @@
+"""Single files under CompVis' names open as the models they were made of; what is no model is named."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished_model import finished_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.families.latent_diffusion.loading import load
+from ldm.formats.compvis import PREFIX, to_compvis
+from ldm.formats.compvis_shapes import text_config, unet_config, vae_config
+from ldm.formats.model_folder import open_model
+from ldm.formats.part import load_part, read_json
+from ldm.formats.single_file import Choices, open_single, read_file
+from ldm.formats.text_folder import PREFIX as TEXT
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.unet import UNetConfig
+
+UNET = UNetConfig(channels=(32, 64), layers=2, attention=(True, False), heads=8, context_width=64)
+SD2 = UNetConfig(channels=(64, 128), layers=1, attention=(True, True), heads=(1, 2), depth=(1, 1), context_width=64, linear_projection=True)
+INPAINT = UNetConfig(channels=(32, 64, 64), layers=1, in_channels=9, attention=(True, True, False), heads=8, context_width=64)
+XL = UNetConfig(
+    channels=(64, 128, 128),
+    layers=1,
+    attention=(False, True, True),
+    heads=(1, 2, 2),
+    depth=(1, 1, 2),
+    context_width=64,
+    linear_projection=True,
+    size_channels=256,
+    pooled_channels=80,
+)
+KL = KLConfig(channels=(32, 64), layers=1, latent_channels=4, scaling_factor=0.18215)
+VQ = VQConfig(channels=(32, 32, 64), layers=2, latent_channels=3, code_channels=4, codes=16, attention=(False, False, True))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def clip_state(layers: int = 2, vocabulary: int = 49408, width: int = 64) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        projection_dim=width,
+    )
+    state = {TEXT + n.removeprefix(TEXT): v for n, v in CLIPTextModel(config).state_dict().items() if not n.endswith("position_ids")}
+    return config.to_dict(), state
+
+
+def checkpoint(unet: UNetConfig = UNET, vae: KLConfig | VQConfig = KL) -> dict[str, Tensor]:
+    """A whole model under CompVis' names, with what such files hold besides."""
+    torch.manual_seed(0)
+    config, text = clip_state()
+    state = to_compvis("unet", unet, unet.build().state_dict())
+    state |= to_compvis("vae", vae, vae.build().state_dict())
+    state |= to_compvis("text", config, text)
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    state |= {"betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square(), "logvar": torch.zeros(1000)}
+    return {name: value.detach().contiguous() for name, value in state.items()}
+
+
+def written(state: Mapping[str, Tensor], file: Path, **said: str) -> Path:
+    save_file(dict(state), file, metadata=said or None)
+    return file
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("unet", "vae"), [(UNET, KL), (SD2, VQ), (INPAINT, KL), (XL, KL)])
+def test_shapes_tell_what_a_network_is(unet: UNetConfig, vae: KLConfig | VQConfig) -> None:
+    from ldm.formats.compvis_shapes import inner
+
+    state = checkpoint(unet, vae)
+    found = unet_config(inner("unet", state))
+    assert found.to_diffusers() | {"sample_size": None} == _spelt(unet).to_diffusers() | {"sample_size": None}
+    told = vae_config(inner("vae", state), vae.scaling_factor).to_diffusers()
+    assert told | {"force_upcast": True} == vae.to_diffusers() | {"force_upcast": True}
+
+
+def _spelt(unet: UNetConfig) -> UNetConfig:
+    """With numbers for each level, as shapes tell them."""
+    from dataclasses import replace
+
+    return replace(unet, depth=unet.level_depth, heads=unet.heads)
+
+
+def test_a_whole_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
+    state = checkpoint()
+    notes: list[str] = []
+    folder = open_single(written(state, tmp_path / "model.safetensors"), note=notes.append)
+    assert open_model(folder).parts == ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+    for part, config in (("unet", UNET), ("vae", KL)):
+        found = load_part(folder / part)[1]
+        again = to_compvis(part, config, found)  # type: ignore[arg-type]
+        assert all(torch.equal(again[name], state[name]) for name in again) and len(again) == len(found)
+    text = load_part(folder / "text_encoder")[1]
+    name = "embeddings.token_embedding.weight"
+    assert torch.equal(text[TEXT + name], state[PREFIX["text"] + name])
+    assert len(notes) == 1 and "epsilon is assumed" in notes[0]
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    assert abs(scheduler["beta_start"] - 0.00085) < 1e-8 and scheduler["beta_schedule"] == "scaled_linear"
+    family = load(tmp_path / "model.safetensors")
+    picture = family.sample(["a cat!"], steps=1, size=(16, 16))
+    assert picture.shape == (1, 16, 16, 3) and family.text.max_tokens == 77
+    # The second opening reads what the first one wrote.
+    assert open_single(tmp_path / "model.safetensors", note=notes.append) == folder and len(notes) == 1
+
+
+def test_what_a_file_predicts_comes_from_beside_it(tmp_path: Path) -> None:
+    state = checkpoint()
+    said = open_single(written(state, tmp_path / "a.safetensors", **{"modelspec.prediction_type": "v"}), note=quiet)
+    assert read_json(said / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
+    written(state, tmp_path / "b.safetensors")
+    (tmp_path / "b.yaml").write_text("model: {params: {parameterization: v, linear_start: 0.001, linear_end: 0.02, scale_factor: 0.5}}")
+    folder = open_single(tmp_path / "b.safetensors", note=quiet)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    assert (scheduler["prediction_type"], scheduler["beta_start"], scheduler["beta_end"]) == ("v_prediction", 0.001, 0.02)
+    assert read_json(folder / "vae" / "config.json")["scaling_factor"] == 0.5
+    chosen = open_single(tmp_path / "b.safetensors", Choices(prediction="epsilon"), note=quiet)
+    assert read_json(chosen / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
+    with pytest.raises(UserError, match="prediction: got 'vv'"):
+        open_single(tmp_path / "b.safetensors", Choices(prediction="vv"))
+    (tmp_path / "b.yaml").write_text("model: 3")
+    with pytest.raises(UserError, match=r"b\.yaml: no YAML of a CompVis model"):
+        open_single(tmp_path / "b.safetensors", note=quiet)
+
+
+def test_averaged_weights_are_a_choice(tmp_path: Path) -> None:
+    state = checkpoint()
+    own = {name: value for name, value in state.items() if name.startswith(PREFIX["unet"])}
+    averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in own.items()}
+    file = written(state | averaged | {"model_ema.decay": torch.tensor(0.9999)}, tmp_path / "both.safetensors")
+    notes: list[str] = []
+    name = "conv_in.weight"
+    last = load_part(open_single(file, Choices(ema=False), note=notes.append) / "unet")[1][name]
+    mean = load_part(open_single(file, note=notes.append) / "unet")[1][name]
+    assert torch.equal(mean, last + 1) and sum("averaged weights" in note for note in notes) == 2
+    del averaged[next(iter(averaged))]
+    with pytest.raises(UserError, match=r"averaged weights, but none for model\.diffusion_model\."):
+        open_single(written(state | averaged, tmp_path / "half.safetensors"), note=quiet)
+
+
+def test_a_choice_stands_behind_the_name(tmp_path: Path) -> None:
+    state = checkpoint()
+    own = {name: value for name, value in state.items() if name.startswith(PREFIX["unet"])}
+    averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in own.items()}
+    file = written(state | averaged, tmp_path / "both.safetensors")
+    last, mean = (load(f"{file}::ema={said},prediction=v") for said in ("no", "yes"))
+    assert torch.equal(mean.unet.conv_in.weight, last.unet.conv_in.weight + 1) and last.process.target == "v"
+    assert load(str(file)).process.target == "epsilon"
+    with pytest.raises(UserError, match=r"'ema=maybe' is not known; behind :: stand ema=yes"):
+        open_model(f"{file}::ema=maybe")
+    with pytest.raises(UserError, match="no such folder"):
+        open_model(f"{tmp_path / 'none.ckpt'}::ema=no")
+
+
+def test_a_part_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = to_compvis("vae", KL, KL.build().state_dict())
+    bare = {name.removeprefix(PREFIX["vae"]): value.contiguous() for name, value in state.items()}
+    folder = open_single(written(bare | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors"), note=quiet)
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == ["vae"]
+    with pytest.raises(UserError, match="not a whole model folder, unet, text_encoder, tokenizer, scheduler"):
+        open_model(tmp_path / "vae.safetensors", note=quiet)
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+def test_old_checkpoints_are_read_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = checkpoint()
+    straight = open_single(written(state, tmp_path / "a.safetensors"), note=quiet)
+    trainer = types.ModuleType("pytorch_lightning")
+    trainer.Callback = type("Callback", (), {"__module__": "pytorch_lightning"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", trainer)
+    torch.save({"state_dict": state, "global_step": 7, "callbacks": {trainer.Callback: {"best": 1.0}}}, tmp_path / "a.ckpt")
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    folder = open_single(tmp_path / "a.ckpt", note=quiet)
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = load_part(folder / part)[1], load_part(straight / part)[1]
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read_file(tmp_path / "a.ckpt")[1]["global_step"] == "7"
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "x": Evil(mark)}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match=r"evil\.ckpt: would call [\w.]+, which may run code, and was not read"):
+        open_single(tmp_path / "evil.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({"x": Evil(mark)}))
+    with pytest.raises(UserError, match=r"plain\.ckpt: "):
+        open_single(tmp_path / "plain.ckpt")
+    (tmp_path / "noise.ckpt").write_bytes(bytes(range(256)) * 40)
+    with pytest.raises(UserError, match=r"noise\.ckpt: not a checkpoint that torch can read"):
+        open_single(tmp_path / "noise.ckpt")
+    assert not mark.exists()
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    lora = {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(4, 8), "lora_unet_down_blocks_0.alpha": torch.ones(1)}
+    cases: dict[str, tuple[dict[str, Tensor], str]] = {
+        "lora": (lora, r"lora\.safetensors: an adapter \(LoRA: lora_unet_down_blocks_0"),
+        "words": ({"<cat>": torch.zeros(1, 768)}, r"words\.safetensors: learned words \(textual inversion: <cat>\)"),
+        "folder": ({f"down_blocks.{i}.weight": torch.zeros(1, 1, 1) for i in range(3)}, r"no names of CompVis' checkpoints"),
+    }
+    for name, (state, said) in cases.items():
+        with pytest.raises(UserError, match=said):
+            open_single(written(state, tmp_path / f"{name}.safetensors"))
+    page = tmp_path / "page.safetensors"
+    page.write_text("<!DOCTYPE html><html>please log in</html>")
+    with pytest.raises(UserError, match=r"page\.safetensors: a web page, not weights"):
+        open_single(page)
+    whole = written(checkpoint(), tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.safetensors: truncated or not a safetensors file"):
+        open_single(tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="no such file"):
+        open_single(tmp_path / "none.safetensors")
+
+
+def test_one_weight_too_few_too_many_or_of_another_shape(tmp_path: Path, own_cache: Path) -> None:
+    state = checkpoint()
+    key = PREFIX["unet"] + "middle_block.0.in_layers.2.weight"
+    damaged: dict[str, tuple[dict[str, Tensor], str]] = {
+        "few": ({n: v for n, v in state.items() if n != key}, r"few\.safetensors: .*missing: mid_block\.resnets\.0\.conv1\.weight"),
+        "many": (state | {PREFIX["vae"] + "encoder.extra.weight": torch.zeros(1)}, r"left over: encoder\.extra\.weight"),
+        "shape": (state | {key: state[key][:-1]}, r"mid_block\.resnets\.0\.conv1\.weight has shape"),
+    }
+    for name, (weights, said) in damaged.items():
+        with pytest.raises(UserError, match=said):
+            open_single(written({n: v.contiguous() for n, v in weights.items()}, tmp_path / f"{name}.safetensors"), note=quiet)
+    assert not list((own_cache / "models").glob("*"))  # nothing half opened is kept
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("form", ["single-file", "compvis-ckpt"])
+def test_what_ldm_exports_draws_the_same(tmp_path: Path, kind: Any, form: str) -> None:
+    from ldm.__main__ import main
+
+    model = finished_model(tmp_path / "made", kind)
+    out = tmp_path / f"out.{'safetensors' if form == 'single-file' else 'ckpt'}"
+    assert main(["export", str(model), "--to", form, "--out", str(out)]) == 0
+    ours, back = load(model), load(out)
+    assert back.defaults == ours.defaults and back.process == ours.process
+    words = ["a small red circle", "a large blue ring"]
+    assert torch.equal(back.sample(words), ours.sample(words))
+
+
+def test_text_configurations_follow_shapes() -> None:
+    config, state = clip_state(layers=3)
+    weights = {name.removeprefix(TEXT): value for name, value in state.items()}
+    told = text_config(weights, "text")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "hidden_act"):
+        assert told[name] == config[name], name
+    with pytest.raises(UserError, match=r"embeddings\.token_embedding\.weight is missing"):
+        text_config({}, "text")

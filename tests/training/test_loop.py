@@ -1,0 +1,115 @@
+"""A training step asks the device for one answer, and may run through torch's compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished_model import SIDE, UNET, Pictures, autoencoder_product, text_product
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.config.errors import UserError
+from ldm.diffusion.process import Process
+from ldm.distributed.processes import Learners
+from ldm.families.family import Context, Product
+from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion
+from ldm.training import optim
+from ldm.training.log import Log
+from ldm.training.loop import Trainer
+from ldm.training.settings import Train
+
+BATCH = 4
+DATA = Pictures()
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
+    root = tmp_path_factory.mktemp("products")
+    text_product(root / "text")
+    autoencoder_product(root / "autoencoder")
+    return {name: Product(root / name, "") for name in ("text", "autoencoder")}
+
+
+def trainer(folder: Path, products: dict[str, Product], **fields: Any) -> Trainer:
+    stage = Train(family="diffusion", images=40, batch=BATCH, resolution=SIDE, **fields)
+    context = Context(data=DATA, val=DATA, resolution=SIDE, seed=0, total_images=40, products=products)
+    torch.manual_seed(1)
+    family = LatentDiffusion(network=UNET, defaults=Defaults(steps=3, chunk=2), process=Process(), caption_dropout=0.5).build(context)
+    return Trainer(
+        stage, family, context, data=DATA, folder=folder / "stage", key="", workers=0, processes=Learners(), log=Log(folder, console=False)
+    )
+
+
+def steps(made: Trainer, count: int) -> list[float]:
+    losses = []
+    for step in range(count):
+        positions = range(step * BATCH, (step + 1) * BATCH)
+        batch = DATA.load([p % len(DATA) for p in positions], positions, SIDE, 0, False)
+        terms, _, _ = made._update(made.family, batch)
+        made.step += 1
+        losses.append(float(terms["denoising"]))
+    return losses
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, which on a GPU waits for all work before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_step_reads_one_number(tmp_path: Path, products: dict[str, Product], micro_batch: int) -> None:
+    made = trainer(tmp_path, products, micro_batch=micro_batch)
+    steps(made, 1)
+    positions = range(BATCH, 2 * BATCH)
+    batch = DATA.load([p % len(DATA) for p in positions], positions, SIDE, 0, False)
+    with Asked() as asked:
+        made._update(made.family, batch)
+    assert asked.count == 1  # whether all is finite: an update that is not must not be made
+
+
+def test_adamw_is_fused() -> None:
+    network = torch.nn.Linear(3, 3)
+    (made,) = optim.build(optim.AdamW(), [optim.ParameterGroup("model", list(network.parameters()))])
+    assert made.defaults["fused"] is True
+
+
+def test_compiled_training_learns_the_same(tmp_path: Path, products: dict[str, Product], monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.nn.Module.compile
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    plain, compiled = trainer(tmp_path / "a", products), trainer(tmp_path / "b", products, compile=True)
+    assert plain.family.state_dict().keys() == compiled.family.state_dict().keys()
+    assert steps(compiled, 3) == pytest.approx(steps(plain, 3), rel=1e-5) and graphs
+    for name, value in plain.family.state_dict().items():
+        assert torch.allclose(value, compiled.family.state_dict()[name], atol=1e-5), name
+    assert "compile" in compiled.stage.identity() and "compile" not in plain.stage.identity()
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path: Path, products: dict[str, Product], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm.families.family import Family
+    from ldm.training.loop import compile_networks
+
+    family = trainer(tmp_path, products).family
+    with pytest.raises(UserError, match=r"compile: true is not for sharded weights"):
+        compile_networks(family, torch.device("cpu"), sharded=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"compile: no C\+\+ compiler"):
+        compile_networks(family, torch.device("cpu"), sharded=False)
+    monkeypatch.setattr(type(family), "compilable", Family.compilable)
+    with pytest.raises(UserError, match=r"for stages of family: diffusion"):
+        compile_networks(family, torch.device("cpu"), sharded=False)
