@@ -24,7 +24,8 @@ def members_of(kind: Any) -> dict[str, Any]:
 
 @cache
 def _hints_of(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def hints_of(kind: Any) -> dict[str, Any]:

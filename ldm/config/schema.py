@@ -13,11 +13,11 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 import pydantic
 import yaml
 
+from ldm.config import presets
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
 from ldm.config.messages import explain
 from ldm.config.presets import named
-from ldm.config.schema import presets
 from ldm.config.yaml_reader import DEEPEST, Number, parse
 
 __all__ = [

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ldm.config.errors import UserError
+from ldm.config.schema import plain
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
+from ldm.models.cost import NOTHING, Cost, TextShape
 
 Terms = dict[str, Tensor]
 
@@ -25,6 +28,171 @@ class Ranks:
     rank: int = 0
     world: int = 1
     mean: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model from elsewhere: what the configuration calls it, where it lies now, and one hash of all that its use depends on."""
+
+    path: str
+    folder: Path
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What training on one image needs, whatever the precision and the optimiser."""
+
+    learned: dict[str, int]  # parameters by network
+    frozen: dict[str, int]  # parameters of networks that are only used
+    cost: Cost  # of one image through the networks that learn, forward and backward
+    extra: int = 0  # FLOPs of one image in the frozen networks
+    averaged: int = 0  # parameters with an EMA; 0: all that is learned
+
+
+class TrainingStage(Protocol):
+    """What a model's configuration may ask of the stage that trains it."""
+
+    @property
+    def resolution(self) -> int:
+        """px, height and width."""
+        ...
+
+    @property
+    def latents(self) -> str:
+        """The encode stage or cache whose latents are read; empty: images."""
+        ...
+
+    @property
+    def caption_dropout(self) -> float | None:
+        """Of this stage; None: as the model says."""
+        ...
+
+    @property
+    def checkpointing(self) -> bool | None:
+        """Whether blocks are recomputed in the backward pass; None: as the network says."""
+        ...
+
+
+class ModelConfig:
+    """One model of a run as its configuration describes it; members of `ldm.families.registry.Model`.
+
+    Whatever the run, its plan, the verbs and the report must know of a model is asked here, so that nobody asks its kind.
+    """
+
+    __slots__ = ()
+    kind: str
+    refuses: ClassVar[Mapping[str, str]] = {  # fields of a training stage that have no effect here, and why
+        "latents": "reads images, not cached latents",
+        "buckets": "reads squares",
+        "caption_dropout": "drops no captions",
+        "checkpointing": "has no blocks that can be recomputed",
+        "compile": "has no network that torch.compile takes",
+    }
+    answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
+    encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
+    exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
+    continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
+    beside: ClassVar[tuple[str, ...]] = ()  # folders of its product that an export puts beside the model
+
+    def inputs(self) -> dict[str, str]:
+        """The models of the run that this one reads: by role, the model's name."""
+        return {}
+
+    def from_base(self, base: str) -> dict[str, ModelConfig]:
+        """By role, the inputs that a base model brings along where the run names none."""
+        return {}
+
+    def elsewhere(self) -> str:
+        """The path or hub name of a model that is used as it is and never trained; empty: it is trained here."""
+        return ""
+
+    def find(self, path: str, note: Callable[[str], None]) -> Found:
+        """What lies at a path or hub name, for a model that is used as it is or begins from a base.
+
+        Raises:
+            UserError: naming what is missing or damaged, or that this kind begins from nothing.
+        """
+        raise UserError(f"init: a model of kind {self.kind} begins from nothing; leave init out")
+
+    def adopt(self, found: Found, target: Path) -> bool:
+        """Write a model from elsewhere to `target` in the form that it is used in; False: it is used where it lies."""
+        return False
+
+    def continued(self, base: Path) -> ModelConfig:
+        """This configuration with what a base model's files decide.
+
+        Raises:
+            UserError: naming the field, both values and the fix.
+        """
+        return self
+
+    def for_stage(self, stage: TrainingStage) -> ModelConfig:
+        """This configuration with what a training stage says of it."""
+        return self
+
+    def build(self, context: Context) -> Family:
+        """The family, ready to train."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained result depends on, as plain values."""
+        return plain(self)
+
+    def shown(self) -> dict[str, Any]:
+        """What only the finished model's use depends on (defaults of sampling, say)."""
+        return {}
+
+    def check(self, stage: TrainingStage, where: str, begins: str) -> Iterator[str]:
+        """What is wrong between this configuration and a stage that trains it.
+
+        Args:
+            where: the stage's path in the configuration.
+            begins: what its weights begin with: a path, the name of an earlier stage as `stages.NAME`, or empty.
+        """
+        yield from ()
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """Sides of pictures must be multiples of this; `others` are its inputs by role."""
+        return 1
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Parameters of the network as it is used; `others` are its inputs by role, `note` is told what is assumed."""
+        return 0
+
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig]) -> Footprint:
+        """What a training step on images of `side` x `side` px needs; `others` are its inputs by role."""
+        return Footprint(learned={}, frozen={}, cost=NOTHING)
+
+    def encoding(self, side: int) -> tuple[Cost, int]:
+        """For a model that encodes: the cost of one image of `side` x `side` px, and the values kept of it."""
+        return NOTHING, 0
+
+    def text_shape(self) -> TextShape:
+        """For a text encoder: its shape.
+
+        Raises:
+            UserError: for any other model.
+        """
+        raise UserError(f"a model of kind {self.kind} encodes no text; name a text encoder")
+
+    def encoder(self, product: Path, device: torch.device) -> Any:
+        """For a model that encodes: the latent codec of a finished stage's product."""
+        raise NotImplementedError
+
+    def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
+        """Put its product (role `model`) and its inputs' together as a model folder, committed at once."""
+        raise NotImplementedError
+
+    def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> Any:
+        """What a metric asks: the finished model, opened from its products as an export would assemble it."""
+        self.assemble(products, scratch, story)
+        return self.open(scratch, device)
+
+    @classmethod
+    def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> Any:
+        """A finished model folder of this kind: what draws."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from ldm.config.version import __version__
 from ldm.formats import atomic
 from ldm.distributed.rank_checks import agree
-from ldm.config.schema import dump
+from ldm.config.schema import dump, plain
 from ldm.data.filter import sift
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError, out_of_memory
@@ -24,7 +24,7 @@ from ldm.families.latent_diffusion.fine_tuning import KEPT
 from ldm.families.family import Product
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.runs.pretrained import GIVEN, based, based_autoencoder, check_cache, find, make
-from ldm.distributed.launcher import about, check_shares, record
+from ldm.distributed.launcher import Work, about, record
 from ldm.runs.stage_graph import carried_from, carried_on, given_of, inputs_of, kept_cache
 from ldm.training.log import Log
 from ldm.runs.prior_preservation import PRIOR, Prior, draw
@@ -375,8 +375,21 @@ def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
     return 0
 
 
+def shares(run: Run, world: int) -> dict[str, Work]:
+    """What every training stage shares out to the processes of a launch.
+
+    Raises:
+        UserError: naming the stage, the batch and the number of processes.
+    """
+    return {
+        name: Work(batch=stage.batch, passes=stage.passes(world, f"stages.{name}.batch"), precision=stage.precision)
+        for name, stage in run.stages.items()
+        if isinstance(stage, Train)
+    }
+
+
 def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str) -> None:
-    check_shares(run, processes.world)
+    work = shares(run, processes.world)
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             (out / "config.yaml").write_text(dump(run))
@@ -384,10 +397,16 @@ def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str
             processes.watchdog.folder = out
         execution = Execution(run, out, processes)
         execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
-        for line in about(processes.launch, processes.device.type, run, file):
+        for line in about(processes.launch, processes.device.type, work, file):
             execution.log.note(line)
-        execution.log.record(record(processes.launch, processes.device.type, run))
-        agree(processes, run, out, execution.data, execution.val)
+        execution.log.record(record(processes.launch, processes.device.type, work))
+        facts = {
+            "config": plain(run),
+            "out": str(out),
+            "data": f"{len(execution.data):,} samples, fingerprint {execution.data.fingerprint()[:16]}",
+            "val": f"{len(execution.val):,} samples, fingerprint {execution.val.fingerprint()[:16]}",
+        }
+        agree(processes, facts, out)
         try:
             execution.start()
         except Stopped:

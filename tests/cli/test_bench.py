@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ldm.cli.command.benchmarks import rows as table
 
+from ldm.cli import bench
+from ldm.cli.benchmarks import rows as table
 from ldm.cli.benchmarks.measure import Spread, compare, sign_interval
 from ldm.cli.benchmarks.rows import ROWS, Case, Row, Setup
-from ldm.cli.command import bench
 from ldm.config.errors import UserError
 
 FRESH = ("B17", "B18", "B19", "B20", "B22")  # rows that start processes

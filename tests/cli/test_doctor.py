@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ldm.__main__ import main
-from ldm.cli.command import doctor
+from ldm.cli import doctor
 
 ROOT = Path(__file__).parents[2]
 

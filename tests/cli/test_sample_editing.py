@@ -91,7 +91,7 @@ def test_inverted_noise_leads_back(init: Path, tmp_path: Path, monkeypatch: pyte
     from finished_model import finished_model
 
     from ldm.diffusion.process import Process
-    from ldm.families.latent_diffusion.family import edits
+    from ldm.families.latent_diffusion import edits
     from ldm.text.prompt_syntax import literal
 
     # Near the denoiser of Gaussian data, as a trained network is near that of its own; of v that is a network that says little.

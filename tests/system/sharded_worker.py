@@ -13,11 +13,11 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import torch  # noqa: E402
 from finished_model import SIDE, Pictures  # noqa: E402
 
-from ldm import checkpoint  # noqa: E402
 from ldm.distributed.processes import Learners, leave  # noqa: E402
 from ldm.distributed.sharding import is_split  # noqa: E402
 from ldm.families.family import Context, Product  # noqa: E402
 from ldm.families.latent_diffusion.loading import load  # noqa: E402
+from ldm.training import checkpoint  # noqa: E402
 from ldm.training.log import Log  # noqa: E402
 from ldm.training.loop import Trainer
 from ldm.training.optim import AdamW  # noqa: E402

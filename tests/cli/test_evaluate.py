@@ -13,9 +13,10 @@ from PIL import Image
 import ldm
 import ldm.families.latent_diffusion.loading
 from ldm.__main__ import main as ldm_main
+from ldm.cli.evaluate import main
 from ldm.data.scenes.source import ScenesSource
-from ldm.runs.evaluation import main, measure
 from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
+from ldm.runs.evaluation import measure
 
 
 @pytest.fixture
@@ -114,6 +115,13 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
 
 def test_adherence_of_a_measurement_is_what_the_configuration_says(tmp_path: Path):
     told: list = []
-    found = measure(Painter(), [Adherence(tier="one", prompts=2)], data=None, resolution=SIDE, seed=0, pictures=tmp_path / "s",
-                    progress=lambda *line: told.append(line))
+    found = measure(
+        Painter(),
+        [Adherence(tier="one", prompts=2)],
+        data=None,
+        resolution=SIDE,
+        seed=0,
+        pictures=tmp_path / "s",
+        progress=lambda *line: told.append(line),
+    )
     assert found["adherence"]["seen"]["bind"] == 1 and told[-1][:2] == (4, 4) and len(list((tmp_path / "s").glob("*.png"))) == 2
