@@ -12,7 +12,8 @@ from torch import nn
 
 from ldm.config.errors import UserError
 from ldm.families.latent_diffusion.engine import PRECISION
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily, loading
+from ldm.families.latent_diffusion import loading
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 from ldm.families.latent_diffusion.offload import Offload, rest
 from ldm.formats.latent_codec import TILE, autoencoder_folder, load_codec
 from ldm.formats.model_folder import open_model
