@@ -110,7 +110,7 @@ def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Setti
     def start(x: Tensor, canvas: Canvas) -> Tensor:
         empty, steps = literal(""), len(canvas.grid.t)
         shape = shape_of(engine.text, source, empty, steps)
-        denoise = engine.denoiser([source] * len(x), empty, shape, canvas, plain)
+        denoise = engine.guided_denoiser([source] * len(x), empty, shape, canvas, plain)
         return invert(denoise, canvas.own(x0), canvas.grid.alpha, canvas.grid.sigma, ROUNDS)
 
     return Edit(strength=strength, start=start)

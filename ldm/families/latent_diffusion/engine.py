@@ -223,7 +223,7 @@ class Engine:
         weight = next(self.denoiser.parameters())
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
-    def denoiser(
+    def guided_denoiser(
         self, prompts: Sequence[Prompt], negative: Prompt, shape: Shape, canvas: Canvas, settings: Settings, edits: Sequence[Edit] = ()
     ) -> Denoise:
         """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
@@ -288,7 +288,7 @@ class Engine:
             x = entry.start(canvas.noise, grid)
             for edit in edits:
                 x = x if edit.start is None else edit.start(x, canvas)
-            denoise = self.denoiser(prompts, negative, shape, canvas, settings, edits)
+            denoise = self.guided_denoiser(prompts, negative, shape, canvas, settings, edits)
             x = entry.run(denoise, x, grid.alpha, grid.sigma, canvas.rng, eta=settings.eta, after_step=after_step)
         if not x.isfinite().all():
             cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"
