@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_train_step import products, trainer  # noqa: F401  # a fixture
+from test_loop import products, trainer  # noqa: F401  # a fixture
 
 from ldm.cli.watch import lines
 from ldm.runs.report import report
