@@ -16,8 +16,7 @@ from torch import Tensor
 from ldm.data.pictures import to_uint8
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 
 SIDE, FACTOR = 32, 4  # px
 PROMPTS, NEGATIVE = ["a small red circle", "a large blue ring"], "a green square"

@@ -53,9 +53,9 @@ def test_mistakes_answer_at_once(words: list[str], said: str) -> None:
 
 def test_a_typo_in_a_configuration_is_found_before_any_work(tmp_path: Path) -> None:
     config = ROOT / "configs" / "quickstart.yaml"
-    code, out, err, _ = ldm("train", str(config), "sed=1", "stages.text.imags=3", "diffusion.network.kind=unett", folder=tmp_path)
+    code, out, err, _ = ldm("train", str(config), "sed=1", "stages.text.imags=3", "models.diffusion.network.kind=unett", folder=tmp_path)
     assert code == 2 and not out and "Traceback" not in err and not list(tmp_path.iterdir())
-    assert len(err.splitlines()) == 3 and all(hint in err for hint in ("mean seed?", "mean images?", "diffusion.network"))
+    assert len(err.splitlines()) == 3 and all(hint in err for hint in ("mean seed?", "mean images?", "models.diffusion.network"))
 
 
 def test_help_of_train_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def classifier(
     from ldm.cli.sampling_options import device_for
     from ldm.data.cached import CachedLatents
     from ldm.families.latent_diffusion.classifier_guidance import Classifier, says, train
-    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.family import load
     from ldm.models.noisy_classifier import NoisyClassifierConfig
 
     data, family, place = CachedLatents(cache), load(model), device_for(device)

@@ -47,7 +47,7 @@ def evaluate(
     from ldm.data.check import source_at
     from ldm.data.scenes.source import ScenesSource
     from ldm.distributed.environment import calibrate
-    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.family import load
     from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
     from ldm.training.log import Log
 

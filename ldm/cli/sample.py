@@ -127,7 +127,7 @@ def sample(
         grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.distributed.processes import processes
-    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.family import load
     from ldm.families.latent_diffusion.runtime import Running, ready
     from ldm.sampling import jobs
     from ldm.sampling.adapters import add

@@ -13,7 +13,7 @@ from ldm.distributed.environment import keep_blocks
 USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
 
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
-  key=value   change one field: seed=1, out=DIR, autoencoder.kind=vq, stages.diffusion.images=100000
+  key=value   change one field: seed=1, out=DIR, models.autoencoder.kind=vq, stages.diffusion.images=100000
   --plan      say what would be done, why, and what it would cost, and stop; with it
     --processes N   for so many processes instead of this launch's
     --tflops X      if each does 10^12 X floating-point operations a second
@@ -47,7 +47,8 @@ def main(words: Sequence[str]) -> int:
     file = Path(files[0])
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
     values = read(file, [word for word in words if "=" in word])
-    from ldm.runs.run import Run, execute, place
+    from ldm.runs.execution import execute
+    from ldm.runs.run import Run, place
 
     run, out = place(build(values, Run, str(file)), file)
     if "--plan" not in options:

@@ -123,7 +123,7 @@ def opened(
     folder: str, device: str, precision: str, low_memory: bool, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
 ) -> tuple[Any, dict[str, str]]:
     """The model, ready to draw, and what recipes tell of its LoRAs and words."""
-    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.family import load
     from ldm.families.latent_diffusion.runtime import Running, ready
     from ldm.sampling.adapters import add
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +16,14 @@ from ldm.config.schema import Count, Fraction, NonNegative, PositiveFloat, confi
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.family import Context, Family, ParameterGroup, Product, Terms
-from ldm.families.perceptual_loss import Perceptual, PerceptualNone
-from ldm.formats.latent_codec import Statistics, autoencoder_folder, save_codec
-from ldm.formats.part import load_module, load_part, save_part
+from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, ParameterGroup, Product, Terms, TrainingStage, agree
+from ldm.families.perceptual_loss import Perceptual, PerceptualClip, PerceptualLpips, PerceptualNone
+from ldm.families.pretrained import PretrainedAutoencoder, encoding_of, found_autoencoder
+from ldm.formats.latent_codec import KINDS, LatentCodec, Statistics, autoencoder_folder, load_codec, save_codec
+from ldm.formats.part import load_module, load_part, read_config, save_part
+from ldm.models import cost
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
+from ldm.models.cost import Cost
 from ldm.models.discriminator import DiscriminatorConfig
 
 DISCRIMINATOR = "discriminator"  # folder of a product
@@ -45,8 +50,114 @@ class Adversarial:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
+class AutoencoderConfig(ModelConfig):
+    """What the KL and the VQ autoencoder answer alike."""
+
+    __slots__ = ()
+    refuses = {name: why for name, why in ModelConfig.refuses.items() if name in ("latents", "caption_dropout", "compile")}
+    answers = frozenset({"reconstruct"})
+    encodes = True
+    continues = True
+    network: KLConfig | VQConfig
+    perceptual: PerceptualNone | PerceptualLpips | PerceptualClip
+    adversarial: Adversarial
+
+    def inputs(self) -> dict[str, str]:
+        """What the perceptual distance reads."""
+        return self.perceptual.inputs()
+
+    def assembled_from(self) -> dict[str, str]:
+        """Nothing: the perceptual distance only teaches."""
+        return {}
+
+    def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
+        """With the network of a base model, where its files are here."""
+        return self.with_network(PretrainedAutoencoder(path=base).latent_network(note)) if base else self
+
+    def find(self, path: str, note: Callable[[str], None]) -> Found:
+        """The autoencoder of a model folder or file, to begin with."""
+        return found_autoencoder(path, note)
+
+    def continued(self, base: Path) -> ModelConfig:
+        """With the network of a base model's autoencoder.
+
+        Raises:
+            UserError: naming the field, both values and the fix.
+        """
+        values = read_config(autoencoder_folder(base))
+        kind = KLConfig if values.get("_class_name") == KINDS[0] else VQConfig
+        network: KLConfig | VQConfig = kind.from_diffusers(values)
+        if type(network) is not type(self.network):
+            raise UserError(f"autoencoder: kind: got {self.kind}, but the base model {base} has the other kind; write that one")
+        if self.network != type(self.network)():
+            agree("models.autoencoder.network", self.network, network, (), base)
+        return self.with_network(replace(network, checkpointing=self.network.checkpointing))
+
+    def for_stage(self, stage: TrainingStage) -> ModelConfig:
+        """With what the stage says of recomputing."""
+        if stage.checkpointing is None:
+            return self
+        return self.with_network(replace(self.network, checkpointing=stage.checkpointing))
+
+    def with_network(self, network: KLConfig | VQConfig) -> ModelConfig:
+        """The same with another network."""
+        return replace(self, network=network)  # type: ignore[type-var, return-value]
+
+    def identity(self) -> dict[str, Any]:
+        """All but recomputing, with and without which the result is the same to the bit."""
+        found = plain(self)
+        found["network"]["checkpointing"] = False
+        return found
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """The downsampling factor."""
+        return 2 ** (len(self.network.channels) - 1)
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Of encoder and decoder."""
+        with torch.device("meta"):
+            return cost.count(self.network.build())
+
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
+        """Encoder, decoder, discriminator and perceptual distance; the discriminator for the share of the stage that it learns in."""
+        learned, encode, decode = cost.autoencoder(self.network, side, side)
+        spent, counts, frozen = encode + decode, {"autoencoder": learned}, {}
+        if self.adversarial.weight:
+            counts["discriminator"], game = cost.discriminator(self.adversarial.discriminator, side, side)
+            heard = game * (1 - self.adversarial.start)
+            spent += replace(heard, activations=game.activations)  # memory must hold all of it then
+        with torch.device("meta"):
+            judge = self.perceptual.network(others)
+        if judge is not None:
+            judge.requires_grad_(False)
+            frozen["perceptual"] = cost.count(judge)
+            spent += cost.distance(judge, side, side)
+        return Footprint(learned=counts, frozen=frozen, cost=spent, averaged=learned)
+
+    def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
+        """The network that makes latents."""
+        return self.network
+
+    def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
+        """Of encoder; the posterior's mean and deviation, or the latents."""
+        return encoding_of(self.network, side)
+
+    def encoder(self, product: Path, device: torch.device) -> LatentCodec:
+        """The frozen autoencoder with its latent statistics."""
+        return load_codec(autoencoder_folder(product)).to(device)
+
+    def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> LatentCodec:
+        """The frozen autoencoder, which reconstructs."""
+        return self.encoder(products["model"].folder, device)
+
+    def build(self, context: Context) -> AutoencoderFamily:
+        """The family, ready to train."""
+        assert isinstance(self, KL | VQ)
+        return AutoencoderFamily(self, context)
+
+
 @config
-class KL:
+class KL(AutoencoderConfig):
     """Autoencoder with a Gaussian posterior held near N(0,1) (Rombach 2022, arXiv 2112.10752, appendix G)."""
 
     kind: Literal["kl"] = "kl"
@@ -56,17 +167,9 @@ class KL:
     perceptual: Perceptual = PerceptualNone()
     adversarial: Adversarial = Adversarial()
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return self.perceptual.inputs()
-
-    def build(self, context: Context) -> AutoencoderFamily:
-        """The family, ready to train."""
-        return AutoencoderFamily(self, context)
-
 
 @config
-class VQ:
+class VQ(AutoencoderConfig):
     """Autoencoder whose latents are snapped to a learned codebook (van den Oord 2017, arXiv 1711.00937)."""
 
     kind: Literal["vq"] = "vq"
@@ -79,13 +182,7 @@ class VQ:
     perceptual: Perceptual = PerceptualNone()
     adversarial: Adversarial = Adversarial()
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return self.perceptual.inputs()
-
-    def build(self, context: Context) -> AutoencoderFamily:
-        """The family, ready to train."""
-        return AutoencoderFamily(self, context)
+    refuses = AutoencoderConfig.refuses | {"exact": "learns from codes of the whole batch, which depend on how many processes there are"}
 
 
 def _full(x: Tensor) -> Tensor:

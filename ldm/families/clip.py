@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from ldm.config.schema import Count, Fraction, Positive, config
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.family import Context, Family, Terms
+from ldm.families.family import Context, Family, Footprint, ModelConfig, Terms, TrainingStage
 from ldm.formats.part import save_part
+from ldm.models import cost
+from ldm.models.cost import TextShape
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 
 
 @config
-class Clip:
+class Clip(ModelConfig):
     """Text and image towers trained with the contrastive loss of CLIP (Radford 2021, arXiv 2103.00020), from nothing."""
 
     kind: Literal["clip"] = "clip"
@@ -30,9 +33,25 @@ class Clip:
     temperature: Fraction = 0.07  # at the start; it is learned
     tokenizer_seed: Count = 0  # which captions
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return ()
+    refuses = ModelConfig.refuses | {"exact": "learns from pairs of the whole batch, which depend on how many processes there are"}
+
+    def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
+        """Its text tower."""
+        small = self.text
+        return TextShape("own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens)
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Of the text tower, which is what other models read."""
+        return self.text_shape(note).parameters
+
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
+        """Both towers, the projection and the temperature."""
+        with torch.device("meta"):
+            tower = self.tower.build()
+        text = self.text_shape(note)
+        shared = text.width * self.tower.embedding + 1
+        learned = {"text encoder": text.parameters, "image tower": cost.count(tower) + shared}
+        return Footprint(learned=learned, frozen={}, cost=text.cost + cost.tower(tower, side))
 
     def build(self, context: Context) -> ClipFamily:
         """The family, ready to train."""

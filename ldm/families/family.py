@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from ldm.config.schema import plain
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
+from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import NOTHING, Cost, TextShape
 
 Terms = dict[str, Tensor]
@@ -52,6 +53,11 @@ class Footprint:
 
 class TrainingStage(Protocol):
     """What a model's configuration may ask of the stage that trains it."""
+
+    @property
+    def model(self) -> str:
+        """The model's name in the run."""
+        ...
 
     @property
     def resolution(self) -> int:
@@ -92,12 +98,17 @@ class ModelConfig:
     answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
+    adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
     beside: ClassVar[tuple[str, ...]] = ()  # folders of its product that an export puts beside the model
 
     def inputs(self) -> dict[str, str]:
         """The models of the run that this one reads: by role, the model's name."""
         return {}
+
+    def assembled_from(self) -> dict[str, str]:
+        """Those of its inputs that the finished model needs too."""
+        return self.inputs()
 
     def from_base(self, base: str) -> dict[str, ModelConfig]:
         """By role, the inputs that a base model brings along where the run names none."""
@@ -115,9 +126,9 @@ class ModelConfig:
         """
         raise UserError(f"init: a model of kind {self.kind} begins from nothing; leave init out")
 
-    def adopt(self, found: Found, target: Path) -> bool:
-        """Write a model from elsewhere to `target` in the form that it is used in; False: it is used where it lies."""
-        return False
+    def adopt(self, found: Found, target: Path) -> None:
+        """For a model that `adopts`: write what was found to `target` in the form that it is used in."""
+        raise NotImplementedError
 
     def continued(self, base: Path) -> ModelConfig:
         """This configuration with what a base model's files decide.
@@ -125,6 +136,10 @@ class ModelConfig:
         Raises:
             UserError: naming the field, both values and the fix.
         """
+        return self
+
+    def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
+        """This configuration as a plan counts it, with what a base model's files on this machine say; `note` is told what is assumed."""
         return self
 
     def for_stage(self, stage: TrainingStage) -> ModelConfig:
@@ -160,16 +175,24 @@ class ModelConfig:
         """Parameters of the network as it is used; `others` are its inputs by role, `note` is told what is assumed."""
         return 0
 
-    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig]) -> Footprint:
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
         """What a training step on images of `side` x `side` px needs; `others` are its inputs by role."""
         return Footprint(learned={}, frozen={}, cost=NOTHING)
 
-    def encoding(self, side: int) -> tuple[Cost, int]:
+    def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
+        """For an autoencoder: the configuration of its network; `note` is told what is assumed.
+
+        Raises:
+            UserError: for any other model.
+        """
+        raise UserError(f"a model of kind {self.kind} makes no latents; name an autoencoder")
+
+    def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
         """For a model that encodes: the cost of one image of `side` x `side` px, and the values kept of it."""
         return NOTHING, 0
 
-    def text_shape(self) -> TextShape:
-        """For a text encoder: its shape.
+    def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
+        """For a text encoder: its shape; `note` is told what is assumed, `width` is what its reader expects.
 
         Raises:
             UserError: for any other model.
@@ -284,3 +307,26 @@ class ParameterGroup:
     name: str
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
+
+
+def agree(where: str, said: Any, theirs: Any, but: tuple[str, ...], base: Path) -> None:
+    """Refuse a configuration that contradicts the base model which it continues.
+
+    Args:
+        where: the path of both in the configuration.
+        but: fields that may differ.
+
+    Raises:
+        UserError: naming the field, both values and the fix.
+    """
+    for one in fields(said):
+        if one.name in but or not one.compare:
+            continue
+        a, b = getattr(said, one.name), getattr(theirs, one.name)
+        if a != b:
+            raise UserError(f"{where}.{one.name}: got {in_words(a)}, but the base model {base} has {in_words(b)}; leave {where} out")
+
+
+def in_words(value: Any) -> str:
+    """A configuration's value as a message says it."""
+    return str(getattr(value, "kind", None) or value)

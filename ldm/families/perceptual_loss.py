@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
 from ldm.config.schema import BY_KIND, NonNegative, config
-from ldm.families.family import Context
+from ldm.families.clip import Clip
+from ldm.families.family import Context, ModelConfig
 from ldm.formats.part import load_module, load_part
 from ldm.models.image_tower import ImageTowerConfig
-from ldm.models.perceptual import FeatureDistance, load_lpips
+from ldm.models.perceptual import FeatureDistance, Lpips, load_lpips
 
 
 @config
@@ -20,9 +22,13 @@ class PerceptualNone:
 
     kind: Literal["none"] = "none"
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return ()
+    def inputs(self) -> dict[str, str]:
+        """The models that it reads, by role."""
+        return {}
+
+    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module | None:
+        """A network of its shape, for counting; None: there is none."""
+        return None
 
     def build(self, context: Context) -> None:
         """Nothing."""
@@ -37,9 +43,13 @@ class PerceptualLpips:
     weights: str  # a .safetensors or .pth file with the backbone and the linear heads
     weight: NonNegative = 1.0  # of the distance
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return ()
+    def inputs(self) -> dict[str, str]:
+        """The models that it reads, by role."""
+        return {}
+
+    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module:
+        """A network of its shape, for counting."""
+        return Lpips()
 
     def build(self, context: Context) -> nn.Module:
         """The frozen distance, scaled by its weight."""
@@ -51,11 +61,17 @@ class PerceptualClip:
     """Distance of feature maps in the image tower of the run's own CLIP."""
 
     kind: Literal["clip"] = "clip"
+    model: str = "text"  # the run's CLIP, by its name in models
     weight: NonNegative = 1.0  # of the distance
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return ("text",)
+    def inputs(self) -> dict[str, str]:
+        """The models that it reads, by role."""
+        return {"text": self.model}
+
+    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module:
+        """A network of its shape, for counting."""
+        text = others["text"]
+        return FeatureDistance(text.tower.build() if isinstance(text, Clip) else ImageTowerConfig().build())
 
     def build(self, context: Context) -> nn.Module:
         """The frozen distance, scaled by its weight."""

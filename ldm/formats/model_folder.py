@@ -27,6 +27,20 @@ def say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
+def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
+    """The folder that a model's name means: itself, a run's model/, a single file's opened folder, or the hub's copy.
+
+    Raises:
+        UserError: saying what was looked for and where.
+    """
+    folder = Path(name).expanduser()
+    if file := named(str(name)):
+        folder = open_single(*file, note=note)
+    elif not folder.is_dir():
+        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", RECORD])
+    return folder / "model" if (folder / "model").is_dir() and not (folder / "unet").is_dir() else folder
+
+
 def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
     """A model by folder, by run folder (its model/), by a file in CompVis' naming, or by a name on the Hugging Face Hub.
 
@@ -37,13 +51,7 @@ def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
     Raises:
         UserError: saying what was looked for and where.
     """
-    folder = Path(name).expanduser()
-    if file := named(str(name)):
-        folder = open_single(*file, note=note)
-    elif not folder.is_dir():
-        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", "ldm.json"])
-    if (folder / "model").is_dir() and not (folder / "unet").is_dir():
-        folder = folder / "model"
+    folder = root_of(name, note)
     parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
     wanted = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     missing = [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]

@@ -101,6 +101,8 @@ class Adherence:
     seed: Count = 0  # of prompts and pictures
     pairs: tuple[str, ...] = ()  # as many prompts more with these colour-shape pairs alone, as in [cyan cross, blue ring]: chosen.bind
 
+    asks = "sample"  # of the model
+
     def __post_init__(self) -> None:
         try:
             pairs_of(self.pairs)
@@ -173,6 +175,8 @@ class Reconstruction:
     images: Positive = 200  # validation images
     size: Count = 0  # px; 0: the stage's own
 
+    asks = "reconstruct"  # of the model
+
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result; what the checker reads only on scenes."""
         return ("psnr", "ssim", *(adherence.METRICS if scenes else ()))
@@ -208,6 +212,8 @@ class Frechet:
     images: Positive = 256  # pictures, and real images; fix it, the distance depends on it
     steps: Count = 0  # denoising steps; 0: the model's own
     seed: Count = 0  # of the pictures
+
+    asks = "sample"  # of the model
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from ldm.runs.evaluation import measure
+
+from ldm.config.secrets import exposed
+from ldm.families.family import ModelConfig, Product
+from ldm.runs import pretrained
+from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
+from ldm.runs.run import Encode, Evaluate, Export, Run, place
+
 import json
 import shutil
 import sys
@@ -20,31 +28,13 @@ from ldm.config.schema import dump, plain
 from ldm.data.filter import sift
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError, out_of_memory
-from ldm.families.latent_diffusion.fine_tuning import KEPT
-from ldm.families.family import Product
-from ldm.families.latent_diffusion.family import LatentDiffusion
-from ldm.runs.pretrained import GIVEN, based, based_autoencoder, check_cache, find, make
 from ldm.distributed.launcher import Work, about, record
-from ldm.runs.stage_graph import carried_from, carried_on, given_of, inputs_of, kept_cache
 from ldm.training.log import Log
-from ldm.runs.prior_preservation import PRIOR, Prior, draw
+from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.distributed.environment import calibrate
 from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.diffusion.rng import mix
-from ldm.runs.run import (
-    DONE,
-    Finished,
-    Run,
-    check_filters,
-    differences,
-    finished,
-    hashes_of,
-    identity,
-    key_of,
-    plain_json,
-)
 from ldm.runs.run_folder import only_one, set_aside
-from ldm.runs.stages import Encode, Evaluate, Export
 from ldm.training.loop import Trainer
 from ldm.training.settings import Train
 from ldm.training.checkpoint import CARRIED
@@ -60,13 +50,13 @@ class Execution:
         self.val = run.data.build("val")
         self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
         self.done: dict[str, Finished] = {}
-        self.given = find(run, self.log.note)
-        if run.prior is not None:
-            self.data = self._with_prior(run.prior)
+        self.elsewhere = pretrained.find(run, self.log.note)
+        if run.prior_preservation is not None:
+            self.data = self._with_prior(run.prior_preservation)
         self.made: dict[str, Product] = {}  # the parts from elsewhere, as stages read them
 
-    def _with_prior(self, prior: Prior) -> Mixture:
-        folder = self.out / GIVEN / PRIOR
+    def _with_prior(self, prior: PriorPreservation) -> Mixture:
+        folder = self.out / pretrained.FOLDER / PRIOR
         if prior.prompts and self.processes.main:
             draw(prior, self.run.init, folder, str(self.processes.device), self.log.note)
         self.processes.wait()
@@ -84,13 +74,13 @@ class Execution:
         check_filters(self.run, self.data)
         for line in _about(self.data.describe()):
             self.log.note(line)
-        if self.given:
+        if self.elsewhere:
             if self.processes.main:
-                make(self.given, self.out, write=True)
+                pretrained.make(self.run, self.elsewhere, self.out, write=True)
             self.processes.wait()
-            self.made = make(self.given, self.out, write=False)
-            for role, part in self.given.items():
-                self.log.note(f"{role}: from {part.path} ({part.hash[:12]})")
+            self.made = pretrained.make(self.run, self.elsewhere, self.out, write=False)
+            for name, part in self.elsewhere.items():
+                self.log.note(f"{name}: from {part.path} ({part.hash[:12]})")
         gpu = self.processes.device.type == "cuda"
         if self.processes.main and (gpu or sys.stderr.isatty()):  # counting takes seconds: for runs that are long, or watched
             from ldm.runs.plan import expected
@@ -104,13 +94,13 @@ class Execution:
                 self._write_metrics()
                 path = report(self.out)
                 self.log.note(f"report: {path}")
-                if (self.out / "model" / "model_index.json").exists():
+                if (self.out / "model").is_dir():
                     self.log.note(f'model: try python sample.py "{self._story()["prompt"]}" --model {self.out}')
             self.log.close()
 
     def _stage(self, name: str) -> None:
         folder = self.out / "stages" / name
-        hashes = hashes_of(self.run, name, self.done, self.given)
+        hashes = hashes_of(self.run, name, self.done, self.elsewhere)
         wanted = identity(self.run, name, self.data, self.val, hashes)
         key = key_of(wanted)
         have = finished(folder)
@@ -168,13 +158,14 @@ class Execution:
         return self.log.seconds_before(folder.name)
 
     def _exported(self, have: Finished | None) -> bool:
-        return have is not None and (self.out / "model" / "model_index.json").exists()
+        return have is not None and (self.out / "model").is_dir()
 
     def _products(self, name: str) -> dict[str, Product]:
         """What a stage reads, by role: of earlier stages, and from elsewhere."""
-        stages, own = self.out / "stages", inputs_of(self.run, name)
-        products = {role: Product(stages / other / "model", self.done[other].product) for role, other in own.items()}
-        return products | {role: self.made[family] for role, family in given_of(self.run, name).items()}
+        return {
+            role: Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product) if read.stage else self.made[read.model]
+            for role, read in self.run.reads(name).items()
+        }
 
     def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         stage = self.run.stages[name]
@@ -184,7 +175,7 @@ class Execution:
             return self._encode(name, stage, folder, products)
         result: dict[str, Any] = {}
         if self.processes.main:
-            result = self._evaluate(name, stage, folder, products) if isinstance(stage, Evaluate) else self._export(products)
+            result = self._evaluate(name, stage, folder, products) if isinstance(stage, Evaluate) else self._export(name, products)
         return result, 0
 
     def _seed(self, name: str) -> int:
@@ -201,17 +192,17 @@ class Execution:
             init=products.get("init"), device=self.processes.device,
         )
         torch.manual_seed(context.seed)
-        family = self._config(stage).build(context)
+        family = self._config(name, stage).build(context)
         data: Any = seen
         if stage.latents:
-            cache = kept_cache(stage)
+            cache = stage.cache
             data = CachedLatents(cache or products["latents"].folder)
             if cache:
-                check_cache(data, stage, products)
-        before = carried_from(self.run, name)
+                pretrained.check_cache(data, stage, products)
+        before = self.run.carried_from(name)
         trainer = Trainer(
             stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
-            processes=self.processes, log=self.log, keeps=carried_on(self.run, name),
+            processes=self.processes, log=self.log, keeps=self.run.carried_on(name),
             carried=Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
         )
         try:
@@ -221,23 +212,21 @@ class Execution:
                 raise too_large(trainer, error) from None
             raise
 
-    def _config(self, stage: Train) -> Any:
-        """The configuration of the family that a stage trains; where it continues a base model, that says what it does not."""
+    def _config(self, name: str, stage: Train) -> ModelConfig:
+        """The configuration of the model that a stage trains; where it continues a base model, that says what it does not."""
         config = self.run.trained(stage)
-        if stage.family not in self.given:
+        begins = self.run.reads(name).get("init")
+        if stage.model not in self.elsewhere or begins is None:
             return config
-        base = self.given[stage.family].folder
-        return based(config, base) if isinstance(config, LatentDiffusion) else based_autoencoder(config, base)
+        return config.continued(self.elsewhere[stage.model].folder)
 
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         from ldm.data.cache import seal, write_cache
-        from ldm.formats.latent_codec import load_codec
-        from ldm.formats.latent_codec import autoencoder_folder
 
         seen = sift(self.data, stage.filter, f"stages.{name}.filter")
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
-        codec = load_codec(autoencoder_folder(products["autoencoder"].folder)).to(device)
+        codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
         with self.log.stage(name, count, 0) as log:
             write_cache(
                 folder / "model", seen, lambda image: codec.moments(image.to(device)),
@@ -250,11 +239,6 @@ class Execution:
             seal(folder / "model")
         self.processes.wait()
         return {"images": count}, count
-
-    def _assemble(self, products: Mapping[str, Product], target: Path) -> None:
-        from ldm.formats.assembly import assemble
-
-        assemble(products["text"].folder, products["autoencoder"].folder, products["diffusion"].folder, target, self._story())
 
     def _story(self) -> dict[str, Any]:
         stages = {
@@ -272,32 +256,34 @@ class Execution:
         }
 
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
-        from ldm.runs.evaluation import measure
-        from ldm.formats.latent_codec import load_codec
-        from ldm.families.latent_diffusion.loading import load
-        from ldm.formats.latent_codec import autoencoder_folder
-
-        of = self.run.stages[stage.of]
-        assert isinstance(of, Train)
-        if of.family == "autoencoder":
-            model: Any = load_codec(autoencoder_folder(self.out / "stages" / stage.of / "model")).to(self.processes.device)
-        else:
-            target = folder / "assembled"
-            self._assemble(products, target)
-            model = load(target, device=self.processes.device)
-            shutil.rmtree(target)
+        of = self._measured(name)
+        scratch = folder / "assembled"
+        model = self.run.models[of.model].measured(products, scratch, self._story(), self.processes.device)
+        shutil.rmtree(scratch, ignore_errors=True)
         with self.log.stage(name, 0, 0) as log:
             return measure(
-                model, stage.metrics, data=self.val, resolution=of.resolution, seed=self.run.seed,
-                pictures=folder / "samples", progress=log.progress,
+                model,
+                stage.metrics,
+                data=self.val,
+                resolution=of.resolution,
+                seed=self.run.seed,
+                pictures=folder / "samples",
+                progress=log.progress,
             )
 
-    def _export(self, products: Mapping[str, Product]) -> dict[str, Any]:
-        self._assemble(products, self.out / "model")
-        for name in KEPT:
-            if (learned := products["diffusion"].folder / name).is_dir():
-                atomic.commit(self.out / name, lambda folder, learned=learned: shutil.copytree(learned, folder, dirs_exist_ok=True))
+    def _export(self, name: str, products: Mapping[str, Product]) -> dict[str, Any]:
+        model = self.run.models[self._measured(name).model]
+        model.assemble(products, self.out / "model", self._story())
+        for part in model.beside:
+            if (learned := products["model"].folder / part).is_dir():
+                atomic.commit(self.out / part, lambda folder, learned=learned: shutil.copytree(learned, folder, dirs_exist_ok=True))
         return {"model": "model", "hash": atomic.folder_hash(self.out / "model")}
+
+    def _measured(self, name: str) -> Train:
+        """The training stage that an evaluate or export stage is about."""
+        stage = self.run.stages[self.run.measured(name)]
+        assert isinstance(stage, Train)
+        return stage
 
     def _judge(self, name: str, result: Mapping[str, Any]) -> None:
         """Compare a measurement with what its stage requires.
@@ -351,6 +337,31 @@ def _headline(result: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     shown = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in numbers.items()]
     return f"; {', '.join(shown)}" if shown else ""
+
+
+def execute(run: Run, out: Path, file: Path | None = None) -> int:
+    """Do a placed run; `file` is where its settings come from.
+
+    Raises:
+        UserError: for a setting that holds a password or the like.
+    """
+    if secret := list(exposed(plain(run))):
+        raise UserError(
+            f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
+            " environment or a credentials file of the library that needs it"
+        )
+    return carry_out(run, out, str(file or "Run"))
+
+
+def start(run: Run) -> Path:
+    """Do a run from Python; returns its folder.
+
+    Raises:
+        UserError: on anything the caller can mend.
+    """
+    placed, out = place(run, None)
+    execute(placed, out)
+    return out
 
 
 def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:

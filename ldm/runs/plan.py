@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+
+from ldm.config.errors import UserError
 from ldm.data.buckets import lines, sort
 from ldm.data.filter import sift
-from ldm.config.errors import UserError
-from ldm.runs.estimate import Parts, parts_of
-from ldm.runs.pretrained import GIVEN, Found, find
-from ldm.distributed.launcher import adopt_slurm
-from ldm.distributed.launcher import launched as how
-from ldm.runs.stage_graph import carried_on
-from ldm.training.throughput import Expected, peak
-from ldm.runs.prior_preservation import PRIOR
 from ldm.distributed.environment import usable_cores
-from ldm.runs.run import Planned, Run, plan
-from ldm.runs.stages import Encode, Stage
+from ldm.distributed.launcher import adopt_slurm, launched as how
+from ldm.families.family import Found
+from ldm.runs.estimate import Estimate, estimate
+from ldm.runs.keys import Planned, plan
+from ldm.runs.pretrained import FOLDER, find
+from ldm.runs.prior_preservation import PRIOR
+from ldm.runs.run import Encode, Run, Stage
 from ldm.training.settings import Train
+from ldm.training.throughput import Expected, peak
 
 if TYPE_CHECKING:
     from ldm.data.sources import DataSet
@@ -106,22 +106,21 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
     speed, said = (tflops, "as told") if tflops else assumed_tflops()
     notes: list[str] = []
     data, val = _data(run, notes)
-    if run.prior is not None and data is not None:
-        drawn = out / GIVEN / PRIOR
-        if run.prior.path or drawn.is_dir():
-            data = run.prior.mixed(data, drawn)
+    if run.prior_preservation is not None and data is not None:
+        drawn = out / FOLDER / PRIOR
+        if run.prior_preservation.path or drawn.is_dir():
+            data = run.prior_preservation.mixed(data, drawn)
         else:
-            notes.append(f"{run.prior.images:,} pictures of prior.prompts are drawn first; counts are without them")
-    given = _given(run, notes)
-    known = data is not None and val is not None and given is not None
-    doings = plan(run, out, data, val, given) if known else _unread(run, "the data" if data is None else "what it begins with")
-    whole = parts_of(run)
-    notes += whole.notes
+            notes.append(f"{run.prior_preservation.images:,} pictures of prior_preservation.prompts are drawn first; counts are without them")
+    elsewhere = _elsewhere(run, notes)
+    known = data is not None and val is not None and elsewhere is not None
+    doings = plan(run, out, data, val, elsewhere) if known else _unread(run, "the data" if data is None else "what it begins with")
+    whole = estimate(run)
     stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
     return RunPlan(
         run=run.name, out=str(out), processes=processes, tflops=speed, speed_from=said,
         training_images=0 if data is None else len(data), validation_images=0 if val is None else len(val),
-        parameters=whole.parameters, notes=notes, stages=stages,
+        parameters=whole.parameters, notes=[*notes, *whole.notes], stages=stages,
         seconds=sum(stage.seconds for stage in stages if not stage.skip),
     )
 
@@ -134,7 +133,7 @@ def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
         return None, None
 
 
-def _given(run: Run, notes: list[str]) -> dict[str, Found] | None:
+def _elsewhere(run: Run, notes: list[str]) -> dict[str, Found] | None:
     try:
         return find(run, notes.append)
     except UserError as error:
@@ -146,7 +145,7 @@ def _unread(run: Run, what: str) -> list[Planned]:
     return [Planned(name, False, f"{what} cannot be read here") for name in run.stages]
 
 
-def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, processes: int, speed: float, told: int) -> StagePlan:
+def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, processes: int, speed: float, told: int) -> StagePlan:
     stage: Stage = run.stages[doing.name]
     said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
     if not isinstance(stage, Train | Encode):
@@ -157,14 +156,14 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
     if isinstance(stage, Encode):
         images = min(stage.images or samples, samples or stage.images)
         copies = 2 if stage.flip and (data is None or data.mirrors) else 1
-        cost, each = parts.encoding(stage.resolution, copies)
+        cost, each = parts.encoding(stage, copies)
         return StagePlan(
             **said, samples=samples, images=images, resolution=stage.resolution, flops_forward=cost.forward, flops=cost.forward,
             cache_bytes=each * images, seconds=cost.forward * images / per_second,
         )
     passes = stage.passes(processes, f"stages.{doing.name}.batch")
     micro = stage.batch // processes // passes
-    needs = parts.training(run, stage)
+    needs = parts.training(stage)
     shaped = None
     if stage.buckets and seen is not None:
         shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
@@ -174,7 +173,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Parts, process
         memory=needs.memory(micro),
         flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes,
-        carried_bytes=needs.checkpoint_bytes if carried_on(run, doing.name) else 0, seconds=needs.flops * stage.images / per_second,
+        carried_bytes=needs.checkpoint_bytes if run.carried_on(doing.name) else 0, seconds=needs.flops * stage.images / per_second,
     )
 
 
@@ -183,13 +182,13 @@ def expected(run: Run, devices: int, device: str) -> dict[str, Expected]:
     import torch
 
     with torch.random.fork_rng(devices=[]):  # counting builds networks, and is not to be seen in what is trained
-        parts = parts_of(run)
+        parts = estimate(run)
         found: dict[str, Expected] = {}
         for name, stage in run.stages.items():
             if isinstance(stage, Train):
-                found[name] = Expected(stage.images, parts.training(run, stage).flops, devices * peak(device, stage.precision))
+                found[name] = Expected(stage.images, parts.training(stage).flops, devices * peak(device, stage.precision))
             elif isinstance(stage, Encode):
-                found[name] = Expected(stage.images, parts.encoding(stage.resolution, 1)[0].forward)
+                found[name] = Expected(stage.images, parts.encoding(stage, 1)[0].forward)
     return found
 
 

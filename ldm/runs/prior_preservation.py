@@ -1,4 +1,4 @@
-"""Prior preservation (DreamBooth, Ruiz 2022, arXiv 2208.12242): pictures of the kind that something new is of, kept known beside it."""
+"""PriorPreservation preservation (DreamBooth, Ruiz 2022, arXiv 2208.12242): pictures of the kind that something new is of, kept known beside it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ldm.data.folder import FolderSource
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError
 
-PRIOR = "prior"  # the folder in a run's folder of what is given
+PRIOR = "prior_preservation"  # the folder in a run's folder of what is given
 CHUNK = 8  # pictures between two looks at the progress
 
 
 @config
-class Prior:
+class PriorPreservation:
     """What the base model is to go on knowing: pictures of it are drawn once, or lie in a folder."""
 
     prompts: tuple[str, ...] = ()  # what the base draws, in turn; such as "a photo of a dog"
@@ -46,7 +46,7 @@ class Prior:
         return Mixture(data, kind, self.share)
 
 
-def draw(prior: Prior, base: str, folder: Path, device: str, note: Callable[[str], None]) -> None:
+def draw(prior: PriorPreservation, base: str, folder: Path, device: str, note: Callable[[str], None]) -> None:
     """Draw what is missing of a prior's pictures, each a function of its number: a start after a kill goes on.
 
     Args:
@@ -62,7 +62,7 @@ def draw(prior: Prior, base: str, folder: Path, device: str, note: Callable[[str
     missing = [number for number, prompt in wanted.items() if not _there(folder, number, prompt)]
     if not missing:
         return
-    note(f"prior: drawing {len(missing)} of {prior.images} pictures with {base}")
+    note(f"prior preservation: drawing {len(missing)} of {prior.images} pictures with {base}")
     model = load(base, device)
     for start in range(0, len(missing), CHUNK):
         part = missing[start : start + CHUNK]
@@ -71,7 +71,7 @@ def draw(prior: Prior, base: str, folder: Path, device: str, note: Callable[[str
             partial = folder / f".{number:05}.png"
             Image.fromarray(pixels).save(partial)
             partial.replace(folder / f"{number:05}.png")
-    note(f"prior: {prior.images} pictures in {folder}")
+    note(f"prior preservation: {prior.images} pictures in {folder}")
 
 
 def _there(folder: Path, number: int, prompt: str) -> bool:

@@ -1,43 +1,82 @@
-"""What a run is: stages linked by content hash, and the plan before it starts."""
+"""What a run is: models by name, stages over them, which stage reads what, and what is wrong between them."""
 
 from __future__ import annotations
 
-from ldm.training import checkpoint
-
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from ldm.formats import atomic
-from ldm.config.schema import BY_KIND, Count, config, plain
-from ldm.runs.validation import contradictions
-from ldm.data.cached import cache_hash
-from ldm.data.filter import sift
-from ldm.data.sources import Source
 from ldm.config.errors import UserError
-from ldm.families.autoencoder import KL, VQ
-from ldm.families.clip import Clip
-from ldm.families.latent_diffusion.family import LatentDiffusion
-from ldm.runs.pretrained import PretrainedAutoencoder
-from ldm.runs.stage_graph import carried_from, given_of, inputs_of, kept_cache
-from ldm.runs.prior_preservation import Prior
-from ldm.config.secrets import exposed
-from ldm.runs.stages import Encode, Evaluate, Export, Stage
-from ldm.text.pretrained import PretrainedText
+from ldm.config.schema import BY_KIND, Count, Positive, config, plain
+from ldm.data.buckets import Buckets, wrong_step
+from ldm.data.filter import Filter
+from ldm.data.sources import ScenesSource, Source
+from ldm.families import registry
+from ldm.families.family import ModelConfig
+from ldm.metrics.evaluator import Evaluator
+from ldm.runs.prior_preservation import PriorPreservation
 from ldm.training.settings import Train
 
-if TYPE_CHECKING:
-    from ldm.data.sources import DataSet
-    from ldm.runs.pretrained import Found
-
-Text = Annotated[Clip | PretrainedText, BY_KIND]
-Autoencoder = Annotated[KL | VQ | PretrainedAutoencoder, BY_KIND]
-
 RUNS = Path("runs")
-DONE = "done.json"
+
+
+@config
+class Encode:
+    """A stage that encodes the data once, so that later stages read latents instead of images."""
+
+    kind: Literal["encode"] = "encode"
+    model: str = "autoencoder"  # what encodes, by its name in models
+    resolution: Positive  # px, height and width
+    batch: Positive = 64  # images per call of the encoder
+    images: Count = 0  # how many; 0: all that pass the filter
+    filter: Filter = Filter()  # which samples are encoded
+    flip: bool = False  # keep mirrored latents too, for training with flip (twice the size)
+    buckets: Buckets | None = None  # pictures in shapes near their own, as the stages that read them say; null: squares
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        unsaid = {"batch", "model"} | ({"filter"} if self.filter == Filter() else set()) | (set() if self.buckets else {"buckets"})
+        return {name: value for name, value in plain(self).items() if name not in unsaid}
+
+
+@config
+class Evaluate:
+    """A stage that measures a model as a stage left it, put together as an export would."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    of: str  # the training stage whose result is measured
+    metrics: tuple[Evaluator, ...]  # what is measured
+    require: dict[str, float] = field(default_factory=dict)  # least values by name, such as reconstruction.bind: 0.97
+    on_miss: Literal["stop", "warn"] = "stop"  # when a required value is not reached
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return plain(self)
+
+
+@config
+class Export:
+    """A stage that assembles the finished model: a diffusers pipeline folder with a model card, at RUN/model."""
+
+    kind: Literal["export"] = "export"
+    of: str = ""  # the training stage that is exported; empty: the latest of a model that can be
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return plain(self)
+
+
+Stage = Annotated[Train | Encode | Evaluate | Export, BY_KIND]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Where a stage reads a model from: what an earlier stage left, or else a model from elsewhere."""
+
+    stage: str = ""  # the stage's name
+    model: str = ""  # the model's name in the run
 
 
 @config
@@ -49,178 +88,83 @@ class Run:
     seed: Count = 0  # of all randomness: equal seeds give equal results
     data: Source  # where images and captions come from
     init: str = ""  # a model to begin with: a model or run folder, a checkpoint file, or owner/name on the hub; empty: from nothing
-    prior: Prior | None = None  # pictures of the data's kind, learned beside it so that the base keeps knowing them; null: none
-    text: Text = Clip()  # the text encoder
-    autoencoder: Autoencoder = KL()  # pixels to latents and back
-    diffusion: LatentDiffusion = LatentDiffusion()  # noise to latents
+    prior_preservation: PriorPreservation | None = None  # pictures of the data's kind, learned beside it (DreamBooth); null: none
+    models: dict[str, registry.Model] = field(default_factory=dict)  # what learns and what is read, by name
     stages: dict[str, Stage]  # what is done, in this order
     tracker: Literal["", "wandb", "tensorboard"] = ""  # log there too (wandb: offline unless WANDB_MODE=online); empty: log.jsonl only
     workers: Count = 2  # threads that load data
 
     def __post_init__(self) -> None:
-        if found := list(contradictions(self)):
+        if found := list(problems(self)):
             raise UserError("; ".join(found))
 
-    def family(self, name: str) -> Any:
-        """The configuration of a family by its field's name."""
-        return {"text": self.text, "autoencoder": self.autoencoder, "diffusion": self.diffusion}[name]
+    # Which stage reads what
 
-    def trained(self, stage: Train) -> Clip | KL | VQ | LatentDiffusion:
-        """The configuration of the family that a stage trains, with what the stage itself says of it."""
-        family: Clip | KL | VQ | LatentDiffusion = self.family(stage.family)
-        if stage.checkpointing is not None and not isinstance(family, Clip):
-            family = replace(family, network=replace(family.network, checkpointing=stage.checkpointing))  # type: ignore[arg-type]
-        if stage.caption_dropout is None or not isinstance(family, LatentDiffusion):
-            return family
-        return replace(family, caption_dropout=stage.caption_dropout)
-
-
-def hashes_of(run: Run, name: str, done: Mapping[str, Finished], given: Mapping[str, Found]) -> dict[str, str]:
-    """By role, the hash of everything that a stage reads.
-
-    Raises:
-        UserError: where a stage is to carry on what an earlier one has not kept.
-    """
-    own = {role: done[other].product or done[other].key for role, other in inputs_of(run, name).items()}
-    if other := carried_from(run, name):
-        if not done[other].carried:
-            raise UserError(
-                f"stages.{name}.carry: {other} was finished when nothing asked for more than its averaged weights, so no more was kept;"
-                f" leave carry out, or move {done[other].folder} away to train it again"
-            )
-        own["carried"] = done[other].carried
-    return own | {role: given[family].hash for role, family in given_of(run, name).items()}
-
-
-def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the result of a stage depends on, as plain values: its hash is the stage's key."""
-    stage = run.stages[name]
-    found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
-    if isinstance(stage, Train):
-        family = plain(run.trained(stage))
-        found["family"] = {k: v for k, v in family.items() if k != "defaults" and (k, v) not in (("adapt", None), ("inpaint", None))}
-        if "checkpointing" in (network := family.get("network", {})):  # the same to the bit with and without
-            network["checkpointing"] = False
-        if (process := family.get("process")) and process["offset_noise"] is None:
-            del process["offset_noise"]
-        if cache := kept_cache(stage):
-            found["latents"] = cache_hash(cache)
-    if isinstance(stage, Train | Encode):
-        found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
-    if isinstance(stage, Evaluate):
-        found["val"] = val.fingerprint()
-    if isinstance(stage, Evaluate | Export) and "diffusion" in hashes:
-        found["defaults"] = plain(run.diffusion.defaults)
-    return found
-
-
-def check_filters(run: Run, data: DataSet) -> None:
-    """Every stage's filter tried on the data, before any work.
-
-    Raises:
-        UserError: for the first that asks for what the data does not know, or that nothing passes.
-    """
-    for name, stage in run.stages.items():
-        if isinstance(stage, Train | Encode):
-            sift(data, stage.filter, f"stages.{name}.filter")
-
-
-def key_of(found: Mapping[str, Any]) -> str:
-    """The hash of an identity."""
-    text = json.dumps(found, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The leaves in which two identities differ, as `path: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in [*old, *(k for k in new if k not in old)]:
-            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
+    def everything(self) -> dict[str, ModelConfig]:
+        """The models by name, and those that the base model of `init` brings along where the run names none of its own."""
+        found: dict[str, ModelConfig] = dict(self.models)
+        if self.init:
+            for model in self.models.values():
+                for role, own in model.from_base(self.init).items():
+                    name = model.inputs()[role]
+                    if name not in found or not (found[name].continues or found[name].elsewhere()):
+                        found[name] = own
         return found
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        old, new = list(old), list(new)
-    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 
+    def trained(self, stage: Train) -> ModelConfig:
+        """The configuration of the model that a stage trains, with what the stage itself says of it."""
+        return self.models[stage.model].for_stage(stage)
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) > 24 else text
+    def others(self, name: str) -> dict[str, ModelConfig]:
+        """The inputs of a model, by role."""
+        every = self.everything()
+        return {role: every[other] for role, other in every[name].inputs().items() if other in every}
 
+    def latest(self, before: str) -> dict[str, str]:
+        """By model, the last stage before this one that trains it."""
+        names = list(self.stages)
+        earlier = names[: names.index(before)]
+        return {stage.model: name for name in earlier if isinstance(stage := self.stages[name], Train)}
 
-@dataclass(frozen=True)
-class Finished:
-    """What done.json says of a stage, and where it is."""
+    def measured(self, name: str) -> str:
+        """The training stage whose result an evaluate or export stage is about; empty: there is none."""
+        stage = self.stages[name]
+        assert isinstance(stage, Evaluate | Export)
+        if stage.of:
+            return stage.of
+        return next((other for model, other in reversed(self.latest(name).items()) if self.models[model].exports), "")
 
-    folder: Path
-    key: str
-    identity: dict[str, Any]
-    product: str  # hash of the product's folder; empty: none
-    result: dict[str, Any]
-    seconds: float
-    images: int
-    carried: str = ""  # hash of the state that was kept for a later stage; empty: none was
+    def reads(self, name: str) -> dict[str, Read]:
+        """What a stage reads, by role: the inputs of its model, `init`, `latents`, or the `model` itself."""
+        stage, latest = self.stages[name], self.latest(name)
 
+        def read(model: str) -> Read:
+            return Read(stage=latest[model]) if model in latest else Read(model=model)
 
-def finished(folder: Path) -> Finished | None:
-    """The finished stage in a folder, or None where it is unfinished or its product is damaged."""
-    try:
-        values = json.loads((folder / DONE).read_text())
-        done = Finished(
-            folder=folder, key=values["key"], identity=values["identity"], product=values["product"],
-            result=values["result"], seconds=values["seconds"], images=values["images"], carried=values.get("carried", ""),
-        )
-    except (OSError, ValueError, KeyError):
-        return None
-    if done.product:
-        try:
-            if atomic.folder_hash(folder / "model") != done.product:
-                return None
-        except atomic.Damaged:
-            return None
-    return done
+        if isinstance(stage, Encode):
+            return {"model": read(stage.model)}
+        if isinstance(stage, Train):
+            found = {role: read(other) for role, other in self.everything()[stage.model].inputs().items()}
+            if stage.model in latest:
+                found["init"] = Read(stage=latest[stage.model])
+            elif self.init and self.models[stage.model].continues:
+                found["init"] = Read(model=stage.model)
+            if stage.latents and not stage.cache:
+                found["latents"] = Read(stage=stage.latents)
+            return found
+        of = self.measured(name)
+        train = self.stages[of]
+        assert isinstance(train, Train)
+        return {role: read(other) for role, other in self.models[train.model].assembled_from().items()} | {"model": Read(stage=of)}
 
+    def carried_from(self, name: str) -> str:
+        """The earlier stage whose state at its end a stage begins with; empty: none."""
+        stage = self.stages[name]
+        return self.latest(name)[stage.model] if isinstance(stage, Train) and stage.carry != "ema" else ""
 
-@dataclass(frozen=True)
-class Planned:
-    """What a start will do with one stage, and why."""
-
-    name: str
-    skip: bool
-    why: str
-
-
-def plan(run: Run, out: Path, data: DataSet, val: DataSet, given: Mapping[str, Found]) -> list[Planned]:
-    """For every stage whether it runs or is skipped, from what lies in the run folder now.
-
-    Args:
-        given: what `ldm.runs.pretrained.find` says.
-    """
-    check_filters(run, data)
-    done: dict[str, Finished] = {}
-    found: list[Planned] = []
-    for name in run.stages:
-        needed = inputs_of(run, name)
-        if waiting := [other for other in needed.values() if other not in done]:
-            found.append(Planned(name, False, f"because {waiting[0]} runs"))
-            continue
-        have = finished(out / "stages" / name)
-        wanted = identity(run, name, data, val, hashes_of(run, name, done, given))
-        if have is not None and have.key == key_of(wanted):
-            done[name] = have
-            found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
-        elif have is not None:
-            found.append(Planned(name, False, f"changed: {'; '.join(differences(have.identity, plain_json(wanted))[:3])}"))
-        elif checkpoint.states(out / "stages" / name / "state"):
-            found.append(Planned(name, False, "was interrupted"))
-        else:
-            found.append(Planned(name, False, "not done yet"))
-    return found
-
-
-def plain_json(value: Any) -> Any:
-    """The value as it reads back from JSON."""
-    return json.loads(json.dumps(value, default=str))
+    def carried_on(self, name: str) -> bool:
+        """Whether a later stage begins with what this one has at its end, so that it must be kept."""
+        return name in (self.carried_from(other) for other in self.stages)
 
 
 def place(run: Run, file: Path | None) -> tuple[Run, Path]:
@@ -232,29 +176,154 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
     return replace(run, name=name, out=""), out
 
 
-def execute(run: Run, out: Path, file: Path | None = None) -> int:
-    """Do a placed run; `file` is where its settings come from.
-
-    Raises:
-        UserError: for a setting that holds a password or the like.
-    """
-    from ldm.runs.execution import carry_out
-
-    if secret := list(exposed(plain(run))):
-        raise UserError(
-            f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
-            " environment or a credentials file of the library that needs it"
-        )
-
-    return carry_out(run, out, str(file or "Run"))
+# What is wrong between fields, told before any work
 
 
-def start(run: Run) -> Path:
-    """Do a run from Python; returns its folder.
+def problems(run: Run) -> Iterator[str]:
+    """What is wrong between the fields of a run."""
+    if not run.stages:
+        yield "stages: none; a run needs at least one"
+    if run.prior_preservation is not None and run.prior_preservation.prompts and not run.init:
+        yield "prior_preservation.prompts: the base model draws them; name it by init, or give prior_preservation.path"
+    if unknown := list(_unknown_models(run)):
+        yield from unknown
+        return
+    encoded: dict[str, Encode] = {}
+    for name, stage in run.stages.items():
+        where = f"stages.{name}"
+        if not name or set(name) & set("/\\. ") or name.startswith("-"):
+            yield f"{where}: a stage's name becomes a folder; use letters, digits, - and _"
+        if isinstance(stage, Train):
+            yield from _untrainable(run, name, stage, where)
+            yield from _unreadable_latents(run, stage, encoded, where)
+        elif isinstance(stage, Encode):
+            encoded[name] = stage
+            yield from _missing(run, name, [stage.model], where)
+            if not run.everything()[stage.model].encodes:
+                yield f"{where}.model: {stage.model} makes no latents; name an autoencoder"
+            yield from _wrong_sides(run, stage.model, (stage.resolution,), stage.buckets, where)
+        else:
+            yield from _unmeasurable(run, name, stage, where)
 
-    Raises:
-        UserError: on anything the caller can mend.
-    """
-    placed, out = place(run, None)
-    execute(placed, out)
-    return out
+
+def _unknown_models(run: Run) -> Iterator[str]:
+    """Names of models that no entry of `models` has."""
+    known = list(run.everything())
+    asked = {f"stages.{name}.model": stage.model for name, stage in run.stages.items() if isinstance(stage, Train | Encode)}
+    asked |= {f"models.{name}.{role}": other for name, model in run.models.items() for role, other in model.inputs().items()}
+    trained = {stage.model for stage in run.stages.values() if isinstance(stage, Train)}
+    for where, name in asked.items():
+        needed = where.startswith("stages.") or where.split(".")[1] in trained
+        if name not in known and needed:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}" if known else "models is empty"
+            yield f"{where}: {name!r} is no entry of models; {hint}"
+
+
+def _missing(run: Run, name: str, needed: list[str], where: str) -> Iterator[str]:
+    """Models that a stage reads and nothing has made before it."""
+    every, latest = run.everything(), run.latest(name)
+    for model in needed:
+        begun = run.init and every[model].continues and not every[model].exports
+        if model not in latest and not every[model].elsewhere() and not begun:
+            yield f"{where}: needs a stage before it that trains {model} (kind: train, model: {model})"
+
+
+def _wrong_sides(run: Run, model: str, sides: tuple[int, ...], buckets: Buckets | None, where: str) -> Iterator[str]:
+    every = run.everything()[model]
+    factor = 1 if run.init else every.step_px(run.others(model))  # a base model's own network is not known here
+    for side in sides:
+        if side % factor:
+            yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
+    if buckets:
+        yield from wrong_step(buckets, sides[0], factor, f"{where}.buckets")
+
+
+def _untrainable(run: Run, name: str, stage: Train, where: str) -> Iterator[str]:
+    """Why a stage cannot train its model as it says."""
+    model, latest = run.everything()[stage.model], run.latest(name)
+    if source := model.elsewhere():
+        yield f"{where}.model: {stage.model} is taken from {source} as it is; leave this stage out"
+        return
+    if stage.model in latest and not model.continues:
+        yield f"{where}.model: {stage.model} is trained by stages.{latest[stage.model]} already; give that one more images"
+    yield from _missing(run, name, list(model.inputs().values()), where)
+    yield from _wrong_sides(run, stage.model, (stage.resolution, *stage.also), stage.buckets, where)
+    for option, why in model.refuses.items():
+        if getattr(stage, option) not in (None, False, ""):
+            yield f"{where}.{option}: a model of kind {model.kind} {why}; leave it out"
+    if stage.buckets and stage.also:
+        yield f"{where}.buckets: also (further resolutions) cannot be had beside it"
+    begins = f"stages.{latest[stage.model]}" if stage.model in latest else run.init
+    yield from model.check(stage, where, begins)
+    if stage.carry != "ema":
+        yield from _uncarried(run, stage, latest.get(stage.model, ""), where)
+
+
+def _unreadable_latents(run: Run, stage: Train, encoded: dict[str, Encode], where: str) -> Iterator[str]:
+    """Why a stage cannot read the latents that it names."""
+    if not stage.latents or "latents" in run.everything()[stage.model].refuses:
+        return
+    cache = encoded.get(stage.latents)
+    if cache is None:
+        if not stage.cache:  # one that ldm data encode made says itself what it holds
+            yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
+    elif cache.model not in run.everything()[stage.model].inputs().values():
+        yield f"{where}.latents: {stage.latents} encodes with {cache.model}, which {stage.model} does not read"
+    elif cache.resolution != stage.resolution:
+        yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
+    elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
+        yield f"{where}.flip: {stage.latents} holds no mirrored latents; set stages.{stage.latents}.flip=true too"
+    elif _shapes(stage) != _shapes(cache):
+        yield f"{where}.buckets: {stage.latents} is encoded otherwise; set stages.{stage.latents}.buckets alike"
+    if stage.also:
+        yield f"{where}.also: cached latents have one resolution"
+    if stage.filter.wants():
+        yield f"{where}.filter: the stage reads cached latents; write stages.{stage.latents}.filter instead"
+
+
+def _shapes(stage: Train | Encode) -> list[tuple[int, int]]:
+    return stage.buckets.shapes(stage.resolution) if stage.buckets else []
+
+
+def _uncarried(run: Run, stage: Train, name: str, where: str) -> Iterator[str]:
+    """Why a stage cannot begin with what another one had at its end."""
+    before = run.stages.get(name)
+    if not isinstance(before, Train):
+        yield f"{where}.carry: no stage before it trains {stage.model}, so there is nothing to carry on; leave it out"
+        return
+    if stage.ema and not before.ema:
+        yield f"{where}.carry: stages.{name} has no EMA (ema: 0) to carry on; set ema there, or 0 here"
+    if stage.carry == "all" and stage.optim.kind != before.optim.kind:
+        kinds = f"{stage.optim.kind} cannot take over the state of stages.{name}'s {before.optim.kind}"
+        yield f"{where}.carry: {kinds}; set carry=weights, or the same optim.kind"
+
+
+def _unmeasurable(run: Run, name: str, stage: Evaluate | Export, where: str) -> Iterator[str]:
+    """Why a stage cannot measure or export what it names."""
+    earlier = list(run.stages)[: list(run.stages).index(name)]
+    of = run.measured(name)
+    train = run.stages.get(of)
+    if not isinstance(train, Train) or of not in earlier:
+        if stage.of:
+            yield f"{where}.of: {stage.of!r} is no earlier train stage"
+        else:
+            able = [model for model, config in run.everything().items() if config.exports]
+            yield f"{where}: needs a stage before it that trains {' or '.join(able) or 'a model that can be exported'}"
+        return
+    model = run.models[train.model]
+    yield from _missing(run, name, list(model.assembled_from().values()), where)
+    if isinstance(stage, Export):
+        if not model.exports:
+            yield f"{where}.of: {of} trains {train.model}, and a model of kind {model.kind} is not exported by itself"
+        return
+    scenes = isinstance(run.data, ScenesSource)
+    for metric in stage.metrics:
+        if metric.asks not in model.answers:
+            able = ", ".join(sorted(model.answers)) or "nothing"
+            yield f"{where}.metrics: {metric.kind} needs a model that can {metric.asks}, but kind {model.kind} can {able}"
+    given = {f"{m.kind}.{value}" for m in stage.metrics for value in m.names(scenes)}
+    for path in stage.require:
+        kind, _, value = path.partition(".")
+        if f"{kind.rstrip('_0123456789')}.{value}" not in given:
+            yield f"{where}.require: {path} is not measured here; there are {', '.join(sorted(given))}"

@@ -44,7 +44,7 @@ def with_adapters(
     factor: float = 1.0,
 ) -> tuple[LatentDiffusionFamily, dict[str, str]]:
     """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
-    from ldm.families.latent_diffusion.loading import load
+    from ldm.families.latent_diffusion.family import load
     from ldm.families.latent_diffusion.runtime import ready
 
     family = load(folder, device=device)
@@ -68,7 +68,7 @@ def add(
     """Merge LoRAs into a model and teach it words; returns the fields of a recipe that tell of them.
 
     Args:
-        family: as `ldm.families.latent_diffusion.loading.load` gave it.
+        family: as `ldm.families.latent_diffusion.family.load` gave it.
         loras: FILE or FILE:WEIGHT.
         embeddings: files.
         old: a recipe that is followed where neither is given; its files must be where they were, with the same content.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Positive, config
 from ldm.formats.model_folder import hub_folder
 from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
 from ldm.formats.part import load_module, read_json, read_safetensors
@@ -20,32 +19,28 @@ OPEN_CLIP = "open_clip_config.json"
 WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
 
 
-@config
-class PretrainedText:
-    """A text encoder from a folder or from the Hugging Face Hub, used as it is."""
+def load_pretrained(path: str, max_tokens: int = 77, skip_last: int = 0) -> TextEncoder:
+    """A text encoder that others have trained, frozen.
 
-    kind: Literal["pretrained"] = "pretrained"
-    path: str  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
-    max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
-    skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
+    Args:
+        path: a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name.
+        max_tokens: longer prompts are cut.
+        skip_last: CLIP's layers left out at the end.
 
-    def build(self) -> TextEncoder:
-        """The encoder, frozen.
-
-        Raises:
-            UserError: naming what is missing, damaged or of another kind.
-        """
-        folder = text_folder(self.path)
-        if (folder / "text_encoder").is_dir():
-            encoder = TextEncoder.load(folder)
-        elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
-            encoder = load_open_clip(folder)
-        else:
-            encoder = TextEncoder(load_text_model(folder), load_tokenizer(folder))
-        if self.skip_last:
-            _skip_last(encoder.model, self.skip_last)
-        encoder.tokenizer.model_max_length = min(self.max_tokens, encoder.max_tokens)
-        return encoder
+    Raises:
+        UserError: naming what is missing, damaged or of another kind.
+    """
+    folder = text_folder(path)
+    if (folder / "text_encoder").is_dir():
+        encoder = TextEncoder.load(folder)
+    elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
+        encoder = load_open_clip(folder)
+    else:
+        encoder = TextEncoder(load_text_model(folder), load_tokenizer(folder))
+    if skip_last:
+        _skip_last(encoder.model, skip_last)
+    encoder.tokenizer.model_max_length = min(max_tokens, encoder.max_tokens)
+    return encoder
 
 
 def text_folder(path: str) -> Path:

@@ -109,9 +109,9 @@ class States:
         try:
             tensors, meta = load_state(folder, carried.hash)
         except atomic.Damaged as error:
-            raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=averages") from None
+            raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=ema") from None
         self._take(tensors, meta, optimiser=optimiser)
-        what = ", ".join(["weights", *(["averages"] if self.ema else []), *(["optimiser"] if optimiser else [])])
+        what = ", ".join(["weights", *(["EMA"] if self.ema else []), *(["optimiser"] if optimiser else [])])
         self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta['images']} images")
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:

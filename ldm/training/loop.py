@@ -398,15 +398,16 @@ def _too_many(trainer: Trainer, error: Exception) -> str:
     helps = [f"set stages.{name}.micro_batch={count // 2} (the update stays that of {stage.batch} pictures)"] if count > 1 else []
     if stage.precision == "fp32":
         helps.append(f"stages.{name}.precision=bf16")
-    if stage.family != "text" and not _recomputes(trainer.family):
+    if (blocks := _recomputing(trainer.family)) and not any(blocks):
         helps.append(f"stages.{name}.checkpointing=true")
     helps.append("a lower resolution")
     return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
 
 
-def _recomputes(family: Family) -> bool:
-    """Whether a network of it recomputes its blocks already; a base that is adapted is not among its modules."""
-    return any(getattr(part, "checkpointing", False) for network in (family, *family.compilable()) for part in network.modules())
+def _recomputing(family: Family) -> list[bool]:
+    """Of each network that can recompute its blocks, whether it does; a base that is adapted is not among its modules."""
+    parts = [part for network in (family, *family.compilable()) for part in network.modules()]
+    return [bool(vars(part)["checkpointing"]) for part in parts if "checkpointing" in vars(part)]
 
 
 def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:
@@ -419,7 +420,7 @@ def compile_networks(family: Family, device: torch.device, sharded: bool) -> Non
 
     networks = family.compilable()
     if not networks:
-        raise UserError("compile: true is for stages of family: diffusion; leave it out")
+        raise UserError("compile: this model has no network that torch.compile takes; leave it out")
     if sharded:
         raise UserError("compile: true is not for sharded weights (FSDP2); leave one of them out")
     check_compiler(device)

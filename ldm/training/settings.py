@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,10 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @config
 class Train:
-    """A stage that trains one family for a number of images."""
+    """A stage that trains one model for a number of images."""
 
     kind: Literal["train"] = "train"
-    family: Literal["text", "autoencoder", "diffusion"]  # which part of the model learns
+    model: str  # what learns, by its name in models
     images: Positive  # how many samples the stage sees; progress, schedules and periods count images
     resolution: Positive  # px, height and width
     also: tuple[Positive, ...] = ()  # further resolutions, px; updates take all of them in turn
@@ -30,14 +31,14 @@ class Train:
     exact: bool = False  # equal weights to the bit for any number of processes; needs micro_batch, and is slower
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
-    caption_dropout: Fraction | None = None  # of this stage, family: diffusion; null: as diffusion.caption_dropout
+    caption_dropout: Fraction | None = None  # of this stage; null: as the model says
     latents: str = ""  # the encode stage whose cached latents are read instead of images
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
-    carry: Literal["averages", "weights", "all"] = "averages"  # what it begins with of the stage before it that trained this family
-    checkpointing: bool | None = None  # recompute blocks in the backward pass, not family: text; null: as the network says
-    compile: bool = False  # torch.compile of the denoising network, family: diffusion; minutes first, then faster steps
+    carry: Literal["ema", "weights", "all"] = "ema"  # what it begins with of the stage before it that trained this model
+    checkpointing: bool | None = None  # recompute blocks in the backward pass; null: as the network says
+    compile: bool = False  # torch.compile of the denoising network; minutes first, then faster steps
     save_every_images: Positive = 100_000  # between checkpoints
     keep: Positive = 2  # checkpoints
     save_beside: bool = True  # write checkpoints while training goes on, from a copy of the state in memory
@@ -56,6 +57,11 @@ class Train:
     def steps(self) -> int:
         """Updates until every image of the stage is seen."""
         return -(-self.images // self.batch)
+
+    @property
+    def cache(self) -> Path | None:
+        """The latent cache that is read from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
+        return Path(self.latents).expanduser() if "/" in self.latents else None
 
     def passes(self, world: int, where: str) -> int:
         """Forward passes of one update on each of `world` processes.
@@ -83,7 +89,7 @@ class Train:
             "prompts",
             "checkpointing",
         }
-        elsewhere = {"caption_dropout"} | ({"filter"} if self.filter == Filter() else set())  # in the family's, in the data's
+        elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
         elsewhere |= {name for name in ("buckets", "compile") if not getattr(self, name)}
-        elsewhere |= {"carry"} if self.carry == "averages" else set()
+        elsewhere |= {"carry"} if self.carry == "ema" else set()
         return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}

@@ -103,7 +103,7 @@ def train(photographs: Path, model: Path, cache: Path, out: Path, *words: str) -
     config = out.with_suffix(".yaml")
     config.write_text(
         f"init: {model}\ndata: {{kind: folder, path: {photographs}}}\nout: {out}\nworkers: 0\nstages:\n"
-        f"  tune: {{kind: train, family: diffusion, resolution: 32, images: 24, batch: 8, samples: 0, latents: {cache}}}\n"
+        f"  tune: {{kind: train, model: diffusion, resolution: 32, images: 24, batch: 8, samples: 0, latents: {cache}}}\n"
     )
     return main(["train", str(config), *words])
 

@@ -17,7 +17,7 @@ import ldm.formats.pipeline_folder
 from ldm.__main__ import main
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import ScaledLinear
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.formats.part import load_part
 
 PROMPTS = ["a small red circle", "a large blue ring"]

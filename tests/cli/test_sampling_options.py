@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.__main__ import main
 from ldm.diffusion.samplers import Denoise
 from ldm.families.latent_diffusion.engine import Canvas, Edit
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.families.latent_diffusion.trajectory import Film
 from ldm.sampling import jobs
 from ldm.sampling.prompt_files import Asked

@@ -13,9 +13,9 @@ from ldm.config.presets import names
 from ldm.config.schema import build, dump, load, named
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.registry import Model
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
-from ldm.runs.run import Autoencoder
 
 # Published by, or counted from the configurations of, CompVis/latent-diffusion, CompVis/stable-diffusion, runwayml and Stability AI.
 UNETS = {
@@ -119,9 +119,9 @@ def test_the_resolved_configuration_holds_values_not_the_name(tmp_path: Path) ->
 
 
 def test_a_changed_kind_of_autoencoder_takes_its_own_preset(tmp_path: Path) -> None:
-    made: Any = build({"kind": "kl", "network": "kl-f16"}, Autoencoder, "test")  # type: ignore[arg-type]
+    made: Any = build({"kind": "kl", "network": "kl-f16"}, Model, "test")  # type: ignore[arg-type]
     assert isinstance(made, KL) and made.network.latent_channels == 16
-    made = build({"kind": "vq", "network": "vq-f4"}, Autoencoder, "test")  # type: ignore[arg-type]
+    made = build({"kind": "vq", "network": "vq-f4"}, Model, "test")  # type: ignore[arg-type]
     assert isinstance(made, VQ) and made.network.codes == 8192
 
 

@@ -400,7 +400,7 @@ def test_texts_that_look_like_something_else_come_back(tmp_path: Path, name: str
 
 
 # What only the user can say.
-WEIGHTS = "autoencoder.perceptual.weights=x"
+WEIGHTS = "models.autoencoder.perceptual.weights=x"
 THEIRS = {
     "folder": ["data.path=x"],
     "sd1": ["data.path=x"],

@@ -32,11 +32,11 @@ def family(recipe: str, *words: str) -> AutoencoderFamily:
         "adversarial.discriminator={channels: 8, layers: 2, norm_groups: 8}",
         *words,
     ]
-    run = load(CONFIGS / recipe, ["data.path=x", *(f"autoencoder.{word}" for word in small)], Run)
-    assert isinstance(run.autoencoder, KL | VQ)
+    run = load(CONFIGS / recipe, ["data.path=x", *(f"models.autoencoder.{word}" for word in small)], Run)
+    assert isinstance(run.models["autoencoder"], KL | VQ)
     torch.manual_seed(0)
     context = Context(data=None, val=None, resolution=SIDE, seed=0, total_images=8)  # type: ignore[arg-type]
-    return run.autoencoder.build(context).double()
+    return run.models["autoencoder"].build(context).double()
 
 
 def pictures() -> torch.Tensor:
@@ -88,8 +88,8 @@ def test_kl_f8_is_the_original_s_sums_divided_by_the_number_of_pixel_values(clam
 
 
 def test_kl_f8_s_limit_is_that_of_256_px() -> None:
-    run = load(CONFIGS / "autoencoder-kl-f8.yaml", ["data.path=x", "autoencoder.perceptual.weights=x"], Run)
-    made: Any = run.autoencoder
+    run = load(CONFIGS / "autoencoder-kl-f8.yaml", ["data.path=x", "models.autoencoder.perceptual.weights=x"], Run)
+    made: Any = run.models["autoencoder"]
     assert made.adversarial.max_weight == pytest.approx(1e4 / (3 * 256 * 256), rel=1e-5)
     stage: Any = run.stages["autoencoder"]
     assert stage.steps == 246_803 and int(made.adversarial.start * stage.images / stage.batch) in (50_000, 50_001)

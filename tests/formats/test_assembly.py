@@ -16,7 +16,7 @@ from finished_model import KL, SIDE, STORY, UNET, Pictures, autoencoder_product,
 from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Flow, ScaledLinear
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import verify
 from ldm.formats.latent_codec import load_codec

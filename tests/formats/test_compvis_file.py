@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from ldm.__main__ import main
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import from_compvis, to_compvis
 from ldm.formats.compvis_file import schedule_buffers
 from ldm.formats.compvis_yaml import inference_yaml, obstacles, text_kind

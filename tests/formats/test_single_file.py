@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import PREFIX, to_compvis
 from ldm.formats.compvis_shapes import text_config, unet_config, vae_config
 from ldm.formats.model_folder import open_model

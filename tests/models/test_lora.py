@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.formats.lora_files import Style, dotted, read, write
 from ldm.formats.tensor_file import read_texts
 from ldm.models.lora import TEXT_TARGETS, UNET_TARGETS, Lora, Merged, Pair, flat, inject, injected

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config.schema import build, load
-from ldm.runs.estimate import parts_of
+from ldm.runs.estimate import Needs, estimate
 from ldm.models.lora import UNET_TARGETS, adapted_count, inject
 from ldm.models.unet import UNetConfig
 from ldm.runs.run import Run
@@ -23,10 +23,14 @@ def test_adapters_are_counted_as_they_are_injected() -> None:
     assert adapted_count(made.build(), 3, targets) == sum(p.numel() for p in inject(made.build(), 3, 3.0, targets))
 
 
+def frozen(needs: Needs) -> int:
+    return sum(needs.footprint.frozen.values())
+
+
 def run_of(adapt: dict[str, object] | None) -> Run:
-    stage = {"kind": "train", "family": "diffusion", "images": 8, "resolution": 64, "batch": 2, "samples": 0}
-    diffusion: dict[str, object] = {"network": SMALL} | ({"adapt": adapt} if adapt else {})
-    return build({"data": {"kind": "scenes"}, "init": "owner/name", "diffusion": diffusion, "stages": {"tune": stage}}, Run, "run")
+    stage = {"kind": "train", "model": "diffusion", "images": 8, "resolution": 64, "batch": 2, "samples": 0}
+    diffusion: dict[str, object] = {"kind": "latent_diffusion", "network": SMALL} | ({"adapt": adapt} if adapt else {})
+    return build({"data": {"kind": "scenes"}, "init": "owner/name", "models": {"diffusion": diffusion}, "stages": {"tune": stage}}, Run, "run")
 
 
 @pytest.mark.parametrize("adapt", [
@@ -39,11 +43,11 @@ def test_little_learns_and_the_rest_is_held_once(adapt: dict[str, object]) -> No
             run = run_of(chosen)
             stage = run.stages["tune"]
             assert isinstance(stage, Train)
-            needs[name] = parts_of(run).training(run, stage)
+            needs[name] = estimate(run).training(stage)
     assert needs["adapted"].learned < needs["all"].learned / 20
-    assert needs["adapted"].frozen == needs["all"].frozen + needs["all"].learned
+    assert frozen(needs["adapted"]) == frozen(needs["all"]) + needs["all"].learned
     if adapt == {"kind": "lora", "rank": 4}:  # else the text encoder's backward pass is there, too
-        assert needs["adapted"].cost.backward == needs["all"].cost.backward // 2
+        assert needs["adapted"].footprint.cost.backward == needs["all"].footprint.cost.backward // 2
     assert sum(needs["adapted"].memory(2).values()) < sum(needs["all"].memory(2).values())
 
 
@@ -56,7 +60,7 @@ def test_presets_keep_their_promise(file: Path) -> None:
     run = load(file, [], Run)
     stage = run.stages["lora"]
     assert isinstance(stage, Train)
-    needs = parts_of(run).training(run, stage)
+    needs = estimate(run).training(stage)
     assert needs.parameters["unet"] == 859_520_964
     assert sum(needs.memory(stage.micro_batch).values()) < 0.9 * int(file.stem.split("-")[-1].removesuffix("gb")) * 1e9
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ldm.families.pretrained import latent_channels
+from ldm.runs.run import Encode
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +21,15 @@ from ldm.data.cache import DATA, write_cache
 from ldm.data.scenes.source import ScenesSource
 from ldm.training.ema import Ema
 from ldm.config.errors import UserError
-from ldm.runs.estimate import parts_of
+from ldm.runs.estimate import estimate
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.formats.part import load_part
-from ldm.runs.pretrained import PretrainedAutoencoder
+from ldm.families.pretrained import PretrainedAutoencoder
 from ldm.models.autoencoder import KLConfig
 from ldm.models.unet import UNetConfig
 from ldm.runs.plan import duration, expected, make, operations, size_of
 from ldm.runs.run import Run, place
-from ldm.text.pretrained import PretrainedText
+from ldm.families.pretrained import PretrainedText
 from ldm.training.settings import Train
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +63,10 @@ def test_checkpoints_are_as_large_as_said() -> None:
         run = quickstart(f"stages.diffusion-low.optim.kind={word}")
         stage = run.stages["diffusion-low"]
         assert isinstance(stage, Train)
-        parts = parts_of(run)
-        network = parts.unet.build()
+        parts = estimate(run)
+        model = parts.models["diffusion"]
+        assert isinstance(model, LatentDiffusion)
+        network = model.fitted({role: parts.models[name] for role, name in model.inputs().items()}, print)[0].build()
         player = optim.ParameterGroup("model", list(network.parameters()))
         optimizers = optim.build(stage.optim, [player])
         for parameter in network.parameters():
@@ -70,7 +75,7 @@ def test_checkpoints_are_as_large_as_said() -> None:
             optimizer.step()
         tensors = [*network.state_dict().values(), *optim.state_tensors(optimizers).values(), *Ema(player.parameters, 0.9).state().values()]
         real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert parts.training(run, stage).checkpoint_bytes == pytest.approx(real, rel=0.01)
+        assert parts.training(stage).checkpoint_bytes == pytest.approx(real, rel=0.01)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -78,15 +83,15 @@ def test_a_latent_cache_is_as_large_as_said(tmp_path: Path, flip: bool) -> None:
     run = quickstart()
     data = ScenesSource(tier="one", images=64, val=4).build("train")
     data.mirrors = True  # type: ignore[misc]
-    parts = parts_of(run)
+    parts = estimate(run)
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latent = torch.zeros(len(image), parts.channels, 4, 4)
+        latent = torch.zeros(len(image), latent_channels(parts.models["autoencoder"].latent_network(print)), 4, 4)
         return latent, latent
 
     write_cache(tmp_path / "cache", data, encode, autoencoder="x", resolution=32, flip=flip)
     real = sum(file.stat().st_size for file in (tmp_path / "cache").rglob(DATA))
-    _, each = parts.encoding(32, 2 if flip else 1)
+    _, each = parts.encoding(Encode(resolution=32), 2 if flip else 1)
     assert 64 * each == pytest.approx(real, rel=0.05)
 
 
@@ -94,23 +99,23 @@ def test_memory_is_shared_out_by_what_it_is_for() -> None:
     run = quickstart()
     stage = run.stages["diffusion-low"]
     assert isinstance(stage, Train)
-    needs = parts_of(run).training(run, replace(stage, precision="fp32", optim=optim.AdamW()))
+    needs = estimate(run).training(replace(stage, precision="fp32", optim=optim.AdamW()))
     memory = needs.memory(8)
     weights = 4 * needs.learned
-    assert memory["weights"] == memory["gradients"] == memory["averages"] == weights and memory["optimiser"] == 2 * weights
-    assert "cast weights" not in memory and memory["activations"] == 8 * needs.cost.activations
-    assert memory["frozen parts"] == 4 * needs.frozen
-    half = parts_of(run).training(run, replace(stage, ema=0.0)).memory(8)
-    assert "averages" not in half and half["cast weights"] == weights // 2 and half["activations"] == memory["activations"] // 2
+    assert memory["weights"] == memory["gradients"] == memory["EMA"] == weights and memory["optimiser"] == 2 * weights
+    assert "cast weights" not in memory and memory["activations"] == 8 * needs.footprint.cost.activations
+    assert memory["frozen parts"] == 4 * sum(needs.footprint.frozen.values())
+    half = estimate(run).training(replace(stage, ema=0.0)).memory(8)
+    assert "EMA" not in half and half["cast weights"] == weights // 2 and half["activations"] == memory["activations"] // 2
 
 
 def test_further_resolutions_share_the_time_and_the_largest_fills_the_memory() -> None:
     run = quickstart()
     both = run.stages["autoencoder"]  # 64 px and 32 px in turn
     assert isinstance(both, Train)
-    parts = parts_of(run)
-    low, high = (parts.training(run, replace(both, resolution=side, also=())) for side in (32, 64))
-    mixed = parts.training(run, both)
+    parts = estimate(run)
+    low, high = (parts.training(replace(both, resolution=side, also=())) for side in (32, 64))
+    mixed = parts.training(both)
     assert mixed.flops == pytest.approx((low.flops + high.flops) / 2, rel=1e-6)
     assert mixed.memory(8) == high.memory(8)
 
@@ -131,7 +136,7 @@ def test_a_filter_counts_its_samples_and_refuses_before_any_work(tmp_path: Path)
 def test_filters_and_caption_dropout_stand_where_they_act() -> None:
     with pytest.raises(UserError, match=r"stages.diffusion-low.filter: .*write stages.latents-low.filter instead"):
         quickstart("stages.diffusion-low.filter.min_side=64")
-    with pytest.raises(UserError, match=r"stages.text.caption_dropout: only family: diffusion"):
+    with pytest.raises(UserError, match=r"stages.text.caption_dropout: a model of kind clip drops no captions; leave it out"):
         quickstart("stages.text.caption_dropout=0.1")
 
 
@@ -139,22 +144,22 @@ def test_filters_and_caption_dropout_stand_where_they_act() -> None:
 
 
 def begun(**parts: Any) -> Run:
-    stage = Train(family="diffusion", images=8, resolution=64)
-    given = {"text": PretrainedText(path="x"), "autoencoder": PretrainedAutoencoder(path="x")}
-    return Run(data=ScenesSource(), stages={"train": stage}, **(given | parts))
+    stage = Train(model="diffusion", images=8, resolution=64)
+    given = {"text": PretrainedText(path="x"), "autoencoder": PretrainedAutoencoder(path="x"), "diffusion": LatentDiffusion()}
+    return Run(data=ScenesSource(), stages={"train": stage}, models=given | parts)
 
 
 def test_a_base_model_is_counted_from_its_folder(tmp_path: Path) -> None:
     from pipelines import pipeline_folder
 
     folder = pipeline_folder(tmp_path)
-    run = Run(data=ScenesSource(), init=str(folder), stages={"train": Train(family="diffusion", images=8, resolution=64)})
-    found = parts_of(run)
+    run = Run(data=ScenesSource(), init=str(folder), models={"diffusion": LatentDiffusion()}, stages={"train": Train(model="diffusion", images=8, resolution=64)})
+    found = estimate(run)
     wanted = {}
     for part in ("text_encoder", "vae", "unet"):
         _, state = load_part(folder / part)
         wanted[part] = sum(value.numel() for value in state.values())
-    assert list(found.parameters.values()) == list(wanted.values()) and found.notes == []
+    assert list(found.parameters.values()) == list(wanted.values()) and not found.notes
 
 
 def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None:
@@ -164,12 +169,13 @@ def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None
 
     text = text_product(tmp_path / "text")
     for folder in (text, text / "text_encoder"):  # a model's folder, and the part alone
-        shape = estimate._text(begun(text=PretrainedText(path=str(folder), max_tokens=8)), notes := [])
+        notes: list[str] = []
+        shape = PretrainedText(path=str(folder), max_tokens=8).text_shape(notes.append)
         assert shape.parameters == sum(p.numel() for p in TextEncoder.load(text).model.parameters())
         assert (shape.width, shape.tokens, notes) == (TEXT.width, 8, [])
     for kind, made in (("kl", KL), ("vq", VQ)):
         folder = autoencoder_product(tmp_path / kind, kind)  # type: ignore[arg-type]
-        found = estimate._autoencoder(begun(autoencoder=PretrainedAutoencoder(path=str(folder))), notes := [])
+        found = PretrainedAutoencoder(path=str(folder)).latent_network((notes := []).append)
         assert (found, notes) == (made, [])
 
 
@@ -177,11 +183,10 @@ def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None
 def test_pretrained_parts_that_are_not_here_are_counted_as_published_and_it_says_so(width: int, parameters: int, name: str) -> None:
     diffusion = LatentDiffusion(network=UNetConfig(context_width=width))
     asked = begun(text=PretrainedText(path="some/where"), autoencoder=PretrainedAutoencoder(path="else/where"), diffusion=diffusion)
-    notes: list[str] = []
-    shape = estimate._text(asked, notes)
-    assert shape.width == width and name in notes[0] and "some/where" in notes[0]
-    assert shape.parameters == parameters
-    assert estimate._autoencoder(asked, notes) == KLConfig() and "else/where" in notes[1] and "kl-f8" in notes[1]
+    found = estimate(asked)
+    assert found.parameters["text"] == parameters
+    said = "; ".join(found.notes)
+    assert name in said and "some/where" in said and "else/where" in said and "kl-f8" in said
 
 
 # The verb
@@ -199,7 +204,7 @@ def test_words_choose_processes_and_speed_and_the_assumption_is_told(tmp_path: P
     assert "run   text" in said and "not done yet" in said and not list(tmp_path.iterdir())
     assert "assumed for" in plan(capsys, *base)
     values = json.loads(plan(capsys, *base, "--json", "--tflops", "2.5"))
-    assert values["tflops"] == 2.5 and values["parameters"]["unet"] == 8_538_248
+    assert values["tflops"] == 2.5 and values["parameters"]["diffusion"] == 8_538_248
     assert [stage["name"] for stage in values["stages"]][:2] == ["text", "autoencoder"]
 
 
@@ -215,7 +220,7 @@ def test_numbers_that_are_none_are_told(capsys: pytest.CaptureFixture[str], word
 
 def test_data_that_is_not_there_is_planned_without(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(
-        capsys, str(ROOT / "configs/autoencoder-kl-f8.yaml"), "data.path=nowhere", "autoencoder.perceptual.weights=x", "--processes", "8"
+        capsys, str(ROOT / "configs/autoencoder-kl-f8.yaml"), "data.path=nowhere", "models.autoencoder.perceptual.weights=x", "--processes", "8"
     )
     assert "note: planned without the data, so without its counts (data.path: nowhere is not a folder" in said
     assert "autoencoder 83,653,863" in said and "7,897,696 images at 256 px, 246,803 updates" in said and "4 on each process" in said

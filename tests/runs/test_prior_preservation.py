@@ -1,4 +1,4 @@
-"""Prior preservation: two data sets in fixed shares, pictures that the base draws once, and the whole command."""
+"""PriorPreservation preservation: two data sets in fixed shares, pictures that the base draws once, and the whole command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.data.loader import batches
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError
 from ldm.families.latent_diffusion.runtime import load
-from ldm.runs.prior_preservation import Prior, draw
+from ldm.runs.prior_preservation import PriorPreservation, draw
 
 
 class Named(Pictures):
@@ -37,7 +37,7 @@ class Named(Pictures):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 40), st.floats(0.1, 4.0))
 def test_shares_are_as_asked_and_all_samples_come(new: int, kind: int, weight: float) -> None:
-    share = Prior(prompts=("x",), weight=weight).share
+    share = PriorPreservation(prompts=("x",), weight=weight).share
     mixed = Mixture(Named("new", new), Named("kind", kind), share)
     captions = mixed.captions(range(len(mixed)), range(len(mixed)), 0)
     assert {f"new {i}" for i in range(new)} | {f"kind {i}" for i in range(kind)} == set(captions)
@@ -62,7 +62,7 @@ def test_a_batch_is_its_samples_in_its_order() -> None:
 
 
 def test_pictures_are_drawn_once_and_those_that_are_missing_again(kl_model: Path, tmp_path: Path) -> None:
-    prior, said = Prior(prompts=("a small red circle", "a large blue ring"), images=5), []
+    prior, said = PriorPreservation(prompts=("a small red circle", "a large blue ring"), images=5), []
     draw(prior, str(kl_model), tmp_path, "cpu", said.append)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(files) == 10 and (tmp_path / "00003.txt").read_text() == "a large blue ring"
@@ -88,21 +88,21 @@ def test_as_a_command_with_one_caption_for_all(kl_model: Path, tmp_path: Path, c
         f"init: {kl_model}", f"data: {{kind: folder, path: {pictures}, caption: a small red toy}}", f"out: {tmp_path / 'run'}",
         "workers: 0",
         "prior: {prompts: [a small red circle], images: 4}", "stages:",
-        f"  tune: {{kind: train, family: diffusion, resolution: {SIDE}, images: 16, batch: 4, samples: 1}}", "  export: {kind: export}",
+        f"  tune: {{kind: train, model: diffusion, resolution: {SIDE}, images: 16, batch: 4, samples: 1}}", "  export: {kind: export}",
     ]) + "\n")
     assert main(["train", str(file), "--plan"]) == 0
     assert "4 pictures of prior.prompts are drawn first" in capsys.readouterr().out
     assert main(["train", str(file)]) == 0
-    assert len(list((tmp_path / "run/given/prior").glob("*.png"))) == 4 and (tmp_path / "run/model/model_index.json").is_file()
+    assert len(list((tmp_path / "run/pretrained/prior_preservation").glob("*.png"))) == 4 and (tmp_path / "run/model/model_index.json").is_file()
     capsys.readouterr()
     assert main(["train", str(file), "--plan"]) == 0
     assert "skip  tune" in capsys.readouterr().out
-    assert main(["train", str(file), "prior.prompts=[]"]) == 2 and "give one of them" in capsys.readouterr().err
-    assert main(["train", str(file), "init=''"]) == 2 and "prior.prompts: the base model draws them" in capsys.readouterr().err
+    assert main(["train", str(file), "prior_preservation.prompts=[]"]) == 2 and "give one of them" in capsys.readouterr().err
+    assert main(["train", str(file), "init=''"]) == 2 and "prior_preservation.prompts: the base model draws them" in capsys.readouterr().err
 
 
 def test_one_of_prompts_and_path() -> None:
     for wrong in ({}, {"prompts": ("a",), "path": "b"}):
         with pytest.raises(UserError, match="give one of them"):
-            Prior(**wrong)  # type: ignore[arg-type]
-    assert Prior(path="x", weight=3.0).share == 0.75
+            PriorPreservation(**wrong)  # type: ignore[arg-type]
+    assert PriorPreservation(path="x", weight=3.0).share == 0.75

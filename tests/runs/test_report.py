@@ -316,7 +316,7 @@ def test_a_run_that_is_still_going_has_a_page(tmp_path):
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
-    (tmp_path / "config.yaml").write_text("name: early\nstages: {text: {kind: train, family: text, images: 10}}\n")
+    (tmp_path / "config.yaml").write_text("name: early\nstages: {text: {kind: train, model: text, images: 10}}\n")
     page = Page(report(tmp_path).read_text())
     assert "early" in page.text and "waiting" in page.text and not page.all("img")
 

@@ -15,7 +15,7 @@ from pipelines import pipeline_folder
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.formats.lora_files import write
 from ldm.models.lora import Lora, Pair
 from ldm.sampling.adapters import add, scaled, weighted

@@ -48,7 +48,12 @@ def test_all_ten_ways_to_share_a_batch_of_eight(tmp_path: Path) -> None:
     for micro in (1, 2, 4, 8):
         for world in (world for world in (1, 2, 4, 8) if world * micro <= 8):
             out = tmp_path / f"{world}x{micro}"
-            words = [*WORDS, "autoencoder.adversarial.weight=0", "stages.autoencoder.exact=true", f"stages.autoencoder.micro_batch={micro}"]
+            words = [
+                *WORDS,
+                "models.autoencoder.adversarial.weight=0",
+                "stages.autoencoder.exact=true",
+                f"stages.autoencoder.micro_batch={micro}",
+            ]
             ended = several.train(world, *words, f"out={out}", within_s=240)
             assert ended.codes == [0] * world, ended.said
             found[world, micro] = load_file(out / PRODUCT)

@@ -174,7 +174,7 @@ def test_a_word_for_two_colours(base: Path, tmp_path: Path, trained: Callable[..
     print("\nthe base: " + ", ".join(f"'{name}' {found:.2f}" for name, found in asked.items()) + f"; other discs bind {bound(base):.2f}")
     found = []
     for vectors, init in ((1, "red circle"), (2, "red circle"), (4, "red and blue circle")):
-        words = [f"diffusion.adapt.vectors={vectors}", f"diffusion.adapt.init={init}"]
+        words = [f"models.diffusion.adapt.vectors={vectors}", f"models.diffusion.adapt.init={init}"]
         model = trained("finetune-textual-inversion.yaml", pictures, *words, name=f"word-{vectors}")
         found.append(share(model, "<thing>"))
         print(f"textual inversion, {vectors} vectors from '{init}': {found[-1]:.2f}; other discs bind {bound(model):.2f}")
@@ -187,7 +187,10 @@ def test_a_thing_and_what_is_kept(base: Path, tmp_path: Path, trained: Callable[
     print(f"\nbase: {share(base, 'sks circle'):.2f}, other discs bind {bound(base):.2f}")
     kind = ", ".join(others(84)[0][:24])
     kept = {}
-    for name, words in (("with prior", [f"prior.prompts=[{kind}]", "prior.images=96"]), ("without", ["prior=null"])):
+    for name, words in (
+        ("with prior", [f"prior_preservation.prompts=[{kind}]", "prior_preservation.images=96"]),
+        ("without", ["prior=null"]),
+    ):
         model = trained("finetune-dreambooth.yaml", pictures, *words, name=name.replace(" ", "-"))
         kept[name] = bound(model)
         print(f"DreamBooth {name}: {share(model, 'sks circle'):.2f}, other discs bind {kept[name]:.2f}")

@@ -51,7 +51,7 @@ class Noise:
 def learn(kind: str, processes: Learners, folder: Path, micro_batch: int = 0) -> dict[str, torch.Tensor]:
     """Weights, codebook uses and each step's gauges after a few steps."""
     data: Any = Noise()
-    stage = Train(family="autoencoder", images=STEPS * BATCH, resolution=SIDE, batch=BATCH, optim=AdamW(lr=1e-3), micro_batch=micro_batch)
+    stage = Train(model="autoencoder", images=STEPS * BATCH, resolution=SIDE, batch=BATCH, optim=AdamW(lr=1e-3), micro_batch=micro_batch)
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=stage.images)
     torch.manual_seed(0)
     family = FAMILIES[kind].build(context).double()

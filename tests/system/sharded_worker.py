@@ -16,7 +16,7 @@ from finished_model import SIDE, Pictures  # noqa: E402
 from ldm.distributed.processes import Learners, leave  # noqa: E402
 from ldm.distributed.sharding import is_split  # noqa: E402
 from ldm.families.family import Context, Product  # noqa: E402
-from ldm.families.latent_diffusion.loading import load  # noqa: E402
+from ldm.families.latent_diffusion.family import load
 from ldm.training import checkpoint  # noqa: E402
 from ldm.training.log import Log  # noqa: E402
 from ldm.training.loop import Trainer
@@ -25,7 +25,7 @@ from ldm.training.settings import Train
 
 # Without clipping nothing is summed in another order: two gradients have one sum.
 STAGE = Train(
-    family="diffusion", images=40, batch=8, micro_batch=2, resolution=SIDE, optim=AdamW(lr=1e-3, clip=0), save_every_images=16, samples=2
+    model="diffusion", images=40, batch=8, micro_batch=2, resolution=SIDE, optim=AdamW(lr=1e-3, clip=0), save_every_images=16, samples=2
 )
 
 

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 WORDS = [
     *tiny.only("autoencoder"),
     "stages.evaluation-low=null",
-    "autoencoder.network.channels=[8,8]",
-    "autoencoder.network.norm_groups=4",
-    "autoencoder.adversarial.weight=0",
+    "models.autoencoder.network.channels=[8,8]",
+    "models.autoencoder.network.norm_groups=4",
+    "models.autoencoder.adversarial.weight=0",
     "stages.autoencoder.resolution=32",
     "stages.autoencoder.also=[]",
     "stages.autoencoder.log_every_steps=1",
@@ -94,8 +94,8 @@ def test_memory_that_does_not_do_for_a_shape_or_a_step_is_told_with_what_helps(p
 CACHED = [
     *tiny.only("text", "autoencoder", "latents-low", "diffusion-low", "export"),
     "stages.evaluation-low=null",
-    "autoencoder.adversarial.weight=0",
-    "diffusion.network.norm_groups=4",
+    "models.autoencoder.adversarial.weight=0",
+    "models.diffusion.network.norm_groups=4",
     "stages.autoencoder.resolution=32",
     "stages.autoencoder.also=[]",
     "stages.text.resolution=32",

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 PLAIN = [
     *tiny.only("autoencoder"),
-    "autoencoder.network.channels=[8,8]",
-    "autoencoder.network.norm_groups=4",
-    "autoencoder.adversarial.weight=0",
+    "models.autoencoder.network.channels=[8,8]",
+    "models.autoencoder.network.norm_groups=4",
+    "models.autoencoder.adversarial.weight=0",
     "stages.autoencoder.resolution=32",
     "stages.autoencoder.also=[]",
     "stages.autoencoder.log_every_steps=1",

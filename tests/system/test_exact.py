@@ -16,9 +16,9 @@ from ldm.runs.run import Run
 PRODUCT = "stages/autoencoder/model/vae/diffusion_pytorch_model.safetensors"
 WORDS = [
     *tiny.only("autoencoder"),
-    "autoencoder.network.channels=[8,8]",
-    "autoencoder.network.norm_groups=4",
-    "autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
+    "models.autoencoder.network.channels=[8,8]",
+    "models.autoencoder.network.norm_groups=4",
+    "models.autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
     "stages.autoencoder.resolution=32",
     "stages.autoencoder.also=[]",
     "stages.autoencoder.log_every_steps=1",

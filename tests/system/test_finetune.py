@@ -51,7 +51,7 @@ def test_from_pictures_to_a_lora_in_diffusers(home: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(home)
     assert main(["data", "check", "pictures"]) == 0
-    words = [*short("lora"), "stages.evaluation=null", "diffusion.adapt.targets=[to_k,conv1]"]
+    words = [*short("lora"), "stages.evaluation=null", "models.diffusion.adapt.targets=[to_k,conv1]"]
     assert main(["train", "configs/finetune-lora.yaml", *words, "--plan"]) == 0
     assert "memory of each device" in capsys.readouterr().out
     assert main(["train", "configs/finetune-lora.yaml", *words]) == 0

@@ -18,8 +18,16 @@ SCENES = {"kind": "scenes", "images": 32, "val": 4}
 OPTIM = {"kind": "adamw", "lr": 1e-3}
 
 
-def stage(family: str = "diffusion", **more: Any) -> dict[str, Any]:
-    return {"kind": "train", "family": family, "images": 16, "resolution": 32, "batch": 8, "samples": 0, "optim": OPTIM} | more
+DIFFUSION = {"diffusion": {"kind": "latent_diffusion"}}
+
+
+def diffusion(**more: Any) -> dict[str, Any]:
+    """Models of which the diffusion alone is said something of."""
+    return {"models": {"diffusion": {"kind": "latent_diffusion"} | more}}
+
+
+def stage(model: str = "diffusion", **more: Any) -> dict[str, Any]:
+    return {"kind": "train", "model": model, "images": 16, "resolution": 32, "batch": 8, "samples": 0, "optim": OPTIM} | more
 
 
 def go(folder: Path, run: dict[str, Any], *words: str) -> int:
@@ -45,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stranger_s_model_is_continued_and_opens_in_diffusers(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffusers import StableDiffusionPipeline
 
-    run = {"data": SCENES, "init": str(base), "stages": {"tune": stage(), "export": {"kind": "export"}}}
+    run = {"data": SCENES, "init": str(base), "models": DIFFUSION, "stages": {"tune": stage(), "export": {"kind": "export"}}}
     assert go(tmp_path, run) == 0
     model = tmp_path / "out" / "model"
     assert equal(model / "vae", base / "vae") and equal(model / "text_encoder", base / "text_encoder")
@@ -66,7 +74,7 @@ def test_another_base_under_the_same_name_is_another_run(tmp_path: Path, base: P
 
     own = tmp_path / "own"
     shutil.copytree(base, own)
-    run = {"data": SCENES, "init": str(own), "stages": {"tune": stage()}}
+    run = {"data": SCENES, "init": str(own), "models": DIFFUSION, "stages": {"tune": stage()}}
     assert go(tmp_path, run) == 0
     file = own / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
@@ -77,12 +85,15 @@ def test_another_base_under_the_same_name_is_another_run(tmp_path: Path, base: P
 def test_a_checkpoint_file_is_a_base_too(tmp_path: Path, base: Path) -> None:
     file = tmp_path / "base.safetensors"
     assert main(["export", str(base), "--to", "single-file", "--out", str(file)]) == 0
-    assert go(tmp_path, {"data": SCENES, "init": str(file), "stages": {"tune": stage(), "export": {"kind": "export"}}}) == 0
+    assert (
+        go(tmp_path, {"data": SCENES, "init": str(file), "models": DIFFUSION, "stages": {"tune": stage(), "export": {"kind": "export"}}})
+        == 0
+    )
     assert equal(tmp_path / "out" / "model" / "vae", base / "vae")
 
 
 def test_a_plan_needs_no_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert go(tmp_path, {"data": SCENES, "init": "owner/name", "stages": {"tune": stage()}}, "--plan") == 0
+    assert go(tmp_path, {"data": SCENES, "init": "owner/name", "models": DIFFUSION, "stages": {"tune": stage()}}, "--plan") == 0
     said = capsys.readouterr().out
     assert "owner/name" in said and "what it begins with cannot be read here" in said
 
@@ -90,9 +101,11 @@ def test_a_plan_needs_no_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_parts_of_others_and_a_unet_from_nothing(tmp_path: Path, base: Path) -> None:
     run = {
         "data": SCENES,
-        "text": {"kind": "pretrained", "path": str(base)},
-        "autoencoder": {"kind": "pretrained", "path": str(base / "vae")},
-        "diffusion": {"network": {"channels": [32, 32], "attention": [False, True], "layers": 1, "heads": 2}},
+        "models": {
+            "text": {"kind": "pretrained_text", "path": str(base)},
+            "autoencoder": {"kind": "pretrained_autoencoder", "path": str(base / "vae")},
+            **diffusion(network={"channels": [32, 32], "attention": [False, True], "layers": 1, "heads": 2})["models"],
+        },
         "stages": {
             "latents": {"kind": "encode", "resolution": 32},
             "first": stage(latents="latents"),
@@ -103,13 +116,14 @@ def test_parts_of_others_and_a_unet_from_nothing(tmp_path: Path, base: Path) -> 
     }
     assert go(tmp_path, run) == 0
     assert equal(tmp_path / "out" / "model" / "vae", base / "vae")
-    assert (tmp_path / "out" / "given" / "text" / "tokenizer").is_dir()
+    assert (tmp_path / "out" / "pretrained" / "text" / "tokenizer").is_dir()
 
 
 def test_an_autoencoder_is_continued_with_its_discriminator(tmp_path: Path) -> None:
     network = {"channels": [8, 8], "layers": 1, "norm_groups": 4}
     both = {"first": stage("autoencoder", ema=0), "second": stage("autoencoder", ema=0, images=8, optim={"kind": "adamw", "lr": 1e-9})}
-    run = {"data": SCENES, "autoencoder": {"kind": "kl", "network": network, "adversarial": {"start": 0}}, "stages": both}
+    autoencoder = {"kind": "kl", "network": network, "adversarial": {"start": 0}}
+    run = {"data": SCENES, "models": {"autoencoder": autoencoder}, "stages": both}
     assert go(tmp_path, run) == 0
     first, second = (tmp_path / "out" / "stages" / name / "model" for name in both)
     for part in ("vae", "discriminator"):
@@ -121,16 +135,22 @@ def test_an_autoencoder_is_continued_with_its_discriminator(tmp_path: Path) -> N
     ("change", "words"),
     [
         ({"init": "nowhere"}, ["nowhere", "no such folder"]),
-        ({"stages": {"text": stage("text")}}, ["stages.text.family", "leave this stage out"]),
-        ({"autoencoder": {"kind": "pretrained", "path": "x"}, "stages": {"a": stage("autoencoder")}}, ["stages.a.family", "as it is"]),
-        ({"diffusion": {"network": {"channels": [64, 64], "attention": [True, True]}}}, ["diffusion.network.channels", "(64, 64)"]),
-        ({"diffusion": {"process": {"target": "v"}}}, ["diffusion.process.target", "got v", "epsilon"]),
+        (
+            {"models": {"text": {"kind": "clip"}, **DIFFUSION}, "stages": {"text": stage("text")}},
+            ["stages.text.model", "leave this stage out"],
+        ),
+        (
+            {"models": {"autoencoder": {"kind": "pretrained_autoencoder", "path": "x"}}, "stages": {"a": stage("autoencoder")}},
+            ["stages.a.model", "as it is"],
+        ),
+        (diffusion(network={"channels": [64, 64], "attention": [True, True]}), ["models.diffusion.network.channels", "(64, 64)"]),
+        (diffusion(process={"target": "v"}), ["models.diffusion.process.target", "got v", "epsilon"]),
     ],
 )
 def test_what_contradicts_is_one_line(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: list[str]
 ) -> None:
-    run = {"data": SCENES, "init": str(base), "stages": {"tune": stage()}} | change
+    run = {"data": SCENES, "init": str(base), "models": DIFFUSION, "stages": {"tune": stage()}} | change
     assert go(tmp_path, run) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words) and "Traceback" not in said
@@ -140,13 +160,13 @@ def test_two_stages_of_text_are_refused() -> None:
     from ldm.config.schema import build
     from ldm.runs.run import Run
 
-    with pytest.raises(UserError, match=r"stages\.b\.family: text is trained by an earlier stage"):
-        build({"data": SCENES, "stages": {"a": stage("text"), "b": stage("text")}}, Run, "run")
+    with pytest.raises(UserError, match=r"stages\.b\.model: text is trained by stages.a already"):
+        build({"data": SCENES, "models": {"text": {"kind": "clip"}}, "stages": {"a": stage("text"), "b": stage("text")}}, Run, "run")
 
 
 def test_offset_noise_is_taken_from_the_base_and_told_on(tmp_path: Path, base: Path) -> None:
-    run = {"data": SCENES, "init": str(base), "stages": {"tune": stage(), "export": {"kind": "export"}}}
-    assert go(tmp_path / "a", run | {"diffusion": {"process": {"offset_noise": 0.1}}}) == 0
+    run = {"data": SCENES, "init": str(base), "models": DIFFUSION, "stages": {"tune": stage(), "export": {"kind": "export"}}}
+    assert go(tmp_path / "a", run | diffusion(process={"offset_noise": 0.1})) == 0
     first = tmp_path / "a" / "out" / "model"
     assert read_json(first / "ldm.json")["offset_noise"] == 0.1
     assert go(tmp_path / "b", run | {"init": str(first)}) == 0

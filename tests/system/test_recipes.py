@@ -48,7 +48,7 @@ def small() -> dict[str, Any]:
     # The corpus has originals of an eighth of the size.
     narrower = {name: {"filter": {"min_side": side}} for name, side in (("v1-1", 128), ("v1-2", 64), ("v1-4", 64))}
     stages = merge(merge(values["stages"], sizes), narrower)
-    values["stages"] = {"text": {**LEARN, "family": "text"}, "autoencoder": {**LEARN, "family": "autoencoder"}, **stages}
+    values["stages"] = {"text": {**LEARN, "model": "text"}, "autoencoder": {**LEARN, "model": "autoencoder"}, **stages}
     return values
 
 
@@ -61,10 +61,12 @@ def test_the_recipe_is_the_published_one() -> None:
         assert (stage["optim"]["kind"], stage["optim"]["lr"], stage["optim"]["warmup_images"] / 2048) == ("adamw", 1e-4, 10_000)
     beautiful = {"min_side": 512, "min_aesthetic": 5, "max_watermark": 0.5}
     assert [stages[name].get("filter") for name in FOUR] == [None, {"min_side": 1024}, beautiful, beautiful]
-    assert [stages[name].get("caption_dropout", 0) for name in FOUR] == [0, 0, 0, 0.1] and recipe()["diffusion"]["caption_dropout"] == 0
+    assert [stages[name].get("caption_dropout", 0) for name in FOUR] == [0, 0, 0, 0.1] and recipe()["models"]["diffusion"][
+        "caption_dropout"
+    ] == 0
     run = build(small() | {"diffusion": recipe()["diffusion"]}, Run, "test")
-    with_text = run.diffusion.network
-    assert with_text.channels == (320, 640, 1280, 1280) and with_text.checkpointing and run.diffusion.process.target == "epsilon"
+    with_text = run.models["diffusion"].network
+    assert with_text.channels == (320, 640, 1280, 1280) and with_text.checkpointing and run.models["diffusion"].process.target == "epsilon"
 
 
 @pytest.mark.slow
@@ -81,10 +83,13 @@ def test_all_four_stages_run_on_the_web_corpus(tmp_path: Path) -> None:
     identity = {name: entry["identity"] for name, entry in found.items()}
     prints = {name: entry["data"] for name, entry in identity.items()}
     assert len(set(prints.values())) == 3 and prints["v1-2"] == prints["v1-4"]
-    assert [entry["family"]["caption_dropout"] for entry in identity.values()] == [0, 0, 0, 0.1]
+    assert [entry["model"]["caption_dropout"] for entry in identity.values()] == [0, 0, 0, 0.1]
     assert "filter" not in identity["v1-1-256"]["settings"] and identity["v1-1"]["settings"]["filter"]["min_side"] == 128
     resolved = parse((out / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    assert resolved["diffusion"]["network"]["channels"] == UNET["channels"] and "preset" not in resolved["diffusion"]["network"]
+    assert (
+        resolved["models"]["diffusion"]["network"]["channels"] == UNET["channels"]
+        and "preset" not in resolved["models"]["diffusion"]["network"]
+    )
 
 
 def test_without_data_it_says_so_in_one_line(tmp_path: Path) -> None:

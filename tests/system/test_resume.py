@@ -23,7 +23,7 @@ WORDS = [
     "stages.autoencoder.images=160",
     "stages.autoencoder.save_every_images=16",
     "stages.text.save_every_images=16",
-    "autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
+    "models.autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}",
     "stages.text.images=96",
     "stages.text.log_every_steps=1",
     "stages.autoencoder.log_every_steps=1",
@@ -100,7 +100,7 @@ def test_two_starts_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     words = [*tiny.only("autoencoder"), "stages.autoencoder.precision=fp32", "stages.autoencoder.ema=0"]
     words += ["stages.autoencoder.optim={kind: adamw, lr: 1e-3}"]
-    words += ["autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}"]
+    words += ["models.autoencoder.adversarial={weight: 0.5, start: 0.3, discriminator: {channels: 8, layers: 1, norm_groups: 4}}"]
     tiny.train(f"out={tmp_path / 'one'}", *words)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     said = tiny.train(f"out={tmp_path / 'two'}", *words, launcher=launcher)

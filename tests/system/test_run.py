@@ -88,7 +88,7 @@ def test_a_stage_carries_on_weights_averages_and_optimiser(finished: Path, tmp_p
     assert capsys.readouterr().out.count("is kept for the stage that carries it on") == 1
     assert main(["train", str(out / "config.yaml"), carry]) == 0
     said = capsys.readouterr().err
-    assert "diffusion-high: begins with the weights, averages, optimiser of diffusion-low after 64 images" in said
+    assert "diffusion-high: begins with the weights, EMA, optimiser of diffusion-low after 64 images" in said
     assert "diffusion-low: finished" in said and "latents-low: done already" in said
     assert sorted(p.name for p in (out / "stages/diffusion-low/carried").iterdir()) == [
         "ema.safetensors",
@@ -107,7 +107,11 @@ def test_a_stage_carries_on_weights_averages_and_optimiser(finished: Path, tmp_p
 
 
 def test_recomputing_blocks_changes_no_bit_and_no_key(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["stages.diffusion-high.checkpointing=true", "stages.autoencoder.checkpointing=true", "diffusion.network.checkpointing=true"]
+    words = [
+        "stages.diffusion-high.checkpointing=true",
+        "stages.autoencoder.checkpointing=true",
+        "models.diffusion.network.checkpointing=true",
+    ]
     assert main(["train", str(finished / "config.yaml"), *words, "--plan"]) == 0
     assert "  run " not in capsys.readouterr().out.replace("  run  run", "")
     out = tmp_path / "copy"
@@ -142,7 +146,7 @@ def test_equal_seeds_give_equal_models(finished: Path, tmp_path: Path) -> None:
 
 
 def test_vq_by_one_word(tmp_path: Path) -> None:
-    said = tiny.train(f"out={tmp_path / 'vq'}", "autoencoder.kind=vq", "autoencoder.network.codes=32")
+    said = tiny.train(f"out={tmp_path / 'vq'}", "models.autoencoder.kind=vq", "models.autoencoder.network.codes=32")
     assert "export: finished" in said
     model = tmp_path / "vq" / "model"
     assert (model / "vqvae" / "latents.json").is_file() and "VQModel" in (model / "README.md").read_text()
@@ -184,11 +188,11 @@ def test_the_same_on_a_users_own_folder(tmp_path: Path) -> None:
         (["stages.diffusion-high.latents=latents-low"], "holds 32 px"),
         (["data.kind=folder"], "data.path: required"),
         (["data={kind: folder, path: /no/such/folder}", "stages.autoencoder-gate=null", "stages.evaluation=null"], "/no/such/folder"),
-        (["autoencoder.kind=vae"], "allowed are kl, vq"),
+        (["models.autoencoder.kind=vae"], "allowed are kl, vq"),
         (["stages.diffusion-low.carry=all"], "no stage before it trains diffusion"),
         (["stages.diffusion-high.carry=weights", "stages.diffusion-low.ema=0"], "stages.diffusion-low has no averages"),
         (["stages.diffusion-high.carry=all", "stages.diffusion-low.optim.kind=adamw"], "muon cannot take over the state of"),
-        (["stages.text.checkpointing=true"], "family: text has none"),
+        (["stages.text.checkpointing=true"], "model: text has none"),
         (["stages.evaluation.require={adherence.seen.bnd: 1}"], "adherence.seen.bnd is not measured here"),
     ],
 )

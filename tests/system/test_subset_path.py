@@ -93,7 +93,7 @@ def test_from_a_table_of_links_to_a_lora_in_diffusers(
     words = ["init=base/model", "data={kind: shards, path: shards}", "stages.evaluation=null", "stages.latents.resolution=32"]
     lora = {"resolution": 32, "images": 16, "batch": 4, "samples": 0, "optim.warmup_images": 0}
     words += [f"stages.lora.{name}={value}" for name, value in lora.items()]
-    assert main(["train", "configs/finetune-lora.yaml", *words, "name=mine", "diffusion.adapt.targets=[to_k,conv1]"]) == 0
+    assert main(["train", "configs/finetune-lora.yaml", *words, "name=mine", "models.diffusion.adapt.targets=[to_k,conv1]"]) == 0
     kohya = Path("runs/mine/lora/kohya.safetensors")
     draw = ["picture 3", "--steps", "2", "--device", "cpu", "--size", "32x32"]
     assert main(["sample", *draw, "--model", "runs/mine", "--out", "merged"]) == 0

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.config.errors import UserError
+from ldm.families.pretrained import PretrainedText
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
-from ldm.text.pretrained import PretrainedText
 
 PROMPTS = ["a photo of a cat", "Two blue rings, 12 of them!", ""]
 CONFIG = {

@@ -43,7 +43,7 @@ def test_a_stage_begins_with_what_the_one_before_had_at_its_end(carry: str, tmp_
     assert equal(begun["model"], left["model"]) and equal(begun["ema"], left["ema"])
     assert not equal(left["ema"], dict(zip(left["ema"], before.ema.parameters, strict=True)))  # weights and averages differ
     assert equal(begun["optimizer"], left["optimizer"]) if carry == "all" else not begun["optimizer"]
-    what = "weights, averages, optimiser" if carry == "all" else "weights, averages"
+    what = "weights, EMA, optimiser" if carry == "all" else "weights, EMA"
     assert notes(tmp_path / "after") == [f"stage: begins with the {what} of stage after 24 images"]
     after.run()
     moments = optim.state_tensors(after.optimizers)
@@ -67,7 +67,7 @@ def test_a_damaged_or_missing_state_is_refused_before_anything_changes(tmp_path:
     trainer(tmp_path / "before", keeps=True).run()
     carried = kept(tmp_path / "before")
     flip(carried.folder, random.Random(0))
-    with pytest.raises(UserError, match=r"carried.*move .*stage away to train that stage again, or set carry=averages"):
+    with pytest.raises(UserError, match=r"carried.*move .*stage away to train that stage again, or set carry=ema"):
         trainer(tmp_path / "after", carried=carried, carry="all")
     with pytest.raises(UserError, match=r"nowhere.*no readable manifest"):
         trainer(tmp_path / "after", carried=Product(tmp_path / "nowhere", "0"), carry="weights")
@@ -77,7 +77,7 @@ def test_the_state_of_another_stage_is_refused(tmp_path: Path) -> None:
     for name, images in (("before", 24), ("other", 12)):
         trainer(tmp_path / name, images, keeps=True).run()
     there, other = kept(tmp_path / "before"), kept(tmp_path / "other")
-    with pytest.raises(UserError, match=r"another state than the one that was kept here.*set carry=averages"):
+    with pytest.raises(UserError, match=r"another state than the one that was kept here.*set carry=ema"):
         trainer(tmp_path / "after", carried=Product(other.folder, there.hash), carry="all")
 
 

@@ -33,7 +33,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
 
 
 def trainer(folder: Path, products: dict[str, Product], **fields: Any) -> Trainer:
-    stage = Train(family="diffusion", images=40, batch=BATCH, resolution=SIDE, **fields)
+    stage = Train(model="diffusion", images=40, batch=BATCH, resolution=SIDE, **fields)
     context = Context(data=DATA, val=DATA, resolution=SIDE, seed=0, total_images=40, products=products)
     torch.manual_seed(1)
     family = LatentDiffusion(network=UNET, defaults=Defaults(steps=3, chunk=2), process=Process(), caption_dropout=0.5).build(context)
@@ -111,5 +111,5 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, products: dict[str, 
     with pytest.raises(UserError, match=r"compile: no C\+\+ compiler"):
         compile_networks(family, torch.device("cpu"), sharded=False)
     monkeypatch.setattr(type(family), "compilable", Family.compilable)
-    with pytest.raises(UserError, match=r"for stages of family: diffusion"):
+    with pytest.raises(UserError, match=r"for stages of model: diffusion"):
         compile_networks(family, torch.device("cpu"), sharded=False)

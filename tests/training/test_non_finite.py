@@ -45,7 +45,7 @@ def trainer(folder: Path, data: Any, images: int = 40, precision: Any = "fp32") 
     """A VQ autoencoder against its discriminator: all that an update can touch."""
     game = Adversarial(weight=0.5, start=0, discriminator=DiscriminatorConfig(channels=8, layers=1, norm_groups=4))
     config = VQ(network=VQConfig(channels=(8, 8), layers=1, norm_groups=4, codes=16), adversarial=game, redraw_every=1, redraw_until=1.0)
-    stage = Train(family="autoencoder", images=images, batch=BATCH, resolution=SIDE, optim=AdamW(lr=1e-3), precision=precision)
+    stage = Train(model="autoencoder", images=images, batch=BATCH, resolution=SIDE, optim=AdamW(lr=1e-3), precision=precision)
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=images)
     torch.manual_seed(0)
     return Trainer(

@@ -33,7 +33,7 @@ def trainer(folder: Path, images: int = 24, carried: Product | None = None, keep
     (folder / "stage").mkdir(parents=True, exist_ok=True)
     data = Pictures()
     fields = {"save_every_images": BATCH, "keep": 9, "samples": 0} | fields
-    stage = Train(family="autoencoder", images=images, batch=BATCH, resolution=SIDE, **fields)
+    stage = Train(model="autoencoder", images=images, batch=BATCH, resolution=SIDE, **fields)
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=images)
     torch.manual_seed(0)
     game = Adversarial(weight=0.5, start=0, discriminator=DiscriminatorConfig(channels=8, layers=1, norm_groups=4))

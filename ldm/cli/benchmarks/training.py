@@ -151,7 +151,7 @@ def trainer(
     optim: AdamW = AdamW(lr=LR),
 ) -> Trainer:
     """A stage of our training loop, with diffusers' learning rate and averages, that never ends."""
-    stage = Train(family=part, images=10**12, resolution=pixels, batch=batch, precision=precision, optim=optim, ema=DECAY)
+    stage = Train(model=part, images=10**12, resolution=pixels, batch=batch, precision=precision, optim=optim, ema=DECAY)
     context = Context(data=data, val=data, resolution=pixels, seed=0, total_images=stage.images)
     log = Log(folder, console=False, write=False)
     return Trainer(stage, family, context, data=data, folder=folder, key="", workers=0, processes=Learners(), log=log)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.formats.export_source import CARD, Part, Source
 from ldm.formats.latent_codec import Statistics
 from ldm.formats.model_folder import open_model, read_record

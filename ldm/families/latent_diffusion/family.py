@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Fraction, NonNegative, Positive, config
+from ldm.config.schema import Fraction, NonNegative, Positive, build, config, plain
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.families.family import Context, Family, Product, Terms
+from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion.edits import all_new, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Edit, Engine, Settings, choose, stay, warn
-from ldm.families.latent_diffusion.fine_tuning import Adapt, Adaptable, adapted
+from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told, widened
+from ldm.families.latent_diffusion.offload import rest
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, latent_channels, local_folder, model_folder
+from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
-from ldm.formats.model_folder import RECORD, read_record
-from ldm.formats.part import load_module, load_part, save_part
+from ldm.formats.model_folder import RECORD, open_model, read_record
+from ldm.formats.part import AGAIN, PARTS, content_hash, load_module, load_part, read_config, read_json, save_part
+from ldm.models import cost
+from ldm.models.cost import TextShape
 from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt
+
+FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a UNet: these the other models decide
 
 
 @config
@@ -47,10 +56,12 @@ class Defaults:
 
 
 @config
-class LatentDiffusion:
+class LatentDiffusion(ModelConfig):
     """A cross-attention UNet that denoises latents, told by the frozen text encoder what to draw."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
+    text: str = "text"  # the text encoder, by its name in models
+    autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
     network: UNetConfig = UNetConfig()  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
@@ -58,9 +69,148 @@ class LatentDiffusion:
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
     adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the UNet
 
-    def inputs(self) -> tuple[str, ...]:
-        """The families whose products this one reads."""
-        return ("text", "autoencoder")
+    refuses: ClassVar[Mapping[str, str]] = {}
+    answers = frozenset({"sample", "reconstruct"})
+    exports = True
+    continues = True
+    beside = KEPT
+
+    def inputs(self) -> dict[str, str]:
+        """The text encoder and the autoencoder."""
+        return {"text": self.text, "autoencoder": self.autoencoder}
+
+    def from_base(self, base: str) -> dict[str, ModelConfig]:
+        """The base's own text encoder and autoencoder."""
+        return {"text": PretrainedText(path=base), "autoencoder": PretrainedAutoencoder(path=base)}
+
+    def find(self, path: str, note: Callable[[str], None]) -> Found:
+        """The base model's folder; its network and its schedule count.
+
+        Raises:
+            UserError: naming the part that is missing.
+        """
+        folder = model_folder(path, [f"{part}/*" for part in PARTS] + ["model_index.json", RECORD], note)
+        for part in ("unet", "scheduler"):
+            if not (folder / part).is_dir():
+                raise UserError(f"init: {path} has no {part}; give a whole model's folder or file")
+        said = f"{content_hash(folder / 'unet')} {content_hash(folder / 'scheduler')}"
+        return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
+
+    def continued(self, base: Path) -> LatentDiffusion:
+        """With the network, the schedule and the target of a base model.
+
+        What the configuration says of them must agree, but need not be said at all; offset noise is the base's where the configuration
+        is silent. What else only concerns training (weights of errors, density of times, dropout, checkpointing) is the configuration's own.
+
+        Raises:
+            UserError: naming the field, both values and the fix.
+        """
+        network, process = UNetConfig.from_diffusers(read_config(base / "unet")), process_of(base)
+        own = self.network
+        if own != UNetConfig():
+            agree("models.diffusion.network", replace(own, dropout=0.0), replace(network, dropout=0.0), FOLLOWS, base)
+        usual = type(self.process)()
+        for name in ("schedule", "target"):
+            said, theirs = getattr(self.process, name), getattr(process, name)
+            if said not in (getattr(usual, name), theirs):
+                message = f"got {in_words(said)}, but the base model {base} has {in_words(theirs)}; leave it out"
+                raise UserError(f"models.diffusion.process.{name}: {message}")
+        own_offset = self.process.offset_noise
+        offset = process.offset_noise if own_offset is None else own_offset
+        defaults = self.defaults
+        if defaults == Defaults():
+            defaults = defaults_of(read_record(base), base)[0]
+        network = replace(network, dropout=own.dropout, checkpointing=own.checkpointing, zero_start=False)
+        process = replace(self.process, schedule=process.schedule, target=process.target, offset_noise=offset)
+        return replace(self, network=network, process=process, defaults=defaults)
+
+    def for_stage(self, stage: TrainingStage) -> LatentDiffusion:
+        """With what the stage says of recomputing and of caption dropout."""
+        found = self
+        if stage.checkpointing is not None:
+            found = replace(found, network=replace(found.network, checkpointing=stage.checkpointing))
+        return found if stage.caption_dropout is None else replace(found, caption_dropout=stage.caption_dropout)
+
+    def identity(self) -> dict[str, Any]:
+        """All but names, defaults of sampling, recomputing (which changes no bit), and what is switched off."""
+        left_out = ("defaults", "text", "autoencoder")
+        found = {k: v for k, v in plain(self).items() if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None))}
+        found["network"]["checkpointing"] = False
+        if found["process"]["offset_noise"] is None:
+            del found["process"]["offset_noise"]
+        return found
+
+    def shown(self) -> dict[str, Any]:
+        """How the finished model is sampled."""
+        return {"defaults": plain(self.defaults)}
+
+    def check(self, stage: TrainingStage, where: str, begins: str) -> Iterator[str]:
+        """Inpainting and its channels, adapters and their base."""
+        own = f"models.{stage.model}"
+        network = self.network
+        if self.inpaint is None and network.in_channels == 2 * network.out_channels + 1:
+            yield f"{own}.network: has {network.in_channels} input channels, as for inpainting; set {own}.inpaint={{}} too"
+        if stage.latents and self.inpaint is not None:
+            yield f"{where}.latents: {own}.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
+        if self.adapt is not None and not begins:
+            yield f"{own}.adapt: there is no model to adapt; give one by init, or leave adapt out"
+        elif self.adapt is not None and begins.startswith("stages."):
+            yield f"{where}: {begins} has learned what {own}.adapt names; give that one more images"
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """The autoencoder's."""
+        return others["autoencoder"].step_px({}) if "autoencoder" in others else 1
+
+    def counted(self, base: str, note: Callable[[str], None]) -> LatentDiffusion:
+        """With the network of a base model, where its files are here, else Stable Diffusion 1's."""
+        if not base:
+            return self
+        own = self.network
+        file = next(config_files(local_folder(base), "unet"), None)
+        if file is None:
+            note(f"unet of {base}: its config.json is not here; counted as Stable Diffusion 1's")
+            return replace(self, network=replace(UNetConfig(), checkpointing=own.checkpointing))
+        network = UNetConfig.from_diffusers(read_json(file))
+        return replace(self, network=replace(network, checkpointing=own.checkpointing, dropout=own.dropout))
+
+    def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[UNetConfig, TextShape]:
+        """The network as its autoencoder and its text encoder make it."""
+        text = others["text"].text_shape(note, self.network.context_width)
+        channels = latent_channels(others["autoencoder"].latent_network(note))
+        return replace(self.network, in_channels=channels, out_channels=channels, context_width=text.width), text
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Of the denoising network."""
+        with torch.device("meta"):
+            return cost.count(self.fitted(others, note)[0].build())
+
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
+        """The denoising network, or what is adapted of it; text encoder and autoencoder are frozen."""
+        network, text = self.fitted(others, note)
+        latent = others["autoencoder"].latent_network(note)
+        small = side // 2 ** (len(latent.channels) - 1)
+        learned, spent = cost.unet(network, small, small, text.tokens)
+        known, encode, _ = cost.autoencoder(latent, side, side)
+        extra = text.cost.forward + (0 if stage.latents else encode.forward)
+        frozen = {"autoencoder": known, "text encoder": text.parameters}
+        if self.adapt is None:
+            return Footprint(learned={"unet": learned}, frozen=frozen, cost=spent, extra=extra)
+        # Gradients of the base's weights are not made; where captions are learned, the text encoder's are.
+        spent = replace(spent, backward=spent.backward // 2)
+        if self.adapt.text_learns:
+            spent = spent + replace(text.cost, backward=text.cost.backward // 2)
+            extra -= text.cost.forward
+        with torch.device("meta"):
+            return Footprint(learned=self.adapt.count(network.build(), text), frozen={"unet": learned} | frozen, cost=spent, extra=extra)
+
+    def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
+        """A diffusers pipeline folder with a model card."""
+        assemble(products["text"].folder, products["autoencoder"].folder, products["model"].folder, target, dict(story))
+
+    @classmethod
+    def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> LatentDiffusionFamily:
+        """A finished text-to-image model."""
+        return load(folder, device, low_memory)
 
     def build(self, context: Context) -> Family:
         """The family, ready to train, on the earlier products; an earlier stage's UNet is continued."""
@@ -93,7 +243,7 @@ def _continue(init: Product, network: UNetConfig, codec: LatentCodec) -> UNet:
         )
     theirs = UNetConfig.from_diffusers(stored)
     if theirs.in_channels == channels(codec) != network.in_channels:
-        raise UserError(f"{init.folder}: this UNet is made for inpainting; set diffusion.inpaint={{}} to continue it as such")
+        raise UserError(f"{init.folder}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
     wide = network.in_channels == channels(codec) != theirs.in_channels
     like = replace(network, in_channels=codec.channels) if wide else network
     if theirs.to_diffusers() != like.to_diffusers():
@@ -300,3 +450,76 @@ class LatentDiffusionFamily(Adaptable):
     def engine(self, note: Callable[[str], None] = warn) -> Engine:
         """What draws."""
         return Engine(self.denoiser, self.process, self.codec, self.text, self.config.defaults.chunk, note, self.turn)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> LatentDiffusionFamily:
+    """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
+
+    With `low_memory` every part is emptied as soon as it is found whole; `ldm.families.latent_diffusion.runtime.ready` makes them take turns.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not belong together.
+    """
+    root = open_model(Path(folder)).folder
+    with ThreadPoolExecutor(1) as beside:  # hashing takes as long as reading
+        whole = beside.submit(content_hash, root)
+        family = _load(root, device, low_memory)
+        family.content_hash = whole.result()
+    return family
+
+
+def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDiffusionFamily:
+    record = read_record(root)
+    codec = load_codec(autoencoder_folder(root))
+    if record.get("autoencoder") not in (None, codec.hash):
+        raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
+    text = TextEncoder.load(root)
+    if low_memory:
+        rest(codec.network)
+        rest(text.model)
+    stored, state = load_part(root / "unet")
+    network = UNetConfig.from_diffusers(stored)
+    unet = load_module(network.build, state, root / "unet")
+    process = process_of(root)
+    defaults, size = defaults_of(record, root)
+    if not text.width == network.context_width:
+        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
+    made = LatentDiffusion(network=network, process=process, defaults=defaults)
+    family = LatentDiffusionFamily(made, unet, codec, text)
+    sample_size = stored.get("sample_size") or 64
+    family.resolution = size or sample_size * codec.factor
+    if low_memory:
+        rest(unet)
+    for module in (family, *family.frozen()):
+        module.to(device)
+    return family.eval()
+
+
+def process_of(root: Path) -> Process:
+    """The noise schedule and the target of a model folder, from its scheduler's configuration, and its offset noise, where ldm.json tells.
+
+    Raises:
+        UserError: naming the file and the value that is not known here.
+    """
+    file = root / "scheduler" / "scheduler_config.json"
+    values = read_json(file)
+    offset = read_record(root).get("offset_noise")
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < float("inf")):
+        raise UserError(f"{root / RECORD}: offset_noise: got {offset!r}, not a number from 0 on; {AGAIN}")
+    try:
+        return replace(Process.from_scheduler_config(values), offset_noise=offset)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}; {AGAIN}") from None
+
+
+def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
+    """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
+    values = record.get("defaults")
+    if values is None:
+        return Defaults(guidance=7.5, chunk=1), None
+    size = values.get("size") if isinstance(values, dict) else values
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise UserError(f"{root / RECORD}: defaults.size: got {size!r}, not [height, width] in px; {AGAIN}")
+    return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]

@@ -19,7 +19,8 @@ from ldm.families.family import Context, Family, ParameterGroup, Terms
 from ldm.formats.lora_files import write
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import save_tokenizer, text_part
-from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, UNET_TARGETS, Lora, Part, inject, injected, merged_state
+from ldm.models.cost import TextShape
+from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, UNET_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import Rows, add_word, first_embeddings, write_embedding
 
@@ -47,7 +48,7 @@ def adapted(adapt: LowRank | TextualInversion, inner: Adaptable, context: Contex
         UserError: if there is no base, or naming the setting that does not suit it.
     """
     if context.init is None:
-        raise UserError("diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out")
+        raise UserError("models.diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out")
     inner.requires_grad_(False)
     if isinstance(adapt, LowRank):
         return LoraFamily(adapt, inner, context)
@@ -214,6 +215,14 @@ class LowRank:
         """Whether captions are encoded anew at every step."""
         return self.text_rank > 0
 
+    def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
+        """Parameters that learn, of a denoiser on any device and a text encoder."""
+        found = {"adapters": adapted_count(denoiser, self.rank, self.targets)}
+        if self.text_rank:
+            ends = [end for end in self.text_targets if end in TEXT_TARGETS]
+            found["text adapters"] = 2 * text.width * self.text_rank * text.layers * len(ends)
+        return found
+
 
 @config
 class TextualInversion:
@@ -229,6 +238,10 @@ class TextualInversion:
     def text_learns(self) -> bool:
         """Whether captions are encoded anew at every step."""
         return True
+
+    def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
+        """Parameters that learn: the new word's embeddings."""
+        return {"word": self.vectors * text.width}
 
     def __post_init__(self) -> None:
         if len(self.token) < 3 or any(c.isspace() or c in "()[]:" for c in self.token):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ldm.config.errors import UserError
+from ldm.families.latent_diffusion import family as finished
 from ldm.families.latent_diffusion.engine import PRECISION
-from ldm.families.latent_diffusion import loading
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 from ldm.families.latent_diffusion.offload import Offload, rest
 from ldm.formats.latent_codec import TILE, autoencoder_folder, load_codec
@@ -38,8 +38,8 @@ DEFAULT = Running()
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = DEFAULT) -> LatentDiffusionFamily:
-    """A finished model, ready to draw: see `ldm.families.latent_diffusion.loading.load` and `ready`."""
-    return ready(loading.load(folder, device, running.low_memory), folder, running)
+    """A finished model, ready to draw: see `ldm.families.latent_diffusion.family.load` and `ready`."""
+    return ready(finished.load(folder, device, running.low_memory), folder, running)
 
 
 def ready(family: LatentDiffusionFamily, folder: str | Path, running: Running = DEFAULT, precision: str = "fp32") -> LatentDiffusionFamily:

@@ -19,8 +19,7 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.families.latent_diffusion.edits import encoded, towards
 from ldm.families.latent_diffusion.engine import Canvas, Edit, shortened
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 
 FACTOR = 8
 

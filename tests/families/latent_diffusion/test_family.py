@@ -19,8 +19,7 @@ from ldm.diffusion.batch import Cond, ImageBatch, MomentBatch, rows
 from ldm.diffusion.process import MinSnr, Process
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
 from ldm.formats.latent_codec import autoencoder_folder
 from ldm.text.encoder import TextEncoder, small_clip_text
 

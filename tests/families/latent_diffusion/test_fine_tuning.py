@@ -18,14 +18,12 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.latent_diffusion.family import LatentDiffusion, load
 from ldm.families.latent_diffusion.fine_tuning import Adapt, AdaptedFamily, InvertedFamily, LoraFamily, LowRank, TextualInversion
-from ldm.families.latent_diffusion.loading import load
 from ldm.formats.lora_files import read
 from ldm.formats.part import load_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.lora import Lora, Merged
-from ldm.runs.pretrained import based
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import DIFFUSERS, add_word, first_embeddings, names, read_embedding
 
@@ -46,7 +44,7 @@ def made(base: Path, adapt: Any) -> Any:
     torch.manual_seed(0)
     products = {"text": Product(base, "t"), "autoencoder": Product(base, "a")}
     context = Context(data=Pictures(), val=Pictures(), resolution=32, seed=0, total_images=8, products=products, init=Product(base, "base"))
-    family = based(LatentDiffusion(adapt=adapt), base).build(context)
+    family = LatentDiffusion(adapt=adapt).continued(base).build(context)
     assert isinstance(family, AdaptedFamily)
     for module in family.frozen():
         module.eval()
@@ -238,4 +236,4 @@ def test_adapting_needs_one_base_and_one_stage(base: Path, tmp_path: Path, capsy
     run = run_of(base, {"kind": "lora"})
     del run["init"]
     assert go(tmp_path, run, f"out={tmp_path / 'out'}", "--plan") == 2
-    assert "diffusion.adapt: there is no model to adapt" in capsys.readouterr().err
+    assert "models.diffusion.adapt: there is no model to adapt" in capsys.readouterr().err

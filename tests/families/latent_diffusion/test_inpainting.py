@@ -19,8 +19,8 @@ from ldm.config.errors import UserError
 from ldm.diffusion.batch import Cond, Text
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.edits import fill
+from ldm.families.latent_diffusion.family import load
 from ldm.families.latent_diffusion.inpainting import Inpainting, masks, told, widened
-from ldm.families.latent_diffusion.loading import load
 from ldm.formats.latent_codec import load_codec
 
 
@@ -91,7 +91,7 @@ def configuration(folder: Path, model: Path, *more: str) -> Path:
         "workers: 0",
         "diffusion: {inpaint: {}}",
         "stages:",
-        f"  paint: {{kind: train, family: diffusion, resolution: {SIDE}, images: 24, batch: 8, samples: 2}}",
+        f"  paint: {{kind: train, model: diffusion, resolution: {SIDE}, images: 24, batch: 8, samples: 2}}",
         "  export: {kind: export}",
     ]
     file.write_text("\n".join([*lines, *more]) + "\n")
@@ -124,16 +124,16 @@ def test_the_whole_way_to_a_picture_and_into_diffusers(kl_model: Path, tmp_path:
     # What it made can be continued as what it is, and only so.
     capsys.readouterr()
     again = ["train", str(file), f"init={run}", f"out={tmp_path / 'again'}"]
-    assert main([*again, "diffusion.inpaint=null"]) == 2
-    assert "made for inpainting; set diffusion.inpaint={}" in capsys.readouterr().err
+    assert main([*again, "models.diffusion.inpaint=null"]) == 2
+    assert "made for inpainting; set models.diffusion.inpaint={}" in capsys.readouterr().err
     assert main(again) == 0
 
 
 def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = configuration(tmp_path, kl_model)
     assert main(["train", str(file), "stages.paint.latents=./somewhere"]) == 2
-    assert "diffusion.inpaint hides parts of pictures" in capsys.readouterr().err
-    assert main(["train", str(file), "init=''", "diffusion.network=sd1-inpaint", "diffusion.inpaint=null"]) == 2
-    assert "has 9 input channels, as for inpainting; set diffusion.inpaint={} too" in capsys.readouterr().err
+    assert "models.diffusion.inpaint hides parts of pictures" in capsys.readouterr().err
+    assert main(["train", str(file), "init=''", "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
+    assert "has 9 input channels, as for inpainting; set models.diffusion.inpaint={} too" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing would be new"):
         Inpainting(rectangles=0, strokes=0)

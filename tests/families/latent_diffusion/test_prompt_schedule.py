@@ -7,8 +7,7 @@ import torch
 from finished_model import finished_model
 from torch import Tensor
 
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.text.prompt_syntax import literal, read
 
 A, B = "a small red circle", "a large blue ring"

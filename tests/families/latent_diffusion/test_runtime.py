@@ -15,7 +15,7 @@ from PIL import Image
 import ldm
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion import loading
+from ldm.families.latent_diffusion import family as loading
 from ldm.families.latent_diffusion.runtime import Running, check_compiler, ready
 from ldm.models.attention import get_attention, set_attention
 from ldm.models.inference import FoldedUpsample, FusedAttention

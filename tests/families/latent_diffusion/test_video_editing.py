@@ -11,7 +11,7 @@ from finished_model import SIDE
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.engine import Canvas
-from ldm.families.latent_diffusion.loading import load
+from ldm.families.latent_diffusion.family import load
 from ldm.families.latent_diffusion.video_editing import apart, shuffled, together
 
 

@@ -1,0 +1,172 @@
+"""Models from elsewhere that are used as they are: a text encoder, an autoencoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ldm.config.schema import Count, Positive, config
+from ldm.families.family import Found, ModelConfig, Product
+from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
+from ldm.formats.model_folder import hub_folder, open_model
+from ldm.formats.part import PARTS, content_hash, read_json
+from ldm.formats.single_file import named, open_single
+from ldm.models import cost
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.cost import Cost, TextShape
+from ldm.text.pretrained import load_pretrained, text_folder
+
+HALF, FLOAT = 2, 4  # bytes
+SIZES = 6  # numbers of ImageBatch.size
+# Text encoders by the width of their states, where the files are not here to tell.
+PUBLISHED = {768: TextShape("CLIP ViT-L/14", 768, 12), 1024: TextShape("OpenCLIP ViT-H/14 without its last layer", 1024, 23)}
+
+
+@config
+class PretrainedText(ModelConfig):
+    """A text encoder from a folder or from the Hugging Face Hub, used as it is."""
+
+    kind: Literal["pretrained_text"] = "pretrained_text"
+    path: str  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
+    max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
+    skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
+
+    adopts = True
+
+    def elsewhere(self) -> str:
+        """Its path."""
+        return self.path
+
+    def find(self, path: str, note: Callable[[str], None]) -> Found:
+        """The text encoder's folder, and a hash of its files and of how they are read."""
+        folder = text_folder(str(model_folder(path, [], note)) if named(path) else path)
+        whole = (folder / "text_encoder").is_dir()
+        files = content_hash(folder / "text_encoder") + content_hash(folder / "tokenizer") if whole else content_hash(folder)
+        said = f"{files} {self.max_tokens} {self.skip_last}"
+        return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
+
+    def adopt(self, found: Found, target: Path) -> None:
+        """text_encoder/ and tokenizer/, cut to the layers and tokens that are used."""
+        load_pretrained(str(found.folder), self.max_tokens, self.skip_last).save(target)
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Of the text encoder, as far as it is used."""
+        return self.text_shape(note).parameters
+
+    def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
+        """From its config.json; where that is not here, the published encoder of that width."""
+        files = config_files(local_folder(self.path), "text_encoder")
+        found = next((shape for file in files if (shape := _clip_shape(file)) is not None), None)
+        if found is None:
+            found = PUBLISHED.get(width, PUBLISHED[768])
+            note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
+        else:
+            found = replace(found, layers=found.layers - self.skip_last)
+        return replace(found, tokens=min(self.max_tokens, found.positions))
+
+
+@config
+class PretrainedAutoencoder(ModelConfig):
+    """An autoencoder from elsewhere, used as it is."""
+
+    kind: Literal["pretrained_autoencoder"] = "pretrained_autoencoder"
+    path: str  # a model folder, its vae or vqvae, a file in CompVis' naming, or a name on the hub as owner/name
+
+    answers = frozenset({"reconstruct"})
+    encodes = True
+
+    def elsewhere(self) -> str:
+        """Its path."""
+        return self.path
+
+    def find(self, path: str, note: Callable[[str], None]) -> Found:
+        """The autoencoder's folder."""
+        return found_autoencoder(path, note)
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+        """Of encoder and decoder."""
+        with torch.device("meta"):
+            return cost.count(self.latent_network(note).build())
+
+    def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
+        """From its config.json; where that is not here, Stable Diffusion's."""
+        file = next(config_files(local_folder(self.path), "vae", "vqvae"), None)
+        if file is None:
+            note(f"autoencoder {self.path}: its config.json is not here; counted as kl-f8")
+            return KLConfig()
+        values = read_json(file)
+        return VQConfig.from_diffusers(values) if values.get("_class_name") == "VQModel" else KLConfig.from_diffusers(values)
+
+    def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
+        """Of the encoder, and the bytes of a cached image."""
+        return encoding_of(self.latent_network(note), side)
+
+    def encoder(self, product: Path, device: torch.device) -> LatentCodec:
+        """The frozen autoencoder with its latent statistics."""
+        return load_codec(autoencoder_folder(product)).to(device)
+
+    def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> LatentCodec:
+        """The frozen autoencoder, which reconstructs."""
+        return self.encoder(products["model"].folder, device)
+
+
+def found_autoencoder(path: str, note: Callable[[str], None]) -> Found:
+    """The autoencoder at a path or hub name.
+
+    Raises:
+        UserError: naming what is missing or damaged.
+    """
+    folder = model_folder(path, [f"{part}/*" for part in PARTS] + ["*"], note)
+    return Found(path, folder, content_hash(autoencoder_folder(folder)))
+
+
+def encoding_of(network: KLConfig | VQConfig, side: int) -> tuple[Cost, int]:
+    """What encoding one image of `side` x `side` px costs, and the bytes it leaves in a latent cache: mean, deviation, six sizes."""
+    _, encode, _ = cost.autoencoder(network, side, side)
+    small = side // 2 ** (len(network.channels) - 1)
+    moments = 2 if isinstance(network, KLConfig) else 1
+    return encode, HALF * latent_channels(network) * small**2 * moments + FLOAT * SIZES
+
+
+def latent_channels(network: KLConfig | VQConfig) -> int:
+    """Channels of the latents that the diffusion sees."""
+    return network.latent_channels if isinstance(network, KLConfig) else network.code_width
+
+
+def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) -> Path:
+    """The folder of a model by folder, run folder, single file or hub name; `patterns` say which files are wanted of the hub's."""
+    folder = Path(path).expanduser()
+    if file := named(path):
+        return open_single(*file, note=note)
+    if not folder.is_dir():
+        folder = hub_folder(path, patterns)
+    whole = any((folder / part).is_dir() for part in PARTS)
+    return folder / "model" if (folder / "model").is_dir() and not whole else folder
+
+
+def local_folder(path: str) -> Path:
+    """Where a model from elsewhere lies, if it is on this machine."""
+    folder = Path(path).expanduser()
+    if named(path):
+        return open_model(path).folder
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def config_files(folder: Path, *parts: str) -> Iterator[Path]:
+    """The config.json of a part's own folder, or of the part in a model's folder."""
+    yield from (file for file in (*(folder / part / "config.json" for part in parts), folder / "config.json") if file.is_file())
+
+
+def _clip_shape(file: Path) -> TextShape | None:
+    values = read_json(file)
+    values = values.get("text_config", values)
+    names = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size", "intermediate_size")
+    if not all(isinstance(values.get(name), int) for name in names):
+        return None
+    width, layers, positions, vocabulary, inner = (int(values[name]) for name in names)
+    return TextShape(file.parent.name, width, layers, positions, vocabulary, positions, inner)

@@ -1,0 +1,41 @@
+"""The models that a run can have: the union of configurations whose members answer for themselves, and a finished one opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from ldm.config.errors import UserError
+from ldm.config.introspection import members_of, without_annotation
+from ldm.config.schema import BY_KIND
+from ldm.families.autoencoder import KL, VQ
+from ldm.families.clip import Clip
+from ldm.families.family import ModelConfig
+from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
+from ldm.formats.model_folder import read_record, root_of
+
+# A new system is one file in this room and one name here.
+Model = Annotated[Clip | PretrainedText | KL | VQ | PretrainedAutoencoder | LatentDiffusion, BY_KIND]
+USUAL = "latent_diffusion"  # the kind of a model folder that names none
+
+
+def kinds() -> dict[str, type[ModelConfig]]:
+    """The members of the union by their kind."""
+    return members_of(without_annotation(Model))
+
+
+def open_finished(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> Any:
+    """A finished model by folder, run folder, single file or hub name, opened by the kind that its ldm.json names.
+
+    Raises:
+        UserError: naming what is missing, damaged or of an unknown kind.
+    """
+    root = root_of(folder)
+    kind = read_record(root).get("kind", USUAL)
+    known = {name: member for name, member in kinds().items() if member.exports}
+    if kind not in known:
+        raise UserError(f"{root}: a model of kind {kind!r}; this version opens {', '.join(known)}")
+    return known[kind].open(root, device, low_memory)
