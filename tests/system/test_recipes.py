@@ -20,7 +20,6 @@ SD1 = ROOT / "configs" / "sd1.yaml"
 FOUR = ["v1-1-256", "v1-1", "v1-2", "v1-4"]
 # Its own data, and a text encoder and an autoencoder that are learned at once instead of read.
 SMALL: dict[str, Any] = {
-    "data": {"kind": "scenes", "tier": "one", "images": 256, "val": 4, "web": True},
     "text": {
         "kind": "clip",
         "vocabulary": 560,
@@ -29,6 +28,7 @@ SMALL: dict[str, Any] = {
     },
     "autoencoder": {"kind": "kl", "network": {"channels": [8, 8, 8, 16], "layers": 1, "norm_groups": 4}, "adversarial": {"weight": 0}},
 }
+SCENES = {"kind": "scenes", "tier": "one", "images": 256, "val": 4, "web": True}
 LEARN = {"kind": "train", "resolution": 32, "images": 16, "batch": 8, "samples": 0}
 STAGE = {"images": 16, "batch": 8, "micro_batch": 4, "samples": 0, "sample_every_images": 0}
 UNET = {"channels": [16, 32, 32, 32], "norm_groups": 8, "layers": 1, "heads": 2}
@@ -42,8 +42,8 @@ def recipe() -> dict[str, Any]:
 def small() -> dict[str, Any]:
     """The recipe with smaller numbers; the order of its stages, its filters, process and optimiser stay."""
     values = recipe()
-    values |= SMALL
-    values["diffusion"] = merge(values["diffusion"], {"network": UNET})
+    values["data"] = SCENES
+    values["models"] = {**SMALL, "diffusion": merge(values["models"]["diffusion"], {"network": UNET})}
     sizes = {name: {**STAGE, "resolution": values["stages"][name]["resolution"] // 8} for name in FOUR}
     # The corpus has originals of an eighth of the size.
     narrower = {name: {"filter": {"min_side": side}} for name, side in (("v1-1", 128), ("v1-2", 64), ("v1-4", 64))}
@@ -64,7 +64,7 @@ def test_the_recipe_is_the_published_one() -> None:
     assert [stages[name].get("caption_dropout", 0) for name in FOUR] == [0, 0, 0, 0.1] and recipe()["models"]["diffusion"][
         "caption_dropout"
     ] == 0
-    run = build(small() | {"diffusion": recipe()["diffusion"]}, Run, "test")
+    run = build(small() | {"diffusion": recipe()["models"]["diffusion"]}, Run, "test")
     with_text = run.models["diffusion"].network
     assert with_text.channels == (320, 640, 1280, 1280) and with_text.checkpointing and run.models["diffusion"].process.target == "epsilon"
 
