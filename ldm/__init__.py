@@ -10,16 +10,11 @@ __all__ = ["Run", "UserError", "__version__", "load", "start"]
 
 if TYPE_CHECKING:
     from ldm.config.errors import UserError
-    from ldm.families.latent_diffusion.runtime import load
+    from ldm.families.registry import load
     from ldm.runs.execution import start
     from ldm.runs.run import Run
 
-_HOME = {
-    "Run": "ldm.runs.run",
-    "start": "ldm.runs.execution",
-    "load": "ldm.families.latent_diffusion.runtime",
-    "UserError": "ldm.config.errors",
-}
+_HOME = {"Run": "ldm.runs.run", "start": "ldm.runs.execution", "load": "ldm.families.registry", "UserError": "ldm.config.errors"}
 
 
 def __getattr__(name: str) -> Any:

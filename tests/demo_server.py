@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.demo.server import application, listen
 from ldm.demo.studio import Studio
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ldm.data.scenes.captions import parse, say
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import prompts
 from ldm.data.scenes.spec import Specs
+from ldm.families.draws import OWN, Wanted
 
 SIDE = 32  # px
 
@@ -48,27 +49,22 @@ class Painter:
         """As a module has them."""
         return iter([torch.zeros(1)])
 
-    def settings(self, *, steps: int | None = None, guidance: float | None = None, sampler: str | None = None) -> SimpleNamespace:
+    def settings(self, wanted: Wanted = OWN) -> SimpleNamespace:
         """The model's own: 20 steps of ddim at guidance 3."""
-        return SimpleNamespace(
-            steps=20 if steps is None else steps,
-            guidance=3.0 if guidance is None else guidance,
-            sampler=sampler or "ddim",
-            spacing="trailing",
-        )
+        own = {"steps": 20, "guidance": 3.0, "sampler": "ddim"}
+        return SimpleNamespace(**{name: getattr(wanted, name) or value for name, value in own.items()}, spacing="trailing")
 
     def sample(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        settings: Wanted = OWN,
         *,
-        guidance: float | None = None,
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
-        **settings: Any,
     ) -> Tensor:
         """Pictures uint8 (N,H,W,3)."""
-        used = self.settings(guidance=guidance, **settings)
+        used = self.settings(settings)
         self.calls.append({"prompts": tuple(prompts), "seeds": tuple(seeds), "size": size, **vars(used)})
         side = (size or self.defaults["size"])[0]
         for step in range(used.steps):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.data.pictures import to_uint8
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 
 SIDE, FACTOR = 32, 4  # px
@@ -97,7 +98,7 @@ class Pair:
         """Clean latents of our engine."""
         own = seeds(len(noise))
         with torch.no_grad():
-            settings = self.family.settings(**words)
+            settings = self.family.settings(Wanted(**words))
             return self.family.engine().draw(PROMPTS, own, settings, (SIDE, SIDE), negative=NEGATIVE, latents=noise, edits=edits)[1]
 
     def pictures(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:

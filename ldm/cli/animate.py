@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.command import call
-from ldm.cli.sampling_options import MAX_SEED, PRECISIONS, device_for, known, model_for, name_of, size_given, tell
+from ldm.cli.sampling_options import MAX_SEED, device_for, known, model_for, name_of, size_given, tell
 from ldm.config.errors import UserError
+from ldm.families.draws import PRECISIONS, Draws, Wanted
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import NAMES, Recipe, save_picture, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 
 Option = typer.Option
 CELLS = 2
@@ -77,21 +77,11 @@ def animate(
     check_suffix(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     family, added = with_adapters(folder, device_for(device), lora or [], embedding or [], {}, tell)
-    chosen = {"steps": steps, "guidance": guidance, "sampler": sampler, "precision": precision or None}
-    if source is not None and guidance is None:
-        chosen["guidance"] = 1.0
+    scale = 1.0 if source is not None and guidance is None else guidance
+    wanted = Wanted(steps=steps, guidance=scale, sampler=sampler, precision=precision)
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
-    (base,) = jobs.recipes(
-        family,
-        [Asked(prompt=_clean(prompt))],
-        None,
-        seed=seed,
-        n=1,
-        chosen=chosen,
-        negative=_clean(negative),
-        size=size_given(size, {}),
-        **rest,
-    )
+    common = jobs.Common(seed=seed, wanted=wanted, negative=_clean(negative), size=size_given(size, {}), rest=rest)
+    (base,) = jobs.recipes(family, [Asked(prompt=_clean(prompt))], common)
     started = time.monotonic()
     if clip is None:
         recipes = way(base, frames, "" if to is None else _clean(to), to_seed, loop)
@@ -129,39 +119,20 @@ def way(base: Recipe, frames: int, to: str, to_seed: int | None, loop: bool = Fa
     return found
 
 
-def draw_clip(family: LatentDiffusionFamily, clip: Path, recipe: Recipe, cells: int) -> tuple[Tensor, Recipe]:
+def draw_clip(family: Draws, clip: Path, recipe: Recipe, cells: int) -> tuple[Tensor, Recipe]:
     """The frames (F,H,W,3) of a clip drawn anew as one, and the recipe with its hash; all frames begin with the same noise."""
     import torch
 
-    from ldm.diffusion.rng import Rng
-    from ldm.families.latent_diffusion.edits import begin_from, encoded, from_inverted
-    from ldm.families.latent_diffusion.video_editing import apart, shuffled, together
-    from ldm.sampling import jobs
+    from ldm.families.draws import VideoEdit
     from ldm.sampling.animation import read_clip
     from ldm.text.prompt_syntax import read
 
     values, said = read_clip(clip, (recipe.height, recipe.width))
-    sheets = together(torch.tensor(values), cells)
-    many = len(sheets)
-    engine = replace(family.engine(tell), chunk=many)  # all in one call
-    settings = family.settings(**{name: getattr(recipe, name) for name in jobs.NUMBERS})
-    own = Rng(0, [recipe.seed]).normal("init", (family.codec.channels, recipe.height // family.factor, recipe.width // family.factor))
-    with torch.no_grad():
-        if recipe.invert:
-            start = from_inverted(engine, sheets, read(recipe.source), settings, recipe.strength)
-        else:
-            start = begin_from(encoded(family.codec, sheets), recipe.strength)
-        size = (recipe.height * cells, recipe.width * cells)
-        drawn, _ = engine.draw(
-            [read(recipe.prompt)] * many,
-            [recipe.seed + k for k in range(many)],
-            settings,
-            size,
-            negative=read(recipe.negative),
-            latents=own.repeat(many, 1, cells, cells),
-            edits=(start, shuffled(cells, recipe.seed)),
-        )
-    return apart(drawn, cells, len(values)), replace(recipe, init=said)
+    source = read(recipe.source) if recipe.invert else None
+    anew = VideoEdit(
+        prompt=read(recipe.prompt), negative=read(recipe.negative), source=source, seed=recipe.seed, strength=recipe.strength, cells=cells
+    )
+    return family.restyle(torch.tensor(values), anew, family.settings(recipe.wanted()), tell), replace(recipe, init=said)
 
 
 def _save_frames(folder: Path, frames: Sequence[Any], recipes: Sequence[Recipe]) -> None:

@@ -39,10 +39,10 @@ def classifier(
     from ldm.cli.sampling_options import device_for
     from ldm.data.cached import CachedLatents
     from ldm.families.latent_diffusion.classifier_guidance import Classifier, says, train
-    from ldm.families.latent_diffusion.family import load
+    from ldm.families.registry import open_finished
     from ldm.models.noisy_classifier import NoisyClassifierConfig
 
-    data, family, place = CachedLatents(cache), load(model), device_for(device)
+    data, family, place = CachedLatents(cache), open_finished(model).diffuses("classifier"), device_for(device)
     data.require(autoencoder=family.codec.hash)
     data.require_shapes([])
     index = list(range(len(data)))

@@ -47,7 +47,7 @@ def evaluate(
     from ldm.data.check import source_at
     from ldm.data.scenes.source import ScenesSource
     from ldm.distributed.environment import calibrate
-    from ldm.families.latent_diffusion.family import load
+    from ldm.families.registry import open_finished
     from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
     from ldm.training.log import Log
 
@@ -56,7 +56,7 @@ def evaluate(
         source: Any = build({"kind": "scenes", "tier": tier, "val": 2 * images}, ScenesSource, "--tier")
     else:
         source = source_at(on)
-    family = load(model, device=device or best_device())
+    family = open_finished(model, device or best_device())
     metrics: list[Any] = [Reconstruction(images=images), Frechet(images=images, steps=steps, seed=seed)]
     if on == "scenes":
         own = {"tier": tier, "prompts": max(1, n // 2), "guidance": scales, "steps": steps, "sampler": sampler, "seed": seed}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.command import call
-from ldm.cli.sampling_options import MAX_SEED, PRECISIONS, device_for, edits_asked, known, model_for, name_of, size_given, tell
+from ldm.cli.sampling_options import MAX_SEED, device_for, edits_asked, known, model_for, name_of, size_given, tell
 from ldm.config.errors import UserError
+from ldm.families.draws import PRECISIONS, Draws, Wanted
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.prompt_files import Asked
@@ -23,7 +24,6 @@ from ldm.sampling.recipe import NAMES, SPACINGS, Recipe, read_recipe, save_pictu
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
     from ldm.sampling.init_images import InitImage
 
 Option = typer.Option
@@ -88,16 +88,7 @@ def grid(
 
     place = device_for(device)
     family, added = with_adapters(folder, place, lora or [], embedding or [], old, tell)
-    wanted = {
-        "steps": steps,
-        "guidance": guidance,
-        "sampler": sampler or None,
-        "precision": precision or None,
-        "spacing": spacing or (old.get("spacing") if not sampler else None),
-    }
-    chosen = {name: old.get(name) if wanted.get(name) is None else wanted[name] for name in jobs.NUMBERS if name != "spacing"}
-    chosen["spacing"] = wanted["spacing"]
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    wanted = Wanted(steps=steps, guidance=guidance, sampler=sampler, precision=precision, spacing=spacing).over(old)
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **edited, **added}
     rest["notation"] = bool(old.get("notation", True))
     rest |= {name: old[name] for name in ("to", "share", "variation", "variation_seed", "hires", "hires_strength") if name in old}
@@ -105,17 +96,8 @@ def grid(
     if init is not None:
         init_image = init_image_of(init, mask, None, shape or family.defaults["size"], old, tell)
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-    base = jobs.recipes(
-        family,
-        [Asked(prompt=words)],
-        None,
-        seed=int(old.get("seed", 0) if seed is None else seed),
-        n=1,
-        chosen=chosen,
-        negative=str(old.get("negative", "") if negative is None else negative),
-        size=shape,
-        **rest,
-    )[0]
+    first, avoided = int(old.get("seed", 0) if seed is None else seed), str(old.get("negative", "") if negative is None else negative)
+    (base,) = jobs.recipes(family, [Asked(prompt=words)], jobs.Common(seed=first, wanted=wanted, negative=avoided, size=shape, rest=rest))
     made = cells(base, axes, lambda name: spacing or SAMPLERS[name].spacing)
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())
@@ -141,7 +123,7 @@ def grid(
 
 
 def draw_cells(
-    family: LatentDiffusionFamily,
+    family: Draws,
     made: Sequence[Recipe],
     *,
     init_image: InitImage | None = None,

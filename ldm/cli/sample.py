@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +14,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.cli.sampling_options import (
-    CURVES,
     MAX_SEED,
-    PRECISIONS,
     asked_for,
     device_for,
     edits_asked,
@@ -34,6 +32,7 @@ from ldm.cli.sampling_options import (
 )
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
+from ldm.families.draws import CURVES, PRECISIONS, Running, Wanted
 from ldm.sampling.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
 
 Option = typer.Option
@@ -109,7 +108,7 @@ def sample(
     known("sampler", sampler, tuple(NAMES))
     known("spacing", spacing, SPACINGS)
     known("precision", precision, PRECISIONS)
-    known("guidance_curve", guidance_curve, CURVES)
+    known("guidance_curve", guidance_curve, tuple(CURVES))
     margins = margins_of(outpaint, old)
     passes = hires_of(hires, hires_strength, init or invert, old)
     edited = guided_by(classifier, classifier_scale, old) | edits_asked(init, strength, mask, invert, source, margins, size, old)
@@ -127,8 +126,7 @@ def sample(
         grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.distributed.processes import processes
-    from ldm.families.latent_diffusion.family import load
-    from ldm.families.latent_diffusion.runtime import Running, ready
+    from ldm.families.registry import open_finished
     from ldm.sampling import jobs
     from ldm.sampling.adapters import add
     from ldm.sampling.init_images import init_image_of
@@ -143,23 +141,14 @@ def sample(
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
     if low_memory:
         return_blocks()
-    family = load(folder, device=place, low_memory=low_memory)
+    family = open_finished(folder, place, low_memory)
     added = add(family, lora or [], embedding or [], old, tell)
-    chosen: dict[str, Any] = {
-        "steps": old.get("steps") if steps is None else steps,
-        # Noise that a picture comes from without guidance gives it back without guidance, too.
-        "guidance": old.get("guidance", 1.0 if invert else None) if guidance is None else guidance,
-        "rescale": old.get("rescale") if rescale is None else rescale,
-        "sampler": sampler or old.get("sampler") or ("ddim" if invert else None),
-        # A spacing belongs to its sampler, unless it is asked for.
-        "spacing": spacing or (None if sampler else old.get("spacing")),
-        "eta": old.get("eta", 0.0) if eta is None else eta,
-        "precision": precision or old.get("precision"),
-        "guidance_curve": guidance_curve or old.get("guidance_curve", "constant"),
-        **interval,
-    }
-    running = Running(attention=attention or None, compiled=compiled, low_memory=low_memory, tile=tile)  # type: ignore[arg-type]
-    ready(family, folder, running, family.settings(**chosen).precision)
+    # Noise that a picture comes from without guidance gives it back without guidance, too.
+    usual = {"guidance": 1.0, "sampler": "ddim"} if invert else {}
+    own = Wanted(steps=steps, guidance=guidance, rescale=rescale, sampler=sampler, spacing=spacing, eta=eta, precision=precision)
+    chosen = replace(own, guidance_curve=guidance_curve).over({**usual, **old, **interval})
+    running = Running(attention=attention, compiled=compiled, low_memory=low_memory, tile=tile)
+    family.ready(Path(folder), running, family.settings(chosen).precision)
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **passes, **edited, **added}
     rest["notation"] = not literal and bool(old.get("notation", True))
     rest["mark"] = old.get("mark", "") if mark is None else mark
@@ -170,9 +159,7 @@ def sample(
         rest |= {"variation": 0.2 if variation_strength is None else variation_strength}
     guide = None
     if classifier is not None:
-        from ldm.families.latent_diffusion.classifier_guidance import Classifier
-
-        guide = Classifier.load(classifier, family.codec.hash, family.process, place)
+        guide = family.guide(classifier)
         if old.get("classifier") not in (None, "", guide.hash):
             tell(f"classifier: {classifier} is not the file that the recipe was made with: the picture will differ")
         rest["classifier"] = guide.hash
@@ -185,9 +172,10 @@ def sample(
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
     each = (len(own_seeds) if own_seeds else n) * max(1, variations)  # of a prompt
     candidates = [number + k for number in own_seeds for k in range(best)] if own_seeds else None
-    made = jobs.recipes(
-        family, wanted, candidates, seed=start, n=n * best, chosen=chosen, negative=avoided, size=shape, variations=variations, **rest
+    common = jobs.Common(
+        seeds=candidates, seed=start, n=n * best, wanted=chosen, negative=avoided, size=shape, variations=variations, rest=rest
     )
+    made = jobs.recipes(family, wanted, common)
     for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative, one.to, one.source)):
         tell_overlong(family, text, rest["notation"])
     if rest["mark"]:

@@ -10,13 +10,12 @@ from typing import Any
 
 from ldm.cli.command import size_of
 from ldm.config.errors import UserError
+from ldm.families.draws import Draws
 from ldm.sampling.prompt_files import Asked, read_prompts
 
 MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
 MAX_MARGIN = 4096  # px
 EDGES = ("left", "top", "right", "bottom")
-PRECISIONS = ("fp32", "bf16", "fp16")
-CURVES = ("constant", "linear", "cosine")
 
 
 def asked_for(given: Sequence[str], file: Path | None, recipes: str | None) -> list[Asked]:
@@ -225,17 +224,12 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def tell_overlong(family: Any, text: str, notation: bool) -> None:
-    """Say how a prompt is read that is longer than the text encoder reads at once."""
-    from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
+def tell_overlong(family: Draws, text: str, notation: bool) -> None:
+    """Say how a prompt is read that is longer than the model reads at once."""
     from ldm.text.prompt_syntax import literal, read
-    from ldm.text.weighted import chunks_of
 
-    parts = (read if notation else literal)(text).at(0, 1)
-    chunks = max(len(chunks_of(family.text, pieces)) for pieces in parts)
-    if chunks > 1:
-        how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
-        tell(f"{text[:40]!r}... is longer than the model's {family.text.max_tokens} tokens; it is read {how}")
+    if how := family.overlong((read if notation else literal)(text)):
+        tell(f"{text[:40]!r}... {how}")
 
 
 def tell(text: str) -> None:

@@ -9,7 +9,7 @@ from ldm.cli.sampling_options import MAX_SEED
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
 from ldm.demo.page import OWN_SPACING, Blobs, Page, at_place, background, chosen_place, load_gradio
 from ldm.demo.status import heading, idle
-from ldm.families.latent_diffusion.engine import CURVES, PRECISION
+from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
 from ldm.sampling.recipe import SPACINGS
 
@@ -174,7 +174,7 @@ def _more(box: Box, start: Form, page: Page) -> None:
     share: Any = {"minimum": 0, "maximum": 1, "step": 0.01}
     with gr.Row():
         box["spacing"] = gr.Dropdown([OWN_SPACING, *SPACINGS], value=OWN_SPACING, label="Spacing of the steps", elem_id="ldm-spacing")
-        kinds = list(PRECISION) if start.precision == "fp32" else [start.precision]  # weights in a half type stay there
+        kinds = list(PRECISIONS) if start.precision == "fp32" else [start.precision]  # weights in a half type stay there
         box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision")
     with gr.Row():
         box["rescale"] = gr.Slider(**share, value=start.rescale, label="Guidance rescale", elem_id="ldm-rescale")

@@ -7,20 +7,18 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.cli.sampling_options import MAX_SEED
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe
 from ldm.demo.studio import Order
+from ldm.families.draws import Draws, Settings, Wanted
 from ldm.sampling import jobs
 from ldm.sampling.adapters import differ, told_shortly
 from ldm.sampling.init_images import InitImage, read_init_image
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe, writable
-
-if TYPE_CHECKING:
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 
 MAX_PROMPT = 10_000  # characters
 MAX_PICTURES = 64  # of one order
@@ -43,8 +41,8 @@ FOREIGN = ("variation", "to", "outpaint", "invert", "mark")  # fields of a recip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """What can be chosen for one order; the numbers mean what the options of `sample.py` mean."""
+class Form(Settings):
+    """What can be chosen for one order; the numbers mean what the options of `ldm sample` mean, a spacing of "" the sampler's own."""
 
     prompt: str = ""
     negative: str = ""
@@ -52,16 +50,6 @@ class Form:
     pictures: int = 1
     width: int  # px
     height: int  # px
-    steps: int
-    guidance: float
-    sampler: str
-    spacing: str = ""  # empty: the sampler's own
-    eta: float = 0.0
-    rescale: float
-    precision: str
-    guidance_from: float = 0.0
-    guidance_to: float = 1.0
-    guidance_curve: str = "constant"
     notation: bool = True
     hires: float = 1.0
     hires_strength: float = 0.5
@@ -71,11 +59,10 @@ class Form:
 NAMES = tuple(f.name for f in fields(Form))
 
 
-def blank(family: LatentDiffusionFamily, precision: str = "") -> Form:
+def blank(family: Draws, precision: str = "") -> Form:
     """The model's own defaults."""
-    own, (height, width) = family.settings(precision=precision or None), family.defaults["size"]
-    told = {name: getattr(own, name) for name in ("steps", "guidance", "sampler", "rescale", "precision")}
-    return Form(width=width, height=height, **told)
+    own, (height, width) = family.settings(Wanted(precision=precision)), family.defaults["size"]
+    return Form(width=width, height=height, **{**asdict(own), "spacing": ""})
 
 
 def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
@@ -112,12 +99,7 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
 
 
 def order_of(
-    family: LatentDiffusionFamily,
-    model: str,
-    form: Form,
-    init: bytes | None = None,
-    mask: bytes | None = None,
-    added: Mapping[str, str] | None = None,
+    family: Draws, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None, added: Mapping[str, str] | None = None
 ) -> Order:
     """An order by the same way that `sample.py` makes its recipes.
 
@@ -130,8 +112,6 @@ def order_of(
     Raises:
         UserError: as `sample.py` has it.
     """
-    settings = ("steps", "guidance", "rescale", "sampler", "eta", "precision", "guidance_from", "guidance_to", "guidance_curve")
-    chosen = {name: getattr(form, name) for name in settings} | {"spacing": form.spacing or None}
     rest: dict[str, Any] = {"model": model, "model_hash": family.content_hash, "notation": form.notation, **(added or {})}
     init_image = None
     if init is not None:
@@ -139,19 +119,9 @@ def order_of(
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash, "strength": form.strength}
     elif form.hires != 1:
         rest |= {"hires": form.hires, "hires_strength": form.hires_strength}
-    asked = Asked(prompt=form.prompt)
-    found = jobs.recipes(
-        family,
-        [asked],
-        None,
-        seed=form.seed,
-        n=form.pictures,
-        chosen=chosen,
-        negative=form.negative,
-        size=(form.height, form.width),
-        **rest,
-    )
-    return Order(tuple(found), init_image)
+    size = (form.height, form.width)
+    common = jobs.Common(seed=form.seed, n=form.pictures, wanted=form.wanted(), negative=form.negative, size=size, rest=rest)
+    return Order(tuple(jobs.recipes(family, [Asked(prompt=form.prompt)], common)), init_image)
 
 
 def read_uploaded(init: bytes, mask: bytes | None, size: tuple[int, int]) -> InitImage:
@@ -204,7 +174,7 @@ def fill_in(
         notes.append(f"It was made by the model {told['model']}, not by this one: the picture will differ.")
     if told.get("init"):
         notes.append(f"It was drawn out of another picture (SHA-256 {told['init'][:12]}…): load that one below to repeat it.")
-    own = asdict(Recipe("", "", 0, 1, 1.0, 0.0, "", "", 0.0, 1, 1, "", ""))
+    own = {f.name: f.default for f in fields(Recipe)}
     if isinstance(found, Recipe) and differ(told, added or {}):
         notes.append(f"This page draws with {', '.join(told_shortly(added or {})) or 'no LoRAs or new words'}: the picture will differ.")
     if other := [name for name in FOREIGN if told.get(name, own[name]) != own[name]]:

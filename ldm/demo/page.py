@@ -19,6 +19,7 @@ from ldm.demo.guard import USER
 from ldm.demo.orders import MAX_PICTURES, NAMES, Form, blank, check_upload, fill_in, order_of, read_form
 from ldm.demo.status import command, finished, panel, progress
 from ldm.demo.studio import Job, Order, Studio
+from ldm.families.draws import Draws
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.recipe import read_recipe
 
@@ -53,7 +54,7 @@ class Page:
     jobs: dict[str, set[Job]] = field(default_factory=dict)  # by browser tab
 
     @property
-    def family(self) -> Any:
+    def family(self) -> Draws:
         """The model."""
         return self.studio.family
 

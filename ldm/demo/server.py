@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from ldm.config.errors import UserError
 if TYPE_CHECKING:
     from ldm.demo.guard import Guard
     from ldm.demo.studio import Studio
+    from ldm.families.draws import Draws
 
 Option = typer.Option
 LEAST_TOKEN = 12  # characters
@@ -121,16 +122,16 @@ def quiet() -> None:
 
 def opened(
     folder: str, device: str, precision: str, low_memory: bool, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
-) -> tuple[Any, dict[str, str]]:
+) -> tuple[Draws, dict[str, str]]:
     """The model, ready to draw, and what recipes tell of its LoRAs and words."""
-    from ldm.families.latent_diffusion.family import load
-    from ldm.families.latent_diffusion.runtime import Running, ready
+    from ldm.families.draws import Running, Wanted
+    from ldm.families.registry import open_finished
     from ldm.sampling.adapters import add
 
-    family = load(folder, device=device_for(device), low_memory=low_memory)
+    family = open_finished(folder, device_for(device), low_memory)
     added = add(family, loras, embeddings, {}, tell)
-    kind = family.settings(precision=precision or None).precision
-    return ready(family, folder, Running(low_memory=low_memory), kind), added
+    family.ready(Path(folder), Running(low_memory=low_memory), family.settings(Wanted(precision=precision)).precision)
+    return family, added
 
 
 def application(
@@ -166,9 +167,8 @@ def application(
     from ldm.demo.status import CSS, HEAD
     from ldm.sampling.adapters import told_shortly
 
-    weight = next(studio.family.denoiser.parameters())
     shelf = Shelf(files.resolve())
-    facts = " · ".join([f"{studio.family.resolution} px", weight.device.type, *told_shortly(added or {})])
+    facts = " · ".join([f"{studio.family.defaults['size'][0]} px", studio.family.device.type, *told_shortly(added or {})])
     page = Page(studio, shelf, model, facts, largest, precision, added or {})
     blocks = build(page)
     blocks.has_launched = True  # gradio looks where a client's files lie only after its own launch()

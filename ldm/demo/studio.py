@@ -9,7 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.config.errors import UserError, out_of_memory
 from ldm.sampling.recipe import Recipe
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ldm.diffusion.samplers import Denoise
-    from ldm.families.latent_diffusion.engine import Canvas, Edit
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+    from ldm.families.draws import Draws
     from ldm.sampling.init_images import InitImage
 
 State = Literal["waiting", "drawing", "done", "cancelled", "failed"]
@@ -85,13 +83,13 @@ class Studio:
     same settings and size. None of this changes a picture, which depends on its recipe alone.
 
     Args:
-        family: ready to draw (`ldm.families.latent_diffusion.runtime.ready`).
+        family: ready to draw (`ldm.families.draws.Draws.ready`).
         each: orders that one user may have in the queue.
         total: orders in the queue in all.
         previews: whether pictures are shown while they are drawn.
     """
 
-    def __init__(self, family: LatentDiffusionFamily, each: int = 4, total: int = 64, previews: bool = True) -> None:
+    def __init__(self, family: Draws, each: int = 4, total: int = 64, previews: bool = True) -> None:
         self.family = family
         self.each, self.total, self.previews = each, total, previews
         self._changed = threading.Condition()
@@ -263,30 +261,23 @@ class Studio:
         if all(job.over for job in jobs):
             raise Stopped
         watching = self._watching([job for job, _ in unit])
-        return drawing.draw(self.family, found, init_image=jobs[0].order.init_image, edits=(watching,), on_step=on_step, note=note)
+        return drawing.draw(self.family, found, init_image=jobs[0].order.init_image, edits=watching, on_step=on_step, note=note)
 
-    def _watching(self, owners: Sequence[Job]) -> Edit:
+    def _watching(self, owners: Sequence[Job]) -> tuple[Any, ...]:
         """What changes nothing, shows what is drawn by now, and stops where nobody waits for it."""
-        from ldm.families.latent_diffusion.engine import Edit
-
         last = time.monotonic()
 
-        def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
-            def watched(x: Tensor, i: int) -> Tensor:
-                nonlocal last
-                if all(job.over for job in owners):
-                    raise Stopped
-                x0 = denoise(x, i)
-                if self.previews and time.monotonic() - last > max(0.2, self._cost / SHARE):
-                    began = time.monotonic()
-                    self._show(x0, [owners[row] for row in canvas.rows])
-                    last = time.monotonic()
-                    self._cost = last - began
-                return x0
+        def see(rows: Sequence[int], step: int, x0: Tensor) -> None:
+            nonlocal last
+            if all(job.over for job in owners):
+                raise Stopped
+            if self.previews and time.monotonic() - last > max(0.2, self._cost / SHARE):
+                began = time.monotonic()
+                self._show(x0, [owners[row] for row in rows])
+                last = time.monotonic()
+                self._cost = last - began
 
-            return watched
-
-        return Edit(guide=guide)
+        return self.family.watch(see)
 
     def _show(self, x0: Tensor, owners: Sequence[Job]) -> None:
         """Decode the first picture of each job."""
@@ -297,8 +288,8 @@ class Studio:
             first.setdefault(job, place)
         shown = [(job, place) for job, place in first.items() if not job.over][:PREVIEWS]
         for job, place in shown:
-            image = self.family.codec.decode(x0[place : place + 1].detach())
-            seen = to_uint8(image.float().nan_to_num())[0].numpy()
+            image = self.family.decode(x0[place : place + 1].detach())
+            seen = to_uint8(image.nan_to_num())[0].numpy()
             with self._changed:
                 if not job.over:
                     job.preview = seen

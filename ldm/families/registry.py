@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
@@ -12,6 +12,7 @@ from ldm.config.introspection import members_of, without_annotation
 from ldm.config.schema import BY_KIND
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
+from ldm.families.draws import PLAIN, Draws, Running
 from ldm.families.family import ModelConfig
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
@@ -27,7 +28,7 @@ def kinds() -> dict[str, type[ModelConfig]]:
     return members_of(without_annotation(Model))
 
 
-def open_finished(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> Any:
+def open_finished(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> Draws:
     """A finished model by folder, run folder, single file or hub name, opened by the kind that its ldm.json names.
 
     Raises:
@@ -39,3 +40,10 @@ def open_finished(folder: str | Path, device: str | torch.device = "cpu", low_me
     if kind not in known:
         raise UserError(f"{root}: a model of kind {kind!r}; this version opens {', '.join(known)}")
     return known[kind].open(root, device, low_memory)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = PLAIN) -> Draws:
+    """A finished model, ready to draw."""
+    family = open_finished(folder, device, running.low_memory)
+    family.ready(Path(folder), running, "fp32")
+    return family

@@ -17,6 +17,7 @@ from ldm.data.dataset import DataSet
 from ldm.data.pictures import save_grid
 from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
+from ldm.families.draws import Wanted
 from ldm.metrics import adherence, frechet
 from ldm.metrics.reconstruction import psnr, ssim
 
@@ -29,18 +30,6 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
-        ...
-
-
-class Draws(Reconstructs, Protocol):
-    """A model that draws prompts."""
-
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Tensor:
-        """Pictures uint8 (N,H,W,3)."""
-        ...
-
-    def settings(self, **settings: Any) -> Any:
-        """The numbers of a sampling call, defaults filled in."""
         ...
 
 
@@ -119,7 +108,7 @@ class Adherence:
         groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
         if self.pairs:
             groups["chosen"] = prompts(self.tier, self.prompts, self.seed, "seen", self.pairs)
-        own: dict[str, Any] = {"steps": self.steps or None, "sampler": self.sampler or None}
+        own = Wanted(steps=self.steps or None, sampler=self.sampler or None)
         scales = self.guidance or (bench.model.settings().guidance,)
         size = (self.size, self.size) if self.size else None
         intervals: Values = {}
@@ -132,7 +121,7 @@ class Adherence:
                 def on_step(step: int, steps: int, base: int = done, many: int = len(asked), scale: float = scale) -> None:
                     bench.progress(base + many * step // steps, total, f"guidance {scale:g}")
 
-                images = bench.model.sample(asked.text, seeds, guidance=scale, size=size, on_step=on_step, **own)
+                images = bench.model.sample(asked.text, seeds, replace(own, guidance=scale), size=size, on_step=on_step)
                 done += len(asked)
                 scores = adherence.score(images.numpy(), asked.targets)
                 per_pairs[pairs] = {name: value.to_dict() for name, value in adherence.summary(scores).items()}
@@ -142,7 +131,7 @@ class Adherence:
             intervals[f"{scale:g}"] = per_pairs
         first = intervals[f"{scales[0]:g}"]
         means = {pairs.replace("-", "_"): {k: round(v["mean"], 4) for k, v in found.items()} for pairs, found in first.items()}
-        used = bench.model.settings(guidance=scales[0], **own)
+        used = bench.model.settings(replace(own, guidance=scales[0]))
         protocol = {
             "tier": self.tier,
             "prompts": self.prompts,
@@ -229,7 +218,8 @@ class Frechet:
         def on_step(done: int, total: int) -> None:
             bench.progress(done, total, "frechet")
 
-        images = bench.model.sample(real.caption[:half], [self.seed + i for i in range(half)], steps=self.steps or None, on_step=on_step)
+        seeds, wanted = [self.seed + i for i in range(half)], Wanted(steps=self.steps or None)
+        images = bench.model.sample(real.caption[:half], seeds, wanted, on_step=on_step)
         a, b, c = (frechet.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
         a, b, c = frechet.standardise(a, b, c)
         return {

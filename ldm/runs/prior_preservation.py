@@ -55,7 +55,7 @@ def draw(prior: PriorPreservation, base: str, folder: Path, device: str, note: C
     """
     from PIL import Image
 
-    from ldm.families.latent_diffusion.runtime import load
+    from ldm.families.registry import load
 
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {number: prior.prompts[number % len(prior.prompts)] for number in range(prior.images)}

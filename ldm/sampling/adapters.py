@@ -1,4 +1,4 @@
-"""LoRAs and new words that a finished model is given before it draws, and what recipes remember of them."""
+"""Adapters of a finished model: LoRA files merged and textual inversion words taught before it draws, as recipes remember them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.config.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.families.draws import PLAIN, Draws
 
 FIELDS = ("loras", "embeddings")  # of a Recipe: JSON, a list of {file, weight, hash} and of {file, token, hash}
 
@@ -42,14 +40,14 @@ def with_adapters(
     old: Mapping[str, Any],
     note: Callable[[str], None],
     factor: float = 1.0,
-) -> tuple[LatentDiffusionFamily, dict[str, str]]:
+) -> tuple[Draws, dict[str, str]]:
     """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
-    from ldm.families.latent_diffusion.family import load
-    from ldm.families.latent_diffusion.runtime import ready
+    from ldm.families.registry import open_finished
 
-    family = load(folder, device=device)
+    family = open_finished(folder, device)
     added = add(family, loras, embeddings, old, note, factor)
-    return ready(family, folder), added
+    family.ready(Path(folder), PLAIN, "fp32")
+    return family, added
 
 
 def scaled(loras: str, factor: float) -> str:
@@ -58,17 +56,12 @@ def scaled(loras: str, factor: float) -> str:
 
 
 def add(
-    family: LatentDiffusionFamily,
-    loras: Sequence[str],
-    embeddings: Sequence[str],
-    old: Mapping[str, Any],
-    note: Callable[[str], None],
-    factor: float = 1.0,
+    family: Draws, loras: Sequence[str], embeddings: Sequence[str], old: Mapping[str, Any], note: Callable[[str], None], factor: float = 1.0
 ) -> dict[str, str]:
     """Merge LoRAs into a model and teach it words; returns the fields of a recipe that tell of them.
 
     Args:
-        family: as `ldm.families.latent_diffusion.family.load` gave it.
+        family: as `ldm.families.registry.open_finished` gave it.
         loras: FILE or FILE:WEIGHT.
         embeddings: files.
         old: a recipe that is followed where neither is given; its files must be where they were, with the same content.
@@ -79,8 +72,7 @@ def add(
         UserError: naming the file that is missing, has changed, or is for another model.
     """
     from ldm.formats.lora_files import read
-    from ldm.models.lora import Merged
-    from ldm.text.textual_inversion import add_word, read_embedding
+    from ldm.text.textual_inversion import read_embedding
 
     before = {name: remembered(old, name) for name in FIELDS}
     wanted = [weighted(word) for word in loras] or [(_again(one, "lora"), float(one["weight"])) for one in before["loras"]]
@@ -98,11 +90,7 @@ def add(
                 lost = next(a for a, b in zip(before[name], told[name], strict=True) if a["hash"] != b["hash"])
                 raise UserError(f"from: {lost['file']} is not the file that the picture was drawn with; give that one by --{name[:-1]}")
             note(f"the picture was drawn with other {name}: it will differ")
-    for word in words:
-        add_word(family.text, word.token, word.rows)
-    if found:
-        Merged({"unet": family.denoiser, "text_encoder": family.text.model}, [(lora, weight * factor) for lora, weight in found])
-    family.text.forget()
+    family.adapt([(lora, weight * factor) for lora, weight in found], words)
     fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}
 

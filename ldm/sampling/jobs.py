@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
+from ldm.families.draws import OWN as OWN_SETTINGS
+from ldm.families.draws import Draws, Guide, Wanted
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.families.latent_diffusion.classifier_guidance import Classifier
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
     from ldm.sampling.init_images import InitImage
     from ldm.text.prompt_syntax import Prompt
 
 MAX_SIDE = 8192  # px
 OWN: dict[str, Any] = {"prompt": "", "seed": 0, "variation_seed": 0, "variation": 0.0, "to": "", "share": 0.0}  # of each in a call
-NUMBERS = ("steps", "guidance", "rescale", "sampler", "spacing", "eta", "precision", "guidance_from", "guidance_to", "guidance_curve")
 
 
-def recipes(
-    family: LatentDiffusionFamily,
-    asked: Sequence[Asked],
-    seeds: Sequence[int] | None,
-    *,
-    seed: int,
-    n: int,
-    chosen: dict[str, Any],
-    negative: str,
-    size: tuple[int, int] | None,
-    variations: int = 0,
-    **rest: Any,
-) -> list[Recipe]:
-    """A recipe for every picture, prompt after prompt; what a prompt's own line says goes before everything else.
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What the pictures of several prompts have in common, unless a prompt's own line says otherwise.
 
     Args:
         seeds: every prompt's; None: `n` from the line's seed or `seed` on.
-        chosen: settings by the names of NUMBERS, None for the model's own.
-        size: (height, width) px, or None for the model's own.
+        wanted: sampler settings.
+        size: (height, width) px; None: the model's own.
         variations: of every picture, in its place: with the noise of seed + 1, seed + 2, ... mixed into its own; 0: the picture.
         rest: other fields of every recipe.
     """
+
+    seeds: Sequence[int] | None = None
+    seed: int = 0
+    n: int = 1
+    wanted: Wanted = OWN_SETTINGS
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    variations: int = 0
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recipe]:
+    """A recipe for every picture, prompt after prompt."""
     found = []
     for one in asked:
         own = {name: value for name in ("steps", "guidance") if (value := getattr(one, name)) is not None}
-        settings = asdict(family.settings(**{**chosen, **own}))
-        height, width = size or family.defaults["size"]
-        first = seed if one.seed is None else one.seed
-        avoided = negative if one.negative is None else one.negative
-        for number in seeds if seeds is not None and one.seed is None else range(first, first + n):
-            recipe = Recipe(
-                prompt=one.prompt, negative=avoided, seed=number, width=one.width or width, height=one.height or height, **settings, **rest
-            )
+        told: dict[str, Any] = {**asdict(family.settings(replace(common.wanted, **own))), **common.rest, "prompt": one.prompt}
+        height, width = common.size or family.defaults["size"]
+        told |= {"height": one.height or height, "width": one.width or width}
+        told["negative"] = common.negative if one.negative is None else one.negative
+        first = common.seed if one.seed is None else one.seed
+        listed = common.seeds if one.seed is None else None
+        for number in range(first, first + common.n) if listed is None else listed:
+            recipe = Recipe(seed=number, **told)
             check_size(recipe, family.factor)
-            found += [replace(recipe, variation_seed=number + 1 + k) for k in range(variations)] or [recipe]
+            found += [replace(recipe, variation_seed=number + 1 + k) for k in range(common.variations)] or [recipe]
     return found
 
 
@@ -88,12 +89,12 @@ def alike(found: Sequence[Recipe], many: int) -> Iterator[list[int]]:
 
 
 def draw(
-    family: LatentDiffusionFamily,
+    family: Draws,
     found: Sequence[Recipe],
     *,
     init_image: InitImage | None = None,
     edits: Sequence[Any] = (),
-    classifier: Classifier | None = None,
+    classifier: Guide | None = None,
     on_step: Callable[[int, int], None] | None = None,
     note: Callable[[str], None],
 ) -> Tensor:
@@ -111,16 +112,16 @@ def draw(
 
     first = found[0]
     meant = _reader(first)
-    told: dict[str, Any] = {name: getattr(first, name) for name in NUMBERS}
-    told |= {"negative": meant(first.negative), "note": note}
-    prompts, seeds = [_between(recipe) for recipe in found], [recipe.seed for recipe in found]
+    prompts, wanted, negative = [_between(recipe) for recipe in found], first.wanted(), meant(first.negative)
+    seeds = [recipe.seed for recipe in found]
     passes = 1 if first.hires == 1 else 2
 
     def in_pass(number: int) -> Callable[[int, int], None] | None:
         return None if on_step is None else lambda done, steps: on_step(number * steps + done, passes * steps)
 
     def drawn(number: int, size: tuple[int, int], edits: Sequence[Any]) -> Tensor:
-        return family.sample(prompts, seeds, size=size, latents=noise_of(family, found, size), on_step=in_pass(number), edits=edits, **told)
+        latents, tell = noise_of(family, found, size), in_pass(number)
+        return family.sample(prompts, seeds, wanted, size=size, negative=negative, latents=latents, edits=edits, on_step=tell, note=note)
 
     if init_image is not None:
         image = torch.tensor(init_image.pixels)[None]
@@ -135,30 +136,22 @@ def draw(
     return drawn(passes - 1, (first.height, first.width), edits)
 
 
-def edits_of(family: LatentDiffusionFamily, recipe: Recipe, image: Tensor, new: Tensor | None) -> tuple[Any, ...]:
+def edits_of(family: Draws, recipe: Recipe, image: Tensor, new: Tensor | None) -> tuple[Any, ...]:
     """How a recipe departs from pictures (1 or N,H,W,3) uint8, of which `new` (1 or N,H,W) or all is to be new."""
-    import torch
-
-    from ldm.families.latent_diffusion.edits import from_inverted
-
     if not recipe.invert:
         return family.edits(image, new, recipe.strength)
-    settings = family.settings(**{name: getattr(recipe, name) for name in NUMBERS})
-    with torch.no_grad():
-        return (from_inverted(family.engine(), image, _reader(recipe)(recipe.source), settings, recipe.strength),)
+    return family.inverted(image, _reader(recipe)(recipe.source), family.settings(recipe.wanted()), recipe.strength)
 
 
-def noise_of(family: LatentDiffusionFamily, found: Sequence[Recipe], size: tuple[int, int]) -> Tensor | None:
+def noise_of(family: Draws, found: Sequence[Recipe], size: tuple[int, int]) -> Tensor | None:
     """The noise (N,c,h,w) of recipes of which some are variations; None where each has its seed's own."""
     if not any(recipe.variation for recipe in found):
         return None
     import torch
 
     from ldm.diffusion.interpolation import slerp
-    from ldm.diffusion.rng import Rng
 
-    shape = (family.codec.channels, size[0] // family.factor, size[1] // family.factor)
-    own, other = (Rng(0, [getattr(r, name) for r in found]).normal("init", shape) for name in ("seed", "variation_seed"))
+    own, other = (family.noise([getattr(r, name) for r in found], size) for name in ("seed", "variation_seed"))
     return slerp(own, other, torch.tensor([recipe.variation for recipe in found]))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.version import __version__
+from ldm.families.draws import Settings
 
 PARAMETERS, OURS = "parameters", "ldm"  # the names of the chunks
 XMP = "XML:com.adobe.xmp"
@@ -40,30 +41,20 @@ SPACINGS = ("trailing", "leading", "linspace", *SCHEDULES, "lcm")
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')  # as A1111's web UI reads its settings line
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
     """Everything that decides a picture, given the model."""
 
     prompt: str
     negative: str
     seed: int
-    steps: int
-    guidance: float
-    rescale: float
-    sampler: str
-    spacing: str
-    eta: float
     width: int  # px
     height: int  # px
     model: str  # its name, without the place where it lies
     model_hash: str  # of its content
-    precision: str = "fp32"  # of matrix products and convolutions
     init: str = ""  # SHA-256 of the file it was drawn out of; empty: out of noise
     strength: float = 1.0  # the share of the steps that were taken
     mask: str = ""  # SHA-256 of the file that showed where it is new; empty: everywhere
-    guidance_from: float = 0.0  # the share of the steps after which guidance begins
-    guidance_to: float = 1.0  # and after which it ends
-    guidance_curve: str = "constant"  # how it changes over the steps
     notation: bool = False  # whether brackets and AND in the prompts mean what ldm.text.prompt_syntax says, or stand for themselves
     hires: float = 1.0  # how many times smaller, in width and height, a first pass drew it; 1: there was none
     hires_strength: float = 0.5  # the share of the steps that the second pass took

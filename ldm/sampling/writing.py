@@ -9,14 +9,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.config.errors import UserError
 from ldm.distributed.processes import Processes
+from ldm.families.draws import Draws, Guide
 from ldm.sampling.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.families.latent_diffusion.classifier_guidance import Classifier
-    from ldm.families.latent_diffusion.family import LatentDiffusionFamily
     from ldm.sampling.init_images import InitImage
     from ldm.sampling.judges import Judge
     from ldm.sampling.safety import SafetyFilter
@@ -44,17 +44,17 @@ class Writer:
     best: int = 1
     judge: Judge | None = None
     safety: SafetyFilter | None = None
-    classifier: Classifier | None = None
+    classifier: Guide | None = None
     save_steps: bool = False
     tell: Callable[[str], None] = print
     told: Callable[[dict[str, Any]], None] = lambda told: None
     processes: Processes = field(default_factory=Processes)
 
-    def write(self, family: LatentDiffusionFamily, made: Sequence[Recipe], init_image: InitImage | None = None) -> dict[int, Path]:
+    def write(self, family: Draws, made: Sequence[Recipe], init_image: InitImage | None = None) -> dict[int, Path]:
         """The files by their places, of all processes; withheld pictures have none."""
-        from ldm.families.latent_diffusion.trajectory import Film
         from ldm.sampling import jobs
         from ldm.sampling.picture_files import Bar
+        from ldm.sampling.trajectory import Film
 
         groups = self.processes.share(len(made) // self.best)
         own = made[groups.start * self.best : groups.stop * self.best]
@@ -70,13 +70,15 @@ class Writer:
                 def on_step(step: int, of: int, done: int = done, count: int = len(part)) -> None:
                     show(done + count * step / of)
 
-                watching = (film.edit(),) if self.save_steps else ()
+                watching = family.watch(film.see) if self.save_steps else ()
+                if self.save_steps and not watching:
+                    raise UserError(f"save_steps: this model of kind {family.kind} draws at once; leave --save-steps out")
                 images = jobs.draw(
                     family, part, init_image=init_image, edits=watching, classifier=self.classifier, on_step=on_step, note=note
                 )
                 done += len(part)
                 for row, place in enumerate(places):
-                    waiting[place] = images[row], film.strip(row, family.codec) if self.save_steps else None
+                    waiting[place] = images[row], film.strip(row, family.decode) if self.save_steps else None
                 for group in sorted({place // self.best for place in places}):
                     members = range(group * self.best, (group + 1) * self.best)
                     if all(place in waiting for place in members):

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-import ldm.families.latent_diffusion.loading
+import ldm.families.registry
 import pytest
 from painters import SIDE, Painter
 from PIL import Image
@@ -23,7 +23,7 @@ from ldm.runs.evaluation import measure
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     """Stands in for the model, whatever folder is named."""
     found = Painter()
-    monkeypatch.setattr(ldm.families.latent_diffusion.loading, "load", lambda folder, device: found)
+    monkeypatch.setattr(ldm.families.registry, "open_finished", lambda folder, device: found)
     return found
 
 

@@ -17,6 +17,7 @@ import ldm.formats.pipeline_folder
 from ldm.__main__ import main
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import ScaledLinear
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.part import load_part
 
@@ -38,7 +39,7 @@ def picture(folder: Path, noise: torch.Tensor, **words: Any) -> np.ndarray:
 
 
 def ours(folder: Path | str, noise: torch.Tensor) -> np.ndarray:
-    return load(folder).sample(PROMPTS, [0, 0], steps=5, guidance=4.0, sampler="ddim", latents=noise).numpy()
+    return load(folder).sample(PROMPTS, [0, 0], Wanted(steps=5, guidance=4.0, sampler="ddim"), latents=noise).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_shards_open_everywhere(variant: str, kl_model: Path, tmp_path: Path) ->
         source = load_part(kl_model / part)[1]
         prefix = "" if next(iter(opened.state_dict())) in source else "text_model."
         assert all(torch.equal(value, source[prefix + name].half()) for name, value in opened.state_dict().items())
-    assert load(out).sample(PROMPTS, [0, 1], steps=2).shape == (2, SIDE, SIDE, 3)
+    assert load(out).sample(PROMPTS, [0, 1], Wanted(steps=2)).shape == (2, SIDE, SIDE, 3)
 
 
 def test_tokenizers_of_both_layouts_give_the_same_numbers(kl_model: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_vq_and_unet_of_our_own_go_into_folders(tmp_path: Path, vq_model: Path, 
     assert export(own, "--to", "diffusers", "--out", tmp_path / "own-copy") == 0
     assert "so only ldm opens this folder" in capsys.readouterr().err
     assert "With diffusers" not in (tmp_path / "own-copy" / "README.md").read_text()
-    assert load(tmp_path / "own-copy").sample(PROMPTS[:1], [0], steps=2).shape == (1, SIDE, SIDE, 3)
+    assert load(tmp_path / "own-copy").sample(PROMPTS[:1], [0], Wanted(steps=2)).shape == (1, SIDE, SIDE, 3)
 
 
 def test_a_strangers_folder_keeps_its_scheduler_card_and_factor(kl_model: Path, tmp_path: Path, capsys: Any) -> None:

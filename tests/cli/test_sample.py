@@ -19,6 +19,7 @@ from PIL import Image
 
 import ldm
 from ldm.__main__ import main
+from ldm.families.draws import Wanted
 from ldm.sampling.recipe import read_recipe
 
 
@@ -122,7 +123,7 @@ def test_a_folder_that_diffusers_wrote_draws_the_same_here(kl_model: Path, tmp_p
     latents, prompts = torch.randn(2, 4, 8, 8), list(CAPTIONS[:2])
     drawn = theirs(prompts, latents=latents, num_inference_steps=8, guidance_scale=4.0, output_type="np").images
     family = ldm.load(tmp_path / "theirs")
-    ours = family.sample(prompts, [0, 0], steps=8, guidance=4.0, sampler="ddim", latents=latents).numpy()
+    ours = family.sample(prompts, [0, 0], Wanted(steps=8, guidance=4.0, sampler="ddim"), latents=latents).numpy()
     assert family.defaults["size"] == (32, 32) and ours.std() > 1
     assert np.abs((drawn * 255).round() - ours).max() <= 1
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import ldm
 from ldm.__main__ import main
+from ldm.families.draws import Wanted
 from ldm.sampling.recipe import Recipe, parse_parameters, read_recipe
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -97,7 +98,7 @@ def test_inverted_noise_leads_back(init: Path, tmp_path: Path, monkeypatch: pyte
     # Near the denoiser of Gaussian data, as a trained network is near that of its own; of v that is a network that says little.
     family = ldm.load(finished_model(tmp_path, process=Process(target="v")))
     image = torch.tensor(np.asarray(Image.open(init)))[None]
-    settings = family.settings(steps=10, sampler="ddim", guidance=1.0)
+    settings = family.settings(Wanted(steps=10, sampler="ddim", guidance=1.0))
     errors = []
     with torch.no_grad():
         family.denoiser.conv_out.weight.mul_(0.3)

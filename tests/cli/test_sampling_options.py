@@ -13,12 +13,13 @@ from PIL import Image
 
 from ldm.__main__ import main
 from ldm.diffusion.samplers import Denoise
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.engine import Canvas, Edit
 from ldm.families.latent_diffusion.family import load
-from ldm.families.latent_diffusion.trajectory import Film
 from ldm.sampling import jobs
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe, read_recipe
+from ldm.sampling.trajectory import Film
 
 DDIM = ["--steps", "4", "--sampler", "ddim"]
 
@@ -105,20 +106,8 @@ def test_two_passes(model: list[str], tmp_path: Path) -> None:
 
 def test_both_passes_are_edited_and_filmed(model: list[str], tmp_path: Path) -> None:
     family = load(model[1])
-    (made,) = jobs.recipes(
-        family,
-        [Asked(prompt="a ring")],
-        None,
-        seed=3,
-        n=1,
-        chosen={"steps": 4},
-        negative="",
-        size=(64, 64),
-        model="m",
-        model_hash="h",
-        hires=2.0,
-        hires_strength=0.5,
-    )
+    rest = {"model": "m", "model_hash": "h", "hires": 2.0, "hires_strength": 0.5}
+    (made,) = jobs.recipes(family, [Asked(prompt="a ring")], jobs.Common(seed=3, wanted=Wanted(steps=4), size=(64, 64), rest=rest))
     calls: list[tuple[int, int]] = []
 
     def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
@@ -130,11 +119,11 @@ def test_both_passes_are_edited_and_filmed(model: list[str], tmp_path: Path) -> 
 
     plain = jobs.draw(family, [made], note=print)
     film = Film()
-    edited = jobs.draw(family, [made], edits=[Edit(guide=guide), film.edit()], note=print)
+    edited = jobs.draw(family, [made], edits=[Edit(guide=guide), *family.watch(film.see)], note=print)
     small, large = [call for call in calls if call[0] == 4], [call for call in calls if call[0] == 8]
     assert [i for _, i in small] == [0, 1, 2, 3] and [i for _, i in large] == [0, 1] and not torch.equal(plain, edited)
-    assert film.strip(0, family.codec).shape == (64, 6 * 66 - 2, 3)
-    filmed = jobs.draw(family, [made], edits=[Film().edit()], note=print)
+    assert film.strip(0, family.decode).shape == (64, 6 * 66 - 2, 3)
+    filmed = jobs.draw(family, [made], edits=[*family.watch(Film().see)], note=print)
     assert torch.equal(filmed, plain)
 
 

@@ -33,10 +33,13 @@ from ldm.__main__ import main
 from ldm.demo.files import Shelf
 from ldm.demo.orders import NAMES, Form, blank, check_upload, fill_in, read_form
 from ldm.demo.studio import Studio
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.sampling.recipe import Recipe, read_recipe
 
 pytest.importorskip("gradio", reason="the page needs gradio")
+
+MADE = {"prompt": "p", "negative": "", "seed": 0, "steps": 4, "guidance": 1.0, "rescale": 0.0, "sampler": "ddim", "spacing": "trailing"}
+MADE |= {"width": SIDE, "height": SIDE, "model": "m", "model_hash": "h"}
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +267,7 @@ def test_other_programs_pictures_are_read_as_far_as_they_fit(page: Any, tmp_path
 
 
 def test_settings_that_the_page_lacks_are_told(page: Any) -> None:
-    base = Recipe("p", "", 0, 4, 1.0, 0.0, "ddim", "trailing", 0.0, SIDE, SIDE, "other", "h")
+    base = Recipe(**{**MADE, "model": "other"})
     _, notes = fill_in(blank(page.family), replace(base, variation=0.5, init="f" * 64), page.family.content_hash, 256)
     assert ["made by the model other" in notes[0], "drawn out of another picture" in notes[1], "variation" in notes[2]] == [True] * 3
 
@@ -283,7 +286,7 @@ def _bomb() -> bytes:
 
 def test_the_shelf_is_bounded_and_forgets(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, most=4000)
-    recipe = Recipe("p", "", 0, 4, 1.0, 0.0, "ddim", "trailing", 0.0, SIDE, SIDE, "m", "h")
+    recipe = Recipe(**MADE)
     for seed in range(8):
         shelf.keep("ann", replace(recipe, seed=seed), np.asarray(picture(seed)))
         time.sleep(0.002)

@@ -16,7 +16,7 @@ from finished_model import CAPTIONS, SIDE
 from ldm.config.errors import UserError
 from ldm.demo.studio import Busy, Job, Order, Studio
 from ldm.families.latent_diffusion.engine import Edit
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.sampling import jobs
 from ldm.sampling.recipe import Recipe
 

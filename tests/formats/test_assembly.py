@@ -16,6 +16,7 @@ from finished_model import KL, SIDE, STORY, UNET, Pictures, autoencoder_product,
 from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Flow, ScaledLinear
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import verify
@@ -47,7 +48,7 @@ def test_stable_diffusion_pipeline_draws_the_same_picture(name: str, tmp_path: P
     folder = finished_model(tmp_path, process=PROCESSES[name])
     family = load(folder)
     latents = noise(family)
-    ours = family.sample(PROMPTS, [0, 0], steps=20, guidance=4.0, sampler="ddim", latents=latents, negative="a ring").numpy()
+    ours = family.sample(PROMPTS, [0, 0], Wanted(steps=20, guidance=4.0, sampler="ddim"), latents=latents, negative="a ring").numpy()
     drawn = pipeline(folder)(
         PROMPTS, negative_prompt=["a ring"] * 2, latents=latents, num_inference_steps=20, guidance_scale=4.0, output_type="np"
     )
@@ -82,7 +83,7 @@ def test_the_cards_lines_for_vq_draw_as_they_stand(name: str, tmp_path: Path) ->
     torch.manual_seed(3)
     family = load(folder)
     latents = torch.randn(1, 3, SIDE // 4, SIDE // 4)
-    ours = family.sample([STORY["prompt"]], [0], sampler="ddim", latents=latents)
+    ours = family.sample([STORY["prompt"]], [0], Wanted(sampler="ddim"), latents=latents)
     theirs = ((image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
     # A latent on the border of two codes may fall on either side.
     assert ((ours[0].float() - theirs).abs() <= 1).float().mean() > 0.98
@@ -176,7 +177,7 @@ def test_a_unet_of_our_own_is_not_said_to_open_elsewhere(tmp_path: Path) -> None
     assemble(text, autoencoder, diffusion, tmp_path / "model", STORY)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "With diffusers" not in card and "sample.py" in card
-    assert load(tmp_path / "model").sample(PROMPTS, [0, 1], steps=2).shape == (2, SIDE, SIDE, 3)
+    assert load(tmp_path / "model").sample(PROMPTS, [0, 1], Wanted(steps=2)).shape == (2, SIDE, SIDE, 3)
 
 
 def test_assembling_again_replaces_the_model_at_once(tmp_path: Path, kl_model: Path) -> None:

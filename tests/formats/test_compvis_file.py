@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from ldm.__main__ import main
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import from_compvis, to_compvis
 from ldm.formats.compvis_file import schedule_buffers
@@ -142,7 +143,7 @@ def test_diffusers_opens_the_file_and_draws_the_same(model: Path, single: Path) 
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(5))
     theirs = pipeline(PROMPTS, latents=noise, num_inference_steps=5, guidance_scale=4.0, output_type="np").images * 255
-    ours = load(model).sample(PROMPTS, [0, 0], steps=5, guidance=4.0, sampler="ddim", latents=noise).numpy()
+    ours = load(model).sample(PROMPTS, [0, 0], Wanted(steps=5, guidance=4.0, sampler="ddim"), latents=noise).numpy()
     assert np.abs(np.round(theirs) - ours).max() <= 1 and ours.std() > 5
 
 

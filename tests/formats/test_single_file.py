@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import PREFIX, to_compvis
 from ldm.formats.compvis_shapes import text_config, unet_config, vae_config
@@ -123,7 +124,7 @@ def test_a_whole_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     assert abs(scheduler["beta_start"] - 0.00085) < 1e-8 and scheduler["beta_schedule"] == "scaled_linear"
     family = load(tmp_path / "model.safetensors")
-    picture = family.sample(["a cat!"], steps=1, size=(16, 16))
+    picture = family.sample(["a cat!"], settings=Wanted(steps=1), size=(16, 16))
     assert picture.shape == (1, 16, 16, 3) and family.text.max_tokens == 77
     # The second opening reads what the first one wrote.
     assert open_single(tmp_path / "model.safetensors", note=notes.append) == folder and len(notes) == 1

@@ -149,7 +149,7 @@ def test_the_frechet_distance_tells_real_pictures_from_wrong_ones():
 class Constant(Painter):
     """Draws the same gray picture always."""
 
-    def sample(self, prompts, seeds, **settings):
+    def sample(self, prompts, seeds, settings=None, **told):
         """Gray."""
         return torch.full((len(prompts), SIDE, SIDE, 3), 128, dtype=torch.uint8)
 

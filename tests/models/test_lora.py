@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.formats.lora_files import Style, dotted, read, write
 from ldm.formats.tensor_file import read_texts
@@ -51,7 +52,7 @@ def trained(family: LatentDiffusionFamily, rank: int = RANK, alpha: float = ALPH
 def latents(family: LatentDiffusionFamily) -> Tensor:
     """Clean latents that the family draws of the usual prompts."""
     with torch.no_grad():
-        settings = family.settings(steps=4, sampler="ddim", guidance=3.0)
+        settings = family.settings(Wanted(steps=4, sampler="ddim", guidance=3.0))
         return family.engine().draw(PROMPTS, [7, 8], settings, (SIDE, SIDE), negative=NEGATIVE, latents=start_noise(torch.float32))[1]
 
 

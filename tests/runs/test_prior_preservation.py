@@ -16,7 +16,7 @@ from ldm.__main__ import main
 from ldm.data.loader import batches
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.runs.prior_preservation import PriorPreservation, draw
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,11 @@ import torch
 from finished_model import CAPTIONS, SIDE
 
 import ldm
-from ldm.cli.sampling_options import CURVES as TOLD_CURVES
-from ldm.cli.sampling_options import PRECISIONS
 from ldm.diffusion.process import SPACINGS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.distributed.processes import Processes
-from ldm.families.latent_diffusion.engine import CURVES, PRECISION
+from ldm.families.draws import NUMBERS, PRECISIONS, Wanted
+from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 from ldm.sampling.recipe import NAMES
 from ldm.sampling.recipe import SPACINGS as TOLD
@@ -32,7 +32,9 @@ def family(request: pytest.FixtureRequest) -> LatentDiffusionFamily:
 
 
 def drawn(family: LatentDiffusionFamily, pairs: list[tuple[str, int]], sampler: str) -> dict[tuple[str, int], torch.Tensor]:
-    images = family.sample([p for p, _ in pairs], [s for _, s in pairs], sampler=sampler, steps=3, eta=1.0 if sampler == "ddim" else 0.0)
+    images = family.sample(
+        [p for p, _ in pairs], [s for _, s in pairs], Wanted(sampler=sampler, steps=3, eta=1.0 if sampler == "ddim" else 0.0)
+    )
     return dict(zip(pairs, images, strict=True))
 
 
@@ -51,7 +53,7 @@ def test_batch_sizes_orders_and_neighbours(family: LatentDiffusionFamily, sample
 
 def test_what_is_told_without_torch_is_what_there_is() -> None:
     assert list(NAMES) == list(SAMPLERS) and TOLD == SPACINGS
-    assert tuple(PRECISION) == PRECISIONS and tuple(CURVES) == TOLD_CURVES
+    assert tuple(PRECISION) == PRECISIONS and {f.name for f in fields(Wanted)} == set(NUMBERS)
 
 
 def test_processes_share_everything_once() -> None:
@@ -127,4 +129,4 @@ def test_help_of_the_other_verbs_does_without_torch(verb: str, tmp_path: Path) -
 
 
 def test_the_side_is_the_models(family: LatentDiffusionFamily) -> None:
-    assert family.sample(["a"], [0], steps=1).shape == (1, SIDE, SIDE, 3)
+    assert family.sample(["a"], [0], Wanted(steps=1)).shape == (1, SIDE, SIDE, 3)

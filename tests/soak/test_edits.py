@@ -19,7 +19,7 @@ from ldm.data.scenes.checker import read
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import prompts
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]

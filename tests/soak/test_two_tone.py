@@ -21,7 +21,7 @@ from ldm.data.scenes.captions import say, stated
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import prompts
 from ldm.data.scenes.spec import COLOUR_RGB, COLOURS, SHAPES, Specs
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]

@@ -17,7 +17,7 @@ from ldm.__main__ import main
 from ldm.data.scenes.render import render
 from ldm.data.scenes.source import ScenesSource, prompts
 from ldm.data.scenes.web import corrupt
-from ldm.families.latent_diffusion.runtime import load
+from ldm.families.registry import load
 from ldm.metrics.adherence import score
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3 * 3600)]

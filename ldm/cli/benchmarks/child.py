@@ -13,7 +13,7 @@ def first_call(side: str, folder: str, file: str) -> None:
         import torch
 
         from ldm.diffusion.batch import Cond, Text
-        from ldm.families.latent_diffusion.runtime import load
+        from ldm.families.registry import load
 
         family: Any = load(folder)
         x, states = _inputs(torch, family.denoiser.config.in_channels, family.denoiser.config.context_width)

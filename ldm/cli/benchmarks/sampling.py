@@ -11,6 +11,7 @@ import torch
 
 from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, Shape, build_family, counts, small, twin_pipeline
 from ldm.cli.benchmarks.rows import Case, Setup
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 
 Precision = Literal["fp32", "bf16"]
@@ -100,17 +101,8 @@ def drawers(
         return [f"{CAPTIONS[i % len(CAPTIONS)]} {number}" for i in range(images)]
 
     def ours(number: int) -> np.ndarray:
-        made = family.sample(
-            prompts(number),
-            list(range(images)),
-            steps=steps,
-            guidance=GUIDANCE,
-            sampler="ddim",
-            precision=precision,
-            size=(pixels, pixels),
-            latents=noise,
-        )
-        return np.asarray(made)
+        wanted = Wanted(steps=steps, guidance=GUIDANCE, sampler="ddim", precision=precision)
+        return np.asarray(family.sample(prompts(number), list(range(images)), wanted, size=(pixels, pixels), latents=noise))
 
     def theirs(number: int) -> np.ndarray:
         weight = next(pipeline.vae.parameters())

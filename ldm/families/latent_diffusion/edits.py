@@ -1,4 +1,4 @@
-"""Methods that draw out of a picture or towards a wish: each a small function that makes an `Edit`."""
+"""Image editing while sampling, each method a function that makes an `Edit`: img2img (SDEdit), inpainting, DDIM inversion, guidance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ldm.config.errors import UserError
 from ldm.diffusion.batch import Cond
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.samplers import Denoise
-from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine, Settings
+from ldm.families.draws import Settings
+from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine
 from ldm.families.latent_diffusion.prompt_schedule import shape_of
 from ldm.formats.latent_codec import LatentCodec
 from ldm.models.unet import UNetConfig

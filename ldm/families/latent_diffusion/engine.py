@@ -1,12 +1,11 @@
-"""The sampling engine: one way from prompts and seeds to pictures, open at a few places to methods that edit."""
+"""The sampling engine: text to image by guided denoising of latents, open at a few places to methods that edit."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from ldm.diffusion.guidance import composed
 from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, Denoise
+from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, Shape, shape_of
 from ldm.formats.latent_codec import LatentCodec
 from ldm.models.blocks import Step
@@ -27,83 +27,37 @@ from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt, literal
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# How guidance changes over the share of the steps that is done; each has a mean of 1.
-CURVES: dict[str, Callable[[float], float]] = {
-    "constant": lambda share: 1.0,
-    "linear": lambda share: 2 * share,
-    "cosine": lambda share: 1 - math.cos(math.pi * share),
-}
 REMEMBERED = 4  # conditions whose keys and values are kept
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of one sampling call."""
+class Usual(Protocol):
+    """What a model is sampled with unless it is told otherwise."""
 
     steps: int
     guidance: float
     rescale: float
+    precision: Literal["fp32", "bf16", "fp16"]
     sampler: str
-    spacing: str
-    eta: float
-    precision: str
-    guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
-    guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
-    guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
-
-    def guidance_at(self, i: int, steps: int) -> float:
-        """The guidance of step i of `steps`."""
-        share = min((i + 0.5) / steps, 1.0)
-        if not self.guidance_from <= share <= self.guidance_to:
-            return 1.0
-        if self.guidance_curve == "constant":
-            return self.guidance
-        return 1 + (self.guidance - 1) * CURVES[self.guidance_curve](share)
 
 
-def choose(
-    defaults: Any,
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rescale: float | None = None,
-    sampler: str | None = None,
-    spacing: str | None = None,
-    eta: float = 0.0,
-    precision: str | None = None,
-    guidance_from: float = 0.0,
-    guidance_to: float = 1.0,
-    guidance_curve: str = "constant",
-) -> Settings:
-    """The numbers of a sampling call, those of `defaults` where none are given.
+def choose(usual: Usual, wanted: Wanted = OWN) -> Settings:
+    """The numbers of a sampling call, those of `usual` where none are asked for.
 
     Raises:
         UserError: on an unknown sampler, spacing, precision or curve, or an interval that is none.
     """
-    name = sampler or defaults.sampler
+    name = wanted.sampler or usual.sampler
     if name not in SAMPLERS:
         raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
-    chosen = Settings(
-        steps=SAMPLERS[name].steps or defaults.steps if steps is None else steps,
-        guidance=defaults.guidance if guidance is None else guidance,
-        rescale=defaults.rescale if rescale is None else rescale,
-        sampler=name,
-        spacing=spacing or SAMPLERS[name].spacing,
-        eta=eta,
-        precision=precision or defaults.precision,
-        guidance_from=guidance_from,
-        guidance_to=guidance_to,
-        guidance_curve=guidance_curve,
-    )
-    if not 0 <= guidance_from < guidance_to <= 1:
-        interval = f"{guidance_from:g} to {guidance_to:g}"
+    own = {name: value for name in NUMBERS if (value := getattr(wanted, name)) not in (None, "")}
+    model = {"steps": SAMPLERS[name].steps or usual.steps, "guidance": usual.guidance, "rescale": usual.rescale}
+    chosen = Settings(**{**model, "precision": usual.precision, "spacing": SAMPLERS[name].spacing, **own, "sampler": name})
+    if not 0 <= chosen.guidance_from < chosen.guidance_to <= 1:
+        interval = f"{chosen.guidance_from:g} to {chosen.guidance_to:g}"
         raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
-    if guidance_curve not in CURVES:
-        raise UserError(f"guidance_curve: got {guidance_curve!r}; choose one of {', '.join(CURVES)}")
-    if chosen.precision not in PRECISION:
-        raise UserError(f"precision: got {precision!r}; choose one of {', '.join(PRECISION)}")
-    if chosen.spacing not in SPACINGS:
-        raise UserError(f"spacing: got {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    for field, names in (("guidance_curve", tuple(CURVES)), ("precision", PRECISIONS), ("spacing", SPACINGS)):
+        if (value := getattr(chosen, field)) not in names:
+            raise UserError(f"{field}: got {value!r}; choose one of {', '.join(names)}")
     return chosen
 
 
@@ -136,6 +90,20 @@ class Edit:
     guide: Callable[[Denoise, Canvas], Denoise] | None = None  # the denoiser (x, i) -> x0, from the guided one
     after_step: Callable[[Tensor, int, Canvas], Tensor] | None = None  # x at level i, that a step has just reached
     finish: Callable[[Tensor, Canvas], Tensor] | None = None  # the picture (B,H,W,3) uint8, from the decoded one
+
+
+def watching(see: See) -> Edit:
+    """The edit that changes nothing, and tells `see` what the network makes of x at every step."""
+
+    def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
+        def watched(x: Tensor, i: int) -> Tensor:
+            x0 = denoise(x, i)
+            see(canvas.rows, int(i), x0)
+            return x0
+
+        return watched
+
+    return Edit(guide=guide)
 
 
 def warn(text: str) -> None:

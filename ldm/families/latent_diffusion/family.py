@@ -18,12 +18,17 @@ from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.families.draws import OWN, Draws, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
-from ldm.families.latent_diffusion.edits import all_new, from_picture, wants_mask
-from ldm.families.latent_diffusion.engine import Edit, Engine, Settings, choose, stay, warn
+from ldm.families.latent_diffusion.classifier_guidance import Classifier
+from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
+from ldm.families.latent_diffusion.engine import Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told, widened
 from ldm.families.latent_diffusion.offload import rest
+from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
+from ldm.families.latent_diffusion.runtime import ready
+from ldm.families.latent_diffusion.video_editing import restyled
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, latent_channels, local_folder, model_folder
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
@@ -32,9 +37,12 @@ from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, load_module, load_part, read_config, read_json, save_part
 from ldm.models import cost
 from ldm.models.cost import TextShape
+from ldm.models.lora import Lora, Merged
 from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt
+from ldm.text.textual_inversion import Embedding, add_word
+from ldm.text.weighted import chunks_of
 
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a UNet: these the other models decide
 
@@ -252,10 +260,11 @@ def _continue(init: Product, network: UNetConfig, codec: LatentCodec) -> UNet:
     return widened(unet, network) if wide else unet
 
 
-class LatentDiffusionFamily(Adaptable):
+class LatentDiffusionFamily(Adaptable, Draws):
     """A UNet with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
     shardable = True
+    kind = "latent_diffusion"
 
     def __init__(self, config: LatentDiffusion, unet: UNet, codec: LatentCodec, text: TextEncoder) -> None:
         super().__init__()
@@ -351,14 +360,8 @@ class LatentDiffusionFamily(Adaptable):
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)
         d = self.defaults
-        images = self.sample(
-            captions,
-            list(range(seed, seed + len(captions))),
-            steps=min(d["steps"], 20),
-            guidance=d["guidance"],
-            sampler=d["sampler"],
-            size=(self.resolution, self.resolution),
-        )
+        wanted = Wanted(steps=min(d["steps"], 20), guidance=d["guidance"], sampler=d["sampler"])
+        images = self.sample(captions, list(range(seed, seed + len(captions))), wanted, size=(self.resolution, self.resolution))
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
@@ -381,71 +384,95 @@ class LatentDiffusionFamily(Adaptable):
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
         return self.codec.reconstruct(image)
 
-    def settings(self, **wanted: Any) -> Settings:
-        """The numbers of a sampling call, by the names of `Settings`; the model's defaults where none are given."""
-        return choose(self.config.defaults, **wanted)
+    def settings(self, wanted: Wanted = OWN) -> Settings:
+        """The numbers of a sampling call, the model's defaults where none are asked for."""
+        return choose(self.config.defaults, wanted)
 
     @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str | Prompt],
         seeds: Sequence[int] | None = None,
+        settings: Wanted = OWN,
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        rescale: float | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        eta: float = 0.0,
-        precision: str | None = None,
-        guidance_from: float = 0.0,
-        guidance_to: float = 1.0,
-        guidance_curve: str = "constant",
-        negative: str | Prompt = "",
         size: tuple[int, int] | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        negative: str | Prompt = "",
         latents: Tensor | None = None,
         edits: Sequence[Edit] = (),
-        note: Callable[[str], None] = warn,
+        on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Tensor:
-        """One picture for each (prompt, seed), uint8 (N,H,W,3).
+        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
 
-        Picture i depends on its own prompt, seed, size and settings alone: the networks always see `defaults["chunk"]`
-        images, padded where fewer are asked for, so how many are asked for in one call does not change a bit.
+        The networks always see `defaults["chunk"]` images, padded where fewer are asked for, so how many are asked for in
+        one call does not change a bit.
 
         Args:
-            prompts: N texts, taken as they stand, or what `ldm.text.prompt_syntax.read` makes of their notation.
-            seeds: N integers; by default 0, 1, 2, ...
-            size: (height, width) in px, multiples of `factor`; None: the size the model was trained at.
-            on_step: called as on_step(steps done, steps in all) over the whole call.
-            latents: (N,c,h,w) initial noise of unit variance, in place of the seeds' own.
-            edits: methods that depart from drawing out of noise, such as `edits` makes of a picture.
-            note: told what a user should know, one line each; by default a warning.
+            latents: (N,c,h,w) initial noise of unit variance.
 
         Raises:
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
-        settings = self.settings(
-            steps=steps,
-            guidance=guidance,
-            rescale=rescale,
-            sampler=sampler,
-            spacing=spacing,
-            eta=eta,
-            precision=precision,
-            guidance_from=guidance_from,
-            guidance_to=guidance_to,
-            guidance_curve=guidance_curve,
-        )
         seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
         if wants_mask(self.config.network, self.codec):
             edits = (all_new(self.codec, size), *edits)
-        return self.engine(note).draw(prompts, seeds, settings, size, negative=negative, latents=latents, edits=edits, on_step=on_step)[0]
+        told: dict[str, Any] = {"negative": negative, "latents": latents, "edits": edits, "on_step": on_step}
+        return self.engine(note or warn).draw(prompts, seeds, self.settings(settings), size, **told)[0]
 
     @torch.no_grad()
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Edit, ...]:
-        """What `sample` is told to draw out of pictures: see `ldm.families.latent_diffusion.edits.from_picture`."""
+        """Image-to-image and inpainting: see `ldm.families.latent_diffusion.edits.from_picture`."""
         return from_picture(self.config.network, self.codec, image, mask, strength)
+
+    @torch.no_grad()
+    def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Edit, ...]:
+        """DDIM inversion: see `ldm.families.latent_diffusion.edits.from_inverted`."""
+        return (from_inverted(self.engine(), image, source, settings, strength),)
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """The noise (N,c,h,w) that pictures begin with."""
+        return Rng(0, list(seeds)).normal("init", (self.codec.channels, size[0] // self.factor, size[1] // self.factor))
+
+    def watch(self, see: See) -> tuple[Edit, ...]:
+        """Tell `see` of the estimated x0 (B,c,h,w) of a chunk at every step."""
+        return (watching(see),)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (B,3,H,W) of latents (B,c,h,w)."""
+        return self.codec.decode(x0.to(self.device)).float()
+
+    def guide(self, file: Path) -> Classifier:
+        """The classifier of noisy latents in a file."""
+        return Classifier.load(file, self.codec.hash, self.process, self.device)
+
+    def restyle(self, frames: Tensor, clip: VideoEdit, settings: Settings, note: Callable[[str], None]) -> Tensor:
+        """Frames drawn anew side by side: see `ldm.families.latent_diffusion.video_editing.restyled`."""
+        return restyled(self.engine(note), frames, clip, settings, self.noise([clip.seed], (frames.shape[1], frames.shape[2])))
+
+    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[Embedding]) -> None:
+        """Merge LoRAs into the UNet and the text encoder, and teach that new words."""
+        for word in words:
+            add_word(self.text, word.token, word.rows)
+        if loras:
+            Merged({"unet": self.denoiser, "text_encoder": self.text.model}, loras)
+        self.text.forget()
+
+    def overlong(self, prompt: Prompt) -> str:
+        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
+        chunks = max(len(chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1))
+        if chunks == 1:
+            return ""
+        how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
+        return f"is longer than the model's {self.text.max_tokens} tokens; it is read {how}"
+
+    def ready(self, folder: Path, running: Running, precision: str) -> None:
+        """Prepare the networks for inference: see `ldm.families.latent_diffusion.runtime.ready`."""
+        ready(self, folder, running, precision)
+
+    def diffuses(self, what: str) -> LatentDiffusionFamily:
+        """Itself."""
+        return self
 
     def engine(self, note: Callable[[str], None] = warn) -> Engine:
         """What draws."""
@@ -455,7 +482,7 @@ class LatentDiffusionFamily(Adaptable):
 def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: bool = False) -> LatentDiffusionFamily:
     """A finished text-to-image model: a diffusers folder of ours or of a Stable Diffusion, or a run folder with one in model/.
 
-    With `low_memory` every part is emptied as soon as it is found whole; `ldm.families.latent_diffusion.runtime.ready` makes them take turns.
+    With `low_memory` every part is emptied as soon as it is found whole; `ready` makes them take turns.
 
     Raises:
         UserError: naming what is missing, damaged or does not belong together.

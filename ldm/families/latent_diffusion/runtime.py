@@ -1,21 +1,21 @@
-"""How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
+"""Inference form of a finished model: attention kernel, half weights, torch.compile, offload and tiled decoding."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 
 from ldm.config.errors import UserError
-from ldm.families.latent_diffusion import family as finished
+from ldm.families.draws import Running
 from ldm.families.latent_diffusion.engine import PRECISION
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 from ldm.families.latent_diffusion.offload import Offload, rest
-from ldm.formats.latent_codec import TILE, autoencoder_folder, load_codec
+from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_module, load_part
 from ldm.models.attention import Kind, set_attention
@@ -24,29 +24,24 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """What may be chosen."""
+class Parts(Protocol):
+    """A latent diffusion model's networks; what is put in their place draws from then on."""
 
-    attention: Kind | None = None  # the kernel of every attention in this process; None: as it is
-    compiled: bool = False  # whether torch compiles the UNet, once for each size and number of pictures per call
-    low_memory: bool = False  # whether the text encoder, the UNet and the autoencoder lie on the device one at a time
-    tile: int = TILE  # px; larger pictures go through the autoencoder in stripes; 0: never
+    denoiser: UNet
+    text: TextEncoder
+    turn: Callable[[nn.Module], None]
 
-
-DEFAULT = Running()
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = DEFAULT) -> LatentDiffusionFamily:
-    """A finished model, ready to draw: see `ldm.families.latent_diffusion.family.load` and `ready`."""
-    return ready(finished.load(folder, device, running.low_memory), folder, running)
+    @property
+    def codec(self) -> LatentCodec:
+        """The frozen autoencoder."""
+        ...
 
 
-def ready(family: LatentDiffusionFamily, folder: str | Path, running: Running = DEFAULT, precision: str = "fp32") -> LatentDiffusionFamily:
-    """The same family, whose networks are in the form that only draws; they can neither learn nor be saved.
+def ready(family: Parts, folder: Path, running: Running, precision: str) -> None:
+    """Bring a model's networks into the form that only draws; they can neither learn nor be saved then.
 
     Args:
-        family: as `load` gave it.
+        family: as `ldm.families.latent_diffusion.family.load` gave it.
         folder: where it was loaded from.
         running: what was chosen.
         precision: that it will draw with; bf16 and fp16 halve the UNet's weights.
@@ -55,19 +50,18 @@ def ready(family: LatentDiffusionFamily, folder: str | Path, running: Running = 
         UserError: for an attention kernel that does not run, or where nothing can compile.
     """
     device = next(family.denoiser.parameters()).device
-    if running.attention is not None:
-        set_attention(running.attention, device)
+    if running.attention:
+        set_attention(cast(Kind, running.attention), device)
     if running.compiled:
         check_compiler(device)
     family.codec.tile = running.tile
     if running.low_memory:
-        _take_turns(family, open_model(Path(folder)).folder, device, precision)
+        _take_turns(family, open_model(folder).folder, device, precision)
     else:
         family.denoiser = prepared_unet(family.denoiser, precision)
         family.codec.network = prepare(family.codec.network, channels_last=True, in_place=True)
     if running.compiled:
         family.denoiser.compile(dynamic=False)
-    return family
 
 
 def prepared_unet(unet: UNet, precision: str) -> UNet:
@@ -95,7 +89,7 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"compile: torch does not compile for {device.type}; leave it out")
 
 
-def _take_turns(family: LatentDiffusionFamily, root: Path, device: torch.device, precision: str) -> None:
+def _take_turns(family: Parts, root: Path, device: torch.device, precision: str) -> None:
     """Every part is read from its file when its turn comes, or on a GPU taken from the machine's memory."""
 
     codec, model = family.codec, family.text.model

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import Denoise
-from ldm.families.latent_diffusion.engine import Canvas, Edit
+from ldm.families.draws import Settings, VideoEdit
+from ldm.families.latent_diffusion.edits import begin_from, encoded, from_inverted
+from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine
+
+
+@torch.no_grad()
+def restyled(engine: Engine, frames: Tensor, clip: VideoEdit, settings: Settings, noise: Tensor) -> Tensor:
+    """Frames (F,H,W,3) uint8 drawn anew as one clip, all from the same noise (1,c,h,w)."""
+    sheets = together(frames, clip.cells)
+    many = len(sheets)
+    whole = replace(engine, chunk=many)  # all in one call
+    if clip.source is not None:
+        start = from_inverted(whole, sheets, clip.source, settings, clip.strength)
+    else:
+        start = begin_from(encoded(engine.codec, sheets), clip.strength)
+    drawn, _ = whole.draw(
+        [clip.prompt] * many,
+        [clip.seed + k for k in range(many)],
+        settings,
+        (sheets.shape[1], sheets.shape[2]),
+        negative=clip.negative,
+        latents=noise.repeat(many, 1, clip.cells, clip.cells),
+        edits=(start, shuffled(clip.cells, clip.seed)),
+    )
+    return apart(drawn, clip.cells, len(frames))
 
 
 def together(frames: Tensor, cells: int) -> Tensor:

@@ -17,6 +17,7 @@ from ldm.data.pictures import to_uint8
 from ldm.diffusion.batch import Cond
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.edits import encoded, towards
 from ldm.families.latent_diffusion.engine import Canvas, Edit, shortened
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
@@ -56,7 +57,7 @@ def test_strength_0_is_the_autoencoders_reconstruction(family: LatentDiffusionFa
     x0 = encoded(family.codec, image)
     with torch.no_grad():
         expected = to_uint8(family.codec.decode(x0.expand(family.defaults["chunk"], -1, -1, -1)))[:1]
-    drawn = family.sample(["a ring"], [3], sampler=name, edits=family.edits(image, strength=0))
+    drawn = family.sample(["a ring"], [3], Wanted(sampler=name), edits=family.edits(image, strength=0))
     assert torch.equal(drawn, expected)
     near = to_uint8(family.reconstruct(image.permute(0, 3, 1, 2) / 127.5 - 1))
     assert (drawn.int() - near.int()).abs().max() <= 1
@@ -65,7 +66,9 @@ def test_strength_0_is_the_autoencoders_reconstruction(family: LatentDiffusionFa
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_strength_1_forgets_the_picture(family: LatentDiffusionFamily, name: str) -> None:
     edits = family.edits(pictures(), strength=1)
-    assert torch.equal(family.sample(["a ring"], [3], sampler=name, edits=edits), family.sample(["a ring"], [3], sampler=name))
+    assert torch.equal(
+        family.sample(["a ring"], [3], Wanted(sampler=name), edits=edits), family.sample(["a ring"], [3], Wanted(sampler=name))
+    )
 
 
 def test_strength_is_the_share_of_steps(family: LatentDiffusionFamily) -> None:
@@ -73,7 +76,7 @@ def test_strength_is_the_share_of_steps(family: LatentDiffusionFamily) -> None:
     for strength, taken in ((0.29, 29), (0.5, 50), (0.999, 99), (0.009, 0)):
         seen: list[tuple[int, int]] = []
         tell = partial(lambda seen, *told: seen.append(told), seen)
-        family.sample(["a"], [0], steps=100, guidance=1, edits=family.edits(pictures(), strength=strength), on_step=tell)
+        family.sample(["a"], [0], Wanted(steps=100, guidance=1), edits=family.edits(pictures(), strength=strength), on_step=tell)
         assert seen == [(i + 1, taken) for i in range(taken)]
         assert len(shortened(Process().grid(100), strength).t) == taken
     assert x0.shape == (1, 4, 4, 4)
@@ -81,7 +84,7 @@ def test_strength_is_the_share_of_steps(family: LatentDiffusionFamily) -> None:
 
 def test_more_strength_goes_further_from_the_picture(family: LatentDiffusionFamily) -> None:
     x0 = encoded(family.codec, pictures())
-    settings = family.settings(steps=20, sampler="ddim", guidance=1.0)
+    settings = family.settings(Wanted(steps=20, sampler="ddim", guidance=1.0))
     gone = []
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
         with torch.no_grad():
@@ -94,7 +97,7 @@ def test_more_strength_goes_further_from_the_picture(family: LatentDiffusionFami
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_outside_the_mask_bytes_are_kept(family: LatentDiffusionFamily, name: str, strength: float) -> None:
     image, mask = pictures(), left_half()
-    drawn = family.sample(CAPTIONS[:3], [1, 2, 3], sampler=name, edits=family.edits(image, mask, strength))
+    drawn = family.sample(CAPTIONS[:3], [1, 2, 3], Wanted(sampler=name), edits=family.edits(image, mask, strength))
     assert torch.equal(drawn[:, ~mask[0]], image.expand(3, -1, -1, -1)[:, ~mask[0]])
     assert not torch.equal(drawn[:, mask[0]], image.expand(3, -1, -1, -1)[:, mask[0]])
 
@@ -110,7 +113,7 @@ def test_blending_holds_known_latents_on_the_way_and_at_the_end(family: LatentDi
         assert not torch.allclose(x[..., :2], canvas.noised(x0, i)[..., :2], atol=1e-2)
         return x
 
-    settings = family.settings(sampler=name)
+    settings = family.settings(Wanted(sampler=name))
     with torch.no_grad():
         edits = (*family.edits(image, mask), Edit(after_step=look))
         x = family.engine().draw(["a ring"], [0], settings, (SIDE, SIDE), edits=edits)[1]
@@ -151,9 +154,9 @@ def test_an_inpainting_unet_is_told_the_mask_and_what_is_known(inpainter: Latent
     unet, image, mask = inpainter.unet, pictures(), left_half()
     inpainter.unet = Listener()
     try:
-        inpainter.sample(["a"], [0], guidance=3.0, edits=inpainter.edits(image, mask))
-        inpainter.sample(["a"], [0], guidance=1.0)
-        inpainter.sample(["a"], [0], guidance=1.0, edits=inpainter.edits(image, strength=0.5))
+        inpainter.sample(["a"], [0], Wanted(guidance=3.0), edits=inpainter.edits(image, mask))
+        inpainter.sample(["a"], [0], Wanted(guidance=1.0))
+        inpainter.sample(["a"], [0], Wanted(guidance=1.0), edits=inpainter.edits(image, strength=0.5))
         found = inpainter.unet.told
         told, alone, whole = found[0], next(t for t in found if len(t) == 2), found[-1]
     finally:
@@ -179,10 +182,10 @@ def test_an_edited_picture_does_not_depend_on_its_neighbours(family: LatentDiffu
     prompts, seeds, masks = list(CAPTIONS[:3]), [7, 5, 7], left_half().repeat(3, 1, 1)
     masks[1] = ~masks[1]
     for model in (family, inpainter):
-        together = model.sample(prompts, seeds, sampler=name, edits=model.edits(pictures(3), masks, 0.6))
+        together = model.sample(prompts, seeds, Wanted(sampler=name), edits=model.edits(pictures(3), masks, 0.6))
         for i in range(3):
             edits = model.edits(pictures(3)[i : i + 1], masks[i : i + 1], 0.6)
-            alone = model.sample(prompts[i : i + 1], seeds[i : i + 1], sampler=name, edits=edits)
+            alone = model.sample(prompts[i : i + 1], seeds[i : i + 1], Wanted(sampler=name), edits=edits)
             assert torch.equal(together[i], alone[0])
 
 
@@ -215,7 +218,7 @@ def test_guidance_by_a_judge_is_bayes_rule() -> None:
 
 def test_a_judge_is_followed(family: LatentDiffusionFamily) -> None:
     wish = towards(lambda x, t: 0.5 * x.mean((1, 2, 3)), 8.0)
-    settings = family.settings(guidance=1.0)
+    settings = family.settings(Wanted(guidance=1.0))
     with torch.no_grad():
         plain, drawn = (family.engine().draw(["a"], [0], settings, (SIDE, SIDE), edits=e)[1].mean() for e in ((), (wish,)))
     assert drawn > plain
@@ -234,22 +237,22 @@ def overflowing(kl_model: Path) -> LatentDiffusionFamily:
 
 def test_a_decoder_that_overflows_is_run_again_in_float32(kl_model: Path) -> None:
     family, said = overflowing(kl_model), []
-    drawn = family.sample(["a ring"], [0], precision="fp16", note=said.append)
+    drawn = family.sample(["a ring"], [0], Wanted(precision="fp16"), note=said.append)
     assert said == ["the decoder overflowed in fp16; it was run again in float32"]
     with torch.no_grad():
-        x = family.engine(said.append).draw(["a ring"], [0], family.settings(precision="fp16"), (SIDE, SIDE))[1]
+        x = family.engine(said.append).draw(["a ring"], [0], family.settings(Wanted(precision="fp16")), (SIDE, SIDE))[1]
         expected = to_uint8(family.codec.decode(x.expand(2, -1, -1, -1)))[:1]
     assert torch.equal(drawn, expected) and drawn.float().std() > 1
     with pytest.warns(UserWarning, match="decoder overflowed"):
-        family.sample(["a ring"], [0], precision="fp16")
+        family.sample(["a ring"], [0], Wanted(precision="fp16"))
     said.clear()
-    load(kl_model).sample(["a ring"], [0], precision="fp16", note=said.append)
+    load(kl_model).sample(["a ring"], [0], Wanted(precision="fp16"), note=said.append)
     assert said == []
 
 
 def test_only_the_picture_that_overflowed_is_decoded_again(kl_model: Path) -> None:
     family = load(kl_model)
-    half = family.sample(CAPTIONS[:2], [0, 1], precision="fp16")
+    half = family.sample(CAPTIONS[:2], [0, 1], Wanted(precision="fp16"))
     decode, calls = family.codec.decode, []
 
     def decoding(z: Tensor) -> Tensor:
@@ -258,7 +261,7 @@ def test_only_the_picture_that_overflowed_is_decoded_again(kl_model: Path) -> No
         return image.clone().index_fill_(0, torch.tensor([1]), float("inf")) if len(calls) == 1 else image
 
     family.codec.decode = decoding  # type: ignore[method-assign]
-    drawn = family.sample(CAPTIONS[:2], [0, 1], precision="fp16", note=lambda text: None)
+    drawn = family.sample(CAPTIONS[:2], [0, 1], Wanted(precision="fp16"), note=lambda text: None)
     assert calls == [torch.float16, torch.float32]
     assert torch.equal(drawn[0], half[0]) and (drawn[1].int() - half[1].int()).abs().max() <= 2
 
@@ -269,4 +272,4 @@ def test_a_network_that_overflows_is_told(kl_model: Path, precision: str, cure: 
     with torch.no_grad():
         family.denoiser.conv_out.bias.fill_(1e6 if precision == "fp16" else float("inf"))
     with pytest.raises(UserError, match=cure):
-        family.sample(["a ring"], [0], precision=precision)
+        family.sample(["a ring"], [0], Wanted(precision=precision))

@@ -18,6 +18,7 @@ from ldm.config.errors import UserError
 from ldm.diffusion.batch import Cond, ImageBatch, MomentBatch, rows
 from ldm.diffusion.process import MinSnr, Process
 from ldm.diffusion.rng import Rng
+from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
 from ldm.formats.latent_codec import autoencoder_folder
@@ -199,21 +200,21 @@ def test_another_autoencoder_or_shape_is_not_continued(products: Path, tmp_path:
 def test_a_picture_does_not_depend_on_its_neighbours(products: Path) -> None:
     family = made(products)
     prompts, seeds = list(CAPTIONS[:5]), [3, 1, 4, 1, 5]
-    whole = family.sample(prompts, seeds, sampler="ddpm")
+    whole = family.sample(prompts, seeds, Wanted(sampler="ddpm"))
     assert whole.shape == (5, SIDE, SIDE, 3) and whole.dtype == torch.uint8
     for i in range(5):
-        assert torch.equal(whole[i], family.sample([prompts[i]], [seeds[i]], sampler="ddpm")[0])
-    turned = family.sample(prompts[::-1], seeds[::-1], sampler="ddpm")
+        assert torch.equal(whole[i], family.sample([prompts[i]], [seeds[i]], Wanted(sampler="ddpm"))[0])
+    turned = family.sample(prompts[::-1], seeds[::-1], Wanted(sampler="ddpm"))
     assert torch.equal(turned.flip(0), whole)
-    assert not torch.equal(whole[0], family.sample(prompts[:1], [4], sampler="ddpm")[0])
+    assert not torch.equal(whole[0], family.sample(prompts[:1], [4], Wanted(sampler="ddpm"))[0])
     assert family.sample([], []).shape == (0, SIDE, SIDE, 3)
 
 
 def test_given_noise_stands_in_for_the_seeds(products: Path) -> None:
     family = made(products)
     noise = Rng(0, [8, 9, 10]).normal("init", (4, 4, 4))
-    given = family.sample(CAPTIONS[:3], [0, 0, 0], sampler="ddim", latents=noise)
-    assert torch.equal(given, family.sample(CAPTIONS[:3], [8, 9, 10], sampler="ddim"))
+    given = family.sample(CAPTIONS[:3], [0, 0, 0], Wanted(sampler="ddim"), latents=noise)
+    assert torch.equal(given, family.sample(CAPTIONS[:3], [8, 9, 10], Wanted(sampler="ddim")))
 
 
 def test_without_a_negative_prompt_guidance_starts_from_the_dropped_caption(products: Path) -> None:
@@ -221,14 +222,14 @@ def test_without_a_negative_prompt_guidance_starts_from_the_dropped_caption(prod
     family.denoiser = Listener()
     loss(family, batch(0, 1))
     dropped = family.denoiser.told[-1][2].text.tokens
-    family.sample(CAPTIONS[:2], [0, 1], guidance=3.0)
+    family.sample(CAPTIONS[:2], [0, 1], Wanted(guidance=3.0))
     told = family.denoiser.told[-1][2]
     assert torch.equal(told.text.tokens[:2], dropped)
     assert torch.equal(told.text.tokens[2:], family.text.encode(CAPTIONS[:2]).tokens)
     assert told.size.tolist() == [[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 4
-    family.sample(CAPTIONS[:2], [0, 1], guidance=3.0, negative="a ring")
+    family.sample(CAPTIONS[:2], [0, 1], Wanted(guidance=3.0), negative="a ring")
     assert torch.equal(family.denoiser.told[-1][2].text.tokens[0], family.text.encode(["a ring"]).tokens[0])
-    family.sample(CAPTIONS[:2], [0, 1], guidance=1.0, negative="a ring")
+    family.sample(CAPTIONS[:2], [0, 1], Wanted(guidance=1.0), negative="a ring")
     assert len(family.denoiser.told[-1][0]) == 2  # no guidance, no second half
 
 
@@ -236,7 +237,7 @@ def test_steps_are_told_and_the_unet_goes_on_learning(products: Path) -> None:
     family = made(products)
     family.train()
     told: list[tuple[int, int]] = []
-    family.sample(CAPTIONS[:3], [0, 1, 2], steps=4, on_step=lambda done, of: told.append((done, of)))
+    family.sample(CAPTIONS[:3], [0, 1, 2], Wanted(steps=4), on_step=lambda done, of: told.append((done, of)))
     assert told == [(i + 1, 8) for i in range(8)]
     assert family.denoiser.training and not family.codec.network.training
 
@@ -256,9 +257,9 @@ def test_mistakes_are_named(products: Path) -> None:
         "spacing": "spacing: got 'nosuch'; choose one of trailing",
     }.items():
         with pytest.raises(UserError, match=said):
-            family.sample(["a"], [0], **{words: "nosuch"})  # type: ignore[arg-type]
+            family.sample(["a"], [0], Wanted(**{words: "nosuch"}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="steps: got 1001"):
-        family.sample(["a"], [0], steps=1001)
+        family.sample(["a"], [0], Wanted(steps=1001))
     with pytest.raises(UserError, match="sampler: got 'x'"):
         Defaults(sampler="x")
     with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
@@ -325,7 +326,7 @@ def test_a_stable_diffusion_folder_draws_what_its_pipeline_draws(products: Path,
     family = load(tmp_path / "model")
     assert family.defaults["size"] == (16, 16) and family.defaults["guidance"] == 7.5
     noise = torch.randn(1, 4, 8, 8)
-    ours = family.sample(["a red ring"], [0], steps=10, sampler="ddim", latents=noise)[0].float()
+    ours = family.sample(["a red ring"], [0], Wanted(steps=10, sampler="ddim"), latents=noise)[0].float()
     theirs = pipeline("a red ring", num_inference_steps=10, latents=noise, output_type="pt").images[0].permute(1, 2, 0) * 255
     assert (ours - theirs.round()).abs().max() <= 1
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.diffusion.rng import Rng
+from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import LatentDiffusion, load
 from ldm.families.latent_diffusion.fine_tuning import Adapt, AdaptedFamily, InvertedFamily, LoraFamily, LowRank, TextualInversion
@@ -225,7 +226,7 @@ def test_stopped_and_continued_is_the_same_to_the_bit(
         assert (tmp_path / name / kept).is_file()
     manifests = [json.loads((tmp_path / name / "stages" / "tune" / "model" / "manifest.json").read_text()) for name in ("whole", "cut")]
     assert manifests[0] == manifests[1]
-    assert load(tmp_path / "cut").sample(["a red square"], steps=2).shape == (1, 32, 32, 3)
+    assert load(tmp_path / "cut").sample(["a red square"], settings=Wanted(steps=2)).shape == (1, 32, 32, 3)
 
 
 def test_adapting_needs_one_base_and_one_stage(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

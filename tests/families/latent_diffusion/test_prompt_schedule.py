@@ -7,6 +7,7 @@ import torch
 from finished_model import finished_model
 from torch import Tensor
 
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.text.prompt_syntax import literal, read
 
@@ -22,7 +23,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusionFamily:
 
 def draw(family: LatentDiffusionFamily, *prompts: str, guidance: float = 3.0, negative: str = "", steps: int = 4) -> Tensor:
     """Latents, which show what eight bits hide."""
-    settings = family.settings(steps=steps, guidance=guidance, sampler="ddim")
+    settings = family.settings(Wanted(steps=steps, guidance=guidance, sampler="ddim"))
     size = family.defaults["size"]
     seeds = [7] * len(prompts)
     return family.engine().draw([read(p) for p in prompts], seeds, settings, size, negative=read(negative))[1]
@@ -33,7 +34,7 @@ def test_notation_that_changes_nothing(family: LatentDiffusionFamily) -> None:
     for same in (f"({A}:1)", f"[{A}:{B}:99]", f"[{B}:{A}:0]", f"[{A}|{A}]"):
         assert torch.equal(draw(family, same), plain), same
     engine, size = family.engine(), family.defaults["size"]
-    settings = family.settings(steps=4, guidance=3.0, sampler="ddim")
+    settings = family.settings(Wanted(steps=4, guidance=3.0, sampler="ddim"))
     assert torch.equal(engine.draw([A], [7], settings, size)[1], plain)
     assert torch.equal(engine.draw([literal("(a:2)")], [7], settings, size)[1], engine.draw(["(a:2)"], [7], settings, size)[1])
 
@@ -47,7 +48,7 @@ def test_notation_that_changes_something(family: LatentDiffusionFamily) -> None:
 def test_half_of_the_steps_are_the_first_prompt(family: LatentDiffusionFamily) -> None:
     """With one step in two, a switch is seen by the second step alone: the first step's result is the first prompt's."""
     seen: list[Tensor] = []
-    settings, size = family.settings(steps=2, guidance=3.0, sampler="ddim"), family.defaults["size"]
+    settings, size = family.settings(Wanted(steps=2, guidance=3.0, sampler="ddim")), family.defaults["size"]
     from ldm.families.latent_diffusion.engine import Edit
 
     def watch(x: Tensor, i: int, canvas: object) -> Tensor:

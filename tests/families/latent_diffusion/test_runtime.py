@@ -15,8 +15,9 @@ from PIL import Image
 import ldm
 from ldm.__main__ import main
 from ldm.config.errors import UserError
+from ldm.families.draws import Running, Wanted
 from ldm.families.latent_diffusion import family as loading
-from ldm.families.latent_diffusion.runtime import Running, check_compiler, ready
+from ldm.families.latent_diffusion.runtime import check_compiler
 from ldm.models.attention import get_attention, set_attention
 from ldm.models.inference import FoldedUpsample, FusedAttention
 
@@ -36,18 +37,19 @@ def the_kernel_stays() -> Any:
 
 
 def drawn(family: Any, precision: str = "fp32", **more: Any) -> torch.Tensor:
-    return family.sample(PROMPTS, [1, 2, 3], precision=precision, **more).int()
+    return family.sample(PROMPTS, [1, 2, 3], Wanted(precision=precision), **more).int()
 
 
 def test_a_model_that_is_ready_draws_what_it_drew_before(model: Path) -> None:
     plain, fast = loading.load(model), ldm.load(model)
-    assert {FusedAttention, FoldedUpsample} & {type(part) for part in fast.unet.modules()}
+    assert {FusedAttention, FoldedUpsample} & {type(part) for part in fast.denoiser.modules()}
     assert (drawn(plain) - drawn(fast)).abs().max() <= 1
 
 
 def test_weights_that_are_cast_once_draw_the_same_to_the_bit(model: Path) -> None:
-    cast = ready(loading.load(model), model, precision="bf16")
-    assert cast.unet.conv_in.weight.dtype == torch.bfloat16
+    cast = loading.load(model)
+    cast.ready(model, Running(), "bf16")
+    assert cast.denoiser.conv_in.weight.dtype == torch.bfloat16
     assert torch.equal(drawn(cast, "bf16"), drawn(ldm.load(model), "bf16"))
 
 
@@ -62,7 +64,8 @@ def test_every_kernel_draws_the_same(model: Path, kind: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_with_little_memory_one_part_at_a_time_has_weights(model: Path, precision: str) -> None:
     wanted = drawn(ldm.load(model), precision)
-    family = ready(loading.load(model, low_memory=True), model, Running(low_memory=True), precision)
+    family = loading.load(model, low_memory=True)
+    family.ready(model, Running(low_memory=True), precision)
     parts: dict[str, Any] = {"text": family.text.model, "unet": family.denoiser, "codec": family.codec.network}
 
     def filled() -> set[str]:

@@ -10,6 +10,7 @@ from finished_model import SIDE
 
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.engine import Canvas
 from ldm.families.latent_diffusion.family import load
 from ldm.families.latent_diffusion.video_editing import apart, shuffled, together
@@ -44,7 +45,7 @@ def test_what_looks_at_frames_alone_sees_no_difference_and_neighbours_change() -
 
 def test_a_network_that_sees_neighbours_mixes_all_frames(kl_model: Path) -> None:
     family = load(kl_model)
-    engine, settings = replace(family.engine(), chunk=2), family.settings(steps=4, sampler="ddim", guidance=1.0)
+    engine, settings = replace(family.engine(), chunk=2), family.settings(Wanted(steps=4, sampler="ddim", guidance=1.0))
 
     def drawn(noise: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

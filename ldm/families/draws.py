@@ -1,0 +1,296 @@
+"""What draws: the protocol that sampling, evaluation and the page take, and the numbers of one sampling call."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from ldm.config.errors import UserError
+from ldm.config.options import option
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ldm.diffusion.process import Process
+    from ldm.formats.latent_codec import LatentCodec
+    from ldm.models.lora import Lora
+    from ldm.text.prompt_syntax import Prompt
+    from ldm.text.textual_inversion import Embedding
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+# How guidance changes over the share of the steps that is done; each has a mean of 1.
+CURVES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 2 * share,
+    "cosine": lambda share: 1 - math.cos(math.pi * share),
+}
+See = Callable[[Sequence[int], int, "Tensor"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sampler settings: the numbers of one sampling call."""
+
+    steps: int
+    guidance: float  # classifier-free guidance scale; 1: none
+    rescale: float
+    sampler: str
+    spacing: str
+    eta: float = 0.0
+    precision: str = "fp32"  # of matrix products and convolutions
+    guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
+    guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
+    guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
+
+    def guidance_at(self, i: int, steps: int) -> float:
+        """The guidance of step i of `steps`."""
+        share = min((i + 0.5) / steps, 1.0)
+        if not self.guidance_from <= share <= self.guidance_to:
+            return 1.0
+        if self.guidance_curve == "constant":
+            return self.guidance
+        return 1 + (self.guidance - 1) * CURVES[self.guidance_curve](share)
+
+    def wanted(self) -> Wanted:
+        """The same numbers, asked for."""
+        return Wanted(**{name: getattr(self, name) for name in NUMBERS})
+
+
+NUMBERS = tuple(f.name for f in fields(Settings))
+# A model without a sampler has these, and no others.
+DIRECT = Settings(steps=1, guidance=1.0, rescale=0.0, sampler="", spacing="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Sampler settings as they are asked for: those of `Settings`, None for the model's own."""
+
+    steps: int | None = option(None, "Denoising steps; default: the model's.", low=1, high=1000)
+    guidance: float | None = option(None, "Classifier-free guidance; 1: none; default: the model's.", low=0, high=1000)
+    guidance_from: float | None = None
+    guidance_to: float | None = None
+    guidance_curve: str | None = option(None, "Guidance over the steps: constant, or rising: linear cosine.")
+    rescale: float | None = option(None, "Guidance rescale (Lin 2023); default: the model's.", low=0, high=1)
+    sampler: str | None = None
+    spacing: str | None = None
+    eta: float | None = option(None, "Noise of ddim's steps; default: 0, none.", low=0, high=1)
+    precision: str | None = option(None, f"Of matrix products and convolutions: {' '.join(PRECISIONS)}; default: the model's.")
+
+    def over(self, old: Mapping[str, Any]) -> Wanted:
+        """The same with another's numbers, a recipe's for example, where nothing is asked for.
+
+        A spacing belongs to its sampler: with a sampler asked for, the other's spacing does not count.
+        """
+        own = {name: getattr(self, name) for name in NUMBERS}
+        told = {name: old.get(name) for name in NUMBERS if name != "spacing" or not self.sampler}
+        return Wanted(**{name: told.get(name) if value in (None, "") else value for name, value in own.items()})
+
+
+OWN = Wanted()  # the model's own numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
+
+    attention: str | None = option(None, "Kernel: auto sdpa plain xformers sliced; default: auto.")
+    compiled: bool = option(False, "Compile the network first: minutes, then faster steps.", name="--compile")
+    low_memory: bool = option(False, "One part of the model in memory at a time.")
+    tile: int = option(512, "Decode pictures larger than TILE x TILE px in stripes; 0: never.", low=0)
+
+
+PLAIN = Running()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoEdit:
+    """A short clip that is drawn anew as one: what of it changes, and into what.
+
+    Args:
+        prompt, negative: of every frame.
+        source: what it shows, to start from the noise that it comes from (DDIM inversion); None: from noised frames (SDEdit).
+        strength: the share of the steps that is taken.
+        cells: frames beside and above each other when drawn; 1: each alone.
+    """
+
+    prompt: Prompt
+    negative: Prompt
+    source: Prompt | None
+    seed: int
+    strength: float
+    cells: int
+
+
+class Guide(Protocol):
+    """A classifier that guides drawing besides the prompt (Dhariwal 2021, arXiv 2105.05233)."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of its file."""
+        ...
+
+    def edit(self, prompts: Sequence[str], scale: float) -> Any:
+        """The edit that draws towards what each prompt of a call says, of what it knows."""
+        ...
+
+
+class Diffuses(Protocol):
+    """What a denoiser of latents is besides what draws: whoever trains on its noisy latents asks this."""
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The frozen autoencoder."""
+        ...
+
+    process: Process
+
+
+class Draws(Protocol):
+    """A finished model that draws pictures, of prompts or of other pictures.
+
+    A family that draws names it as a base class behind `Family`, gives `kind`, `defaults` and `sample`, and answers what else it
+    can; the defaults here say that it cannot. Picture i depends on its own prompt, seed, size and settings alone.
+    """
+
+    kind: str  # of its configuration, for messages
+    content_hash: str = ""  # of its files; recipes remember it
+
+    @property
+    def factor(self) -> int:
+        """Sides of pictures are multiples of it, px."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks lie."""
+        return next(self.parameters()).device
+
+    @property
+    @abstractmethod
+    def defaults(self) -> dict[str, Any]:
+        """What counts where nothing is asked for: `size` (height, width) in px, and `chunk`, how many pictures are drawn at once."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of its networks, as a torch module has them."""
+        raise NotImplementedError
+
+    def settings(self, wanted: Wanted = OWN) -> Settings:
+        """The numbers of a sampling call, the model's own where none are asked for; without a sampler there is nothing to choose.
+
+        Raises:
+            UserError: for what it has not.
+        """
+        for name in NUMBERS:
+            if getattr(wanted, name) not in (None, getattr(DIRECT, name)):
+                self.refuse(f"{name}: got {getattr(wanted, name)!r}", "has no such setting; leave it out")
+        return DIRECT
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int] | None = None,
+        settings: Wanted = OWN,
+        *,
+        size: tuple[int, int] | None = None,
+        negative: str | Prompt = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Any] = (),
+        on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3).
+
+        Args:
+            prompts: N texts, taken as they stand, or what `ldm.text.prompt_syntax.read` makes of their notation.
+            seeds: N integers; by default 0, 1, 2, ...
+            size: (height, width) in px, multiples of `factor`; None: `defaults["size"]`.
+            latents: noise as `noise` makes it, in place of the seeds' own.
+            edits: what `edits`, `inverted`, `watch` and a guide gave.
+            on_step: called as on_step(steps done, steps in all) over the whole call.
+            note: told what a user should know, one line each; None: a warning.
+        """
+
+    def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Any, ...]:
+        """What `sample` is told to draw out of pictures (1 or N,H,W,3) uint8, of which `mask` (1 or N,H,W) or all is to be new."""
+        self.refuse("init", "starts from no picture; leave --init out")
+
+    def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Any, ...]:
+        """What `sample` is told to start from the noise that pictures (1 or N,H,W,3) come from, told `source` (DDIM inversion)."""
+        self.refuse("invert", "does not go back from a picture to its noise; leave --invert out")
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """The noise of unit variance that pictures of `size` begin with, one for each seed."""
+        self.refuse("variation", "has no noise to vary; leave it out")
+
+    def watch(self, see: See) -> tuple[Any, ...]:
+        """Edits that change nothing, and tell `see` which pictures of a call are estimated at which step, x0 (B,c,h,w) of `decode`.
+
+        Empty where pictures are drawn at once.
+        """
+        return ()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (B,3,H,W), float, in [-1,1] or somewhat beyond, of the estimates that `watch` tells."""
+        self.refuse("save_steps", "draws without steps; leave --save-steps out")
+
+    def guide(self, file: Path) -> Guide:
+        """The classifier that a file of `ldm classifier` holds.
+
+        Raises:
+            UserError: if it is not for this model.
+        """
+        self.refuse("classifier", "is guided by none; leave --classifier out")
+
+    def restyle(self, frames: Tensor, clip: VideoEdit, settings: Settings, note: Callable[[str], None]) -> Tensor:
+        """Frames (F,H,W,3) uint8 drawn anew as one clip; all begin with the same noise."""
+        self.refuse("clip", "draws no clips anew; leave --clip out")
+
+    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[Embedding]) -> None:
+        """Merge LoRAs, each at its weight, and teach words (textual inversion).
+
+        Raises:
+            UserError: for what does not fit.
+        """
+        if loras or words:
+            self.refuse("lora" if loras else "embedding", "takes no LoRA and no embedding; leave them out")
+
+    def overlong(self, prompt: Prompt) -> str:
+        """What should be known of a prompt that is longer than is read at once; empty: nothing."""
+        return ""
+
+    def ready(self, folder: Path, running: Running, precision: str) -> None:
+        """Bring the networks into the form that only draws; they can neither learn nor be saved then.
+
+        Args:
+            folder: where it was opened from.
+            running: what was chosen.
+            precision: that it will draw with.
+
+        Raises:
+            UserError: for what does not run here.
+        """
+        for name in ("attention", "compiled", "low_memory"):
+            if getattr(running, name):
+                self.refuse(name, "has no such choice; leave it out")
+
+    def diffuses(self, what: str) -> Diffuses:
+        """The model as one that denoises latents, for `what` needs one.
+
+        Raises:
+            UserError: if it does not.
+        """
+        self.refuse(what, "denoises no latents; choose a latent diffusion model")
+
+    def refuse(self, what: str, why: str) -> NoReturn:
+        """Say that this kind of model cannot do something.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{what}: this model of kind {self.kind} {why}")
