@@ -52,7 +52,6 @@ class ImageBatch(Movable):
     caption: tuple[str, ...]
     size: Tensor  # (B,6) px: original height, width; crop top, left; target height, width
     position: Tensor  # (B,) int64, the global sample positions that address all randomness
-    source: Tensor | None = None  # (B,C,h,w), a second image for translation and editing
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same on `device`, where bytes become numbers: a quarter of these would have to travel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import plain
+from ldm.config.schema import build, plain
+from ldm.config.version import __version__
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
+from ldm.formats import atomic
+from ldm.formats.model_folder import RECORD, read_record
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import NOTHING, Cost, TextShape
 
@@ -204,8 +208,17 @@ class ModelConfig:
         raise NotImplementedError
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
-        """Put its product (role `model`) and its inputs' together as a model folder, committed at once."""
-        raise NotImplementedError
+        """Put its product (role `model`) and its inputs' together as a model folder, committed at once.
+
+        Here: the product itself, with an ldm.json that names kind, configuration and story.
+        """
+
+        def write(folder: Path) -> None:
+            shutil.copytree(products["model"].folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(atomic.MANIFEST))
+            said = {"kind": self.kind, "config": plain(self), "story": dict(story), "ldm_version": __version__}
+            atomic.write_json(folder / RECORD, said)
+
+        atomic.commit(target, write)
 
     def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> Any:
         """What a metric asks: the finished model, opened from its products as an export would assemble it."""
@@ -214,7 +227,15 @@ class ModelConfig:
 
     @classmethod
     def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> Any:
-        """A finished model folder of this kind: what draws."""
+        """A finished model folder of this kind, as `assemble` wrote it: what draws.
+
+        Raises:
+            UserError: if its ldm.json does not hold this kind's configuration.
+        """
+        return build(read_record(folder).get("config", {}), cls, str(folder / RECORD)).opened(folder).to(device).eval()
+
+    def opened(self, folder: Path) -> Any:
+        """The family with the weights of a model folder that this configuration was saved in: a torch module that draws."""
         raise NotImplementedError
 
 
