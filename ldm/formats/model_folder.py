@@ -37,7 +37,7 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
     if file := named(str(name)):
         folder = open_single(*file, note=note)
     elif not folder.is_dir():
-        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", RECORD])
+        folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + ["model_index.json", RECORD])
     return folder / "model" if (folder / "model").is_dir() and not (folder / "unet").is_dir() else folder
 
 
@@ -97,6 +97,7 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
 
 
 RECORD = "ldm.json"
+OWN_CLIP = "clip"  # the folder of the CLIP that the run has trained, both towers, which diffusers passes over
 
 
 def read_record(folder: Path) -> dict[str, Any]:
