@@ -15,7 +15,7 @@ from ldm.config.schema import Count, Fraction, Positive, config
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Terms, TrainingStage
-from ldm.formats.model_folder import OWN_CLIP
+from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP
 from ldm.formats.part import AGAIN, load_module, load_part, save_part
 from ldm.formats.text_folder import load_text_model, load_text_projection, load_tokenizer, save_text_model, save_tokenizer
 from ldm.models import cost
@@ -23,7 +23,6 @@ from ldm.models.cost import TextShape
 from ldm.models.image_tower import ImageTower, ImageTowerConfig
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 
-IMAGE_TOWER = "image_tower"  # the folder of the image side in that of a CLIP
 MAX_SCALE = math.log(100)  # of logit_scale, as CLIP bounds it
 
 

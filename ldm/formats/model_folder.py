@@ -97,7 +97,12 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
 
 
 RECORD = "ldm.json"
-OWN_CLIP = "clip"  # the folder of the CLIP that the run has trained, both towers, which diffusers passes over
+OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it the image side
+
+
+def own_clip(folder: Path) -> Path | None:
+    """Where the CLIP of a product's or model's own run lies, both towers of it; None: there is none."""
+    return folder / OWN_CLIP if (folder / OWN_CLIP / IMAGE_TOWER).is_dir() else None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.families.clip import OwnClip
-from ldm.formats.model_folder import OWN_CLIP, open_model
+from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.part import read_json
 
 SCENES, OWN = "scenes", "own"
@@ -70,15 +70,16 @@ class OwnJudge:
 
     @classmethod
     def load(cls, model: Path | str, device: str | torch.device = "cpu") -> OwnJudge:
-        """The CLIP in a model's folder, found by any name that `open_model` takes.
+        """The CLIP in a model's folder, found by any name that `root_of` takes.
 
         Raises:
             UserError: if the model has none, or it cannot be read.
         """
-        folder = open_model(model, note=lambda text: None).folder  # who draws with it is told
-        if not (folder / OWN_CLIP).is_dir():
-            raise UserError(f"judge: {folder} has no {OWN_CLIP}/, no CLIP of its own run; give --judge scenes or the FOLDER of a CLIP")
-        return cls(OwnClip.load(folder / OWN_CLIP, device), device)
+        folder = root_of(model, note=lambda text: None)  # who draws with it is told
+        clip = own_clip(folder)
+        if clip is None:
+            raise UserError(f"judge: {folder} has no clip/, no CLIP of its own run; give --judge scenes or the FOLDER of a CLIP")
+        return cls(OwnClip.load(clip, device), device)
 
     def scores(self, pictures: Tensor, prompts: Sequence[str]) -> list[float]:
         """From -1 to 1."""

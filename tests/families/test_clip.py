@@ -18,9 +18,11 @@ from ldm.diffusion.rng import Rng
 from ldm.families.clip import Clip, ClipFamily, OwnClip
 from ldm.families.family import Context, Product
 from ldm.families.perceptual_loss import PerceptualClip
+from ldm.families.pretrained import PretrainedText
+from ldm.formats.part import content_hash
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.encoder import TextEncoder
-from ldm.text.pretrained import PretrainedText
+from ldm.text.pretrained import load_pretrained
 
 DATA = Pictures()
 TOWER = ImageTowerConfig(channels=(8, 16), embedding=24, grid=2)
@@ -165,7 +167,7 @@ def test_transformers_opens_the_text_side(family: ClipFamily, tmp_path: Path) ->
 
     _, said = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
     assert not any(said[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    alone = PretrainedText(path=str(tmp_path / "clip")).build()  # as another model's text encoder
+    alone = load_pretrained(str(tmp_path / "clip"), 77, 0)  # as another model's text encoder
     assert torch.equal(alone.encode(CAPTIONS[:3]).tokens, TextEncoder.load(tmp_path).encode(CAPTIONS[:3]).tokens)
 
 
@@ -189,3 +191,9 @@ def test_a_clip_with_a_weight_missing_is_refused(family: ClipFamily, tmp_path: P
     with pytest.raises(UserError) as caught:
         OwnClip.load(tmp_path / "clip")
     assert str(weights.parent) in str(caught.value) and name.removeprefix("text_projection.") in str(caught.value)
+
+
+def test_a_run_that_begins_with_a_model_takes_its_clip_along(own_clip_model: Path, tmp_path: Path) -> None:
+    given = PretrainedText(path=str(own_clip_model))
+    given.adopt(given.find(given.path, lambda said: None), tmp_path / "text")
+    assert content_hash(tmp_path / "text" / "clip") == content_hash(own_clip_model / "clip")
