@@ -60,7 +60,7 @@ def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_choice_says_what_it_reads(text: Path) -> None:
-    assert PerceptualNone().inputs() == PerceptualLpips(weights="x").inputs() == () and PerceptualClip().inputs() == ("text",)
+    assert PerceptualNone().inputs() == PerceptualLpips(weights="x").inputs() == {} and PerceptualClip().inputs() == {"text": "text"}
     assert PerceptualNone().build(context(text)) is None
 
 
