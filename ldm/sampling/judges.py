@@ -102,9 +102,7 @@ class ClipJudge:
             UserError: if there is none, or it cannot be read.
         """
         if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") != "clip":
-            raise UserError(
-                f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or the words own or scenes"
-            )
+            raise UserError(f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or own or scenes")
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         try:
