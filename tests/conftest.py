@@ -61,3 +61,11 @@ def vq_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from finished_model import finished_model
 
     return finished_model(tmp_path_factory.mktemp("vq"), "vq")
+
+
+@pytest.fixture(scope="session")
+def own_clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny model with random weights and its run's own CLIP; read only."""
+    from finished_model import own_clip_model
+
+    return own_clip_model(tmp_path_factory.mktemp("own"))

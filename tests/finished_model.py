@@ -12,10 +12,13 @@ import torch
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.process import Process
 from ldm.families.autoencoder import measure
+from ldm.families.clip import Clip
+from ldm.families.family import Context
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
 from ldm.formats.assembly import assemble
 from ldm.formats.latent_codec import autoencoder_folder, load_codec, save_codec
 from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.unet import UNetConfig
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 
@@ -83,6 +86,15 @@ def text_product(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def clip_product(folder: Path, seed: int = 0) -> Path:
+    """A random CLIP of both towers."""
+    torch.manual_seed(seed)
+    tower = ImageTowerConfig(channels=(8, 16), embedding=24, grid=2)
+    context = Context(data=Pictures(), val=Pictures(), resolution=SIDE, seed=0, total_images=1)
+    Clip(text=TEXT, tower=tower, vocabulary=560).build(context).save(folder)
+    return folder
+
+
 def autoencoder_product(folder: Path, kind: Kind = "kl", seed: int = 0) -> Path:
     """A random autoencoder with the statistics of its latents."""
     torch.manual_seed(seed)
@@ -111,5 +123,13 @@ def finished_model(root: Path, kind: Kind = "kl", process: Process | None = None
     """A whole model folder, root/model, beside the products it was made of."""
     text, autoencoder = text_product(root / "text"), autoencoder_product(root / "autoencoder", kind)
     diffusion = diffusion_product(root / "diffusion", text, autoencoder, process or Process(), network, **defaults)
+    assemble(text, autoencoder, diffusion, root / "model", STORY)
+    return root / "model"
+
+
+def own_clip_model(root: Path) -> Path:
+    """A whole model folder, root/model, whose text encoder is of a CLIP that lies beside it."""
+    text, autoencoder = clip_product(root / "text"), autoencoder_product(root / "autoencoder")
+    diffusion = diffusion_product(root / "diffusion", text, autoencoder, Process())
     assemble(text, autoencoder, diffusion, root / "model", STORY)
     return root / "model"

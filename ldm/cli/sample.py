@@ -78,7 +78,7 @@ def sample(
     variations: Annotated[int, Option(min=0, help="So many pictures near each one, in its place.")] = 0,
     variation_strength: Annotated[float | None, Option(min=0, max=1, help="How far away they are; default: 0.2.")] = None,
     best: Annotated[int, Option(min=1, help="Draw so many for each picture and keep the one that JUDGE likes best.")] = 1,
-    judge: Annotated[str, Option(help="A folder with a CLIP (transformers' layout), or scenes: their exact checker.")] = "",
+    judge: Annotated[str, Option(help="own: the model's CLIP; scenes: their checker; or a folder with a CLIP (transformers).")] = "",
     safety: Annotated[Path | None, Option(help="A folder with a safety checker (diffusers' layout); what it flags is not written.")] = None,
     mark: Annotated[str | None, Option(help="A short text to hide in the pixels; ldm info reads it.")] = None,
     batch: Annotated[int, Option(min=1, help="Pictures between two writes to disk; never changes a picture.")] = 8,
@@ -115,7 +115,7 @@ def sample(
     if variation_strength is not None and not variations:
         raise UserError(f"variation_strength: got {variation_strength}, but no variations; give --variations 4")
     if best > 1 and (variations or not judge):
-        fix = "not together with --variations" if variations else "who chooses? Give --judge scenes, or --judge FOLDER of a CLIP"
+        fix = "not together with --variations" if variations else "who chooses? Give --judge own, scenes or the FOLDER of a CLIP"
         raise UserError(f"best: {fix}")
     if low_memory and (lora or embedding or old.get("loras") or old.get("embeddings")):
         raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
@@ -137,7 +137,7 @@ def sample(
 
     team = processes(cpu=device == "cpu")
     place = device_for(device, team.local)
-    choose = judge_of(judge, place) if best > 1 else None
+    choose = judge_of(judge, folder, place) if best > 1 else None
     # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
     if low_memory:
         return_blocks()

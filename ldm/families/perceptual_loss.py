@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from ldm.config.schema import BY_KIND, NonNegative, config
-from ldm.families.clip import Clip
+from ldm.families.clip import Clip, load_image_tower
 from ldm.families.family import Context, ModelConfig
-from ldm.formats.part import load_module, load_part
+from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.perceptual import FeatureDistance, Lpips, load_lpips
 
@@ -75,10 +75,8 @@ class PerceptualClip:
 
     def build(self, context: Context) -> nn.Module:
         """The frozen distance, scaled by its weight."""
-        folder = context.products["text"].folder / "image_tower"
-        config, state = load_part(folder)
-        tower = ImageTowerConfig(channels=tuple(config["channels"]), embedding=config["embedding"], grid=config["grid"])
-        return Scaled(FeatureDistance(load_module(tower.build, state, folder)), self.weight)
+        tower, *_ = load_image_tower(context.products["text"].folder / OWN_CLIP / IMAGE_TOWER)
+        return Scaled(FeatureDistance(tower), self.weight)
 
 
 Perceptual = Annotated[PerceptualNone | PerceptualLpips | PerceptualClip, BY_KIND]

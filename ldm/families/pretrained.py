@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from ldm.config.schema import Count, Positive, config
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import hub_folder, open_model
+from ldm.formats.model_folder import OWN_CLIP, hub_folder, open_model, own_clip
 from ldm.formats.part import PARTS, content_hash, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
@@ -51,8 +52,10 @@ class PretrainedText(ModelConfig):
         return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
 
     def adopt(self, found: Found, target: Path) -> None:
-        """text_encoder/ and tokenizer/, cut to the layers and tokens that are used."""
+        """text_encoder/ and tokenizer/, cut to the layers and tokens that are used; of a model with a CLIP of its run also that."""
         load_pretrained(str(found.folder), self.max_tokens, self.skip_last).save(target)
+        if clip := own_clip(found.folder):
+            shutil.copytree(clip, target / OWN_CLIP)
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
         """Of the text encoder, as far as it is used."""

@@ -12,7 +12,7 @@ from ldm.config.version import __version__
 from ldm.formats import atomic
 from ldm.formats.latent_codec import STATISTICS, Statistics, autoencoder_folder
 from ldm.formats.model_card import model_card
-from ldm.formats.model_folder import RECORD
+from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip
 from ldm.formats.part import content_hash, load_part, read_config, save_part
 from ldm.models.autoencoder import KLConfig, fold_latent_stats
 
@@ -27,7 +27,7 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     autoencoder keeps its statistics in latents.json.
 
     Args:
-        text: holds text_encoder/ and tokenizer/.
+        text: holds text_encoder/ and tokenizer/; of a run's own CLIP also clip/, with which pictures are scored.
         autoencoder: holds vae/ or vqvae/ with its latent statistics.
         diffusion: holds unet/ and ldm.json.
         target: the model folder; replaced when it is there.
@@ -46,6 +46,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         words = diffusion if (diffusion / "text_encoder").is_dir() else text  # one that has learned beside the UNet
         for name in ("text_encoder", "tokenizer"):
             shutil.copytree(words / name, folder / name)
+        if clip := own_clip(text):  # as it was trained: a text encoder that has learned since no longer fits its image tower
+            shutil.copytree(clip, folder / OWN_CLIP)
         if part == "vae":
             _fold(source, folder / part)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class Source:
     card: str  # the model card that came with it; empty: none
     notices: tuple[str, ...]  # what is not taken along
     hash: str
+    own_clip: Path | None  # the folder of its run's own CLIP, where it has one
 
     @property
     def codec(self) -> str:

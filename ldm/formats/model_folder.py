@@ -37,7 +37,7 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
     if file := named(str(name)):
         folder = open_single(*file, note=note)
     elif not folder.is_dir():
-        folder = hub_folder(str(name), [f"{part}/*" for part in PARTS] + ["model_index.json", RECORD])
+        folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + ["model_index.json", RECORD])
     return folder / "model" if (folder / "model").is_dir() and not (folder / "unet").is_dir() else folder
 
 
@@ -97,6 +97,12 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
 
 
 RECORD = "ldm.json"
+OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it the image side
+
+
+def own_clip(folder: Path) -> Path | None:
+    """Where the CLIP of a product's or model's own run lies, both towers of it; None: there is none."""
+    return folder / OWN_CLIP if (folder / OWN_CLIP / IMAGE_TOWER).is_dir() else None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

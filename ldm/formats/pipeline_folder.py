@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ldm.formats.atomic import write_json, write_tensors
 from ldm.formats.export_source import CARD, Part, Source
 from ldm.formats.latent_codec import STATISTICS
 from ldm.formats.model_card import model_card
-from ldm.formats.model_folder import RECORD
+from ldm.formats.model_folder import OWN_CLIP, RECORD
 from ldm.formats.part import CONFIG, WEIGHTS, content_hash, read_config
 from ldm.formats.rounding import DTYPES, Compared, compared, mapped, rounded, stored_bytes
 from ldm.formats.text_folder import load_tokenizer, save_tokenizer
@@ -46,6 +47,8 @@ def write_pipeline(source: Source, folder: Path, dtype: str, variant: str, shard
     if source.statistics:
         write_json(folder / source.codec / STATISTICS, source.statistics.to_dict())
     write_tokenizer(source, folder / "tokenizer")
+    if source.own_clip:
+        shutil.copytree(source.own_clip, folder / OWN_CLIP)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
     text = read_config(folder / "text_encoder")

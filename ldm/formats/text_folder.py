@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.formats.part import AGAIN, load_module, load_part, read_json, save_part, write_whole
 from ldm.models.text_tower import TextTower
 
+PROJECTING = "CLIPTextModelWithProjection"
+PROJECTION = "text_projection.weight"
 T5_FIELDS = (
     "vocab_size",
     "d_model",
@@ -39,7 +41,7 @@ def load_text_model(part: Path) -> Any:
     values, state = load_part(part)
     kind = (values.get("architectures") or ["CLIPTextModel"])[0]
     try:
-        if kind in ("CLIPTextModel", "CLIPModel"):
+        if kind in ("CLIPTextModel", PROJECTING, "CLIPModel"):
             model = load_module(lambda: TextTower(values.get("text_config", values)), tower_state(state), part)
         elif kind in ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"):
             model = load_module(_t5(values), _t5_state(state), part)
@@ -75,9 +77,24 @@ def _t5_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found if table is None else {**found, **dict.fromkeys(names, table)}
 
 
-def save_text_model(model: Any, part: Path) -> None:
-    """Write a CLIPTextModel or T5EncoderModel as any version of transformers reads it."""
+def load_text_projection(part: Path) -> nn.Linear:
+    """The projection of a CLIPTextModelWithProjection's pooled state into the space shared with images, frozen, (B,D) to (B,E).
+
+    Raises:
+        UserError: naming what is missing or damaged.
+    """
+    values, state = load_part(part)
+    sides = (values.get("hidden_size", 512), values.get("projection_dim", 512))
+    found = {name.removeprefix("text_projection."): value for name, value in state.items() if name == PROJECTION}
+    return load_module(lambda: nn.Linear(*sides, bias=False), found, part).eval().requires_grad_(False)
+
+
+def save_text_model(model: Any, part: Path, projection: nn.Linear | None = None) -> None:
+    """Write a CLIPTextModel or T5EncoderModel as any version of transformers reads it; with a projection, a CLIPTextModelWithProjection."""
     config, state = text_part(model)
+    if projection is not None:
+        config = {**config, "architectures": [PROJECTING], "projection_dim": projection.out_features}
+        state = {**state, PROJECTION: projection.weight}
     save_part(config, state, part, "model")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ class ImageTowerConfig:
     def build(self) -> ImageTower:
         """The network, freshly initialised."""
         return ImageTower(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ImageTowerConfig:
+        """What a part's config.json says."""
+        return ImageTowerConfig(channels=tuple(values["channels"]), embedding=values["embedding"], grid=values["grid"])
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the part's config.json."""

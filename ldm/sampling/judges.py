@@ -1,4 +1,4 @@
-"""Who chooses the best of several pictures of a prompt."""
+"""Judges: rank several pictures of a prompt, by a CLIP or by the scenes' exact checker."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.families.clip import OwnClip
+from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.part import read_json
 
-SCENES = "scenes"
+SCENES, OWN = "scenes", "own"
 
 
 class Judge(Protocol):
@@ -22,16 +24,16 @@ class Judge(Protocol):
         """The more the better, for pictures (N,H,W,3) uint8 of N prompts; each by itself."""
 
 
-def judge_of(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The exact checker of the built-in scenes ("scenes"), or a CLIP in transformers' layout (a folder).
+def judge_of(name: str, model: Path | str, device: str | torch.device = "cpu") -> Judge:
+    """By name: "scenes", the built-in scenes' exact checker; "own", the CLIP of the model's own run; or a folder that CLIPModel opens.
 
     Raises:
         UserError: if there is no such judge.
     """
     if name == SCENES:
         return SceneJudge()
-    if not name:
-        raise UserError("best: who chooses? Give --judge scenes (the built-in scenes' checker) or --judge FOLDER of a CLIP")
+    if name == OWN:
+        return OwnJudge.load(model, device)
     return ClipJudge.load(Path(name), device)
 
 
@@ -60,6 +62,31 @@ class SceneJudge:
         return [float(value) for value in np.nanmean(facts, axis=0)]
 
 
+class OwnJudge:
+    """Cosine similarity of picture and prompt by the CLIP that the model's own run has trained."""
+
+    def __init__(self, clip: OwnClip, device: str | torch.device) -> None:
+        self.clip, self.device = clip, device
+
+    @classmethod
+    def load(cls, model: Path | str, device: str | torch.device = "cpu") -> OwnJudge:
+        """The CLIP in a model's folder, found by any name that `root_of` takes.
+
+        Raises:
+            UserError: if the model has none, or it cannot be read.
+        """
+        folder = root_of(model, note=lambda text: None)  # who draws with it is told
+        clip = own_clip(folder)
+        if clip is None:
+            raise UserError(f"judge: {folder} has no clip/, no CLIP of its own run; give --judge scenes or the FOLDER of a CLIP")
+        return cls(OwnClip.load(clip, device), device)
+
+    def scores(self, pictures: Tensor, prompts: Sequence[str]) -> list[float]:
+        """From -1 to 1."""
+        image = pictures.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # (N,3,H,W)
+        return [float(value) for value in self.clip.similarity(image, prompts)]
+
+
 class ClipJudge:
     """Cosine similarity of a CLIP's embeddings of picture and prompt (Radford 2021, arXiv 2103.00020)."""
 
@@ -75,7 +102,7 @@ class ClipJudge:
             UserError: if there is none, or it cannot be read.
         """
         if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") != "clip":
-            raise UserError(f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or the word scenes")
+            raise UserError(f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or own or scenes")
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         try:

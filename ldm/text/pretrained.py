@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.formats.model_folder import hub_folder
+from ldm.formats.model_folder import OWN_CLIP, hub_folder
 from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
 from ldm.formats.part import load_module, read_json, read_safetensors
 from ldm.formats.text_folder import load_text_model, load_tokenizer, tower_state
@@ -58,7 +58,7 @@ def text_folder(path: str) -> Path:
 def _fetch(name: str) -> Path:
     folder = hub_folder(name, WORDS)
     if (folder / "text_encoder").is_dir():
-        return hub_folder(name, ["text_encoder/*", "tokenizer/*"])
+        return hub_folder(name, ["text_encoder/*", "tokenizer/*", f"{OWN_CLIP}/*"])
     weights = "model*.safetensors" if (folder / "config.json").is_file() else "open_clip*.safetensors"
     return hub_folder(name, [*WORDS, weights])
 

@@ -168,6 +168,18 @@ def test_the_best_of_several_is_kept(model: list[str], clip: Path, tmp_path: Pat
     assert len(draw(tmp_path / "best", *words, "--best", "3", "--judge", str(clip), "--resume")) == 4
 
 
+def test_the_models_own_clip_keeps_the_best(own_clip_model: Path, tmp_path: Path) -> None:
+    from ldm.families.clip import OwnClip
+
+    words = ["--model", str(own_clip_model), *DDIM, "a small red circle", "a large blue ring", "--seed", "3"]
+    every = draw(tmp_path / "all", *words, "--n", "4")
+    best = draw(tmp_path / "best", *words, "--best", "4", "--judge", "own")
+    image = torch.tensor(np.stack(every)).permute(0, 3, 1, 2) / 127.5 - 1
+    cosine = OwnClip.load(own_clip_model / "clip").similarity(image, ["a small red circle"] * 4 + ["a large blue ring"] * 4)
+    winners = [int(cosine[:4].argmax()), 4 + int(cosine[4:].argmax())]
+    assert all(np.array_equal(image, every[k]) for image, k in zip(best, winners, strict=True))
+
+
 def test_scenes_are_judged_by_their_checker(tmp_path: Path) -> None:
     from ldm.config.errors import UserError
     from ldm.data.scenes.render import render, to_bytes
@@ -176,7 +188,7 @@ def test_scenes_are_judged_by_their_checker(tmp_path: Path) -> None:
 
     known = prompts("one", 4, 0)
     pictures = torch.tensor(np.concatenate([to_bytes(render(known.specs.take([i]), 64)) for i in range(4)]))
-    judge = judge_of("scenes")
+    judge = judge_of("scenes", "")
     right, wrong = judge.scores(pictures, list(known.text)), judge.scores(pictures, [*known.text[1:], known.text[0]])
     assert min(right) > 0.9 and max(wrong) < 1
     with pytest.raises(UserError, match="'a cat' is no caption of a scene"):
@@ -264,7 +276,8 @@ def test_a_mark_is_hidden_and_a_recipe_remembers_it(model: list[str], tmp_path: 
         (["--invert", "init.png", "--eta", "0.5"], "ddim with eta 0.5 does not go back"),
         (["--source", "a ring"], "source: says what the picture of --invert shows"),
         (["--variation-strength", "0.5"], "no variations; give --variations 4"),
-        (["--best", "2"], "best: who chooses? Give --judge scenes"),
+        (["--best", "2"], "best: who chooses? Give --judge own, scenes or"),
+        (["--best", "2", "--judge", "own"], "model has no clip/, no CLIP of its own run; give --judge scenes"),
         (["--best", "2", "--judge", "none"], "judge: none: no CLIP here"),
         (["--best", "2", "--judge", "scenes", "--variations", "2"], "not together with --variations"),
         (["--safety", "none"], "safety: none: no safety checker here"),

@@ -28,12 +28,18 @@ def context(text: Path) -> Context:
     return Context(data=DATA, val=DATA, resolution=SIDE, seed=0, total_images=10, products={"text": Product(text, "")})
 
 
+def save_tower(product: Path, embedding: int) -> None:
+    """A random image tower in the product of a CLIP, which says that its embedding is so wide."""
+    config = {**TOWER.to_dict(), "embedding": embedding, "resolution": SIDE}
+    save_part(config, {**TOWER.build().state_dict(), "logit_scale": torch.tensor(0.0)}, product / "clip" / "image_tower")
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A product with a random image tower."""
     folder = tmp_path_factory.mktemp("text")
     torch.manual_seed(0)
-    save_part(TOWER.to_dict(), dict(TOWER.build().state_dict()), folder / "image_tower")
+    save_tower(folder, TOWER.embedding)
     return folder
 
 
@@ -54,7 +60,7 @@ def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_choice_says_what_it_reads(text: Path) -> None:
-    assert PerceptualNone().inputs() == PerceptualLpips(weights="x").inputs() == () and PerceptualClip().inputs() == ("text",)
+    assert PerceptualNone().inputs() == PerceptualLpips(weights="x").inputs() == {} and PerceptualClip().inputs() == {"text": "text"}
     assert PerceptualNone().build(context(text)) is None
 
 
@@ -94,6 +100,6 @@ def test_it_joins_the_reconstruction_loss_and_never_learns(kind: str, text: Path
 
 def test_the_tower_of_another_shape_is_refused(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_part({**TOWER.to_dict(), "embedding": 9}, dict(TOWER.build().state_dict()), tmp_path / "image_tower")
+    save_tower(tmp_path, 9)
     with pytest.raises(UserError, match="the weights do not fit"):
         PerceptualClip().build(context(tmp_path))

@@ -17,10 +17,13 @@ from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Flow, ScaledLinear
 from ldm.families.draws import Wanted
+from ldm.families.latent_diffusion.export import read_source
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import verify
 from ldm.formats.latent_codec import load_codec
+from ldm.formats.part import content_hash
+from ldm.formats.pipeline_folder import write_pipeline
 
 PROMPTS = ["a small red circle", "a large blue ring"]
 PROCESSES = {
@@ -116,6 +119,31 @@ def test_every_part_opens_in_its_own_library(vq_model: Path) -> None:
     assert tokenizer.eos_token_id > 2 and tokenizer.model_max_length == 16
     index = json.loads((vq_model / "model_index.json").read_text())
     assert index["vqvae"] == ["diffusers", "VQModel"] and "vae" not in index
+
+
+def test_the_runs_own_clip_lies_beside_the_parts(own_clip_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    text = own_clip_model.parent / "text"
+    assert content_hash(own_clip_model / "clip") == content_hash(text / "clip")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    write_pipeline(read_source(str(own_clip_model)), exported, "fp32", "", 10**9, lambda said: None)
+    assert content_hash(exported / "clip") == content_hash(text / "clip")
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_warning()
+        library.enable_propagation()
+    try:
+        for folder in (own_clip_model, exported):
+            pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            assert type(pipe.text_encoder).__name__ == "CLIPTextModel"
+    finally:
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_propagation()
+    said = [record.getMessage() for record in caplog.records]
+    assert not [line for line in said if any(word in line for word in ("projection", "not used", "UNEXPECTED", "MISSING", "newly"))], said
 
 
 def test_folded_latents_have_unit_variance(kl_model: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.formats.export_source import CARD, Part, Source
 from ldm.formats.latent_codec import Statistics
-from ldm.formats.model_folder import open_model, read_record
+from ldm.formats.model_folder import open_model, own_clip, read_record
 from ldm.formats.part import read_json
 from ldm.formats.text_folder import text_part
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
@@ -52,6 +52,7 @@ def read_source(model: str) -> Source:
         card=card,
         notices=notices,
         hash=family.content_hash,
+        own_clip=own_clip(root),
     )
 
 
