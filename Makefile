@@ -3,12 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-large test-soak clean
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python train.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+# What `test` leaves out (docs/development.md): networks of published size; full figures, minutes to hours.
+test-large: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q -s -m large $(ARGS)
+
+test-soak: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q -s -m soak $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }

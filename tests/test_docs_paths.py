@@ -1,0 +1,58 @@
+"""The documentation names files and modules of this repository that exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ADDRESS = re.compile(r"\w+://\S+")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+CODE = re.compile(r"`([^`\n]+)`")
+OURS = re.compile(r"(?<![\w./-])(?:ldm|tests|docs|configs|\.ci)/[\w./*-]*\w")  # wherever such a path stands
+FILE = re.compile(r"(?<![\w./*-])[\w/*-]+\.(?:py|sbatch)\b")  # in code style, and perhaps below the folder that the text is about
+
+
+def files() -> list[str]:
+    """Every file of the repository, from its root."""
+    folders = [ROOT / name for name in ("ldm", "tests", "docs", "configs", ".ci")]
+    found = [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*"))]
+    return [str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts]
+
+
+EXISTING = files()
+
+
+def exists(name: str, anywhere: bool) -> bool:
+    """Whether a path, in which * stands for any letters, is there, or (`anywhere`) below some folder."""
+    pattern = re.compile(("(.*/)?" if anywhere else "") + re.escape(name.rstrip("/")).replace(r"\*", "[^/]*"))
+    return any(pattern.fullmatch(path) for path in EXISTING)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in LINK.findall(FENCE.sub("", text)) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    text = ADDRESS.sub("", text)
+    missing += [path for path in OURS.findall(text) if not exists(path, anywhere=False)]
+    spans = CODE.findall(FENCE.sub("", text))
+    missing += [file for span in spans for file in FILE.findall(span) if not OURS.match(file) and not exists(file, anywhere=True)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_work(page: Path) -> None:
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm":
+                module = importlib.import_module(node.module or "")
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
