@@ -1,0 +1,172 @@
+"""The content hash of every stage, what is finished already, and so what a start will do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.errors import UserError
+from ldm.data.cached import cache_hash
+from ldm.data.filter import sift
+from ldm.families.family import Found
+from ldm.formats import atomic
+from ldm.runs.run import Encode, Evaluate, Export, Run
+from ldm.training import checkpoint
+from ldm.training.settings import Train
+
+if TYPE_CHECKING:
+    from ldm.data.sources import DataSet
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What done.json says of a stage, and where it is."""
+
+    folder: Path
+    key: str
+    identity: dict[str, Any]
+    product: str  # hash of the product's folder; empty: none
+    result: dict[str, Any]
+    seconds: float
+    images: int
+    carried: str = ""  # hash of the state that was kept for a later stage; empty: none was
+
+
+def hashes_of(run: Run, name: str, done: Mapping[str, Finished], found: Mapping[str, Found]) -> dict[str, str]:
+    """By role, the hash of everything that a stage reads.
+
+    Args:
+        found: by model, what comes from elsewhere.
+
+    Raises:
+        UserError: where a stage is to carry on what an earlier one has not kept.
+    """
+    hashes = {
+        role: (done[read.stage].product or done[read.stage].key) if read.stage else found[read.model].hash
+        for role, read in run.reads(name).items()
+    }
+    if other := run.carried_from(name):
+        if not done[other].carried:
+            raise UserError(
+                f"stages.{name}.carry: {other} was finished when nothing asked for more than its EMA, so no more was kept;"
+                f" leave carry out, or move {done[other].folder} away to train it again"
+            )
+        hashes["carried"] = done[other].carried
+    return hashes
+
+
+def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the result of a stage depends on, as plain values: its hash is the stage's key."""
+    stage = run.stages[name]
+    found: dict[str, Any] = {"stage": name, "seed": run.seed, "settings": stage.identity(), "inputs": dict(hashes)}
+    if isinstance(stage, Train):
+        found["model"] = run.trained(stage).identity()
+        if stage.cache:
+            found["latents"] = cache_hash(stage.cache)
+    if isinstance(stage, Train | Encode):
+        found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
+    if isinstance(stage, Evaluate):
+        found["val"] = val.fingerprint()
+    if isinstance(stage, Evaluate | Export):
+        train = run.stages[run.measured(name)]
+        assert isinstance(train, Train)
+        found |= run.models[train.model].shown()
+    return found
+
+
+def check_filters(run: Run, data: DataSet) -> None:
+    """Every stage's filter tried on the data, before any work.
+
+    Raises:
+        UserError: for the first that asks for what the data does not know, or that nothing passes.
+    """
+    for name, stage in run.stages.items():
+        if isinstance(stage, Train | Encode):
+            sift(data, stage.filter, f"stages.{name}.filter")
+
+
+def key_of(found: Mapping[str, Any]) -> str:
+    """The hash of an identity."""
+    text = json.dumps(found, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The leaves in which two identities differ, as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in [*old, *(k for k in new if k not in old)]:
+            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
+        return found
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        old, new = list(old), list(new)
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 24 else text
+
+
+def finished(folder: Path) -> Finished | None:
+    """The finished stage in a folder, or None where it is unfinished or its product is damaged."""
+    try:
+        values = json.loads((folder / DONE).read_text())
+        names = ("key", "identity", "product", "result", "seconds", "images")
+        done = Finished(folder=folder, **{name: values[name] for name in names}, carried=values.get("carried", ""))
+    except (OSError, ValueError, KeyError):
+        return None
+    if done.product:
+        try:
+            if atomic.folder_hash(folder / "model") != done.product:
+                return None
+        except atomic.Damaged:
+            return None
+    return done
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a start will do with one stage, and why."""
+
+    name: str
+    skip: bool
+    why: str
+
+
+def plan(run: Run, out: Path, data: DataSet, val: DataSet, elsewhere: Mapping[str, Found]) -> list[Planned]:
+    """For every stage whether it runs or is skipped, from what lies in the run folder now.
+
+    Args:
+        elsewhere: what `ldm.runs.pretrained.find` says.
+    """
+    check_filters(run, data)
+    done: dict[str, Finished] = {}
+    found: list[Planned] = []
+    for name in run.stages:
+        if waiting := [read.stage for read in run.reads(name).values() if read.stage and read.stage not in done]:
+            found.append(Planned(name, False, f"because {waiting[0]} runs"))
+            continue
+        have = finished(out / "stages" / name)
+        wanted = identity(run, name, data, val, hashes_of(run, name, done, elsewhere))
+        if have is not None and have.key == key_of(wanted):
+            done[name] = have
+            found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
+        elif have is not None:
+            found.append(Planned(name, False, f"changed: {'; '.join(differences(have.identity, plain_json(wanted))[:3])}"))
+        elif checkpoint.states(out / "stages" / name / "state"):
+            found.append(Planned(name, False, "was interrupted"))
+        else:
+            found.append(Planned(name, False, "not done yet"))
+    return found
+
+
+def plain_json(value: Any) -> Any:
+    """The value as it reads back from JSON."""
+    return json.loads(json.dumps(value, default=str))
