@@ -1,8 +1,9 @@
-"""Imports go down only, slow packages wait until they are needed, and a file stays one thought."""
+"""The house keeps its shape: imports go down only, without circles; slow packages wait; what may know what is known by name."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,53 +14,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ldm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-# Modules by layer, lowest first, as docs/architecture.md tells; what is named nowhere is of the last one.
-LAYERS = (
-    (
-        "errors",
-        "threads",
-        "rng",
-        "batch",
-        "config",
-        "config_presets",
-        "config_text",
-        "config_yaml",
-        "models",
-        "diffusion",
-        "process",
-        "redact",
-        "sharded",
-    ),
-    (
-        "checkpoint",
-        "compvis",
-        "compvis_shapes",
-        "pickles",
-        "single_file",
-        "folder",
-        "tensor_file",
-        "text",
-        "text_files",
-        "text_pretrained",
-        "text_weighted",
-        "prompt_syntax",
-        "data",
-        "lora",
-        "lora_files",
-        "words",
-        "optim",
-        "ema",
-        "snapshot",
-        "trackers",
-        "pace",
-        "log",
-        "pictures",
-    ),
-    ("families", "metrics"),
+# The rooms, lowest first: a file imports from its own room and those before it.
+ROOMS = (
+    "config",
+    "diffusion",
+    "models",
+    "formats",
+    "text",
+    "data",
+    "families",
+    "metrics",
+    "distributed",
+    "training",
+    "runs",
+    "sampling",
+    "cli",
+    "demo",
 )
-NEIGHBOURS = {"models": {"models", "config", "batch", "errors", "rng"}, "diffusion": {"diffusion", "config", "batch", "errors", "rng"}}
-ONLY_IN = {"pydantic": {"config.py"}, "accelerate": {"processes.py"}}
+NOT_FOR = {"models": {"data", "text", "formats"}, "diffusion": {"models"}}  # mathematics knows no network, networks no files
+ONLY_IN = {"accelerate": "distributed", "pydantic": "config"}
 WAITING = {
     "transformers",
     "open_clip",
@@ -81,28 +54,29 @@ WAITING = {
     "duckdb",
     "tensorboard",
 }
+VERBS = ("train", "sample", "grid", "animate", "info", "evaluate", "report", "doctor", "data", "export")
 LIGHT = (
     "ldm",
     "ldm.__main__",
     "ldm.cli.command",
-    "ldm.cli.train",
-    "ldm.cli.sample",
-    "ldm.cli.grid",
-    "ldm.cli.animate",
-    "ldm.cli.info",
+    *(f"ldm.cli.{verb}" for verb in VERBS),
     "ldm.demo.server",
-    "ldm.runs.evaluation",
-    "ldm.runs.report",
-    "ldm.cli.doctor",
-    "ldm.cli.data",
-    "ldm.cli.export",
     "ldm.config.schema",
     "ldm.training.log",
 )
 
 
+def module(file: Path) -> str:
+    """A file's name as it is imported."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(file): file for file in FILES}
+
+
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
-    """Every imported module, and whether the import acts as soon as the file is read."""
+    """Every imported module, those for types alone and in functions too, and whether the import acts as soon as the file is read."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     later = {
         inner
@@ -114,50 +88,108 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in later) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"ldm.{alias.name}" for alias in node.names] if node.module == "ldm" else [node.module]
-            yield from ((name, node not in later) for name in names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: relative imports say less"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in MODULES else node.module), node not in later
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value and node.value in MODULES:
+            yield node.value, False  # a module that is imported by its name
 
 
-def part(module: str) -> str:
-    """The file or folder of the package that a module belongs to."""
-    return (module.split(".") + [""])[1]
+GRAPH = {name: {found for found, _ in imports(file) if found in MODULES and found != name} for name, file in MODULES.items()}
 
 
-def layer(name: str) -> int:
-    return next((number for number, names in enumerate(LAYERS) if name in names), len(LAYERS))
+def room(name: str) -> str:
+    return (name.split(".") + [""])[1]
+
+
+def test_nothing_lies_beside_the_rooms() -> None:
+    there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert there == {*ROOMS, "__init__.py", "__main__.py"}
+    assert all(len(file.relative_to(PACKAGE).parts) <= 3 for file in FILES), "below a room at most one more level"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_imports_go_down_only(name: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(name) + 1]} - NOT_FOR.get(name, set())
+    for own in (own for own in MODULES if room(own) == name):
+        upward = {found for found in GRAPH[own] if room(found) not in allowed and found != "ldm.config.version"}
+        assert not upward, f"{own} must not import {', '.join(sorted(upward))}"
+
+
+def circles() -> list[set[str]]:
+    """Groups of files that import each other, directly or through others (Tarjan's strongly connected components)."""
+    found: list[set[str]] = []
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+
+    def visit(name: str) -> None:
+        number[name] = low[name] = len(number)
+        stack.append(name)
+        for other in GRAPH[name]:
+            if other not in number:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], number[other])
+        if low[name] == number[name]:
+            group = set(stack[stack.index(name) :])
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                found.append(group)
+
+    for name in GRAPH:
+        if name not in number and name not in ("ldm", "ldm.__main__"):
+            visit(name)
+    return found
+
+
+def test_there_are_no_circles() -> None:
+    assert circles() == []
+
+
+def test_the_test_would_see_a_circle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAPH, "ldm.diffusion.rng", {"ldm.runs.execution"})
+    assert any({"ldm.diffusion.rng", "ldm.runs.execution"} <= group for group in circles())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down_only(file: Path) -> None:
-    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-    for module, at_once in imports(file):
-        top, name = module.split(".")[0], part(module)
-        if top == "ldm" and name not in ("", "__version__"):
-            assert layer(name) <= layer(own), f"{file.name} is below {module}"
-            assert name in NEIGHBOURS.get(own, {name}), f"{own} must not know {name}"
+def test_slow_packages_wait_until_they_are_needed(file: Path) -> None:
+    for name, at_once in imports(file):
+        top = name.split(".")[0]
         assert not (at_once and top in WAITING), f"{file.name}: import {top} inside the function that needs it"
-        assert file.name in ONLY_IN.get(top, {file.name}), f"{file.name}: {top} belongs to {ONLY_IN.get(top)}"
+        assert ONLY_IN.get(top, room(module(file))) == room(module(file)), f"{file.name}: {top} belongs to {ONLY_IN.get(top)}"
+
+
+def test_accelerate_is_known_to_one_file() -> None:
+    assert {file.name for file in FILES if any(name.split(".")[0] == "accelerate" for name, _ in imports(file))} == {"processes.py"}
 
 
 def test_the_loop_does_not_know_which_family_runs() -> None:
-    known = {module for module, _ in imports(PACKAGE / "train.py") if module.startswith("ldm.families")}
+    known = {found for name in GRAPH if room(name) == "training" for found in GRAPH[name] if room(found) == "families"}
     assert known == {"ldm.families.family"}
+
+
+def test_nobody_asks_a_family_its_name() -> None:
+    """Outside families/ no kind of a model is compared, and no family's class is asked for or imported."""
+    kinds = "clip|pretrained_text|kl|vq|pretrained_autoencoder|latent_diffusion"
+    asked = re.compile(rf"kind *[!=]= *[\"']({kinds})[\"']|(family|model|role|name) *[!=]= *[\"'](text|autoencoder|diffusion)[\"']")
+    for file in FILES:
+        if room(module(file)) == "families":
+            continue
+        found = asked.search(file.read_text(encoding="utf-8"))
+        assert found is None, f"{module(file)}: {found and found[0]}; ask the family instead"
+        if "benchmarks" not in file.parts:
+            own = {name for name in GRAPH[module(file)] if room(name) == "families"}
+            shared = {"ldm.families", "ldm.families.family", "ldm.families.draws", "ldm.families.registry"}
+            assert own <= shared, f"{module(file)} imports {', '.join(sorted(own - shared))}"
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py"])
 def test_root_scripts_use_one_public_name(name: str) -> None:
     assert {module for module, _ in imports(ROOT / name)} == {"sys", "ldm.__main__"}
-
-
-def test_layers_name_what_there_is() -> None:
-    there = {part(".".join(("ldm", *f.relative_to(PACKAGE).with_suffix("").parts))) for f in FILES}
-    assert {name for names in LAYERS for name in names} <= there
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_file_is_one_thought(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400 and len(file.relative_to(PACKAGE).parts) <= 2
 
 
 def loaded_by(module: str) -> set[str]:
@@ -181,6 +213,6 @@ def test_public_names_load_on_first_use() -> None:
     from ldm.config.errors import UserError
 
     assert ldm.UserError is UserError and callable(ldm.load) and callable(ldm.start) and ldm.Run.__name__ == "Run"
-    assert set(ldm.__all__) == {"Run", "UserError", "load", "start"}
+    assert set(ldm.__all__) == {"Run", "UserError", "__version__", "load", "start"}
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         ldm.lod  # noqa: B018

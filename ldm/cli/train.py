@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.config.errors import UserError
 from ldm.distributed.environment import keep_blocks
+from ldm.runs.run_folder import check_version
 
 USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
 
@@ -46,11 +47,13 @@ def main(words: Sequence[str]) -> int:
 
     file = Path(files[0])
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
+    check_version(file.parent)
     values = read(file, [word for word in words if "=" in word])
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place
 
     run, out = place(build(values, Run, str(file)), file)
+    check_version(out)
     if "--plan" not in options:
         code = execute(run, out, file)
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:

@@ -117,7 +117,11 @@ def estimate(run: Run) -> Estimate:
     used |= {stage.model for stage in run.stages.values() if isinstance(stage, Train)}
     models = {name: _counted(model, run.init, note) for name, model in run.everything().items()}
     counts = {name: model.parameters(_inputs(models, name), note) for name, model in models.items() if name in used}
-    return Estimate(models=models, parameters=counts, notes=notes)
+    found = Estimate(models=models, parameters=counts, notes=notes)
+    for stage in run.stages.values():
+        if isinstance(stage, Train) and not counts[stage.model]:
+            counts[stage.model] = found.training(stage).learned
+    return found
 
 
 def _counted(model: ModelConfig, base: str, note: Callable[[str], None]) -> ModelConfig:

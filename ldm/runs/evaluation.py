@@ -37,13 +37,3 @@ def measure(
             name, number = f"{metric.kind}_{number}", number + 1
         found[name] = metric.run(bench)
     return found
-
-
-
-
-
-
-
-
-
-

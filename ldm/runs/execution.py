@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from ldm.runs.evaluation import measure
-
-from ldm.config.secrets import exposed
-from ldm.families.family import ModelConfig, Product
-from ldm.runs import pretrained
-from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
-from ldm.runs.run import Encode, Evaluate, Export, Run, place
-
 import json
 import shutil
 import sys
@@ -21,24 +13,29 @@ from typing import Any
 
 import torch
 
-from ldm.config.version import __version__
-from ldm.formats import atomic
-from ldm.distributed.rank_checks import agree
+from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
+from ldm.config.secrets import exposed
+from ldm.config.version import __version__
 from ldm.data.filter import sift
 from ldm.data.mixture import Mixture
-from ldm.config.errors import UserError, out_of_memory
-from ldm.distributed.launcher import Work, about, record
-from ldm.training.log import Log
-from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
-from ldm.distributed.environment import calibrate
-from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.diffusion.rng import mix
+from ldm.distributed.environment import calibrate
+from ldm.distributed.launcher import Work, about, record
+from ldm.distributed.processes import Learners, Stopped, leave
+from ldm.distributed.rank_checks import agree
+from ldm.families.family import ModelConfig, Product
+from ldm.formats import atomic
+from ldm.runs import pretrained
+from ldm.runs.evaluation import measure
+from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
+from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
+from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside
-from ldm.training.loop import Trainer
-from ldm.training.settings import Train
 from ldm.training.checkpoint import CARRIED
-from ldm.training.loop import too_large
+from ldm.training.log import Log
+from ldm.training.loop import Trainer, too_large
+from ldm.training.settings import Train
 
 
 class Execution:
@@ -120,14 +117,20 @@ class Execution:
         started = time.monotonic()
         result, images = self._do(name, folder, key, self._products(name))
         if self.processes.main:
-            product, carried = (
-                atomic.folder_hash(folder / part) if (folder / part).is_dir() else "" for part in ("model", CARRIED)
-            )
+            product, carried = (atomic.folder_hash(folder / part) if (folder / part).is_dir() else "" for part in ("model", CARRIED))
             spent = time.monotonic() - started + self._earlier_seconds(folder)
             values = {
-                "stage": name, "kind": self.run.stages[name].kind, "key": key, "identity": plain_json(wanted),
-                "inputs": hashes, "product": product, "result": result, "seconds": round(spent, 2), "images": images,
-                "carried": carried, "version": __version__,
+                "stage": name,
+                "kind": self.run.stages[name].kind,
+                "key": key,
+                "identity": plain_json(wanted),
+                "inputs": hashes,
+                "product": product,
+                "result": result,
+                "seconds": round(spent, 2),
+                "images": images,
+                "carried": carried,
+                "version": __version__,
             }
             atomic.write_json(folder / DONE, values)
             shutil.rmtree(folder / "state", ignore_errors=True)
@@ -163,7 +166,9 @@ class Execution:
     def _products(self, name: str) -> dict[str, Product]:
         """What a stage reads, by role: of earlier stages, and from elsewhere."""
         return {
-            role: Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product) if read.stage else self.made[read.model]
+            role: Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product)
+            if read.stage
+            else self.made[read.model]
             for role, read in self.run.reads(name).items()
         }
 
@@ -187,9 +192,14 @@ class Execution:
 
         seen = sift(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
-            data=seen, val=self.val, resolution=stage.resolution, seed=self._seed(name),
-            total_images=stage.images, products={k: v for k, v in products.items() if k not in ("init", "latents")},
-            init=products.get("init"), device=self.processes.device,
+            data=seen,
+            val=self.val,
+            resolution=stage.resolution,
+            seed=self._seed(name),
+            total_images=stage.images,
+            products={k: v for k, v in products.items() if k not in ("init", "latents")},
+            init=products.get("init"),
+            device=self.processes.device,
         )
         torch.manual_seed(context.seed)
         family = self._config(name, stage).build(context)
@@ -201,8 +211,16 @@ class Execution:
                 pretrained.check_cache(data, stage, products)
         before = self.run.carried_from(name)
         trainer = Trainer(
-            stage, family, context, data=data, folder=folder, key=key, workers=self.run.workers,
-            processes=self.processes, log=self.log, keeps=self.run.carried_on(name),
+            stage,
+            family,
+            context,
+            data=data,
+            folder=folder,
+            key=key,
+            workers=self.run.workers,
+            processes=self.processes,
+            log=self.log,
+            keeps=self.run.carried_on(name),
             carried=Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
         )
         try:
@@ -229,10 +247,21 @@ class Execution:
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
         with self.log.stage(name, count, 0) as log:
             write_cache(
-                folder / "model", seen, lambda image: codec.moments(image.to(device)),
-                autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
-                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, buckets=stage.buckets, workers=self.run.workers,
-                rank=self.processes.rank, world=self.processes.world, on_images=log.advance,
+                folder / "model",
+                seen,
+                lambda image: codec.moments(image.to(device)),
+                autoencoder=codec.hash,
+                normalisation=codec.statistics.to_dict(),
+                resolution=stage.resolution,
+                images=count,
+                batch=stage.batch,
+                seed=self._seed(name),
+                flip=stage.flip,
+                buckets=stage.buckets,
+                workers=self.run.workers,
+                rank=self.processes.rank,
+                world=self.processes.world,
+                on_images=log.advance,
             )
         self.processes.wait()
         if self.processes.main and self.processes.world > 1:
@@ -312,9 +341,7 @@ class Execution:
             self.log.note(f"warning: {text}")
 
     def _write_metrics(self) -> None:
-        metrics = {
-            name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Evaluate)
-        }
+        metrics = {name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Evaluate)}
         trained = {name: done.result for name, done in self.done.items() if isinstance(self.run.stages[name], Train) and done.result}
         if metrics or trained:
             atomic.write_json(self.out / "metrics.json", {"version": __version__, "evaluations": metrics, "training": trained})

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from ldm.config.errors import UserError
 from ldm.data.buckets import lines, sort
 from ldm.data.filter import sift
 from ldm.distributed.environment import usable_cores
-from ldm.distributed.launcher import adopt_slurm, launched as how
+from ldm.distributed.launcher import adopt_slurm
+from ldm.distributed.launcher import launched as how
 from ldm.families.family import Found
 from ldm.runs.estimate import Estimate, estimate
 from ldm.runs.keys import Planned, plan
@@ -111,16 +111,25 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
         if run.prior_preservation.path or drawn.is_dir():
             data = run.prior_preservation.mixed(data, drawn)
         else:
-            notes.append(f"{run.prior_preservation.images:,} pictures of prior_preservation.prompts are drawn first; counts are without them")
+            notes.append(
+                f"{run.prior_preservation.images:,} pictures of prior_preservation.prompts are drawn first; counts are without them"
+            )
     elsewhere = _elsewhere(run, notes)
     known = data is not None and val is not None and elsewhere is not None
     doings = plan(run, out, data, val, elsewhere) if known else _unread(run, "the data" if data is None else "what it begins with")
     whole = estimate(run)
     stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
     return RunPlan(
-        run=run.name, out=str(out), processes=processes, tflops=speed, speed_from=said,
-        training_images=0 if data is None else len(data), validation_images=0 if val is None else len(val),
-        parameters=whole.parameters, notes=[*notes, *whole.notes], stages=stages,
+        run=run.name,
+        out=str(out),
+        processes=processes,
+        tflops=speed,
+        speed_from=said,
+        training_images=0 if data is None else len(data),
+        validation_images=0 if val is None else len(val),
+        parameters=whole.parameters,
+        notes=[*notes, *whole.notes],
+        stages=stages,
         seconds=sum(stage.seconds for stage in stages if not stage.skip),
     )
 
@@ -158,8 +167,14 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
         copies = 2 if stage.flip and (data is None or data.mirrors) else 1
         cost, each = parts.encoding(stage, copies)
         return StagePlan(
-            **said, samples=samples, images=images, resolution=stage.resolution, flops_forward=cost.forward, flops=cost.forward,
-            cache_bytes=each * images, seconds=cost.forward * images / per_second,
+            **said,
+            samples=samples,
+            images=images,
+            resolution=stage.resolution,
+            flops_forward=cost.forward,
+            flops=cost.forward,
+            cache_bytes=each * images,
+            seconds=cost.forward * images / per_second,
         )
     passes = stage.passes(processes, f"stages.{doing.name}.batch")
     micro = stage.batch // processes // passes
@@ -168,12 +183,23 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
     if stage.buckets and seen is not None:
         shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
     return StagePlan(
-        **said, samples=samples, images=stage.images, resolution=stage.resolution, steps=stage.steps, batch=stage.batch,
-        micro_batch=micro, passes=passes, buckets=[] if shaped is None else shaped.rows, parameters=needs.parameters,
+        **said,
+        samples=samples,
+        images=stage.images,
+        resolution=stage.resolution,
+        steps=stage.steps,
+        batch=stage.batch,
+        micro_batch=micro,
+        passes=passes,
+        buckets=[] if shaped is None else shaped.rows,
+        parameters=needs.parameters,
         memory=needs.memory(micro),
-        flops_forward=needs.forward, flops=needs.flops, checkpoint_bytes=needs.checkpoint_bytes,
+        flops_forward=needs.forward,
+        flops=needs.flops,
+        checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes,
-        carried_bytes=needs.checkpoint_bytes if run.carried_on(doing.name) else 0, seconds=needs.flops * stage.images / per_second,
+        carried_bytes=needs.checkpoint_bytes if run.carried_on(doing.name) else 0,
+        seconds=needs.flops * stage.images / per_second,
     )
 
 

@@ -19,10 +19,6 @@ ALARMS = 8  # of a stage's that are shown, the latest
 PROMPTS = "prompts.json"
 
 
-
-
-
-
 def report(run_folder: Path | str) -> Path:
     """Write report.html of a run folder, from whatever is there, and return its path.
 
@@ -49,14 +45,18 @@ def render(story: Story) -> str:
     seen = sum(stage.images for stage in story.stages if stage.kind == "train")
     facts += [(short(seen), "", "images trained on")] if seen else []
     header = f"<h1>{escape(story.name)}</h1><p>{state}</p>{tiles([*report_metrics.headlines(results), *facts])}"
-    return page(story.name, header, (
-        ("pictures", "Pictures", _pictures(story)),
-        ("measurements", "Measurements", report_metrics.measurements(results, required)),
-        ("curves", "Curves", _curves(story)),
-        ("stages", "Stages", _timings(story)),
-        ("again", "Do it again", _again(story)),
-        ("settings", "Settings", _settings(story)),
-    ))
+    return page(
+        story.name,
+        header,
+        (
+            ("pictures", "Pictures", _pictures(story)),
+            ("measurements", "Measurements", report_metrics.measurements(results, required)),
+            ("curves", "Curves", _curves(story)),
+            ("stages", "Stages", _timings(story)),
+            ("again", "Do it again", _again(story)),
+            ("settings", "Settings", _settings(story)),
+        ),
+    )
 
 
 def _pictures(story: Story) -> str:
@@ -169,12 +169,18 @@ def _timings(story: Story) -> str:
         resolution = number(stage.settings.get("resolution"))
         side = f"{resolution:g} px" if resolution else ""
         colour = "" if stage.done is not None else ' class="bad"'
-        rows.append([
-            f"<b>{escape(stage.name)}</b>", escape(" ".join(filter(None, (stage.kind, str(stage.settings.get("family") or ""))))),
-            f"<span{colour}>{stage.state}</span>", side, amount,
-            f'<td class="bar" style="--share:{100 * seconds / longest:.1f}%">{duration(seconds) if seconds else ""}</td>',
-            f"{images / seconds:,.0f}" if images and seconds else "", f"{memory:,.0f} MB" if memory else "",
-        ])
+        rows.append(
+            [
+                f"<b>{escape(stage.name)}</b>",
+                escape(" ".join(filter(None, (stage.kind, str(stage.settings.get("family") or ""))))),
+                f"<span{colour}>{stage.state}</span>",
+                side,
+                amount,
+                f'<td class="bar" style="--share:{100 * seconds / longest:.1f}%">{duration(seconds) if seconds else ""}</td>',
+                f"{images / seconds:,.0f}" if images and seconds else "",
+                f"{memory:,.0f} MB" if memory else "",
+            ]
+        )
     shapes = "".join(_buckets(stage) for stage in story.stages if stage.buckets)
     return table(("stage", "kind", "state", "size", "images", "time", "images/s", "peak memory"), rows) + shapes
 
@@ -232,15 +238,20 @@ def _versions(story: Story) -> str:
 
 def _settings(story: Story) -> str:
     """The configuration, the log's words, and the content hashes."""
-    hashes = [[escape(s.name), *(f"<code>{escape(str((s.done or {}).get(k) or '')[:16])}</code>" for k in ("key", "product"))]
-              for s in story.stages if s.done is not None]
+    hashes = [
+        [escape(s.name), *(f"<code>{escape(str((s.done or {}).get(k) or '')[:16])}</code>" for k in ("key", "product"))]
+        for s in story.stages
+        if s.done is not None
+    ]
     warned = [note for note in story.notes if note.startswith("warning")]
     told = f'<p class="bad">{"<br>".join(escape(note) for note in dict.fromkeys(warned))}</p>' if warned else ""
-    return told + "".join((
-        folded("config.yaml, with every default", f"<pre>{escape(story.text)}</pre>" if story.text else ""),
-        folded("what the log says", f"<pre>{escape(chr(10).join(story.notes))}</pre>" if story.notes else ""),
-        folded("content hashes", table(("stage", "key", "product"), hashes, words=True)),
-    ))
+    return told + "".join(
+        (
+            folded("config.yaml, with every default", f"<pre>{escape(story.text)}</pre>" if story.text else ""),
+            folded("what the log says", f"<pre>{escape(chr(10).join(story.notes))}</pre>" if story.notes else ""),
+            folded("content hashes", table(("stage", "key", "product"), hashes, words=True)),
+        )
+    )
 
 
 def duration(seconds: float) -> str:

@@ -75,8 +75,10 @@ def _required(result: Mapping[str, Any], required: Mapping[str, float]) -> str:
         value = number(found)
         if value is not None:
             met = value >= least
-            said.append(f'<span class="{"good" if met else "bad"}">{escape(path)} {value:.3f} '
-                        f'{"reaches" if met else "stays below"} {least:g}</span>')
+            said.append(
+                f'<span class="{"good" if met else "bad"}">{escape(path)} {value:.3f} '
+                f"{'reaches' if met else 'stays below'} {least:g}</span>"
+            )
     return f"<p>{'<br>'.join(said)}</p>" if said else ""
 
 
@@ -98,7 +100,8 @@ def _adherence(values: Mapping[str, Any], by_scale: Mapping[str, Any]) -> str:
     """Rows of guidance and pairs, the interval below each share; bind and strict over guidance where there are several."""
     groups: list[Group] = [
         (scale, pairs, {name: point for name in SHOWN if (point := _point(mapping(found).get(name)))})
-        for scale, by_pairs in by_scale.items() for pairs, found in mapping(by_pairs).items()
+        for scale, by_pairs in by_scale.items()
+        for pairs, found in mapping(by_pairs).items()
     ]
     names = [name for name in SHOWN if any(name in found for _, _, found in groups)]
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ldm.config.errors import UserError
+from ldm.config.version import __version__
+
+
+def check_version(folder: Path) -> None:
+    """Refuse a run folder that another version began.
+
+    Raises:
+        UserError: naming both versions.
+    """
+    for file in sorted(folder.glob("stages/*/done.json")):
+        try:
+            began = str(json.loads(file.read_text(encoding="utf-8"))["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if began.split(".")[:2] != __version__.split(".")[:2]:
+            raise UserError(f"{folder}: a run of ldm {began}, and this is ldm {__version__}, which does not read it; give another out=DIR")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.training import log
 from ldm.config.errors import UserError
+from ldm.training import log
 
 PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
 LARGEST = 1e300  # what no count, time or loss of a run exceeds

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.order import Shuffled
 from ldm.config.errors import UserError
+from ldm.data.order import Shuffled
 from ldm.diffusion.rng import mix
 
 DRAWN = 1_000_000  # positions of the whole epoch that are looked at
@@ -72,10 +72,17 @@ def simulate(samples: int, batch: int, processes: int, seed: int = 0) -> Simulat
     small = min(samples, SMALL)
     steps = sorted({0, 1, max(0, samples // batch - 1), samples // batch, samples // batch + 1, 3 * samples // batch})
     return Simulated(
-        samples=samples, batch=batch, processes=processes, drawn=len(numbers), repeated=len(numbers) - len(found),
-        outside=int(((found < 0) | (found >= samples)).sum()), small=small,
-        small_wrong=_small(small, batch, processes, seed), steps=len(steps),
-        parts_wrong=sum(_parted(samples, batch, processes, seed, step) for step in steps), seconds=time.monotonic() - started,
+        samples=samples,
+        batch=batch,
+        processes=processes,
+        drawn=len(numbers),
+        repeated=len(numbers) - len(found),
+        outside=int(((found < 0) | (found >= samples)).sum()),
+        small=small,
+        small_wrong=_small(small, batch, processes, seed),
+        steps=len(steps),
+        parts_wrong=sum(_parted(samples, batch, processes, seed, step) for step in steps),
+        seconds=time.monotonic() - started,
     )
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ldm.config.schema import build, load
-from ldm.runs.estimate import Needs, estimate
 from ldm.models.lora import UNET_TARGETS, adapted_count, inject
 from ldm.models.unet import UNetConfig
+from ldm.runs.estimate import Needs, estimate
 from ldm.runs.run import Run
 from ldm.training.settings import Train
 
@@ -30,12 +30,14 @@ def frozen(needs: Needs) -> int:
 def run_of(adapt: dict[str, object] | None) -> Run:
     stage = {"kind": "train", "model": "diffusion", "images": 8, "resolution": 64, "batch": 2, "samples": 0}
     diffusion: dict[str, object] = {"kind": "latent_diffusion", "network": SMALL} | ({"adapt": adapt} if adapt else {})
-    return build({"data": {"kind": "scenes"}, "init": "owner/name", "models": {"diffusion": diffusion}, "stages": {"tune": stage}}, Run, "run")
+    return build(
+        {"data": {"kind": "scenes"}, "init": "owner/name", "models": {"diffusion": diffusion}, "stages": {"tune": stage}}, Run, "run"
+    )
 
 
-@pytest.mark.parametrize("adapt", [
-    {"kind": "lora", "rank": 4}, {"kind": "lora", "text_rank": 2}, {"kind": "textual_inversion", "token": "<it>", "init": "it"},
-])
+@pytest.mark.parametrize(
+    "adapt", [{"kind": "lora", "rank": 4}, {"kind": "lora", "text_rank": 2}, {"kind": "textual_inversion", "token": "<it>", "init": "it"}]
+)
 def test_little_learns_and_the_rest_is_held_once(adapt: dict[str, object]) -> None:
     with torch.device("meta"):
         needs = {}

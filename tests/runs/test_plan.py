@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from ldm.families.pretrained import latent_channels
-from ldm.runs.run import Encode
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.runs import estimate
-from ldm.training import optim
 from ldm.__main__ import main
+from ldm.config.errors import UserError
 from ldm.config.schema import load
 from ldm.data.cache import DATA, write_cache
 from ldm.data.scenes.source import ScenesSource
-from ldm.training.ema import Ema
-from ldm.config.errors import UserError
-from ldm.runs.estimate import estimate
 from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, latent_channels
 from ldm.formats.part import load_part
-from ldm.families.pretrained import PretrainedAutoencoder
-from ldm.models.autoencoder import KLConfig
 from ldm.models.unet import UNetConfig
+from ldm.runs.estimate import estimate
 from ldm.runs.plan import duration, expected, make, operations, size_of
-from ldm.runs.run import Run, place
-from ldm.families.pretrained import PretrainedText
+from ldm.runs.run import Encode, Run, place
+from ldm.training import optim
+from ldm.training.ema import Ema
 from ldm.training.settings import Train
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +147,12 @@ def test_a_base_model_is_counted_from_its_folder(tmp_path: Path) -> None:
     from pipelines import pipeline_folder
 
     folder = pipeline_folder(tmp_path)
-    run = Run(data=ScenesSource(), init=str(folder), models={"diffusion": LatentDiffusion()}, stages={"train": Train(model="diffusion", images=8, resolution=64)})
+    run = Run(
+        data=ScenesSource(),
+        init=str(folder),
+        models={"diffusion": LatentDiffusion()},
+        stages={"train": Train(model="diffusion", images=8, resolution=64)},
+    )
     found = estimate(run)
     wanted = {}
     for part in ("text_encoder", "vae", "unet"):
@@ -220,7 +219,12 @@ def test_numbers_that_are_none_are_told(capsys: pytest.CaptureFixture[str], word
 
 def test_data_that_is_not_there_is_planned_without(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(
-        capsys, str(ROOT / "configs/autoencoder-kl-f8.yaml"), "data.path=nowhere", "models.autoencoder.perceptual.weights=x", "--processes", "8"
+        capsys,
+        str(ROOT / "configs/autoencoder-kl-f8.yaml"),
+        "data.path=nowhere",
+        "models.autoencoder.perceptual.weights=x",
+        "--processes",
+        "8",
     )
     assert "note: planned without the data, so without its counts (data.path: nowhere is not a folder" in said
     assert "autoencoder 83,653,863" in said and "7,897,696 images at 256 px, 246,803 updates" in said and "4 on each process" in said

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.__main__ import main
+from ldm.config.errors import UserError
 from ldm.data.loader import batches
 from ldm.data.mixture import Mixture
-from ldm.config.errors import UserError
 from ldm.families.registry import load
 from ldm.runs.prior_preservation import PriorPreservation, draw
 
@@ -84,16 +84,28 @@ def test_as_a_command_with_one_caption_for_all(kl_model: Path, tmp_path: Path, c
     for i in range(4):
         Image.new("RGB", (SIDE, SIDE + i), (60 * i, 0, 90)).save(pictures / f"{i}.png")
     file = tmp_path / "toy.yaml"
-    file.write_text("\n".join([
-        f"init: {kl_model}", f"data: {{kind: folder, path: {pictures}, caption: a small red toy}}", f"out: {tmp_path / 'run'}",
-        "workers: 0",
-        "prior: {prompts: [a small red circle], images: 4}", "stages:",
-        f"  tune: {{kind: train, model: diffusion, resolution: {SIDE}, images: 16, batch: 4, samples: 1}}", "  export: {kind: export}",
-    ]) + "\n")
+    file.write_text(
+        "\n".join(
+            [
+                f"init: {kl_model}",
+                f"data: {{kind: folder, path: {pictures}, caption: a small red toy}}",
+                f"out: {tmp_path / 'run'}",
+                "workers: 0",
+                "prior: {prompts: [a small red circle], images: 4}",
+                "stages:",
+                f"  tune: {{kind: train, model: diffusion, resolution: {SIDE}, images: 16, batch: 4, samples: 1}}",
+                "  export: {kind: export}",
+            ]
+        )
+        + "\n"
+    )
     assert main(["train", str(file), "--plan"]) == 0
     assert "4 pictures of prior.prompts are drawn first" in capsys.readouterr().out
     assert main(["train", str(file)]) == 0
-    assert len(list((tmp_path / "run/pretrained/prior_preservation").glob("*.png"))) == 4 and (tmp_path / "run/model/model_index.json").is_file()
+    assert (
+        len(list((tmp_path / "run/pretrained/prior_preservation").glob("*.png"))) == 4
+        and (tmp_path / "run/model/model_index.json").is_file()
+    )
     capsys.readouterr()
     assert main(["train", str(file), "--plan"]) == 0
     assert "skip  tune" in capsys.readouterr().out

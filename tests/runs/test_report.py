@@ -78,7 +78,8 @@ def share(mean: float) -> dict[str, float]:
 
 
 ADHERENCE = {
-    "seen": {"bind": 0.912, "strict": 0.871}, "held_out": {"bind": 0.783, "strict": 0.702},
+    "seen": {"bind": 0.912, "strict": 0.871},
+    "held_out": {"bind": 0.783, "strict": 0.702},
     "intervals": {
         scale: {
             "seen": {"bind": share(0.912 - i / 10), "strict": share(0.871)},
@@ -110,11 +111,21 @@ def make_run(folder: Path, *, name: str = "a run", steps: int = 40) -> Path:
     lines: list[dict[str, Any]] = [{"note": "ldm 0.1.0, torch 2, 1 x cpu", "time": 1.0}, {"note": "warning: <i>too</i> low", "time": 2.0}]
     for stage in ("autoencoder", "diffusion"):
         for k in range(1, steps + 1):
-            lines.append({
-                "stage": stage, "step": k, "images": 160 * k, "loss": 5 / k, "terms": {"reconstruction": 4 / k, "kl": 1 / k},
-                "gauges": {"grad_norm_model": 0.5 + k % 3}, "lr": 1e-3 * (1 - k / 50), "images_per_s": 100.0 + k, "seconds": 1.5 * k,
-                "peak_memory_mb": 500.0 + k, "time": float(k),
-            })
+            lines.append(
+                {
+                    "stage": stage,
+                    "step": k,
+                    "images": 160 * k,
+                    "loss": 5 / k,
+                    "terms": {"reconstruction": 4 / k, "kl": 1 / k},
+                    "gauges": {"grad_norm_model": 0.5 + k % 3},
+                    "lr": 1e-3 * (1 - k / 50),
+                    "images_per_s": 100.0 + k,
+                    "seconds": 1.5 * k,
+                    "peak_memory_mb": 500.0 + k,
+                    "time": float(k),
+                }
+            )
         for k in (1600, 3200, 6400):
             sheet(folder / "stages" / stage / "samples" / f"{k:09d}.png", k // 1600)
     for path in ("adherence-seen-64", "adherence-held-out-64", "reconstruction-64"):
@@ -122,8 +133,17 @@ def make_run(folder: Path, *, name: str = "a run", steps: int = 40) -> Path:
     (folder / "stages" / "evaluation" / "samples" / "prompts.json").write_text(json.dumps({"adherence-seen-64": PROMPTS}))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for stage, settings in STAGES.items():
-        done = {"stage": stage, "kind": settings["kind"], "key": "k" * 64, "inputs": {}, "product": "p" * 64, "seconds": 75.0,
-                "images": settings.get("images", 0), "result": RESULTS.get(stage, {}), "version": "0.1.0"}
+        done = {
+            "stage": stage,
+            "kind": settings["kind"],
+            "key": "k" * 64,
+            "inputs": {},
+            "product": "p" * 64,
+            "seconds": 75.0,
+            "images": settings.get("images", 0),
+            "result": RESULTS.get(stage, {}),
+            "version": "0.1.0",
+        }
         (folder / "stages" / stage / "done.json").write_text(json.dumps(done))
     (folder / "metrics.json").write_text(json.dumps({"version": "0.1.0", "evaluations": RESULTS, "training": {}}))
     (folder / "model").mkdir()

@@ -175,7 +175,7 @@ def test_it_trains_is_killed_and_resumes_to_the_bit(trained: Path) -> None:
 @pytest.mark.slow
 def test_it_stands_in_plan_report_and_measurements(trained: Path) -> None:
     plan = said("train", str(trained / "run.yaml"), f"out={trained / 'planned'}", "--plan")
-    assert re.search(r"learn +train +1,024 images at 32 px, 128 updates", plan) and "generator" in plan
+    assert re.search(r"learn +train +1,024 images at 32 px, 128 updates", plan) and re.search(r"parameters: colour [1-9]", plan)
     assert said("train", str(trained / "run.yaml"), f"out={trained / 'whole'}").count("done already") == 3
     metrics = json.loads((trained / "whole" / "metrics.json").read_text())
     assert metrics["evaluations"]["measure"]["reconstruction"]["psnr"] > 10
