@@ -1,4 +1,4 @@
-"""What must be set in a process before torch is loaded, and how many threads it should use afterwards."""
+"""Process environment: variables that count before torch is loaded, the allocator, the number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a launch came about: which launcher started so many processes, from which file, and what each setting was taken from."""
+"""Launcher detection: accelerate launch, torchrun or srun, how many processes, and where each setting came from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Launched:
     world: int = 1
     machines: int = 1
     world_from: str = "nobody asked for more"
-    sharded: bool = False  # weights, optimiser and averages split over the processes (FSDP2)
+    sharded: bool = False  # weights, optimiser and EMA split over the processes (FSDP2)
     overruled: tuple[str, ...] = ()  # what the launcher says and the stages know better
 
 

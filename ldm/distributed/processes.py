@@ -1,4 +1,4 @@
-"""Which of several processes this is, and what they do together. All of accelerate is here."""
+"""Process group: rank, world size and collectives; the only file that knows accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a launch must have in common, compared before any work."""
+"""Rank checks: configuration, data and versions of all ranks, compared before any work."""
 
 from __future__ import annotations
 

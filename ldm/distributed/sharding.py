@@ -1,4 +1,4 @@
-"""Parameters split over processes (FSDP2, torch's fully_shard), and the way back to whole tensors."""
+"""FSDP2 sharding of parameters (torch's fully_shard), and gathering them whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A watchdog over the processes of a launch: one that dies or hangs ends the job in bounded time, with one line that names it."""
+"""Watchdog: detects dead or hung ranks, names them in one line and ends the job in bounded time."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Adversarial:
 
     weight: NonNegative = 0.5  # factor on the adaptive weight; 0: no discriminator at all
     start: Fraction = 0.5  # share of the stage before which the discriminator neither learns nor is heard
-    loss: Literal["hinge", "non_saturating"] = "hinge"  # both players' loss
+    loss: Literal["hinge", "non_saturating"] = "hinge"  # of autoencoder and discriminator
     max_weight: PositiveFloat = 1e4  # clamp of the adaptive weight before the factor
     lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the autoencoder's
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -205,7 +205,7 @@ class AutoencoderFamily(Family):
 
     The loss's gradients with respect to the reconstruction are taken once, for the reconstruction loss and for the
     discriminator's opinion apart; their norms at the decoder's last layer give the adaptive weight, and their weighted sum goes
-    back through the autoencoder once. The discriminator sees a detached reconstruction, so the players' gradients never mix.
+    back through the autoencoder once. The discriminator sees a detached reconstruction, so the two networks' gradients never mix.
     """
 
     usage: Tensor

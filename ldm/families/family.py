@@ -1,4 +1,4 @@
-"""The contract that joins networks and mathematics, and that the one training loop relies on."""
+"""Contract of a family, and of the configuration that answers for it: what the training loop and the run rely on."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ class Family(nn.Module, ABC):
         return []
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Parameters by who learns them; each player's gradients are clipped apart."""
+        """Parameters by who learns them; each group's gradients are clipped apart."""
         return [ParameterGroup(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
 
     def compilable(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The choice of a perceptual distance: none, LPIPS from a weights file, or the run's own CLIP image tower."""
+"""Perceptual losses: none, LPIPS from a weights file, or features of the run's own CLIP."""
 
 from __future__ import annotations
 

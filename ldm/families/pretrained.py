@@ -1,4 +1,4 @@
-"""Models from elsewhere that are used as they are: a text encoder, an autoencoder."""
+"""Pretrained text encoders and autoencoders, used as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that a run can have: the union of configurations whose members answer for themselves, and a finished one opened."""
+"""Registry of model kinds: the union of configurations, and opening a finished model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages of a run need, as its models' configurations say: parameters, memory of a device, operations per image."""
+"""Cost estimates: parameters, device memory and FLOPs of every stage, as its models' configurations say."""
 
 from __future__ import annotations
 

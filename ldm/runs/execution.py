@@ -1,4 +1,4 @@
-"""One start of a run: through its stages in order, skipping what is done, doing and recording the rest."""
+"""Execution of a run: stages in order, finished ones skipped, the rest done and recorded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside
 from ldm.training.checkpoint import CARRIED
 from ldm.training.log import Log
-from ldm.training.loop import Trainer, too_large
+from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
 
 
@@ -220,8 +220,9 @@ class Execution:
             workers=self.run.workers,
             processes=self.processes,
             log=self.log,
-            keeps=self.run.carried_on(name),
-            carried=Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
+            handover=Handover(
+                Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None, self.run.carried_on(name)
+            ),
         )
         try:
             return trainer.run()

@@ -1,4 +1,4 @@
-"""The content hash of every stage, what is finished already, and so what a start will do."""
+"""Stage keys: content hashes that decide what is finished, and so what a start will do."""
 
 from __future__ import annotations
 

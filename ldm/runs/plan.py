@@ -1,4 +1,4 @@
-"""The plan of a run: what a start would do and why, and what it would cost in parameters, memory, storage and time."""
+"""Plan of a run: what a start would do and why, and its cost in parameters, memory, storage and time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models from elsewhere: a base model to begin with, and what is used as it is; found, told apart by content, and made ready."""
+"""Pretrained models of a run, a base to begin with or used as they are: found, hashed by content, made ready."""
 
 from __future__ import annotations
 

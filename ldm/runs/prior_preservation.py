@@ -1,4 +1,4 @@
-"""PriorPreservation preservation (DreamBooth, Ruiz 2022, arXiv 2208.12242): pictures of the kind that something new is of, kept known beside it."""
+"""Prior preservation (DreamBooth, Ruiz 2022, arXiv 2208.12242): pictures of the base's kind, learned beside the new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as one self-contained page: pictures, measurements, curves, timings, and how to do it again."""
+"""HTML report of a run: pictures, metrics, curves, timings, and how to reproduce it."""
 
 from __future__ import annotations
 

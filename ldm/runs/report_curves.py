@@ -1,4 +1,4 @@
-"""Curves of a report as small SVG drawings that take the page's text colour, so that they read well in light and in dark."""
+"""SVG curves of a report, in the page's text colour for light and dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements of a run, as the parts of its page: headline figures, and tables with the protocol beside every figure."""
+"""Metrics in a report: headline figures, and tables with the protocol beside every figure."""
 
 from __future__ import annotations
 

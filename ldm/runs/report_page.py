@@ -1,4 +1,4 @@
-"""The look of a report: one HTML page with its own style, script and pictures, that asks nothing of any network."""
+"""HTML page of a report: style, script and pictures inline, no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: models by name, stages over them, which stage reads what, and what is wrong between them."""
+"""Run configuration: models by name, stages over them, which stage reads what, and validation."""
 
 from __future__ import annotations
 

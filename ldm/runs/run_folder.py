@@ -1,4 +1,4 @@
-"""The folder of a run: one start at a time uses it, and nothing in it that was trained is deleted."""
+"""Run folder: locked by one start at a time; nothing that was trained is deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run: read with care, so that whatever is missing or damaged tells nothing and costs nothing."""
+"""Record of a run, read from its folder with care: what is missing or damaged tells nothing and costs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples tried out at a size that nobody has on this machine: it is a formula, so any position can be asked for."""
+"""Simulated data order, at any number of samples and ranks: it is a formula, so any position can be asked for."""
 
 from __future__ import annotations
 

@@ -54,13 +54,13 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Offload:
+class Alternation:
     """One of several at each step, in turn."""
 
     options: tuple[tuple[Node, ...], ...]
 
 
-Node = Words | Weighted | Switch | Offload
+Node = Words | Weighted | Switch | Alternation
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _square(tokens: list[str], at: int) -> tuple[Node, int]:
         elif sign != ":":
             break
     if len(options) > 1:
-        return Offload(tuple(_joined(option, ":") for option in options)), at
+        return Alternation(tuple(_joined(option, ":") for option in options)), at
     sections = options[0]
     if len(sections) in (2, 3) and (when := _number(sections[-1])) is not None:
         before, after = sections[0] if len(sections) == 3 else [], sections[-2]

@@ -1,4 +1,4 @@
-"""What a stage's logged numbers say that somebody should hear: spikes, averages that stand still, a learning rate that jumped."""
+"""Training alarms: loss and gradient spikes, a dead EMA, jumps of the learning rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAST = 30  # of these before anything is judged
 SPREADS = 10.0  # robust standard deviations above the median
 TIMES = {"loss": 2.0, "gradient": 5.0}  # and so many times the median
 QUIET = 20  # logged steps without a spike before the next one is told
-STILL = 5  # logged steps in a row at which the weights had moved and their averages had not
+STILL = 5  # logged steps in a row at which the weights had moved and their EMA had not
 JUMP = 0.01  # of the peak rate
 NORMS = "grad_norm_"  # how gauges of gradients begin
 TENSORS, VALUES = 16, 64  # of the probe that tells whether weights move
@@ -30,7 +30,7 @@ class Alarms:
     Args:
         factor: the learning rate as a share of its peak after so many images.
         batch: images of an update: a rate that is logged after n images was set for n - batch.
-        weights, averages: as they are now, in one order; no averages: none are kept.
+        weights, averages: of the model and its EMA, in one order; no averages: no EMA is kept.
         before: the stage's logged lines of earlier starts, in their order.
     """
 
@@ -111,7 +111,7 @@ class Alarms:
             return []
         self._told = True
         return [
-            f"dead averages: the weights move, and since {STILL} logged steps their moving averages have not (after {images:,} images);"
+            f"dead EMA: the weights move, and since {STILL} logged steps their EMA has not (after {images:,} images);"
             " pictures and the product are made of these: lower ema"
         ]
 

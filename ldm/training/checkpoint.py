@@ -1,4 +1,4 @@
-"""The state of a stage that is being trained: saved now and then, and taken up again by the next start."""
+"""Training checkpoints: saved at once or asynchronously, verified, resumed, handed on to a later stage."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class States:
         self.processes.wait()
 
     def take_over(self, carried: Product, *, optimiser: bool) -> None:
-        """Begin with the weights and averages that another stage has kept, and with its optimiser's state where that is asked for.
+        """Begin with the weights and EMA that another stage has kept, and with its optimiser's state where that is asked for.
 
         Raises:
             UserError: when it is gone, damaged or not what was kept.
@@ -160,7 +160,7 @@ class States:
         work()
 
     def still(self) -> None:
-        """Before weights, averages or the optimiser's state change: the save under way must have its copy of them."""
+        """Before weights, EMA or the optimiser's state change: the save under way must have its copy of them."""
         if waited := self._snapshot.wait():
             self._cost["stalled_s"] = round(self._cost["stalled_s"] + waited, 4)
 

@@ -1,4 +1,4 @@
-"""Averaged weights: an exponential moving average with warm-up, kept beside the weights and swapped in for sampling."""
+"""Exponential moving average (EMA) of weights, with warm-up, swapped in for sampling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decay_at(updates: int, decay: float) -> float:
 
 
 class Ema:
-    """Float32 averages of parameters.
+    """EMA of parameters, in float32.
 
     Args:
         parameters: the trained parameters, in a fixed order.
@@ -32,7 +32,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the present weights."""
+        """Move the EMA towards the present weights."""
         weight = 1 - decay_at(self.updates, self.decay)
         present = [p.detach().float() for p in self.parameters]
         torch._foreach_lerp_(self.averages, present, weight)
@@ -40,7 +40,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the averages; afterwards their own values again, bit for bit."""
+        """Within the block the parameters hold the EMA; afterwards their own values again, bit for bit."""
         kept = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
             for p, average in zip(self.parameters, self.averages, strict=True):
@@ -53,18 +53,18 @@ class Ema:
                     p.copy_(own)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by position, to store."""
+        """The EMA by position, to store."""
         return {str(i): a for i, a in enumerate(self.averages)}
 
     def restore(self, state: dict[str, Tensor], updates: int) -> None:
-        """Take up stored averages.
+        """Take up a stored EMA.
 
         Raises:
             ValueError: if their number or shapes differ from the parameters'.
         """
         shapes = [tuple(state[str(i)].shape) for i in range(len(state))]
         if shapes != [tuple(a.shape) for a in self.averages]:
-            raise ValueError("stored averages do not fit the model's parameters")
+            raise ValueError("the stored EMA does not fit the model's parameters")
         for i, average in enumerate(self.averages):
             average.copy_(like(state[str(i)], average))
         self.updates = updates

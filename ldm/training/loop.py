@@ -1,4 +1,4 @@
-"""The only training loop: any family, any number of processes, stopped anywhere and continued exactly."""
+"""Training loop, the only one: any family, any number of processes, stopped anywhere and resumed exactly."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 SKIPPED_UPDATES = 50  # so many in a row, and the run stops
 
 
+@dataclass(frozen=True)
+class Handover:
+    """The training state between stages: what an earlier one has kept for this one, and whether this one keeps its own."""
+
+    carried: Product | None = None
+    keeps: bool = False
+
+
 class Trainer:
     """One stage being trained.
 
@@ -48,8 +56,7 @@ class Trainer:
         data: what is read: images or cached latents.
         folder: stages/NAME.
         key: hash of everything the result depends on; a checkpoint of another key is not continued.
-        carried: what an earlier stage has kept for this one, as its `carry` asks.
-        keeps: whether the state at the end is kept for a later stage.
+        handover: what is taken over from an earlier stage, and kept for a later one.
     """
 
     def __init__(
@@ -64,12 +71,11 @@ class Trainer:
         workers: int,
         processes: Learners,
         log: Log,
-        carried: Product | None = None,
-        keeps: bool = False,
+        handover: Handover = Handover(),
     ) -> None:
         stage.passes(processes.world, "batch")
         self.stage, self.family, self.context, self.data = stage, family, context, data
-        self.folder, self.key, self.workers, self.keeps = folder, key, workers, keeps
+        self.folder, self.key, self.workers, self.keeps = folder, key, workers, handover.keeps
         self.processes, self.log = processes, log
         self.seed = context.seed
         self.device = processes.device
@@ -80,7 +86,7 @@ class Trainer:
         for module in family.frozen():
             module.to(self.device).eval()
         if processes.split(family, stage.precision, stage.optim.kind):
-            log.note(f"{folder.name}: weights, optimiser and averages are sharded over {processes.world} processes (FSDP2)")
+            log.note(f"{folder.name}: weights, optimiser and EMA are sharded over {processes.world} processes (FSDP2)")
         elif processes.launch.sharded:
             log.note(f"{folder.name}: this family is held whole by every process (DDP)")
         if stage.compile:
@@ -93,8 +99,8 @@ class Trainer:
             stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
         )
         self.step = self.states.restore()
-        if carried is not None and not self.step:
-            self.states.take_over(carried, optimiser=stage.carry == "all")
+        if handover.carried is not None and not self.step:
+            self.states.take_over(handover.carried, optimiser=stage.carry == "all")
         self.skipped = 0
 
     @cached_property
@@ -322,7 +328,7 @@ def exact_gradients(trainer: Trainer, model: torch.nn.Module, batch: Any) -> tup
     """
     stage, device = trainer.stage, trainer.device
     count, size = len(batch.position), stage.micro_batch
-    parameters = [parameter for player in trainer.groups for parameter in player.parameters]
+    parameters = [parameter for group in trainer.groups for parameter in group.parameters]
     terms: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     parts: list[Tensor] = []
@@ -449,7 +455,7 @@ class NonFiniteUpdate:
     batch: int  # rows of one, over all processes
     order: Order
     step: int
-    norms: dict[str, float]  # of each player's gradient
+    norms: dict[str, float]  # of each parameter group's gradient
 
     def tell(self, stage: str, bad: list[int], log: Log) -> None:
         """A line for the reader, and all samples of the batch in log.jsonl.

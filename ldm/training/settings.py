@@ -1,4 +1,4 @@
-"""The settings of a training stage."""
+"""Settings of a training stage."""
 
 from __future__ import annotations
 

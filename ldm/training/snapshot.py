@@ -1,4 +1,4 @@
-"""What lets a checkpoint be written while training goes on: a copy of the state, and one thread that writes it."""
+"""Asynchronous checkpointing: a copy of the training state, and one thread that writes it."""
 
 from __future__ import annotations
 

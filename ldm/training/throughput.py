@@ -1,4 +1,4 @@
-"""How fast a run is beside what its devices could do, and how long its later stages will take: FLOPs of stages, peaks of devices."""
+"""Throughput, MFU and time left: FLOPs of stages against the peak of devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's figures are shown besides log.jsonl: wandb and TensorBoard, each behind a thread that training never waits for."""
+"""Experiment trackers: wandb and TensorBoard, each behind a thread that training never waits for."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_averages_that_stand_still(dead: bool, kind: torch.dtype) -> None:
             ema.update()
         found += alarms.look(step * BATCH, {}, {}, 1e-3)
     assert len(found) == dead
-    assert not dead or f"their moving averages have not (after {STILL * BATCH} images)" in found[0]
+    assert not dead or f"their EMA has not (after {STILL * BATCH} images)" in found[0]
 
 
 def test_weights_that_stand_still_are_not_their_averages_fault() -> None:
@@ -127,10 +127,10 @@ def test_training_tells_the_log_the_report_and_who_watches(tmp_path: Path, produ
     made.log.close()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (alarm,) = [line for line in log if "alarm" in line]
-    assert alarm["stage"] == "stage" and alarm["images"] == 4 * STILL and "dead averages" in alarm["alarm"]
-    assert any(line.get("note", "").startswith("warning: stage: dead averages") for line in log)
+    assert alarm["stage"] == "stage" and alarm["images"] == 4 * STILL and "dead EMA" in alarm["alarm"]
+    assert any(line.get("note", "").startswith("warning: stage: dead EMA") for line in log)
     (tmp_path / "stages" / "stage").mkdir(parents=True)
     story = read_story(tmp_path)
-    assert any("! dead averages" in line for line in lines(story, tmp_path / "report.html", 200))
+    assert any("! dead EMA" in line for line in lines(story, tmp_path / "report.html", 200))
     page = report(tmp_path).read_text()
-    assert '<p class="bad">dead averages: the weights move' in page
+    assert '<p class="bad">dead EMA: the weights move' in page

@@ -22,7 +22,7 @@ from ldm.models.autoencoder import KLConfig
 from ldm.models.discriminator import DiscriminatorConfig
 from ldm.training import checkpoint
 from ldm.training.log import Log, read
-from ldm.training.loop import Trainer
+from ldm.training.loop import Handover, Trainer
 from ldm.training.settings import Train
 from ldm.training.snapshot import Snapshot, Writer
 
@@ -50,8 +50,7 @@ def trainer(folder: Path, images: int = 24, carried: Product | None = None, keep
         workers=0,
         processes=Learners(),
         log=Log(folder, console=False),
-        carried=carried,
-        keeps=keeps,
+        handover=Handover(carried, keeps),
     )
 
 

@@ -58,7 +58,7 @@ def adapted(adapt: LowRank | TextualInversion, inner: Adaptable, context: Contex
 class AdaptedFamily(Family):
     """Learned parameters, in a module tree of their own, and the frozen base model that uses them.
 
-    Checkpoints, averages and the processes' exchange of gradients see the learned parameters alone.
+    Checkpoints, EMA and the processes' exchange of gradients see the learned parameters alone.
     """
 
     def __init__(self, inner: Adaptable, context: Context) -> None:
@@ -86,7 +86,7 @@ class AdaptedFamily(Family):
 
     def averaged(self) -> list[nn.Parameter]:
         """Everything that learns."""
-        return [p for player in self.parameter_groups() for p in player.parameters]
+        return [p for group in self.parameter_groups() for p in group.parameters]
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """The base's."""
