@@ -19,7 +19,7 @@ from ldm.families.family import Context, Product  # noqa: E402
 from ldm.families.latent_diffusion.family import load
 from ldm.training import checkpoint  # noqa: E402
 from ldm.training.log import Log  # noqa: E402
-from ldm.training.loop import Trainer
+from ldm.training.loop import Handover, Trainer  # noqa: E402
 from ldm.training.optim import AdamW  # noqa: E402
 from ldm.training.settings import Train
 
@@ -36,7 +36,7 @@ def trainer(model: Path, folder: Path, processes: Learners, **more: Any) -> Trai
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=STAGE.images)
     log = Log(folder.parent, console=processes.main, write=False)
     stage = replace(STAGE, carry="all") if "carried" in more else STAGE
-    return Trainer(stage, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log, **more)
+    return Trainer(stage, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log, handover=Handover(**more))
 
 
 if __name__ == "__main__":
