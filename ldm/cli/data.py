@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +26,9 @@ USAGE = """usage: ldm data WHAT ...
 `ldm data WHAT --help` tells more."""
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: list[str]) -> int:
     """`ldm data`: the exit code."""
-    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
+    verbs: dict[str, Callable[..., int]] = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0

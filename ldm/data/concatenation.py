@@ -17,7 +17,7 @@ from ldm.config.schema import BY_KIND, Positive, config
 from ldm.data.buckets import sizes_of
 from ldm.data.dataset import DataSet, Split, loaded
 from ldm.data.fields import Fields, Known, gather
-from ldm.data.filter import Tabled
+from ldm.data.filter import HasFields
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
@@ -28,7 +28,7 @@ from ldm.diffusion.batch import ImageBatch, cat
 R = TypeVar("R")
 
 
-class Joined:
+class Concatenation:
     """Samples of several data sets, one part after the other; a part's samples come again and again until it has so many.
 
     Args:
@@ -106,7 +106,7 @@ class Joined:
 
     def fields(self) -> Fields:
         """Of all samples; unknown where a part does not know them."""
-        known = [part.fields() if isinstance(part, Tabled) else gather([Known()] * len(part)) for part in self.parts]
+        known = [part.fields() if isinstance(part, HasFields) else gather([Known()] * len(part)) for part in self.parts]
         found = [fields[self._numbers(part)] for part, fields in enumerate(known)]
         names = ("height", "width", "aesthetic", "watermark")
         return Fields(*(np.concatenate([getattr(fields, name) for fields in found]) for name in names))
@@ -140,7 +140,7 @@ def _list(value: object) -> list[object]:
 
 
 @config
-class Part:
+class RepeatedSource:
     """One of several sources."""
 
     source: Annotated[FolderSource | ShardsSource | DatasetsSource, BY_KIND]  # where its images and captions come from
@@ -148,21 +148,23 @@ class Part:
 
 
 @config
-class SeveralSource:
+class ConcatenationSource:
     """Several sources as one: the parts' samples in one order, each as often in an epoch as its part repeats."""
 
     kind: Literal["several"] = "several"
-    parts: tuple[Part, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
+    parts: tuple[RepeatedSource, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise UserError("parts: none; give at least one source")
 
-    def build(self, split: Split) -> Joined:
+    def build(self, split: Split) -> Concatenation:
         """The training or the held-out parts.
 
         Raises:
             UserError: as the first source that cannot be built.
         """
         parts = [part.source.build(split) for part in self.parts]
-        return Joined(parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)])
+        return Concatenation(
+            parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)]
+        )

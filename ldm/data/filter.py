@@ -37,15 +37,15 @@ class Filter:
 
 
 @runtime_checkable
-class Tabled(Protocol):
+class HasFields(Protocol):
     """A data set that knows something of its samples before it decodes them."""
 
     def fields(self) -> Fields:
-        """InitImage sizes and scores of all samples."""
+        """Original sizes and scores of all samples."""
         ...
 
 
-def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
+def filter_samples(data: DataSet, chosen: Filter, where: str) -> DataSet:
     """The samples that pass, numbered anew; the data itself where nothing is asked.
 
     Args:
@@ -57,7 +57,7 @@ def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
     wants = chosen.wants()
     if not wants:
         return data
-    fields = data.fields() if isinstance(data, Tabled) else None
+    fields = data.fields() if isinstance(data, HasFields) else None
     kept = np.ones(len(data), bool)
     left: dict[str, int] = {}
     for name, reads in wants.items():
@@ -70,7 +70,7 @@ def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
     if not kept.any():
         said = ", ".join(f"{name} alone keeps {count:,}" for name, count in left.items())
         raise UserError(f"{where}: none of {len(data):,} samples passes ({said}); ask for less")
-    return Sifted(data, np.flatnonzero(kept), chosen)
+    return FilteredSamples(data, np.flatnonzero(kept), chosen)
 
 
 def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -85,7 +85,7 @@ def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_]
     return known, known & passes
 
 
-class Sifted:
+class FilteredSamples:
     """Some samples of a data set, in its order."""
 
     def __init__(self, data: DataSet, kept: NDArray[np.int64], chosen: Filter) -> None:
@@ -124,7 +124,7 @@ class Sifted:
 
     def fields(self) -> Fields:
         """Of the samples that passed."""
-        assert isinstance(self.data, Tabled)
+        assert isinstance(self.data, HasFields)
         return self.data.fields()[self.kept]
 
     def sizes(self) -> NDArray[np.int32] | None:

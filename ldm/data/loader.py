@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.data import threads
 from ldm.data.dataset import B, Samples, loaded
 from ldm.data.images import Shape
-from ldm.data.order import Order, Shuffled
+from ldm.data.order import BatchSampler, ShuffledBatches
 from ldm.diffusion.batch import cat
 
 R = TypeVar("R")
@@ -32,7 +32,7 @@ def batches(
     seed: int,
     batch: int,
     resolution: int | Sequence[int] = 0,
-    order: Order | None = None,
+    order: BatchSampler | None = None,
     flip: bool = False,
     start: int = 0,
     stop: int | None = None,
@@ -60,7 +60,7 @@ def batches(
     size = batch // world
     if len(data) == 0:
         raise UserError("the data set is empty")
-    order = order or Shuffled(seed, len(data), batch, [resolution] if isinstance(resolution, int) else list(resolution))
+    order = order or ShuffledBatches(seed, len(data), batch, [resolution] if isinstance(resolution, int) else list(resolution))
     cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
 
     def tasks() -> Iterator[list[Callable[[], B]]]:

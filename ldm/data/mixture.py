@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 
-from ldm.data.concatenation import Joined
+from ldm.data.concatenation import Concatenation
 from ldm.data.dataset import DataSet
 
 
-class Mixture(Joined):
+class Mixture(Concatenation):
     """Samples of `first` and of `second`, the latter `share` of all; each once in an epoch at least, the fewer ones as often as that takes.
 
     Args:

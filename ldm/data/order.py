@@ -52,7 +52,7 @@ def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndar
     return out
 
 
-class Order(Protocol):
+class BatchSampler(Protocol):
     """Which samples make up each global batch."""
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
@@ -60,7 +60,7 @@ class Order(Protocol):
         ...
 
 
-class Shuffled:
+class ShuffledBatches:
     """Every sample once in each epoch, in an order of its own; past the end the next epoch goes on, inside a batch too.
 
     Args:
@@ -74,7 +74,7 @@ class Shuffled:
         self.seed, self.samples, self.batch, self.shapes = seed, samples, batch, tuple(shapes)
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
-        """As `Order.at`."""
+        """As `BatchSampler.at`."""
         start = step * self.batch + first
         return self.numbers(np.arange(start, start + count)), self.shapes[step % len(self.shapes)]
 
@@ -83,7 +83,7 @@ class Shuffled:
         return shuffled(self.seed, position, self.samples)
 
 
-class Bucketed:
+class BucketedBatches:
     """Batches of one shape each: a sample is seen in its bucket's shape alone.
 
     Buckets come in a random order, in proportion to their sizes: after e epochs a bucket of n samples has had
@@ -135,7 +135,7 @@ class Bucketed:
         return bucket, lot - (ends - own)[bucket]
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
-        """As `Order.at`."""
+        """As `BatchSampler.at`."""
         epoch = self._epoch(step)
         before, own = self._lots(epoch)
         (bucket,), (number,) = self._drawn(epoch, np.array([step - int(before.sum())]), own)

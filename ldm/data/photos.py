@@ -118,7 +118,7 @@ class Photos(ABC):
 
     @abstractmethod
     def fields(self) -> Fields:
-        """InitImage sizes and scores of all samples."""
+        """Original sizes and scores of all samples."""
 
     @abstractmethod
     def sizes(self) -> np.ndarray:

@@ -24,7 +24,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class NonFiniteUpdate:
+class SkippedMember:
     """A member that is no file: a link, a device, a sparse file."""
 
     name: str
@@ -68,7 +68,7 @@ class _Reader:
         return done
 
 
-def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | NonFiniteUpdate | Damage]:
+def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | SkippedMember | Damage]:
     """Everything in an uncompressed archive (ustar, pax, GNU), from one pass over the stream.
 
     Every header bears a checksum; behind a damaged one the next sound header is looked for. A member that is cut short is
@@ -121,7 +121,7 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | NonFiniteUpda
         longer = {}
         if sparse or header.type not in _FILES:
             if header.type != tarfile.DIRTYPE:
-                yield NonFiniteUpdate(name, "sparse file" if sparse else _KINDS.get(header.type, "of an unknown kind"))
+                yield SkippedMember(name, "sparse file" if sparse else _KINDS.get(header.type, "of an unknown kind"))
             reader.skip(size + padding if sparse else 0)
             continue
         start = reader.offset

@@ -18,11 +18,11 @@ from ldm.diffusion.schedules import Flow
 from ldm.formats.atomic import write_json, write_tensors
 from ldm.formats.compvis import Part, from_compvis, to_compvis
 from ldm.formats.compvis_yaml import inference_yaml, needs_folder, obstacles, text_kind
-from ldm.formats.export_source import Source, with_quant_convolutions
+from ldm.formats.export_source import ExportedModel, with_quant_convolutions
 from ldm.formats.modelspec import HASH, RECIPE, metadata, recipe, tensor_hash, write_hash
 from ldm.formats.part import CONFIG, WEIGHTS
 from ldm.formats.pipeline_folder import write_tokenizer
-from ldm.formats.rounding import Compared, compared, mapped, rounded
+from ldm.formats.rounding import Comparison, compared, mapped, rounded
 from ldm.models.autoencoder import KLConfig
 
 SUFFIX = {"single-file": ".safetensors", "compvis-ckpt": ".ckpt"}
@@ -30,10 +30,10 @@ FOLDER = "keep it as a folder: --to diffusers"
 
 
 @dataclass(frozen=True)
-class Sayable:
+class CompVisModel:
     """A model as CompVis' names can say it."""
 
-    source: Source
+    source: ExportedModel
     names: dict[str, Part]  # of each part of the source, what `ldm.formats.compvis` calls it
     configs: dict[str, Any]  # of each part, what `ldm.formats.compvis` asks for
     states: dict[str, dict[str, Tensor]]  # of each part, float32 under diffusers' names
@@ -41,7 +41,7 @@ class Sayable:
     obstacles: tuple[str, ...]  # why CompVis' own code cannot draw with it
 
 
-def sayable(source: Source) -> Sayable:
+def sayable(source: ExportedModel) -> CompVisModel:
     """What of a model goes into the file.
 
     Raises:
@@ -61,7 +61,7 @@ def sayable(source: Source) -> Sayable:
     names: dict[str, Part] = {"unet": "unet", source.codec: "vae", "text_encoder": "text"}
     if text_kind(text) == "open_clip":
         names["text_encoder"] = "open_clip"
-    return Sayable(
+    return CompVisModel(
         source=source,
         names=names,
         configs={"unet": source.network, source.codec: config, "text_encoder": text},
@@ -102,7 +102,7 @@ def schedule_buffers(process: Process) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(table)).float() for name, table in tables.items()}
 
 
-def write_file(model: Sayable, file: Path, dtype: str, say: Callable[[str], None]) -> list[Compared]:
+def write_file(model: CompVisModel, file: Path, dtype: str, say: Callable[[str], None]) -> list[Comparison]:
     """Write NAME.safetensors or NAME.ckpt with NAME.tokenizer/ and, where CompVis' code can build the model, NAME.yaml beside it.
 
     The .ckpt is the only pickle that ldm ever writes, because the tools that ask for one read nothing else; it holds
@@ -146,7 +146,7 @@ def write_file(model: Sayable, file: Path, dtype: str, say: Callable[[str], None
     return _check(model, back, dtype, str(file), say)
 
 
-def _check(model: Sayable, back: dict[str, Tensor], dtype: str, where: str, say: Callable[[str], None]) -> list[Compared]:
+def _check(model: CompVisModel, back: dict[str, Tensor], dtype: str, where: str, say: Callable[[str], None]) -> list[Comparison]:
     done = []
     for name, part in model.names.items():
         found = from_compvis(part, model.configs[name], back)

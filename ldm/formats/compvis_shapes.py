@@ -97,7 +97,7 @@ def vae_config(state: Weights, scale: float | None = None) -> KLConfig | VQConfi
     if codebook is not None:
         codes, code = codebook.shape
         return VQConfig(latent_channels=width, code_channels=code, codes=codes, scaling_factor=scale or 1.0, **shared)
-    convolutions = {"quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
+    convolutions: dict[str, Any] = {"quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
     return KLConfig(latent_channels=width // 2, scaling_factor=scale or SD_SCALE, force_upcast=True, **convolutions, **shared)
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
 from ldm.formats.compvis import departures
-from ldm.formats.export_source import Source
+from ldm.formats.export_source import ExportedModel
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
@@ -38,7 +38,7 @@ def needs_folder(config: dict[str, Any]) -> bool:
     return text_kind(config) == "text" and any(config[name] != value for name, value in CLIP_L.items())
 
 
-def obstacles(source: Source, autoencoder: KLConfig | VQConfig) -> list[str]:
+def obstacles(source: ExportedModel, autoencoder: KLConfig | VQConfig) -> list[str]:
     """Why CompVis' code cannot build this model, or would draw something else with it; empty where it can."""
     found = [f"unet: {text}" for text in departures(source.network)] + [f"{source.codec}: {text}" for text in departures(autoencoder)]
     found += [f"unet: {text}" for text in _multiples(source.network.channels)]
@@ -67,7 +67,7 @@ def head_width(network: UNetConfig) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def inference_yaml(source: Source, autoencoder: KLConfig | VQConfig, tokenizer: str) -> str:
+def inference_yaml(source: ExportedModel, autoencoder: KLConfig | VQConfig, tokenizer: str) -> str:
     """The text of the YAML file of a model without `obstacles`.
 
     Args:
@@ -100,7 +100,7 @@ def inference_yaml(source: Source, autoencoder: KLConfig | VQConfig, tokenizer: 
     return f"# From this the code of CompVis builds the model{beside}.\n" + yaml.safe_dump(said, sort_keys=False)
 
 
-def _schedule(source: Source) -> dict[str, Any]:
+def _schedule(source: ExportedModel) -> dict[str, Any]:
     schedule = source.process.schedule
     assert isinstance(schedule, Linear | ScaledLinear | Cosine)
     values: dict[str, Any] = {"timesteps": schedule.steps, "beta_schedule": BETAS[schedule.kind]}
@@ -132,7 +132,7 @@ def _unet(network: UNetConfig) -> dict[str, Any]:
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
 
 
-def _autoencoder(source: Source, config: KLConfig | VQConfig) -> dict[str, Any]:
+def _autoencoder(source: ExportedModel, config: KLConfig | VQConfig) -> dict[str, Any]:
     side = source.defaults["size"][0]
     coder: dict[str, Any] = {
         "double_z": isinstance(config, KLConfig),
@@ -156,7 +156,7 @@ def _autoencoder(source: Source, config: KLConfig | VQConfig) -> dict[str, Any]:
     return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
 
 
-def _text(source: Source, tokenizer: str) -> dict[str, Any]:
+def _text(source: ExportedModel, tokenizer: str) -> dict[str, Any]:
     config = source.parts["text_encoder"].config
     if text_kind(config) == "open_clip":
         params = {"arch": "ViT-H-14", "freeze": True, "layer": CLIP_H_LAYERS[config["num_hidden_layers"]]}

@@ -17,7 +17,7 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportedNetwork:
     """A network as files keep it."""
 
     config: dict[str, Any]  # the content of config.json
@@ -25,11 +25,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedModel:
     """A whole text-to-image model."""
 
     name: str  # for titles: the run's or folder's
-    parts: dict[str, Part]  # unet, vae or vqvae, text_encoder
+    parts: dict[str, ExportedNetwork]  # unet, vae or vqvae, text_encoder
     network: UNetConfig
     autoencoder: KLConfig | VQConfig
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in

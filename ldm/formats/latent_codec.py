@@ -158,8 +158,11 @@ def load_codec(folder: Path) -> LatentCodec:
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
-    made = KLConfig.from_diffusers(config) if kind == "AutoencoderKL" else VQConfig.from_diffusers(config)
-    network = load_module(made.build, state, folder)
+    network: KLAutoencoder | VQAutoencoder
+    if kind == "AutoencoderKL":
+        network = load_module(KLConfig.from_diffusers(config).build, state, folder)
+    else:
+        network = load_module(VQConfig.from_diffusers(config).build, state, folder)
     file = folder / STATISTICS
     if file.exists():
         statistics = Statistics.read(file, network.latent_channels)

@@ -204,7 +204,7 @@ def _write_peft(pairs: Mapping[str, Pair], folder: Path, metadata: dict[str, str
         alpha_pattern={_exact(name): _whole(pair.alpha) for name, pair in pairs.items() if pair.alpha != first.alpha},
     )
     config.save_pretrained(folder)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": pair.down, f"base_model.model.{name}.lora_B.weight": pair.up}
     write_tensors(folder / PEFT, tensors, metadata)

@@ -160,7 +160,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Within it tensors without memory are not filled with first values, which would be lost.
 
     On the meta device some of these functions are written in Python, and importing what they are written in takes seconds.
@@ -187,7 +187,7 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
     """
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), SkipInit():
             module = build()
         wanted = module.state_dict()
         compare(wanted, state, where)

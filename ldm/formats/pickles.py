@@ -39,7 +39,7 @@ def convert(pickle: Path, target: Path) -> None:
         raise UserError(f"{pickle}: reading it killed its process ({lines[-1][:200]}); the file is damaged or hostile")
 
 
-class Nothing:
+class Placeholder:
     """What stands for an object of a trainer: it takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
                     " a machine that you do not mind losing"
                 ) from None
             allowed.add(name)
-            stand_in = type(name.rpartition(".")[2], (Nothing,), {})
+            stand_in = type(name.rpartition(".")[2], (Placeholder,), {})
             torch.serialization.add_safe_globals([(stand_in, name)])  # type: ignore[list-item]
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not weights by name")

@@ -38,14 +38,14 @@ BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
 
 @dataclass(frozen=True)
-class Choices:
+class CheckpointChoices:
     """What a file does not say, or says twice."""
 
     ema: bool = True  # averaged weights where the file has both
     prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
 
 
-def named(name: str) -> tuple[Path, Choices] | None:
+def named(name: str) -> tuple[Path, CheckpointChoices] | None:
     """The file that a name such as `sd.ckpt` or `sd.ckpt::ema=no,prediction=v` means; None where it means no file.
 
     Raises:
@@ -55,7 +55,7 @@ def named(name: str) -> tuple[Path, Choices] | None:
     file = Path(path).expanduser()
     if not file.is_file():
         return None
-    choices = Choices()
+    choices = CheckpointChoices()
     for word in said.split(",") if told else ():
         field, _, value = word.partition("=")
         if field == "ema" and value in ("yes", "no"):
@@ -74,7 +74,7 @@ def cache() -> Path:
     return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "ldm"
 
 
-def open_single(file: Path, choices: Choices | None = None, note: Callable[[str], None] = print) -> Path:
+def open_single(file: Path, choices: CheckpointChoices | None = None, note: Callable[[str], None] = print) -> Path:
     """The model folder of a file: unet/, vae/ or vqvae/, text_encoder/, tokenizer/ and scheduler/, as far as the file has them.
 
     Args:
@@ -84,7 +84,7 @@ def open_single(file: Path, choices: Choices | None = None, note: Callable[[str]
     Raises:
         UserError: naming the file and the weight that is missing, left over or of another kind.
     """
-    choices = choices or Choices()
+    choices = choices or CheckpointChoices()
     if choices.prediction and choices.prediction not in PREDICTIONS:
         raise UserError(f"prediction: got {choices.prediction!r}; choose epsilon, v_prediction or sample")
     if not file.is_file():
@@ -156,7 +156,7 @@ def _bare(state: Mapping[str, Tensor]) -> Part | None:
 
 
 def _write(
-    state: dict[str, Tensor], said: Mapping[str, str], file: Path, folder: Path, choices: Choices, note: Callable[[str], None]
+    state: dict[str, Tensor], said: Mapping[str, str], file: Path, folder: Path, choices: CheckpointChoices, note: Callable[[str], None]
 ) -> None:
     """The model folder of a checkpoint."""
     if part := _bare(state):
@@ -307,7 +307,7 @@ def _schedule(
     said: Mapping[str, str],
     known: Mapping[str, Any],
     unet: UNetConfig,
-    choices: Choices,
+    choices: CheckpointChoices,
     note: Callable[[str], None],
     file: Path,
 ) -> dict[str, Any]:

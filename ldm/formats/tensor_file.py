@@ -122,7 +122,7 @@ def _read(opened: FileIO, count: int) -> bytes:
 def _fill(file: int, tensor: Tensor, place: int) -> None:
     if not tensor.nbytes:
         return
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
     while len(view):
         count = os.preadv(file, [view], place)
         if not count:

@@ -25,7 +25,7 @@ from ldm.config.version import __version__
 from ldm.formats import atomic
 from ldm.distributed.rank_checks import agree
 from ldm.config.schema import dump, plain
-from ldm.data.filter import sift
+from ldm.data.filter import filter_samples
 from ldm.data.mixture import Mixture
 from ldm.config.errors import UserError, out_of_memory
 from ldm.distributed.launcher import Work, about, record
@@ -185,7 +185,7 @@ class Execution:
         from ldm.data.cached import CachedLatents
         from ldm.families.family import Context
 
-        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
             data=seen, val=self.val, resolution=stage.resolution, seed=self._seed(name),
             total_images=stage.images, products={k: v for k, v in products.items() if k not in ("init", "latents")},
@@ -223,7 +223,7 @@ class Execution:
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         from ldm.data.cache import seal, write_cache
 
-        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)

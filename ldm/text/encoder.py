@@ -94,7 +94,7 @@ def small_clip_text(config: SmallText, tokenizer: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedPrompt:
     """One encoded prompt."""
 
     states: Tensor  # (L,D)
@@ -118,7 +118,7 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.learned_words()
-        self._memory: OrderedDict[Hashable, Row] = OrderedDict()
+        self._memory: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
     @property
@@ -200,7 +200,7 @@ class TextEncoder:
         if place != self._place:
             self._memory.clear()
             self._place = place
-        fresh: dict[Hashable, Row] = {}
+        fresh: dict[Hashable, EncodedPrompt] = {}
         missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
@@ -210,7 +210,7 @@ class TextEncoder:
                 states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
             for i, key in enumerate(part):
                 # Copies, or one remembered caption would keep all of its call's.
-                fresh[key] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
+                fresh[key] = EncodedPrompt(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
         found = [fresh[key] if key in fresh else self._recall(key) for key in keys]
         self._remember(fresh)
         return Text(
@@ -226,11 +226,11 @@ class TextEncoder:
         out = self.model(ids)
         return out.last_hidden_state, out.pooler_output
 
-    def _recall(self, key: Hashable) -> Row:
+    def _recall(self, key: Hashable) -> EncodedPrompt:
         self._memory.move_to_end(key)
         return self._memory[key]
 
-    def _remember(self, fresh: dict[Hashable, Row]) -> None:
+    def _remember(self, fresh: dict[Hashable, EncodedPrompt]) -> None:
         self._memory.update(fresh)
         each = 4 * self.max_tokens * self.width
         while len(self._memory) * each > MEMORY_BYTES:
@@ -244,7 +244,7 @@ class TextEncoder:
 
     def _spelt(self, line: str) -> str:
         for word, words in self._spellings.items():
-            line = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, words=words: words, line)
+            line = re.sub(rf"{re.escape(word)}(?!_\d)", words.replace("\\", r"\\"), line)
         return line
 
     def forget(self) -> None:

@@ -54,13 +54,13 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Offload:
+class Alternation:
     """One of several at each step, in turn."""
 
     options: tuple[tuple[Node, ...], ...]
 
 
-Node = Words | Weighted | Switch | Offload
+Node = Words | Weighted | Switch | Alternation
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class Subprompt:
     """One of the prompts that AND joins."""
 
     nodes: tuple[Node, ...]
@@ -88,7 +88,7 @@ class Part:
 class Prompt:
     """A prompt that has been read, or what lies between it and another one."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Subprompt, ...]
     end: Prompt | None = None  # the other one, with as many parts
     share: float = 0.0  # how far on the way there, from 0 to 1
 
@@ -113,15 +113,15 @@ def read(text: str) -> Prompt:
         found = PART_WEIGHT.match(written) if "AND" in text else None
         # The last colon of a part is its weight only outside of brackets.
         if found and not _depth(found[1])[0]:
-            parts.append(Part(_nodes(found[1].strip()), _bounded(float(found[2]))))
+            parts.append(Subprompt(_nodes(found[1].strip()), _bounded(float(found[2]))))
         else:
-            parts.append(Part(_nodes(written.strip() if JOIN.search(text) else written)))
+            parts.append(Subprompt(_nodes(written.strip() if JOIN.search(text) else written)))
     return Prompt(tuple(parts))
 
 
 def literal(text: str) -> Prompt:
     """A prompt whose every character is meant as it stands."""
-    return Prompt((Part((Words(text),)),))
+    return Prompt((Subprompt((Words(text),)),))
 
 
 def _depth(text: str) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def _square(tokens: list[str], at: int) -> tuple[Node, int]:
         elif sign != ":":
             break
     if len(options) > 1:
-        return Offload(tuple(_joined(option, ":") for option in options)), at
+        return Alternation(tuple(_joined(option, ":") for option in options)), at
     sections = options[0]
     if len(sections) in (2, 3) and (when := _number(sections[-1])) is not None:
         before, after = sections[0] if len(sections) == 3 else [], sections[-2]

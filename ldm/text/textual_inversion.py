@@ -23,7 +23,7 @@ A1111 = "emb_params"  # the only key of a file for A1111's web UI, which takes t
 
 
 @dataclass(frozen=True)
-class Embedding:
+class TextualInversion:
     """A word that a file teaches."""
 
     token: str
@@ -32,7 +32,7 @@ class Embedding:
     hash: str = ""  # SHA-256 of the file
 
 
-class Rows(nn.Module):
+class PartlyTrainedEmbedding(nn.Module):
     """A table of embeddings whose last rows alone learn."""
 
     def __init__(self, table: Tensor, rows: nn.Parameter) -> None:
@@ -97,7 +97,7 @@ def _table(encoder: TextEncoder) -> Tensor:
     return found.weight.detach()
 
 
-def read_embedding(path: Path) -> Embedding:
+def read_embedding(path: Path) -> TextualInversion:
     """The word in a file, or in a folder with one of the usual name.
 
     Raises:
@@ -116,7 +116,7 @@ def read_embedding(path: Path) -> Embedding:
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path}: {token} is no table of embeddings; another kind of file?")
-    return Embedding(token, rows.float(), str(path), sha256(file))
+    return TextualInversion(token, rows.float(), str(path), sha256(file))
 
 
 def write_embedding(folder: Path, token: str, rows: Tensor, metadata: Mapping[str, str]) -> list[Path]:

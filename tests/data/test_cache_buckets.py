@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.data.buckets import Buckets, sort
+from ldm.data.buckets import Buckets, bucket_stage
 from ldm.data.cache import write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import draw_flips
@@ -69,7 +69,7 @@ def test_each_sample_is_what_the_encoder_said_of_its_shape(tmp_path: Path, data:
 def test_batches_hold_the_samples_that_the_pictures_would(tmp_path: Path, data: FolderData) -> None:
     write_cache(tmp_path, data, encode, **OPTIONS)
     latents = CachedLatents(tmp_path)
-    own, seen = (sort(source, CHOSEN, resolution=32, seed=9, batch=4, steps=20) for source in (latents, data))
+    own, seen = (bucket_stage(source, CHOSEN, resolution=32, seed=9, batch=4, steps=20) for source in (latents, data))
     assert own is not None and seen is not None and own.rows == seen.rows
     options = {"seed": 9, "batch": 4, "stop": 20}
     for ours, theirs in zip(batches(latents, order=own.order, **options), batches(data, order=seen.order, **options), strict=True):

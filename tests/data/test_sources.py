@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from ldm.data.cache import write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips, loaded
-from ldm.data.filter import Filter, Sifted
+from ldm.data.filter import Filter, FilteredSamples
 from ldm.data.folder import FolderSource
 from ldm.data.loader import batches
 from ldm.data.sources import Source
@@ -54,7 +54,7 @@ def kinds(photos: Path) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_are_bytes_until_they_are_on_a_device(photos, kind, workers):
     data: DataSet = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
-    for source in (data, Sifted(data, np.arange(len(data)), Filter())):
+    for source in (data, FilteredSamples(data, np.arange(len(data)), Filter())):
         index, position = [0, 2, 1, 0], [11, 12, 13, 14]
         seen, own = loaded(source, index, position, (24, 32), 5, True), source.load(index, position, (24, 32), 5, True)
         assert seen.image.dtype == torch.uint8 and torch.equal(seen.to("cpu").image, own.image)

@@ -44,6 +44,7 @@ def game(setup: Setup, kind: Literal["equal", "default"], ours: Precision, their
     nothing: Any = None
     made = KL(network=config, weight=KL_WEIGHT, adversarial=Adversarial(start=0.0, discriminator=discriminator))
     family = AutoencoderFamily(made, Context(data=nothing, val=nothing, resolution=pixels, seed=0, total_images=10**12))
+    network: Any = family.network
     tower = ImageTowerConfig(channels=(8, 16) if setup.tiny else (64, 128, 256)).build()
     perceptual = FeatureDistance(tower)
     family._frozen = (perceptual,)
@@ -57,14 +58,14 @@ def game(setup: Setup, kind: Literal["equal", "default"], ours: Precision, their
 
     def check() -> float:
         rng = Rng(0, seen.position)
-        side = pixels // family.network.factor
+        side = pixels // network.factor
         peer.generator_loss(rng.normal("posterior", (config.latent_channels, side, side)).to(setup.device)).backward()
         expected = gradients(peer.vae)
         peer.discriminator.zero_grad()
         with torch.autocast(setup.device, DTYPE[ours], enabled=ours != "fp32"):
             terms, _ = family.loss(seen.to(setup.device), rng)
         torch.stack([value.float() for value in terms.values()]).sum().backward()
-        error = distance(gradients(family.network), expected)
+        error = distance(gradients(network), expected)
         family.zero_grad(set_to_none=True)
         return error
 
@@ -99,7 +100,8 @@ class TwoPasses:
         self.vae: Any = twin_autoencoder(family.network).train()  # type: ignore[arg-type]
         self.discriminator: Any = copy.deepcopy(family.discriminator)
         self.weight = family.config.adversarial.weight
-        self.optimizers = [torch.optim.Adam(part.parameters(), lr=LR, betas=BETAS) for part in (self.vae, self.discriminator)]
+        self.players: tuple[Any, ...] = (self.vae, self.discriminator)
+        self.optimizers = [torch.optim.Adam(part.parameters(), lr=LR, betas=BETAS) for part in self.players]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
@@ -133,13 +135,12 @@ class TwoPasses:
 
     def step(self) -> None:
         """Both players in turn; the other one's parameters want no gradient meanwhile, as Lightning sees to it."""
-        players = (self.vae, self.discriminator)
         for number, loss in enumerate((self.generator_loss, self.discriminator_loss)):
-            for other, part in enumerate(players):
+            for other, part in enumerate(self.players):
                 part.requires_grad_(other == number or (number == 0 and other == 0))
             value = loss()
             value.backward()
             self.optimizers[number].step()
             self.optimizers[number].zero_grad()
-        for part in players:
+        for part in self.players:
             part.requires_grad_(True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.cli.benchmarks.loading import TOY, collate, quietly, their_images, write_jpegs
-from ldm.cli.benchmarks.models import KL_SD, Shape, build_family, counts, distance, moments, small
+from ldm.cli.benchmarks.models import KL_SD, ModelShape, build_family, counts, distance, moments, small
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.cli.benchmarks.training import DiffusersLoop, trainer
 from ldm.data.cache import write_cache
@@ -75,7 +75,7 @@ def from_jpegs(setup: Setup) -> Iterator[Case]:
 class Ours:
     """The stages encode and diffusion, without the run around them."""
 
-    def __init__(self, family: LatentDiffusionFamily, shape: Shape, folder: Path, setup: Setup) -> None:
+    def __init__(self, family: LatentDiffusionFamily, shape: ModelShape, folder: Path, setup: Setup) -> None:
         self.family, self.shape, self.device = family, shape, setup.device
         self.data: FolderData = FolderSource(path=str(folder), crop="centre", val_share=1e-9).build("train")
         nothing: Any = None
@@ -104,7 +104,7 @@ class Ours:
 class Theirs:
     """The loop over transformed images: autoencoder and text encoder at every step."""
 
-    def __init__(self, family: LatentDiffusionFamily, shape: Shape, folder: Path, setup: Setup) -> None:
+    def __init__(self, family: LatentDiffusionFamily, shape: ModelShape, folder: Path, setup: Setup) -> None:
         from torch.utils.data import DataLoader
 
         held = set(FolderSource(path=str(folder), crop="centre", val_share=1e-9).build("val").names)

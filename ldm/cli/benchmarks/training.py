@@ -15,7 +15,7 @@ from ldm.cli.benchmarks.models import (
     SD1,
     SD2,
     TINY,
-    Shape,
+    ModelShape,
     build_family,
     counts,
     distance,
@@ -77,7 +77,7 @@ def _steps(setup: Setup, ours: Precision, theirs: Precision, kind: Literal["equa
 
 def step(
     setup: Setup,
-    shape: Shape,
+    shape: ModelShape,
     name: str,
     ours: Precision,
     theirs: Precision,

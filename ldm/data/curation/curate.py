@@ -16,7 +16,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.data.curation.near_duplicates import near_duplicates
-from ldm.data.curation.rules import Bad, Curation, Rule, literal, rules_of
+from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
 from ldm.data.fields import ALIASES, column_of
 from ldm.data.storage import expand, is_url
 from ldm.data.tables import damage, unfit
@@ -138,7 +138,7 @@ def _told(files: list[str]) -> Iterator[None]:
 
     try:
         yield
-    except Bad as error:
+    except RuleError as error:
         raise UserError(str(error)) from None
     except duckdb.OutOfMemoryException:
         raise UserError(

@@ -37,7 +37,7 @@ class Columns:
 
 
 @dataclass
-class Fetched:
+class DownloadReport:
     """What is there after fetching."""
 
     folder: str
@@ -158,7 +158,7 @@ def stats(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def look(out: Path) -> Fetched:
+def look(out: Path) -> DownloadReport:
     """Count what came, write the links that gave nothing to OUT.failed.parquet, and compare shards with what is said of them.
 
     Raises:
@@ -170,7 +170,7 @@ def look(out: Path) -> Fetched:
     from ldm.data.shard_index import open_index
 
     done = stats(out)
-    found = Fetched(str(out), links=sum(s["count"] for s in done), pictures=sum(s["successes"] for s in done), shards=len(done))
+    found = DownloadReport(str(out), links=sum(s["count"] for s in done), pictures=sum(s["successes"] for s in done), shards=len(done))
     if not found.pictures:
         raise UserError(f"fetch: no picture came of {found.links:,} links; {_reasons_text(out)}")
     rows: list[dict[str, Any]] = []

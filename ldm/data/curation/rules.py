@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class Bad(ValueError):
+class RuleError(ValueError):
     """A rule that cannot be applied; one line for the user."""
 
 
@@ -28,14 +28,14 @@ def rules_of(asked: Curation, columns: dict[str, str], removal: list[str]) -> li
     """The rules that are asked for, cheap ones first.
 
     Raises:
-        Bad: naming the column that is missing.
+        RuleError: naming the column that is missing.
     """
     rules: list[Rule] = []
 
     def add(name: str, needs: tuple[str, ...], keeps: str) -> None:
         missing = [n for n in needs if n not in columns]
         if missing:
-            raise Bad(f"{name}: the table has no column {missing[0]}; it has {', '.join(columns.values()) or 'none that is known'}")
+            raise RuleError(f"{name}: the table has no column {missing[0]}; it has {', '.join(columns.values()) or 'none that is known'}")
         unknown = " OR ".join(f"{n} IS NULL" for n in needs)
         rules.append(Rule(name, f"(({unknown}) OR NOT COALESCE({keeps}, false))", f"({unknown})"))
 

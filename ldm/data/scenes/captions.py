@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.scenes.geometry import relation_of
-from ldm.data.scenes.spec import CELLS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, TEXTURES, TIERS, TONES, Draws, Specs
+from ldm.data.scenes.spec import CELLS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, TEXTURES, TIERS, TONES, Specs, UniformDraws
 
 PLACES = tuple("in the center" if cell == "center" else f"at the {cell}" for cell in CELLS)
 COUNTS = ("", "a", "two", "three", "four")
@@ -75,7 +75,7 @@ def stated(specs: Specs, tier: str, keys: NDArray[np.uint64] | None = None, drop
     if drop and keys is not None:
         rate = np.full(5 * most + 3, drop)
         rate[: 2 * most] *= RARELY
-        left_out = Draws(keys)(5 * most + 3) < rate
+        left_out = UniformDraws(keys)(5 * most + 3) < rate
     left_out[:, :most] &= ~left_out[:, most : 2 * most]  # a phrase that names neither colour nor shape says nothing
     words = [
         np.where(left_out[:, i * most : (i + 1) * most], -1, getattr(specs, name))

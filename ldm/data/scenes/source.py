@@ -20,7 +20,7 @@ from ldm.data.fields import Fields
 from ldm.data.scenes.captions import Target, reword, say, stated
 from ldm.data.scenes.checker import reads_back
 from ldm.data.scenes.render import render, to_bytes
-from ldm.data.scenes.spec import TIERS, VERSION, Draws, Specs, TierName, addresses, draw_specs, pairs_of
+from ldm.data.scenes.spec import TIERS, VERSION, Specs, TierName, UniformDraws, addresses, draw_specs, pairs_of
 from ldm.data.scenes.spec import Pairs as PairNumbers
 from ldm.data.scenes.web import WebFields, corrupt, draw_web
 from ldm.diffusion.batch import ImageBatch
@@ -185,7 +185,7 @@ class Scenes:
 
     def _drawn(self, specs: Specs, index: Sequence[int] | NDArray[np.int64], position: Sequence[int], seed: int) -> list[str]:
         """The wording of each scene that its position draws."""
-        wording = (Draws(addresses(np.asarray(position, np.int64), "caption", seed))() * self._wordings).astype(np.int64)
+        wording = (UniformDraws(addresses(np.asarray(position, np.int64), "caption", seed))() * self._wordings).astype(np.int64)
         numbers, out = np.asarray(index, np.int64), [""] * len(specs)
         for k in np.unique(wording).tolist():
             rows = np.flatnonzero(wording == k)

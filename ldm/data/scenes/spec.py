@@ -157,7 +157,7 @@ class Specs:
 
     def relit(self, seed: int) -> Specs:
         """The same scenes under other light and grain."""
-        draw = Draws(hashed(self.key ^ np.uint64(mix("relit", seed))))
+        draw = UniformDraws(hashed(self.key ^ np.uint64(mix("relit", seed))))
         return replace(self, light=_light(draw, len(self)), key=draw.keys)
 
 
@@ -176,7 +176,7 @@ def addresses(index: NDArray[np.int64], *words: int | str) -> NDArray[np.uint64]
     return hashed(hashed(np.asarray(index).astype(np.uint64) * STEP + np.uint64(mix(*words))) + STEP)
 
 
-class Draws:
+class UniformDraws:
     """Uniform draws in [0,1) for N keys; the k-th draw of a key depends on nothing but the two."""
 
     def __init__(self, keys: NDArray[np.uint64]) -> None:
@@ -225,7 +225,7 @@ GAP = {False: 0.04, True: 0.04}  # between objects that must not touch, by Tier.
 SIZE_ODDS = {1: (1, 1, 1), 2: (1, 1, 1), 3: (0.45, 0.40, 0.15), 4: (0.50, 0.40, 0.10)}  # by number of objects
 
 
-def _light(draw: Draws, n: int) -> NDArray[np.float64]:
+def _light(draw: UniformDraws, n: int) -> NDArray[np.float64]:
     return draw(2) * (2 * np.pi, 0.25) + (0, 0.05)
 
 
@@ -241,7 +241,7 @@ def _axis(place: NDArray, extent: NDArray, u: NDArray) -> NDArray[np.float64]:
 def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs, NDArray[np.bool_]]:
     """One scene per key, and whether it keeps the rules."""
     n, most = len(keys), tier.most
-    draw = Draws(keys)
+    draw = UniformDraws(keys)
     count = tier.least + (draw() * (most - tier.least + 1)).astype(np.int64)
     if rules.phrases > 1:
         count = np.full(n, most)

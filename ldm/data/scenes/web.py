@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ldm.data.scenes.spec import Draws
+from ldm.data.scenes.spec import UniformDraws
 
 WATERMARK, WRONG_CAPTION, ENLARGED, BLURRED, NOISY = 0.15, 0.15, 0.25, 0.10, 0.10  # shares of the corpus
 
@@ -51,7 +51,7 @@ class WebFields:
 
 def draw_web(keys: NDArray[np.uint64], pixels: int) -> WebFields:
     """The corruptions of pictures by address; sound originals measure 2 to 8 times `pixels`, enlarged ones a half or a quarter of it."""
-    draw = Draws(keys)
+    draw = UniformDraws(keys)
     u = draw(5) < (WATERMARK, WRONG_CAPTION, ENLARGED, BLURRED, NOISY)
     watermarked, wrong, enlarged, blurred, noisy = u.T
     sound = (pixels * 2 ** (1 + 2 * draw())).astype(np.int64)
