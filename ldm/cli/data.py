@@ -73,8 +73,7 @@ def index(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Read tar shards once and keep where each sample lies; shards that have not changed are not read again."""
-    from ldm.data.shard_index import open_index
-    from ldm.data.shard_reader import ShardRecord
+    from ldm.data.shard_index import ShardRecord, open_index
 
     def tell(record: ShardRecord, number: int, count: int) -> None:
         left = sum(record.rejected.values())

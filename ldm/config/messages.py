@@ -15,9 +15,7 @@ from functools import cache
 from io import StringIO
 from typing import Any, Literal, Union
 
-from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
-from ldm.config.presets import WORD
-from ldm.config.presets import names as presets_of
+from ldm.config.introspection import PRESET, default_of, hints_of, members_of, preset_names, without_annotation
 
 _WANTED = {
     "string_type": "a text, in quotes where it looks like something else",
@@ -84,11 +82,11 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
 def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> str:
     """What to say of a word that names no preset where presets have names; nothing elsewhere."""
     given = problem["input"]
-    if path.rpartition(".")[2] == WORD and dataclasses.is_dataclass(owner):
+    if path.rpartition(".")[2] == PRESET and dataclasses.is_dataclass(owner):
         kind = owner
     elif not isinstance(given, str):
         return ""
-    known = list(presets_of(kind))
+    known = list(preset_names(kind))
     return f"{path}: got {_short(given)}{_nearest(given, known, 'presets are')}" if known else ""
 
 

@@ -13,11 +13,9 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 import pydantic
 import yaml
 
-from ldm.config import presets
 from ldm.config.errors import UserError
-from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
+from ldm.config.introspection import PRESET, chosen_preset, default_of, hints_of, members_of, named, without_annotation
 from ldm.config.messages import explain
-from ldm.config.presets import named
 from ldm.config.yaml_reader import DEEPEST, Number, parse
 
 __all__ = [
@@ -150,7 +148,7 @@ def merge(below: Any, above: Any) -> Any:
 
 def _spelt_out(below: Any, above: Any) -> Any:
     """A word below a mapping names a preset beside whose fields the mapping's are written."""
-    return {presets.WORD: below} if type(below) is str and isinstance(above, dict) else below
+    return {PRESET: below} if type(below) is str and isinstance(above, dict) else below
 
 
 def _numbered(below: Any, above: Any) -> bool:
@@ -172,7 +170,7 @@ class _Switched(str):
 def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
     kind = without_annotation(kind)
-    if (found := presets.chosen(kind, data)) is not None:
+    if (found := chosen_preset(kind, data)) is not None:
         file, beside = found
         data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
     members = members_of(kind)

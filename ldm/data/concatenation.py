@@ -1,9 +1,10 @@
-"""Several data sets as one, each as often as it is wanted."""
+"""Concatenation and mixture of data sets: each part repeated, or two in fixed shares (DreamBooth's prior preservation)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
@@ -168,3 +169,31 @@ class ConcatenationSource:
         return Concatenation(
             parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)]
         )
+
+
+class Mixture(Concatenation):
+    """Samples of `first` and of `second`, the latter `share` of all; each once in an epoch at least, the fewer ones as often as that takes.
+
+    Args:
+        share: of the second, between 0 and 1.
+    """
+
+    def __init__(self, first: DataSet, second: DataSet, share: float) -> None:
+        total = max(math.ceil(len(first) / (1 - share)), math.ceil(len(second) / share))
+        others = max(1, round(total * share))  # samples of the second
+        super().__init__((first, second), (total - others, others))
+        self.share = share
+
+    def describe(self) -> dict[str, object]:
+        """The first's own, and how many there are of the second."""
+        return {
+            **self.parts[0].describe(),
+            "of_its_kind": len(self.parts[1]),
+            "share_of_its_kind": self.share,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Of both parts and the share."""
+        said = ["mixed", 1, *(part.fingerprint() for part in self.parts), self.share]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -17,8 +17,7 @@ from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
-from ldm.data.shard_index import Index, open_index
-from ldm.data.shard_reader import sample_hash
+from ldm.data.shard_index import Index, open_index, sample_hash
 from ldm.data.storage import Ranges
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.formats.compvis_yaml import head_width
+from ldm.formats.compvis import head_width
 from ldm.formats.export_source import ExportedModel
 
 RECIPE = "ldm.recipe"  # the metadata key (and the key of a .ckpt) of what ldm reads back

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.formats import atomic
-from ldm.formats.compvis import PREFIX, Part, from_compvis
-from ldm.formats.compvis_shapes import HUGE, XL_SCALE, inner, text_config, unet_config, vae_config
+from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config
 from ldm.formats.part import compare, content_hash, read_safetensors, save_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.autoencoder import KLConfig, VQConfig

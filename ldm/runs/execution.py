@@ -26,7 +26,7 @@ from ldm.formats import atomic
 from ldm.distributed.rank_checks import agree
 from ldm.config.schema import dump, plain
 from ldm.data.filter import filter_samples
-from ldm.data.mixture import Mixture
+from ldm.data.concatenation import Mixture
 from ldm.config.errors import UserError, out_of_memory
 from ldm.distributed.launcher import Work, about, record
 from ldm.training.log import Log

@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.config.schema import Positive, PositiveFloat, config
 from ldm.data.dataset import DataSet
 from ldm.data.folder import FolderSource
-from ldm.data.mixture import Mixture
+from ldm.data.concatenation import Mixture
 from ldm.config.errors import UserError
 
 PRIOR = "prior_preservation"  # the folder in a run's folder of what is given

@@ -26,8 +26,7 @@ from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import from_compvis, to_compvis
-from ldm.formats.compvis_file import schedule_buffers
-from ldm.formats.compvis_yaml import inference_yaml, obstacles, text_kind
+from ldm.formats.compvis_file import inference_yaml, obstacles, schedule_buffers, text_kind
 from ldm.formats.export_source import ExportedModel, ExportedNetwork, with_quant_convolutions
 from ldm.formats.part import load_part
 from ldm.formats.text_folder import load_tokenizer

@@ -18,8 +18,7 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
-from ldm.formats.compvis import PREFIX, to_compvis
-from ldm.formats.compvis_shapes import text_config, unet_config, vae_config
+from ldm.formats.compvis import PREFIX, text_config, to_compvis, unet_config, vae_config
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_part, read_json
 from ldm.formats.single_file import CheckpointChoices, open_single, read_file
@@ -92,7 +91,7 @@ def quiet(text: str) -> None:
 
 @pytest.mark.parametrize(("unet", "vae"), [(UNET, KL), (SD2, VQ), (INPAINT, KL), (XL, KL)])
 def test_shapes_tell_what_a_network_is(unet: UNetConfig, vae: KLConfig | VQConfig) -> None:
-    from ldm.formats.compvis_shapes import inner
+    from ldm.formats.compvis import inner
 
     state = checkpoint(unet, vae)
     found = unet_config(inner("unet", state))

@@ -46,7 +46,6 @@ PERIOD = (0.17, 0.22)  # of the background's texture
 BORDER = 0.03  # a centre keeps this far from the borders of its cell
 
 TierName = Literal["one", "T0", "T1", "T2", "T3"]
-SplitName = Literal["train", "val", "seen", "pair_dev", "pair_test", "held-out", "count_test", "rel_test", "long_test"]
 
 
 @dataclass(frozen=True)
