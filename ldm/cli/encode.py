@@ -46,7 +46,7 @@ def encode(
     seen: Any = _source(data).build("train")
     from ldm.cli.sampling_options import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step
-    from ldm.data.cache import seal, write_cache
+    from ldm.data.cache import CacheOptions, seal, write_cache
     from ldm.data.cached import CachedLatents
     from ldm.distributed.processes import processes
     from ldm.formats.latent_codec import autoencoder_folder, load_codec
@@ -69,21 +69,23 @@ def encode(
             out,
             seen,
             lambda image: codec.moments(image.to(where)),
-            autoencoder=codec.hash,
-            normalisation=codec.statistics.to_dict(),
-            resolution=resolution,
-            images=count,
+            CacheOptions(
+                autoencoder=codec.hash,
+                normalisation=codec.statistics.to_dict(),
+                resolution=resolution,
+                images=count,
+                seed=seed,
+                flip=flip,
+                shard_images=shard,
+                text=text_hash,
+                buckets=chosen,
+            ),
             batch=batch,
-            seed=seed,
-            flip=flip,
-            shard_images=shard,
             workers=workers,
             rank=team.rank,
             world=team.world,
             on_images=advance,
             read=read,
-            text=text_hash,
-            buckets=chosen,
         )
     team.wait()
     if team.main:

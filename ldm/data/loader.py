@@ -36,8 +36,7 @@ def batches(
     flip: bool = False,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world: int = 1,
+    rank: tuple[int, int] = (0, 1),
     workers: int = 0,
 ) -> Iterator[B]:
     """This rank's part of the global batches start, start + 1, ... stop - 1; decoded pictures are bytes until `.to(device)`.
@@ -50,11 +49,13 @@ def batches(
         resolution: px; several are taken in turn from batch to batch.
         order: which samples make up each batch, and in which shape; None: all shuffled, at `resolution`.
         stop: the step before which to end; None: never.
+        rank: this process among how many.
         workers: threads that prepare batches ahead; 0: the caller's own thread does it when asked.
 
     Raises:
         UserError: if `batch` does not divide among the ranks, the data set is empty, or no sample arrives for a minute.
     """
+    number, world = rank
     if batch % world:
         raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
@@ -65,8 +66,8 @@ def batches(
 
     def tasks() -> Iterator[list[Callable[[], B]]]:
         for step in count(start) if stop is None else range(start, stop):
-            index, shape = order.at(step, rank * size, size)
-            first = step * batch + rank * size
+            index, shape = order.at(step, number * size, size)
+            first = step * batch + number * size
             yield [_Slice(data, i, p, shape, seed, flip) for i, p in _cut(index, np.arange(first, first + size), cuts)]
 
     for parts in ordered(tasks(), workers):

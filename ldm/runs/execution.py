@@ -221,7 +221,7 @@ class Execution:
         return config.continued(self.elsewhere[stage.model].folder)
 
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
-        from ldm.data.cache import seal, write_cache
+        from ldm.data.cache import CacheOptions, seal, write_cache
 
         seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         count = min(stage.images or len(seen), len(seen))
@@ -229,10 +229,23 @@ class Execution:
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
         with self.log.stage(name, count, 0) as log:
             write_cache(
-                folder / "model", seen, lambda image: codec.moments(image.to(device)),
-                autoencoder=codec.hash, normalisation=codec.statistics.to_dict(), resolution=stage.resolution,
-                images=count, batch=stage.batch, seed=self._seed(name), flip=stage.flip, buckets=stage.buckets, workers=self.run.workers,
-                rank=self.processes.rank, world=self.processes.world, on_images=log.advance,
+                folder / "model",
+                seen,
+                lambda image: codec.moments(image.to(device)),
+                CacheOptions(
+                    autoencoder=codec.hash,
+                    normalisation=codec.statistics.to_dict(),
+                    resolution=stage.resolution,
+                    images=count,
+                    seed=self._seed(name),
+                    flip=stage.flip,
+                    buckets=stage.buckets,
+                ),
+                batch=stage.batch,
+                workers=self.run.workers,
+                rank=self.processes.rank,
+                world=self.processes.world,
+                on_images=log.advance,
             )
         self.processes.wait()
         if self.processes.main and self.processes.world > 1:

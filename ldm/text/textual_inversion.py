@@ -23,7 +23,7 @@ A1111 = "emb_params"  # the only key of a file for A1111's web UI, which takes t
 
 
 @dataclass(frozen=True)
-class TextualInversion:
+class LearnedEmbedding:
     """A word that a file teaches."""
 
     token: str
@@ -97,7 +97,7 @@ def _table(encoder: TextEncoder) -> Tensor:
     return found.weight.detach()
 
 
-def read_embedding(path: Path) -> TextualInversion:
+def read_embedding(path: Path) -> LearnedEmbedding:
     """The word in a file, or in a folder with one of the usual name.
 
     Raises:
@@ -116,7 +116,7 @@ def read_embedding(path: Path) -> TextualInversion:
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path}: {token} is no table of embeddings; another kind of file?")
-    return TextualInversion(token, rows.float(), str(path), sha256(file))
+    return LearnedEmbedding(token, rows.float(), str(path), sha256(file))
 
 
 def write_embedding(folder: Path, token: str, rows: Tensor, metadata: Mapping[str, str]) -> list[Path]:

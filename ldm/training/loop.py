@@ -129,8 +129,7 @@ class Trainer:
             flip=stage.flip,
             start=self.step,
             stop=stage.steps,
-            rank=self.processes.rank,
-            world=self.processes.world,
+            rank=(self.processes.rank, self.processes.world),
             workers=self.workers,
         )
         start = self.step * stage.batch

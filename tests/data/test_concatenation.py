@@ -74,7 +74,7 @@ def test_an_epoch_has_every_sample_and_any_number_of_processes_sees_the_same(pla
     order = shuffled(4, np.arange(len(data)), len(data))
     assert sorted(order.tolist()) == list(range(len(data)))
     (whole,) = batches(data, seed=4, batch=8, resolution=16, stop=1)
-    halves = [next(batches(data, seed=4, batch=8, resolution=16, stop=1, rank=rank, world=2, workers=2)) for rank in (0, 1)]
+    halves = [next(batches(data, seed=4, batch=8, resolution=16, stop=1, rank=(rank, 2), workers=2)) for rank in (0, 1)]
     assert torch.equal(whole.image, torch.cat([half.image for half in halves])) and whole.caption == halves[0].caption + halves[1].caption
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from ldm.data.cache import write_cache
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips, loaded
 from ldm.data.filter import Filter, FilteredSamples
@@ -90,7 +90,7 @@ def test_every_source_keeps_the_contract(photos, kind, split):
 @pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_every_source_can_be_cached(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("val")
-    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=6)
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), CacheOptions(autoencoder="a", resolution=32, images=6))
     latents: Samples = CachedLatents(tmp_path)
     count = min(6, len(data))
     batch = latents.load(range(count), range(count), 32, 0, False)
@@ -103,7 +103,7 @@ def test_every_source_can_be_cached(photos, kind, tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_flips_leave_captions_true_cached_or_not(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
-    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=2, flip=True)
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), CacheOptions(autoencoder="a", resolution=32, images=2, flip=True))
     index, position = [0] * 8, range(8)
     latents = CachedLatents(tmp_path)
     flipped, plain = (latents.load(index, position, 32, 0, flip).mean for flip in (True, False))

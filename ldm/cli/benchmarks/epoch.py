@@ -14,7 +14,7 @@ from ldm.cli.benchmarks.loading import TOY, collate, quietly, their_images, writ
 from ldm.cli.benchmarks.models import KL_SD, ModelShape, build_family, counts, distance, moments, small
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.cli.benchmarks.training import DiffusersLoop, trainer
-from ldm.data.cache import write_cache
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.loader import batches
@@ -89,7 +89,7 @@ class Ours:
         def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self.family.codec.moments(image.to(self.device))
 
-        write_cache(folder, self.data, encode, autoencoder="none", resolution=self.shape.pixels, batch=self.shape.batch)
+        write_cache(folder, self.data, encode, CacheOptions(autoencoder="none", resolution=self.shape.pixels), batch=self.shape.batch)
         self.cache = CachedLatents(folder)
 
     def epochs(self, epochs: int) -> None:
