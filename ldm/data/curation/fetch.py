@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.options import option
 
 NAMES = {  # columns by what they hold, as LAION's tables call them in letters of any case; the first that is there counts
     "url": ("url", "image_url", "link"),
@@ -34,6 +35,19 @@ class Columns:
     caption: str | None
     kept: tuple[str, ...]  # that go along to the pictures
     hash: str | None
+
+
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Downloading: how img2dataset is to fetch, under its own names where they differ."""
+
+    size: int = option(512, "px; larger pictures are made so large on the shorter side.", low=16)
+    processes: int = option(1, "Of the program.", low=1)
+    threads: int = option(32, "Downloads at a time in each.", low=1)
+    shard: int = option(10_000, "Links of a shard.", low=1)
+    timeout: int = option(10, "Seconds for a link.", low=1)
+    retries: int = option(1, "More tries for a link.", low=0)
+    distributor: str = option("multiprocessing", "multiprocessing, or on a cluster pyspark or ray.")
 
 
 @dataclass
@@ -91,7 +105,7 @@ def command_of(given: str) -> str:
     return found
 
 
-def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) -> list[str]:
+def words_of(table: Path, out: Path, columns: Columns, options: DownloadOptions) -> list[str]:
     """What img2dataset is told: shards of pictures no larger than asked, what has been fetched left alone."""
     said: dict[str, Any] = {
         "url_list": table,
@@ -104,7 +118,13 @@ def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) 
         "incremental_mode": "incremental",
         "enable_wandb": False,
         "compute_hash": columns.hash or "sha256",
-        **options,
+        "image_size": options.size,
+        "processes_count": options.processes,
+        "thread_count": options.threads,
+        "number_sample_per_shard": options.shard,
+        "timeout": options.timeout,
+        "retries": options.retries,
+        "distributor": options.distributor,
     }
     if columns.caption:
         said["caption_col"] = columns.caption

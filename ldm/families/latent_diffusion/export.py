@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
-from ldm.formats.export_source import CARD, ExportedNetwork, ExportedModel
+from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
 from ldm.formats.latent_codec import Statistics
 from ldm.formats.model_folder import open_model, read_record
 from ldm.formats.part import read_json
