@@ -1,4 +1,4 @@
-"""The page of a checked data set: figures, and a grid of its samples with their captions, in one file."""
+"""HTML report of a data set check: figures and a grid of samples with captions, self-contained."""
 
 from __future__ import annotations
 

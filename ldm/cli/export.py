@@ -1,4 +1,4 @@
-"""The verb that gives models away: any model that ldm has becomes a diffusers folder or a file under CompVis' names."""
+"""The export verb: a model as a diffusers pipeline folder or a single-file CompVis checkpoint."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ PRESET_FOLDERS = (HERE / "models", HERE.parents[1] / "configs" / "models")  # in
 
 
 def named(word: str) -> Callable[[T], T]:
-    """Files in configs/models that say `of: word` hold configurations of the decorated class."""
+    """Decorator: files in configs/models that say `of: word` are presets of the decorated class."""
 
     def mark(cls: T) -> T:
         cls.__presets__ = word  # type: ignore[attr-defined]

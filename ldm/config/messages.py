@@ -1,4 +1,4 @@
-"""What a configuration says to its reader: its mistakes in one line each, and every field with its meaning."""
+"""Error messages and help of a configuration: each validation error in one line, every field with its meaning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WANTED = {
 
 
 def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
-    """One line for one of pydantic's problems: path, value, what is allowed."""
+    """A pydantic validation error as one line: path, value, what is allowed."""
     steps, tag, owner = [], problem["type"], kind
     here: Any = data
     above: Any = None
@@ -122,7 +122,7 @@ def _short(value: Any) -> str:
 
 
 def describe(kind: Any) -> str:
-    """Every field below a configuration class, one line each: path, type, default, meaning."""
+    """Help text: every field below a configuration class, one line each: path, type, default, meaning."""
     lines = []
     for path, type_name, default, meaning in fields_of(kind):
         shown = "required" if default is dataclasses.MISSING else _literal(default)
@@ -162,7 +162,7 @@ def _branches(kind: Any) -> dict[str, Any]:
 
 
 def type_name(kind: Any) -> str:
-    """A type as a reader of YAML would say it."""
+    """A type's name in YAML's terms."""
     kind = without_annotation(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:

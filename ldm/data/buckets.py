@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of nearly equal area, and which of them each picture fits best."""
+"""Aspect-ratio bucketing: shapes of nearly equal area, and which of them each picture fits best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.data.order import BucketedBatches
 
 @config
 class Buckets:
-    """Pictures in shapes near their own in place of squares, a batch in one shape."""
+    """Aspect-ratio buckets: pictures in shapes near their own in place of squares, a batch in one shape."""
 
     step: Count = 0  # px, sides are multiples of it; 0: 64 from 256 px on, 8 below
     max_aspect: PositiveFloat = 2.0  # of the longer side to the shorter one
@@ -97,7 +97,7 @@ def table(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]], chosen: 
 
 @dataclass(frozen=True)
 class BucketedStage:
-    """The pictures of a stage in their buckets."""
+    """A training stage's pictures by bucket: order of batches and counts."""
 
     order: BucketedBatches
     rows: list[dict[str, Any]]  # as `table` gives, and of each bucket its updates and the pictures that these never reach
@@ -123,7 +123,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def bucket_stage(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: int, steps: int) -> BucketedStage | None:
-    """The buckets of a data set for a stage of so many updates; None where its samples have no sizes of their own.
+    """Assign a data set to buckets for a stage of so many updates; None where its samples have no sizes of their own.
 
     Cached latents keep the shapes that they were encoded in, so the order is that of their pictures.
     """

@@ -34,7 +34,7 @@ Read = Callable[[Sequence[str]], Text]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a cache must hold; shards made under another plan are made anew."""
+    """Cache plan: what its shards must hold; those made under another plan are made anew."""
 
     autoencoder: str  # hash of the autoencoder's folder
     normalisation: dict[str, Any]  # the latent statistics by which the moments are already normalised
@@ -161,7 +161,7 @@ def write_cache(
 
 
 def seal(folder: Path) -> None:
-    """Put the manifest of the whole cache over its shards' own, and remove what earlier plans and kills left.
+    """Commit the whole cache: a manifest over its shards' own; what earlier plans and kills left is removed.
 
     Raises:
         UserError: if a shard is missing or of another plan.

@@ -1,4 +1,4 @@
-"""What a data set is before anything is trained on it: what was found, what was left out and why, sizes, captions, buckets."""
+"""Data set validation before training: what was found, what was rejected and why, sizes, captions, buckets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 20  # rejected samples that are named
 
 @dataclass
 class DataReport:
-    """What was found, as plain values."""
+    """Report of a data set check, as plain values."""
 
     kind: str
     path: str

@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class Concatenation:
-    """Samples of several data sets, one part after the other; a part's samples come again and again until it has so many.
+    """Concatenated data sets, one part after the other, each repeated until it has so many samples.
 
     Args:
         parts: at least one.
@@ -142,7 +142,7 @@ def _list(value: object) -> list[object]:
 
 @config
 class RepeatedSource:
-    """One of several sources."""
+    """A source with its number of repeats."""
 
     source: Annotated[FolderSource | ShardsSource | DatasetsSource, BY_KIND]  # where its images and captions come from
     repeats: Positive = 1  # how often each of its training samples comes in an epoch
@@ -150,7 +150,7 @@ class RepeatedSource:
 
 @config
 class ConcatenationSource:
-    """Several sources as one: the parts' samples in one order, each as often in an epoch as its part repeats."""
+    """Concatenated sources: the parts' samples in one order, each as often in an epoch as its part repeats."""
 
     kind: Literal["several"] = "several"
     parts: tuple[RepeatedSource, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
@@ -172,7 +172,7 @@ class ConcatenationSource:
 
 
 class Mixture(Concatenation):
-    """Samples of `first` and of `second`, the latter `share` of all; each once in an epoch at least, the fewer ones as often as that takes.
+    """Mixture of `first` and `second`, the latter `share` of all; each once in an epoch at least, the fewer ones as often as that takes.
 
     Args:
         share: of the second, between 0 and 1.

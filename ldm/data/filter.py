@@ -1,4 +1,4 @@
-"""Which samples a stage sees: those whose size and scores, known before any is decoded, are good enough."""
+"""Sample filter by metadata (size, aesthetic and watermark scores), before any picture is decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm.diffusion.batch import ImageBatch
 
 @config
 class Filter:
-    """What is asked of a sample; one of which that is not known is left out."""
+    """Filter of samples by metadata; one whose value is unknown is left out."""
 
     min_side: Count = 0  # px, the original's shorter side is at least so long; 0: any
     min_aesthetic: NonNegative = 0.0  # its aesthetic score (0 to 10) is above this; 0: any
@@ -38,7 +38,7 @@ class Filter:
 
 @runtime_checkable
 class HasFields(Protocol):
-    """A data set that knows something of its samples before it decodes them."""
+    """Data set with metadata of its samples."""
 
     def fields(self) -> Fields:
         """Original sizes and scores of all samples."""
@@ -46,7 +46,7 @@ class HasFields(Protocol):
 
 
 def filter_samples(data: DataSet, chosen: Filter, where: str) -> DataSet:
-    """The samples that pass, numbered anew; the data itself where nothing is asked.
+    """Filter a data set: the samples that pass, numbered anew; the data itself where nothing is asked.
 
     Args:
         where: the filter's field, such as stages.diffusion.filter, for messages.
@@ -86,7 +86,7 @@ def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_]
 
 
 class FilteredSamples:
-    """Some samples of a data set, in its order."""
+    """Filtered view (subset) of a data set, in its order."""
 
     def __init__(self, data: DataSet, kept: NDArray[np.int64], chosen: Filter) -> None:
         self.data, self.kept, self.chosen = data, kept, chosen

@@ -1,4 +1,4 @@
-"""Samples to batches, prepared ahead by threads: any step and any rank can be addressed."""
+"""Data loader: deterministic batches addressed by step and rank, prefetched by threads."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class _Slice(Generic[B]):
 
 
 def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: float = STALLED_S) -> Iterator[list[R]]:
-    """Run groups of tasks and give their results group by group in order, with up to AHEAD groups being worked on.
+    """Ordered thread pool map with prefetch: groups of tasks, results group by group in order, with up to AHEAD groups being worked on.
 
     The threads are daemons: one that hangs in a read never keeps the process from ending.
 

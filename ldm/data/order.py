@@ -1,4 +1,4 @@
-"""In which order samples are seen: formulas of seed and global batch number, so that any batch can be asked for at any time."""
+"""Batch samplers: stateless shuffling by seed and global batch number, so that any batch can be addressed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndar
 
 
 class BatchSampler(Protocol):
-    """Which samples make up each global batch."""
+    """Batch sampler: which samples make up each global batch."""
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
         """The sample numbers of rows first to first + count - 1 of batch `step`, and the shape of that whole batch."""
@@ -61,7 +61,7 @@ class BatchSampler(Protocol):
 
 
 class ShuffledBatches:
-    """Every sample once in each epoch, in an order of its own; past the end the next epoch goes on, inside a batch too.
+    """Shuffling batch sampler: every sample once in each epoch, in its own order; past the end the next begins, inside a batch too.
 
     Args:
         seed: of the order.
@@ -84,7 +84,7 @@ class ShuffledBatches:
 
 
 class BucketedBatches:
-    """Batches of one shape each: a sample is seen in its bucket's shape alone.
+    """Bucket batch sampler: batches of one shape each, a sample in its bucket's shape alone.
 
     Buckets come in a random order, in proportion to their sizes: after e epochs a bucket of n samples has had
     floor(e n / batch) batches, of as many permutations of its samples as these take. What does not fill a batch at the end

@@ -37,7 +37,7 @@ TEXTS = (".txt", ".caption")
 
 @dataclass
 class ShardRecord:
-    """What is known of one shard as a whole."""
+    """Shard record: checksum, counts, rejections and damage of one shard."""
 
     name: str  # relative to the index's root
     bytes: int
@@ -65,12 +65,12 @@ class _Group:
 
 
 def sample_hash(data: bytes) -> int:
-    """What the index remembers of an image's bytes (BLAKE2b, 64 bits)."""
+    """Checksum of an image's bytes in the index (BLAKE2b, 64 bits)."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class _Summed:
-    """A stream whose bytes are summed as they go by."""
+    """Stream that hashes its bytes as they are read."""
 
     def __init__(self, inner: BinaryIO) -> None:
         self._inner, self.sum, self.bytes = inner, hashlib.sha256(), 0
@@ -267,7 +267,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Index:
-    """The samples of some shards, in the shards' order and in each by offset."""
+    """Shard index: the samples of some shards, in the shards' order and in each by offset."""
 
     root: str  # folder or URL that the shards' names are relative to
     shards: list[ShardRecord] = field(default_factory=list)
@@ -282,7 +282,7 @@ class Index:
 
 
 def schema() -> pa.Schema:
-    """The columns of an index."""
+    """Arrow schema of an index."""
     import pyarrow as pa
 
     return pa.schema(
@@ -335,7 +335,7 @@ def open_index(
     file: Path | None = None,
     on_shard: Callable[[ShardRecord, int, int], None] | None = None,
 ) -> Index:
-    """The index of the shards that `path` means; shards that are not in it yet are read and added.
+    """Open or build the index of the shards that `path` means; shards that are not in it yet are read and added.
 
     Args:
         path: as `ldm.data.storage.find` takes it.

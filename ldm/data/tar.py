@@ -1,4 +1,4 @@
-"""Tar archives read as streams, member by member, with nothing lost in silence: what is damaged is said, and reading goes on behind it."""
+"""Streaming tar reader with error recovery: damage is reported, and reading goes on behind it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 @dataclass(frozen=True)
 class Member:
-    """One file in an archive; its name only labels it and is never a path to anything."""
+    """Archive member, a file; its name only labels it and is never a path to anything."""
 
     name: str
     offset: int  # of its first byte
@@ -25,7 +25,7 @@ class Member:
 
 @dataclass(frozen=True)
 class SkippedMember:
-    """A member that is no file: a link, a device, a sparse file."""
+    """Skipped archive member that is no file: a link, a device, a sparse file."""
 
     name: str
     what: str
@@ -33,7 +33,7 @@ class SkippedMember:
 
 @dataclass(frozen=True)
 class Damage:
-    """A place where the archive is not as it was written."""
+    """Damage: a place where the archive is corrupt."""
 
     offset: int
     what: str

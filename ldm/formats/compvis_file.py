@@ -181,7 +181,7 @@ FOLDER = "keep it as a folder: --to diffusers"
 
 @dataclass(frozen=True)
 class CompVisModel:
-    """A model as CompVis' names can say it."""
+    """A model in CompVis' terms: its parts, their names there, and the schedule's buffers."""
 
     source: ExportedModel
     names: dict[str, Part]  # of each part of the source, what `ldm.formats.compvis` calls it
@@ -192,7 +192,7 @@ class CompVisModel:
 
 
 def sayable(source: ExportedModel) -> CompVisModel:
-    """What of a model goes into the file.
+    """Convert a model for export under CompVis' names.
 
     Raises:
         UserError: for a model that CompVis' names cannot say.
@@ -222,7 +222,7 @@ def sayable(source: ExportedModel) -> CompVisModel:
 
 
 def schedule_buffers(process: Process) -> dict[str, Tensor]:
-    """The tables of LatentDiffusion.register_schedule (steps,), computed in float64; none for a flow.
+    """Noise schedule buffers of LatentDiffusion.register_schedule (steps,), computed in float64; none for a flow.
 
     Ho 2020 (arXiv 2006.11239), eqs. 4 and 7. At a last step of pure noise the tables that divide by alpha are infinite, as
     they are there.
@@ -324,7 +324,7 @@ def _save_pickle(values: dict[str, Any], file: Path) -> None:
 
 
 class _Reporting:
-    """A file that remembers what went wrong, because torch.save only says that something did."""
+    """File wrapper that records write errors, because torch.save only says that something failed."""
 
     def __init__(self, file: Any, problems: list[OSError]) -> None:
         self.file, self.problems = file, problems

@@ -1,4 +1,4 @@
-"""What a single file says of itself: Stability's modelspec 1.0.0, and ldm's own recipe to read it back by."""
+"""Metadata of a single-file checkpoint: Stability's modelspec 1.0.0, and ldm's own record to read it back by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old checkpoints, which are pickles: read in a process of their own that can build tensors and nothing else.
+"""Safe reading of pickled checkpoints (.ckpt, .pt, .bin) with weights_only=True, in a child process.
 
 `python -m ldm.formats.pickles IN OUT` writes the tensors of IN as safetensors to OUT. A pickle names functions to call; torch's
 weights_only reader calls none but those that make tensors, and what it cannot bear kills the child alone.
@@ -40,7 +40,7 @@ def convert(pickle: Path, target: Path) -> None:
 
 
 class Placeholder:
-    """What stands for an object of a trainer: it takes anything and does nothing."""
+    """Stand-in for pickled trainer objects: it takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

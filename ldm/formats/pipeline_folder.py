@@ -1,4 +1,4 @@
-"""A model written as a diffusers pipeline folder at any precision, with variant names and shards."""
+"""Export as a diffusers pipeline folder in fp32, fp16 or bf16, with variants and sharded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights at another precision: rounded with nothing lost but digits, and compared with what they were."""
+"""Precision conversion of weights (fp32, fp16, bf16), checked against their float32 source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A part of a model after it was read back from disk and found equal to its source."""
+    """Result of comparing a written component with its float32 source."""
 
     part: str
     tensors: int
@@ -45,7 +45,7 @@ def stored_bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files that only this process knows yet: mapped, so that memory need not hold a model twice.
+    """Memory-mapped tensors of safetensors files that only this process knows yet, so that memory need not hold a model twice.
 
     Raises:
         UserError: if one cannot be read.

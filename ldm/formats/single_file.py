@@ -1,4 +1,4 @@
-"""One file that holds a model under CompVis' names, opened as a model folder that is kept for the next time."""
+"""Single-file checkpoints (CompVis, Stable Diffusion, sgm) converted to a cached model folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
 @dataclass(frozen=True)
 class CheckpointChoices:
-    """What a file does not say, or says twice."""
+    """Choices for what a checkpoint does not say, or says twice (EMA weights, prediction type, schedule)."""
 
     ema: bool = True  # averaged weights where the file has both
     prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
@@ -132,7 +132,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
-    """Name what a file is that is no model.
+    """Refuse files that are no whole model (LoRA, embeddings, other networks), naming what they are.
 
     Raises:
         UserError: for an adapter, learned words, or weights under other names.

@@ -1,4 +1,4 @@
-"""Prompts become Text: a small CLIP text tower learned in the run, a pretrained CLIP or T5; always frozen when it is used."""
+"""Text encoder: prompts to Text by a frozen CLIP or T5, trained in the run or pretrained; tokenizer training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ K = TypeVar("K", bound=Hashable)
 
 @config
 class SmallText:
-    """The size of a text tower that is trained in the run."""
+    """Size of the CLIP text tower that is trained in the run."""
 
     width: Positive = 128  # of the states that the UNet attends to
     layers: Positive = 2  # transformer blocks
@@ -95,7 +95,7 @@ def small_clip_text(config: SmallText, tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One encoded prompt."""
+    """Encoded prompt: states (L,D), mask (L,) and pooled state, as remembered."""
 
     states: Tensor  # (L,D)
     mask: Tensor  # (L,) bool
@@ -103,7 +103,7 @@ class EncodedPrompt:
 
 
 class TextEncoder:
-    """A frozen text model with its tokenizer.
+    """Text encoder: a frozen text model with its tokenizer.
 
     `encode` gives the states of all tokens after the last layer norm, padding included. Stable Diffusion's networks attend
     to the padding too, and so do ours, so that a model folder draws the same picture in diffusers; `Text.mask` tells
@@ -139,7 +139,7 @@ class TextEncoder:
 
     @cached_property
     def _characters(self) -> int:
-        """How much of a prompt can matter: beyond it all tokens are used up, however long each is."""
+        """Longest prompt in characters that can matter: beyond it all tokens are used up, however long each is."""
         return 4 * (self.max_tokens + 8) * max(map(len, self.tokenizer.get_vocab()))
 
     def _readable(self, prompt: str) -> str:

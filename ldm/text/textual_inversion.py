@@ -1,4 +1,4 @@
-"""New words of a text encoder (Gal 2022, arXiv 2208.01618): their embeddings in memory, and in diffusers' and A1111's files."""
+"""Textual inversion (Gal 2022, arXiv 2208.01618): learned embeddings in memory, and in diffusers' and A1111's files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ A1111 = "emb_params"  # the only key of a file for A1111's web UI, which takes t
 
 @dataclass(frozen=True)
 class LearnedEmbedding:
-    """A word that a file teaches."""
+    """Textual inversion embedding: a placeholder token and its vectors."""
 
     token: str
     rows: Tensor  # (V,D)
@@ -33,7 +33,7 @@ class LearnedEmbedding:
 
 
 class PartlyTrainedEmbedding(nn.Module):
-    """A table of embeddings whose last rows alone learn."""
+    """Token embedding of which the last rows alone are trainable."""
 
     def __init__(self, table: Tensor, rows: nn.Parameter) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def names(token: str, vectors: int) -> list[str]:
 
 
 def first_embeddings(encoder: TextEncoder, text: str, vectors: int) -> Tensor:
-    """What a word of `vectors` embeddings begins with, (V,D): those of a text's pieces in their order, each given an equal share.
+    """Initial embeddings of a placeholder token, (V,D): those of a text's pieces in their order, each given an equal share.
 
     One vector is their mean; as many as there are pieces are the pieces; more repeat them, fewer are means of neighbours.
 

@@ -1,4 +1,4 @@
-"""Rows of the autoencoder: decoding and encoding beside diffusers' AutoencoderKL, adversarial training beside CompVis' code."""
+"""Benchmarks of the autoencoder: decoding and encoding beside diffusers' AutoencoderKL, adversarial training beside CompVis' code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The row of whole epochs: pixels to updates with our latent cache, beside the order of work of train_text_to_image.py."""
+"""Benchmark of whole epochs from JPEGs: our latent cache beside train_text_to_image.py, which encodes at every step."""
 
 from __future__ import annotations
 

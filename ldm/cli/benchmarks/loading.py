@@ -1,4 +1,4 @@
-"""Rows of data: JPEG files and cached latents become training batches, beside datasets with the usual transforms."""
+"""Benchmarks of data loading: JPEG files and cached latents, beside datasets with the usual transforms."""
 
 from __future__ import annotations
 

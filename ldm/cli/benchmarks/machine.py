@@ -1,4 +1,4 @@
-"""Where a figure was taken: the machine, its load, the versions, the commit, and how fast it multiplies."""
+"""Benchmark environment: hardware, load, versions, commit, and measured peak FLOP/s."""
 
 from __future__ import annotations
 

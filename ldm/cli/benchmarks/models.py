@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights, and their twins in diffusers with the same weights."""
+"""Benchmark models with random weights, and their diffusers counterparts with the same weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = 77
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A text-to-image model's sizes."""
+    """Model shape: sizes of a text-to-image model."""
 
     unet: UNetConfig
     autoencoder: KLConfig

@@ -1,4 +1,4 @@
-"""What is compared with whom: one row per promise, described without loading anything heavy."""
+"""Benchmark table: what is compared with whom, described without loading anything heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Size = Literal["small", "tiny"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a row is prepared for."""
+    """Benchmark setup: device, size, threads and folder."""
 
     device: str = "cpu"  # "cpu" or "cuda"
     size: Size = "small"  # tiny: toy shapes that show that the code runs, and measure nothing of interest
@@ -29,7 +29,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Two ways to the same result, ready to be called in turn."""
+    """Benchmark case: two implementations of the same result, ready to be called in turn."""
 
     name: str
     kind: Literal["equal", "default", "record"]  # equal: same numerics; default: each side as shipped; record: no peer here
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table."""
+    """Row of the benchmark table."""
 
     id: str
     title: str

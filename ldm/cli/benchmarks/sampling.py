@@ -1,4 +1,4 @@
-"""Rows of drawing: our sampler beside diffusers' StableDiffusionPipeline, from the same noise."""
+"""Benchmarks of sampling: ours beside diffusers' StableDiffusionPipeline, from the same noise."""
 
 from __future__ import annotations
 

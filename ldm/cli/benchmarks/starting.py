@@ -1,4 +1,4 @@
-"""Rows that are measured in fresh processes: cold starts, and peak memory."""
+"""Benchmarks in fresh processes: cold start, and peak memory."""
 
 from __future__ import annotations
 

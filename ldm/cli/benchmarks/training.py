@@ -1,4 +1,4 @@
-"""Rows of the UNet's training step and of the optimiser with EMA, beside diffusers' train_text_to_image.py."""
+"""Benchmarks of the UNet's training step and of the optimiser with EMA, beside diffusers' train_text_to_image.py."""
 
 from __future__ import annotations
 

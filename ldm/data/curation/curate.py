@@ -34,7 +34,7 @@ SUBSETS = {
 
 @dataclass
 class Audit:
-    """What came in, what each rule removed, and what came out."""
+    """Curation audit: rows read, removed by each rule, and kept."""
 
     files: list[str]
     columns: dict[str, str]  # our names for the columns that were found

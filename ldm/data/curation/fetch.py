@@ -1,4 +1,4 @@
-"""Pictures of a table of links: img2dataset, in an environment of its own, is told what to do, watched, and what it left is checked."""
+"""Download of a URL table's pictures by img2dataset, run in an environment of its own, and a check of its shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Of a table of links."""
+    """Columns of a URL table."""
 
     url: str
     caption: str | None
@@ -52,7 +52,7 @@ class DownloadOptions:
 
 @dataclass
 class DownloadReport:
-    """What is there after fetching."""
+    """Download report: pictures, failed links by reason, damaged shards."""
 
     folder: str
     links: int = 0
@@ -106,7 +106,7 @@ def command_of(given: str) -> str:
 
 
 def words_of(table: Path, out: Path, columns: Columns, options: DownloadOptions) -> list[str]:
-    """What img2dataset is told: shards of pictures no larger than asked, what has been fetched left alone."""
+    """Command line options of img2dataset: shards of pictures no larger than asked, what has been fetched left alone."""
     said: dict[str, Any] = {
         "url_list": table,
         "input_format": "parquet",
@@ -136,7 +136,7 @@ def words_of(table: Path, out: Path, columns: Columns, options: DownloadOptions)
 
 
 def run(command: Sequence[str], out: Path, tell: Callable[[str], None], every_s: float = 5.0) -> None:
-    """Let it fetch, telling from time to time how far it is.
+    """Run the download, reporting progress from time to time.
 
     Raises:
         UserError: with its last words, if it fails.

@@ -1,4 +1,4 @@
-"""The rules of curation as SQL: what each removes, and which of that is only not known."""
+"""Curation rules as SQL predicates: what each removes, and which of that for missing values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RuleError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """One reason to remove a row, over the columns of `typed`; never NULL."""
+    """Filter rule: a predicate over the columns of `typed` that removes a row; never NULL."""
 
     name: str
     removes: str
@@ -24,7 +24,7 @@ class Rule:
 
 
 def literal(text: str) -> str:
-    """A text as SQL."""
+    """SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -1,4 +1,4 @@
-"""What a caption of a scene states, how it is said and how it is read back; flipping an image would make its caption false.
+"""Scene captions: a grammar that states facts, writes them and parses them back; flipping an image would make its caption false.
 
 caption := np | np[,] rel np | np (, np)* and np, with ` on a [texture] tone background` at will
 np      := count [size] [fill] [colour] shape [at the cell]
@@ -36,7 +36,7 @@ SYNONYMS = {
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """What is said about one group of objects; attributes index the word lists of `scene_spec`, -1 is unsaid."""
+    """Noun phrase about one group of objects; attributes index the word lists of `scene_spec`, -1 is unsaid."""
 
     count: int = 1
     colour: int = -1

@@ -1,4 +1,4 @@
-"""The built-in data set: captioned scenes, rendered when they are asked for, and the prompts that examine a model of them."""
+"""Synthetic scenes data set: captioned scenes rendered on demand, and the evaluation prompts for models of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHEET = 256  # scenes certified at a time
 
 @config
 class ScenesSource:
-    """Scenes of coloured shapes with exact captions, made by rule and rendered on the fly."""
+    """Synthetic scenes of coloured shapes with exact captions, rendered on the fly."""
 
     kind: Literal["scenes"] = "scenes"
     tier: TierName = "T0"  # one: one large object; T0: one of any size; T1: two; T2: up to four; T3: with fine texture and shadows

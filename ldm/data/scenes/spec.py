@@ -1,4 +1,4 @@
-"""What a scene is: vocabulary, tiers, splits by rule, and the drawing of scenes as pure functions of an address.
+"""Scene specifications: vocabulary, difficulty tiers, splits by rule, and counter-based sampling of scenes.
 
 Many scenes are one `Specs` of arrays, so that drawing and rendering cost NumPy calls per batch and not per scene. All lengths are in units
 of the image's side, x to the right and y downwards; an object's centre is the centre of its bounding box.
@@ -50,7 +50,7 @@ TierName = Literal["one", "T0", "T1", "T2", "T3"]
 
 @dataclass(frozen=True)
 class Tier:
-    """How hard scenes are."""
+    """Difficulty tier of scenes."""
 
     pixels: int  # where its scenes are certified
     least: int  # objects
@@ -101,7 +101,7 @@ SEEN = tuple((c, s) for c in range(8) for s in range(6) if (c, s) not in PAIR_DE
 
 @dataclass(frozen=True)
 class Rules:
-    """What a split admits; `None` means either."""
+    """Rules of a split: what it admits; `None` means either."""
 
     pairs: tuple[tuple[int, int], ...] = SEEN
     many: bool | None = False  # three or four equal squares, diamonds or rings
@@ -161,7 +161,7 @@ class Specs:
 
 
 def hashed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: 64 well mixed bits for each word."""
+    """SplitMix64 hash (finaliser) of each word."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -176,7 +176,7 @@ def addresses(index: NDArray[np.int64], *words: int | str) -> NDArray[np.uint64]
 
 
 class UniformDraws:
-    """Uniform draws in [0,1) for N keys; the k-th draw of a key depends on nothing but the two."""
+    """Counter-based uniform random numbers in [0,1) for N keys; the k-th draw of a key depends on nothing but the two."""
 
     def __init__(self, keys: NDArray[np.uint64]) -> None:
         self.keys = keys
