@@ -1,4 +1,4 @@
-"""The verb that measures: ldm and its peers side by side on this machine, row by row, with what the figures depend on."""
+"""The bench verb: benchmarks of ldm and its peers side by side on this machine, with what the figures depend on."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The verb for data: look at it, index its shards, curate its tables."""
+"""The data verb: checks a data set, indexes tar shards, curates tables, fetches pictures."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,8 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.data.curation.fetch import DownloadOptions
+from ldm.data.curation.rules import UNIQUE, Curation
 
 USAGE = """usage: ldm data WHAT ...
 
@@ -26,9 +28,9 @@ USAGE = """usage: ldm data WHAT ...
 `ldm data WHAT --help` tells more."""
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: list[str]) -> int:
     """`ldm data`: the exit code."""
-    verbs = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
+    verbs: dict[str, Callable[..., int]] = {"check": check, "index": index, "curate": curate, "fetch": fetch, "hash": hash_pictures}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -73,8 +75,7 @@ def index(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Read tar shards once and keep where each sample lies; shards that have not changed are not read again."""
-    from ldm.data.shard_index import open_index
-    from ldm.data.shard_reader import ShardRecord
+    from ldm.data.shard_index import ShardRecord, open_index
 
     def tell(record: ShardRecord, number: int, count: int) -> None:
         left = sum(record.rejected.values())
@@ -100,24 +101,8 @@ def index(
 def curate(
     tables: Annotated[list[str], typer.Argument(help="Parquet files, folders of them, patterns or URLs.")],
     out: Annotated[Path, typer.Option(help="The folder for train.parquet, val.parquet and audit.json.")],
-    subset: Annotated[str, typer.Option(help="laion-high-resolution or improved-aesthetics; the options below tighten it.")] = "",
-    min_side: Annotated[int, typer.Option(help="px of the shorter side.", min=0)] = 0,
-    min_pixels: Annotated[int, typer.Option(help="Width times height.", min=0)] = 0,
-    max_aspect: Annotated[float, typer.Option(help="Longer over shorter side.", min=0)] = 0.0,
-    min_aesthetic: Annotated[float | None, typer.Option(help="Scores above this.")] = None,
-    max_watermark: Annotated[float | None, typer.Option(help="Probabilities below this.")] = None,
-    max_unsafe: Annotated[float | None, typer.Option(help="Probabilities below this.")] = None,
-    min_similarity: Annotated[float | None, typer.Option(help="Of picture and caption, above this.")] = None,
-    language: Annotated[list[str], typer.Option(help="One of these; may be given several times.")] = [],  # noqa: B006
-    min_caption: Annotated[int, typer.Option(help="Characters.", min=0)] = 0,
-    max_caption: Annotated[int, typer.Option(help="Characters.", min=0)] = 0,
-    match: Annotated[str, typer.Option(help="A regular expression that captions contain.")] = "",
-    reject: Annotated[str, typer.Option(help="A regular expression that captions do not contain.")] = "",
-    remove: Annotated[list[Path], typer.Option(help="A removal list of links, hashes or keys: text, csv or parquet.")] = [],  # noqa: B006
-    unique: Annotated[list[str], typer.Option(help="url, caption, hash, sha256, key or phash: of equal rows one stays.")] = [],  # noqa: B006
-    near: Annotated[int, typer.Option(help="Perceptual hashes within so many bits are one picture; -1: off.", min=-1, max=16)] = -1,
-    val_share: Annotated[float, typer.Option(help="Share of links that go to val.parquet.", min=0, max=0.9)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of that split.")] = 0,
+    asked: Curation,
+    subset: Annotated[str, typer.Option(help="laion-high-resolution or improved-aesthetics; filters tighten it.")] = "",
     memory_mb: Annotated[int, typer.Option(help="Of the database, which goes on on the disk.", min=64)] = 1024,
     threads: Annotated[int, typer.Option(help="Of the database.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -125,28 +110,8 @@ def curate(
     """Filter tables of links or pictures; what each rule removed is told and kept in audit.json."""
     from ldm.data.curation import curate as curating
 
-    allowed = ("url", "caption", "hash", "sha256", "key", "phash")
-    if wrong := [name for name in unique if name not in allowed]:
-        raise UserError(f"--unique: got {wrong[0]!r}; there are {', '.join(allowed)}")
-    asked = curating.Curation(
-        min_side=min_side,
-        min_pixels=min_pixels,
-        max_aspect=max_aspect,
-        min_aesthetic=min_aesthetic,
-        max_watermark=max_watermark,
-        max_unsafe=max_unsafe,
-        min_similarity=min_similarity,
-        languages=tuple(language),
-        min_caption=min_caption,
-        max_caption=max_caption,
-        match=match,
-        reject=reject,
-        remove=tuple(remove),
-        unique=tuple(unique),
-        near=near,
-        val_share=val_share,
-        seed=seed,
-    )
+    if wrong := [name for name in asked.unique if name not in UNIQUE]:
+        raise UserError(f"--unique: got {wrong[0]!r}; there are {', '.join(UNIQUE)}")
     if subset:
         asked = curating.with_subset(subset, asked)
     audit = curating.curate(tables, out, asked, memory_mb=memory_mb, threads=threads)
@@ -157,31 +122,16 @@ def curate(
 def fetch(
     table: Annotated[Path, typer.Argument(help="A parquet file of links, or a folder of them, as ldm data curate writes.")],
     out: Annotated[Path, typer.Option(help="The folder of the shards; what is there already is not fetched again.")],
+    options: DownloadOptions,
     img2dataset: Annotated[str, typer.Option(help="The program, in its own environment; default: the one on the path.")] = "",
-    size: Annotated[int, typer.Option(help="px; larger pictures are made so large on the shorter side.", min=16)] = 512,
-    processes: Annotated[int, typer.Option(help="Of the program.", min=1)] = 1,
-    threads: Annotated[int, typer.Option(help="Downloads at a time in each.", min=1)] = 32,
-    shard: Annotated[int, typer.Option(help="Links of a shard.", min=1)] = 10_000,
-    timeout: Annotated[int, typer.Option(help="Seconds for a link.", min=1)] = 10,
-    retries: Annotated[int, typer.Option(help="More tries for a link.", min=0)] = 1,
-    distributor: Annotated[str, typer.Option(help="multiprocessing, or on a cluster pyspark or ray.")] = "multiprocessing",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Fetch pictures, and say which links gave none and why; start it again and it goes on."""
     from ldm.data.curation import fetch as fetching
 
-    if distributor not in ("multiprocessing", "pyspark", "ray"):
-        raise UserError(f"--distributor: got {distributor!r}; there are multiprocessing, pyspark, ray")
+    if options.distributor not in ("multiprocessing", "pyspark", "ray"):
+        raise UserError(f"--distributor: got {options.distributor!r}; there are multiprocessing, pyspark, ray")
     columns, command = fetching.columns_of(table), fetching.command_of(img2dataset)
-    options = {
-        "image_size": size,
-        "processes_count": processes,
-        "thread_count": threads,
-        "number_sample_per_shard": shard,
-        "timeout": timeout,
-        "retries": retries,
-        "distributor": distributor,
-    }
     words = fetching.words_of(table, out, columns, options)
     print(" ".join([command, *words]), file=sys.stderr)
     fetching.run([command, *words], out, lambda said: print(said, file=sys.stderr, flush=True))

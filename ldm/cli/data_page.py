@@ -1,4 +1,4 @@
-"""The page of a checked data set: figures, and a grid of its samples with their captions, in one file."""
+"""HTML report of a data set check: figures and a grid of samples with captions, self-contained."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from ldm.runs.report_page import page
 
 if TYPE_CHECKING:
-    from ldm.data.check import Checked
+    from ldm.data.check import DataReport
     from ldm.data.photos import Photos
 
 SAMPLES, SIDE = 48, 160  # pictures of the grid, px
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(160px,1fr));gap:12px"
 
 
-def data_page(found: Checked, parts: list[Photos]) -> str:
+def data_page(found: DataReport, parts: list[Photos]) -> str:
     """The HTML; every text of the data is escaped, and nothing is loaded from anywhere."""
     left = sum(found.rejected.values())
     tiles = {"images": f"{found.images:,}", "captions": f"{found.captions:,}", "left out": f"{left:,}", "kind": found.kind}

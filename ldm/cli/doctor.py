@@ -1,4 +1,4 @@
-"""The verb that looks around: what is installed, what the machine has, and what would be in a run's way, with its fix."""
+"""The doctor verb: diagnoses of installation, hardware and environment, each problem with its fix."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "WANDB_SILENT
 
 @dataclass
 class Findings:
-    """What was found; `problems` says what stands in a run's way, `notes` what is good to know."""
+    """Diagnosis; `problems` says what stands in a run's way, `notes` what is good to know."""
 
     ldm: str = ""
     python: str = ""

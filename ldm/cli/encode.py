@@ -1,4 +1,4 @@
-"""The verb that encodes data once, for many trainings: a latent cache from pictures and an autoencoder, by one process or many."""
+"""The encode verb: writes a latent cache from pictures and an autoencoder, by one process or many."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,26 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.config.options import option
 
 Option = typer.Option
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Encoding: what the cache holds, and how it is made."""
+
+    resolution: int = option(512, "px, height and width.", low=8, high=8192)
+    flip: bool = option(False, "Keep mirrored latents too, for training with flip (twice the size).")
+    text: bool = option(False, "Keep the text encoder's states of the captions too.")
+    buckets: bool = option(False, "Pictures in shapes near their own, for stages with buckets; else squares.")
+    bucket_step: int = option(0, "px, sides are multiples of it; 0: 64 from 256 px on, 8 below.", low=0)
+    max_aspect: float = option(2.0, "Of a bucket's longer side to its shorter one.", low=1)
+    images: int = option(0, "The first so many; 0: all.", low=0)
+    batch: int = option(16, "Pictures per call of the encoder.", low=1)
+    seed: int = option(0, "Of the crops.", low=0)
+    workers: int = option(2, "Threads that decode ahead.", low=0)
+    shard: int = option(4096, "Pictures of a file; a restart does unfinished files again.", low=1)
 
 
 def main(words: list[str]) -> int:
@@ -27,17 +46,7 @@ def encode(
     data: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, or a YAML file of a run.")],
     model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub.")],
     out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept.")],
-    resolution: Annotated[int, Option(min=8, max=8192, help="px, height and width.")] = 512,
-    flip: Annotated[bool, Option("--flip", help="Keep mirrored latents too, for training with flip (twice the size).")] = False,
-    text: Annotated[bool, Option("--text", help="Keep the text encoder's states of the captions too.")] = False,
-    buckets: Annotated[bool, Option("--buckets", help="Pictures in shapes near their own, for stages with buckets; else squares.")] = False,
-    bucket_step: Annotated[int, Option(min=0, help="px, sides are multiples of it; 0: 64 from 256 px on, 8 below.")] = 0,
-    max_aspect: Annotated[float, Option(min=1, help="Of a bucket's longer side to its shorter one.")] = 2.0,
-    images: Annotated[int, Option(min=0, help="The first so many; 0: all.")] = 0,
-    batch: Annotated[int, Option(min=1, help="Pictures per call of the encoder.")] = 16,
-    seed: Annotated[int, Option(min=0, help="Of the crops.")] = 0,
-    workers: Annotated[int, Option(min=0, help="Threads that decode ahead.")] = 2,
-    shard: Annotated[int, Option(min=1, help="Pictures of a file; a restart does unfinished files again.")] = 4096,
+    options: Encoding,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -46,7 +55,7 @@ def encode(
     seen: Any = _source(data).build("train")
     from ldm.cli.sampling_options import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step
-    from ldm.data.cache import seal, write_cache
+    from ldm.data.cache import CacheOptions, seal, write_cache
     from ldm.data.cached import CachedLatents
     from ldm.distributed.processes import processes
     from ldm.formats.latent_codec import autoencoder_folder, load_codec
@@ -54,36 +63,38 @@ def encode(
     team = processes(cpu=device == "cpu")
     where = device_for(device, team.local)
     codec = load_codec(autoencoder_folder(place)).to(where)
-    if resolution % codec.factor:
-        raise UserError(f"resolution: got {resolution}; this autoencoder needs a multiple of {codec.factor}")
-    chosen = Buckets(step=bucket_step, max_aspect=max_aspect) if buckets else None
-    if chosen and (wrong := list(wrong_step(chosen, resolution, codec.factor, "buckets"))):
+    if options.resolution % codec.factor:
+        raise UserError(f"resolution: got {options.resolution}; this autoencoder needs a multiple of {codec.factor}")
+    chosen = Buckets(step=options.bucket_step, max_aspect=options.max_aspect) if options.buckets else None
+    if chosen and (wrong := list(wrong_step(chosen, options.resolution, codec.factor, "buckets"))):
         raise UserError("; ".join(wrong))
     if chosen and sizes_of(seen) is None:
         raise UserError(f"--buckets: the pictures of {data} all have one size, or do not tell theirs; leave it out")
-    read, text_hash = _reader(place, where) if text else (None, "")
-    count = min(images or len(seen), len(seen))
+    read, text_hash = _reader(place, where) if options.text else (None, "")
+    count = min(options.images or len(seen), len(seen))
     started = time.monotonic()
     with _bar(count, team.main and sys.stderr.isatty()) as advance:
         write_cache(
             out,
             seen,
             lambda image: codec.moments(image.to(where)),
-            autoencoder=codec.hash,
-            normalisation=codec.statistics.to_dict(),
-            resolution=resolution,
-            images=count,
-            batch=batch,
-            seed=seed,
-            flip=flip,
-            shard_images=shard,
-            workers=workers,
+            CacheOptions(
+                autoencoder=codec.hash,
+                normalisation=codec.statistics.to_dict(),
+                resolution=options.resolution,
+                images=count,
+                seed=options.seed,
+                flip=options.flip,
+                shard_images=options.shard,
+                text=text_hash,
+                buckets=chosen,
+            ),
+            batch=options.batch,
+            workers=options.workers,
             rank=team.rank,
             world=team.world,
             on_images=advance,
             read=read,
-            text=text_hash,
-            buckets=chosen,
         )
     team.wait()
     if team.main:
@@ -95,8 +106,8 @@ def encode(
         else:
             seconds = time.monotonic() - started
             size = int(str(described["bytes"])) / 2**20
-            shapes = f" in up to {len(chosen.shapes(resolution))} shapes" if chosen else ""
-            print(f"{out}: latents of {count:,} pictures at {resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
+            shapes = f" in up to {len(chosen.shapes(options.resolution))} shapes" if chosen else ""
+            print(f"{out}: latents of {count:,} pictures at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     team.wait()
     return 0
 

@@ -1,4 +1,4 @@
-"""The verb that gives models away: any model that ldm has becomes a diffusers folder or a file under CompVis' names."""
+"""The export verb: a model as a diffusers pipeline folder or a single-file CompVis checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.cli.command import call
 from ldm.config.errors import UserError
 
 if TYPE_CHECKING:
-    from ldm.formats.rounding import Compared
+    from ldm.formats.rounding import Comparison
 
 FORMS = ("diffusers", "single-file", "compvis-ckpt")
 SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "compvis-ckpt": ".ckpt"}
@@ -52,7 +52,7 @@ def export(
     weights = sum(value.numel() for part in source.parts.values() for value in part.state.values()) * PRECISIONS[dtype]
     _check_room(out, weights)
     notices = list(source.notices)
-    done: list[Compared] = []
+    done: list[Comparison] = []
     if to == "diffusers":
         from ldm.formats.atomic import commit
         from ldm.formats.pipeline_folder import write_pipeline

@@ -1,4 +1,4 @@
-"""The verb that plans: what a run would do and cost, at any number of processes and samples, without any of them."""
+"""The plan verb: dry run of a configuration with cost estimate, at any number of processes and samples."""
 
 from __future__ import annotations
 

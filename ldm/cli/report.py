@@ -1,4 +1,4 @@
-"""The report verb: writes the page of a run anew."""
+"""The report verb: renders a run's report.html anew."""
 
 from __future__ import annotations
 

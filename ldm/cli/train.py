@@ -1,4 +1,4 @@
-"""The verb that trains: words are read and checked as far as that needs no torch, then the run starts."""
+"""The train verb: options and configuration are checked without torch, then the run starts."""
 
 from __future__ import annotations
 

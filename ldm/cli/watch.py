@@ -1,4 +1,4 @@
-"""The verb that looks at a run while it trains: curves in the terminal, and its page written anew."""
+"""The watch verb: live training curves in the terminal, and the run's report kept up to date."""
 
 from __future__ import annotations
 

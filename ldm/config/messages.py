@@ -1,4 +1,4 @@
-"""What a configuration says to its reader: its mistakes in one line each, and every field with its meaning."""
+"""Error messages and help of a configuration: each validation error in one line, every field with its meaning."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from functools import cache
 from io import StringIO
 from typing import Any, Literal, Union
 
-from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
-from ldm.config.presets import WORD
-from ldm.config.presets import names as presets_of
+from ldm.config.introspection import PRESET, default_of, hints_of, members_of, preset_names, without_annotation
 
 _WANTED = {
     "string_type": "a text, in quotes where it looks like something else",
@@ -39,7 +37,7 @@ _WANTED = {
 
 
 def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
-    """One line for one of pydantic's problems: path, value, what is allowed."""
+    """A pydantic validation error as one line: path, value, what is allowed."""
     steps, tag, owner = [], problem["type"], kind
     here: Any = data
     above: Any = None
@@ -84,11 +82,11 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
 def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> str:
     """What to say of a word that names no preset where presets have names; nothing elsewhere."""
     given = problem["input"]
-    if path.rpartition(".")[2] == WORD and dataclasses.is_dataclass(owner):
+    if path.rpartition(".")[2] == PRESET and dataclasses.is_dataclass(owner):
         kind = owner
     elif not isinstance(given, str):
         return ""
-    known = list(presets_of(kind))
+    known = list(preset_names(kind))
     return f"{path}: got {_short(given)}{_nearest(given, known, 'presets are')}" if known else ""
 
 
@@ -124,7 +122,7 @@ def _short(value: Any) -> str:
 
 
 def describe(kind: Any) -> str:
-    """Every field below a configuration class, one line each: path, type, default, meaning."""
+    """Help text: every field below a configuration class, one line each: path, type, default, meaning."""
     lines = []
     for path, type_name, default, meaning in fields_of(kind):
         shown = "required" if default is dataclasses.MISSING else _literal(default)
@@ -164,7 +162,7 @@ def _branches(kind: Any) -> dict[str, Any]:
 
 
 def type_name(kind: Any) -> str:
-    """A type as a reader of YAML would say it."""
+    """A type's name in YAML's terms."""
     kind = without_annotation(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""YAML and key=value words become a frozen typed tree, and back."""
+"""Configuration: YAML and key=value overrides to a validated, frozen dataclass tree, and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 import pydantic
 import yaml
 
-from ldm.config import presets
 from ldm.config.errors import UserError
-from ldm.config.introspection import default_of, hints_of, members_of, without_annotation
+from ldm.config.introspection import PRESET, chosen_preset, default_of, hints_of, members_of, named, without_annotation
 from ldm.config.messages import explain
-from ldm.config.presets import named
 from ldm.config.yaml_reader import DEEPEST, Number, parse
 
 __all__ = [
@@ -51,7 +49,7 @@ Share = Annotated[float, pydantic.Field(gt=0, lt=1)]  # neither nothing nor all
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-    """A frozen, slotted, keyword-only dataclass that forbids unknown fields."""
+    """Decorator of configuration classes: a frozen, slotted, keyword-only dataclass that forbids unknown fields."""
     made: Any = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
     made.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
     return made
@@ -61,7 +59,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
-    """The tree of a YAML file with words such as `optim.lr=3e-4` laid over it.
+    """The validated tree of a YAML file with overrides such as `optim.lr=3e-4`.
 
     The file may name one `base:` file, beside which it is laid; mappings are merged, all else is replaced, null removes an
     entry. Where `kind` changes, the new kind takes over the fields that both have, and the others are dropped. The order
@@ -74,7 +72,7 @@ def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
 
 
 def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The plain values of a YAML file, its bases and words, not yet checked against a type.
+    """The unvalidated values of a YAML file merged with its bases and overrides.
 
     Raises:
         UserError: for files and words that cannot be read, all such words at once.
@@ -112,7 +110,7 @@ def _together(first: Any, second: Any) -> Any:
 
 
 def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
-    """The typed tree of plain values.
+    """Validation: the typed tree of plain values.
 
     Raises:
         UserError: telling every mistake at once, each line beginning with `where`.
@@ -131,7 +129,7 @@ def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
+    """Deep merge of `above` over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
     if _numbered(below, above):
         return [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)]
     below = _spelt_out(below, above)
@@ -150,7 +148,7 @@ def merge(below: Any, above: Any) -> Any:
 
 def _spelt_out(below: Any, above: Any) -> Any:
     """A word below a mapping names a preset beside whose fields the mapping's are written."""
-    return {presets.WORD: below} if type(below) is str and isinstance(above, dict) else below
+    return {PRESET: below} if type(below) is str and isinstance(above, dict) else below
 
 
 def _numbered(below: Any, above: Any) -> bool:
@@ -172,7 +170,7 @@ class _Switched(str):
 def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
     kind = without_annotation(kind)
-    if (found := presets.chosen(kind, data)) is not None:
+    if (found := chosen_preset(kind, data)) is not None:
         file, beside = found
         data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
     members = members_of(kind)
@@ -258,7 +256,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def plain(tree: Any) -> Any:
-    """The tree as mappings, lists and scalars, in the order of its fields."""
+    """Plain values of the tree: mappings, lists and scalars, in the order of its fields."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return {f.name: plain(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
     if isinstance(tree, Mapping):
@@ -269,7 +267,7 @@ def plain(tree: Any) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """The tree as YAML that `load` reads back equal."""
+    """YAML text of the tree, which `load` reads back equal."""
     return yaml.dump(plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -1,4 +1,4 @@
-"""What must not be told: values of variables with secret names, and passwords within addresses."""
+"""Redaction of secrets: values of environment variables with secret names, and passwords in URLs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORTEST = 8  # characters of a value that is looked for; shorter ones would hid
 
 
 def secrets(environment: Mapping[str, str] | None = None) -> list[str]:
-    """The values of variables whose names say that they are secret, longest first."""
+    """Values of environment variables whose names say that they are secret, longest first."""
     given = os.environ if environment is None else environment
     found = {value.strip() for name, value in given.items() if NAMES.search(name) and len(value.strip()) >= SHORTEST}
     return sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True)
@@ -53,5 +53,5 @@ def exposed(values: Any, path: str = "") -> Iterator[str]:
 
 
 def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's last word on what nothing caught, without secrets: libraries put addresses and headers into their errors."""
+    """Exception hook that redacts secrets in uncaught errors: libraries put addresses and headers into their errors."""
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""YAML as its version 1.2 means it: `3e-4` is a number, `no` is a word, a key stands once, and nothing is ever called."""
+"""Safe YAML 1.2 parser: `3e-4` is a number, `no` is a text, duplicate keys are errors, and no tag calls anything."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _RULES = (
 
 
 class Number:
-    """What a number looked like, so that `name: 007` may be a text."""
+    """Source text of a number, so that `name: 007` may be a text."""
 
     text: str
 
 
 class Integer(int, Number):
-    """A whole number that remembers its text."""
+    """Integer that keeps its source text."""
 
 
 class Real(float, Number):
-    """A number that remembers its text."""
+    """Float that keeps its source text."""
 
 
 class Loader(yaml.SafeLoader):
-    """Plain data by the core schema of YAML 1.2, of bounded size."""
+    """YAML loader of the 1.2 core schema, plain data alone, of bounded size."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
@@ -101,7 +101,7 @@ Loader.add_constructor("tag:yaml.org,2002:int", _number)
 
 
 def parse(text: str, where: str) -> Any:
-    """The plain value of a YAML text of one document.
+    """Parse a YAML text of one document to plain values.
 
     Raises:
         UserError: naming `where` and the line.

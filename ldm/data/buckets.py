@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of nearly equal area, and which of them each picture fits best."""
+"""Aspect-ratio bucketing: shapes of nearly equal area, and which of them each picture fits best."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.config.schema import Count, PositiveFloat, config
-from ldm.data.order import Bucketed
+from ldm.data.order import BucketedBatches
 
 
 @config
 class Buckets:
-    """Pictures in shapes near their own in place of squares, a batch in one shape."""
+    """Aspect-ratio buckets: pictures in shapes near their own in place of squares, a batch in one shape."""
 
     step: Count = 0  # px, sides are multiples of it; 0: 64 from 256 px on, 8 below
     max_aspect: PositiveFloat = 2.0  # of the longer side to the shorter one
@@ -26,7 +26,7 @@ class Buckets:
 
 
 @runtime_checkable
-class Sized(Protocol):
+class HasSizes(Protocol):
     """A data set that knows the sizes of its pictures before it decodes them."""
 
     def sizes(self) -> NDArray[np.int32] | None:
@@ -35,7 +35,7 @@ class Sized(Protocol):
 
 
 @runtime_checkable
-class Shaped(Protocol):
+class HasBuckets(Protocol):
     """A data set whose samples have their shapes already."""
 
     def buckets(self) -> tuple[Sequence[tuple[int, int]], NDArray[np.int64]] | None:
@@ -45,7 +45,7 @@ class Shaped(Protocol):
 
 def sizes_of(data: object) -> NDArray[np.int32] | None:
     """Height and width (N,2) px of all samples; None where all have one size, or the data does not know them."""
-    return data.sizes() if isinstance(data, Sized) else None
+    return data.sizes() if isinstance(data, HasSizes) else None
 
 
 def usual_step(resolution: int) -> int:
@@ -96,10 +96,10 @@ def table(sizes: NDArray[np.int32], choices: Sequence[tuple[int, int]], chosen: 
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """The pictures of a stage in their buckets."""
+class BucketedStage:
+    """A training stage's pictures by bucket: order of batches and counts."""
 
-    order: Bucketed
+    order: BucketedBatches
     rows: list[dict[str, Any]]  # as `table` gives, and of each bucket its updates and the pictures that these never reach
 
     @property
@@ -114,7 +114,7 @@ class Sorted:
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows of `Sorted` for a terminal."""
+    """Rows of `BucketedStage` for a terminal."""
     return [
         f"{row['width']:>5} x {row['height']:<5} {row['images']:>9,} pictures, {row['cut']:.1%} cut away, {row['updates']:,} updates"
         + (f", {row['missed']:,} never reached" if row["missed"] else "")
@@ -122,8 +122,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def sort(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: int, steps: int) -> Sorted | None:
-    """The buckets of a data set for a stage of so many updates; None where its samples have no sizes of their own.
+def bucket_stage(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: int, steps: int) -> BucketedStage | None:
+    """Assign a data set to buckets for a stage of so many updates; None where its samples have no sizes of their own.
 
     Cached latents keep the shapes that they were encoded in, so the order is that of their pictures.
     """
@@ -131,13 +131,13 @@ def sort(data: object, chosen: Buckets, *, resolution: int, seed: int, batch: in
     if sizes is None:
         return None
     choices = chosen.shapes(resolution)
-    kept = data.buckets() if isinstance(data, Shaped) else None
+    kept = data.buckets() if isinstance(data, HasBuckets) else None
     bucket = assign(sizes, choices) if kept is None else _renumbered(*kept, choices)
-    order = Bucketed(seed, bucket, choices, batch)
+    order = BucketedBatches(seed, bucket, choices, batch)
     rows = table(sizes, choices, bucket)
     for row, updates in zip(rows, order.batches(steps).tolist(), strict=True):
         row |= {"updates": updates, "missed": max(0, row["images"] - updates * batch)}
-    return Sorted(order, rows)
+    return BucketedStage(order, rows)
 
 
 def _renumbered(shapes: Sequence[tuple[int, int]], bucket: NDArray[np.int64], choices: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

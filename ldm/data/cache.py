@@ -1,4 +1,4 @@
-"""Latents once: the posterior of every image, kept in committed shards."""
+"""Latent cache, writing: the autoencoder's posterior of every image, encoded once, in committed shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ Read = Callable[[Sequence[str]], Text]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a cache must hold; shards made under another plan are made anew."""
+    """Cache plan: what its shards must hold; those made under another plan are made anew."""
 
     autoencoder: str  # hash of the autoencoder's folder
     normalisation: dict[str, Any]  # the latent statistics by which the moments are already normalised
@@ -70,26 +70,33 @@ def column(name: str, shape: tuple[int, int] | None) -> str:
     return name if shape is None else f"{name}.{shape[0]}x{shape[1]}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What a latent cache is to hold of a data set."""
+
+    autoencoder: str  # hash of the autoencoder's folder
+    resolution: int  # px
+    normalisation: dict[str, Any] = field(default_factory=dict)  # the latent statistics used by `encode`, for the record
+    images: int | None = None  # the first so many samples only; None: all
+    seed: int = 0  # addresses the crops
+    flip: bool = False  # keep mirrored copies too (twice the size), if the data `mirrors`
+    shard_images: int = 4096
+    text: str = ""  # hash of the text encoder that reads
+    buckets: Buckets | None = None  # keep each picture in the shape that fits it best; None, or data of one size: squares
+
+
 def write_cache(
     folder: Path,
     data: DataSet,
     encode: Encode,
+    options: CacheOptions,
     *,
-    autoencoder: str,
-    resolution: int,
-    normalisation: dict[str, Any] | None = None,
-    images: int | None = None,
+    read: Read | None = None,
     batch: int = 32,
-    seed: int = 0,
-    flip: bool = False,
-    shard_images: int = 4096,
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
     on_images: Callable[[int], None] | None = None,
-    read: Read | None = None,
-    text: str = "",
-    buckets: Buckets | None = None,
 ) -> None:
     """Encode every sample once into `folder`, in shards that are each whole or not there; finished ones are kept.
 
@@ -98,34 +105,29 @@ def write_cache(
 
     Args:
         encode: images (B,3,R,R) in [-1,1] on the CPU to normalised mean and deviation (B,c,h,w), no deviation for VQ.
-        autoencoder: hash of the autoencoder's folder.
-        normalisation: the latent statistics used by `encode`, for the record.
-        images: encode the first so many samples only; None: all.
+        read: captions to their states, which are kept too, as float16; each sample must have one caption.
         batch: images per call of `encode`.
-        flip: keep mirrored copies too (twice the size), if the data `mirrors`.
         workers: threads that decode ahead.
         on_images: called with the number of images that have just been encoded or found finished.
-        read: captions to their states, which are kept too, as float16; each sample must have one caption.
-        text: hash of the text encoder that reads.
-        buckets: keep each picture in the shape that fits it best; None, or data of one size: squares.
 
     Raises:
         UserError: if the disk is full (finished shards stay), a latent is not finite, or a sample whose caption's states
             are to be kept has several.
     """
+    buckets = options.buckets
     sizes = sizes_of(data) if buckets else None
-    choices = buckets.shapes(resolution) if buckets and sizes is not None else []
+    choices = buckets.shapes(options.resolution) if buckets and sizes is not None else []
     plan = Plan(
-        autoencoder=autoencoder,
-        normalisation=normalisation or {},
+        autoencoder=options.autoencoder,
+        normalisation=options.normalisation,
         data=data.fingerprint(),
-        images=len(data) if images is None else min(images, len(data)),
-        resolution=resolution,
-        seed=seed,
-        flip=flip and data.mirrors,
+        images=len(data) if options.images is None else min(options.images, len(data)),
+        resolution=options.resolution,
+        seed=options.seed,
+        flip=options.flip and data.mirrors,
         mirrors=data.mirrors,
-        shard_images=shard_images,
-        text=text,
+        shard_images=options.shard_images,
+        text=options.text,
         shapes=tuple(choices),
     )
     if plan.images == 0:
@@ -137,7 +139,7 @@ def write_cache(
             (folder / MANIFEST).unlink(missing_ok=True)
             write_json(folder / PLAN, asdict(plan))
         for number in range(rank, plan.shards, world):
-            members = range(number * shard_images, min((number + 1) * shard_images, plan.images))
+            members = range(number * plan.shard_images, min((number + 1) * plan.shard_images, plan.images))
             if _whole(shard_folder(folder, number), plan):
                 tell(len(members))
                 continue
@@ -159,7 +161,7 @@ def write_cache(
 
 
 def seal(folder: Path) -> None:
-    """Put the manifest of the whole cache over its shards' own, and remove what earlier plans and kills left.
+    """Commit the whole cache: a manifest over its shards' own; what earlier plans and kills left is removed.
 
     Raises:
         UserError: if a shard is missing or of another plan.

@@ -1,4 +1,4 @@
-"""The data set that a latent cache is (`ldm.data.cache` writes them)."""
+"""Latent cache, reading: a committed cache as a data set (`ldm.data.cache` writes it)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _places(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class CachedLatents:
-    """A committed cache as a data set that gives MomentBatch.
+    """Latent cache as a data set of posterior moments (MomentBatch).
 
     Args:
         folder: as `write_cache` left it.

@@ -1,4 +1,4 @@
-"""Captions as people leave them beside their pictures: text files, tables or file names, made into clean lines."""
+"""Captions of picture folders: sidecar text files, metadata tables or file names, normalised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SIDECAR_BYTES = 2**20
 
 
 def clean(text: str) -> str:
-    """One line of text: NFC, blanks joined, cut at MAX_CHARACTERS.
+    """Normalised caption: one line, NFC, blanks joined, cut at MAX_CHARACTERS.
 
     Control characters and newlines become spaces; text-direction overrides, byte-order marks and lone surrogates go.
     The joiners that emoji and some scripts need stay.
@@ -114,7 +114,7 @@ def from_folder(name: str) -> tuple[int, str] | None:
 
 @dataclass
 class Table:
-    """The rows of a folder's metadata files, joined by image."""
+    """Metadata of a folder's tables, joined by image."""
 
     captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
     known: dict[str, Known] = field(default_factory=dict)  # sizes and scores by file name

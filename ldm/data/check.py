@@ -1,4 +1,4 @@
-"""What a data set is before anything is trained on it: what was found, what was left out and why, sizes, captions, buckets."""
+"""Data set validation before training: what was found, what was rejected and why, sizes, captions, buckets."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SHOWN = 20  # rejected samples that are named
 
 
 @dataclass
-class Checked:
-    """What was found, as plain values."""
+class DataReport:
+    """Report of a data set check, as plain values."""
 
     kind: str
     path: str
@@ -73,7 +73,9 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
     return FolderSource(path=path, captions=captions, max_bad=1.0)  # type: ignore[arg-type]
 
 
-def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int = 512, decode: int = 200) -> tuple[Checked, list[Photos]]:
+def check(
+    source: FolderSource | ShardsSource | DatasetsSource, resolution: int = 512, decode: int = 200
+) -> tuple[DataReport, list[Photos]]:
     """Everything that can be said of a source, and its two parts.
 
     Args:
@@ -91,7 +93,7 @@ def check(source: FolderSource | ShardsSource | DatasetsSource, resolution: int 
     undecodable, decoded = _decode(parts, decode)
     examples = next((list(v) for k, v in described.items() if k in ("rejected_files", "rejected_samples", "rejected_rows")), [])
     choices = Buckets().shapes(resolution)
-    found = Checked(
+    found = DataReport(
         kind=source.kind,
         path=source.path,
         images=len(sizes),
@@ -160,7 +162,7 @@ def _decode(parts: list[Photos], count: int) -> tuple[Counter[str], int]:
     return wrong, len(chosen)
 
 
-def lines(found: Checked) -> list[str]:
+def lines(found: DataReport) -> list[str]:
     """For a terminal."""
     said = [f"{found.path}: {found.images:,} images with {found.captions:,} captions ({found.kind})"]
     left = sum(found.rejected.values())

@@ -1,9 +1,10 @@
-"""Several data sets as one, each as often as it is wanted."""
+"""Concatenation and mixture of data sets: each part repeated, or two in fixed shares (DreamBooth's prior preservation)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
@@ -17,7 +18,7 @@ from ldm.config.schema import BY_KIND, Positive, config
 from ldm.data.buckets import sizes_of
 from ldm.data.dataset import DataSet, Split, loaded
 from ldm.data.fields import Fields, Known, gather
-from ldm.data.filter import Tabled
+from ldm.data.filter import HasFields
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
@@ -28,8 +29,8 @@ from ldm.diffusion.batch import ImageBatch, cat
 R = TypeVar("R")
 
 
-class Joined:
-    """Samples of several data sets, one part after the other; a part's samples come again and again until it has so many.
+class Concatenation:
+    """Concatenated data sets, one part after the other, each repeated until it has so many samples.
 
     Args:
         parts: at least one.
@@ -106,7 +107,7 @@ class Joined:
 
     def fields(self) -> Fields:
         """Of all samples; unknown where a part does not know them."""
-        known = [part.fields() if isinstance(part, Tabled) else gather([Known()] * len(part)) for part in self.parts]
+        known = [part.fields() if isinstance(part, HasFields) else gather([Known()] * len(part)) for part in self.parts]
         found = [fields[self._numbers(part)] for part, fields in enumerate(known)]
         names = ("height", "width", "aesthetic", "watermark")
         return Fields(*(np.concatenate([getattr(fields, name) for fields in found]) for name in names))
@@ -140,29 +141,59 @@ def _list(value: object) -> list[object]:
 
 
 @config
-class Part:
-    """One of several sources."""
+class RepeatedSource:
+    """A source with its number of repeats."""
 
     source: Annotated[FolderSource | ShardsSource | DatasetsSource, BY_KIND]  # where its images and captions come from
     repeats: Positive = 1  # how often each of its training samples comes in an epoch
 
 
 @config
-class SeveralSource:
-    """Several sources as one: the parts' samples in one order, each as often in an epoch as its part repeats."""
+class ConcatenationSource:
+    """Concatenated sources: the parts' samples in one order, each as often in an epoch as its part repeats."""
 
     kind: Literal["several"] = "several"
-    parts: tuple[Part, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
+    parts: tuple[RepeatedSource, ...]  # such as [{source: {kind: folder, path: a}, repeats: 10}, {source: {kind: shards, path: b}}]
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise UserError("parts: none; give at least one source")
 
-    def build(self, split: Split) -> Joined:
+    def build(self, split: Split) -> Concatenation:
         """The training or the held-out parts.
 
         Raises:
             UserError: as the first source that cannot be built.
         """
         parts = [part.source.build(split) for part in self.parts]
-        return Joined(parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)])
+        return Concatenation(
+            parts, [len(data) * (part.repeats if split == "train" else 1) for data, part in zip(parts, self.parts, strict=True)]
+        )
+
+
+class Mixture(Concatenation):
+    """Mixture of `first` and `second`, the latter `share` of all; each once in an epoch at least, the fewer ones as often as that takes.
+
+    Args:
+        share: of the second, between 0 and 1.
+    """
+
+    def __init__(self, first: DataSet, second: DataSet, share: float) -> None:
+        total = max(math.ceil(len(first) / (1 - share)), math.ceil(len(second) / share))
+        others = max(1, round(total * share))  # samples of the second
+        super().__init__((first, second), (total - others, others))
+        self.share = share
+
+    def describe(self) -> dict[str, object]:
+        """The first's own, and how many there are of the second."""
+        return {
+            **self.parts[0].describe(),
+            "of_its_kind": len(self.parts[1]),
+            "share_of_its_kind": self.share,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Of both parts and the share."""
+        said = ["mixed", 1, *(part.fingerprint() for part in self.parts), self.share]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What every data set can do, and the words that all of them share."""
+"""Data set protocols: map-style samples addressed by number, with captions, origin and fingerprint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ B = TypeVar("B", ImageBatch, MomentBatch, covariant=True)
 
 
 class Samples(Protocol[B]):
-    """Samples by number, as images or as cached moments; safe to call from several threads."""
+    """Map-style data set of images or cached moments; safe to call from several threads."""
 
     @property
     def mirrors(self) -> bool:
@@ -66,7 +66,7 @@ DataSet = Samples[ImageBatch]
 
 @runtime_checkable
 class Decoded(Protocol):
-    """A data set of pictures that were decoded to bytes, which need not become numbers before they are on a device."""
+    """Data set that gives uint8 images, which need not become floats before they are on a device."""
 
     def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `Samples.load`, with images as uint8."""
@@ -81,7 +81,7 @@ def loaded(data: Samples[B], index: Sequence[int], position: Sequence[int], reso
 
 
 def draw_flips(seed: int, position: Sequence[int], flip: bool) -> list[bool]:
-    """Which of the global positions are mirrored: half of them if `flip`, else none."""
+    """Random horizontal flips by global position: half of them if `flip`, else none."""
     if not flip or not position:
         return [False] * len(position)
     return [bool(u < 0.5) for u in Rng(seed, position).uniform("flip").tolist()]

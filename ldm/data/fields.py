@@ -1,4 +1,4 @@
-"""What tables tell about pictures, under one name each: sizes and scores, whoever wrote the table and however it was spelt."""
+"""Metadata columns of picture tables (sizes, aesthetic and watermark scores) under canonical names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def column_of(name: str, columns: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Fields:
-    """What is known of N samples before any is decoded."""
+    """Metadata of N samples, known before any is decoded."""
 
     height: NDArray[np.int32]  # (N,) px of the original, before any downloader made it smaller; 0: unknown
     width: NDArray[np.int32]  # (N,) as height
@@ -51,7 +51,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Known:
-    """What one row of a table tells; 0 and NaN: nothing."""
+    """Metadata of one row; 0 and NaN: unknown."""
 
     height: int = 0
     width: int = 0

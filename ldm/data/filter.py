@@ -1,4 +1,4 @@
-"""Which samples a stage sees: those whose size and scores, known before any is decoded, are good enough."""
+"""Sample filter by metadata (size, aesthetic and watermark scores), before any picture is decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm.diffusion.batch import ImageBatch
 
 @config
 class Filter:
-    """What is asked of a sample; one of which that is not known is left out."""
+    """Filter of samples by metadata; one whose value is unknown is left out."""
 
     min_side: Count = 0  # px, the original's shorter side is at least so long; 0: any
     min_aesthetic: NonNegative = 0.0  # its aesthetic score (0 to 10) is above this; 0: any
@@ -37,16 +37,16 @@ class Filter:
 
 
 @runtime_checkable
-class Tabled(Protocol):
-    """A data set that knows something of its samples before it decodes them."""
+class HasFields(Protocol):
+    """Data set with metadata of its samples."""
 
     def fields(self) -> Fields:
-        """InitImage sizes and scores of all samples."""
+        """Original sizes and scores of all samples."""
         ...
 
 
-def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
-    """The samples that pass, numbered anew; the data itself where nothing is asked.
+def filter_samples(data: DataSet, chosen: Filter, where: str) -> DataSet:
+    """Filter a data set: the samples that pass, numbered anew; the data itself where nothing is asked.
 
     Args:
         where: the filter's field, such as stages.diffusion.filter, for messages.
@@ -57,7 +57,7 @@ def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
     wants = chosen.wants()
     if not wants:
         return data
-    fields = data.fields() if isinstance(data, Tabled) else None
+    fields = data.fields() if isinstance(data, HasFields) else None
     kept = np.ones(len(data), bool)
     left: dict[str, int] = {}
     for name, reads in wants.items():
@@ -70,7 +70,7 @@ def sift(data: DataSet, chosen: Filter, where: str) -> DataSet:
     if not kept.any():
         said = ", ".join(f"{name} alone keeps {count:,}" for name, count in left.items())
         raise UserError(f"{where}: none of {len(data):,} samples passes ({said}); ask for less")
-    return Sifted(data, np.flatnonzero(kept), chosen)
+    return FilteredSamples(data, np.flatnonzero(kept), chosen)
 
 
 def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -85,8 +85,8 @@ def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_]
     return known, known & passes
 
 
-class Sifted:
-    """Some samples of a data set, in its order."""
+class FilteredSamples:
+    """Filtered view (subset) of a data set, in its order."""
 
     def __init__(self, data: DataSet, kept: NDArray[np.int64], chosen: Filter) -> None:
         self.data, self.kept, self.chosen = data, kept, chosen
@@ -124,7 +124,7 @@ class Sifted:
 
     def fields(self) -> Fields:
         """Of the samples that passed."""
-        assert isinstance(self.data, Tabled)
+        assert isinstance(self.data, HasFields)
         return self.data.fields()[self.kept]
 
     def sizes(self) -> NDArray[np.int32] | None:

@@ -1,4 +1,4 @@
-"""A folder of photographs with captions, as people have it: any sizes, any modes, and a few files that are broken."""
+"""Image folder data set with captions: any sizes and modes, broken files rejected or replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @config
 class FolderSource:
-    """Pictures below a folder, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
+    """Image folder: pictures below it, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
     path: str  # the folder; folders inside it are read too
@@ -67,7 +67,7 @@ class _Entry:
 
 
 class FolderData(Photos):
-    """One part of a folder of captioned images, in the order of their names.
+    """A split of an image folder, in the order of names.
 
     Headers are checked when it is built. A file that turns out damaged when it is decoded is replaced by the next
     usable one, so that every rank and every run agrees; it is logged once and counted.

@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: a folder that save_to_disk wrote, parquet files of image bytes, or a name on the hub."""
+"""Hugging Face `datasets` source: a save_to_disk folder, parquet files of image bytes, or a hub name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CELLS = 512  # of a column that are in memory at a time
 
 @config
 class DatasetsSource:
-    """Rows of images and captions as the `datasets` library keeps them: save_to_disk, parquet of bytes, or the hub."""
+    """Hugging Face data set of images and captions: save_to_disk, parquet of bytes, or the hub."""
 
     kind: Literal["datasets"] = "datasets"
     path: str  # a folder of save_to_disk, a .parquet file or a folder of them; with hub=true a name on the hub
@@ -53,7 +53,7 @@ class DatasetsSource:
 
 
 class DatasetsData(Photos):
-    """One part of a `datasets` table, in the order of its rows; pixels stay in the mapped file until they are read."""
+    """A split of a `datasets` table, in the order of its rows; pixels stay in the mapped file until they are read."""
 
     def __init__(self, source: DatasetsSource, split: Split) -> None:
         self.source = source

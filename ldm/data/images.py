@@ -1,4 +1,4 @@
-"""Bytes become pixels: decode, orient, flatten, resize to cover and crop, with a reason wherever that is refused."""
+"""Image decoding: EXIF orientation, alpha over white, resize to cover and crop, with a reason for every rejection."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LYING = 5  # from this value on height and width change places
 
 
 class Rejected(ValueError):
-    """A sample that cannot be used.
+    """Rejection of a sample that cannot be used.
 
     Attributes:
         reason: one of a few fixed words, to count by.
@@ -56,7 +56,7 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True)
 class View:
-    """One view of an image."""
+    """View of an image: pixels after resize and crop, and its size conditions."""
 
     pixels: np.ndarray  # (H,W,3) uint8
     size: tuple[int, int, int, int, int, int]  # px: original height, width; crop top, left; target height, width

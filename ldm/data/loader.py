@@ -1,4 +1,4 @@
-"""Samples to batches, prepared ahead by threads: any step and any rank can be addressed."""
+"""Data loader: deterministic batches addressed by step and rank, prefetched by threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.data import threads
 from ldm.data.dataset import B, Samples, loaded
 from ldm.data.images import Shape
-from ldm.data.order import Order, Shuffled
+from ldm.data.order import BatchSampler, ShuffledBatches
 from ldm.diffusion.batch import cat
 
 R = TypeVar("R")
@@ -32,12 +32,11 @@ def batches(
     seed: int,
     batch: int,
     resolution: int | Sequence[int] = 0,
-    order: Order | None = None,
+    order: BatchSampler | None = None,
     flip: bool = False,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world: int = 1,
+    rank: tuple[int, int] = (0, 1),
     workers: int = 0,
 ) -> Iterator[B]:
     """This rank's part of the global batches start, start + 1, ... stop - 1; decoded pictures are bytes until `.to(device)`.
@@ -50,23 +49,25 @@ def batches(
         resolution: px; several are taken in turn from batch to batch.
         order: which samples make up each batch, and in which shape; None: all shuffled, at `resolution`.
         stop: the step before which to end; None: never.
+        rank: this process among how many.
         workers: threads that prepare batches ahead; 0: the caller's own thread does it when asked.
 
     Raises:
         UserError: if `batch` does not divide among the ranks, the data set is empty, or no sample arrives for a minute.
     """
+    number, world = rank
     if batch % world:
         raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
     if len(data) == 0:
         raise UserError("the data set is empty")
-    order = order or Shuffled(seed, len(data), batch, [resolution] if isinstance(resolution, int) else list(resolution))
+    order = order or ShuffledBatches(seed, len(data), batch, [resolution] if isinstance(resolution, int) else list(resolution))
     cuts = max(1, min(size, max(workers, -(-size // SLICE)))) if workers else 1
 
     def tasks() -> Iterator[list[Callable[[], B]]]:
         for step in count(start) if stop is None else range(start, stop):
-            index, shape = order.at(step, rank * size, size)
-            first = step * batch + rank * size
+            index, shape = order.at(step, number * size, size)
+            first = step * batch + number * size
             yield [_Slice(data, i, p, shape, seed, flip) for i, p in _cut(index, np.arange(first, first + size), cuts)]
 
     for parts in ordered(tasks(), workers):
@@ -106,7 +107,7 @@ class _Slice(Generic[B]):
 
 
 def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: float = STALLED_S) -> Iterator[list[R]]:
-    """Run groups of tasks and give their results group by group in order, with up to AHEAD groups being worked on.
+    """Ordered thread pool map with prefetch: groups of tasks, results group by group in order, with up to AHEAD groups being worked on.
 
     The threads are daemons: one that hangs in a read never keeps the process from ending.
 

@@ -1,4 +1,4 @@
-"""In which order samples are seen: formulas of seed and global batch number, so that any batch can be asked for at any time."""
+"""Batch samplers: stateless shuffling by seed and global batch number, so that any batch can be addressed."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def shuffled(seed: int, position: Sequence[int] | np.ndarray, n: int) -> np.ndar
     return out
 
 
-class Order(Protocol):
-    """Which samples make up each global batch."""
+class BatchSampler(Protocol):
+    """Batch sampler: which samples make up each global batch."""
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
         """The sample numbers of rows first to first + count - 1 of batch `step`, and the shape of that whole batch."""
         ...
 
 
-class Shuffled:
-    """Every sample once in each epoch, in an order of its own; past the end the next epoch goes on, inside a batch too.
+class ShuffledBatches:
+    """Shuffling batch sampler: every sample once in each epoch, in its own order; past the end the next begins, inside a batch too.
 
     Args:
         seed: of the order.
@@ -74,7 +74,7 @@ class Shuffled:
         self.seed, self.samples, self.batch, self.shapes = seed, samples, batch, tuple(shapes)
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
-        """As `Order.at`."""
+        """As `BatchSampler.at`."""
         start = step * self.batch + first
         return self.numbers(np.arange(start, start + count)), self.shapes[step % len(self.shapes)]
 
@@ -83,8 +83,8 @@ class Shuffled:
         return shuffled(self.seed, position, self.samples)
 
 
-class Bucketed:
-    """Batches of one shape each: a sample is seen in its bucket's shape alone.
+class BucketedBatches:
+    """Bucket batch sampler: batches of one shape each, a sample in its bucket's shape alone.
 
     Buckets come in a random order, in proportion to their sizes: after e epochs a bucket of n samples has had
     floor(e n / batch) batches, of as many permutations of its samples as these take. What does not fill a batch at the end
@@ -135,7 +135,7 @@ class Bucketed:
         return bucket, lot - (ends - own)[bucket]
 
     def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
-        """As `Order.at`."""
+        """As `BatchSampler.at`."""
         epoch = self._epoch(step)
         before, own = self._lots(epoch)
         (bucket,), (number,) = self._drawn(epoch, np.array([step - int(before.sum())]), own)

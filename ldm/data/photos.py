@@ -1,4 +1,4 @@
-"""Captioned images by number, wherever their bytes lie: views drawn by position, damaged ones replaced, slow ones given up."""
+"""Base class of photo data sets: random views by position, damaged or slow samples replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class PhotoSource(Protocol):
-    """The settings that every source of photographs has."""
+    """Settings that every source of photographs has (protocol)."""
 
     @property
     def crop(self) -> str:
@@ -55,7 +55,7 @@ class PhotoSource(Protocol):
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sample that is not used, and why."""
+    """Rejected sample, and why."""
 
     name: str  # relative to the data; a row as file:line
     reason: str
@@ -118,7 +118,7 @@ class Photos(ABC):
 
     @abstractmethod
     def fields(self) -> Fields:
-        """InitImage sizes and scores of all samples."""
+        """Original sizes and scores of all samples."""
 
     @abstractmethod
     def sizes(self) -> np.ndarray:

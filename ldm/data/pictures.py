@@ -1,4 +1,4 @@
-"""Tensors as picture files: single images and grids."""
+"""Picture files from tensors: single images and grids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Bytes (N,H,W,3) side by side, row by row, as one picture (H',W',3) with white gaps of `gap` px."""
+    """Image grid of (N,H,W,3) uint8, row by row, as one picture (H',W',3) with white gaps of `gap` px."""
     count, height, width, _ = images.shape
     columns = min(columns, count)
     lines = -(-count // columns)

@@ -1,4 +1,4 @@
-"""The index of tar shards: where each sample's bytes lie, their hashes, captions, sizes and scores, in one parquet file; built once."""
+"""The index of tar shards: one pass finds each sample, one parquet file keeps where its bytes lie, with hashes and captions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,247 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
-from ldm.data.shard_reader import ShardRecord, read_shard
 from ldm.data.storage import find, is_url, stat
 
 if TYPE_CHECKING:
     import pyarrow as pa
+import re
+from collections import Counter, defaultdict
+from typing import BinaryIO
+
+from ldm.data import tables
+from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
+from ldm.data.fields import ALIASES, Known, column_of, known
+from ldm.data.folder import OTHER_IMAGES, SUFFIXES
+from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
+from ldm.data.storage import Stat, stream
+from ldm.data.tar import Damage, Member, members
+
+EXAMPLES = 20  # rejections that a record names
+TEXTS = (".txt", ".caption")
+
+
+@dataclass
+class ShardRecord:
+    """Shard record: checksum, counts, rejections and damage of one shard."""
+
+    name: str  # relative to the index's root
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    samples: int = 0
+    listed: int | None = None  # samples that the files beside it promise; None: there are none
+    rejected: dict[str, int] = field(default_factory=dict)
+    examples: list[list[str]] = field(default_factory=list)  # key, reason, detail
+    damage: list[str] = field(default_factory=list)  # places where the archive is not as it was written
+    other: dict[str, int] = field(default_factory=dict)  # members that mean nothing here, by suffix
+
+
+@dataclass
+class _Group:
+    """The members of one key."""
+
+    suffixes: list[str] = field(default_factory=list)
+    image: Member | None = None
+    size: tuple[int, int] = (0, 0)
+    hash: int = 0
+    captions: tuple[str, ...] = ()
+    table: dict[str, Any] = field(default_factory=dict)
+    problem: Rejected | None = None  # of image or caption, the first
+
+
+def sample_hash(data: bytes) -> int:
+    """Checksum of an image's bytes in the index (BLAKE2b, 64 bits)."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class _Summed:
+    """Stream that hashes its bytes as they are read."""
+
+    def __init__(self, inner: BinaryIO) -> None:
+        self._inner, self.sum, self.bytes = inner, hashlib.sha256(), 0
+
+    def read(self, count: int = -1) -> bytes:
+        """As a file's."""
+        data = self._inner.read(count)
+        self.sum.update(data)
+        self.bytes += len(data)
+        return data
+
+
+def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, list[Any]]]:
+    """The record of a shard and the columns of its index, from one pass over it.
+
+    Keys are member names up to their last dot, whatever their order; a key that stands for several samples is given up,
+    since nothing says which picture belongs to which caption.
+
+    Raises:
+        UserError: if the shard cannot be read, or is compressed.
+    """
+    groups: dict[str, _Group] = defaultdict(_Group)
+    other: Counter[str] = Counter()
+    damage: list[str] = []
+    rejected: list[tuple[str, str, str]] = []
+    try:
+        with stream(path) as raw:
+            summed = _Summed(raw)
+            first = summed.read(4)
+            if first[:2] == b"\x1f\x8b" or first in (b"\x28\xb5\x2f\xfd", b"\xfd7zX") or first[:3] == b"BZh":
+                raise UserError(f"{path}: a compressed archive has no addresses; unpack it to a plain .tar first")
+            for found in members(_After(first, summed), MAX_BYTES):  # type: ignore[arg-type]
+                if isinstance(found, Damage):
+                    damage.append(str(found))
+                elif isinstance(found, Member):
+                    stem, suffix = _split(found.name)
+                    if suffix not in (*SUFFIXES, *OTHER_IMAGES, *TEXTS, ".json"):
+                        other[suffix or "no suffix"] += 1
+                        continue
+                    _take(groups[stem], suffix, found)
+                else:
+                    rejected.append((found.name, "not a file", found.what))
+            while summed.read(2**20):
+                pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore it or leave it out of data.path") from None
+    record = ShardRecord(name, summed.bytes, now.mtime_ns, summed.sum.hexdigest(), damage=damage, other=dict(other))
+    listed = _beside(path, record)
+    for key in sorted(set(listed) - set(groups)):
+        rejected.append((key, "listed but missing", "in the parquet file beside the shard, not in the shard"))
+    if record.listed is not None and not listed and len(groups) < record.listed:
+        rejected += [("", "listed but missing", f"{len(groups)} of {record.listed} samples are there")] * (record.listed - len(groups))
+    columns: dict[str, list[Any]] = {c: [] for c in _COLUMNS}
+    for key, group in sorted(groups.items(), key=lambda item: item[1].image.offset if item[1].image else -1):
+        try:
+            row = _row(key, group, listed.get(key, {}))
+        except Rejected as error:
+            rejected.append((key, error.reason, error.detail))
+            continue
+        for column, value in zip(_COLUMNS, row, strict=True):
+            columns[column].append(value)
+    record.samples = len(columns["key"])
+    record.rejected = dict(Counter(reason for _, reason, _ in rejected))
+    record.examples = [[clean(k)[:200], reason, detail[:300]] for k, reason, detail in rejected[:EXAMPLES]]
+    return record, columns
+
+
+_COLUMNS = ("key", "offset", "size", "hash", "height", "width", "original_height", "original_width", "aesthetic", "watermark", "captions")
+
+
+class _After:
+    """A stream with its first bytes put back."""
+
+    def __init__(self, first: bytes, rest: _Summed) -> None:
+        self._first, self._rest = first, rest
+
+    def read(self, count: int) -> bytes:
+        """As a file's."""
+        if self._first:
+            data, self._first = self._first[:count], self._first[count:]
+            return data
+        return self._rest.read(count)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Stem and lower-case suffix of a member's name, at the last dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.rpartition(".")
+    return (folder + slash + stem, f".{suffix.lower()}") if dot and stem else (name, "")
+
+
+def _take(group: _Group, suffix: str, member: Member) -> None:
+    group.suffixes.append(suffix)
+    try:
+        if suffix in SUFFIXES:
+            group.image = member
+            if member.data is None:
+                raise Rejected("file too large", f"{member.size} bytes; at most {MAX_BYTES}")
+            group.size = probe(member.data, 2**62)
+            group.hash = sample_hash(member.data)
+            group.image = Member(member.name, member.offset, member.size, None)  # the bytes are not kept
+        elif suffix in OTHER_IMAGES:
+            raise Rejected("format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}")
+        elif suffix in TEXTS:
+            if member.size > MAX_SIDECAR_BYTES or member.data is None:
+                raise Rejected("caption too long", f"{suffix}: over {MAX_SIDECAR_BYTES} bytes")
+            group.captions = text_captions(member.data, suffix)
+        elif member.data is not None and member.size <= MAX_SIDECAR_BYTES:
+            told = json.loads(member.data)
+            group.table = told if isinstance(told, dict) else {}
+    except Rejected as error:
+        group.problem = group.problem or error
+    except (ValueError, RecursionError):  # of the JSON, which a caption in a text file makes needless
+        group.table = {}
+
+
+def _row(key: str, group: _Group, listed: dict[str, Any]) -> tuple[Any, ...]:
+    twice = [suffix for suffix, count in Counter(group.suffixes).items() if count > 1]
+    if twice:
+        raise Rejected("duplicate key", f"{len(group.suffixes)} members, {', '.join(twice)} more than once")
+    if sum(suffix in SUFFIXES for suffix in group.suffixes) > 1:
+        raise Rejected("duplicate key", f"several images: {', '.join(sorted(group.suffixes))}")
+    if group.problem is not None:
+        raise group.problem
+    if group.image is None:
+        raise Rejected("no image", f"only {', '.join(sorted(group.suffixes))}")
+    table = listed | {k: v for k, v in group.table.items() if v is not None}
+    captions = group.captions or caption_texts(table.get(column_of("caption", table) or ""))
+    if not captions:
+        raise Rejected("no caption", f"only {', '.join(sorted(group.suffixes))}")
+    told = known(table)
+    if "original_width" not in table:  # width and height are then those of the file that lies here
+        told = Known(*group.size, told.aesthetic, told.watermark)
+    return (
+        clean(key) if not _is_text(key) else key,
+        group.image.offset,
+        group.image.size,
+        group.hash,
+        *group.size,
+        told.height,
+        told.width,
+        told.aesthetic,
+        told.watermark,
+        list(captions),
+    )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
+    """Rows of img2dataset's parquet file beside a shard, by key, and how many samples were promised."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stem = re.sub(r"\.tar$", "", path)
+    wanted = {alias for name in ("caption", "width", "height", "aesthetic", "watermark") for alias in ALIASES[name]} | {"key", "status"}
+    told: dict[str, dict[str, Any]] = {}
+    try:
+        with stream(f"{stem}.parquet") as raw, pq.ParquetFile(pa.BufferReader(raw.read())) as file:
+            names = [c for c in file.schema_arrow.names if c.lower() in wanted]
+            if "key" in names:
+                for row in tables.rows(file, names):
+                    if row.get("status", "success") == "success" and row["key"] is not None:
+                        told[str(row.pop("key"))] = {k: v for k, v in row.items() if k != "status" and v is not None}
+                record.listed = len(told)
+                return told
+    except FileNotFoundError:
+        pass
+    except (pa.ArrowException, OSError) as error:
+        record.damage.append(f"the parquet file beside it cannot be read: {str(error)[:200]}")
+    try:
+        with stream(f"{stem}_stats.json") as raw:
+            record.listed = int(json.loads(raw.read(2**20))["successes"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        record.damage.append(f"the statistics beside it cannot be read: {type(error).__name__}: {error}")
+    return told
+
 
 NAME = "ldm-index.parquet"
 FORMAT = 1
@@ -31,7 +267,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Index:
-    """The samples of some shards, in the shards' order and in each by offset."""
+    """Shard index: the samples of some shards, in the shards' order and in each by offset."""
 
     root: str  # folder or URL that the shards' names are relative to
     shards: list[ShardRecord] = field(default_factory=list)
@@ -46,7 +282,7 @@ class Index:
 
 
 def schema() -> pa.Schema:
-    """The columns of an index."""
+    """Arrow schema of an index."""
     import pyarrow as pa
 
     return pa.schema(
@@ -99,7 +335,7 @@ def open_index(
     file: Path | None = None,
     on_shard: Callable[[ShardRecord, int, int], None] | None = None,
 ) -> Index:
-    """The index of the shards that `path` means; shards that are not in it yet are read and added.
+    """Open or build the index of the shards that `path` means; shards that are not in it yet are read and added.
 
     Args:
         path: as `ldm.data.storage.find` takes it.

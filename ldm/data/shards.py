@@ -1,4 +1,4 @@
-"""Tar shards as webdataset and img2dataset write them, addressed by position through an index and never unpacked."""
+"""WebDataset tar shards with random access through an index, never unpacked."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
-from ldm.data.shard_index import Index, open_index
-from ldm.data.shard_reader import sample_hash
+from ldm.data.shard_index import Index, open_index, sample_hash
 from ldm.data.storage import Ranges
 
 
 @config
 class ShardsSource:
-    """Tar shards of pictures (.jpg, .png, .webp, ...) with .txt or .json of the same name; read where they lie, never unpacked."""
+    """WebDataset tar shards of pictures (.jpg, .png, .webp, ...) with .txt or .json of the same name, read in place."""
 
     kind: Literal["shards"] = "shards"
     path: str  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
@@ -46,7 +45,7 @@ class ShardsSource:
 
 
 class ShardsData(Photos):
-    """One part of a set of tar shards, in their order; every image is compared with the index's hash when it is read."""
+    """A split of a set of tar shards, in their order; every image is compared with the index's hash when it is read."""
 
     def __init__(self, source: ShardsSource, split: Split) -> None:
         self.source = source

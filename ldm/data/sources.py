@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from ldm.config.schema import BY_KIND
-from ldm.data.concatenation import SeveralSource
+from ldm.data.concatenation import ConcatenationSource
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
 
-Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | SeveralSource, BY_KIND]
+Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | ConcatenationSource, BY_KIND]
 
-__all__ = ["DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "SeveralSource", "ShardsSource", "Source", "Split"]
+__all__ = ["ConcatenationSource", "DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]

@@ -1,4 +1,4 @@
-"""Where shards lie: local paths and any URL that fsspec opens, with brace ranges; opened as streams and read in ranges."""
+"""Storage of shards: local paths and fsspec URLs with brace expansion, streams and range reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_url(path: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that braces stand for: `{00000..00099}` counts with the digits of its first number, `{a,b}` lists.
+    """Brace expansion: `{00000..00099}` counts with the digits of its first number, `{a,b}` lists.
 
     Raises:
         UserError: for a range that runs backwards or gives too many names.
@@ -56,7 +56,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Stat:
-    """What is known of a file without reading it."""
+    """File status: length and modification time."""
 
     bytes: int
     mtime_ns: int  # 0: the store does not tell
@@ -138,7 +138,7 @@ def stream(name: str) -> BinaryIO:
 
 
 class Ranges:
-    """Reads pieces of many files; safe to call from several threads."""
+    """Range reader of many files; safe to call from several threads."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()

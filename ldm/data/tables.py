@@ -1,4 +1,4 @@
-"""Parquet tables as people have them: read row by row in little memory, and what is wrong said of file and column."""
+"""Parquet tables: streaming rows in little memory, and diagnosis of damage by file and column."""
 
 from __future__ import annotations
 

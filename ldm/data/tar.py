@@ -1,4 +1,4 @@
-"""Tar archives read as streams, member by member, with nothing lost in silence: what is damaged is said, and reading goes on behind it."""
+"""Streaming tar reader with error recovery: damage is reported, and reading goes on behind it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 @dataclass(frozen=True)
 class Member:
-    """One file in an archive; its name only labels it and is never a path to anything."""
+    """Archive member, a file; its name only labels it and is never a path to anything."""
 
     name: str
     offset: int  # of its first byte
@@ -24,8 +24,8 @@ class Member:
 
 
 @dataclass(frozen=True)
-class NonFiniteUpdate:
-    """A member that is no file: a link, a device, a sparse file."""
+class SkippedMember:
+    """Skipped archive member that is no file: a link, a device, a sparse file."""
 
     name: str
     what: str
@@ -33,7 +33,7 @@ class NonFiniteUpdate:
 
 @dataclass(frozen=True)
 class Damage:
-    """A place where the archive is not as it was written."""
+    """Damage: a place where the archive is corrupt."""
 
     offset: int
     what: str
@@ -68,7 +68,7 @@ class _Reader:
         return done
 
 
-def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | NonFiniteUpdate | Damage]:
+def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | SkippedMember | Damage]:
     """Everything in an uncompressed archive (ustar, pax, GNU), from one pass over the stream.
 
     Every header bears a checksum; behind a damaged one the next sound header is looked for. A member that is cut short is
@@ -121,7 +121,7 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | NonFiniteUpda
         longer = {}
         if sparse or header.type not in _FILES:
             if header.type != tarfile.DIRTYPE:
-                yield NonFiniteUpdate(name, "sparse file" if sparse else _KINDS.get(header.type, "of an unknown kind"))
+                yield SkippedMember(name, "sparse file" if sparse else _KINDS.get(header.type, "of an unknown kind"))
             reader.skip(size + padding if sparse else 0)
             continue
         start = reader.offset

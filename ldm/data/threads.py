@@ -1,4 +1,4 @@
-"""Threads that a process does not wait for at its end, and that nevertheless never abort it.
+"""Daemon threads that do not delay interpreter shutdown, and that never abort it.
 
 Where Python ends while such a thread is inside torch, the thread is torn down when it comes back, and with it the process ("terminate
 called without an active exception", exit code -6): letting go of a large tensor is enough. So the end waits for the pieces of work that
@@ -20,7 +20,7 @@ _over = False
 
 
 class ProcessEnds(BaseException):
-    """A piece of work is not begun any more: the process ends."""
+    """Shutdown: a piece of work is not begun any more, as the process ends."""
 
 
 def start(work: Callable[..., object], name: str, *args: object) -> threading.Thread:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ldm.formats.latent_codec import LatentCodec
     from ldm.models.lora import Lora
     from ldm.text.prompt_syntax import Prompt
-    from ldm.text.textual_inversion import Embedding
+    from ldm.text.textual_inversion import LearnedEmbedding
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
@@ -251,7 +251,7 @@ class Draws(Protocol):
         """Frames (F,H,W,3) uint8 drawn anew as one clip; all begin with the same noise."""
         self.refuse("clip", "draws no clips anew; leave --clip out")
 
-    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[Embedding]) -> None:
+    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs, each at its weight, and teach words (textual inversion).
 
         Raises:

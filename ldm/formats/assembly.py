@@ -1,4 +1,4 @@
-"""The finished model: a folder that diffusers opens, with what ldm itself wants to know beside it."""
+"""Assembly of the finished model: a diffusers pipeline folder from the products of training stages."""
 
 from __future__ import annotations
 

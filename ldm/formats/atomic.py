@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there: written aside, synced, summed, then renamed once."""
+"""Atomic, checksummed directory writes: temporary folder, fsync, SHA-256 manifest, one rename."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 class Damaged(ValueError):
-    """A checkpoint folder that is incomplete or whose bytes differ from its manifest."""
+    """Integrity error: a folder is incomplete or its bytes differ from its manifest."""
 
 
 def sha256(path: Path) -> str:
@@ -35,7 +35,7 @@ def _sync(path: Path) -> None:
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder by `write(temporary)` and put it in place at `target` with one rename, replacing what was there.
+    """Atomic directory write: fill a folder by `write(temporary)` and rename it to `target`, replacing what was there.
 
     Every file is synced before the manifest of SHA-256 sums is written last, so a folder with a fitting manifest is whole
     whatever happened. A failure (a full disk, say) removes the temporary folder and leaves `target` as it was.
@@ -71,7 +71,7 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def verify(folder: Path) -> dict[str, str]:
-    """The sums of a committed folder's files, after checking every one.
+    """Verify a committed folder against its manifest and return its checksums.
 
     Raises:
         Damaged: naming the file that is missing, extra or changed.
@@ -90,17 +90,17 @@ def verify(folder: Path) -> dict[str, str]:
 
 
 def folder_hash(folder: Path) -> str:
-    """One hash of a committed folder: that of its manifest's sums."""
+    """Content hash of a committed folder: that of its manifest's checksums."""
     return state_hash(verify(folder))
 
 
 def state_hash(sums: Mapping[str, str]) -> str:
-    """One hash of a manifest's sums."""
+    """Content hash of a manifest's checksums."""
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Atomic write of a JSON file."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False))
     _sync(temporary)
@@ -108,7 +108,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, with texts in its header.
+    """Atomic write of a safetensors file, with metadata in its header.
 
     Raises:
         OSError: as the file system says, where safetensors only has its own kind of error.
@@ -127,7 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sort_texts(path: Path) -> None:
-    """Put the texts in a safetensors file's header in order, so that equal content is equal bytes: their order there is by chance."""
+    """Sort the metadata in a safetensors header, so that equal content is equal bytes: the library's order is by chance."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         values = json.loads(file.read(size))

@@ -1,4 +1,4 @@
-"""The model that is exported: its parts as float32 weights under the names of files, and what belongs to them."""
+"""The model to be exported: its networks' float32 weights and configurations, tokenizer, schedule and record."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Part:
-    """A network as files keep it."""
+class ExportedNetwork:
+    """Exported network: configuration and float32 state dict."""
 
     config: dict[str, Any]  # the content of config.json
     state: dict[str, Tensor]  # float32
 
 
 @dataclass(frozen=True)
-class Source:
-    """A whole text-to-image model."""
+class ExportedModel:
+    """Exported text-to-image model: networks, tokenizer, schedule, sampling defaults and provenance."""
 
     name: str  # for titles: the run's or folder's
-    parts: dict[str, Part]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder
+    parts: dict[str, ExportedNetwork]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder
     network: Network
     autoencoder: KLConfig | VQConfig
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
@@ -69,7 +69,7 @@ class Source:
 
 
 def with_quant_convolutions(config: KLConfig, state: Mapping[str, Tensor]) -> tuple[KLConfig, dict[str, Tensor]]:
-    """The same KL autoencoder with its shift folded into 1x1 convolutions on both sides of the latents, as CompVis' has them.
+    """KL autoencoder with its latent shift folded into 1x1 (quant) convolutions on both sides of the latents, as CompVis' has them.
 
     Its scaling factor stays. Where nothing is to be done, the weights are the same tensors.
     """

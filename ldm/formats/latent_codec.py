@@ -1,4 +1,4 @@
-"""A frozen autoencoder with its latent statistics: pixels to latents of unit variance, and back."""
+"""Latent codec: a frozen autoencoder with its latent statistics; pixels to latents of unit variance, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TILE = 512  # px
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each latent channel, measured over images."""
+    """Latent statistics: mean and standard deviation of each latent channel, measured over images."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,7 +53,7 @@ class Statistics:
 
 
 class LatentCodec(nn.Module):
-    """An autoencoder seen from the diffusion's side.
+    """Latent codec: encodes images to normalised latents and decodes them.
 
     Args:
         network: KL or VQ.
@@ -79,7 +79,7 @@ class LatentCodec(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Image pixels per latent pixel."""
+        """Downsampling factor: image pixels per latent pixel."""
         return self.network.factor
 
     @property
@@ -103,7 +103,7 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor) -> Tensor:
-        """The autoencoder's picture, in [-1,1], of images (B,3,H,W) in [-1,1]."""
+        """Reconstruction, in [-1,1], of images (B,3,H,W) in [-1,1]."""
         return self.decode(self.moments(image)[0]).float().clamp(-1, 1)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def full(x: Tensor) -> Tensor:
 
 
 def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics: Statistics) -> None:
-    """Write the autoencoder in diffusers' layout, with latents.json beside it."""
+    """Save the autoencoder in diffusers' layout, with latents.json beside it."""
     config = network.config.to_diffusers()
     save_part(config, dict(network.state_dict()), folder)
     write_json(folder / STATISTICS, statistics.to_dict())
@@ -147,7 +147,7 @@ def autoencoder_folder(folder: Path) -> Path:
 
 
 def load_codec(folder: Path) -> LatentCodec:
-    """The autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
+    """Load the autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
 
     Without latents.json the folder's scaling_factor and shift_factor stand for them, as in Stable Diffusion.
 
@@ -158,8 +158,11 @@ def load_codec(folder: Path) -> LatentCodec:
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
-    made = KLConfig.from_diffusers(config) if kind == "AutoencoderKL" else VQConfig.from_diffusers(config)
-    network = load_module(made.build, state, folder)
+    network: KLAutoencoder | VQAutoencoder
+    if kind == "AutoencoderKL":
+        network = load_module(KLConfig.from_diffusers(config).build, state, folder)
+    else:
+        network = load_module(VQConfig.from_diffusers(config).build, state, folder)
     file = folder / STATISTICS
     if file.exists():
         statistics = Statistics.read(file, network.latent_channels)

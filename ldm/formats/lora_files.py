@@ -1,4 +1,4 @@
-"""LoRA files in the three key styles that are in use: peft's, diffusers' and kohya's, both ways."""
+"""LoRA files in peft's, diffusers' and kohya's key formats, read and written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UNET_STARTS = ("down_blocks", "mid_block", "up_blocks", "conv_", "time_embedding
 
 
 def read(path: str | Path) -> Lora:
-    """The LoRA in a file, or in a folder: peft's, diffusers', a run's, or one with a single safetensors file.
+    """Load the LoRA of a file, or of a folder: peft's, diffusers', a run's, or one with a single safetensors file.
 
     Raises:
         UserError: if there is none, or naming weights that are no part of a plain LoRA.
@@ -69,7 +69,7 @@ def read(path: str | Path) -> Lora:
 
 
 def find(path: Path) -> Path:
-    """The file that holds a LoRA: the path itself, or what a folder or a run folder has of the usual names.
+    """Locate a LoRA file: the path itself, or what a folder or a run folder has of the usual names.
 
     Raises:
         UserError: if there is none, or several and none of a usual name.
@@ -181,7 +181,7 @@ def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mappin
 
 
 def kohya_metadata(lora: Lora) -> dict[str, str]:
-    """What kohya's scripts and the programs that read their files look for."""
+    """Metadata (ss_*) that kohya's scripts and the programs that read their files look for."""
     pairs = [pair for part in lora.pairs.values() for pair in part.values()]
     ranks, alphas = {pair.rank for pair in pairs}, {pair.alpha for pair in pairs}
     return {
@@ -204,7 +204,7 @@ def _write_peft(pairs: Mapping[str, Pair], folder: Path, metadata: dict[str, str
         alpha_pattern={_exact(name): _whole(pair.alpha) for name, pair in pairs.items() if pair.alpha != first.alpha},
     )
     config.save_pretrained(folder)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": pair.down, f"base_model.model.{name}.lora_B.weight": pair.up}
     write_tensors(folder / PEFT, tensors, metadata)

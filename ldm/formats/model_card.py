@@ -1,4 +1,4 @@
-"""The model card: what a model is, how to use it, how it was made and how good it measured."""
+"""Model card (README.md): what a model is, its use, training data and evaluation."""
 
 from __future__ import annotations
 

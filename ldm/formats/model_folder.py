@@ -1,4 +1,4 @@
-"""A whole model folder, found by folder, run folder, single file or name on the Hugging Face Hub."""
+"""Model resolution: a folder, run folder, single-file checkpoint or Hugging Face Hub name becomes a model folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.formats.single_file import named, open_single
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder that has been found, and the parts in it."""
+    """Resolved model folder, and the components in it."""
 
     folder: Path
     parts: tuple[str, ...]

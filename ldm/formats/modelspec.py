@@ -1,4 +1,4 @@
-"""What a single file says of itself: Stability's modelspec 1.0.0, and ldm's own recipe to read it back by."""
+"""Metadata of a single-file checkpoint: Stability's modelspec 1.0.0, and ldm's own record to read it back by."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.formats.compvis_yaml import head_width
-from ldm.formats.export_source import Source
+from ldm.formats.compvis import head_width
+from ldm.formats.export_source import ExportedModel
 
 RECIPE = "ldm.recipe"  # the metadata key (and the key of a .ckpt) of what ldm reads back
 HASH = "modelspec.hash_sha256"
@@ -19,7 +19,7 @@ PREDICTION = {"epsilon": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
 STABLE = {"channels": (320, 640, 1280, 1280), "layers": 2, "attention": (True, True, True, False), "depth": 1}
 
 
-def recipe(source: Source, autoencoder: dict[str, Any]) -> dict[str, Any]:
+def recipe(source: ExportedModel, autoencoder: dict[str, Any]) -> dict[str, Any]:
     """Everything besides weights and tokenizer: configurations, latent statistics, scheduler, defaults and story.
 
     Args:
@@ -31,7 +31,7 @@ def recipe(source: Source, autoencoder: dict[str, Any]) -> dict[str, Any]:
     return {"parts": configs, "latents": latents, "source_hash": source.hash, **source.record()}
 
 
-def metadata(source: Source, recipe: dict[str, Any], dtype: str) -> dict[str, str]:
+def metadata(source: ExportedModel, recipe: dict[str, Any], dtype: str) -> dict[str, str]:
     """The metadata of a single .safetensors file; the hash is a placeholder until `write_hash`."""
     height, width = source.defaults["size"]
     made = source.story.get("data")
@@ -52,7 +52,7 @@ def metadata(source: Source, recipe: dict[str, Any], dtype: str) -> dict[str, st
     }
 
 
-def architecture(source: Source) -> str:
+def architecture(source: ExportedModel) -> str:
     """modelspec's name of the architecture: Stable Diffusion's where it has its shape, otherwise latent-diffusion."""
     network = source.network
     usual = all(getattr(network, name) == value for name, value in STABLE.items()) and network.out_channels == 4

@@ -1,4 +1,4 @@
-"""OpenCLIP's text tower and tokenizer under the names of transformers' CLIPTextModel and CLIPTokenizer."""
+"""OpenCLIP conversion: its text tower and tokenizer as transformers' CLIPTextModel and CLIPTokenizer."""
 
 from __future__ import annotations
 

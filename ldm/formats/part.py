@@ -1,4 +1,4 @@
-"""A model's parts as diffusers keeps them: a folder with config.json and safetensors, both ways."""
+"""Model components in diffusers' layout (config.json and safetensors), read and written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def save_part(config: dict[str, Any], state: dict[str, Tensor], folder: Path, stem: str = WEIGHTS[0]) -> None:
-    """Write config.json and `stem`.safetensors into `folder`, each file whole or not at all."""
+    """Save a component: config.json and `stem`.safetensors in `folder`, each file written atomically."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def save_part(config: dict[str, Any], state: dict[str, Tensor], folder: Path, st
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it and put it in place with one rename."""
+    """Atomic file write: a temporary name, fsync, one rename."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
@@ -53,7 +53,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def load_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the weights of a part; single files, `.fp16` variants and sharded files with an index.
+    """Load a component: config.json and weights; single files, `.fp16` variants and sharded files with an index.
 
     Files are read into memory, not mapped, so that a later rewrite cannot kill the reader.
 
@@ -104,7 +104,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention weights under today's names; the autoencoders of Stable Diffusion 1.x still have those of 2022."""
+    """Attention weights under diffusers' present names; the autoencoders of Stable Diffusion 1.x still have those of 2022."""
     if not any(".proj_attn." in name for name in state):
         return state
     today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -160,8 +160,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-class Unfilled(TorchFunctionMode):
-    """Within it tensors without memory are not filled with first values, which would be lost.
+class SkipInit(TorchFunctionMode):
+    """Context that skips weight initialisation of meta tensors, whose values would be lost.
 
     On the meta device some of these functions are written in Python, and importing what they are written in takes seconds.
     """
@@ -178,7 +178,7 @@ class Unfilled(TorchFunctionMode):
 
 
 def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -> M:
-    """The module that `build` makes, with exactly the weights of `state`, in the data types that `build` chose.
+    """Build a module and load exactly the weights of `state` (strict), in the data types that `build` chose.
 
     Tensors of the right type that alone fill their storage become the module's own, others are copied: storage begins at an
     aligned address, and the bits of results may depend on that. PyTorch's global random state is left as it was.
@@ -187,7 +187,7 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
     """
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), SkipInit():
             module = build()
         wanted = module.state_dict()
         compare(wanted, state, where)
@@ -203,7 +203,7 @@ def _own(value: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def compare(wanted: dict[str, Tensor], state: dict[str, Tensor], where: Path) -> None:
-    """Refuse weights that are not exactly those that are wanted.
+    """Strict state dict check: names, shapes and floating-point types.
 
     Raises:
         UserError: naming weights that are missing, left over, of another shape or no floating-point numbers.
@@ -229,7 +229,7 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 
 
 def content_hash(folder: Path) -> str:
-    """One hash of a part or model: of the names and contents of its configurations, vocabularies and weights.
+    """Content hash of a component or model: of the names and contents of its configurations, vocabularies and weights.
 
     Model cards, pictures, hidden files and manifests do not count.
     """

@@ -1,4 +1,4 @@
-"""Old checkpoints, which are pickles: read in a process of their own that can build tensors and nothing else.
+"""Safe reading of pickled checkpoints (.ckpt, .pt, .bin) with weights_only=True, in a child process.
 
 `python -m ldm.formats.pickles IN OUT` writes the tensors of IN as safetensors to OUT. A pickle names functions to call; torch's
 weights_only reader calls none but those that make tensors, and what it cannot bear kills the child alone.
@@ -39,8 +39,8 @@ def convert(pickle: Path, target: Path) -> None:
         raise UserError(f"{pickle}: reading it killed its process ({lines[-1][:200]}); the file is damaged or hostile")
 
 
-class Nothing:
-    """What stands for an object of a trainer: it takes anything and does nothing."""
+class Placeholder:
+    """Stand-in for pickled trainer objects: it takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
                     " a machine that you do not mind losing"
                 ) from None
             allowed.add(name)
-            stand_in = type(name.rpartition(".")[2], (Nothing,), {})
+            stand_in = type(name.rpartition(".")[2], (Placeholder,), {})
             torch.serialization.add_safe_globals([(stand_in, name)])  # type: ignore[list-item]
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not weights by name")

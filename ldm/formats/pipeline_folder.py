@@ -1,4 +1,4 @@
-"""A model written as a diffusers pipeline folder at any precision, with variant names and shards."""
+"""Export as a diffusers pipeline folder in fp32, fp16 or bf16, with variants and sharded weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.formats.assembly import model_index
 from ldm.formats.atomic import write_json, write_tensors
-from ldm.formats.export_source import CARD, Part, Source
+from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
 from ldm.formats.latent_codec import STATISTICS
 from ldm.formats.model_card import model_card
 from ldm.formats.model_folder import OWN_CLIP, RECORD
 from ldm.formats.part import CONFIG, WEIGHTS, content_hash, read_config
-from ldm.formats.rounding import DTYPES, Compared, compared, mapped, rounded, stored_bytes
+from ldm.formats.rounding import DTYPES, Comparison, compared, mapped, rounded, stored_bytes
 from ldm.formats.text_folder import load_tokenizer, save_tokenizer
 
 STEMS = {"text_encoder": WEIGHTS[1]}  # diffusers' file name for all others
 
 
-def write_pipeline(source: Source, folder: Path, dtype: str, variant: str, shard_bytes: int, say: Callable[[str], None]) -> list[Compared]:
+def write_pipeline(
+    source: ExportedModel, folder: Path, dtype: str, variant: str, shard_bytes: int, say: Callable[[str], None]
+) -> list[Comparison]:
     """Fill an empty folder with a model, read every part back and compare it with its source.
 
     Args:
@@ -92,7 +94,7 @@ def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return shards
 
 
-def write_tokenizer(source: Source, folder: Path) -> None:
+def write_tokenizer(source: ExportedModel, folder: Path) -> None:
     """The tokenizer in both layouts, checked to give the same words the same numbers when it is read back.
 
     Raises:
@@ -106,13 +108,13 @@ def write_tokenizer(source: Source, folder: Path) -> None:
         raise UserError(f"{folder}: the tokenizer came back different; nothing was kept, export again")
 
 
-def _opening(name: str, part: Part) -> dict[str, Any]:
+def _opening(name: str, part: ExportedNetwork) -> dict[str, Any]:
     """A part's config.json. A text model's asks for float32, which is what diffusers opens the other parts in unless told
     otherwise; transformers would follow the file, and the pipeline would stop at its first step."""
     return {**part.config, "dtype": "float32"} if name == "text_encoder" else part.config
 
 
-def _card(source: Source, record: dict[str, Any], dtype: str, variant: str) -> str:
+def _card(source: ExportedModel, record: dict[str, Any], dtype: str, variant: str) -> str:
     stock = source.network.stock and source.clip
     if source.card:
         return source.card

@@ -1,4 +1,4 @@
-"""Weights at another precision: rounded with nothing lost but digits, and compared with what they were."""
+"""Precision conversion of weights (fp32, fp16, bf16), checked against their float32 source."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A part of a model after it was read back from disk and found equal to its source."""
+class Comparison:
+    """Result of comparing a written component with its float32 source."""
 
     part: str
     tensors: int
@@ -45,7 +45,7 @@ def stored_bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def mapped(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files that only this process knows yet: mapped, so that memory need not hold a model twice.
+    """Memory-mapped tensors of safetensors files that only this process knows yet, so that memory need not hold a model twice.
 
     Raises:
         UserError: if one cannot be read.
@@ -83,7 +83,7 @@ def rounded(part: str, state: Mapping[str, Tensor], name: str) -> dict[str, Tens
     return found
 
 
-def compared(part: str, source: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str, where: str) -> Compared:
+def compared(part: str, source: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str, where: str) -> Comparison:
     """What was read back from disk, after every value was compared with the float32 source.
 
     Args:
@@ -111,7 +111,7 @@ def compared(part: str, source: Mapping[str, Tensor], found: Mapping[str, Tensor
         if not (error <= _bound(value.float(), wanted)).all():  # also where an error is not a number
             raise UserError(f"{where}: {part}: {key} came back different by {error.max().item():.3g}; nothing was kept, export again")
         largest = max(largest, error.max().item() if error.numel() else 0.0)
-    return Compared(part, len(found), stored_bytes(found), largest)
+    return Comparison(part, len(found), stored_bytes(found), largest)
 
 
 def _bound(value: Tensor, dtype: torch.dtype) -> Tensor:

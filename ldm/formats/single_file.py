@@ -1,4 +1,4 @@
-"""One file that holds a model under CompVis' names, opened as a model folder that is kept for the next time."""
+"""Single-file checkpoints (CompVis, Stable Diffusion, sgm) converted to a cached model folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.formats import atomic
-from ldm.formats.compvis import PREFIX, Part, from_compvis
-from ldm.formats.compvis_shapes import HUGE, XL_SCALE, inner, text_config, unet_config, vae_config
+from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config
 from ldm.formats.part import compare, content_hash, read_safetensors, save_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -38,14 +37,14 @@ BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What a file does not say, or says twice."""
+class CheckpointChoices:
+    """Choices for what a checkpoint does not say, or says twice (EMA weights, prediction type, schedule)."""
 
     ema: bool = True  # averaged weights where the file has both
     prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
 
 
-def named(name: str) -> tuple[Path, Choices] | None:
+def named(name: str) -> tuple[Path, CheckpointChoices] | None:
     """The file that a name such as `sd.ckpt` or `sd.ckpt::ema=no,prediction=v` means; None where it means no file.
 
     Raises:
@@ -55,7 +54,7 @@ def named(name: str) -> tuple[Path, Choices] | None:
     file = Path(path).expanduser()
     if not file.is_file():
         return None
-    choices = Choices()
+    choices = CheckpointChoices()
     for word in said.split(",") if told else ():
         field, _, value = word.partition("=")
         if field == "ema" and value in ("yes", "no"):
@@ -74,7 +73,7 @@ def cache() -> Path:
     return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "ldm"
 
 
-def open_single(file: Path, choices: Choices | None = None, note: Callable[[str], None] = print) -> Path:
+def open_single(file: Path, choices: CheckpointChoices | None = None, note: Callable[[str], None] = print) -> Path:
     """The model folder of a file: unet/, vae/ or vqvae/, text_encoder/, tokenizer/ and scheduler/, as far as the file has them.
 
     Args:
@@ -84,7 +83,7 @@ def open_single(file: Path, choices: Choices | None = None, note: Callable[[str]
     Raises:
         UserError: naming the file and the weight that is missing, left over or of another kind.
     """
-    choices = choices or Choices()
+    choices = choices or CheckpointChoices()
     if choices.prediction and choices.prediction not in PREDICTIONS:
         raise UserError(f"prediction: got {choices.prediction!r}; choose epsilon, v_prediction or sample")
     if not file.is_file():
@@ -133,7 +132,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
-    """Name what a file is that is no model.
+    """Refuse files that are no whole model (LoRA, embeddings, other networks), naming what they are.
 
     Raises:
         UserError: for an adapter, learned words, or weights under other names.
@@ -156,7 +155,7 @@ def _bare(state: Mapping[str, Tensor]) -> Part | None:
 
 
 def _write(
-    state: dict[str, Tensor], said: Mapping[str, str], file: Path, folder: Path, choices: Choices, note: Callable[[str], None]
+    state: dict[str, Tensor], said: Mapping[str, str], file: Path, folder: Path, choices: CheckpointChoices, note: Callable[[str], None]
 ) -> None:
     """The model folder of a checkpoint."""
     if part := _bare(state):
@@ -307,7 +306,7 @@ def _schedule(
     said: Mapping[str, str],
     known: Mapping[str, Any],
     unet: UNetConfig,
-    choices: Choices,
+    choices: CheckpointChoices,
     note: Callable[[str], None],
     file: Path,
 ) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Safetensors files read into memory of their own: every byte once, so that a model needs no more memory than its weights.
+"""Safetensors reader into owned memory: each byte is read once, so a model needs no more memory than its weights.
 
 The library's own `load` holds a file twice, and its mapped files die with a file that is cut short meanwhile.
 """
@@ -122,7 +122,7 @@ def _read(opened: FileIO, count: int) -> bytes:
 def _fill(file: int, tensor: Tensor, place: int) -> None:
     if not tensor.nbytes:
         return
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
     while len(view):
         count = os.preadv(file, [view], place)
         if not count:

@@ -1,4 +1,4 @@
-"""Text models and tokenizers as folders: CLIP's and T5's in transformers' layout, both ways."""
+"""Text encoders and tokenizers (CLIP, T5) in transformers' layout, read and written."""
 
 from __future__ import annotations
 

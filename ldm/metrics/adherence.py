@@ -1,4 +1,4 @@
-"""How well images show what their captions state, by the scenes' exact checker: `bind`, `strict` and every attribute."""
+"""Prompt adherence of images by the scenes' exact checker: attribute binding (`bind`), `strict` and every attribute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over images and its bootstrap interval."""
+    """Mean over images with its bootstrap confidence interval."""
 
     mean: float
     low: float

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 FILTERS = (24, 32, 40)
 SIDE = 64  # px, to which all images are brought
-FEATURES = 2 * sum(FILTERS)
 
 
 def weights() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How close pictures are to the ones they should be: PSNR and SSIM."""
+"""Reconstruction metrics: PSNR and SSIM."""
 
 from __future__ import annotations
 

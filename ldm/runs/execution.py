@@ -17,8 +17,8 @@ from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
 from ldm.config.secrets import exposed
 from ldm.config.version import __version__
-from ldm.data.filter import sift
-from ldm.data.mixture import Mixture
+from ldm.data.filter import filter_samples
+from ldm.data.concatenation import Mixture
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
 from ldm.distributed.launcher import Work, about, record
@@ -190,7 +190,7 @@ class Execution:
         from ldm.data.cached import CachedLatents
         from ldm.families.family import Context
 
-        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
             data=seen,
             val=self.val,
@@ -240,9 +240,9 @@ class Execution:
         return config.continued(self.elsewhere[stage.model].folder)
 
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
-        from ldm.data.cache import seal, write_cache
+        from ldm.data.cache import CacheOptions, seal, write_cache
 
-        seen = sift(self.data, stage.filter, f"stages.{name}.filter")
+        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
@@ -251,14 +251,16 @@ class Execution:
                 folder / "model",
                 seen,
                 lambda image: codec.moments(image.to(device)),
-                autoencoder=codec.hash,
-                normalisation=codec.statistics.to_dict(),
-                resolution=stage.resolution,
-                images=count,
+                CacheOptions(
+                    autoencoder=codec.hash,
+                    normalisation=codec.statistics.to_dict(),
+                    resolution=stage.resolution,
+                    images=count,
+                    seed=self._seed(name),
+                    flip=stage.flip,
+                    buckets=stage.buckets,
+                ),
                 batch=stage.batch,
-                seed=self._seed(name),
-                flip=stage.flip,
-                buckets=stage.buckets,
                 workers=self.run.workers,
                 rank=self.processes.rank,
                 world=self.processes.world,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
 from ldm.data.cached import cache_hash
-from ldm.data.filter import sift
+from ldm.data.filter import filter_samples
 from ldm.families.family import Found
 from ldm.formats import atomic
 from ldm.runs.run import Encode, Evaluate, Export, Run
@@ -70,7 +70,7 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
         if stage.cache:
             found["latents"] = cache_hash(stage.cache)
     if isinstance(stage, Train | Encode):
-        found["data"] = sift(data, stage.filter, f"stages.{name}.filter").fingerprint()
+        found["data"] = filter_samples(data, stage.filter, f"stages.{name}.filter").fingerprint()
     if isinstance(stage, Evaluate):
         found["val"] = val.fingerprint()
     if isinstance(stage, Evaluate | Export):
@@ -88,7 +88,7 @@ def check_filters(run: Run, data: DataSet) -> None:
     """
     for name, stage in run.stages.items():
         if isinstance(stage, Train | Encode):
-            sift(data, stage.filter, f"stages.{name}.filter")
+            filter_samples(data, stage.filter, f"stages.{name}.filter")
 
 
 def key_of(found: Mapping[str, Any]) -> str:

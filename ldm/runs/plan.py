@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
-from ldm.data.buckets import lines, sort
-from ldm.data.filter import sift
+from ldm.data.buckets import lines, bucket_stage
+from ldm.data.filter import filter_samples
 from ldm.distributed.environment import usable_cores
 from ldm.distributed.launcher import adopt_slurm
 from ldm.distributed.launcher import launched as how
@@ -159,7 +159,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
     said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
     if not isinstance(stage, Train | Encode):
         return StagePlan(**said)
-    seen = None if data is None else sift(data, stage.filter, f"stages.{doing.name}.filter")
+    seen = None if data is None else filter_samples(data, stage.filter, f"stages.{doing.name}.filter")
     samples = told or (0 if seen is None else len(seen))
     per_second = speed * 1e12 * processes
     if isinstance(stage, Encode):
@@ -181,7 +181,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
     needs = parts.training(stage)
     shaped = None
     if stage.buckets and seen is not None:
-        shaped = sort(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
+        shaped = bucket_stage(seen, stage.buckets, resolution=stage.resolution, seed=run.seed, batch=stage.batch, steps=stage.steps)
     return StagePlan(
         **said,
         samples=samples,

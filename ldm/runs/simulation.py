@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.data.order import Shuffled
+from ldm.data.order import ShuffledBatches
 from ldm.diffusion.rng import mix
 
 DRAWN = 1_000_000  # positions of the whole epoch that are looked at
@@ -89,7 +89,7 @@ def simulate(samples: int, batch: int, processes: int, seed: int = 0) -> Simulat
 def _drawn(samples: int, seed: int) -> np.ndarray:
     """Sample numbers at DRAWN positions (at all, where there are fewer) spread over the first epoch."""
     count = min(samples, DRAWN)
-    order = Shuffled(seed, samples, 1, [0])
+    order = ShuffledBatches(seed, samples, 1, [0])
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     out = np.empty(count, np.int64)
     for start in range(0, count, CHUNK):
@@ -103,7 +103,7 @@ def _drawn(samples: int, seed: int) -> np.ndarray:
 
 def _small(samples: int, batch: int, processes: int, seed: int) -> int:
     """Samples that two epochs of batches, cut by process, do not show exactly twice."""
-    order, seen = Shuffled(seed, samples, batch, [0]), np.zeros(samples, np.int64)
+    order, seen = ShuffledBatches(seed, samples, batch, [0]), np.zeros(samples, np.int64)
     size, left = batch // processes, 2 * samples
     for step in range(math.ceil(2 * samples / batch)):
         for rank in range(processes):
@@ -117,6 +117,6 @@ def _small(samples: int, batch: int, processes: int, seed: int) -> int:
 
 def _parted(samples: int, batch: int, processes: int, seed: int, step: int) -> bool:
     """Whether the processes' parts of a batch are not the batch."""
-    order, size = Shuffled(seed, samples, batch, [0]), batch // processes
+    order, size = ShuffledBatches(seed, samples, batch, [0]), batch // processes
     parts = np.concatenate([order.at(step, rank * size, size)[0] for rank in range(processes)])
     return not np.array_equal(parts, order.at(step, 0, batch)[0])

@@ -1,4 +1,4 @@
-"""Prompts become Text: a small CLIP text tower learned in the run, a pretrained CLIP or T5; always frozen when it is used."""
+"""Text encoder: prompts to Text by a frozen CLIP or T5, trained in the run or pretrained; tokenizer training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ K = TypeVar("K", bound=Hashable)
 
 @config
 class SmallText:
-    """The size of a text tower that is trained in the run."""
+    """Size of the CLIP text tower that is trained in the run."""
 
     width: Positive = 128  # of the states that the UNet attends to
     layers: Positive = 2  # transformer blocks
@@ -94,8 +94,8 @@ def small_clip_text(config: SmallText, tokenizer: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One encoded prompt."""
+class EncodedPrompt:
+    """Encoded prompt: states (L,D), mask (L,) and pooled state, as remembered."""
 
     states: Tensor  # (L,D)
     mask: Tensor  # (L,) bool
@@ -103,7 +103,7 @@ class Row:
 
 
 class TextEncoder:
-    """A frozen text model with its tokenizer.
+    """Text encoder: a frozen text model with its tokenizer.
 
     `encode` gives the states of all tokens after the last layer norm, padding included. Stable Diffusion's networks attend
     to the padding too, and so do ours, so that a model folder draws the same picture in diffusers; `Text.mask` tells
@@ -118,7 +118,7 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.learned_words()
-        self._memory: OrderedDict[Hashable, Row] = OrderedDict()
+        self._memory: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
     @property
@@ -139,7 +139,7 @@ class TextEncoder:
 
     @cached_property
     def _characters(self) -> int:
-        """How much of a prompt can matter: beyond it all tokens are used up, however long each is."""
+        """Longest prompt in characters that can matter: beyond it all tokens are used up, however long each is."""
         return 4 * (self.max_tokens + 8) * max(map(len, self.tokenizer.get_vocab()))
 
     def _readable(self, prompt: str) -> str:
@@ -200,7 +200,7 @@ class TextEncoder:
         if place != self._place:
             self._memory.clear()
             self._place = place
-        fresh: dict[Hashable, Row] = {}
+        fresh: dict[Hashable, EncodedPrompt] = {}
         missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
@@ -210,7 +210,7 @@ class TextEncoder:
                 states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
             for i, key in enumerate(part):
                 # Copies, or one remembered caption would keep all of its call's.
-                fresh[key] = Row(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
+                fresh[key] = EncodedPrompt(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
         found = [fresh[key] if key in fresh else self._recall(key) for key in keys]
         self._remember(fresh)
         return Text(
@@ -226,11 +226,11 @@ class TextEncoder:
         out = self.model(ids)
         return out.last_hidden_state, out.pooler_output
 
-    def _recall(self, key: Hashable) -> Row:
+    def _recall(self, key: Hashable) -> EncodedPrompt:
         self._memory.move_to_end(key)
         return self._memory[key]
 
-    def _remember(self, fresh: dict[Hashable, Row]) -> None:
+    def _remember(self, fresh: dict[Hashable, EncodedPrompt]) -> None:
         self._memory.update(fresh)
         each = 4 * self.max_tokens * self.width
         while len(self._memory) * each > MEMORY_BYTES:
@@ -244,7 +244,7 @@ class TextEncoder:
 
     def _spelt(self, line: str) -> str:
         for word, words in self._spellings.items():
-            line = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, words=words: words, line)
+            line = re.sub(rf"{re.escape(word)}(?!_\d)", words.replace("\\", r"\\"), line)
         return line
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Text encoders that others have trained: of a Stable Diffusion, a CLIP or T5 of transformers, or an OpenCLIP."""
+"""Pretrained text encoders: Stable Diffusion's, transformers' CLIP or T5, OpenCLIP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written in a prompt besides words: weights, parts that change while a picture is drawn, and prompts joined by AND.
+"""Prompt syntax: attention weights, prompt editing and alternating words by step, BREAK, and composition by AND.
 
 The notation is that of Stable Diffusion web UI:
 
@@ -31,14 +31,14 @@ BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 @dataclass(frozen=True)
 class Words:
-    """Text as it stands."""
+    """Literal text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """Nodes whose weight is multiplied."""
+    """Attention weight (emphasis) on nodes."""
 
     inside: tuple[Node, ...]
     weight: float
@@ -46,7 +46,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Switch:
-    """`before` until a step, `after` from then on."""
+    """Prompt editing: `before` until a step, `after` from then on."""
 
     before: tuple[Node, ...]
     after: tuple[Node, ...]
@@ -55,7 +55,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Alternation:
-    """One of several at each step, in turn."""
+    """Alternating words: one of several at each step, in turn."""
 
     options: tuple[tuple[Node, ...], ...]
 
@@ -65,7 +65,7 @@ Node = Words | Weighted | Switch | Alternation
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text of one weight; `breaks` where a new chunk of tokens begins before it."""
+    """Weighted stretch of text; `breaks` where a new chunk of tokens begins before it."""
 
     text: str
     weight: float = 1.0
@@ -73,8 +73,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the prompts that AND joins."""
+class Subprompt:
+    """Subprompt: one of the prompts that AND composes, with its weight."""
 
     nodes: tuple[Node, ...]
     weight: float = 1.0  # of its guidance
@@ -86,9 +86,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that has been read, or what lies between it and another one."""
+    """Parsed prompt, or the interpolation between two."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Subprompt, ...]
     end: Prompt | None = None  # the other one, with as many parts
     share: float = 0.0  # how far on the way there, from 0 to 1
 
@@ -107,21 +107,21 @@ class Prompt:
 
 
 def read(text: str) -> Prompt:
-    """The prompt behind its notation. No text is an error: brackets without their partner reach to the end, or are words."""
+    """Parse a prompt. No text is an error: brackets without their partner reach to the end, or are words."""
     parts = []
     for written in JOIN.split(text):
         found = PART_WEIGHT.match(written) if "AND" in text else None
         # The last colon of a part is its weight only outside of brackets.
         if found and not _depth(found[1])[0]:
-            parts.append(Part(_nodes(found[1].strip()), _bounded(float(found[2]))))
+            parts.append(Subprompt(_nodes(found[1].strip()), _bounded(float(found[2]))))
         else:
-            parts.append(Part(_nodes(written.strip() if JOIN.search(text) else written)))
+            parts.append(Subprompt(_nodes(written.strip() if JOIN.search(text) else written)))
     return Prompt(tuple(parts))
 
 
 def literal(text: str) -> Prompt:
     """A prompt whose every character is meant as it stands."""
-    return Prompt((Part((Words(text),)),))
+    return Prompt((Subprompt((Words(text),)),))
 
 
 def _depth(text: str) -> tuple[int, int]:

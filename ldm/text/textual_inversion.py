@@ -1,4 +1,4 @@
-"""New words of a text encoder (Gal 2022, arXiv 2208.01618): their embeddings in memory, and in diffusers' and A1111's files."""
+"""Textual inversion (Gal 2022, arXiv 2208.01618): learned embeddings in memory, and in diffusers' and A1111's files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ A1111 = "emb_params"  # the only key of a file for A1111's web UI, which takes t
 
 
 @dataclass(frozen=True)
-class Embedding:
-    """A word that a file teaches."""
+class LearnedEmbedding:
+    """Textual inversion embedding: a placeholder token and its vectors."""
 
     token: str
     rows: Tensor  # (V,D)
@@ -32,8 +32,8 @@ class Embedding:
     hash: str = ""  # SHA-256 of the file
 
 
-class Rows(nn.Module):
-    """A table of embeddings whose last rows alone learn."""
+class PartlyTrainedEmbedding(nn.Module):
+    """Token embedding of which the last rows alone are trainable."""
 
     def __init__(self, table: Tensor, rows: nn.Parameter) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def names(token: str, vectors: int) -> list[str]:
 
 
 def first_embeddings(encoder: TextEncoder, text: str, vectors: int) -> Tensor:
-    """What a word of `vectors` embeddings begins with, (V,D): those of a text's pieces in their order, each given an equal share.
+    """Initial embeddings of a placeholder token, (V,D): those of a text's pieces in their order, each given an equal share.
 
     One vector is their mean; as many as there are pieces are the pieces; more repeat them, fewer are means of neighbours.
 
@@ -97,7 +97,7 @@ def _table(encoder: TextEncoder) -> Tensor:
     return found.weight.detach()
 
 
-def read_embedding(path: Path) -> Embedding:
+def read_embedding(path: Path) -> LearnedEmbedding:
     """The word in a file, or in a folder with one of the usual name.
 
     Raises:
@@ -116,7 +116,7 @@ def read_embedding(path: Path) -> Embedding:
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
         raise UserError(f"{path}: {token} is no table of embeddings; another kind of file?")
-    return Embedding(token, rows.float(), str(path), sha256(file))
+    return LearnedEmbedding(token, rows.float(), str(path), sha256(file))
 
 
 def write_embedding(folder: Path, token: str, rows: Tensor, metadata: Mapping[str, str]) -> list[Path]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError, out_of_memory
-from ldm.data.buckets import Sorted, lines, sort
+from ldm.data.buckets import BucketedStage, bucket_stage, lines
 from ldm.data.loader import batches
-from ldm.data.order import Order, Shuffled
+from ldm.data.order import BatchSampler, ShuffledBatches
 from ldm.data.pictures import save_grid
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import rows
@@ -104,19 +104,19 @@ class Trainer:
         self.skipped = 0
 
     @cached_property
-    def buckets(self) -> Sorted | None:
+    def buckets(self) -> BucketedStage | None:
         """The shapes that the data's pictures are seen in; None: squares."""
         stage = self.stage
         if stage.buckets is None:
             return None
-        return sort(self.data, stage.buckets, resolution=stage.resolution, seed=self.seed, batch=stage.batch, steps=stage.steps)
+        return bucket_stage(self.data, stage.buckets, resolution=stage.resolution, seed=self.seed, batch=stage.batch, steps=stage.steps)
 
     @cached_property
-    def order(self) -> Order:
+    def order(self) -> BatchSampler:
         """Which samples make up each batch."""
         if self.buckets is not None:
             return self.buckets.order
-        return Shuffled(self.seed, len(self.data), self.stage.batch, (self.stage.resolution, *self.stage.also))
+        return ShuffledBatches(self.seed, len(self.data), self.stage.batch, (self.stage.resolution, *self.stage.also))
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the product to `folder/model`, and return what `finish` measured.
@@ -135,8 +135,7 @@ class Trainer:
             flip=stage.flip,
             start=self.step,
             stop=stage.steps,
-            rank=self.processes.rank,
-            world=self.processes.world,
+            rank=(self.processes.rank, self.processes.world),
             workers=self.workers,
         )
         start = self.step * stage.batch
@@ -355,7 +354,7 @@ def exact_gradients(trainer: Trainer, model: torch.nn.Module, batch: Any) -> tup
     return terms, gauges
 
 
-def preflight(trainer: Trainer, model: torch.nn.Module, buckets: Sorted) -> None:
+def preflight(trainer: Trainer, model: torch.nn.Module, buckets: BucketedStage) -> None:
     """Tell of the buckets, and make a forward and a backward pass in each shape, the largest first; nothing is learned.
 
     Raises:
@@ -453,7 +452,7 @@ class NonFiniteUpdate:
 
     data: DataSet
     batch: int  # rows of one, over all processes
-    order: Order
+    order: BatchSampler
     step: int
     norms: dict[str, float]  # of each parameter group's gradient
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.data.order import Shuffled
+from ldm.data.order import ShuffledBatches
 from ldm.runs import simulation
 from ldm.runs.simulation import simulate
 
@@ -45,10 +45,10 @@ def test_every_small_order_is_right(samples: int, share: int, processes: int, se
 def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "SMALL", 500)
     monkeypatch.setattr(simulation, "DRAWN", 2000)
-    monkeypatch.setattr(Shuffled, "numbers", lambda self, position: position // 2 * 2 % self.samples)  # half of them twice
+    monkeypatch.setattr(ShuffledBatches, "numbers", lambda self, position: position // 2 * 2 % self.samples)  # half of them twice
     found = simulate(10_000, 16, 4)
     assert not found.right and found.repeated > 0 and found.small_wrong == 500
-    monkeypatch.setattr(Shuffled, "numbers", lambda self, position: position + 9_000)
+    monkeypatch.setattr(ShuffledBatches, "numbers", lambda self, position: position + 9_000)
     assert simulate(10_000, 16, 4).outside > 0
 
 

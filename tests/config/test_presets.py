@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.config.errors import UserError
-from ldm.config.presets import names
+from ldm.config.introspection import preset_names
 from ldm.config.schema import build, dump, load, named
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.latent_diffusion.family import LatentDiffusion
@@ -41,7 +41,9 @@ def parameters(network: torch.nn.Module) -> int:
 
 
 def test_every_shipped_preset_is_in_the_tables() -> None:
-    assert set(names(UNetConfig)) == set(UNETS) and set(names(KLConfig)) == set(KLS) and set(names(VQConfig)) == set(VQS)
+    assert (
+        set(preset_names(UNetConfig)) == set(UNETS) and set(preset_names(KLConfig)) == set(KLS) and set(preset_names(VQConfig)) == set(VQS)
+    )
     files = {p.stem for p in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml")}
     assert files == {*UNETS, *KLS, *VQS}
 
@@ -155,18 +157,18 @@ def test_a_class_without_presets_takes_no_word() -> None:
     class Bare:
         pass
 
-    assert names(Bare) == {} and names(LatentDiffusion) == {} and names(int) == {}
+    assert preset_names(Bare) == {} and preset_names(LatentDiffusion) == {} and preset_names(int) == {}
 
 
 def test_wheels_carry_the_files_where_the_package_looks_for_them() -> None:
     import tomllib
 
-    from ldm.config.presets import FOLDERS, HERE
+    from ldm.config.introspection import HERE, PRESET_FOLDERS
 
-    root = HERE.parent
+    root = HERE.parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert (root / included["configs/models"], root / "configs/models") == FOLDERS
+    assert (root / included["configs/models"], root / "configs/models") == PRESET_FOLDERS
 
 
 def test_the_page_tells_the_same_counts() -> None:

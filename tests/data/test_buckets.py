@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.buckets import Buckets, assign, cut_away, lines, shapes, sort, wrong_step
-from ldm.data.order import Bucketed
+from ldm.data.buckets import Buckets, assign, bucket_stage, cut_away, lines, shapes, wrong_step
+from ldm.data.order import BucketedBatches
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (64, 8), (256, 64)])
@@ -36,8 +36,8 @@ def test_each_picture_goes_where_its_aspect_is_nearest():
         assert cut == pytest.approx(all_cuts[c]) == pytest.approx(min(all_cuts))
 
 
-def stage_order(bucket: np.ndarray, seed: int, batch: int) -> Bucketed:
-    return Bucketed(seed, bucket, [(8, 8 + 8 * n) for n in range(6)], batch)
+def stage_order(bucket: np.ndarray, seed: int, batch: int) -> BucketedBatches:
+    return BucketedBatches(seed, bucket, [(8, 8 + 8 * n) for n in range(6)], batch)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,14 +91,14 @@ class Sizes:
 
 def test_what_is_not_reached_is_counted() -> None:
     data = Sizes([(64, 64)] * 30 + [(64, 128)] * 3)
-    found = sort(data, Buckets(), resolution=64, seed=0, batch=8, steps=4)
+    found = bucket_stage(data, Buckets(), resolution=64, seed=0, batch=8, steps=4)
     assert found is not None and [row["images"] for row in found.rows] == [30, 3]
     assert sum(row["updates"] for row in found.rows) == 4 and found.missed == 3
     told = lines(found.rows)
     assert "64 x 64" in told[0] and "3 never reached" in told[1] and "96 x 40" not in told[0]
-    enough = sort(data, Buckets(), resolution=64, seed=0, batch=8, steps=40)
+    enough = bucket_stage(data, Buckets(), resolution=64, seed=0, batch=8, steps=40)
     assert enough is not None and enough.missed == 0
-    assert sort(object(), Buckets(), resolution=64, seed=0, batch=8, steps=4) is None  # no sizes: squares
+    assert bucket_stage(object(), Buckets(), resolution=64, seed=0, batch=8, steps=4) is None  # no sizes: squares
 
 
 def test_settings_that_make_no_shapes_are_refused() -> None:

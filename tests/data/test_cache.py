@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ldm.formats.atomic as checkpoint
 from ldm.config.errors import UserError
-from ldm.data.cache import seal, write_cache
+from ldm.data.cache import CacheOptions, seal, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import draw_flips
 from ldm.data.folder import FolderData, FolderSource
@@ -47,12 +47,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> FolderData:
     return FolderSource(path=str(root), min_side=8).build("train")
 
 
-OPTIONS = {"autoencoder": "aaaa", "resolution": PIXELS, "batch": 2, "seed": 3, "shard_images": 4}
+OPTIONS = {"autoencoder": "aaaa", "resolution": PIXELS, "seed": 3, "shard_images": 4}
 
 
 def test_it_gives_back_what_the_encoder_said(tmp_path, data):
     told: list[int] = []
-    write_cache(tmp_path, data, encode, normalisation={"mean": [0.0]}, on_images=told.append, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(normalisation={"mean": [0.0]}, **OPTIONS), on_images=told.append, batch=2)
     latents = CachedLatents(tmp_path)
     assert len(latents) == len(data) == sum(told) == 11 and told == [2, 2, 2, 2, 2, 1]
     index, position = [10, 0, 4, 4], [100, 101, 102, 103]
@@ -75,7 +75,7 @@ def test_it_gives_back_what_the_encoder_said(tmp_path, data):
 
 
 def test_all_captions_of_an_image_come_up(tmp_path, data):
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     latents = CachedLatents(tmp_path)
     index = next(i for i, words in enumerate(data.all_captions(range(11))) if len(words) == 3)
     drawn = latents.captions([index] * 60, range(60), 0)
@@ -83,13 +83,13 @@ def test_all_captions_of_an_image_come_up(tmp_path, data):
 
 
 def test_vq_has_no_deviation(tmp_path, data):
-    write_cache(tmp_path, data, encode_vq, **OPTIONS)
+    write_cache(tmp_path, data, encode_vq, CacheOptions(**OPTIONS), batch=2)
     batch = CachedLatents(tmp_path).load([1], [1], PIXELS, 0, False)
     assert batch.std is None and batch.mean.shape == (1, 3, 4, 4)
 
 
 def test_mirrored_copies(tmp_path, data):
-    write_cache(tmp_path, data, encode, flip=True, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(flip=True, **OPTIONS), batch=2)
     latents = CachedLatents(tmp_path)
     index, position = [1, 5, 9] * 10, range(30)
     flips = draw_flips(2, position, True)
@@ -103,12 +103,12 @@ def test_mirrored_copies(tmp_path, data):
 
 
 def test_a_part_of_the_data_can_be_encoded(tmp_path, data):
-    write_cache(tmp_path, data, encode, images=5, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(images=5, **OPTIONS), batch=2)
     assert len(CachedLatents(tmp_path)) == 5
 
 
 def test_the_loader_reads_it_and_mapping_changes_nothing(tmp_path, data):
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     whole, mapped = CachedLatents(tmp_path), CachedLatents(tmp_path, in_memory_bytes=0)
     assert whole.in_memory and not mapped.in_memory and whole.fingerprint() == mapped.fingerprint()
     options = {"seed": 1, "batch": 4, "resolution": PIXELS, "stop": 6}
@@ -117,15 +117,15 @@ def test_the_loader_reads_it_and_mapping_changes_nothing(tmp_path, data):
 
 
 def test_ranks_share_the_work_and_workers_change_nothing(tmp_path, data):
-    write_cache(tmp_path / "one", data, encode, **OPTIONS)
+    write_cache(tmp_path / "one", data, encode, CacheOptions(**OPTIONS), batch=2)
     for rank in (1, 0):
-        write_cache(tmp_path / "two", data, encode, rank=rank, world=2, workers=2, **OPTIONS)
+        write_cache(tmp_path / "two", data, encode, CacheOptions(**OPTIONS), rank=rank, world=2, workers=2, batch=2)
     seal(tmp_path / "two")
     assert folder_hash(tmp_path / "one") == folder_hash(tmp_path / "two")
 
 
 def test_an_unfinished_cache_cannot_be_sealed_or_read(tmp_path, data):
-    write_cache(tmp_path, data, encode, rank=0, world=2, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), rank=0, world=2, batch=2)
     with pytest.raises(UserError, match=r"shard-000001: missing"):
         seal(tmp_path)
     with pytest.raises(UserError, match=r"1 of 3 shards missing \(shard-000001\)"):
@@ -135,7 +135,7 @@ def test_an_unfinished_cache_cannot_be_sealed_or_read(tmp_path, data):
 
 
 def test_it_goes_on_after_an_interruption_shard_by_shard(tmp_path, data):
-    write_cache(tmp_path / "straight", data, encode, **OPTIONS)
+    write_cache(tmp_path / "straight", data, encode, CacheOptions(**OPTIONS), batch=2)
     calls = 0
 
     def interrupted(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,16 +146,16 @@ def test_it_goes_on_after_an_interruption_shard_by_shard(tmp_path, data):
         return encode(image)
 
     with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path / "stopped", data, interrupted, **OPTIONS)
+        write_cache(tmp_path / "stopped", data, interrupted, CacheOptions(**OPTIONS), batch=2)
     assert {p.name for p in (tmp_path / "stopped").iterdir()} == {"cache.json", "shard-000000"}
     told: list[int] = []
-    write_cache(tmp_path / "stopped", data, interrupted, on_images=told.append, **OPTIONS)
+    write_cache(tmp_path / "stopped", data, interrupted, CacheOptions(**OPTIONS), on_images=told.append, batch=2)
     assert calls == 4 + 4 and told == [4, 2, 2, 2, 1]
     assert folder_hash(tmp_path / "stopped") == folder_hash(tmp_path / "straight")
 
 
 def test_it_survives_being_killed_anywhere(tmp_path, data):
-    write_cache(tmp_path / "straight", data, encode, **OPTIONS)
+    write_cache(tmp_path / "straight", data, encode, CacheOptions(**OPTIONS), batch=2)
 
     def killed_after(left: int) -> int:
         """The signal that ended a child process which was killed at its `left`-th sync."""
@@ -173,7 +173,7 @@ def test_it_survives_being_killed_anywhere(tmp_path, data):
                 sync(path)
 
             checkpoint._sync = count
-            write_cache(tmp_path / "killed", data, encode, **OPTIONS)
+            write_cache(tmp_path / "killed", data, encode, CacheOptions(**OPTIONS), batch=2)
         finally:
             os._exit(0)
 
@@ -183,9 +183,9 @@ def test_it_survives_being_killed_anywhere(tmp_path, data):
 
 
 def test_another_plan_makes_every_shard_anew(tmp_path, data):
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     first = CachedLatents(tmp_path)
-    write_cache(tmp_path, data, encode, **OPTIONS | {"autoencoder": "bbbb", "shard_images": 6})
+    write_cache(tmp_path, data, encode, CacheOptions(**(OPTIONS | {"autoencoder": "bbbb", "shard_images": 6})), batch=2)
     second = CachedLatents(tmp_path)
     assert second.plan.autoencoder == "bbbb" and second.fingerprint() != first.fingerprint()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache.json", "manifest.json", "shard-000000", "shard-000001"]
@@ -199,8 +199,8 @@ def test_another_plan_makes_every_shard_anew(tmp_path, data):
 
 
 def test_shards_of_two_plans_are_never_mixed(tmp_path, data):
-    write_cache(tmp_path / "a", data, encode, **OPTIONS)
-    write_cache(tmp_path / "b", data, encode, **OPTIONS | {"autoencoder": "bbbb"})
+    write_cache(tmp_path / "a", data, encode, CacheOptions(**OPTIONS), batch=2)
+    write_cache(tmp_path / "b", data, encode, CacheOptions(**(OPTIONS | {"autoencoder": "bbbb"})), batch=2)
     (tmp_path / "a" / "shard-000001").rename(tmp_path / "old")
     (tmp_path / "b" / "shard-000001").rename(tmp_path / "a" / "shard-000001")
     for refuses in (CachedLatents, seal):
@@ -209,7 +209,7 @@ def test_shards_of_two_plans_are_never_mixed(tmp_path, data):
 
 
 def test_damage_is_refused_by_name_and_mended_by_a_second_run(tmp_path, data):
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     whole = folder_hash(tmp_path)
     file = tmp_path / "shard-000001" / "moments.safetensors"
     raw = bytearray(file.read_bytes())
@@ -217,7 +217,7 @@ def test_damage_is_refused_by_name_and_mended_by_a_second_run(tmp_path, data):
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"shard-000001: damaged"):
         CachedLatents(tmp_path)
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     assert folder_hash(tmp_path) == whole
 
 
@@ -229,7 +229,7 @@ def test_what_is_not_finite_is_never_stored(tmp_path, data, bad):
         return mean, std
 
     with pytest.raises(UserError, match=rf"{Path(data.origin(1)).name}.*latent mean is not finite"):
-        write_cache(tmp_path, data, overflows, **OPTIONS)
+        write_cache(tmp_path, data, overflows, CacheOptions(**OPTIONS), batch=2)
     assert not list(tmp_path.glob("*shard*"))
 
 
@@ -247,18 +247,18 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(tmp_path, data, 
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"the disk is full \(No space left on device; \d+ MiB free\)"):
-        write_cache(tmp_path, data, encode, **OPTIONS)
+        write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     assert {p.name for p in tmp_path.iterdir()} == {"cache.json", "shard-000000"}
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2)
     assert len(CachedLatents(tmp_path)) == 11
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, data):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        write_cache(tmp_path / "file" / "below", data, encode, **OPTIONS)
+        write_cache(tmp_path / "file" / "below", data, encode, CacheOptions(**OPTIONS), batch=2)
 
 
 def test_nothing_to_encode_is_refused(tmp_path, data):
     with pytest.raises(UserError, match="nothing to encode"):
-        write_cache(tmp_path, data, encode, images=0, **OPTIONS)
+        write_cache(tmp_path, data, encode, CacheOptions(images=0, **OPTIONS), batch=2)

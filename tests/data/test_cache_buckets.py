@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.data.buckets import Buckets, sort
-from ldm.data.cache import write_cache
+from ldm.data.buckets import Buckets, bucket_stage
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import draw_flips
 from ldm.data.folder import FolderData, FolderSource
@@ -22,7 +22,7 @@ from ldm.data.loader import batches
 from ldm.formats.atomic import folder_hash
 
 CHOSEN = Buckets(step=8)
-OPTIONS = {"autoencoder": "aaaa", "resolution": 32, "batch": 3, "seed": 3, "shard_images": 7, "buckets": CHOSEN}
+OPTIONS = {"autoencoder": "aaaa", "resolution": 32, "seed": 3, "shard_images": 7, "buckets": CHOSEN}
 SIZES = [(48, 48), (80, 40), (40, 70), (61, 40)]
 
 
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> FolderData:
 @pytest.mark.parametrize("in_memory_bytes", [0, 2**30])
 def test_each_sample_is_what_the_encoder_said_of_its_shape(tmp_path: Path, data: FolderData, in_memory_bytes: int) -> None:
     told: list[int] = []
-    write_cache(tmp_path, data, encode, flip=True, on_images=told.append, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(flip=True, **OPTIONS), on_images=told.append, batch=3)
     latents = CachedLatents(tmp_path, in_memory_bytes)
     assert sum(told) == len(latents) == len(data)
     kept = latents.buckets()
@@ -67,9 +67,9 @@ def test_each_sample_is_what_the_encoder_said_of_its_shape(tmp_path: Path, data:
 
 
 def test_batches_hold_the_samples_that_the_pictures_would(tmp_path: Path, data: FolderData) -> None:
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=3)
     latents = CachedLatents(tmp_path)
-    own, seen = (sort(source, CHOSEN, resolution=32, seed=9, batch=4, steps=20) for source in (latents, data))
+    own, seen = (bucket_stage(source, CHOSEN, resolution=32, seed=9, batch=4, steps=20) for source in (latents, data))
     assert own is not None and seen is not None and own.rows == seen.rows
     options = {"seed": 9, "batch": 4, "stop": 20}
     for ours, theirs in zip(batches(latents, order=own.order, **options), batches(data, order=seen.order, **options), strict=True):
@@ -78,15 +78,15 @@ def test_batches_hold_the_samples_that_the_pictures_would(tmp_path: Path, data: 
 
 
 def test_ranks_share_the_work_and_restarts_keep_what_is_there(tmp_path: Path, data: FolderData) -> None:
-    write_cache(tmp_path / "one", data, encode, **OPTIONS)
+    write_cache(tmp_path / "one", data, encode, CacheOptions(**OPTIONS), batch=3)
     for rank in (1, 0):
-        write_cache(tmp_path / "two", data, encode, rank=rank, world=2, workers=2, **OPTIONS)
-    write_cache(tmp_path / "two", data, lambda image: pytest.fail("all is there"), **OPTIONS)
+        write_cache(tmp_path / "two", data, encode, CacheOptions(**OPTIONS), rank=rank, world=2, workers=2, batch=3)
+    write_cache(tmp_path / "two", data, lambda image: pytest.fail("all is there"), CacheOptions(**OPTIONS), batch=3)
     assert folder_hash(tmp_path / "one") == folder_hash(tmp_path / "two")
 
 
 def test_other_shapes_are_another_cache(tmp_path: Path, data: FolderData) -> None:
-    write_cache(tmp_path, data, encode, **OPTIONS)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=3)
     first = CachedLatents(tmp_path)
     first.require_shapes(CHOSEN.shapes(32))
     with pytest.raises(UserError, match="24x40, 32x32, 40x24, not squares"):
@@ -95,7 +95,7 @@ def test_other_shapes_are_another_cache(tmp_path: Path, data: FolderData) -> Non
         first.require_shapes(Buckets(step=16).shapes(32))
     with pytest.raises(UserError, match="it cannot be read in another shape"):
         first.load([0], [0], (16, 48), 0, False)
-    write_cache(tmp_path, data, encode, **OPTIONS | {"buckets": None})
+    write_cache(tmp_path, data, encode, CacheOptions(**(OPTIONS | {"buckets": None})), batch=3)
     second = CachedLatents(tmp_path)
     assert second.buckets() is None and second.sizes() is None and second.fingerprint() != first.fingerprint()
     assert second.load([0], [0], 32, 0, False).mean.shape[2:] == (8, 8)
@@ -104,7 +104,7 @@ def test_other_shapes_are_another_cache(tmp_path: Path, data: FolderData) -> Non
 
 
 def test_squares_have_the_name_that_they_always_had(tmp_path: Path, data: FolderData) -> None:
-    write_cache(tmp_path, data, encode, **OPTIONS | {"buckets": None})
+    write_cache(tmp_path, data, encode, CacheOptions(**(OPTIONS | {"buckets": None})), batch=3)
     plan = CachedLatents(tmp_path).plan
     assert plan.hash == dataclasses.replace(plan, shapes=()).hash != dataclasses.replace(plan, shapes=((32, 32),)).hash
 
@@ -115,4 +115,4 @@ def test_a_latent_that_is_not_finite_is_named(tmp_path: Path, data: FolderData) 
         return mean / (0.0 if mean.shape[2] > mean.shape[3] else 1.0), std
 
     with pytest.raises(UserError, match=r"\d\d.png: its latent mean is not finite"):
-        write_cache(tmp_path, data, wrong, **OPTIONS)
+        write_cache(tmp_path, data, wrong, CacheOptions(**OPTIONS), batch=3)

@@ -11,9 +11,9 @@ from tars import painted
 
 from ldm.config.errors import UserError
 from ldm.config.schema import build
-from ldm.data.concatenation import Joined, SeveralSource
+from ldm.data.concatenation import Concatenation, ConcatenationSource
 from ldm.data.dataset import loaded
-from ldm.data.filter import Filter, sift
+from ldm.data.filter import Filter, filter_samples
 from ldm.data.loader import batches
 from ldm.data.order import shuffled
 from ldm.data.scenes.source import ScenesSource
@@ -24,7 +24,7 @@ def paint(path: Path, number: int, size: tuple[int, int]) -> None:
     path.write_bytes(painted(number, size, {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix]))
 
 
-def source(root: Path, repeats: int = 3) -> SeveralSource:
+def source(root: Path, repeats: int = 3) -> ConcatenationSource:
     return build(
         {
             "kind": "several",
@@ -33,7 +33,7 @@ def source(root: Path, repeats: int = 3) -> SeveralSource:
                 {"source": {"kind": "folder", "path": str(root / "more"), "caption": "another", "val_share": 0.2}},
             ],
         },
-        SeveralSource,
+        ConcatenationSource,
         "test",
     )
 
@@ -56,7 +56,7 @@ def test_each_sample_is_that_of_its_part_and_comes_as_often_as_it_repeats(places
     assert [origins.count(first.origin(i)) for i in range(len(first))] == [3] * len(first)
     assert origins[3 * len(first) :] == [second.origin(i) for i in range(len(second))]
     index, position = [len(data) - 1, 0, len(first) + 2, 3 * len(first), 1], [5, 6, 7, 8, 9]
-    for ask in (Joined.load, loaded):
+    for ask in (Concatenation.load, loaded):
         together = ask(data, index, position, 24, 1, True)
         assert together.position.tolist() == position and list(together.caption) == data.captions(index, position, 1)
         parts = [(second, len(second) - 1), (first, 0), (first, 2), (second, 0), (first, 1)]
@@ -74,7 +74,7 @@ def test_an_epoch_has_every_sample_and_any_number_of_processes_sees_the_same(pla
     order = shuffled(4, np.arange(len(data)), len(data))
     assert sorted(order.tolist()) == list(range(len(data)))
     (whole,) = batches(data, seed=4, batch=8, resolution=16, stop=1)
-    halves = [next(batches(data, seed=4, batch=8, resolution=16, stop=1, rank=rank, world=2, workers=2)) for rank in (0, 1)]
+    halves = [next(batches(data, seed=4, batch=8, resolution=16, stop=1, rank=(rank, 2), workers=2)) for rank in (0, 1)]
     assert torch.equal(whole.image, torch.cat([half.image for half in halves])) and whole.caption == halves[0].caption + halves[1].caption
 
 
@@ -91,7 +91,7 @@ def test_filters_and_counts_see_all_parts(places: Path) -> None:
     told = data.describe()
     assert told["kind"] == "several" and told["images"] == len(data) and told["rejected"] == {"not an image": 1}
     assert "bad.jpg" in str(told["rejected_files"])
-    kept = sift(data, Filter(min_side=50), "here")
+    kept = filter_samples(data, Filter(min_side=50), "here")
     assert 0 < len(kept) < len(data)
     sizes = data.sizes()
     assert sizes is not None and len(kept) == int((sizes.min(1) >= 50).sum())
@@ -99,7 +99,7 @@ def test_filters_and_counts_see_all_parts(places: Path) -> None:
 
 def test_numbers_and_bytes_and_parts_that_know_nothing_go_together(places: Path) -> None:
     scenes = ScenesSource(tier="one", images=4, val=2, captions=1).build("train")
-    data = Joined([source(places).build("train"), scenes], [5, 6])
+    data = Concatenation([source(places).build("train"), scenes], [5, 6])
     batch = loaded(data, [0, 10, 5], [0, 1, 2], 32, 0, False)
     assert batch.image.dtype == torch.float32 and torch.equal(batch.image[2], scenes.load([0], [2], 32, 0, False).image[0])
     assert torch.equal(batch.image[1], scenes.load([1], [1], 32, 0, False).image[0])  # the sixth of four is the second
@@ -108,8 +108,8 @@ def test_numbers_and_bytes_and_parts_that_know_nothing_go_together(places: Path)
 
 def test_wrong_parts_are_told(places: Path) -> None:
     with pytest.raises(UserError, match="parts: none; give at least one source"):
-        SeveralSource(parts=())
+        ConcatenationSource(parts=())
     with pytest.raises(UserError, match=r"parts\.0\.source\.pth: .*did you mean path"):
-        build({"kind": "several", "parts": [{"source": {"kind": "folder", "pth": "x"}}]}, SeveralSource, "test")
+        build({"kind": "several", "parts": [{"source": {"kind": "folder", "pth": "x"}}]}, ConcatenationSource, "test")
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        build({"kind": "several", "parts": [{"source": {"kind": "folder", "path": "nowhere"}}]}, SeveralSource, "test").build("train")
+        build({"kind": "several", "parts": [{"source": {"kind": "folder", "path": "nowhere"}}]}, ConcatenationSource, "test").build("train")

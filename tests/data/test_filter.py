@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.config.errors import UserError
-from ldm.data.filter import Filter, Sifted, sift
+from ldm.data.filter import Filter, FilteredSamples, filter_samples
 from ldm.data.folder import FolderSource
 from ldm.data.scenes.source import ScenesSource
 
@@ -31,14 +31,14 @@ def test_the_web_corpus_is_filtered_by_its_columns(chosen: Filter) -> None:
         and (not chosen.min_aesthetic or columns.aesthetic[i] > chosen.min_aesthetic)
         and (chosen.max_watermark == 1 or columns.p_watermark[i] < chosen.max_watermark)
     ]
-    data = sift(WEB, chosen, "filter")
-    assert isinstance(data, Sifted) and data.kept.tolist() == wanted and 0 < len(wanted) < len(WEB)
+    data = filter_samples(WEB, chosen, "filter")
+    assert isinstance(data, FilteredSamples) and data.kept.tolist() == wanted and 0 < len(wanted) < len(WEB)
     assert data.describe()["images"] == len(wanted) and data.origin(1) == WEB.origin(wanted[1])
 
 
 def test_samples_are_the_data_s_own_at_the_same_positions() -> None:
-    data = sift(WEB, Filter(min_aesthetic=6), "filter")
-    assert isinstance(data, Sifted)
+    data = filter_samples(WEB, Filter(min_aesthetic=6), "filter")
+    assert isinstance(data, FilteredSamples)
     rows = [int(i) for i in data.kept[[3, 0, 7]]]
     ours, theirs = data.load([3, 0, 7], [10, 11, 12], 16, 5, False), WEB.load(rows, [10, 11, 12], 16, 5, False)
     assert torch.equal(ours.image, theirs.image) and ours.caption == theirs.caption == tuple(data.captions([3, 0, 7], [10, 11, 12], 5))
@@ -47,10 +47,10 @@ def test_samples_are_the_data_s_own_at_the_same_positions() -> None:
 
 
 def test_nothing_asked_is_the_data_itself_and_what_is_asked_is_in_the_fingerprint() -> None:
-    assert sift(WEB, Filter(), "filter") is WEB
-    prints = {sift(WEB, Filter(min_aesthetic=score), "filter").fingerprint() for score in (0, 4, 5, 6)}
+    assert filter_samples(WEB, Filter(), "filter") is WEB
+    prints = {filter_samples(WEB, Filter(min_aesthetic=score), "filter").fingerprint() for score in (0, 4, 5, 6)}
     assert len(prints) == 4
-    assert sift(WEB, Filter(min_aesthetic=5), "").fingerprint() == sift(WEB, Filter(min_aesthetic=5), "").fingerprint()
+    assert filter_samples(WEB, Filter(min_aesthetic=5), "").fingerprint() == filter_samples(WEB, Filter(min_aesthetic=5), "").fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_nothing_asked_is_the_data_itself_and_what_is_asked_is_in_the_fingerprin
 def test_data_without_the_column_refuses_by_its_name(chosen: Filter, said: str) -> None:
     plain = ScenesSource(tier="one", images=8, val=2).build("train")
     with pytest.raises(UserError, match=said):
-        sift(plain, chosen, "stages.x.filter")
+        filter_samples(plain, chosen, "stages.x.filter")
 
 
 def test_a_filter_that_nothing_passes_says_how_many_pass_each_part() -> None:
     with pytest.raises(UserError, match=r"x: none of 400 samples passes \(min_side alone keeps [1-9]\d*, min_aesthetic alone keeps 0\)"):
-        sift(WEB, Filter(min_side=64, min_aesthetic=11), "x")
+        filter_samples(WEB, Filter(min_side=64, min_aesthetic=11), "x")
 
 
 def photographs(folder: Path) -> Path:
@@ -92,7 +92,7 @@ def test_a_folder_knows_sizes_and_what_its_table_tells(tmp_path: Path) -> None:
     data = source.build("train")
 
     def kept(chosen: Filter) -> set[str]:
-        sifted = sift(data, chosen, "filter")
+        sifted = filter_samples(data, chosen, "filter")
         return {caption for (caption,) in sifted.all_captions(list(range(len(sifted))))}
 
     there = {caption for (caption,) in data.all_captions(list(range(len(data))))}
@@ -108,4 +108,4 @@ def test_a_folder_without_scores_refuses(tmp_path: Path) -> None:
     text = "\n".join(json.dumps({k: row[k] for k in ("file_name", "text")}) for row in rows)
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"min_aesthetic: this data \(folder\) tells no aesthetic scores \(column aesthetic\)"):
-        sift(FolderSource(path=str(folder)).build("train"), Filter(min_aesthetic=5), "filter")
+        filter_samples(FolderSource(path=str(folder)).build("train"), Filter(min_aesthetic=5), "filter")

@@ -112,7 +112,7 @@ def test_a_batch_may_be_larger_than_the_data():
 def test_ranks_together_see_what_one_process_sees(world):
     options = {"seed": 5, "batch": 8, "resolution": 2, "flip": True, "start": 2, "stop": 6}
     alone = list(batches(Numbers(21), **options))
-    ranks = [list(batches(Numbers(21), rank=r, world=world, **options)) for r in range(world)]
+    ranks = [list(batches(Numbers(21), rank=(r, world), **options)) for r in range(world)]
     for step, whole in enumerate(alone):
         parts = [rank[step] for rank in ranks]
         assert torch.equal(torch.cat([p.image for p in parts]), whole.image)
@@ -160,7 +160,7 @@ def test_the_steps_after_the_last_are_not_loaded():
 
 def test_an_unequal_share_and_an_empty_set_are_refused():
     with pytest.raises(UserError, match=r"batch: 10 .* 4 processes"):
-        next(batches(Numbers(5), seed=0, batch=10, resolution=2, world=4))
+        next(batches(Numbers(5), seed=0, batch=10, resolution=2, rank=(0, 4)))
     with pytest.raises(UserError, match="empty"):
         next(batches(Numbers(0), seed=0, batch=10, resolution=2))
 

@@ -22,14 +22,14 @@ from ldm.data import storage
 from ldm.data.images import view
 from ldm.data.shard_index import NAME, open_index
 from ldm.data.shards import ShardsData, ShardsSource
-from ldm.data.tar import Damage, Member, NonFiniteUpdate, members
+from ldm.data.tar import Damage, Member, SkippedMember, members
 
 
 def build(path: object, split: str = "train", **options: object) -> ShardsData:
     return ShardsSource(path=str(path), **options).build(split)  # type: ignore[arg-type]
 
 
-def read(data: bytes) -> list[Member | NonFiniteUpdate | Damage]:
+def read(data: bytes) -> list[Member | SkippedMember | Damage]:
     return list(members(io.BytesIO(data), 10**6))
 
 

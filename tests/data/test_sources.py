@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from ldm.data.cache import write_cache
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.dataset import DataSet, Samples, draw_captions, draw_flips, loaded
-from ldm.data.filter import Filter, Sifted
+from ldm.data.filter import Filter, FilteredSamples
 from ldm.data.folder import FolderSource
 from ldm.data.loader import batches
 from ldm.data.sources import Source
@@ -54,7 +54,7 @@ def kinds(photos: Path) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_are_bytes_until_they_are_on_a_device(photos, kind, workers):
     data: DataSet = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
-    for source in (data, Sifted(data, np.arange(len(data)), Filter())):
+    for source in (data, FilteredSamples(data, np.arange(len(data)), Filter())):
         index, position = [0, 2, 1, 0], [11, 12, 13, 14]
         seen, own = loaded(source, index, position, (24, 32), 5, True), source.load(index, position, (24, 32), 5, True)
         assert seen.image.dtype == torch.uint8 and torch.equal(seen.to("cpu").image, own.image)
@@ -90,7 +90,7 @@ def test_every_source_keeps_the_contract(photos, kind, split):
 @pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_every_source_can_be_cached(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("val")
-    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=6)
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), CacheOptions(autoencoder="a", resolution=32, images=6))
     latents: Samples = CachedLatents(tmp_path)
     count = min(6, len(data))
     batch = latents.load(range(count), range(count), 32, 0, False)
@@ -103,7 +103,7 @@ def test_every_source_can_be_cached(photos, kind, tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "scenes", "shards", "datasets"])
 def test_flips_leave_captions_true_cached_or_not(photos, kind, tmp_path):
     data = TypeAdapter(Source).validate_python(kinds(photos)[kind]).build("train")
-    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), autoencoder="a", resolution=32, images=2, flip=True)
+    write_cache(tmp_path, data, lambda x: (x[:, :, ::8, ::8], None), CacheOptions(autoencoder="a", resolution=32, images=2, flip=True))
     index, position = [0] * 8, range(8)
     latents = CachedLatents(tmp_path)
     flipped, plain = (latents.load(index, position, 32, 0, flip).mean for flip in (True, False))

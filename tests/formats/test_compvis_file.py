@@ -26,9 +26,8 @@ from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.compvis import from_compvis, to_compvis
-from ldm.formats.compvis_file import schedule_buffers
-from ldm.formats.compvis_yaml import inference_yaml, obstacles, text_kind
-from ldm.formats.export_source import Part, Source, with_quant_convolutions
+from ldm.formats.compvis_file import inference_yaml, obstacles, schedule_buffers, text_kind
+from ldm.formats.export_source import ExportedModel, ExportedNetwork, with_quant_convolutions
 from ldm.formats.part import load_part
 from ldm.formats.text_folder import load_tokenizer
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -76,11 +75,11 @@ def single(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def source(network: UNetConfig, autoencoder: KLConfig | VQConfig, text: dict[str, Any], **more: Any) -> Source:
+def source(network: UNetConfig, autoencoder: KLConfig | VQConfig, text: dict[str, Any], **more: Any) -> ExportedModel:
     """A model of configurations alone."""
     told: dict[str, Any] = {
         "name": "x",
-        "parts": {"text_encoder": Part(text, {})},
+        "parts": {"text_encoder": ExportedNetwork(text, {})},
         "network": network,
         "autoencoder": autoencoder,
         "statistics": None,
@@ -93,7 +92,7 @@ def source(network: UNetConfig, autoencoder: KLConfig | VQConfig, text: dict[str
         "notices": (),
         "hash": "",
     }
-    return Source(**{**told, **more})
+    return ExportedModel(**{**told, **more})
 
 
 def test_the_file_alone_gives_every_weight_back_under_our_names(model: Path, single: Path) -> None:
@@ -326,7 +325,11 @@ def test_what_compvis_names_cannot_say_is_refused(tmp_path: Path, capsys: Any) -
     from ldm.config.errors import UserError
     from ldm.formats.compvis_file import sayable
 
-    parts = {"unet": Part({"_class_name": "x"}, {}), "vae": Part({}, {}), "text_encoder": Part({"model_type": "t5"}, {})}
+    parts = {
+        "unet": ExportedNetwork({"_class_name": "x"}, {}),
+        "vae": ExportedNetwork({}, {}),
+        "text_encoder": ExportedNetwork({"model_type": "t5"}, {}),
+    }
     with pytest.raises(UserError, match="text_encoder: t5 has no place in a CompVis file"):
         sayable(source(UNetConfig(), KLConfig(), {}, parts=parts))
     with pytest.raises(UserError, match="size_channels is 256, but CompVis' LatentDiffusion is told no sizes"):

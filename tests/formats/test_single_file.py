@@ -18,11 +18,10 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
-from ldm.formats.compvis import PREFIX, to_compvis
-from ldm.formats.compvis_shapes import text_config, unet_config, vae_config
+from ldm.formats.compvis import PREFIX, text_config, to_compvis, unet_config, vae_config
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_part, read_json
-from ldm.formats.single_file import Choices, open_single, read_file
+from ldm.formats.single_file import CheckpointChoices, open_single, read_file
 from ldm.formats.text_folder import PREFIX as TEXT
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
@@ -92,7 +91,7 @@ def quiet(text: str) -> None:
 
 @pytest.mark.parametrize(("unet", "vae"), [(UNET, KL), (SD2, VQ), (INPAINT, KL), (XL, KL)])
 def test_shapes_tell_what_a_network_is(unet: UNetConfig, vae: KLConfig | VQConfig) -> None:
-    from ldm.formats.compvis_shapes import inner
+    from ldm.formats.compvis import inner
 
     state = checkpoint(unet, vae)
     found = unet_config(inner("unet", state))
@@ -140,10 +139,10 @@ def test_what_a_file_predicts_comes_from_beside_it(tmp_path: Path) -> None:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     assert (scheduler["prediction_type"], scheduler["beta_start"], scheduler["beta_end"]) == ("v_prediction", 0.001, 0.02)
     assert read_json(folder / "vae" / "config.json")["scaling_factor"] == 0.5
-    chosen = open_single(tmp_path / "b.safetensors", Choices(prediction="epsilon"), note=quiet)
+    chosen = open_single(tmp_path / "b.safetensors", CheckpointChoices(prediction="epsilon"), note=quiet)
     assert read_json(chosen / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
     with pytest.raises(UserError, match="prediction: got 'vv'"):
-        open_single(tmp_path / "b.safetensors", Choices(prediction="vv"))
+        open_single(tmp_path / "b.safetensors", CheckpointChoices(prediction="vv"))
     (tmp_path / "b.yaml").write_text("model: 3")
     with pytest.raises(UserError, match=r"b\.yaml: no YAML of a CompVis model"):
         open_single(tmp_path / "b.safetensors", note=quiet)
@@ -156,7 +155,7 @@ def test_averaged_weights_are_a_choice(tmp_path: Path) -> None:
     file = written(state | averaged | {"model_ema.decay": torch.tensor(0.9999)}, tmp_path / "both.safetensors")
     notes: list[str] = []
     name = "conv_in.weight"
-    last = load_part(open_single(file, Choices(ema=False), note=notes.append) / "unet")[1][name]
+    last = load_part(open_single(file, CheckpointChoices(ema=False), note=notes.append) / "unet")[1][name]
     mean = load_part(open_single(file, note=notes.append) / "unet")[1][name]
     assert torch.equal(mean, last + 1) and sum("averaged weights" in note for note in notes) == 2
     del averaged[next(iter(averaged))]

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from yardsticks import yardsticks
 
 from ldm.data.scenes.captions import Phrase, Target, parse, stated
 from ldm.data.scenes.checker import Reading
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import prompts
 from ldm.metrics.adherence import METRICS, grade, join, score, summary
-from ldm.metrics.yardsticks import yardsticks
 
 NAN = float("nan")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from peak_memory import peak_kib
 
-from ldm.config.presets import names
+from ldm.config.introspection import preset_names
 from ldm.models import cost
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
@@ -57,7 +57,7 @@ with torch.no_grad(), torch.autocast("cpu", dtype, enabled=half):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", names(UNetConfig))
+@pytest.mark.parametrize("name", preset_names(UNetConfig))
 def test_a_guided_step_needs_weights_and_less_than_training_keeps(name: str, dtype: str) -> None:
     from ldm.config.schema import build
     from ldm.families.latent_diffusion.family import LatentDiffusion
@@ -73,12 +73,12 @@ def test_a_guided_step_needs_weights_and_less_than_training_keeps(name: str, dty
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*names(KLConfig), *names(VQConfig)])
+@pytest.mark.parametrize("name", [*preset_names(KLConfig), *preset_names(VQConfig)])
 def test_encoding_and_decoding_need_weights_and_less_than_training_keeps(name: str, dtype: str) -> None:
     from ldm.config.schema import build
     from ldm.families.autoencoder import KL, VQ
 
-    owner = KL if name in names(KLConfig) else VQ
+    owner = KL if name in preset_names(KLConfig) else VQ
     size = 4 if dtype == "float32" else 2
     parameters, *sides = cost.autoencoder(build({"network": name}, owner, "test").network, PIXELS, PIXELS)
     weights, before = parameters * size / GIB, BUILD.format(name=name, dtype=dtype, owner=owner.__name__)

@@ -13,7 +13,7 @@ import torch
 from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import load
-from ldm.data.cache import DATA, write_cache
+from ldm.data.cache import CacheOptions, DATA, write_cache
 from ldm.data.scenes.source import ScenesSource
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, latent_channels
@@ -83,7 +83,7 @@ def test_a_latent_cache_is_as_large_as_said(tmp_path: Path, flip: bool) -> None:
         latent = torch.zeros(len(image), latent_channels(parts.models["autoencoder"].latent_network(print)), 4, 4)
         return latent, latent
 
-    write_cache(tmp_path / "cache", data, encode, autoencoder="x", resolution=32, flip=flip)
+    write_cache(tmp_path / "cache", data, encode, CacheOptions(autoencoder="x", resolution=32, flip=flip))
     real = sum(file.stat().st_size for file in (tmp_path / "cache").rglob(DATA))
     _, each = parts.encoding(Encode(resolution=32), 2 if flip else 1)
     assert 64 * each == pytest.approx(real, rel=0.05)

@@ -1,4 +1,4 @@
-"""What a fresh process does for a row: python -m ldm.cli.benchmarks.child TASK SIDE SIZE DEVICE [FOLDER FILE]."""
+"""Subprocess entry of benchmarks (cold start, peak memory): python -m ldm.cli.benchmarks.child TASK SIDE SIZE DEVICE [FOLDER FILE]."""
 
 from __future__ import annotations
 

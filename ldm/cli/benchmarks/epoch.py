@@ -1,4 +1,4 @@
-"""The row of whole epochs: pixels to updates with our latent cache, beside the order of work of train_text_to_image.py."""
+"""Benchmark of whole epochs from JPEGs: our latent cache beside train_text_to_image.py, which encodes at every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ldm.cli.benchmarks.loading import TOY, collate, quietly, their_images, write_jpegs
-from ldm.cli.benchmarks.models import KL_SD, Shape, build_family, counts, distance, moments, small
+from ldm.cli.benchmarks.models import KL_SD, ModelShape, build_family, counts, distance, moments, small
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.cli.benchmarks.training import DiffusersLoop, trainer
-from ldm.data.cache import write_cache
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.loader import batches
@@ -75,7 +75,7 @@ def from_jpegs(setup: Setup) -> Iterator[Case]:
 class Ours:
     """The stages encode and diffusion, without the run around them."""
 
-    def __init__(self, family: LatentDiffusionFamily, shape: Shape, folder: Path, setup: Setup) -> None:
+    def __init__(self, family: LatentDiffusionFamily, shape: ModelShape, folder: Path, setup: Setup) -> None:
         self.family, self.shape, self.device = family, shape, setup.device
         self.data: FolderData = FolderSource(path=str(folder), crop="centre", val_share=1e-9).build("train")
         nothing: Any = None
@@ -89,7 +89,7 @@ class Ours:
         def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return self.family.codec.moments(image.to(self.device))
 
-        write_cache(folder, self.data, encode, autoencoder="none", resolution=self.shape.pixels, batch=self.shape.batch)
+        write_cache(folder, self.data, encode, CacheOptions(autoencoder="none", resolution=self.shape.pixels), batch=self.shape.batch)
         self.cache = CachedLatents(folder)
 
     def epochs(self, epochs: int) -> None:
@@ -104,7 +104,7 @@ class Ours:
 class Theirs:
     """The loop over transformed images: autoencoder and text encoder at every step."""
 
-    def __init__(self, family: LatentDiffusionFamily, shape: Shape, folder: Path, setup: Setup) -> None:
+    def __init__(self, family: LatentDiffusionFamily, shape: ModelShape, folder: Path, setup: Setup) -> None:
         from torch.utils.data import DataLoader
 
         held = set(FolderSource(path=str(folder), crop="centre", val_share=1e-9).build("val").names)

@@ -1,4 +1,4 @@
-"""Rows of data: JPEG files and cached latents become training batches, beside datasets with the usual transforms."""
+"""Benchmarks of data loading: JPEG files and cached latents, beside datasets with the usual transforms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.cli.benchmarks.models import CAPTIONS
 from ldm.cli.benchmarks.rows import Case, Setup
-from ldm.data.cache import write_cache
+from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderSource
 from ldm.data.loader import batches
@@ -172,7 +172,7 @@ def cached(setup: Setup) -> Iterator[Case]:
         return mean, std.abs()
 
     source: Any = _Blank(count)
-    write_cache(setup.folder / "cache", source, encode, autoencoder="none", resolution=8 * shape[1], batch=batch)
+    write_cache(setup.folder / "cache", source, encode, CacheOptions(autoencoder="none", resolution=8 * shape[1]), batch=batch)
     ours = CachedLatents(setup.folder / "cache")
     everything = ours.load(range(count), range(count), 8 * shape[1], 0, False)
     assert everything.std is not None

@@ -1,4 +1,4 @@
-"""Where a figure was taken: the machine, its load, the versions, the commit, and how fast it multiplies."""
+"""Benchmark environment: hardware, load, versions, commit, and measured peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def peak(setup: Setup) -> dict[str, float]:
         x = torch.randn(batch, channels, place, place, device=device).to(dtype)
         weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
         work: dict[str, tuple[Callable[[], object], int]] = {
-            "matmul": (lambda a=a: a @ a, 2 * side**3),
-            "conv": (lambda x=x, w=weight: F.conv2d(x, w, padding=1), 2 * batch * channels**2 * 9 * place**2),
+            "matmul": (partial(torch.matmul, a, a), 2 * side**3),
+            "conv": (partial(F.conv2d, x, weight, padding=1), 2 * batch * channels**2 * 9 * place**2),
         }
         for kind, (call, operations) in work.items():
             with torch.inference_mode():

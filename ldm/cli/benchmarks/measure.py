@@ -1,4 +1,4 @@
-"""The harness: two sides called in turn, their times, the ratio with its spread, and whether their results agree."""
+"""Benchmark harness: two sides called in turn, their times, the ratio with its spread, and whether their results agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Clock = Callable[[Callable[[], Any], int], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its quartiles."""
+    """Median with quartiles."""
 
     median: float
     low: float
@@ -37,7 +37,7 @@ class Spread:
 
 @dataclass(kw_only=True)
 class Result:
-    """What became of a case. Times are seconds per call (or bytes), in the order in which they were taken."""
+    """Result of a benchmark case. Times are seconds per call (or bytes), in the order in which they were taken."""
 
     name: str
     kind: str

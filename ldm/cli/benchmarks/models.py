@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights, and their twins in diffusers with the same weights."""
+"""Benchmark models with random weights, and their diffusers counterparts with the same weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOKENS = 77
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A text-to-image model's sizes."""
+class ModelShape:
+    """Model shape: sizes of a text-to-image model."""
 
     unet: UNetConfig
     autoencoder: KLConfig
@@ -41,7 +41,7 @@ class Shape:
 
 KL_SMALL = KLConfig(channels=(64, 128, 256, 256), scaling_factor=SCALE)
 KL_SD = KLConfig(scaling_factor=SCALE)
-SMALL = Shape(
+SMALL = ModelShape(
     unet=UNetConfig(channels=(64, 128, 256), attention=(True, True, False), heads=8, context_width=128),
     autoencoder=KL_SMALL,
     text_layers=2,
@@ -49,7 +49,7 @@ SMALL = Shape(
     pixels=256,
     batch=8,
 )
-QUICKSTART = Shape(
+QUICKSTART = ModelShape(
     unet=UNetConfig(
         channels=(128, 128, 128), layers=1, attention=(False, True, True), heads=2, context_width=128, in_channels=8, out_channels=8
     ),
@@ -59,7 +59,7 @@ QUICKSTART = Shape(
     pixels=64,
     batch=32,
 )
-TINY = Shape(
+TINY = ModelShape(
     unet=UNetConfig(channels=(16, 32), layers=1, attention=(True, False), heads=2, norm_groups=8, context_width=32),
     autoencoder=KLConfig(channels=(8, 8, 8, 16), layers=1, norm_groups=4, scaling_factor=SCALE),
     text_layers=1,
@@ -67,8 +67,8 @@ TINY = Shape(
     pixels=64,
     batch=2,
 )
-SD1 = Shape(unet=UNetConfig(), autoencoder=KL_SD, text_layers=12, text_heads=12, vocabulary=49408, pixels=512, batch=16)
-SD2 = Shape(
+SD1 = ModelShape(unet=UNetConfig(), autoencoder=KL_SD, text_layers=12, text_heads=12, vocabulary=49408, pixels=512, batch=16)
+SD2 = ModelShape(
     unet=UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
     autoencoder=KL_SD,
     text_layers=23,
@@ -79,7 +79,7 @@ SD2 = Shape(
 )
 
 
-def small(tiny: bool) -> Shape:
+def small(tiny: bool) -> ModelShape:
     """The shape of the CPU rows."""
     return TINY if tiny else SMALL
 
@@ -90,12 +90,12 @@ def count(config: UNetConfig | KLConfig) -> int:
         return sum(p.numel() for p in config.build().parameters())
 
 
-def counts(shape: Shape) -> dict[str, int]:
+def counts(shape: ModelShape) -> dict[str, int]:
     """Parameters of the networks of a shape, for the record."""
     return {"unet_parameters": count(shape.unet), "autoencoder_parameters": count(shape.autoencoder)}
 
 
-def build_text(shape: Shape) -> TextEncoder:
+def build_text(shape: ModelShape) -> TextEncoder:
     """A random CLIP text tower whose tokenizer knows a few words only."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -116,7 +116,7 @@ def build_text(shape: Shape) -> TextEncoder:
     return TextEncoder(CLIPTextModel(made).eval().requires_grad_(False), tokenizer)
 
 
-def build_family(shape: Shape, device: str, chunk: int = 1) -> LatentDiffusionFamily:
+def build_family(shape: ModelShape, device: str, chunk: int = 1) -> LatentDiffusionFamily:
     """A whole model of random weights; all its parts on the device."""
     torch.manual_seed(0)
     text = build_text(shape)
@@ -165,7 +165,7 @@ def twin_pipeline(family: LatentDiffusionFamily) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     assert isinstance(family.codec.network, KLAutoencoder)
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=twin_autoencoder(family.codec.network).eval(),
         text_encoder=family.text.model,
         tokenizer=family.text.tokenizer,
@@ -179,7 +179,7 @@ def twin_pipeline(family: LatentDiffusionFamily) -> Any:
     return pipeline
 
 
-def moments(shape: Shape) -> MomentBatch:
+def moments(shape: ModelShape) -> MomentBatch:
     """A batch as it comes from the latent cache."""
     size = (shape.batch, shape.autoencoder.latent_channels, shape.side, shape.side)
     row = [shape.pixels, shape.pixels, 0, 0, shape.pixels, shape.pixels]

@@ -1,4 +1,4 @@
-"""What is compared with whom: one row per promise, described without loading anything heavy."""
+"""Benchmark table: what is compared with whom, described without loading anything heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Size = Literal["small", "tiny"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a row is prepared for."""
+    """Benchmark setup: device, size, threads and folder."""
 
     device: str = "cpu"  # "cpu" or "cuda"
     size: Size = "small"  # tiny: toy shapes that show that the code runs, and measure nothing of interest
@@ -29,7 +29,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Two ways to the same result, ready to be called in turn."""
+    """Benchmark case: two implementations of the same result, ready to be called in turn."""
 
     name: str
     kind: Literal["equal", "default", "record"]  # equal: same numerics; default: each side as shipped; record: no peer here
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table."""
+    """Row of the benchmark table."""
 
     id: str
     title: str
@@ -55,7 +55,7 @@ class Row:
     goal: str
     where: Literal["cpu", "cuda", "any"]  # what it needs to mean anything; "any" follows --device
     seconds: float  # of one round of all its cases in size small: CPU time of one core, or wall time of one GPU
-    prepare: str  # module:function of ldm.benchmarks, from a Setup to Cases one by one
+    prepare: str  # module:function of ldm.cli.benchmarks, from a Setup to Cases one by one
     needs: tuple[str, ...] = ("diffusers",)
     missing: str = ""  # why it cannot be run anywhere yet
 
@@ -71,7 +71,7 @@ class Row:
     def cases(self, setup: Setup) -> Iterator[Case]:
         """The row's cases, each made when it is asked for."""
         module, _, function = self.prepare.partition(":")
-        made: Iterator[Case] = getattr(importlib.import_module(f"ldm.benchmarks.{module}"), function)(setup)
+        made: Iterator[Case] = getattr(importlib.import_module(f"ldm.cli.benchmarks.{module}"), function)(setup)
         return made
 
 
@@ -196,7 +196,7 @@ ROWS = (
         goal="1.30x; 2.3x",
         where="any",
         seconds=16,
-        prepare="adversarial:steps",
+        prepare="autoencoders:adversarial",
     ),
     Row(
         id="B14",
@@ -205,7 +205,7 @@ ROWS = (
         goal="3x",
         where="cpu",
         seconds=0.5,
-        prepare="optimiser:steps",
+        prepare="training:optimiser_and_ema",
     ),
     Row(
         id="B15",

@@ -1,4 +1,4 @@
-"""Rows of drawing: our sampler beside diffusers' StableDiffusionPipeline, from the same noise."""
+"""Benchmarks of sampling: ours beside diffusers' StableDiffusionPipeline, from the same noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, Shape, build_family, counts, small, twin_pipeline
+from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, ModelShape, build_family, counts, small, twin_pipeline
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
@@ -49,7 +49,7 @@ def sd2_record(setup: Setup) -> Iterator[Case]:
 
 def drawing(
     setup: Setup,
-    shape: Shape,
+    shape: ModelShape,
     name: str,
     kind: Literal["equal", "default", "record"],
     ours: Precision,

@@ -1,4 +1,4 @@
-"""The row of checkpoints: how long training stands still for one that is written beside it, and how long the writing takes."""
+"""Benchmark of asynchronous checkpointing: how long training stalls, and how long the writing takes."""
 
 from __future__ import annotations
 

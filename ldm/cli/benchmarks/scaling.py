@@ -1,4 +1,4 @@
-"""The row of several processes: images a second of one process and of two, each with the same batch and one thread of its own."""
+"""Benchmark of data-parallel scaling: images a second of one process and of two, each with the same batch and one thread of its own."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def two_processes(setup: Setup) -> Iterator[Case]:
 
 
 class Team:
-    """Processes that train when they are told to: together, or not `connected`, each by itself."""
+    """Pool of training processes, told what to do through pipes: together, or not `connected`, each by itself."""
 
     def __init__(self, world: int, shape: str, folder: Path, connected: bool = True) -> None:
         self.world, self.shape, self.folder = world, shape, folder

@@ -1,4 +1,4 @@
-"""Rows that are measured in fresh processes: cold starts, and peak memory."""
+"""Benchmarks in fresh processes: cold start, and peak memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def words(setup: Setup) -> Iterator[Case]:
         yield Case(
             name=name,
             kind="default",
-            ours=lambda command=command, code=code: seconds_of(command, code)[0],
-            theirs=lambda: seconds_of(peer)[0],
+            ours=partial(_seconds_of, command, code),
+            theirs=partial(_seconds_of, peer),
             check=check,
             tolerance=0.0,
             error="difference of exit codes",
@@ -56,7 +57,7 @@ def first_call(setup: Setup) -> Iterator[Case]:
     results = {side: setup.folder / f"{side}.npy" for side in ("ours", "theirs")}
 
     def start(side: str) -> float:
-        return seconds_of(_child("first_call", side, setup, str(folder), str(results[side])))[0]
+        return _seconds_of(_child("first_call", side, setup, str(folder), str(results[side])))
 
     checked: dict[str, float] = {}  # these starts are measurements too
 
@@ -121,6 +122,10 @@ def _environment() -> dict[str, str]:
     """The child's: this package and no other, one thread, no network."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _seconds_of(command: Sequence[str], code: int = 0) -> float:
+    return seconds_of(command, code)[0]
 
 
 def seconds_of(command: Sequence[str], code: int = 0) -> tuple[float, str]:

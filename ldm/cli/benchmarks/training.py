@@ -1,4 +1,4 @@
-"""Rows of the UNet's training step: our trainer's own update beside the loop of diffusers' train_text_to_image.py."""
+"""Benchmarks of the UNet's training step and of the optimiser with EMA, beside diffusers' train_text_to_image.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.cli.benchmarks.models import (
@@ -15,7 +15,7 @@ from ldm.cli.benchmarks.models import (
     SD1,
     SD2,
     TINY,
-    Shape,
+    ModelShape,
     build_family,
     counts,
     distance,
@@ -28,8 +28,10 @@ from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.diffusion.batch import MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.distributed.processes import Learners
-from ldm.families.family import Context, Family
+from ldm.families.family import Context, Family, ParameterGroup
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.training import optim
+from ldm.training.ema import Ema
 from ldm.training.log import Log
 from ldm.training.loop import Trainer
 from ldm.training.optim import AdamW
@@ -77,7 +79,7 @@ def _steps(setup: Setup, ours: Precision, theirs: Precision, kind: Literal["equa
 
 def step(
     setup: Setup,
-    shape: Shape,
+    shape: ModelShape,
     name: str,
     ours: Precision,
     theirs: Precision,
@@ -219,3 +221,54 @@ class DiffusersLoop:
         """Let go of everything, where nothing is timed."""
         del self.unet, self.optimizer, self.ema
         self.vae = None
+
+
+UPDATES = 10  # compared; EMAModel's first update forgets the start altogether, ours keeps a tenth
+
+
+def optimiser_and_ema(setup: Setup) -> Iterator[Case]:
+    """B14."""
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(0)
+    network = small(setup.tiny).unet.build()
+    ours = list(network.parameters())
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        a.grad = torch.randn_like(a) * 1e-3
+        b.grad = a.grad.clone()
+    # Weight decay of biases and norms differs by choice, by less than the tolerance; the check is for the arithmetic.
+    optimizers = optim.build(AdamW(lr=LR), [ParameterGroup("model", ours)])
+    average = Ema(ours, DECAY)
+    peer = torch.optim.AdamW(theirs, lr=LR, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    their_average = EMAModel(theirs, decay=DECAY)
+    average.updates = their_average.optimization_step = 9
+
+    def our_side() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+        average.update()
+
+    def their_side() -> None:
+        peer.step()
+        their_average.step(theirs)
+
+    def check() -> float:
+        for _ in range(UPDATES):
+            our_side()
+            their_side()
+        weights = distance([p.detach() for p in ours], [p.detach() for p in theirs])
+        return max(weights, distance(average.averages, their_average.shadow_params))
+
+    parameters = sum(p.numel() for p in ours)
+    yield Case(
+        name=f"{parameters / 1e6:.1f} M parameters, fp32",
+        kind="equal",
+        ours=our_side,
+        theirs=their_side,
+        check=check,
+        tolerance=1e-4,
+        error=f"relative error of weights and averages after {UPDATES} updates",
+        unit="update",
+        notes={"parameters": parameters, "tensors": len(ours)},
+    )

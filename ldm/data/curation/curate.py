@@ -1,4 +1,4 @@
-"""A table of links or pictures becomes a better one: filters, removal of duplicates, a split, and an account of every row that went."""
+"""Curation of a table of links or pictures: filters, removal of duplicates, a split, and an account of every row that went."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.data.curation.near_duplicates import near_duplicates
-from ldm.data.curation.rules import Bad, Curation, Rule, literal, rules_of
+from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
 from ldm.data.fields import ALIASES, column_of
 from ldm.data.storage import expand, is_url
 from ldm.data.tables import damage, unfit
@@ -35,7 +34,7 @@ SUBSETS = {
 
 @dataclass
 class Audit:
-    """What came in, what each rule removed, and what came out."""
+    """Curation audit: rows read, removed by each rule, and kept."""
 
     files: list[str]
     columns: dict[str, str]  # our names for the columns that were found
@@ -138,7 +137,7 @@ def _told(files: list[str]) -> Iterator[None]:
 
     try:
         yield
-    except Bad as error:
+    except RuleError as error:
         raise UserError(str(error)) from None
     except duckdb.OutOfMemoryException:
         raise UserError(
@@ -285,6 +284,8 @@ def _duplicates(database: Any, asked: Curation, audit: Audit, examples: int) -> 
     if asked.near >= 0:
         rows = database.execute(kept.format(", phash") + " AND phash IS NOT NULL ORDER BY ldm_row").fetchnumpy()
         import pyarrow as pa
+
+        from ldm.data.curation.hashes import near_duplicates
 
         twice = rows["ldm_row"][near_duplicates(rows["phash"], asked.near)]
         database.register("near_rows", pa.table({"ldm_row": pa.array(twice, pa.int64())}))

@@ -1,4 +1,4 @@
-"""Pictures of a table of links: img2dataset, in an environment of its own, is told what to do, watched, and what it left is checked."""
+"""Download of a URL table's pictures by img2dataset, run in an environment of its own, and a check of its shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.options import option
 
 NAMES = {  # columns by what they hold, as LAION's tables call them in letters of any case; the first that is there counts
     "url": ("url", "image_url", "link"),
@@ -28,7 +29,7 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Of a table of links."""
+    """Columns of a URL table."""
 
     url: str
     caption: str | None
@@ -36,9 +37,22 @@ class Columns:
     hash: str | None
 
 
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Downloading: how img2dataset is to fetch, under its own names where they differ."""
+
+    size: int = option(512, "px; larger pictures are made so large on the shorter side.", low=16)
+    processes: int = option(1, "Of the program.", low=1)
+    threads: int = option(32, "Downloads at a time in each.", low=1)
+    shard: int = option(10_000, "Links of a shard.", low=1)
+    timeout: int = option(10, "Seconds for a link.", low=1)
+    retries: int = option(1, "More tries for a link.", low=0)
+    distributor: str = option("multiprocessing", "multiprocessing, or on a cluster pyspark or ray.")
+
+
 @dataclass
-class Fetched:
-    """What is there after fetching."""
+class DownloadReport:
+    """Download report: pictures, failed links by reason, damaged shards."""
 
     folder: str
     links: int = 0
@@ -91,8 +105,8 @@ def command_of(given: str) -> str:
     return found
 
 
-def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) -> list[str]:
-    """What img2dataset is told: shards of pictures no larger than asked, what has been fetched left alone."""
+def words_of(table: Path, out: Path, columns: Columns, options: DownloadOptions) -> list[str]:
+    """Command line options of img2dataset: shards of pictures no larger than asked, what has been fetched left alone."""
     said: dict[str, Any] = {
         "url_list": table,
         "input_format": "parquet",
@@ -104,7 +118,13 @@ def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) 
         "incremental_mode": "incremental",
         "enable_wandb": False,
         "compute_hash": columns.hash or "sha256",
-        **options,
+        "image_size": options.size,
+        "processes_count": options.processes,
+        "thread_count": options.threads,
+        "number_sample_per_shard": options.shard,
+        "timeout": options.timeout,
+        "retries": options.retries,
+        "distributor": options.distributor,
     }
     if columns.caption:
         said["caption_col"] = columns.caption
@@ -116,7 +136,7 @@ def words_of(table: Path, out: Path, columns: Columns, options: dict[str, Any]) 
 
 
 def run(command: Sequence[str], out: Path, tell: Callable[[str], None], every_s: float = 5.0) -> None:
-    """Let it fetch, telling from time to time how far it is.
+    """Run the download, reporting progress from time to time.
 
     Raises:
         UserError: with its last words, if it fails.
@@ -158,7 +178,7 @@ def stats(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def look(out: Path) -> Fetched:
+def look(out: Path) -> DownloadReport:
     """Count what came, write the links that gave nothing to OUT.failed.parquet, and compare shards with what is said of them.
 
     Raises:
@@ -170,7 +190,7 @@ def look(out: Path) -> Fetched:
     from ldm.data.shard_index import open_index
 
     done = stats(out)
-    found = Fetched(str(out), links=sum(s["count"] for s in done), pictures=sum(s["successes"] for s in done), shards=len(done))
+    found = DownloadReport(str(out), links=sum(s["count"] for s in done), pictures=sum(s["successes"] for s in done), shards=len(done))
     if not found.pictures:
         raise UserError(f"fetch: no picture came of {found.links:,} links; {_reasons_text(out)}")
     rows: list[dict[str, Any]] = []

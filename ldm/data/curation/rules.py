@@ -1,18 +1,22 @@
-"""The rules of curation as SQL: what each removes, and which of that is only not known."""
+"""Curation rules as SQL predicates: what each removes, and which of that for missing values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.config.options import option
 
-class Bad(ValueError):
+UNIQUE = ("url", "caption", "hash", "sha256", "key", "phash")  # columns by which rows are equal
+
+
+class RuleError(ValueError):
     """A rule that cannot be applied; one line for the user."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One reason to remove a row, over the columns of `typed`; never NULL."""
+    """Filter rule: a predicate over the columns of `typed` that removes a row; never NULL."""
 
     name: str
     removes: str
@@ -20,7 +24,7 @@ class Rule:
 
 
 def literal(text: str) -> str:
-    """A text as SQL."""
+    """SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -28,14 +32,14 @@ def rules_of(asked: Curation, columns: dict[str, str], removal: list[str]) -> li
     """The rules that are asked for, cheap ones first.
 
     Raises:
-        Bad: naming the column that is missing.
+        RuleError: naming the column that is missing.
     """
     rules: list[Rule] = []
 
     def add(name: str, needs: tuple[str, ...], keeps: str) -> None:
         missing = [n for n in needs if n not in columns]
         if missing:
-            raise Bad(f"{name}: the table has no column {missing[0]}; it has {', '.join(columns.values()) or 'none that is known'}")
+            raise RuleError(f"{name}: the table has no column {missing[0]}; it has {', '.join(columns.values()) or 'none that is known'}")
         unknown = " OR ".join(f"{n} IS NULL" for n in needs)
         rules.append(Rule(name, f"(({unknown}) OR NOT COALESCE({keeps}, false))", f"({unknown})"))
 
@@ -73,22 +77,22 @@ def rules_of(asked: Curation, columns: dict[str, str], removal: list[str]) -> li
 
 @dataclass(frozen=True)
 class Curation:
-    """What is asked of the rows; a row that does not tell what a rule asks is removed by it."""
+    """Filters: what is asked of the rows; a row that does not tell what a rule asks is removed by it."""
 
-    min_side: int = 0  # px, the shorter side is at least so long
-    min_pixels: int = 0  # width times height is at least so much
-    max_aspect: float = 0.0  # longer over shorter side is at most so much; 0: any
-    min_aesthetic: float | None = None  # the score is above this
-    max_watermark: float | None = None  # the probability is below this
-    max_unsafe: float | None = None  # the probability is below this
-    min_similarity: float | None = None  # of picture and caption, above this
-    languages: tuple[str, ...] = ()  # one of these
-    min_caption: int = 0  # characters
-    max_caption: int = 0  # characters; 0: any
-    match: str = ""  # a regular expression (RE2) that captions must contain
-    reject: str = ""  # one that they must not contain
-    remove: tuple[Path, ...] = ()  # removal lists: text files of a value per line, parquet or csv of columns
-    unique: tuple[str, ...] = ()  # rows with an equal url, caption, hash, sha256, key or phash stay once
-    near: int = -1  # perceptual hashes that differ in at most so many of 64 bits are one picture; -1: off
-    val_share: float = 0.0  # share that goes to val.parquet, by a hash of the link
-    seed: int = 0  # of that split
+    min_side: int = option(0, "px of the shorter side.", low=0)
+    min_pixels: int = option(0, "Width times height.", low=0)
+    max_aspect: float = option(0.0, "Longer over shorter side; 0: any.", low=0)
+    min_aesthetic: float | None = option(None, "Scores above this.")
+    max_watermark: float | None = option(None, "Probabilities below this.")
+    max_unsafe: float | None = option(None, "Probabilities below this.")
+    min_similarity: float | None = option(None, "Of picture and caption, above this.")
+    languages: tuple[str, ...] = option((), "One of these; may be given several times.", name="--language")
+    min_caption: int = option(0, "Characters.", low=0)
+    max_caption: int = option(0, "Characters; 0: any.", low=0)
+    match: str = option("", "A regular expression (RE2) that captions contain.")
+    reject: str = option("", "A regular expression that captions do not contain.")
+    remove: tuple[Path, ...] = option((), "A removal list of links, hashes or keys: text, csv or parquet.")
+    unique: tuple[str, ...] = option((), f"{', '.join(UNIQUE)}: of equal rows one stays.")
+    near: int = option(-1, "Perceptual hashes within so many of 64 bits are one picture; -1: off.", low=-1, high=16)
+    val_share: float = option(0.0, "Share that goes to val.parquet, by a hash of the link.", low=0, high=0.9)
+    seed: int = option(0, "Of that split.")

@@ -1,4 +1,4 @@
-"""What a caption of a scene states, how it is said and how it is read back; flipping an image would make its caption false.
+"""Scene captions: a grammar that states facts, writes them and parses them back; flipping an image would make its caption false.
 
 caption := np | np[,] rel np | np (, np)* and np, with ` on a [texture] tone background` at will
 np      := count [size] [fill] [colour] shape [at the cell]
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.data.scenes.geometry import relation_of
-from ldm.data.scenes.spec import CELLS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, TEXTURES, TIERS, TONES, Draws, Specs
+from ldm.data.scenes.spec import CELLS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, TEXTURES, TIERS, TONES, Specs, UniformDraws
 
 PLACES = tuple("in the center" if cell == "center" else f"at the {cell}" for cell in CELLS)
 COUNTS = ("", "a", "two", "three", "four")
@@ -36,7 +36,7 @@ SYNONYMS = {
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """What is said about one group of objects; attributes index the word lists of `scene_spec`, -1 is unsaid."""
+    """Noun phrase about one group of objects; attributes index the word lists of `scene_spec`, -1 is unsaid."""
 
     count: int = 1
     colour: int = -1
@@ -75,7 +75,7 @@ def stated(specs: Specs, tier: str, keys: NDArray[np.uint64] | None = None, drop
     if drop and keys is not None:
         rate = np.full(5 * most + 3, drop)
         rate[: 2 * most] *= RARELY
-        left_out = Draws(keys)(5 * most + 3) < rate
+        left_out = UniformDraws(keys)(5 * most + 3) < rate
     left_out[:, :most] &= ~left_out[:, most : 2 * most]  # a phrase that names neither colour nor shape says nothing
     words = [
         np.where(left_out[:, i * most : (i + 1) * most], -1, getattr(specs, name))

@@ -1,4 +1,4 @@
-"""The six shapes at equal area: signed distances, boxes and outlines; and where one place lies of another.
+"""Geometry of the six shapes at equal area: signed distance functions, outlines, and spatial relations.
 
 All lengths are in units of the image's side, x to the right and y downwards; a shape's centre is the centre of its bounding box.
 """

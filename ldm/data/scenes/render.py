@@ -1,4 +1,4 @@
-"""Scenes become pixels: signed distances with one-pixel soft edges, at any resolution."""
+"""Scene renderer: signed distance functions with antialiased edges, at any resolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in data set: captioned scenes, rendered when they are asked for, and the prompts that examine a model of them."""
+"""Synthetic scenes data set: captioned scenes rendered on demand, and the evaluation prompts for models of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm.data.fields import Fields
 from ldm.data.scenes.captions import Target, reword, say, stated
 from ldm.data.scenes.checker import reads_back
 from ldm.data.scenes.render import render, to_bytes
-from ldm.data.scenes.spec import TIERS, VERSION, Draws, Specs, TierName, addresses, draw_specs, pairs_of
+from ldm.data.scenes.spec import TIERS, VERSION, Specs, TierName, UniformDraws, addresses, draw_specs, pairs_of
 from ldm.data.scenes.spec import Pairs as PairNumbers
 from ldm.data.scenes.web import WebFields, corrupt, draw_web
 from ldm.diffusion.batch import ImageBatch
@@ -31,7 +31,7 @@ SHEET = 256  # scenes certified at a time
 
 @config
 class ScenesSource:
-    """Scenes of coloured shapes with exact captions, made by rule and rendered on the fly."""
+    """Synthetic scenes of coloured shapes with exact captions, rendered on the fly."""
 
     kind: Literal["scenes"] = "scenes"
     tier: TierName = "T0"  # one: one large object; T0: one of any size; T1: two; T2: up to four; T3: with fine texture and shadows
@@ -185,7 +185,7 @@ class Scenes:
 
     def _drawn(self, specs: Specs, index: Sequence[int] | NDArray[np.int64], position: Sequence[int], seed: int) -> list[str]:
         """The wording of each scene that its position draws."""
-        wording = (Draws(addresses(np.asarray(position, np.int64), "caption", seed))() * self._wordings).astype(np.int64)
+        wording = (UniformDraws(addresses(np.asarray(position, np.int64), "caption", seed))() * self._wordings).astype(np.int64)
         numbers, out = np.asarray(index, np.int64), [""] * len(specs)
         for k in np.unique(wording).tolist():
             rows = np.flatnonzero(wording == k)

@@ -1,4 +1,4 @@
-"""What a scene is: vocabulary, tiers, splits by rule, and the drawing of scenes as pure functions of an address.
+"""Scene specifications: vocabulary, difficulty tiers, splits by rule, and counter-based sampling of scenes.
 
 Many scenes are one `Specs` of arrays, so that drawing and rendering cost NumPy calls per batch and not per scene. All lengths are in units
 of the image's side, x to the right and y downwards; an object's centre is the centre of its bounding box.
@@ -46,12 +46,11 @@ PERIOD = (0.17, 0.22)  # of the background's texture
 BORDER = 0.03  # a centre keeps this far from the borders of its cell
 
 TierName = Literal["one", "T0", "T1", "T2", "T3"]
-SplitName = Literal["train", "val", "seen", "pair_dev", "pair_test", "held-out", "count_test", "rel_test", "long_test"]
 
 
 @dataclass(frozen=True)
 class Tier:
-    """How hard scenes are."""
+    """Difficulty tier of scenes."""
 
     pixels: int  # where its scenes are certified
     least: int  # objects
@@ -102,7 +101,7 @@ SEEN = tuple((c, s) for c in range(8) for s in range(6) if (c, s) not in PAIR_DE
 
 @dataclass(frozen=True)
 class Rules:
-    """What a split admits; `None` means either."""
+    """Rules of a split: what it admits; `None` means either."""
 
     pairs: tuple[tuple[int, int], ...] = SEEN
     many: bool | None = False  # three or four equal squares, diamonds or rings
@@ -157,12 +156,12 @@ class Specs:
 
     def relit(self, seed: int) -> Specs:
         """The same scenes under other light and grain."""
-        draw = Draws(hashed(self.key ^ np.uint64(mix("relit", seed))))
+        draw = UniformDraws(hashed(self.key ^ np.uint64(mix("relit", seed))))
         return replace(self, light=_light(draw, len(self)), key=draw.keys)
 
 
 def hashed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: 64 well mixed bits for each word."""
+    """SplitMix64 hash (finaliser) of each word."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -176,8 +175,8 @@ def addresses(index: NDArray[np.int64], *words: int | str) -> NDArray[np.uint64]
     return hashed(hashed(np.asarray(index).astype(np.uint64) * STEP + np.uint64(mix(*words))) + STEP)
 
 
-class Draws:
-    """Uniform draws in [0,1) for N keys; the k-th draw of a key depends on nothing but the two."""
+class UniformDraws:
+    """Counter-based uniform random numbers in [0,1) for N keys; the k-th draw of a key depends on nothing but the two."""
 
     def __init__(self, keys: NDArray[np.uint64]) -> None:
         self.keys = keys
@@ -225,7 +224,7 @@ GAP = {False: 0.04, True: 0.04}  # between objects that must not touch, by Tier.
 SIZE_ODDS = {1: (1, 1, 1), 2: (1, 1, 1), 3: (0.45, 0.40, 0.15), 4: (0.50, 0.40, 0.10)}  # by number of objects
 
 
-def _light(draw: Draws, n: int) -> NDArray[np.float64]:
+def _light(draw: UniformDraws, n: int) -> NDArray[np.float64]:
     return draw(2) * (2 * np.pi, 0.25) + (0, 0.05)
 
 
@@ -241,7 +240,7 @@ def _axis(place: NDArray, extent: NDArray, u: NDArray) -> NDArray[np.float64]:
 def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs, NDArray[np.bool_]]:
     """One scene per key, and whether it keeps the rules."""
     n, most = len(keys), tier.most
-    draw = Draws(keys)
+    draw = UniformDraws(keys)
     count = tier.least + (draw() * (most - tier.least + 1)).astype(np.int64)
     if rules.phrases > 1:
         count = np.full(n, most)

@@ -1,4 +1,4 @@
-"""What the web does to pictures: small originals enlarged, watermarks, blur, noise and wrong captions; and the columns that curation reads.
+"""Simulated web corruptions: upscaled originals, watermarks, blur, noise, wrong captions, and the metadata that filters read.
 
 Each corruption is drawn for a scene by its address and known exactly; `aesthetic` and `p_watermark` are closed forms with noise, as the
 scores of learned predictors are (the columns of LAION, Schuhmann 2022, arXiv 2210.08402), so that each filter's effect can be counted.
@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ldm.data.scenes.spec import Draws
+from ldm.data.scenes.spec import UniformDraws
 
 WATERMARK, WRONG_CAPTION, ENLARGED, BLURRED, NOISY = 0.15, 0.15, 0.25, 0.10, 0.10  # shares of the corpus
 
 
 @dataclass(frozen=True)
 class WebFields:
-    """What is known about N web pictures: the truth, and the three columns that a filter sees."""
+    """Corruptions of N web pictures: ground truth, and the three columns that a filter sees."""
 
     watermarked: NDArray[np.bool_]  # (N,)
     wrong_caption: NDArray[np.bool_]  # (N,) the caption is another scene's
@@ -51,7 +51,7 @@ class WebFields:
 
 def draw_web(keys: NDArray[np.uint64], pixels: int) -> WebFields:
     """The corruptions of pictures by address; sound originals measure 2 to 8 times `pixels`, enlarged ones a half or a quarter of it."""
-    draw = Draws(keys)
+    draw = UniformDraws(keys)
     u = draw(5) < (WATERMARK, WRONG_CAPTION, ENLARGED, BLURRED, NOISY)
     watermarked, wrong, enlarged, blurred, noisy = u.T
     sound = (pixels * 2 ** (1 + 2 * draw())).astype(np.int64)

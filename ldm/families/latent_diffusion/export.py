@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
-from ldm.formats.export_source import CARD, Part, Source
+from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
 from ldm.formats.latent_codec import Statistics
 from ldm.formats.model_folder import open_model, own_clip, read_record
 from ldm.formats.part import read_json
@@ -16,7 +16,7 @@ from ldm.formats.text_folder import text_part
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
 
 
-def read_source(model: str) -> Source:
+def read_source(model: str) -> ExportedModel:
     """A model by folder, run folder or any other name that `ldm.load` takes, checked as strictly as for sampling.
 
     Raises:
@@ -28,16 +28,16 @@ def read_source(model: str) -> Source:
     record = read_record(root)
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
-        family.config.network.folder: Part(_network_config(family), dict(family.denoiser.state_dict())),
-        "vae" if isinstance(autoencoder, KLConfig) else "vqvae": Part(autoencoder.to_diffusers(), state),
-        "text_encoder": Part(*text_part(family.text.model)),
+        family.config.network.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
+        "vae" if isinstance(autoencoder, KLConfig) else "vqvae": ExportedNetwork(autoencoder.to_diffusers(), state),
+        "text_encoder": ExportedNetwork(*text_part(family.text.model)),
     }
     # As it stands in the folder: how others like to sample it is said there too.
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
     card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).is_file() and not record else ""
     left = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if (root / name).is_dir()]
     notices = (f"left out, because ldm has no use for it: {', '.join(left)}",) if left else ()
-    return Source(
+    return ExportedModel(
         name=record.get("story", {}).get("name") or _name(path if path.exists() else root),
         parts=parts,
         network=family.config.network,

@@ -41,7 +41,7 @@ from ldm.models.cost import TextShape
 from ldm.models.lora import Lora, Merged
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt
-from ldm.text.textual_inversion import Embedding, add_word
+from ldm.text.textual_inversion import LearnedEmbedding, add_word
 from ldm.text.weighted import chunks_of
 
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
@@ -456,7 +456,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """Frames drawn anew side by side: see `ldm.families.latent_diffusion.video_editing.restyled`."""
         return restyled(self.engine(note), frames, clip, settings, self.noise([clip.seed], (frames.shape[1], frames.shape[2])))
 
-    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[Embedding]) -> None:
+    def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs into the UNet and the text encoder, and teach that new words."""
         for word in words:
             add_word(self.text, word.token, word.rows)

@@ -23,7 +23,7 @@ from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
 from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
 from ldm.text.encoder import TextEncoder
-from ldm.text.textual_inversion import Rows, add_word, first_embeddings, write_embedding
+from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings, write_embedding
 
 
 class Adaptable(Family):
@@ -162,7 +162,7 @@ class InvertedFamily(AdaptedFamily):
         self.rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (config.vectors > 1))
         table = add_word(inner.text, config.token, start)
         inner.text.model.requires_grad_(False)
-        inner.text.model.set_input_embeddings(Rows(table, self.rows))
+        inner.text.model.set_input_embeddings(PartlyTrainedEmbedding(table, self.rows))
         inner.text_learns = True
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldm.config.errors import UserError
-from ldm.data.curation.curate import AUDIT, SUBSETS, Audit, curate, lines, with_subset
-from ldm.data.curation.near_duplicates import near_duplicates
-from ldm.data.curation.rules import Curation
+from ldm.data.curation.curate import AUDIT, SUBSETS, Audit, Curation, curate, lines, with_subset
+from ldm.data.curation.hashes import near_duplicates
 
 ROWS = 600
 

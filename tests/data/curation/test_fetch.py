@@ -18,7 +18,7 @@ from tars import painted
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.data.curation.fetch import columns_of, words_of
+from ldm.data.curation.fetch import DownloadOptions, columns_of, words_of
 from ldm.data.shards import ShardsSource
 
 
@@ -100,7 +100,7 @@ def test_hashes_of_the_table_are_checked(server: str, program: str, tmp_path: Pa
 def test_the_words_for_the_program(tmp_path: Path) -> None:
     file = table(tmp_path / "links.parquet", "x", ["0"], AESTHETIC_SCORE=[6.0], pwatermark=[0.1], md5=["a"])
     columns = columns_of(file)
-    words = words_of(file, tmp_path / "out", columns, {"distributor": "pyspark"})
+    words = words_of(file, tmp_path / "out", columns, DownloadOptions(distributor="pyspark"))
     said = dict(zip(words[::2], words[1::2], strict=True))
     assert said["--url_col"] == "URL" and said["--caption_col"] == "TEXT" and said["--incremental_mode"] == "incremental"
     assert json.loads(said["--save_additional_columns"]) == ["AESTHETIC_SCORE", "pwatermark"] and said["--distributor"] == "pyspark"

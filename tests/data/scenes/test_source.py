@@ -26,8 +26,8 @@ from ldm.data.scenes.spec import (
     SIDE,
     SPLITS,
     TIERS,
-    Draws,
     TierName,
+    UniformDraws,
     addresses,
     draw_specs,
     hue_gap,
@@ -108,7 +108,7 @@ def test_a_scene_depends_on_its_address_alone():
 
 
 def test_draws_are_uniform_and_differ_by_word_and_slot():
-    u = Draws(addresses(np.arange(4000), "a"))(3)
+    u = UniformDraws(addresses(np.arange(4000), "a"))(3)
     assert u.min() >= 0 and u.max() < 1 and np.allclose(u.mean(0), 0.5, atol=0.02) and np.allclose(u.var(0), 1 / 12, atol=0.005)
     assert np.abs(np.corrcoef(u.T) - np.eye(3)).max() < 0.06
     assert not np.array_equal(addresses(np.arange(9), "a"), addresses(np.arange(9), "b"))
