@@ -1,13 +1,20 @@
-"""The documentation names files and modules of this repository that exist."""
+"""The documentation names files and modules that exist, and writes configurations that can be read."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+
+from ldm.config.schema import load
+from ldm.runs.run import Run
+from ldm.training.settings import Train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,3 +63,23 @@ def test_imports_work(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm":
                 module = importlib.import_module(node.module or "")
                 assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_trainings_are_configurations(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml" and isinstance(said := yaml.safe_load(block), dict):
+            known = {field.name for kind in (Run, Train) for field in fields(kind)} | {"base", *said.get("stages", ())}
+            assert not said.keys() - known - {"network"}
+        if language != "bash":
+            continue
+        own = {name: text for name, text in re.findall(r"^cat > (\S+) <<END\n(.*?)^END$", block, re.MULTILINE | re.DOTALL)}
+        for name, text in own.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        for line in block.replace("\\\n", " ").splitlines():
+            _, called, rest = line.partition("train.py ")
+            words = shlex.split(rest, comments=True) if called else []
+            if words and (words[0].startswith("configs/") or words[0] in own):
+                file = tmp_path / words[0] if words[0] in own else ROOT / words[0]
+                load(file, [word for word in words[1:] if "=" in word and not word.startswith("-")], Run)
