@@ -1,12 +1,16 @@
-"""How a verb's function becomes a command line: typer reads its signature."""
+"""Command line of a verb: typer reads its function's signature, and the options of the dataclasses in it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
+from typing import Annotated, Any
 
 from ldm.config.errors import UserError
+from ldm.config.introspection import default_of, hints_of
+from ldm.config.options import options_of
 
 
 def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
@@ -19,7 +23,7 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     from typer.main import get_command
 
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    app.command()(function)
+    app.command()(expanded(function))
     command: Any = get_command(app)
     # typer has its own copy of click in some versions, and click itself in others.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -33,13 +37,54 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
         raise UserError(f"{error.format_message()} (`{name} --help` lists all options)") from None
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """(height, width) px of WIDTHxHEIGHT or of one number for a square.
+def expanded(function: Callable[..., int]) -> Callable[..., int]:
+    """A function whose parameters are plain options, that calls `function` with the dataclasses made of them.
 
-    Raises:
-        UserError: for anything else.
+    A parameter annotated as a dataclass stands for the options among its fields (`ldm.config.options.option`), and for those of
+    the dataclasses in it.
     """
-    words = text.lower().split("x")
-    if len(words) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", word) for word in words):
-        raise UserError(f"size: got {text!r}; write WIDTHxHEIGHT in px, such as 512x512")
-    return int(words[-1]), int(words[0])
+    kinds = typing.get_type_hints(function, include_extras=True)
+    plain: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(kinds[name]):
+            plain |= {one.name: one for one in _parameters(kinds[name])}
+        else:
+            plain[name] = parameter.replace(annotation=kinds[name], kind=inspect.Parameter.KEYWORD_ONLY)
+
+    def run(**words: Any) -> int:
+        return function(**{name: _built(kinds[name], words) if is_dataclass(kinds[name]) else words[name] for name in own})
+
+    own = list(inspect.signature(function).parameters)
+    run.__signature__ = inspect.Signature(list(plain.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in plain.items()}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
+    """typer's parameters of a dataclass, and of those in it, each under a heading of its own."""
+    import typer
+
+    hints, options, panel = hints_of(kind), options_of(kind), str(kind.__doc__).partition(":")[0]
+    for name, hint in hints.items():
+        if is_dataclass(hint):
+            yield from _parameters(hint)
+        if name not in options:
+            continue
+        told, default = options[name], default_of(kind, name)
+        if typing.get_origin(hint) is tuple:
+            hint, default = list[typing.get_args(hint)[0]] | None, None  # type: ignore[misc]
+        names = (told.name or f"--{name.replace('_', '-')}",)
+        shown: Any = {"help": told.help, "min": told.low, "max": told.high, "rich_help_panel": panel, "envvar": told.variable or None}
+        info = typer.Argument(help=told.help) if told.argument else typer.Option(*names, **shown)
+        default = inspect.Parameter.empty if default is MISSING else default
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
+
+
+def _built(kind: Any, words: Mapping[str, Any]) -> Any:
+    """A dataclass of what was said; several words are a tuple."""
+    hints, options = hints_of(kind), options_of(kind)
+    told = {name: _built(hint, words) for name, hint in hints.items() if is_dataclass(hint)}
+    for name in options:
+        told[name] = tuple(words[name] or ()) if typing.get_origin(hints[name]) is tuple else words[name]
+    return kind(**told)

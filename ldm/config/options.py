@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 OPTION = "option"  # the key of a field's metadata
@@ -38,8 +38,20 @@ def option(
     variable: str = "",
     argument: bool = False,
 ) -> Any:
-    """A dataclass's field that is an option of the verbs that take the dataclass; without a default (`MISSING`) it is required."""
+    """A dataclass's field that is an option of the verbs that take the dataclass; `dataclasses.MISSING` as default: it is required."""
     return field(default=default, metadata={OPTION: Option(help, low, high, name, variable, argument)})
 
 
-REQUIRED = MISSING
+def bounds(*classes: type) -> dict[str, tuple[float, float]]:
+    """The bounds of the numbers of dataclasses, by field."""
+    found = {}
+    for one in classes:
+        for name, told in options_of(one).items():
+            if told.low is not None and told.high is not None:
+                found[name] = (told.low, told.high)
+    return found
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options among a dataclass's fields."""
+    return {f.name: f.metadata[OPTION] for f in fields(kind) if OPTION in f.metadata}

@@ -6,12 +6,12 @@ import json
 import math
 from pathlib import Path
 
-import ldm.families.registry
 import pytest
 from painters import SIDE, Painter
 from PIL import Image
 
 import ldm
+import ldm.families.registry
 from ldm.__main__ import main as ldm_main
 from ldm.cli.evaluate import main
 from ldm.data.scenes.source import ScenesSource
