@@ -36,7 +36,7 @@ def classifier(
     known = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not known:
         raise UserError(f"words: got {words!r}; words of captions with commas are needed, such as red,green,blue")
-    from ldm.cli.sampling_options import device_for
+    from ldm.cli.models import device_for
     from ldm.data.cached import CachedLatents
     from ldm.families.latent_diffusion.classifier_guidance import Classifier, says, train
     from ldm.families.registry import open_finished

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
@@ -89,15 +88,3 @@ def _built(kind: Any, words: Mapping[str, Any]) -> Any:
     for name in options:
         told[name] = tuple(words[name] or ()) if typing.get_origin(hints[name]) is tuple else words[name]
     return kind(**told)
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """(height, width) px of WIDTHxHEIGHT or of one number for a square.
-
-    Raises:
-        UserError: for anything else.
-    """
-    words = text.lower().split("x")
-    if len(words) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", word) for word in words):
-        raise UserError(f"size: got {text!r}; write WIDTHxHEIGHT in px, such as 512x512")
-    return int(words[-1]), int(words[0])

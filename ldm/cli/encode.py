@@ -53,7 +53,7 @@ def encode(
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
     place = _model(model)
     seen: Any = _source(data).build("train")
-    from ldm.cli.sampling_options import device_for
+    from ldm.cli.models import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step
     from ldm.data.cache import CacheOptions, seal, write_cache
     from ldm.data.cached import CachedLatents

@@ -1,18 +1,19 @@
-"""The evaluate verb: measures a model and prints the figures with their protocol."""
+"""The evaluate verb: prompt adherence, reconstruction and Fréchet distance of a model, with their protocol."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.config.options import option
 from ldm.runs.evaluation import measure
+from ldm.sampling.request import Device
 
 
 def main(words: Sequence[str]) -> int:
@@ -20,63 +21,71 @@ def main(words: Sequence[str]) -> int:
     return call(evaluate, words, "ldm evaluate")
 
 
-Option = typer.Option
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Measurement: of what model, on what, how often."""
+
+    model: str = option(MISSING, "A folder or file of a model, or owner/name on the hub.", argument=True)
+    on: str = option("scenes", "What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")
+    tier: str = option("T0", "Of the scenes: one T0 T1 T2 T3.")
+    n: int = option(200, "Prompts: half with seen colour-shape pairs, half with held-out ones.", low=2)
+    seed: int = option(0, "Of prompts and pictures.", low=0)
+    guidance: str = option("", "Guidance scales to compare, such as 1,2,3,5; default: the model's.")
+    steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
+    sampler: str = option("", "Default: the model's.")
+    images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
+    as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
+    pictures: Path | None = option(None, "Folder for example pictures.")
+
+    def metrics(self) -> list[Any]:
+        """What is measured, in order."""
+        from ldm.config.schema import build
+        from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
+
+        found: list[Any] = [Reconstruction(images=self.images), Frechet(images=self.images, steps=self.steps, seed=self.seed)]
+        if self.on == "scenes":
+            own = {"tier": self.tier, "prompts": max(1, self.n // 2), "guidance": _numbers(self.guidance)}
+            own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
+            found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
+        return found
 
 
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
-    on: Annotated[str, Option(help="What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")] = "scenes",
-    tier: Annotated[str, Option(help="Of the scenes: one T0 T1 T2 T3.")] = "T0",
-    n: Annotated[int, Option(min=2, help="Prompts: half with seen colour-shape pairs, half with held-out ones.")] = 200,
-    seed: Annotated[int, Option(min=0, help="Of prompts and pictures.")] = 0,
-    guidance: Annotated[str, Option(help="Guidance scales to compare, such as 1,2,3,5; default: the model's.")] = "",
-    steps: Annotated[int, Option(min=0, help="Denoising steps; 0: the model's.")] = 0,
-    sampler: Annotated[str, Option(help="Default: the model's.")] = "",
-    images: Annotated[int, Option(min=4, help="Images for reconstruction and Fréchet distance.")] = 256,
-    as_json: Annotated[Path | None, Option("--json", help="Also write the result to this file.")] = None,
-    pictures: Annotated[Path | None, Option(help="Folder for example pictures.")] = None,
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
-) -> int:
+def evaluate(wanted: Measurement, device: Device) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
-    scales = _numbers(guidance)
-    if as_json is not None:
-        _make_room(as_json)  # before the work, which may take hours
-    from ldm.cli.sampling_options import best_device
+    _numbers(wanted.guidance)
+    if wanted.as_json is not None:
+        _make_room(wanted.as_json)  # before the work, which may take hours
+    from ldm.cli.models import best_device
     from ldm.config.schema import build
     from ldm.config.version import __version__
     from ldm.data.check import source_at
     from ldm.data.scenes.source import ScenesSource
     from ldm.distributed.environment import calibrate
     from ldm.families.registry import open_finished
-    from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
     from ldm.training.log import Log
 
     calibrate()
-    if on == "scenes":
-        source: Any = build({"kind": "scenes", "tier": tier, "val": 2 * images}, ScenesSource, "--tier")
+    if wanted.on == "scenes":
+        source: Any = build({"kind": "scenes", "tier": wanted.tier, "val": 2 * wanted.images}, ScenesSource, "--tier")
     else:
-        source = source_at(on)
-    family = open_finished(model, device or best_device())
-    metrics: list[Any] = [Reconstruction(images=images), Frechet(images=images, steps=steps, seed=seed)]
-    if on == "scenes":
-        own = {"tier": tier, "prompts": max(1, n // 2), "guidance": scales, "steps": steps, "sampler": sampler, "seed": seed}
-        metrics.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
+        source = source_at(wanted.on)
+    family = open_finished(wanted.model, device.device or best_device())
     log = Log(Path("."), console=True, write=False)
     with log.stage("evaluate", 0, 0) as progress:
         found = measure(
             family,
-            metrics,
+            wanted.metrics(),
             data=source.build("val"),
             resolution=family.defaults["size"][0],
-            seed=seed,
-            pictures=pictures,
+            seed=wanted.seed,
+            pictures=wanted.pictures,
             progress=progress.progress,
         )
-    result = {"model": model, "model_hash": family.content_hash, "version": __version__, "on": on, **found}
+    result = {"model": wanted.model, "model_hash": family.content_hash, "version": __version__, "on": wanted.on, **found}
     table(result)
-    if as_json is not None:
-        as_json.write_text(json.dumps(result, indent=1))
-        print(f"written to {as_json}", file=sys.stderr)
+    if wanted.as_json is not None:
+        wanted.as_json.write_text(json.dumps(result, indent=1))
+        print(f"written to {wanted.as_json}", file=sys.stderr)
     return 0
 
 

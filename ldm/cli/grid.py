@@ -1,32 +1,32 @@
-"""The verb that compares settings: a table of pictures with a label at each row and column."""
+"""The grid verb, an X/Y/Z plot: a table of pictures whose settings change from cell to cell, with labels."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.sampling_options import MAX_SEED, device_for, edits_asked, known, model_for, name_of, size_given, tell
+from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
-from ldm.families.draws import PRECISIONS, Draws, Wanted
+from ldm.config.options import option
+from ldm.families.draws import Draws
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
+from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
-from ldm.sampling.recipe import NAMES, SPACINGS, Recipe, read_recipe, save_picture, writable
+from ldm.sampling.recipe import Recipe, save_picture
+from ldm.sampling.request import Adapters, Base, Device, Editing, Following, SamplerOptions, clean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.sampling.init_images import InitImage
 
-Option = typer.Option
 MARGIN = 6  # px around a label
 
 
@@ -35,70 +35,66 @@ def main(words: Sequence[str]) -> int:
     return call(grid, words, "ldm grid")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Table: what changes from picture to picture, and where it goes."""
+
+    prompt: str = option("", "What to draw; may be left out with --from.", argument=True)
+    x: str = option("", "What changes from column to column, such as guidance=1,3,7, or prompt=red,green,blue.")
+    y: str = option("", "From row to row.")
+    z: str = option("", "From table to table, one below the other.")
+    out: Path = option(Path("grid.png"), "The table, a PNG; never replaces a file.")
+    pictures: Path | None = option(None, "A folder for the single pictures, too.")
+
+    def axes(self) -> list[Axis]:
+        """The axes, the last changing fastest.
+
+        Raises:
+            UserError: where there are none, or the file is there already.
+        """
+        found = [read_axis(text, name) for name, text in (("z", self.z), ("y", self.y), ("x", self.x)) if text]
+        if not found:
+            raise UserError("x: what changes from picture to picture? Give --x guidance=1,3,7, and --y and --z for more")
+        if self.out.exists():
+            raise UserError(f"out: {self.out} is there already; choose another name")
+        return found
+
+
 def grid(
-    prompt: Annotated[str, typer.Argument(help="What to draw; may be left out with --from.")] = "",
-    x: Annotated[str, Option(help="What changes from column to column, such as guidance=1,3,7, or prompt=red,green,blue.")] = "",
-    y: Annotated[str, Option(help="From row to row.")] = "",
-    z: Annotated[str, Option(help="From table to table, one below the other.")] = "",
-    recipe: Annotated[Path | None, Option("--from", help="A picture whose recipe is followed where no option says otherwise.")] = None,
-    model: Annotated[str, Option(help="A folder or file of a model; default: the newest of runs/*.")] = "",
-    seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="Default: 0.")] = None,
-    steps: Annotated[int | None, Option(min=1, max=1000, help="Denoising steps; default: the model's.")] = None,
-    guidance: Annotated[float | None, Option(min=0, max=1000, help="Default: the model's.")] = None,
-    sampler: Annotated[str, Option(help=f"{' '.join(NAMES)}; default: the model's.")] = "",
-    spacing: Annotated[str, Option(help=f"{' '.join(SPACINGS)}; default: the sampler's.")] = "",
-    precision: Annotated[str, Option(help="fp32 bf16 fp16; default: the model's.")] = "",
-    negative: Annotated[str | None, Option(help="What to stay away from.")] = None,
-    size: Annotated[str, Option(help="WIDTHxHEIGHT in px; default: the model's.")] = "",
-    init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
-    strength: Annotated[float | None, Option(help="How much of INIT is drawn anew, 0 to 1.")] = None,
-    mask: Annotated[Path | None, Option(help="White where it is to be new.")] = None,
-    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT], as often as wanted; --x lora=0,0.5,1 multiplies the weights.")] = None,
-    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
-    out: Annotated[Path, Option(help="The table, a PNG; never replaces a file.")] = Path("grid.png"),
-    pictures: Annotated[Path | None, Option(help="A folder for the single pictures, too.")] = None,
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    table: Table, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: Adapters, device: Device
 ) -> int:
     """Draw a table of pictures; each is the one that `ldm sample` draws with these settings."""
-    axes = [read_axis(text, name) for name, text in (("z", z), ("y", y), ("x", x)) if text]
-    if not axes:
-        raise UserError("x: what changes from picture to picture? Give --x guidance=1,3,7, and --y and --z for more")
-    if out.exists():
-        raise UserError(f"out: {out} is there already; choose another name")
-    found = read_recipe(recipe) if recipe else {}
-    old: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
+    axes = table.axes()
+    old = following.old()
     refuse(old, "ldm grid")
-    words = writable(prompt or str(old.get("prompt", ""))).replace("\0", " ")
+    words = clean(table.prompt or str(old.get("prompt", "")))
     if not words:
         raise UserError('prompt: what to draw? Write ldm grid "a red circle" --x ..., or --from PICTURE')
-    known("sampler", sampler, tuple(NAMES))
-    known("spacing", spacing, SPACINGS)
-    known("precision", precision, PRECISIONS)
-    edited = edits_asked(init, strength, mask, None, None, None, size, old)
+    sampler.check()
+    edited = editing.edited(base.size, old)
     if not edited and any(axis.name == "strength" for axis in axes):
         raise UserError("strength: changes nothing without a picture to start from; give it by --init")
-    if not edited and old.get("init"):
-        raise UserError("from: this picture was drawn out of another one; give that one by --init")
-    folder, shape = model_for(model), size_given(size, old)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    rest = {**edited, **editing.passes(old), **following.carried(old)}
+    folder, shape, place = model_for(base.model), base.shape(old), device.device
+    table.out.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.sampling import jobs
     from ldm.sampling.init_images import init_image_of
 
-    place = device_for(device)
-    family, added = with_adapters(folder, place, lora or [], embedding or [], old, tell)
-    wanted = Wanted(steps=steps, guidance=guidance, sampler=sampler, precision=precision, spacing=spacing).over(old)
-    rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, **edited, **added}
-    rest["notation"] = bool(old.get("notation", True))
-    rest |= {name: old[name] for name in ("to", "share", "variation", "variation_seed", "hires", "hires_strength") if name in old}
+    place = device_for(place)
+    family, added = with_adapters(folder, place, adapters.lora, adapters.embedding, old, tell)
+    rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added}
     init_image = None
-    if init is not None:
-        init_image = init_image_of(init, mask, None, shape or family.defaults["size"], old, tell)
+    if editing.picture is not None:
+        size = shape or family.defaults["size"]
+        init_image = init_image_of(editing.picture, editing.mask, editing.margins(old), size, old, tell)
+        shape = init_image.size
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-    first, avoided = int(old.get("seed", 0) if seed is None else seed), str(old.get("negative", "") if negative is None else negative)
-    (base,) = jobs.recipes(family, [Asked(prompt=words)], jobs.Common(seed=first, wanted=wanted, negative=avoided, size=shape, rest=rest))
-    made = cells(base, axes, lambda name: spacing or SAMPLERS[name].spacing)
+    wanted = sampler.chosen(old, **editing.usual)
+    common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
+    (first,) = jobs.recipes(family, [Asked(prompt=words)], common)
+    made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())
     if not factors:
@@ -106,19 +102,14 @@ def grid(
     else:
         found_at: dict[int, Tensor] = {}
         for factor in factors:  # its weights are merged into a model of its own
-            family, _ = with_adapters(folder, place, lora or [], embedding or [], old, lambda text: None, factor)
-            places = [i for i, one in enumerate(made) if one.loras == scaled(base.loras, factor)]
+            family, _ = with_adapters(folder, place, adapters.lora, adapters.embedding, old, lambda text: None, factor)
+            places = [i for i, one in enumerate(made) if one.loras == scaled(first.loras, factor)]
             found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], init_image=init_image, note=tell), strict=True))
         drawn = [found_at[i] for i in range(len(made))]
-    save_picture(out, table(drawn, axes), base)
-    if pictures is not None:
-        from ldm.sampling.picture_files import free, save
-
-        pictures.mkdir(parents=True, exist_ok=True)
-        number = free(pictures)
-        for one, pixels in zip(made, drawn, strict=True):
-            number, _ = save(pictures, number, one.seed, partial(save_picture, pixels=pixels.numpy(), recipe=one))
-    print(f"{len(made)} pictures of {folder} in {time.monotonic() - started:.1f} s: {out}", file=sys.stderr)
+    save_picture(table.out, sheet(drawn, axes), first)
+    if table.pictures is not None:
+        save_all(table.pictures, drawn, made)
+    print(f"{len(made)} pictures of {folder} in {time.monotonic() - started:.1f} s: {table.out}", file=sys.stderr)
     return 0
 
 
@@ -146,7 +137,7 @@ def draw_cells(
     return [found[i] for i in range(len(made))]
 
 
-def table(pictures: Sequence[Any], axes: Sequence[Axis]) -> Any:
+def sheet(pictures: Sequence[Any], axes: Sequence[Axis]) -> Any:
     """One picture (H,W,3) uint8 of the cells (H,W,3) of up to three axes, z, y and x, the last changing fastest, with labels."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -178,8 +169,8 @@ def table(pictures: Sequence[Any], axes: Sequence[Axis]) -> Any:
     title = max(map(len, over)) * step + (MARGIN if any(over) else 0)
     gap = 2
     block = title + head + len(down) * (height + gap)
-    sheet = Image.new("RGB", (side + len(across) * (width + gap), len(over) * block), "white")
-    pen = ImageDraw.Draw(sheet)
+    image = Image.new("RGB", (side + len(across) * (width + gap), len(over) * block), "white")
+    pen = ImageDraw.Draw(image)
     for k, label in enumerate(over):
         top = k * block
         for n, line in enumerate(label):
@@ -193,5 +184,5 @@ def table(pictures: Sequence[Any], axes: Sequence[Axis]) -> Any:
                 pen.text((MARGIN, place + (height - len(words) * step) // 2 + n * step), line, "black", font)
             for i in range(len(across)):
                 cell = pictures[(k * len(down) + j) * len(across) + i]
-                sheet.paste(Image.fromarray(np.asarray(cell)), (side + i * (width + gap), place))
-    return np.array(sheet)
+                image.paste(Image.fromarray(np.asarray(cell)), (side + i * (width + gap), place))
+    return np.array(image)

@@ -28,7 +28,7 @@ def info(
     model: Annotated[str, Option(help="A model to compare with; default: the newest of runs/*, if any.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per picture.")] = False,
 ) -> int:
-    """Say what pictures remember: recipe, model, other programs' settings, marks. The exit code is 2 where one cannot be read."""
+    """Say what pictures remember: recipe, model, other programs' settings, watermarks. The exit code is 2 where one cannot be read."""
     import sys
 
     failed = False
@@ -77,7 +77,7 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
 
     from ldm.sampling.watermark import seek
 
-    found["mark"] = seek(np.asarray(pixels))
+    found["watermark"] = seek(np.asarray(pixels))
     found["says_made_by_a_model"] = any(AI_MADE in text for text in chunks.values())
     return found
 
@@ -123,8 +123,8 @@ def told(found: dict[str, Any]) -> str:
         place = found["model_at_hand"]
         compared = ", ".join(found["models_compared"])
         lines.append(f"  its model is here: {place}" if place else f"  its model is none of: {compared}")
-    if found["mark"]:
-        lines.append(f"  marked: {found['mark']}")
+    if found["watermark"]:
+        lines.append(f"  watermark: {found['watermark']}")
     if found["says_made_by_a_model"]:
         lines.append("  says that a model made it (IPTC digital source type)")
     return "\n".join(lines)

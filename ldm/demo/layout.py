@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.sampling_options import MAX_SEED
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
 from ldm.demo.page import OWN_SPACING, Blobs, Page, at_place, background, chosen_place, load_gradio
 from ldm.demo.status import heading, idle
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
 from ldm.sampling.recipe import SPACINGS
+from ldm.sampling.request import MAX_SEED
 
 if TYPE_CHECKING:
     import gradio as gr

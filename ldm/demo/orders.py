@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.sampling_options import MAX_SEED
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe
 from ldm.demo.studio import Order
@@ -19,25 +18,14 @@ from ldm.sampling.adapters import differ, told_shortly
 from ldm.sampling.init_images import InitImage, read_init_image
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe, writable
+from ldm.sampling.request import BOUNDS as OPTIONS
 
 MAX_PROMPT = 10_000  # characters
 MAX_PICTURES = 64  # of one order
 MAX_BYTES = 2**25  # of an uploaded picture
 MAX_PIXELS = 2**24  # of one, before it is resized
-BOUNDS: dict[str, tuple[float, float]] = {
-    "seed": (0, MAX_SEED),
-    "pictures": (1, MAX_PICTURES),
-    "steps": (1, 1000),
-    "guidance": (0, 1000),
-    "rescale": (0, 1),
-    "eta": (0, 1),
-    "guidance_from": (0, 1),
-    "guidance_to": (0, 1),
-    "hires": (1, 8),
-    "hires_strength": (0, 1),
-    "strength": (0, 1),
-}
-FOREIGN = ("variation", "to", "outpaint", "invert", "mark")  # fields of a recipe that the page has no place for
+BOUNDS = OPTIONS | {"pictures": (1, MAX_PICTURES)}
+FOREIGN = ("variation", "to", "outpaint", "invert", "watermark")  # fields of a recipe that the page has no place for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.grid import table
+from ldm.cli.grid import sheet
 from ldm.config.errors import UserError
 from ldm.demo.files import Shelf
 from ldm.demo.guard import USER
@@ -102,7 +102,7 @@ class Page:
             await asyncio.to_thread(self._kept, job, user_of(request))
             path = None
             if job.state == "done":
-                made = await asyncio.to_thread(table, [job.pictures[i] for i in range(len(whole.recipes))], axes)
+                made = await asyncio.to_thread(sheet, [job.pictures[i] for i in range(len(whole.recipes))], axes)
                 path = str(await asyncio.to_thread(self.shelf.put, "grid.png", png(made)))
             yield finished(job), path, on, off
         except UserError as error:

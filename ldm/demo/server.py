@@ -1,4 +1,4 @@
-"""The verb that opens a page to draw on: in a browser on this machine, or for whoever has the token."""
+"""The demo verb: a page to draw on, in a browser on this machine, or for whoever has the token."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.sampling_options import device_for, model_for, name_of, tell
+from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
+from ldm.config.options import option
+from ldm.sampling.request import Adapters, Device
 
 if TYPE_CHECKING:
     from ldm.demo.guard import Guard
     from ldm.demo.studio import Studio
     from ldm.families.draws import Draws
 
-Option = typer.Option
 LEAST_TOKEN = 12  # characters
 CONNECTIONS = 512
 MISSING = 'demo: gradio is not installed; pip install "ldm[demo]"'
@@ -33,39 +33,39 @@ def main(words: Sequence[str]) -> int:
     return call(demo, words, "ldm demo")
 
 
-def demo(
-    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub; default: newest of runs/*.")] = "",
-    host: Annotated[str, Option(help="The address to listen on; any but this machine's own needs a token.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 7860,
-    token: Annotated[str, Option(envvar="LDM_DEMO_TOKEN", help="What visitors must show; better set in the environment.")] = "",
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
-    precision: Annotated[str, Option(help="Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")] = "",
-    lora: Annotated[list[str] | None, Option(help="FILE[:WEIGHT] of a LoRA, for all that is drawn; as often as wanted.")] = None,
-    embedding: Annotated[list[str] | None, Option(help="A file of a word that textual inversion learned; as often as wanted.")] = None,
-    largest: Annotated[int, Option("--max-size", min=8, max=8192, help="px: the longest side that may be asked for.")] = 1024,
-    low_memory: Annotated[bool, Option("--low-memory", help="One part of the model in memory at a time; no previews.")] = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """Page: the model, where it listens, and who may come in."""
+
+    model: str = option("", "A folder or file of a model, or owner/name on the hub; default: newest of runs/*.", argument=True)
+    host: str = option("127.0.0.1", "The address to listen on; any but this machine's own needs a token.")
+    port: int = option(7860, "0: any that is free.", low=0, high=65535)
+    token: str = option("", "What visitors must show; better set in the environment.", variable="LDM_DEMO_TOKEN")
+    precision: str = option("", "Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")
+    largest: int = option(1024, "px: the longest side that may be asked for.", low=8, high=8192, name="--max-size")
+    low_memory: bool = option(False, "One part of the model in memory at a time; no previews.")
+
+
+def demo(door: Door, adapters: Adapters, device: Device) -> int:
     """Open a page to draw on with a model. Every picture is the one that `ldm sample` draws with the same settings."""
-    check_door(host, token)
-    if low_memory and (lora or embedding):
-        raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
+    check_door(door.host, door.token)
+    adapters.check(door.low_memory, {})
     quiet()
     try:
         import gradio  # noqa: F401  # at once, before the model takes its time
         import uvicorn
     except ImportError as error:
         raise UserError(MISSING if error.name in ("gradio", "uvicorn") else f"{MISSING} ({error})") from None
-    folder = model_for(model)
-    listener = listen(host, port)
+    folder = model_for(door.model)
+    listener = listen(door.host, door.port)
     from ldm.demo.studio import Studio
 
     with tempfile.TemporaryDirectory(prefix="ldm-demo-") as files, listener:
-        family, added = opened(folder, device, precision, low_memory, lora or [], embedding or [])
-        with Studio(family, previews=not low_memory) as studio:
-            guard = application(
-                studio, Path(files), name_of(folder), token=token or None, largest=largest, precision=precision, added=added
-            )
-            shown = f"[{host}]" if ":" in host else host
+        family, added = opened(folder, device.device, door.precision, door.low_memory, adapters)
+        with Studio(family, previews=not door.low_memory) as studio:
+            told: dict[str, Any] = {"largest": door.largest, "precision": door.precision, "added": added}
+            guard = application(studio, Path(files), name_of(folder), token=door.token or None, **told)
+            shown = f"[{door.host}]" if ":" in door.host else door.host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
             config = uvicorn.Config(
                 guard,
@@ -120,16 +120,14 @@ def quiet() -> None:
     os.environ.update(GRADIO_MCP_SERVER="False", GRADIO_SHARE="False", GRADIO_NUM_PORTS="1")
 
 
-def opened(
-    folder: str, device: str, precision: str, low_memory: bool, loras: Sequence[str] = (), embeddings: Sequence[str] = ()
-) -> tuple[Draws, dict[str, str]]:
+def opened(folder: str, device: str, precision: str, low_memory: bool, adapters: Adapters) -> tuple[Draws, dict[str, str]]:
     """The model, ready to draw, and what recipes tell of its LoRAs and words."""
     from ldm.families.draws import Running, Wanted
     from ldm.families.registry import open_finished
     from ldm.sampling.adapters import add
 
     family = open_finished(folder, device_for(device), low_memory)
-    added = add(family, loras, embeddings, {}, tell)
+    added = add(family, adapters.lora, adapters.embedding, {}, tell)
     family.ready(Path(folder), Running(low_memory=low_memory), family.settings(Wanted(precision=precision)).precision)
     return family, added
 

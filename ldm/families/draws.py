@@ -186,7 +186,7 @@ class Draws(Protocol):
             UserError: for what it has not.
         """
         for name in NUMBERS:
-            if getattr(wanted, name) not in (None, getattr(DIRECT, name)):
+            if getattr(wanted, name) not in (None, "", getattr(DIRECT, name)):
                 self.refuse(f"{name}: got {getattr(wanted, name)!r}", "has no such setting; leave it out")
         return DIRECT
 

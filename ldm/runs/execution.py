@@ -17,8 +17,8 @@ from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
 from ldm.config.secrets import exposed
 from ldm.config.version import __version__
-from ldm.data.filter import filter_samples
 from ldm.data.concatenation import Mixture
+from ldm.data.filter import filter_samples
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
 from ldm.distributed.launcher import Work, about, record

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
-from ldm.data.buckets import lines, bucket_stage
+from ldm.data.buckets import bucket_stage, lines
 from ldm.data.filter import filter_samples
 from ldm.distributed.environment import usable_cores
 from ldm.distributed.launcher import adopt_slurm

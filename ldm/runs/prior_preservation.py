@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Positive, PositiveFloat, config
+from ldm.data.concatenation import Mixture
 from ldm.data.dataset import DataSet
 from ldm.data.folder import FolderSource
-from ldm.data.concatenation import Mixture
 
 PRIOR = "prior_preservation"  # the folder in a run's folder of what is given
 CHUNK = 8  # pictures between two looks at the progress

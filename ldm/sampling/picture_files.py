@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.sampling.recipe import Recipe, read_recipe
+from ldm.sampling.recipe import Recipe, read_recipe, save_picture
 
 NUMBER = re.compile(r"^(\d{5,})_seed\d+\.png$")
 
@@ -29,6 +30,14 @@ def save(out: Path, number: int, seed: int, write: Callable[[Path], None]) -> tu
             number = max(number + 1, free(out))
             continue
         return number + 1, path
+
+
+def save_all(out: Path, pictures: Sequence[Any], recipes: Sequence[Recipe]) -> None:
+    """Write pictures (H,W,3) uint8 tensors into a folder, each with its recipe."""
+    out.mkdir(parents=True, exist_ok=True)
+    number = free(out)
+    for pixels, recipe in zip(pictures, recipes, strict=True):
+        number, _ = save(out, number, recipe.seed, partial(save_picture, pixels=pixels.numpy(), recipe=recipe))
 
 
 def present(out: Path) -> dict[Recipe, Path]:

@@ -65,7 +65,7 @@ class Recipe(Settings):
     outpaint: str = ""  # px added around `init`: left,top,right,bottom
     invert: bool = False  # whether it started from the noise that ddim gives `init` back from, instead of fresh noise
     source: str = ""  # what that picture was said to show then
-    mark: str = ""  # text hidden in the pixels
+    watermark: str = ""  # text hidden in the pixels
     loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
     embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught
     classifier: str = ""  # SHA-256 of the file that guided it besides the prompt

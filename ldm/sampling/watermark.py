@@ -1,8 +1,8 @@
-"""A text hidden in a picture's pixels, for whoever looks for it.
+"""Watermark: a text hidden in a picture's pixels, for whoever looks for it.
 
 It says where a picture is from as long as nobody minds: it is not secret, and cropping, resizing or redrawing takes it away.
 Luma's 8x8 cosine coefficients of middling frequency are moved onto one of two lattices, one for each bit (quantisation index
-modulation, Chen 2001); the bits repeat over the whole picture, and a checksum tells a mark from chance.
+modulation, Chen 2001); the bits repeat over the whole picture, and a checksum tells a watermark from chance.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def check(text: str, size: tuple[int, int]) -> None:
     room = min(MOST_BYTES, slots // (8 * LEAST_REPEATS) - 3)
     if not 1 <= length <= room:
         said = f"1 to {room} are possible" if room > 0 else "nothing fits"
-        raise UserError(f"mark: {text!r} has {length} bytes; in a picture of {size[1]}x{size[0]} px {said}")
+        raise UserError(f"watermark: {text!r} has {length} bytes; in a picture of {size[1]}x{size[0]} px {said}")
 
 
 def _bits(data: bytes) -> NDArray[np.int64]:

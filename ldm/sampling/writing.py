@@ -107,12 +107,12 @@ class Writer:
             self.tell(f"the safety filter withheld the picture of seed {recipe.seed} for {recipe.prompt[:40]!r}")
             return None
         values = pixels.numpy()
-        if recipe.mark:
+        if recipe.watermark:
             from ldm.sampling.watermark import hide, seek
 
-            values = hide(values, recipe.mark)
-            if seek(values) != recipe.mark:
-                self.tell(f"the mark cannot be read back from the picture of seed {recipe.seed}: its pixels leave no room")
+            values = hide(values, recipe.watermark)
+            if seek(values) != recipe.watermark:
+                self.tell(f"the watermark cannot be read back from the picture of seed {recipe.seed}: its pixels leave no room")
         _, path = save(self.out, self.first + number, recipe.seed, partial(save_picture, pixels=values, recipe=recipe))
         if strip is not None:
             save_picture(path.with_name(f"{path.stem}_steps.png"), strip.numpy(), recipe)

@@ -9,8 +9,9 @@ import pytest
 import typer
 
 from ldm.__main__ import VERBS, main
-from ldm.cli.command import call, size_of
+from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.sampling.request import size_of
 
 seen: dict[str, Any] = {}
 

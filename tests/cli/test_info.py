@@ -51,7 +51,7 @@ def test_our_pictures_tell_their_recipe_and_whether_the_model_fits(
     assert main(["info", str(file), "--model", str(kl_model), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["recipe"]["seed"] == 7 and told["recipe"]["prompt"] == "a red circle" and told["width"] == 32
-    assert told["model_at_hand"] == str(kl_model) and told["mark"] is None and told["says_made_by_a_model"]
+    assert told["model_at_hand"] == str(kl_model) and told["watermark"] is None and told["says_made_by_a_model"]
     assert "Steps: 2" in told["parameters"]
     assert main(["info", str(file), "--model", str(vq_model)]) == 0
     said = capsys.readouterr().out
@@ -95,4 +95,4 @@ def test_a_hidden_mark_is_read(tmp_path: Path) -> None:
 
     values = np.full((64, 64, 3), 200, np.uint8)
     Image.fromarray(hide(values, "ours")).save(tmp_path / "m.png")
-    assert about(tmp_path / "m.png")["mark"] == "ours"
+    assert about(tmp_path / "m.png")["watermark"] == "ours"

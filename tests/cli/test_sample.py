@@ -188,7 +188,7 @@ def test_a_picture_is_drawn_again_from_its_recipe(model: list[str], tmp_path: Pa
 
 
 @pytest.fixture
-def original(tmp_path: Path) -> tuple[Path, Path]:
+def init_image(tmp_path: Path) -> tuple[Path, Path]:
     """A picture and a mask whose left half is white."""
     values = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     mask = np.zeros((SIDE, SIDE), np.uint8)

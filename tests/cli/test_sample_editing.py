@@ -255,7 +255,7 @@ def test_a_mark_is_hidden_and_a_recipe_remembers_it(model: list[str], tmp_path: 
 
     size = ["--size", "64x64"]
     plain = draw(tmp_path / "plain", *model, "a red circle", *size)[0]
-    marked = draw(tmp_path / "marked", *model, "a red circle", *size, "--mark", "ldm")[0]
+    marked = draw(tmp_path / "marked", *model, "a red circle", *size, "--watermark", "ldm")[0]
     assert seek(plain) is None and seek(marked) == "ldm" and np.abs(marked.astype(int) - plain).max() < 24
     again = draw(tmp_path / "again", *model, "--from", str(tmp_path / "marked" / "00000_seed0.png"))[0]
     assert np.array_equal(again, marked)
@@ -281,7 +281,7 @@ def test_a_mark_is_hidden_and_a_recipe_remembers_it(model: list[str], tmp_path: 
         (["--best", "2", "--judge", "none"], "judge: none: no CLIP here"),
         (["--best", "2", "--judge", "scenes", "--variations", "2"], "not together with --variations"),
         (["--safety", "none"], "safety: none: no safety checker here"),
-        (["--mark", "far too long for a small picture"], "in a picture of 32x32 px 1 to 1 are possible"),
+        (["--watermark", "far too long for a small picture"], "in a picture of 32x32 px 1 to 1 are possible"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -177,7 +177,7 @@ def test_pictures_that_would_fill_the_memory_are_refused_before_they_are_decoded
 
 def test_what_editors_sent_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from ldm.config.errors import UserError
-    from ldm.demo.server import page
+    from ldm.demo import page
 
     def sent(data: bytes) -> SimpleNamespace:
         return SimpleNamespace(background=data, layers=[None], composite=None)

@@ -251,5 +251,5 @@ def test_an_empty_order_is_done_and_notes_are_kept(studio: Studio, monkeypatch: 
 
 
 def test_a_watching_edit_is_all_that_is_added(studio: Studio) -> None:
-    made = studio._watching([])
+    (made,) = studio._watching([])
     assert replace(made, guide=None) == Edit()

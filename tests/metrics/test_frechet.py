@@ -10,7 +10,7 @@ from scipy import linalg, ndimage, signal
 
 from ldm.data.scenes.render import render
 from ldm.data.scenes.source import prompts
-from ldm.metrics.frechet import FEATURES, SIDE, distance, features, standardise, weights
+from ldm.metrics.frechet import FILTERS, SIDE, distance, features, standardise, weights
 
 GOLDEN_SUMS = [-11.3807664103, 3.1658596419, 11.597709891]
 GOLDEN = [0.38456141, 0.56988274, 0.17959679, 0.43278405, 0.24175881, 0.12027836]
@@ -81,7 +81,7 @@ def test_a_feature_is_the_mean_and_deviation_of_plain_correlations():
 def test_features_stay_what_they_are():
     """Distances of different versions are comparable only while these values stand."""
     found = features(images(2))
-    assert found.shape == (2, FEATURES) and found.dtype == np.float64
+    assert found.shape == (2, FILTERS) and found.dtype == np.float64
     assert [float(w.sum()) for w in weights()] == pytest.approx(GOLDEN_SUMS, abs=1e-9)
     assert found[1, [0, 30, 60, 100, 150, 191]] == pytest.approx(GOLDEN, abs=1e-6)
 

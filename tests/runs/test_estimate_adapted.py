@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ldm.config.schema import build, load
-from ldm.runs.estimate import Needs, estimate
 from ldm.models.lora import adapted_count, inject
 from ldm.models.unet import UNet, UNetConfig
+from ldm.runs.estimate import Needs, estimate
 from ldm.runs.run import Run
 from ldm.training.settings import Train
 

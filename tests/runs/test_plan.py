@@ -13,7 +13,7 @@ import torch
 from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import load
-from ldm.data.cache import CacheOptions, DATA, write_cache
+from ldm.data.cache import DATA, CacheOptions, write_cache
 from ldm.data.scenes.source import ScenesSource
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, latent_channels

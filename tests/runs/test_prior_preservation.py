@@ -14,8 +14,8 @@ from PIL import Image
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.data.loader import batches
 from ldm.data.concatenation import Mixture
+from ldm.data.loader import batches
 from ldm.families.registry import load
 from ldm.runs.prior_preservation import PriorPreservation, draw
 

@@ -20,6 +20,7 @@ from ldm.formats.lora_files import write
 from ldm.models.lora import Lora, Pair
 from ldm.sampling.adapters import add, scaled, weighted
 from ldm.sampling.recipe import Recipe, parse_parameters, read_chunks, read_recipe
+from ldm.sampling.request import Adapters
 from ldm.text.textual_inversion import write_embedding
 
 
@@ -133,7 +134,7 @@ def test_the_page_draws_with_them(base: Path, here: Path) -> None:
     from ldm.demo.status import command
     from ldm.demo.studio import Studio
 
-    family, added = opened(str(base), "cpu", "", False, ["one.safetensors:0.5"], ["words/thing.safetensors"])
+    family, added = opened(str(base), "cpu", "", False, Adapters(lora=("one.safetensors:0.5",), embedding=("words/thing.safetensors",)))
     form = replace(blank(family), prompt="a <thing>", steps=2, seed=3)
     order = order_of(family, "base", form, added=added)
     with Studio(family) as studio:

@@ -152,7 +152,7 @@ def test_pictures_of_other_programs_tell_what_they_can(tmp_path: Path) -> None:
         ("[]", "cannot be read"),
         (json.dumps({**RECIPE.to_dict(), "seed": "7"}), "'7' is no int"),
         (json.dumps({**RECIPE.to_dict(), "steps": True}), "True is no int"),
-        (json.dumps({k: v for k, v in RECIPE.to_dict().items() if k != "eta"}), "KeyError: 'eta'"),
+        (json.dumps({k: v for k, v in RECIPE.to_dict().items() if k != "rescale"}), "KeyError: 'rescale'"),
         (json.dumps({**RECIPE.to_dict(), "schema": 2, "version": "9"}), "written by ldm 9"),
     ],
 )

@@ -36,7 +36,9 @@ def trainer(model: Path, folder: Path, processes: Learners, **more: Any) -> Trai
     context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=STAGE.images)
     log = Log(folder.parent, console=processes.main, write=False)
     stage = replace(STAGE, carry="all") if "carried" in more else STAGE
-    return Trainer(stage, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log, handover=Handover(**more))
+    return Trainer(
+        stage, family, context, data=data, folder=folder, key="k", workers=0, processes=processes, log=log, handover=Handover(**more)
+    )
 
 
 if __name__ == "__main__":

@@ -151,16 +151,16 @@ class Listener(nn.Module):
 
 
 def test_an_inpainting_unet_is_told_the_mask_and_what_is_known(inpainter: LatentDiffusionFamily) -> None:
-    unet, image, mask = inpainter.unet, pictures(), left_half()
-    inpainter.unet = Listener()
+    unet, image, mask = inpainter.denoiser, pictures(), left_half()
+    inpainter.denoiser = Listener()
     try:
         inpainter.sample(["a"], [0], Wanted(guidance=3.0), edits=inpainter.edits(image, mask))
         inpainter.sample(["a"], [0], Wanted(guidance=1.0))
         inpainter.sample(["a"], [0], Wanted(guidance=1.0), edits=inpainter.edits(image, strength=0.5))
-        found = inpainter.unet.told
+        found = inpainter.denoiser.told
         told, alone, whole = found[0], next(t for t in found if len(t) == 2), found[-1]
     finally:
-        inpainter.unet = unet
+        inpainter.denoiser = unet
     hidden = (image.permute(0, 3, 1, 2) / 127.5 - 1) * ~mask
     with torch.no_grad():
         known, grey = inpainter.codec.moments(hidden)[0], inpainter.codec.moments(torch.zeros(1, 3, SIDE, SIDE))[0]

@@ -1,0 +1,78 @@
+"""The model and the device that a verb's options mean, and notices to whoever called it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ldm.config.errors import UserError
+from ldm.families.draws import Draws
+
+
+def model_for(name: str) -> str:
+    """The model that is meant: a folder, a file or a name on the hub; by default the newest here."""
+    words = name.split("/")
+    place = Path(name.partition("::")[0]).expanduser()
+    hub = len(words) == 2 and all(words) and not name.startswith((".", "~")) and not Path(words[0]).is_dir()
+    if name and not place.exists() and not hub:
+        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
+    return name or newest()
+
+
+def newest() -> str:
+    """The folder of the newest model of the runs below this folder."""
+    found = sorted(Path("runs").glob("*/model/model_index.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError("no model: give --model DIR, or train one (no runs/*/model here)")
+    folder = str(found[-1].parent)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {folder} (the newest here)", file=sys.stderr)
+    return folder
+
+
+def name_of(folder: str) -> str:
+    """What a picture says of its model: the run's name, not where it lies."""
+    path = Path(folder.partition("::")[0]).expanduser()
+    if path.is_file():
+        return path.stem
+    if not path.is_dir():
+        return folder  # a name on the hub
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def device_for(wanted: str, local: int = 0) -> str:
+    """The device, of several GPUs this process' own; the best there is where none is wanted."""
+    import torch
+
+    if not wanted:
+        return f"cuda:{local}" if local and best_device() == "cuda" else best_device()
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({str(error).splitlines()[0][:100]})") from None
+    return wanted
+
+
+def best_device() -> str:
+    """The accelerator of this machine, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def tell_overlong(family: Draws, text: str, notation: bool) -> None:
+    """Say how a prompt is read that is longer than the model reads at once."""
+    from ldm.text.prompt_syntax import literal, read
+
+    if how := family.overlong((read if notation else literal)(text)):
+        tell(f"{text[:40]!r}... {how}")
+
+
+def tell(text: str) -> None:
+    """A notice, of the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,386 @@
+"""A sampling request: what a picture is asked for, in small frozen objects with one place for defaults, checks and help.
+
+Verbs take these objects and get their options from them; nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.config.errors import UserError
+from ldm.config.options import bounds, option
+from ldm.families.draws import CURVES, PRECISIONS, Running, Wanted
+from ldm.sampling.prompt_files import Asked, read_prompts
+from ldm.sampling.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
+
+MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
+MAX_MARGIN = 4096  # px
+EDGES = ("left", "top", "right", "bottom")
+STRENGTH = 0.75  # of image-to-image, unless it is told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts: what is drawn."""
+
+    prompt: tuple[str, ...] = option((), "What to draw; several prompts are drawn in turn.", argument=True)
+    prompts: Path | None = option(None, "A file, a prompt a line (flags --n --w --h --d --l --s, or JSON); -: input.")
+
+    def read(self, recipe: str | None) -> list[Asked]:
+        """The prompts: words, a file's, a recipe's, or standard input's.
+
+        Raises:
+            UserError: where there are none or too many, or the file cannot be read.
+        """
+        given, file = self.prompt, self.prompts
+        if given and file is not None:
+            raise UserError("prompts: give them as words or by --prompts, not both")
+        if given or (file is None and recipe is not None):
+            return [Asked(prompt=clean(text)) for text in given or [recipe or ""]]
+        if file is None and sys.stdin.isatty():
+            raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
+        source = "standard input" if file is None or str(file) == "-" else str(file)
+        try:
+            text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{source}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{source}: {error.strerror}") from None
+        return read_prompts(clean(text), source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Model and picture: what draws, and what all of its pictures have in common."""
+
+    model: str = option("", "A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.")
+    seed: int | None = option(None, "Seed of each prompt's first picture; default: 0.", low=0, high=MAX_SEED)
+    negative: str | None = option(None, "What to stay away from (negative prompt); default: nothing.")
+    size: str = option("", "WIDTHxHEIGHT in px; default: the model's.")
+
+    def first(self, old: Mapping[str, Any]) -> int:
+        """The first seed."""
+        return int(old.get("seed", 0) if self.seed is None else self.seed)
+
+    def avoided(self, old: Mapping[str, Any]) -> str:
+        """The negative prompt."""
+        return clean(str(old.get("negative", "")) if self.negative is None else self.negative)
+
+    def shape(self, old: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(height, width) px; None where neither the option nor the recipe says."""
+        if not self.size:
+            return (old["height"], old["width"]) if "height" in old else None
+        return size_of(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Recipe and notation: a picture whose settings are followed, and how prompts are read."""
+
+    recipe: Path | None = option(None, "A picture whose recipe is followed where no option says otherwise.", name="--from")
+    literal: bool = option(False, "Brackets, BREAK and AND in prompts stand for themselves.")
+
+    def old(self) -> dict[str, Any]:
+        """The recipe that is followed; without one nothing."""
+        found = read_recipe(self.recipe) if self.recipe else {}
+        # Other programs' pictures say nothing of it, and mean the notation.
+        return asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
+
+    def carried(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """What is taken over of a recipe as it is."""
+        taken = {name: old[name] for name in ("to", "share", "variation", "variation_seed") if name in old}
+        return {"notation": not self.literal and bool(old.get("notation", True)), **taken}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How many: pictures of a prompt, variations of them, and which are kept."""
+
+    n: int = option(1, "Pictures per prompt; picture k has the seed SEED + k.", low=1)
+    seeds: str = option("", "The seeds of every prompt, such as 1,5,9; in place of --seed and --n.")
+    variations: int = option(0, "So many pictures near each one, in its place.", low=0)
+    variation_strength: float | None = option(None, "How far away they are; default: 0.2.", low=0, high=1)
+    best: int = option(1, "Draw so many for each picture and keep the one that JUDGE likes best.", low=1)
+    judge: str = option("", "own: the model's CLIP; scenes: their checker; or a folder with a CLIP (transformers).")
+
+    def listed(self, seed: int | None) -> list[int] | None:
+        """The seeds of every prompt, where they are listed."""
+        if not self.seeds:
+            return None
+        if seed is not None or self.n != 1:
+            raise UserError("seeds: not together with --seed or --n")
+        try:
+            found = [int(word) for word in self.seeds.split(",")]
+        except ValueError:
+            found = [-1]
+        if min(found) < 0 or max(found) > MAX_SEED:
+            raise UserError(f"seeds: got {self.seeds!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
+        return found
+
+    def check(self) -> None:
+        """Refuse what does not belong together.
+
+        Raises:
+            UserError: saying what.
+        """
+        if self.variation_strength is not None and not self.variations:
+            raise UserError(f"variation_strength: got {self.variation_strength}, but no variations; give --variations 4")
+        if self.best > 1 and (self.variations or not self.judge):
+            fix = "not together with --variations" if self.variations else "who chooses? Give --judge own, scenes or the FOLDER of a CLIP"
+            raise UserError(f"best: {fix}")
+
+    def varied(self) -> dict[str, float]:
+        """What recipes say of variations."""
+        if not self.variations:
+            return {}
+        return {"variation": 0.2 if self.variation_strength is None else self.variation_strength}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(Wanted):
+    """Sampler: the numbers of denoising and of classifier-free guidance."""
+
+    sampler: str | None = option(None, f"{' '.join(NAMES)}; default: the model's, of films and with --invert ddim.")
+    spacing: str | None = option(None, f"Of the steps: {' '.join(SPACINGS)}; default: the sampler's.")
+    guidance_interval: str = option("", "Guide only from one share of the steps to another, such as 0.1,0.8.")
+
+    def check(self) -> None:
+        """Refuse numbers that are none, and names that are not known.
+
+        Raises:
+            UserError: naming what is possible.
+        """
+        for name in ("guidance", "rescale", "eta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name}: got {value}; a finite number is needed")
+        for name, known in (("sampler", NAMES), ("spacing", SPACINGS), ("precision", PRECISIONS), ("guidance_curve", CURVES)):
+            value = getattr(self, name)
+            if value and value not in known:
+                raise UserError(f"{name}: got {value!r}; choose one of {', '.join(known)}")
+        self.interval()
+
+    def interval(self) -> dict[str, float]:
+        """Between which shares of the steps there is guidance, where it is told."""
+        if not self.guidance_interval:
+            return {}
+        try:
+            first, last = (float(word) for word in self.guidance_interval.split(","))
+        except ValueError:
+            got = f"guidance_interval: got {self.guidance_interval!r}"
+            raise UserError(f"{got}; two shares of the steps are needed, such as 0.1,0.8") from None
+        return {"guidance_from": first, "guidance_to": last}
+
+    def chosen(self, old: Mapping[str, Any], **usual: Any) -> Wanted:
+        """The numbers that are asked for: what the options say, then a recipe, then what is `usual` here."""
+        return self.over({**usual, **old, **self.interval()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """Start from a picture: img2img (SDEdit), inpainting, outpainting and DDIM inversion; and hires fix, a second, larger pass."""
+
+    init: Path | None = option(None, "A picture to start from, in place of noise (img2img).")
+    strength: float | None = option(None, "How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")
+    mask: Path | None = option(None, "A picture as large as INIT, white where it is to be new (inpainting); the rest keeps its bytes.")
+    outpaint: str = option("", "Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")
+    invert: Path | None = option(None, "A picture to edit by its prompt: start from the noise that it comes from.")
+    source: str | None = option(None, "What the picture of --invert shows.")
+    hires: float | None = option(None, "Draw so many times smaller first, enlarge, and draw anew in part.", low=1, high=8)
+    hires_strength: float | None = option(None, "How much the second pass draws anew; default: 0.5.", low=0, high=1)
+
+    @property
+    def picture(self) -> Path | None:
+        """What is started from."""
+        return self.init or self.invert
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Sampler settings that an edit begins with: noise that a picture comes from without guidance gives it back without."""
+        return {"guidance": 1.0, "sampler": "ddim"} if self.invert else {}
+
+    def passes(self, old: Mapping[str, Any]) -> dict[str, float]:
+        """What recipes say of a first, smaller pass."""
+        factor = old.get("hires", 1.0) if self.hires is None else self.hires
+        if factor != 1 and self.picture is not None:
+            raise UserError("hires: not together with --init; draw the picture first, and go on from it with a larger --size")
+        if factor == 1 and self.hires_strength is not None:
+            raise UserError(f"hires_strength: got {self.hires_strength}, but there is no second pass; give --hires 2")
+        strength = old.get("hires_strength", 0.5) if self.hires_strength is None else self.hires_strength
+        return {"hires": float(factor), "hires_strength": float(strength)}
+
+    def margins(self, old: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+        """px to add at left, top, right and bottom; None: nothing."""
+        if not self.outpaint:
+            numbers = str(old.get("outpaint", ""))
+            return tuple(int(n) for n in numbers.split(",")) if numbers else None  # type: ignore[return-value]
+        found = dict.fromkeys(EDGES, 0)
+        try:
+            for word in self.outpaint.split(","):
+                edge, equals, number = word.strip().partition("=")
+                found |= {edge: int(number)} if equals else dict.fromkeys(EDGES, int(word))
+        except ValueError:
+            found = {}
+        if set(found) != set(EDGES) or min(found.values()) < 0 or not 0 < max(found.values()) <= MAX_MARGIN:
+            raise UserError(f"outpaint: got {self.outpaint!r}; px for some of {', '.join(EDGES)} are needed, such as left=64,right=64")
+        return found["left"], found["top"], found["right"], found["bottom"]
+
+    def edited(self, size: str, old: Mapping[str, Any]) -> dict[str, Any]:
+        """What a recipe says of the picture it starts from besides its hash; empty where there is none.
+
+        Raises:
+            UserError: for options that do not belong together.
+        """
+        margins = self.margins(old)
+        if self.picture is None:
+            self._without(margins, old)
+        if self.source is not None and self.invert is None:
+            raise UserError("source: says what the picture of --invert shows; give that, too")
+        if self.invert is not None and (self.init or self.mask or margins):
+            raise UserError("invert: not together with --init, --mask or --outpaint")
+        if margins and (self.mask or size):
+            raise UserError("outpaint: not together with --mask or --size; the margins are what is new")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UserError(f"strength: got {self.strength}; a number from 0 (the picture as it is) to 1 (all new) is needed")
+        for name, path in (("init", self.init), ("mask", self.mask), ("invert", self.invert)):
+            if path is not None and not path.exists():
+                raise UserError(f"{name}: {path}: No such file or directory")
+        if self.picture is None:
+            return {}
+        usual = 1.0 if self.mask or margins or self.invert else STRENGTH
+        return {
+            "strength": float(old.get("strength", usual) if self.strength is None else self.strength),
+            "invert": self.invert is not None,
+            "source": str(old.get("source", "") if self.source is None else self.source),
+            "outpaint": ",".join(map(str, margins or ())),
+        }
+
+    def _without(self, margins: tuple[int, ...] | None, old: Mapping[str, Any]) -> None:
+        """Refuse what needs a picture to start from."""
+        for name, value in (("mask", self.mask), ("strength", self.strength)):
+            if value is not None:
+                raise UserError(f"{name}: got {value}, but no picture to start from; give it by --init")
+        if old.get("init"):
+            fix = "--invert" if old.get("invert") else "--init, and its mask, if any, by --mask"
+            raise UserError(f"from: this picture was drawn out of another one; give that one by {fix}")
+        if margins:
+            raise UserError("outpaint: no picture to go on from; give it by --init")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier guidance: what draws towards the words of a prompt besides classifier-free guidance."""
+
+    classifier: Path | None = option(None, "A file of ldm classifier: draw towards the words of the prompt that it knows.")
+    classifier_scale: float | None = option(None, "How strongly; 1 is Bayes' rule; default: 1.", low=0, high=1000)
+
+    def guided(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """What a recipe says of a classifier's guidance besides its hash; empty where there is none.
+
+        Raises:
+            UserError: for a scale without a file, a file that is missing, or a recipe that needs one.
+        """
+        if self.classifier is None:
+            if self.classifier_scale is not None:
+                raise UserError(f"classifier_scale: got {self.classifier_scale:g}, but no classifier; give --classifier FILE")
+            if old.get("classifier"):
+                raise UserError("from: this picture was drawn with a classifier; give its file by --classifier")
+            return {}
+        if not self.classifier.exists():
+            raise UserError(f"classifier: {self.classifier}: No such file or directory")
+        scale = self.classifier_scale
+        return {"classifier_scale": float(old.get("classifier_scale") or 1.0) if scale is None else float(scale)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Adapters: LoRAs and words that textual inversion learned."""
+
+    lora: tuple[str, ...] = option((), "FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.")
+    embedding: tuple[str, ...] = option((), "FILE of a word (textual inversion); may be repeated.")
+
+    def check(self, low_memory: bool, old: Mapping[str, Any]) -> None:
+        """Refuse them where weights are read again.
+
+        Raises:
+            UserError: saying so.
+        """
+        if low_memory and (self.lora or self.embedding or old.get("loras") or old.get("embeddings")):
+            raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Output: where pictures go, and which are written."""
+
+    safety: Path | None = option(None, "A folder with a safety checker (diffusers' layout); what it flags is not written.")
+    watermark: str | None = option(None, "A short text to hide in the pixels; ldm info reads it.")
+    batch: int = option(8, "Pictures between two writes to disk; never changes a picture.", low=1)
+    out: Path = option(Path("outputs"), "Folder of the pictures.")
+    grid: Path | None = option(None, "Also one PNG of all, a row for each prompt.")
+    save_steps: bool = option(False, "Beside each picture, a strip of what it was at every step.")
+    resume: bool = option(False, "Leave out the pictures that OUT holds already.")
+    as_json: bool = option(False, "Print one JSON object per picture.", name="--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Device: where it is drawn."""
+
+    device: str = option("", "cuda, mps or cpu; default: the best there is.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What pictures are asked for: everything that `ldm sample` can be told."""
+
+    prompts: Prompts = field(default_factory=Prompts)
+    base: Base = field(default_factory=Base)
+    following: Following = field(default_factory=Following)
+    choice: Choice = field(default_factory=Choice)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    editing: Editing = field(default_factory=Editing)
+    guidance: Guidance = field(default_factory=Guidance)
+    adapters: Adapters = field(default_factory=Adapters)
+    output: Output = field(default_factory=Output)
+    running: Running = field(default_factory=Running)
+    device: Device = field(default_factory=Device)
+
+    def fields(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """What recipes say besides prompts, seeds, size and sampler settings, as far as it is known before the model is.
+
+        Raises:
+            UserError: for whatever is wrong with the request.
+        """
+        self.sampler.check()
+        self.choice.check()
+        self.adapters.check(self.running.low_memory, old)
+        told = self.editing.passes(old) | self.guidance.guided(old) | self.editing.edited(self.base.size, old)
+        watermark = old.get("watermark", "") if self.output.watermark is None else self.output.watermark
+        return {**told, **self.following.carried(old), **self.choice.varied(), "watermark": watermark}
+
+
+BOUNDS = bounds(SamplerOptions, Base, Editing) | {"guidance_from": (0, 1), "guidance_to": (0, 1), "strength": (0, 1)}
+
+
+def clean(text: str) -> str:
+    """A text as prompts and recipes may hold it."""
+    return writable(text).replace("\0", " ")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) px of WIDTHxHEIGHT or of one number for a square.
+
+    Raises:
+        UserError: for anything else.
+    """
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", word) for word in words):
+        raise UserError(f"size: got {text!r}; write WIDTHxHEIGHT in px, such as 512x512")
+    return int(words[-1]), int(words[0])
