@@ -13,7 +13,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.runs.report import duration, report
-from ldm.runs.run_record import Stage, Step, Story, read_story
+from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story
 from ldm.training import log
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -70,7 +70,7 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
         yield f"FAILED: {failed}"
 
 
-def _headline(stage: Stage) -> str:
+def _headline(stage: StageRecord) -> str:
     amount = ""
     if stage.kind == "train" and stage.wanted:
         amount = f"{stage.images:,} of {stage.wanted:,} images ({stage.images / stage.wanted:.0%})"
@@ -81,13 +81,13 @@ def _headline(stage: Stage) -> str:
     return f"  {stage.name:<18} {stage.state:<10} {amount}{spent}{f', {duration(left)} left' if left else ''}"
 
 
-def _left(stage: Stage) -> float:
+def _left(stage: StageRecord) -> float:
     """Seconds at its latest speed; 0: nobody knows."""
     speed = next((step.values["images_per_s"] for step in reversed(stage.steps) if step.values.get("images_per_s", 0) > 0), 0.0)
     return (stage.wanted - stage.images) / speed if speed and stage.done is None else 0.0
 
 
-def _curves(stage: Stage, width: int) -> Iterator[str]:
+def _curves(stage: StageRecord, width: int) -> Iterator[str]:
     """Loss and its terms, the speed, and what gauges tell, a line each."""
     terms = list(dict.fromkeys(name for step in stage.steps for name in step.terms))
     named = [("loss", [step.values.get("loss") for step in stage.steps])]
@@ -102,7 +102,7 @@ def _curves(stage: Stage, width: int) -> Iterator[str]:
             yield f"    {name:<22} {spark(values, width):<{width}} {values[-1]:>12.4g}"
 
 
-def _gauges(steps: Sequence[Step]) -> list[str]:
+def _gauges(steps: Sequence[StepRecord]) -> list[str]:
     return list(dict.fromkeys(name for step in steps for name in step.gauges))
 
 

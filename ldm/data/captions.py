@@ -113,7 +113,7 @@ def from_folder(name: str) -> tuple[int, str] | None:
 
 
 @dataclass
-class Table:
+class CaptionTable:
     """Metadata of a folder's tables, joined by image."""
 
     captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
@@ -122,7 +122,7 @@ class Table:
     files: list[str] = field(default_factory=list)  # the metadata files that were read
 
 
-def read_tables(root: Path, found: list[Path]) -> Table:
+def read_tables(root: Path, found: list[Path]) -> CaptionTable:
     """Read metadata.jsonl, .csv and .parquet files; `file_name` is relative to the file's own folder.
 
     An image in several rows has several captions, and so has one whose caption is a list. Columns of sizes and scores are
@@ -131,7 +131,7 @@ def read_tables(root: Path, found: list[Path]) -> Table:
     Raises:
         UserError: if a file has no `file_name` or none of the caption columns, is not UTF-8, or is damaged parquet.
     """
-    table = Table()
+    table = CaptionTable()
     for path in found:
         name = path.relative_to(root).as_posix()
         table.files.append(name)
@@ -149,7 +149,7 @@ def read_tables(root: Path, found: list[Path]) -> Table:
     return table
 
 
-def _lines(path: Path, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+def _lines(path: Path, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
     try:
         text = _text(path.read_bytes())
     except UnicodeDecodeError as error:
@@ -171,7 +171,7 @@ def _parquet(path: Path, name: str) -> list[tuple[str, dict[str, object]]]:
     return [(f"{name}:{number}", row) for number, row in enumerate(found, 1)]
 
 
-def _jsonl(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+def _jsonl(text: str, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
     rows: list[tuple[str, dict[str, object]]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -188,7 +188,7 @@ def _jsonl(text: str, name: str, table: Table) -> list[tuple[str, dict[str, obje
     return rows
 
 
-def _csv(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object]]]:
+def _csv(text: str, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
     rows: list[tuple[str, dict[str, object]]] = []
     reader = csv.DictReader(io.StringIO(text.replace("\0", " "), newline=""))
     try:
@@ -199,7 +199,7 @@ def _csv(text: str, name: str, table: Table) -> list[tuple[str, dict[str, object
     return rows
 
 
-def _take(table: Table, root: Path, folder: Path, where: str, file: object, caption: object) -> str | None:
+def _take(table: CaptionTable, root: Path, folder: Path, where: str, file: object, caption: object) -> str | None:
     if not isinstance(file, str) or not file.strip():
         table.rejected.append((where, "bad metadata row", "no file_name"))
         return None

@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
-from ldm.data.captions import SIDECARS, TABLES, Table, from_folder, from_name, read_tables, sidecar
+from ldm.data.captions import SIDECARS, TABLES, CaptionTable, from_folder, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
@@ -151,7 +151,7 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
     if not root.is_dir():
         raise UserError(f"data.path: {root} is not a folder; give the folder that holds your images")
     images, tables, rejected = _files(root)
-    table = Table()
+    table = CaptionTable()
     if source.captions in ("auto", "metadata"):
         table = read_tables(root, tables)
     rejected += [Rejection(*row) for row in table.rejected]
@@ -183,7 +183,7 @@ def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection
     return [e for e in looked if e.rejection is None], rejected, table.files
 
 
-def _captions(image: Path, name: str, source: FolderSource, table: Table) -> tuple[str, ...]:
+def _captions(image: Path, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
     if source.caption:
         return (source.caption,)
     found: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ class Busy(UserError):
     """The queue is full, of this user's wishes or of everyone's."""
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Nobody waits for what is being drawn any more."""
 
 
@@ -218,7 +218,7 @@ class Studio:
         jobs = list(dict.fromkeys(job for job, _ in unit))
         try:
             images = self._images(unit)
-        except Stopped:
+        except Cancelled:
             return
         except Exception as error:
             if len(jobs) > 1:
@@ -249,7 +249,7 @@ class Studio:
 
         def on_step(done: int, of: int) -> None:
             if all(job.over for job in jobs):
-                raise Stopped
+                raise Cancelled
             for job in jobs:
                 job.steps, job.of = done, of
 
@@ -259,7 +259,7 @@ class Studio:
                     job.notes.append(text)
 
         if all(job.over for job in jobs):
-            raise Stopped
+            raise Cancelled
         watching = self._watching([job for job, _ in unit])
         return drawing.draw(self.family, found, init_image=jobs[0].order.init_image, edits=watching, on_step=on_step, note=note)
 
@@ -270,7 +270,7 @@ class Studio:
         def see(rows: Sequence[int], step: int, x0: Tensor) -> None:
             nonlocal last
             if all(job.over for job in owners):
-                raise Stopped
+                raise Cancelled
             if self.previews and time.monotonic() - last > max(0.2, self._cost / SHARE):
                 began = time.monotonic()
                 self._show(x0, [owners[row] for row in rows])

@@ -29,7 +29,7 @@ Denoise = Callable[[Tensor, int], Tensor]
 AfterStep = Callable[[Tensor, int], Tensor] | None
 
 
-class Run(Protocol):
+class SamplerFunction(Protocol):
     """The shape of every sampler."""
 
     def __call__(
@@ -249,7 +249,7 @@ def _reached(after_step: AfterStep, x: Tensor, i: int) -> Tensor:
 class Sampler:
     """A sampler with the spacing it is at home on."""
 
-    run: Run
+    run: SamplerFunction
     spacing: str  # of ldm.diffusion.process.SPACINGS, unless the user asks for another
     steps: int | None = None  # that it is made for; None: the model's own number
 

@@ -14,7 +14,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Positive, PositiveFloat, config, named
 from ldm.diffusion.rng import Rng
 from ldm.models.blocks import start_as_identity
-from ldm.models.coder import Decoder, Encoder, Shape
+from ldm.models.coder import CoderShape, Decoder, Encoder
 from ldm.models.diffusers_config import kl_from_diffusers, kl_to_diffusers, vq_from_diffusers, vq_to_diffusers
 from ldm.models.stripes import Stripes
 
@@ -336,7 +336,7 @@ def _put(made: dict[str, Tensor], name: str, weight: Tensor, bias: Tensor, state
 
 
 def _coders(config: KLConfig | VQConfig, encoded: int, told: bool) -> tuple[Encoder, Decoder]:
-    shape = Shape(
+    shape = CoderShape(
         channels=config.channels,
         layers=config.layers,
         attention=config.levels,

@@ -15,7 +15,7 @@ EPS = 1e-6  # added to the variance in every norm
 
 
 @dataclass(frozen=True)
-class Shape:
+class CoderShape:
     """What an encoder and its decoder have in common."""
 
     channels: tuple[int, ...]  # width of each level, from the full resolution down
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         shape: the levels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, shape: Shape) -> None:
+    def __init__(self, in_channels: int, out_channels: int, shape: CoderShape) -> None:
         super().__init__()
         self.checkpointing = shape.checkpointing
         channels, groups = shape.channels, shape.groups
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(channels):
             scale = Downsample(width, padded_at_end=True) if i < last else None
             before, attends = channels[max(i - 1, 0)], shape.attention[i]
-            self.down_blocks.append(Stage(before, width, shape.layers, groups, attends, scale, 0))
+            self.down_blocks.append(CoderStage(before, width, shape.layers, groups, attends, scale, 0))
         self.mid_block = Bottom(channels[-1], groups, shape.middle_attention, 0)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         code_channels: channels of the codes that scale and shift every norm (MoVQ), or 0 for plain GroupNorm.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, shape: Shape, code_channels: int = 0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, shape: CoderShape, code_channels: int = 0) -> None:
         super().__init__()
         self.checkpointing = shape.checkpointing
         channels, groups = shape.channels, shape.groups
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         for i in reversed(range(len(channels))):
             scale = Upsample(channels[i]) if i else None
             before, layers, attends = channels[min(i + 1, last)], shape.layers + 1, shape.attention[i]
-            self.up_blocks.append(Stage(before, channels[i], layers, groups, attends, scale, code_channels))
+            self.up_blocks.append(CoderStage(before, channels[i], layers, groups, attends, scale, code_channels))
         self.conv_norm_out = norm(channels[0], groups, EPS, code_channels)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(normed(self.conv_norm_out, x, codes)))
 
 
-class Stage(nn.Module):
+class CoderStage(nn.Module):
     """The residual blocks of one resolution, each followed by attention where wanted, and a change of size."""
 
     def __init__(

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
 from ldm.models.backbone import DenoiserConfig
-from ldm.models.coder import Bottom, Stage
+from ldm.models.coder import Bottom, CoderStage
 from ldm.models.discriminator import DiscriminatorConfig
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
@@ -161,7 +161,7 @@ def _autoencoder(config: KLConfig | VQConfig, checkpointing: bool, height: int, 
         costs = measure(network, encode), measure(network, decode)
         if checkpointing:
             network.encoder.checkpointing = network.decoder.checkpointing = False
-            blocks = [module for module in network.modules() if isinstance(module, Stage | Bottom)]
+            blocks = [module for module in network.modules() if isinstance(module, CoderStage | Bottom)]
             most = max(largest_block(network, blocks, call) for call in (encode, decode))
             costs = costs[0], replace(costs[1], activations=costs[1].activations + most)
         return count(network), *costs

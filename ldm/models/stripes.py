@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.blocks import CodeNorm, Downsample, ResnetBlock, Upsample, normed
-from ldm.models.coder import Bottom, Decoder, Encoder, Stage
+from ldm.models.coder import Bottom, CoderStage, Decoder, Encoder
 
 Run = Callable[[Tensor, int], Tensor]  # rows of a map (B,C,n,w) and which is the first -> (B,C',k n,k w)
 
@@ -36,7 +36,7 @@ class Stripes:
         """What `decoder(z, codes)` gives, (B,c,h,w) -> (B,C,H,W)."""
         return self._run(decoder, z, (decoder.mid_block, *decoder.up_blocks), codes)
 
-    def _run(self, coder: Encoder | Decoder, x: Tensor, blocks: Sequence[Stage | Bottom], codes: Tensor | None) -> Tensor:
+    def _run(self, coder: Encoder | Decoder, x: Tensor, blocks: Sequence[CoderStage | Bottom], codes: Tensor | None) -> Tensor:
         x = self._map(x, lambda rows, _: coder.conv_in(rows), halo=1)
         for layer in (layer for block in blocks for layer in _layers(block)):
             x = self._layer(layer, x, codes)  # only here is the last map held, so that it goes when the next one stands
@@ -141,7 +141,7 @@ class Stripes:
         return mean.to(kind), variance.to(kind)
 
 
-def _layers(block: Stage | Bottom) -> Iterator[nn.Module]:
+def _layers(block: CoderStage | Bottom) -> Iterator[nn.Module]:
     """What a block does, in order."""
     if isinstance(block, Bottom):
         yield from (block.resnets[0], *block.attentions, block.resnets[1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 OLD_EOS = 2  # what the first published configurations say of the end token, whose id it is not
 
 
-class States(NamedTuple):
+class TextStates(NamedTuple):
     """What the tower says of captions."""
 
     last_hidden_state: Tensor  # (B,L,D), after the last norm
@@ -141,7 +141,7 @@ class TextTower(nn.Module):
         self.encoder = Stack(self.config)
         self.final_layer_norm = nn.LayerNorm(self.config.hidden_size, eps=self.config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> States:
+    def forward(self, ids: Tensor) -> TextStates:
         """(B,L) ids, at most `max_position_embeddings` a row, to states."""
         x = self.embeddings(ids)
         for layer in self.encoder.layers:
@@ -149,7 +149,7 @@ class TextTower(nn.Module):
         x = self.final_layer_norm(x)
         # The first configurations name a wrong end token; the right one has the largest id there.
         end = ids.argmax(1) if self.config.eos_token_id == OLD_EOS else (ids == self.config.eos_token_id).int().argmax(1)
-        return States(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
+        return TextStates(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
 
     def get_input_embeddings(self) -> nn.Module:
         """Of tokens."""

@@ -10,7 +10,7 @@ from typing import Any
 from ldm.runs import report_metrics
 from ldm.runs.report_curves import curve
 from ldm.runs.report_page import figure, folded, page, picture, prompt_list, table, tiles
-from ldm.runs.run_record import Stage, Step, Story, mapping, number, read_json, read_story
+from ldm.runs.run_record import StageRecord, StepRecord, Story, mapping, number, read_json, read_story
 
 FILE = "report.html"
 PICTURES_BYTES = 3_200_000  # of all pictures together, before they become a third more as text
@@ -131,7 +131,7 @@ def _curves(story: Story) -> str:
     return note + "".join(parts)
 
 
-Reader = Callable[[Step], float | None]
+Reader = Callable[[StepRecord], float | None]
 
 
 def _value(name: str) -> Reader:
@@ -150,7 +150,7 @@ def _names(groups: Iterable[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for name in group))
 
 
-def _drawn(stage: Stage, name: str, of: Reader) -> str:
+def _drawn(stage: StageRecord, name: str, of: Reader) -> str:
     points = [(step.images, value) for step in stage.steps if (value := of(step)) is not None]
     drawing = curve(*zip(*points, strict=True)) if points else None
     return figure(drawing, f"{name.replace('_', ' ')}: {points[-1][1]:.4g} at the end") if drawing else ""
@@ -172,7 +172,7 @@ def _timings(story: Story) -> str:
         rows.append(
             [
                 f"<b>{escape(stage.name)}</b>",
-                escape(" ".join(filter(None, (stage.kind, str(stage.settings.get("family") or ""))))),
+                escape(" ".join(filter(None, (stage.kind, str(stage.settings.get("model") or ""))))),
                 f"<span{colour}>{stage.state}</span>",
                 side,
                 amount,
@@ -185,7 +185,7 @@ def _timings(story: Story) -> str:
     return table(("stage", "kind", "state", "size", "images", "time", "images/s", "peak memory"), rows) + shapes
 
 
-def _buckets(stage: Stage) -> str:
+def _buckets(stage: StageRecord) -> str:
     """The shapes that a stage's pictures had."""
     rows = [
         [f"{row.get('width', 0):g} x {row.get('height', 0):g}", *(f"{row.get(name, 0):,.0f}" for name in ("images", "updates", "missed"))]

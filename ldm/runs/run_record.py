@@ -17,7 +17,7 @@ LARGEST = 1e300  # what no count, time or loss of a run exceeds
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRecord:
     """One logged step."""
 
     images: float  # seen so far
@@ -27,14 +27,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """What a run folder tells of one stage."""
 
     name: str
     settings: Mapping[str, Any]  # of config.yaml
     done: Mapping[str, Any] | None  # done.json; None: not finished
     folder: Path
-    steps: Sequence[Step]
+    steps: Sequence[StepRecord]
     alarms: Sequence[str] = ()  # what was odd, in the order of time
     buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
 
@@ -87,7 +87,7 @@ class Story:
     name: str
     config: Mapping[str, Any]
     text: str  # config.yaml as it stands
-    stages: Sequence[Stage]
+    stages: Sequence[StageRecord]
     notes: Sequence[str]
 
     @property
@@ -140,7 +140,7 @@ def read_story(folder: Path) -> Story:
     return Story(folder, name if isinstance(name, str) and name else folder.resolve().name, config, text, stages, notes)
 
 
-def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]]) -> Stage:
+def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]]) -> StageRecord:
     done = read_json(folder / "done.json")
     steps, buckets, alarms = [], [], []
     for line in lines:
@@ -151,9 +151,9 @@ def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable
         images = number(line.get("images"))
         if line.get("stage") == name and "step" in line and images is not None and images >= 0:
             values = numbers({key: line.get(key) for key in PLAIN})
-            steps.append(Step(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
+            steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
     steps.sort(key=lambda step: step.images)
-    return Stage(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, alarms, buckets)
+    return StageRecord(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, alarms, buckets)
 
 
 def _config(path: Path) -> tuple[str, Mapping[str, Any]]:

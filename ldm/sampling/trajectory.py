@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ldm.data.pictures import grid, to_uint8
 
 
-class Film:
+class Trajectory:
     """The estimates of x0 of the pictures of one call, step after step."""
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ class Writer:
         """The files by their places, of all processes; withheld pictures have none."""
         from ldm.sampling import jobs
         from ldm.sampling.picture_files import Bar
-        from ldm.sampling.trajectory import Film
+        from ldm.sampling.trajectory import Trajectory
 
         groups = self.processes.share(len(made) // self.best)
         own = made[groups.start * self.best : groups.stop * self.best]
@@ -65,7 +65,7 @@ class Writer:
         done = 0
         with Bar(len(own)) as show:
             for places in jobs.alike(own, -(-self.batch // chunk) * chunk):
-                part, film = [own[i] for i in places], Film()
+                part, film = [own[i] for i in places], Trajectory()
 
                 def on_step(step: int, of: int, done: int = done, count: int = len(part)) -> None:
                     show(done + count * step / of)

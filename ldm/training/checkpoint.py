@@ -22,7 +22,7 @@ from ldm.formats import atomic
 from ldm.formats.atomic import Damaged, commit, state_hash, verify, write_tensors
 from ldm.training import optim
 from ldm.training.ema import Ema
-from ldm.training.snapshot import Snapshot, Writer
+from ldm.training.snapshot import BackgroundWriter, Snapshot
 
 if TYPE_CHECKING:
     from ldm.distributed.processes import Learners
@@ -60,7 +60,7 @@ class States:
         self.family, self.optimizers, self.ema, self.scaler = family, optimizers, ema, scaler
         self.processes, self.log = processes, log
         self.failed = 0  # saves in a row
-        self._snapshot, self._writer = Snapshot(), Writer()
+        self._snapshot, self._writer = Snapshot(), BackgroundWriter()
         self._told: Callable[[OSError], None] = _raise  # what to do when the save under way fails
         self._cost: dict[str, Any] = {}  # of the save under way
 

@@ -125,7 +125,7 @@ def _copy_plain(target: Tensor, source: Tensor) -> None:
     np.copyto(to, of)
 
 
-class Writer:
+class BackgroundWriter:
     """One piece of work at a time, in a thread of its own. What it raises waits for whoever asks next."""
 
     def __init__(self) -> None:

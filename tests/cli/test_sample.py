@@ -201,7 +201,7 @@ def init_image(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_picture_is_drawn_out_of_another(
     model: list[str], kl_model: Path, init_image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    init, mask = original
+    init, mask = init_image
     first = draw(tmp_path / "a", *model, "a red circle", "--init", str(init), "--strength", "0.6", "--n", "3")[0]
     family, image = ldm.load(kl_model), torch.tensor(pixels(init))[None]
     assert np.array_equal(first, family.sample(["a red circle"], [0], edits=family.edits(image, strength=0.6))[0])
@@ -224,14 +224,14 @@ def test_a_picture_is_drawn_out_of_another(
 def test_an_edit_is_done_again_from_its_recipe(
     model: list[str], init_image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = ["--init", str(original[0]), "--mask", str(original[1])]
+    files = ["--init", str(init_image[0]), "--mask", str(init_image[1])]
     first = draw(tmp_path / "a", *model, "a red circle", *files, "--strength", "0.8", "--seed", "4")[0]
     picture = str(tmp_path / "a" / "00000_seed4.png")
     assert np.array_equal(first, draw(tmp_path / "b", *model, "--from", picture, *files)[0])
     assert "note:" not in capsys.readouterr().err
     assert main(["sample", *model, "--from", picture]) == 2
     assert "drawn out of another one; give that one by --init" in capsys.readouterr().err
-    draw(tmp_path / "c", *model, "--from", picture, "--init", str(original[1]))
+    draw(tmp_path / "c", *model, "--from", picture, "--init", str(init_image[1]))
     said = capsys.readouterr().err
     assert "mask.png is not the file that the recipe was made with" in said and "mask: nothing is not the file" in said
 

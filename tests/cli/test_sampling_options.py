@@ -19,7 +19,7 @@ from ldm.families.latent_diffusion.family import load
 from ldm.sampling import jobs
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe, read_recipe
-from ldm.sampling.trajectory import Film
+from ldm.sampling.trajectory import Trajectory
 
 DDIM = ["--steps", "4", "--sampler", "ddim"]
 
@@ -118,12 +118,12 @@ def test_both_passes_are_edited_and_filmed(model: list[str], tmp_path: Path) -> 
         return guided
 
     plain = jobs.draw(family, [made], note=print)
-    film = Film()
+    film = Trajectory()
     edited = jobs.draw(family, [made], edits=[Edit(guide=guide), *family.watch(film.see)], note=print)
     small, large = [call for call in calls if call[0] == 4], [call for call in calls if call[0] == 8]
     assert [i for _, i in small] == [0, 1, 2, 3] and [i for _, i in large] == [0, 1] and not torch.equal(plain, edited)
     assert film.strip(0, family.decode).shape == (64, 6 * 66 - 2, 3)
-    filmed = jobs.draw(family, [made], edits=[*family.watch(Film().see)], note=print)
+    filmed = jobs.draw(family, [made], edits=[*family.watch(Trajectory().see)], note=print)
     assert torch.equal(filmed, plain)
 
 

@@ -24,7 +24,7 @@ from ldm.training import checkpoint
 from ldm.training.log import Log, read
 from ldm.training.loop import Handover, Trainer
 from ldm.training.settings import Train
-from ldm.training.snapshot import Snapshot, Writer
+from ldm.training.snapshot import BackgroundWriter, Snapshot
 
 BATCH = 4
 
@@ -109,7 +109,7 @@ def test_what_is_copied_later_is_of_its_moment_and_is_waited_for() -> None:
         }
     }
     kept = {name: value.clone() for name, value in groups["model"].items()}
-    snapshot, writer, go = Snapshot(), Writer(), threading.Event()
+    snapshot, writer, go = Snapshot(), BackgroundWriter(), threading.Event()
     taken = snapshot.take(groups, keep=True, later={("model", name) for name in kept if name != "now"})
     groups["model"]["now"].add_(1)
     writer.start(lambda: (go.wait(5), snapshot.finish()))
@@ -140,7 +140,7 @@ def test_the_next_step_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_writer_does_one_thing_at_a_time_and_tells_of_its_error_once() -> None:
-    writer, go = Writer(), threading.Event()
+    writer, go = BackgroundWriter(), threading.Event()
     writer.end()  # of nothing
 
     def work() -> None:

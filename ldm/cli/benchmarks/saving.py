@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.formats import atomic
 from ldm.training import checkpoint
-from ldm.training.snapshot import Snapshot, Writer
+from ldm.training.snapshot import BackgroundWriter, Snapshot
 
 PARAMETERS = 12_500_000  # weights, two moments and averages in float32: 200 MB
 TENSORS = 100
@@ -28,7 +28,7 @@ def beside(setup: Setup) -> Iterator[Case]:
         name: {f"{name}.{i}": torch.randn(size, device=setup.device) for i in range(times * TENSORS)}
         for name, times in (("model", 1), ("optimizer", 2), ("ema", 1))
     }
-    snapshot, writer = Snapshot(), Writer()
+    snapshot, writer = Snapshot(), BackgroundWriter()
     written: list[float] = []
     later = {(group, name) for group, tensors in groups.items() for name in tensors}
     square = torch.randn(512, 512, device=setup.device)

@@ -217,7 +217,7 @@ def certified(tier: str, split: str, seed: int, index: NDArray[np.int64], only: 
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ScenePrompts:
     """What a model is asked for, and certified scenes that would be perfect answers."""
 
     text: tuple[str, ...]
@@ -228,7 +228,7 @@ class Prompts:
         return len(self.text)
 
 
-def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen", only: Sequence[str] = ()) -> Prompts:
+def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen", only: Sequence[str] = ()) -> ScenePrompts:
     """Prompts that state every fact of scenes no data set holds.
 
     Args:
@@ -246,4 +246,4 @@ def prompts(tier: TierName, n: int, seed: int = 0, pairs: Pairs = "seen", only: 
     chosen = pairs_of(only)
     specs = draw_specs(tier, pairs, seed, index, certified(tier, pairs, seed, index, chosen), chosen)
     targets = tuple(stated(specs, tier))
-    return Prompts(tuple(say(target) for target in targets), targets, specs)
+    return ScenePrompts(tuple(say(target) for target in targets), targets, specs)
