@@ -45,10 +45,10 @@ def export(
     _check_target(model, to, out, overwrite)
     began = time.monotonic()
 
-    from ldm.families.latent_diffusion.export import read_source
+    from ldm.families.registry import exported
 
     _tell(f"reading {model}")
-    source = read_source(model)
+    source = exported(model)
     weights = sum(value.numel() for part in source.parts.values() for value in part.state.values()) * PRECISIONS[dtype]
     _check_room(out, weights)
     notices = list(source.notices)

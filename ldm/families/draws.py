@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.diffusion.process import Process
+    from ldm.formats.export_source import ExportedModel
     from ldm.formats.latent_codec import LatentCodec
     from ldm.models.lora import Lora
     from ldm.text.prompt_syntax import Prompt
@@ -259,6 +260,15 @@ class Draws(Protocol):
         """
         if loras or words:
             self.refuse("lora" if loras else "embedding", "takes no LoRA and no embedding; leave them out")
+
+    def exported(self, root: Path, path: Path) -> ExportedModel:
+        """Its networks and records, as files of other programs are written from.
+
+        Args:
+            root: its model folder.
+            path: what it was named by, for titles.
+        """
+        self.refuse("export", "has no form but its own folder; copy that")
 
     def overlong(self, prompt: Prompt) -> str:
         """What should be known of a prompt that is longer than is read at once; empty: nothing."""

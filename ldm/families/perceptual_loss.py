@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from ldm.config.schema import BY_KIND, NonNegative, config
-from ldm.families.clip import Clip, load_image_tower
+from ldm.families.clip import Clip
 from ldm.families.family import Context, ModelConfig
 from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.perceptual import FeatureDistance, Lpips, load_lpips
+from ldm.text.own_clip import load_image_tower
 
 
 @config

@@ -16,6 +16,7 @@ from ldm.families.draws import PLAIN, Draws, Running
 from ldm.families.family import ModelConfig
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
+from ldm.formats.export_source import ExportedModel
 from ldm.formats.model_folder import read_record, root_of
 
 # A new system is one file in this room and one name here.
@@ -47,3 +48,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu", running: Runnin
     family = open_finished(folder, device, running.low_memory)
     family.ready(Path(folder), running, "fp32")
     return family
+
+
+def exported(model: str) -> ExportedModel:
+    """A model by folder, run folder or any other name that `load` takes, as files of other programs are written from.
+
+    Raises:
+        UserError: naming what is missing, damaged or does not belong together, or that its kind has no other form.
+    """
+    path = Path(model).expanduser()
+    return open_finished(model).exported(root_of(path if path.exists() else model), path)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.errors import UserError
 from ldm.models.blocks import Upsample, phase_kernels
 from ldm.models.coder import MapAttention
 from ldm.models.transformer import CrossAttention
@@ -147,3 +150,22 @@ class FoldedUpsample(Upsample):
         if columns < 2 * width:
             out[:, :, :, -1:] = self.conv(F.interpolate(x[:, :, :, -2:], size=(rows, 3)))[:, :, :, -1:]
         return out
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse where torch.compile would find nothing to compile with.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    if device.type == "cpu":
+        wanted = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]
+        if not any(map(shutil.which, wanted)):
+            raise UserError("compile: no C++ compiler here, which torch.compile needs; install g++ or clang++, or leave it out")
+    elif device.type == "cuda":
+        from importlib.util import find_spec
+
+        if find_spec("triton") is None:
+            raise UserError("compile: triton is missing, which torch.compile needs on a GPU; install it or leave it out")
+    else:
+        raise UserError(f"compile: torch does not compile for {device.type}; leave it out")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.families.clip import OwnClip
 from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.part import read_json
+from ldm.text.own_clip import OwnClip
 
 SCENES, OWN = "scenes", "own"
 

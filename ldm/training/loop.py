@@ -25,6 +25,7 @@ from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
 from ldm.distributed.sharding import gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
+from ldm.models.inference import check_compiler
 from ldm.training import checkpoint, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import States
@@ -421,8 +422,6 @@ def compile_networks(family: Family, device: torch.device, sharded: bool) -> Non
     Raises:
         UserError: for a family that has no such network, for sharded weights, or without a compiler.
     """
-    from ldm.families.latent_diffusion.runtime import check_compiler
-
     networks = family.compilable()
     if not networks:
         raise UserError("compile: this model has no network that torch.compile takes; leave it out")

@@ -169,7 +169,7 @@ def test_the_best_of_several_is_kept(model: list[str], clip: Path, tmp_path: Pat
 
 
 def test_the_models_own_clip_keeps_the_best(own_clip_model: Path, tmp_path: Path) -> None:
-    from ldm.families.clip import OwnClip
+    from ldm.text.own_clip import OwnClip
 
     words = ["--model", str(own_clip_model), *DDIM, "a small red circle", "a large blue ring", "--seed", "3"]
     every = draw(tmp_path / "all", *words, "--n", "4")

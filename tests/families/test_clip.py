@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from ldm.config.errors import UserError
 from ldm.diffusion.rng import Rng
-from ldm.families.clip import Clip, ClipFamily, OwnClip
+from ldm.families.clip import Clip, ClipFamily
 from ldm.families.family import Context, Product
 from ldm.families.perceptual_loss import PerceptualClip
 from ldm.families.pretrained import PretrainedText
 from ldm.formats.part import content_hash
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.encoder import TextEncoder
+from ldm.text.own_clip import OwnClip
 from ldm.text.pretrained import load_pretrained
 
 DATA = Pictures()

@@ -17,8 +17,8 @@ from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Flow, ScaledLinear
 from ldm.families.draws import Wanted
-from ldm.families.latent_diffusion.export import read_source
 from ldm.families.latent_diffusion.family import load
+from ldm.families.registry import exported as read_source
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import verify
 from ldm.formats.latent_codec import load_codec

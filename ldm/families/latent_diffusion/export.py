@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
+from ldm.diffusion.process import Process
 from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
-from ldm.formats.latent_codec import Statistics
-from ldm.formats.model_folder import open_model, own_clip, read_record
+from ldm.formats.latent_codec import LatentCodec, Statistics
+from ldm.formats.model_folder import own_clip, read_record
 from ldm.formats.part import read_json
 from ldm.formats.text_folder import text_part
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
+from ldm.models.denoiser import Denoiser
+from ldm.text.encoder import TextEncoder
 
 
-def read_source(model: str) -> ExportedModel:
-    """A model by folder, run folder or any other name that `ldm.load` takes, checked as strictly as for sampling.
+class Exportable(Protocol):
+    """What is asked of the family that is exported."""
 
-    Raises:
-        UserError: naming what is missing, damaged or does not belong together.
+    denoiser: Denoiser
+    text: TextEncoder
+    process: Process
+    resolution: int
+    content_hash: str
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The frozen autoencoder."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        ...
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """How it wants to be sampled."""
+        ...
+
+
+def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
+    """A finished model's networks and records, as files are written from.
+
+    Args:
+        root: its model folder.
+        path: what it was named by, for titles.
     """
-    family = load(model)
-    path = Path(model).expanduser()
-    root = open_model(path if path.exists() else model).folder
     record = read_record(root)
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
-        family.config.network.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
+        family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
         "vae" if isinstance(autoencoder, KLConfig) else "vqvae": ExportedNetwork(autoencoder.to_diffusers(), state),
         "text_encoder": ExportedNetwork(*text_part(family.text.model)),
     }
@@ -38,9 +63,9 @@ def read_source(model: str) -> ExportedModel:
     left = [name for name in ("safety_checker", "feature_extractor", "image_encoder") if (root / name).is_dir()]
     notices = (f"left out, because ldm has no use for it: {', '.join(left)}",) if left else ()
     return ExportedModel(
-        name=record.get("story", {}).get("name") or _name(path if path.exists() else root),
+        name=record.get("story", {}).get("name") or _name(path),
         parts=parts,
-        network=family.config.network,
+        network=family.denoiser.config,
         autoencoder=autoencoder,
         statistics=statistics,
         tokenizer=family.text.tokenizer,
@@ -60,12 +85,12 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == "model" else path.stem
 
 
-def _network_config(family: LatentDiffusionFamily) -> dict[str, Any]:
-    values = family.config.network.to_diffusers()
+def _network_config(family: Exportable) -> dict[str, Any]:
+    values = family.denoiser.config.to_diffusers()
     return values | {"sample_size": values.get("sample_size") or family.resolution // family.factor}
 
 
-def _autoencoder(family: LatentDiffusionFamily) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:
+def _autoencoder(family: Exportable) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:
     """The autoencoder; statistics that were measured are folded into a KL one, and told beside a VQ one."""
     network, statistics = family.codec.network, family.codec.statistics
     config, state = network.config, dict(network.state_dict())

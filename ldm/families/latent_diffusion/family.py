@@ -23,6 +23,7 @@ from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, 
 from ldm.families.latent_diffusion.classifier_guidance import Classifier
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Edit, Engine, choose, stay, warn, watching
+from ldm.families.latent_diffusion.export import exported
 from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.offload import rest
@@ -33,6 +34,7 @@ from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, confi
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
+from ldm.formats.export_source import ExportedModel
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
 from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
@@ -378,6 +380,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """The same with other weights of the denoising network; ldm.json remembers what is `said` besides."""
         save_part(self.config.network.to_diffusers(), state, folder / self.config.network.folder)
         write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe(), **said})
+
+    def exported(self, root: Path, path: Path) -> ExportedModel:
+        """Its networks and records, as files are written from."""
+        return exported(self, root, path)
 
     def describe(self) -> dict[str, Any]:
         """What a model folder must say besides the networks' own configurations."""

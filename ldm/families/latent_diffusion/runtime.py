@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
@@ -11,7 +9,6 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from ldm.config.errors import UserError
 from ldm.families.draws import Running
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
@@ -20,7 +17,7 @@ from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import open_model
 from ldm.models.attention import Kind, set_attention
 from ldm.models.denoiser import Denoiser
-from ldm.models.inference import prepare
+from ldm.models.inference import check_compiler, prepare
 from ldm.text.encoder import TextEncoder
 
 
@@ -67,25 +64,6 @@ def ready(family: Parts, folder: Path, running: Running, precision: str) -> None
 def _cast(precision: str) -> torch.dtype | None:
     """The type of autocast at a precision; None: there is none."""
     return None if precision == "fp32" else PRECISION[precision]
-
-
-def check_compiler(device: torch.device) -> None:
-    """Refuse where torch.compile would find nothing to compile with.
-
-    Raises:
-        UserError: saying what is missing.
-    """
-    if device.type == "cpu":
-        wanted = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]
-        if not any(map(shutil.which, wanted)):
-            raise UserError("compile: no C++ compiler here, which torch.compile needs; install g++ or clang++, or leave it out")
-    elif device.type == "cuda":
-        from importlib.util import find_spec
-
-        if find_spec("triton") is None:
-            raise UserError("compile: triton is missing, which torch.compile needs on a GPU; install it or leave it out")
-    else:
-        raise UserError(f"compile: torch does not compile for {device.type}; leave it out")
 
 
 def _take_turns(family: Parts, root: Path, device: torch.device, precision: str) -> None:

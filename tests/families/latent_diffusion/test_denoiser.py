@@ -19,10 +19,10 @@ from ldm.config.schema import build
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Running, Wanted
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.export import read_source
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.latent_diffusion.fine_tuning import LoraFamily, LowRank
 from ldm.families.latent_diffusion.inpainting import Inpainting
+from ldm.families.registry import exported as read_source
 from ldm.formats.assembly import assemble
 from ldm.formats.compvis_file import sayable
 from ldm.formats.pipeline_folder import write_pipeline

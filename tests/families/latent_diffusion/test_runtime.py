@@ -17,9 +17,8 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.draws import Running, Wanted
 from ldm.families.latent_diffusion import family as loading
-from ldm.families.latent_diffusion.runtime import check_compiler
 from ldm.models.attention import get_attention, set_attention
-from ldm.models.inference import FoldedUpsample, FusedAttention
+from ldm.models.inference import FoldedUpsample, FusedAttention, check_compiler
 
 PROMPTS = ["a red circle", "a blue ring", "a green square"]
 
