@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.config.errors import UserError
-from ldm.families.pretrained import PretrainedText
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
+from ldm.text.pretrained import load_pretrained
 
 PROMPTS = ["a photo of a cat", "Two blue rings, 12 of them!", ""]
 CONFIG = {
@@ -62,12 +62,12 @@ def open_clip_states(model: nn.Module, custom: bool, ids: torch.Tensor, layers: 
 def test_open_clip_gives_its_own_states(tmp_path: Path, custom: bool) -> None:
     theirs = open_clip_folder(tmp_path / "model", custom)
     for skip in (0, 1):
-        ours = PretrainedText(path=str(tmp_path / "model"), skip_last=skip).build()
+        ours = load_pretrained(str(tmp_path / "model"), skip_last=skip)
         text = ours.encode(PROMPTS)
         assert text.tokens.shape == (3, 20, 16)
         expected = open_clip_states(theirs, custom, ours.tokens(PROMPTS)[0], 3 - skip)
         torch.testing.assert_close(text.tokens, expected, atol=2e-6, rtol=0)
-    whole = PretrainedText(path=str(tmp_path / "model")).build()
+    whole = load_pretrained(str(tmp_path / "model"))
     projection = theirs.text.text_projection if custom else theirs.text_projection
     padded = whole.tokens(PROMPTS)[0].where(whole.tokens(PROMPTS)[1], 0)  # as OpenCLIP pads
     torch.testing.assert_close(whole.encode(PROMPTS).pooled @ projection, theirs.encode_text(padded), atol=1e-5, rtol=0)
@@ -77,24 +77,24 @@ def test_open_clips_words_have_its_numbers(tmp_path: Path) -> None:
     from open_clip.tokenizer import SimpleTokenizer
 
     open_clip_folder(tmp_path / "model", False)
-    ids, mask = PretrainedText(path=str(tmp_path / "model")).build().tokens(PROMPTS)
+    ids, mask = load_pretrained(str(tmp_path / "model")).tokens(PROMPTS)
     assert torch.equal(ids.where(mask, 0), SimpleTokenizer()(PROMPTS, context_length=20))
 
 
 def test_open_clip_as_a_stable_diffusions_text_encoder(tmp_path: Path) -> None:
     open_clip_folder(tmp_path / "model", False)
-    ours = PretrainedText(path=str(tmp_path / "model"), skip_last=1).build()
+    ours = load_pretrained(str(tmp_path / "model"), skip_last=1)
     ours.save(tmp_path / "saved")
-    again = PretrainedText(path=str(tmp_path / "saved")).build()
+    again = load_pretrained(str(tmp_path / "saved"))
     assert torch.equal(again.encode(PROMPTS).tokens, ours.encode(PROMPTS).tokens)
 
 
 def test_fewer_tokens_are_the_first_of_more(small: TextEncoder, tmp_path: Path) -> None:
     small.save(tmp_path)
-    short = PretrainedText(path=str(tmp_path), max_tokens=6).build()
+    short = load_pretrained(str(tmp_path), max_tokens=6)
     assert short.max_tokens == short.tokenizer.model_max_length == 6
     torch.testing.assert_close(short.encode(["a cat"]).tokens, small.encode(["a cat"]).tokens[:, :6], atol=1e-6, rtol=0)
-    assert PretrainedText(path=str(tmp_path), max_tokens=500).build().max_tokens == 20
+    assert load_pretrained(str(tmp_path), max_tokens=500).max_tokens == 20
     short.save(tmp_path / "again")
     assert TextEncoder.load(tmp_path / "again").max_tokens == 6
 
@@ -106,7 +106,7 @@ def test_a_whole_clip_of_transformers(small: TextEncoder, tmp_path: Path) -> Non
     clip = CLIPModel(CLIPConfig(text_config=small.model.config.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).eval()
     clip.save_pretrained(tmp_path)
     small.tokenizer.save_pretrained(tmp_path)
-    ours = PretrainedText(path=str(tmp_path)).build()
+    ours = load_pretrained(str(tmp_path))
     expected = clip.text_model(ours.tokens(PROMPTS)[0]).last_hidden_state
     torch.testing.assert_close(ours.encode(PROMPTS).tokens, expected, atol=1e-6, rtol=0)
 
@@ -134,7 +134,7 @@ def t5_folder(folder: Path) -> Any:
 @torch.no_grad()
 def test_t5_gives_its_own_states(tmp_path: Path) -> None:
     theirs = t5_folder(tmp_path / "t5")
-    ours = PretrainedText(path=str(tmp_path / "t5"), max_tokens=16).build()
+    ours = load_pretrained(str(tmp_path / "t5"), max_tokens=16)
     ids, mask = ours.tokens(PROMPTS)
     assert ids.shape == (3, 16) and (ids[:, 0] != 0).all() and ours.width == 16
     assert all(int(ids[i][mask[i]][-1]) == 1 for i in range(3))  # its end token
@@ -148,7 +148,7 @@ def test_t5_gives_its_own_states(tmp_path: Path) -> None:
     again = TextEncoder.load(tmp_path / "saved")
     assert again.max_tokens == 16 and torch.equal(again.encode(PROMPTS).tokens, text.tokens)
     with pytest.raises(UserError, match="skip_last=0"):
-        PretrainedText(path=str(tmp_path / "t5"), skip_last=1).build()
+        load_pretrained(str(tmp_path / "t5"), skip_last=1)
 
 
 @pytest.mark.parametrize(
@@ -164,20 +164,20 @@ def test_what_open_clip_has_beyond_clip_is_refused(tmp_path: Path, change: dict[
     open_clip_folder(tmp_path / "model", False)
     (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **change}}))
     with pytest.raises(UserError, match=words):
-        PretrainedText(path=str(tmp_path / "model")).build()
+        load_pretrained(str(tmp_path / "model"))
 
 
 def test_pickled_open_clip_weights_are_not_read(tmp_path: Path) -> None:
     open_clip_folder(tmp_path / "model", False)
     (tmp_path / "model" / "open_clip_model.safetensors").rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match="not read"):
-        PretrainedText(path=str(tmp_path / "model")).build()
+        load_pretrained(str(tmp_path / "model"))
 
 
 def test_more_layers_cannot_be_left_out_than_there_are(small: TextEncoder, tmp_path: Path) -> None:
     small.save(tmp_path)
     with pytest.raises(UserError, match="skip_last: got 3, but this text encoder has only 3"):
-        PretrainedText(path=str(tmp_path), skip_last=3).build()
+        load_pretrained(str(tmp_path), skip_last=3)
 
 
 def test_a_name_on_the_hub_fetches_what_is_there(small: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,11 +202,11 @@ def test_a_name_on_the_hub_fetches_what_is_there(small: TextEncoder, tmp_path: P
     (flat / "unet").mkdir()
     (flat / "unet" / "model.safetensors").write_bytes(b"large")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub(flat))
-    assert torch.equal(PretrainedText(path="owner/diffusion").build().encode(PROMPTS).tokens, small.encode(PROMPTS).tokens)
+    assert torch.equal(load_pretrained("owner/diffusion").encode(PROMPTS).tokens, small.encode(PROMPTS).tokens)
     assert not (tmp_path / "local" / "unet" / "model.safetensors").exists()
     shutil.rmtree(tmp_path / "local")
     theirs = open_clip_folder(tmp_path / "open", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub(tmp_path / "open"))
-    ours = PretrainedText(path="owner/clip").build()
+    ours = load_pretrained("owner/clip")
     expected = open_clip_states(theirs, False, ours.tokens(PROMPTS)[0], 3)
     torch.testing.assert_close(ours.encode(PROMPTS).tokens, expected.detach(), atol=2e-6, rtol=0)
