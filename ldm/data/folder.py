@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import SIDECARS, TABLES, CaptionTable, from_folder, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
-from ldm.data.fields import Fields, Known, gather
+from ldm.data.fields import Known, gather
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 
@@ -84,7 +84,7 @@ class FolderData(Photos):
         if split == "train":
             kept = [e for e in kept for _ in range(e.times)]
         self.names: list[str] = [e.name for e in kept]
-        self._captions: list[tuple[str, ...]] = [e.captions for e in kept]
+        self._captions = [e.captions for e in kept]
         self._fields = gather([e.known for e in kept])
         self._sizes = np.array([e.size for e in kept], np.int32).reshape(-1, 2)
         digest = hashlib.sha256()
@@ -108,18 +108,6 @@ class FolderData(Photos):
         except OSError as error:
             raise Rejected("unreadable file", str(error.strerror)) from None
 
-    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
-        """As `ldm.data.dataset.Samples.all_captions`."""
-        return [list(self._captions[i]) for i in index]
-
-    def fields(self) -> Fields:
-        """Sizes by the headers, or of the originals where a metadata table tells them; scores as the tables tell."""
-        return self._fields
-
-    def sizes(self) -> np.ndarray:
-        """As `Photos.sizes`."""
-        return self._sizes
-
     def describe(self) -> dict[str, object]:
         """Counts, rejections by reason with the first few names, files replaced so far, and the fingerprint."""
         return {
@@ -136,10 +124,6 @@ class FolderData(Photos):
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }
-
-    def fingerprint(self) -> str:
-        """Hash of names, sizes, modification times, captions and the options that change a view."""
-        return self._fingerprint
 
 
 def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection], list[str]]:
@@ -221,7 +205,7 @@ def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], li
     for path, status in _walk(root, set()):
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
-        if not _is_text(name):
+        if not is_text(name):
             rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
         elif path.name in TABLES:
             tables.append(path)
@@ -232,7 +216,8 @@ def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], li
     return sorted(images), sorted(tables), rejected
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a file's name is Unicode text, which other systems' names need not be."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
 from ldm.data.captions import COLUMNS, caption_texts
 from ldm.data.dataset import Split
-from ldm.data.fields import ALIASES, Fields, Known, column_of, gather, known
+from ldm.data.fields import ALIASES, Known, column_of, gather, known
 from ldm.data.images import MAX_PIXELS, Rejected, probe
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.data.storage import find
@@ -93,8 +93,8 @@ class DatasetsData(Photos):
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels, self.image_column, self.caption_column)
         about = json.dumps(["datasets", 1, table._fingerprint, len(captions), *view_options])
         digest = hashlib.sha256(about.encode())
-        for row, texts in zip(self._rows, self._captions, strict=True):
-            digest.update(json.dumps([row, texts]).encode())
+        for row, said in zip(self._rows, self._captions, strict=True):
+            digest.update(json.dumps([row, said]).encode())
         self._fingerprint = digest.hexdigest()
 
     def _cells(self, name: str) -> Iterator[Any]:
@@ -140,18 +140,6 @@ class DatasetsData(Photos):
         """As `Photos.read`."""
         return _bytes(self._table[self._rows[index]][self.image_column][0])[0]
 
-    def all_captions(self, index: Sequence[int]) -> list[list[str]]:
-        """As `ldm.data.dataset.Samples.all_captions`."""
-        return [list(self._captions[i]) for i in index]
-
-    def fields(self) -> Fields:
-        """Sizes by the headers, or of the originals where columns tell them; scores as columns tell."""
-        return self._fields
-
-    def sizes(self) -> np.ndarray:
-        """As `Photos.sizes`."""
-        return self._sizes
-
     def describe(self) -> dict[str, object]:
         """Counts, columns, rejections by reason with the first few rows, and the fingerprint."""
         return {
@@ -167,10 +155,6 @@ class DatasetsData(Photos):
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }
-
-    def fingerprint(self) -> str:
-        """Hash of the table's own fingerprint, the captions and the options that change a view."""
-        return self._fingerprint
 
 
 def _bytes(entry: Any) -> tuple[bytes, str]:

@@ -90,6 +90,10 @@ class Photos(ABC):
     """
 
     mirrors = True  # whoever asks for flips knows that the captions name no sides
+    _captions: Sequence[Sequence[str]]  # of each sample
+    _fields: Fields
+    _sizes: np.ndarray  # (N,2)
+    _fingerprint: str
 
     def __init__(self, where: str, source: PhotoSource, split: Split, tolerated: int) -> None:
         self.where, self.split = where, split
@@ -112,17 +116,21 @@ class Photos(ABC):
             Rejected: if they cannot be read or are not what they were.
         """
 
-    @abstractmethod
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
+        return [list(self._captions[i]) for i in index]
 
-    @abstractmethod
     def fields(self) -> Fields:
-        """Original sizes and scores of all samples."""
+        """Original sizes and scores of all samples as tables tell them, else sizes by the headers."""
+        return self._fields
 
-    @abstractmethod
     def sizes(self) -> np.ndarray:
         """Height and width of all samples by their headers, (N,2) px, upright where these tell."""
+        return self._sizes
+
+    def fingerprint(self) -> str:
+        """Hash of what the samples are and of the options that change a view."""
+        return self._fingerprint
 
     def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""

@@ -26,7 +26,7 @@ from typing import BinaryIO
 from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
 from ldm.data.fields import ALIASES, Known, column_of, known
-from ldm.data.folder import OTHER_IMAGES, SUFFIXES
+from ldm.data.folder import OTHER_IMAGES, SUFFIXES, is_text
 from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
 from ldm.data.storage import Stat, stream
 from ldm.data.tar import Damage, Member, members
@@ -205,7 +205,7 @@ def _row(key: str, group: _Group, listed: dict[str, Any]) -> tuple[Any, ...]:
     if "original_width" not in table:  # width and height are then those of the file that lies here
         told = Known(*group.size, told.aesthetic, told.watermark)
     return (
-        clean(key) if not _is_text(key) else key,
+        clean(key) if not is_text(key) else key,
         group.image.offset,
         group.image.size,
         group.hash,
@@ -216,14 +216,6 @@ def _row(key: str, group: _Group, listed: dict[str, Any]) -> tuple[Any, ...]:
         told.watermark,
         list(captions),
     )
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:

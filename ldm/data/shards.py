@@ -71,7 +71,7 @@ class ShardsData(Photos):
         self._table = table.take(rows).combine_chunks()
         self._shard, self._offset = self._table["shard"].to_numpy(), self._table["offset"].to_numpy()
         self._size, self._hash = self._table["size"].to_numpy(), self._table["hash"].to_numpy()
-        self._keys, self._captions = self._table["key"].chunk(0), self._table["captions"].chunk(0)
+        self._keys, self._texts = self._table["key"].chunk(0), self._table["captions"].chunk(0)
         self._ranges, self._lost = Ranges(), dict[int, str]()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         digest = hashlib.sha256(json.dumps(["shards", 1, *view_options]).encode())
@@ -120,7 +120,7 @@ class ShardsData(Photos):
 
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
-        return [self._captions[int(i)].as_py() for i in index]
+        return [self._texts[int(i)].as_py() for i in index]
 
     def fields(self) -> Fields:
         """Sizes of the originals where the shards tell them, else of the images; scores as they tell."""
@@ -146,14 +146,10 @@ class ShardsData(Photos):
             "bytes": sum(s.bytes for s in shards),
             "images": len(self),
             "images_in_both_parts": self.total,
-            "captions": len(self._captions.flatten()),
+            "captions": len(self._texts.flatten()),
             "rejected": dict(self.rejected),
             "rejected_samples": [f"{s.name}: {': '.join(e)}" for s in shards for e in s.examples][:LISTED],
             "damaged_shards": {s.name: s.damage[:LISTED] for s in shards if s.damage},
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }
-
-    def fingerprint(self) -> str:
-        """Hash of the shards' names, hashes and counts and the options that change a view."""
-        return self._fingerprint

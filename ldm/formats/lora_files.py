@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.formats.atomic import sha256, write_tensors
 from ldm.formats.part import read_json, read_safetensors
 from ldm.formats.tensor_file import read_texts
-from ldm.models.lora import TEXT_PREFIX, Lora, Pair, Part, flat, flat_prefix, matched
+from ldm.models.lora import TEXT_PREFIX, Lora, Pair, Part, flat, flat_prefix
 
 Style = Literal["diffusers", "peft", "kohya"]
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -140,18 +140,6 @@ def _stated(metadata: Mapping[str, str], part: Part, layer: str, rank: int) -> f
 
 
 # Writing
-
-
-def dotted(lora: Lora, networks: Mapping[Part, nn.Module]) -> Lora:
-    """The same with every layer under its dotted name, as diffusers and peft want it; a kohya file has only flat ones.
-
-    Raises:
-        UserError: as `ldm.models.lora.matched`.
-    """
-    pairs: dict[Part, dict[str, Pair]] = {}
-    for (part, name), pair in matched(lora, networks).items():
-        pairs.setdefault(part, {})[name.removeprefix(TEXT_PREFIX)] = pair
-    return Lora(pairs=pairs, metadata=lora.metadata, name=lora.name, hash=lora.hash)
 
 
 def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mapping[str, str] | None = None) -> list[Path]:

@@ -111,7 +111,7 @@ def summary(scores: Mapping[str, NDArray[np.float64]], seed: int = 0, resamples:
     """Means over images with 95 % bootstrap intervals (percentiles of resampled means); facts that no caption states are left out.
 
     Args:
-        scores: as `score` returns them; several seeds' scores may be joined with `join`.
+        scores: as `score` returns them.
         seed: of the resampling.
         resamples: how many.
     """
@@ -129,8 +129,3 @@ def summary(scores: Mapping[str, NDArray[np.float64]], seed: int = 0, resamples:
         low, high = np.percentile(means, (2.5, 97.5))
         out[name] = Interval(float(values[known].mean()), float(low), float(high), int(known.sum()))
     return out
-
-
-def join(parts: Sequence[Scores]) -> Scores:
-    """Scores of several sets of images as one."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

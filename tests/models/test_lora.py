@@ -16,9 +16,9 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
-from ldm.formats.lora_files import Style, dotted, read, write
+from ldm.formats.lora_files import Style, read, write
 from ldm.formats.tensor_file import read_texts
-from ldm.models.lora import TEXT_TARGETS, Lora, Merged, Pair, flat, inject, injected
+from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, Lora, Merged, Pair, flat, inject, injected, matched
 
 RANK, ALPHA = 3, 6.0
 STYLES: tuple[Style, ...] = ("diffusers", "peft", "kohya")
@@ -81,11 +81,13 @@ def test_files_read_back(folder: Path, tmp_path: Path, style: Style) -> None:
     found = [read(file.parent if style == "peft" else file) for file in files]
     pairs = {part: values for one in found for part, values in one.pairs.items()}
     fresh = networks(load(folder))
-    back = dotted(Lora(pairs=pairs), fresh)
-    assert {part: set(values) for part, values in back.pairs.items()} == {part: set(values) for part, values in lora.pairs.items()}
+    back: dict[str, dict[str, Pair]] = {}  # by the layer's dotted name: a kohya file has only flat ones
+    for (part, name), pair in matched(Lora(pairs=pairs), fresh).items():
+        back.setdefault(part, {})[name.removeprefix(TEXT_PREFIX)] = pair
+    assert {part: set(values) for part, values in back.items()} == {part: set(values) for part, values in lora.pairs.items()}
     for part, values in lora.pairs.items():
         for name, pair in values.items():
-            other = back.pairs[part][name]
+            other = back[part][name]
             assert torch.equal(other.down, pair.down)
             assert torch.equal(other.up * other.scale, pair.up * pair.scale)
 
