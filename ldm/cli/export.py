@@ -59,9 +59,10 @@ def export(
 
         commit(out, lambda folder: done.extend(write_pipeline(source, folder, dtype, variant, int(max_shard * 1e9), _tell)))
         if not source.network.stock:
-            notices.append("its U-Net is ldm's own (LDMUNet), so only ldm opens this folder")
-        elif source.network.size_channels:
-            notices.append("its U-Net is told sizes, which StableDiffusionPipeline does not do; ldm does")
+            own = source.network.to_diffusers()["_class_name"]
+            notices.append(f"its {source.network.folder} is ldm's own ({own}), so only ldm opens this folder")
+        elif source.network.reads_size:
+            notices.append("its network is told sizes, which StableDiffusionPipeline does not do; ldm does")
         elif not source.clip:
             notices.append("its text encoder is no CLIP, so no stock pipeline joins these parts; ldm does")
     else:

@@ -10,13 +10,13 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.version import __version__
 from ldm.formats import atomic
+from ldm.formats.denoiser_folder import denoiser_folder
 from ldm.formats.latent_codec import STATISTICS, Statistics, autoencoder_folder
 from ldm.formats.model_card import model_card
 from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip
 from ldm.formats.part import content_hash, load_part, read_config, save_part
 from ldm.models.autoencoder import KLConfig, fold_latent_stats
-
-STOCK_UNET = "UNet2DConditionModel"
+from ldm.models.denoiser import DenoiserConfig, config_of
 
 
 def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     Args:
         text: holds text_encoder/ and tokenizer/; of a run's own CLIP also clip/, with which pictures are scored.
         autoencoder: holds vae/ or vqvae/ with its latent statistics.
-        diffusion: holds unet/ and ldm.json.
+        diffusion: holds unet/ or transformer/, and ldm.json.
         target: the model folder; replaced when it is there.
         story: what the model card tells besides: name, data, stages, metrics.
 
@@ -56,17 +56,17 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
             if (source / STATISTICS).exists():
                 shutil.copy(source / STATISTICS, folder / part)
         size = tuple(record["defaults"]["size"])
-        config, state = load_part(diffusion / "unet")
+        config, state = load_part(denoiser_folder(diffusion))
+        network = config_of(config)
         factor = 2 ** (len(json.loads((source / "config.json").read_text())["block_out_channels"]) - 1)
-        save_part({**config, "sample_size": size[0] // factor}, state, folder / "unet")
+        save_part({**config, "sample_size": size[0] // factor}, state, folder / network.folder)
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
-        index = model_index(part, record["scheduler"]["_class_name"], config, read_config(folder / "text_encoder"))
+        index = model_index(part, record["scheduler"]["_class_name"], network, read_config(folder / "text_encoder"))
         _write(folder / "model_index.json", index)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
-        stock = config["_class_name"] == STOCK_UNET
-        card = model_card(story, record, vq=part == "vqvae", stock=stock)
+        card = model_card(story, record, vq=part == "vqvae", stock=network.stock)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     atomic.commit(target, write)
@@ -83,35 +83,35 @@ def _fold(source: Path, target: Path) -> None:
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
 
 
-def model_index(autoencoder: str, scheduler: str, unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+def model_index(autoencoder: str, scheduler: str, network: DenoiserConfig, text: dict[str, Any]) -> dict[str, Any]:
     """model_index.json: which class of which library opens each part, and which pipeline joins them.
 
     Args:
         autoencoder: vae or vqvae.
         scheduler: the class name.
-        unet: its config.json.
-        text: the text encoder's.
+        network: the denoising network's configuration.
+        text: the text encoder's config.json.
     """
     import diffusers
 
     absent: list[None] = [None, None]
     clip = text["model_type"] == "clip_text_model"
-    inpaints = unet["in_channels"] == 2 * unet["out_channels"] + 1
+    inpaints = network.in_channels == 2 * network.out_channels + 1
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", text["architectures"][0]],
         "tokenizer": ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"],
-        "unet": ["diffusers" if unet["_class_name"] == STOCK_UNET else "ldm", unet["_class_name"]],
+        network.folder: ["diffusers" if network.stock else "ldm", network.to_diffusers()["_class_name"]],
         "vae": ["diffusers", "AutoencoderKL"],
         "safety_checker": absent,
         "feature_extractor": absent,
         "image_encoder": absent,
         "requires_safety_checker": False,
     }
-    if not clip:
-        index["_class_name"] = "DiffusionPipeline"  # no stock pipeline hides the padding from a T5
+    if not clip or network.folder != "unet":
+        index["_class_name"] = "DiffusionPipeline"  # no stock pipeline hides the padding from a T5, or has such a network
     if autoencoder == "vqvae":
         # No stock pipeline joins these parts; the card shows the lines that do.
         index["_class_name"] = "DiffusionPipeline"

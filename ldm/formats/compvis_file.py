@@ -24,6 +24,7 @@ from ldm.formats.part import CONFIG, WEIGHTS
 from ldm.formats.pipeline_folder import write_tokenizer
 from ldm.formats.rounding import Compared, compared, mapped, rounded
 from ldm.models.autoencoder import KLConfig
+from ldm.models.unet import UNetConfig
 
 SUFFIX = {"single-file": ".safetensors", "compvis-ckpt": ".ckpt"}
 FOLDER = "keep it as a folder: --to diffusers"
@@ -47,6 +48,8 @@ def sayable(source: Source) -> Sayable:
     Raises:
         UserError: for a model that CompVis' names cannot say.
     """
+    if not isinstance(source.network, UNetConfig):
+        raise UserError(f"network: {source.network.kind} has no place in a CompVis file, only a U-Net has; {FOLDER}")
     unet, text = source.parts["unet"].config, source.parts["text_encoder"].config
     if not source.network.stock:
         own = [name for name in ("coordinates", "pooled_text", "mask_padding") if getattr(source.network, name)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import Statistics
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
-from ldm.models.unet import UNetConfig
+from ldm.models.denoiser import Network
 
 CARD = "README.md"
 
@@ -30,8 +30,8 @@ class Source:
     """A whole text-to-image model."""
 
     name: str  # for titles: the run's or folder's
-    parts: dict[str, Part]  # unet, vae or vqvae, text_encoder
-    network: UNetConfig
+    parts: dict[str, Part]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder
+    network: Network
     autoencoder: KLConfig | VQConfig
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
     tokenizer: Any
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def inpaints(self) -> bool:
-        """Whether its U-Net is told a masked picture besides the latents (Stable Diffusion inpainting: 4 + 4 + 1 channels)."""
+        """Whether its network is told a masked picture besides the latents (Stable Diffusion inpainting: 4 + 4 + 1 channels)."""
         return self.network.in_channels == 2 * self.network.out_channels + 1
 
     def record(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.formats.denoiser_folder import denoiser_folder
 from ldm.formats.part import AGAIN, COUNTED, PARTS, read_json
 from ldm.formats.single_file import named, open_single
 
@@ -38,7 +39,7 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
         folder = open_single(*file, note=note)
     elif not folder.is_dir():
         folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + ["model_index.json", RECORD])
-    return folder / "model" if (folder / "model").is_dir() and not (folder / "unet").is_dir() else folder
+    return folder / "model" if (folder / "model").is_dir() and not denoiser_folder(folder).is_dir() else folder
 
 
 def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
@@ -53,7 +54,7 @@ def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
     """
     folder = root_of(name, note)
     parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
-    wanted = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    wanted = (denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler")
     missing = [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
     if missing:
         fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN

@@ -20,7 +20,7 @@ from ldm.formats.tensor_file import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
-PARTS = ("unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
 COUNTED = (".json", ".txt", ".safetensors", ".model")  # the files whose content a hash is made of
 LFS = b"version https://git-lfs"  # how the note begins that git leaves where a large file was not fetched
 AGAIN = "copy the whole model folder again"

@@ -52,7 +52,7 @@ def write_pipeline(source: Source, folder: Path, dtype: str, variant: str, shard
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
     text = read_config(folder / "text_encoder")
-    index = model_index(source.codec, source.scheduler["_class_name"], source.parts["unet"].config, text)
+    index = model_index(source.codec, source.scheduler["_class_name"], source.network, text)
     write_json(folder / "model_index.json", index)
     record = {**source.record(), "autoencoder": content_hash(folder / source.codec)}
     write_json(folder / RECORD, record)

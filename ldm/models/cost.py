@@ -15,14 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
-from ldm.models.blocks import ResnetBlock
+from ldm.models.backbone import DenoiserConfig
 from ldm.models.coder import Bottom, Stage
 from ldm.models.discriminator import DiscriminatorConfig
-from ldm.models.transformer import Transformer
-from ldm.models.unet import Middle, UNetConfig
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
-RECOMPUTED = (ResnetBlock, Transformer, Middle, Stage, Bottom)  # what `recompute` wraps, where it lies in no other of these
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def measure(network: nn.Module, call: Callable[[], Tensor]) -> Cost:
     return Cost(forward, both - forward, ledger.bytes) * (1 / IMAGES)
 
 
-def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
+def largest_block(network: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Tensor]) -> int:
     """The most bytes for an image that one recomputed block keeps while its backward pass runs."""
     most, before = 0, 0
     with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
@@ -111,27 +108,24 @@ def largest_block(network: nn.Module, call: Callable[[], Tensor]) -> int:
             nonlocal most
             most = max(most, ledger.bytes - before)
 
-        outer = [module for module in network.modules() if isinstance(module, RECOMPUTED)]
-        within = {part for module in outer for part in module.modules() if part is not module}
-        for module in outer:
-            if module not in within:
-                module.register_forward_pre_hook(enter)
-                module.register_forward_hook(leave)
+        for module in blocks:
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
         call()
     return most // IMAGES
 
 
-def unet(config: UNetConfig, height: int, width: int, tokens: int) -> tuple[int, Cost]:
-    """Parameters of a U-Net and its cost for latents (height, width) and so many text tokens."""
-    return _unet(config, config.checkpointing, height, width, tokens)
+def denoiser(config: DenoiserConfig, height: int, width: int, tokens: int) -> tuple[int, Cost]:
+    """Parameters of a denoising network and its cost for latents (height, width) and so many text tokens."""
+    return _denoiser(config, config.checkpointing, height, width, tokens)
 
 
 @lru_cache(maxsize=64)  # by configurations of which two that differ in `checkpointing` alone are equal, hence the argument
-def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, tokens: int) -> tuple[int, Cost]:
+def _denoiser(config: DenoiserConfig, checkpointing: bool, height: int, width: int, tokens: int) -> tuple[int, Cost]:
     with torch.device("meta"):
         network = config.build()
         image = torch.empty(IMAGES, config.in_channels, height, width)
-        pooled = torch.empty(IMAGES, config.pooled_channels or config.context_width)
+        pooled = torch.empty(IMAGES, config.pooled_width)
         states, mask = torch.empty(IMAGES, tokens, config.context_width), torch.ones(IMAGES, tokens, dtype=torch.bool)
         cond = Cond(text=Text(tokens=states, mask=mask, pooled=pooled), size=torch.zeros(IMAGES, 6))
 
@@ -141,7 +135,7 @@ def _unet(config: UNetConfig, checkpointing: bool, height: int, width: int, toke
         found = measure(network, call)
         if checkpointing:
             network.checkpointing = False
-            found = replace(found, activations=found.activations + largest_block(network, call))
+            found = replace(found, activations=found.activations + largest_block(network, network.recomputed(), call))
         return count(network), found
 
 
@@ -167,7 +161,8 @@ def _autoencoder(config: KLConfig | VQConfig, checkpointing: bool, height: int, 
         costs = measure(network, encode), measure(network, decode)
         if checkpointing:
             network.encoder.checkpointing = network.decoder.checkpointing = False
-            most = max(largest_block(network, call) for call in (encode, decode))
+            blocks = [module for module in network.modules() if isinstance(module, Stage | Bottom)]
+            most = max(largest_block(network, blocks, call) for call in (encode, decode))
             costs = costs[0], replace(costs[1], activations=costs[1].activations + most)
         return count(network), *costs
 

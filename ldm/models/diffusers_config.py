@@ -9,6 +9,7 @@ from ldm.config.errors import UserError
 
 Plain = tuple[tuple[str, str, object], ...]
 
+STOCK_UNET = "UNet2DConditionModel"
 OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
 
 # What our U-Net always is. Any other value in a config.json is refused by name.
@@ -99,11 +100,10 @@ VQ_PLAIN: Plain = (
 VQ_IGNORED = {"lookup_from_codebook", "force_upcast"}
 
 
-def unet_to_diffusers(config: Any) -> dict[str, object]:
+def unet_to_diffusers(config: Any) -> dict[str, Any]:
     """A `UNetConfig`'s config.json."""
-    pooled = config.pooled_channels or config.context_width
     values: dict[str, object] = {
-        "_class_name": "UNet2DConditionModel" if config.stock else OWN_UNET,
+        "_class_name": STOCK_UNET if config.stock else OWN_UNET,
         **UNET_FIXED,
         **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in UNET_PLAIN},
         "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention],
@@ -111,46 +111,46 @@ def unet_to_diffusers(config: Any) -> dict[str, object]:
         "mid_block_type": UNET_MIDDLES[config.middle],
         "addition_embed_type": "text_time" if config.size_channels else None,
         "addition_time_embed_dim": config.size_channels or None,
-        "projection_class_embeddings_input_dim": 6 * config.size_channels + pooled if config.size_channels else None,
+        "projection_class_embeddings_input_dim": 6 * config.size_channels + config.pooled_width if config.size_channels else None,
     }
     if not config.stock:
         values |= {name: getattr(config, name) for name in UNET_OWN}
     return values
 
 
-def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+def unet_from_diffusers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the UNetConfig behind a config.json; private keys (with a leading underscore) are ignored.
 
     Raises:
         UserError: for a field that is unknown, or whose value this U-Net does not have.
     """
     own = values.get("_class_name") == OWN_UNET
-    _check_class(values, ("UNet2DConditionModel", OWN_UNET))
+    _check_class(values, (STOCK_UNET, OWN_UNET))
     special = {"down_block_types", "up_block_types", "mid_block_type", "addition_embed_type", "addition_time_embed_dim"}
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
-    _check_fields("UNet2DConditionModel", values, UNET_FIXED, UNET_PLAIN, special)
+    _check_fields(STOCK_UNET, values, UNET_FIXED, UNET_PLAIN, special)
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in UNET_PLAIN}
     layers = fields["layers"]
     if isinstance(layers, tuple):
         if len(set(layers)) != 1:
-            raise _refusal("UNet2DConditionModel", "layers_per_block", list(layers), "one number for all levels")
+            raise _refusal(STOCK_UNET, "layers_per_block", list(layers), "one number for all levels")
         fields["layers"] = layers[0]
     widths = fields["context_width"]
     if isinstance(widths, tuple):
         if len(set(widths)) != 1:
-            raise _refusal("UNet2DConditionModel", "cross_attention_dim", list(widths), "one number for all levels")
+            raise _refusal(STOCK_UNET, "cross_attention_dim", list(widths), "one number for all levels")
         fields["context_width"] = widths[0]
     usual = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     down = values.get("down_block_types", usual)
-    levels = _attention("UNet2DConditionModel", "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
+    levels = _attention(STOCK_UNET, "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
     mirrored = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(levels)]
     usual = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-    _check_mirror("UNet2DConditionModel", values.get("up_block_types", usual), mirrored)
+    _check_mirror(STOCK_UNET, values.get("up_block_types", usual), mirrored)
     fields["attention"] = levels
     middles = {theirs: ours for ours, theirs in UNET_MIDDLES.items()}
     middle = values.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     if middle not in middles:
-        raise _refusal("UNet2DConditionModel", "mid_block_type", middle, ", ".join(map(str, middles)))
+        raise _refusal(STOCK_UNET, "mid_block_type", middle, ", ".join(map(str, middles)))
     fields["middle"] = middles[middle]  # type: ignore[index]
     fields |= _added(values)
     if own:
@@ -158,23 +158,23 @@ def unet_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     return fields
 
 
-def kl_to_diffusers(config: Any) -> dict[str, object]:
+def kl_to_diffusers(config: Any) -> dict[str, Any]:
     """A `KLConfig`'s config.json."""
     return {"_class_name": "AutoencoderKL", **KL_FIXED, **_coder_to_diffusers(config, KL_PLAIN)}
 
 
-def kl_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+def kl_from_diffusers(values: Mapping[str, object]) -> dict[str, Any]:
     """The fields of the KLConfig behind a config.json; raises as `unet_from_diffusers`."""
     return _coder_from_diffusers("AutoencoderKL", values, KL_FIXED, KL_PLAIN, set())
 
 
-def vq_to_diffusers(config: Any) -> dict[str, object]:
+def vq_to_diffusers(config: Any) -> dict[str, Any]:
     """A `VQConfig`'s config.json."""
     values = {"_class_name": "VQModel", **VQ_FIXED, **_coder_to_diffusers(config, VQ_PLAIN)}
     return values | {"vq_embed_dim": config.code_channels or None}
 
 
-def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
+def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, Any]:
     """The fields of the VQConfig behind a config.json; raises as `unet_from_diffusers`."""
     fields = _coder_from_diffusers("VQModel", values, VQ_FIXED, VQ_PLAIN, VQ_IGNORED)
     if fields["norm"] not in ("group", "spatial"):
@@ -182,7 +182,7 @@ def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, object]:
     return fields | {"code_channels": fields["code_channels"] or 0}
 
 
-def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, object]:
+def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, Any]:
     return {
         **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in plain},
         "down_block_types": ["AttnDownEncoderBlock2D" if on else "DownEncoderBlock2D" for on in config.levels],
@@ -192,7 +192,7 @@ def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, object]:
 
 def _coder_from_diffusers(
     name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, ignored: set[str]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     _check_class(values, (name,))
     _check_fields(name, values, fixed, plain, {"down_block_types", "up_block_types"} | ignored)
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
@@ -203,17 +203,17 @@ def _coder_from_diffusers(
     return fields | {"attention": levels if any(levels) else None}
 
 
-def _added(values: Mapping[str, object]) -> dict[str, object]:
+def _added(values: Mapping[str, object]) -> dict[str, Any]:
     """The micro-conditioning of Stable Diffusion XL."""
     kind = values.get("addition_embed_type")
     if kind is None:
         return {}
     if kind != "text_time":
-        raise _refusal("UNet2DConditionModel", "addition_embed_type", kind, "text_time or null")
+        raise _refusal(STOCK_UNET, "addition_embed_type", kind, "text_time or null")
     size, total = values.get("addition_time_embed_dim"), values.get("projection_class_embeddings_input_dim")
     if not isinstance(size, int) or not isinstance(total, int) or total <= 6 * size:
         name = "projection_class_embeddings_input_dim"
-        raise _refusal("UNet2DConditionModel", name, total, f"more than 6 x addition_time_embed_dim ({size})")
+        raise _refusal(STOCK_UNET, name, total, f"more than 6 x addition_time_embed_dim ({size})")
     return {"size_channels": size, "pooled_channels": total - 6 * size}
 
 

@@ -24,7 +24,7 @@ def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool 
     an adapter stands in for is left alone.
 
     Args:
-        module: a UNet, an autoencoder or a part of one.
+        module: a denoising network, an autoencoder or a part of one.
         dtype: of the weights of products and convolutions, cast once instead of by autocast in every call: run the network
             under autocast of that type, and its numbers are the same to the bit. None: as they are.
         channels_last: lay convolutions' weights out by place first, channel last.

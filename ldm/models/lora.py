@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 
-Part = Literal["unet", "text_encoder"]
+Part = Literal["unet", "text_encoder"]  # as LoRA files name them; "unet" is the denoising network, whatever its shape
 ADAPTER = "default"  # peft's name for the only adapter of a network
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' own training scripts adapt
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_PREFIX = "text_model."  # of a CLIP text model's layers in files; newer transformers leave it out in memory
 SHOWN = 4  # names in a message

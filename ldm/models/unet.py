@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import field, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, config, named
 from ldm.diffusion.batch import Cond, Text
+from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, Step, Upsample, recompute, start_as_identity, zero
-from ldm.models.diffusers_config import unet_from_diffusers, unet_to_diffusers
+from ldm.models.diffusers_config import OWN_UNET, STOCK_UNET, unet_from_diffusers, unet_to_diffusers
+from ldm.models.inference import prepare, shared_copy
 from ldm.models.transformer import CrossAttention, Memory, Transformer
 
 SIZES = 6  # numbers in Cond.size
@@ -23,12 +26,15 @@ COORDINATES = 6  # x, y and the cosine and sine of each
 
 @named("unet")
 @config
-class UNetConfig:
+class UNetConfig(DenoiserConfig):
     """What a U-Net is made of; the defaults are Stable Diffusion 1.x.
 
     `coordinates`, `pooled_text` and `mask_padding` leave the stock architecture: with one of them `stock` is False and
     diffusers cannot open the model.
     """
+
+    folder: ClassVar[Literal["unet", "transformer"]] = "unet"
+    class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET)
 
     kind: Literal["unet"] = "unet"
     in_channels: Positive = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
@@ -79,6 +85,16 @@ class UNetConfig:
         return not (self.coordinates or self.pooled_text or self.mask_padding)
 
     @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text, where it is read."""
+        return self.pooled_channels or self.context_width
+
+    @property
+    def reads_size(self) -> bool:
+        """Whether the network must be told Cond.size (as Stable Diffusion XL's)."""
+        return self.size_channels > 0
+
+    @property
     def level_heads(self) -> tuple[int, ...]:
         """Heads at each level."""
         return self.heads if isinstance(self.heads, tuple) else (self.heads,) * len(self.channels)
@@ -92,12 +108,16 @@ class UNetConfig:
         """A freshly initialised network."""
         return UNet(self)
 
-    def to_diffusers(self) -> dict[str, object]:
+    def continuing(self, base: UNetConfig) -> UNetConfig:
+        """The configuration of a network that goes on from `base`: its shape is the base's, what concerns training alone is as here."""
+        return replace(base, dropout=self.dropout, checkpointing=self.checkpointing, zero_start=False)
+
+    def to_diffusers(self) -> dict[str, Any]:
         """The content of diffusers' config.json; under our own class name where diffusers has no such network."""
         return unet_to_diffusers(self)
 
     @classmethod
-    def from_diffusers(cls, values: dict[str, object]) -> UNetConfig:
+    def from_diffusers(cls, values: Mapping[str, Any]) -> UNetConfig:
         """The configuration behind a config.json.
 
         Raises:
@@ -106,7 +126,7 @@ class UNetConfig:
         return cls(**unet_from_diffusers(values))
 
 
-class UNet(nn.Module):
+class UNet(Denoiser):
     """A denoising U-Net with attention to the states of a text.
 
     New weights are PyTorch's usual initialisation; with `zero_start` the last layer of every residual block, of every
@@ -114,30 +134,30 @@ class UNet(nn.Module):
     on toy shapes (64/128 channels, v-prediction, AdamW 1e-3, two seeds) the loss is 0.190, without it 0.161.
     """
 
+    config: UNetConfig
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpointing = config.checkpointing
+        super().__init__(config)
         channels, time = config.channels, 4 * config.channels[0]
         last = len(channels) - 1
 
         self.conv_in = nn.Conv2d(config.in_channels + COORDINATES * config.coordinates, channels[0], 3, padding=1)
         self.time_embedding = Embedding(channels[0], time)
-        pooled = config.pooled_channels or config.context_width
-        self.add_embedding = Embedding(SIZES * config.size_channels + pooled, time) if config.size_channels else None
-        self.pooled_embedding = Embedding(pooled, time) if config.pooled_text else None
+        self.add_embedding = Embedding(SIZES * config.size_channels + config.pooled_width, time) if config.size_channels else None
+        self.pooled_embedding = Embedding(config.pooled_width, time) if config.pooled_text else None
 
         def level(index: int, before: int, skips: list[int], scale: Downsample | Upsample | None) -> Level:
             inputs = [channels[index] if i else before for i in range(len(skips))]
             sizes = [a + b for a, b in zip(inputs, skips, strict=True)]
             return Level(config, sizes, channels[index], time, index if config.attention[index] else None, scale)
 
-        self.down_blocks = nn.ModuleList()
+        down_blocks: list[Level] = []
         widths = [channels[0]]  # channels of the maps that the way up will meet again
         for i in range(len(channels)):
             scale = Downsample(channels[i], padded_at_end=False) if i < last else None
-            self.down_blocks.append(level(i, channels[max(i - 1, 0)], [0] * config.layers, scale))
+            down_blocks.append(level(i, channels[max(i - 1, 0)], [0] * config.layers, scale))
             widths += [channels[i]] * (config.layers + (i < last))
+        self.down_blocks = nn.ModuleList(down_blocks)
         self.mid_block = Middle(config, time) if config.middle != "none" else None
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(channels))):
@@ -182,7 +202,7 @@ class UNet(nn.Module):
 
         x = self.conv_in(x)  # (B,c,h,w)
         skips = [x]
-        for level in self.down_blocks:
+        for level in self._levels(self.down_blocks):
             for i in range(len(level.resnets)):
                 x = level.layer(i, x, time, memory, recomputed)
                 skips.append(x)
@@ -191,12 +211,35 @@ class UNet(nn.Module):
                 skips.append(x)
         if self.mid_block is not None:
             x = recompute(self.mid_block, x, time, memory) if recomputed else self.mid_block(x, time, memory)
-        for level in self.up_blocks:
+        for level in self._levels(self.up_blocks):
             for i in range(len(level.resnets)):
                 x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, memory, recomputed)
             if level.upsamplers is not None:
                 x = level.upsamplers[0](x, tuple(skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B,C',h,w)
+
+    def recomputed(self) -> Iterator[nn.Module]:
+        """Residual blocks and transformers of all levels, and the middle as a whole."""
+        for level in (*self._levels(self.down_blocks), *self._levels(self.up_blocks)):
+            yield from level.resnets
+            yield from level.attentions or ()
+        if self.mid_block is not None:
+            yield self.mid_block
+
+    def for_inference(self, dtype: torch.dtype | None = None) -> UNet:
+        """Fused, folded and laid out in place by `prepare`; to the bit what it was under autocast of `dtype`."""
+        return prepare(self, dtype=dtype, channels_last=True, in_place=True)
+
+    def widened(self, in_channels: int) -> UNet:
+        """The same function with more input channels, to which new weights of zero listen; all other weights are shared."""
+        have, more = self.config.in_channels, in_channels - self.config.in_channels
+        old, made = self.conv_in.weight.detach(), shared_copy(self)
+        zeros = old.new_zeros(old.shape[0], more, *old.shape[2:])
+        made.config = replace(self.config, in_channels=in_channels)
+        made.conv_in.in_channels += more
+        # The coordinates, if any, come last.
+        made.conv_in.weight = nn.Parameter(torch.cat([old[:, :have], zeros, old[:, have:]], dim=1))
+        return made
 
     def remember(self, text: Text) -> Memory:
         """The keys and values of every cross-attention: they depend on the prompt alone, so once serves all steps."""
@@ -206,6 +249,10 @@ class UNet(nn.Module):
                 if isinstance(module, CrossAttention) and not module.looks_inward:
                     memory.keys_values[module] = module.keys_values(memory.tokens)
         return memory
+
+    @staticmethod
+    def _levels(blocks: nn.ModuleList) -> list[Level]:
+        return cast("list[Level]", list(blocks))
 
     def _memory(self, text: Text | None, dtype: torch.dtype) -> Memory:
         if text is None:
@@ -245,6 +292,7 @@ class UNet(nn.Module):
             raise ValueError("this U-Net is told sizes, but Cond.size is None")
         sizes = waves(cond.size.flatten(), c.size_channels, c.flip_sin_to_cos, c.freq_shift)
         sizes = sizes.view(len(pooled), -1).to(dtype)
+        assert self.add_embedding is not None
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
 

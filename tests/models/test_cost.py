@@ -24,7 +24,7 @@ SMALL = UNetConfig(channels=(32, 64), layers=1, attention=(True, True), heads=2,
 # Computed with torch's counter from diffusers' networks on the meta device; 10^9 operations of one image.
 @pytest.mark.parametrize(("side", "forward", "both"), [(256, 180.1, 537.3), (512, 803.3, 2406.8)])
 def test_stable_diffusion_costs_what_is_known(side: int, forward: float, both: float) -> None:
-    parameters, found = cost.unet(UNetConfig(), side // 8, side // 8, 77)
+    parameters, found = cost.denoiser(UNetConfig(), side // 8, side // 8, 77)
     assert parameters == 859_520_964
     assert found.forward / 1e9 == pytest.approx(forward, rel=1e-3) and found.training / 1e9 == pytest.approx(both, rel=1e-3)
 
@@ -41,7 +41,7 @@ def test_diffusers_unet_costs_the_same() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         peer = UNet2DConditionModel.from_config(SMALL.to_diffusers())
         peer(torch.empty(1, 4, 16, 16), 0, torch.empty(1, 7, 24))
-    assert cost.unet(SMALL, 16, 16, 7)[1].forward == counter.get_total_flops()
+    assert cost.denoiser(SMALL, 16, 16, 7)[1].forward == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("shape", [cost.TextShape("CLIP ViT-L/14", 768, 12), cost.TextShape("small", 48, 3, 11, 600, 11, 100)])
@@ -80,7 +80,7 @@ def kept_by_real_tensors(config: UNetConfig, precision: torch.dtype) -> tuple[in
 
 
 def test_activations_are_those_that_real_tensors_keep() -> None:
-    _, found = cost.unet(SMALL, 32, 32, 7)
+    _, found = cost.denoiser(SMALL, 32, 32, 7)
     real, parameters = kept_by_real_tensors(SMALL, torch.float32)
     assert found.activations == pytest.approx(real, rel=0.06)  # the CPU folds up-convolutions, which keeps a little less
     half, _ = kept_by_real_tensors(SMALL, torch.bfloat16)
@@ -88,8 +88,8 @@ def test_activations_are_those_that_real_tensors_keep() -> None:
 
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:
-    _, plain = cost.unet(SMALL, 32, 32, 7)
-    _, recomputed = cost.unet(replace(SMALL, checkpointing=True), 32, 32, 7)
+    _, plain = cost.denoiser(SMALL, 32, 32, 7)
+    _, recomputed = cost.denoiser(replace(SMALL, checkpointing=True), 32, 32, 7)
     assert recomputed.activations < plain.activations / 2
     assert plain.forward == recomputed.forward and plain.backward < recomputed.backward <= plain.backward + plain.forward
 
@@ -113,7 +113,7 @@ class Nowhere:
 
 
 def test_one_place_at_the_lowest_level_can_be_counted() -> None:
-    whole, half = (cost.unet(SMALL, side, side, 7)[1] for side in (2, 16))
+    whole, half = (cost.denoiser(SMALL, side, side, 7)[1] for side in (2, 16))
     assert 0 < whole.forward < half.forward
 
 

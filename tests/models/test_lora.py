@@ -18,7 +18,7 @@ from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.formats.lora_files import Style, dotted, read, write
 from ldm.formats.tensor_file import read_texts
-from ldm.models.lora import TEXT_TARGETS, UNET_TARGETS, Lora, Merged, Pair, flat, inject, injected
+from ldm.models.lora import TEXT_TARGETS, Lora, Merged, Pair, flat, inject, injected
 
 RANK, ALPHA = 3, 6.0
 STYLES: tuple[Style, ...] = ("diffusers", "peft", "kohya")
@@ -41,7 +41,7 @@ def networks(family: LatentDiffusionFamily) -> dict[Any, Any]:
 def trained(family: LatentDiffusionFamily, rank: int = RANK, alpha: float = ALPHA, seed: int = 0) -> Lora:
     """A LoRA on U-Net and text encoder whose every weight has an effect."""
     torch.manual_seed(seed)
-    learned = inject(family.denoiser, rank, alpha, (*UNET_TARGETS, "ff.net.0.proj", "proj_in", "conv1"))
+    learned = inject(family.denoiser, rank, alpha, (*family.denoiser.lora_targets, "ff.net.0.proj", "proj_in", "conv1"))
     learned += inject(family.text.model, rank, alpha, TEXT_TARGETS)
     with torch.no_grad():
         for weight in learned:

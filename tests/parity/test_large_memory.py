@@ -64,7 +64,7 @@ def test_a_guided_step_needs_weights_and_less_than_training_keeps(name: str, dty
 
     side, size = SIDES.get(name, 64), 4 if dtype == "float32" else 2
     network = build({"network": name}, LatentDiffusion, "test").network
-    parameters, computed = cost.unet(network, side, side, 77)
+    parameters, computed = cost.denoiser(network, side, side, 77)
     before = BUILD.format(name=name, dtype=dtype, owner="LatentDiffusion")
     found = peak_kib(before, UNET.format(side=side)) * 1024 / GIB
     weights = parameters * size / GIB

@@ -9,8 +9,8 @@ import torch
 
 from ldm.config.schema import build, load
 from ldm.runs.estimate import Needs, estimate
-from ldm.models.lora import UNET_TARGETS, adapted_count, inject
-from ldm.models.unet import UNetConfig
+from ldm.models.lora import adapted_count, inject
+from ldm.models.unet import UNet, UNetConfig
 from ldm.runs.run import Run
 from ldm.training.settings import Train
 
@@ -19,7 +19,7 @@ SMALL = {"channels": [32, 64], "attention": [False, True], "layers": 1, "heads":
 
 def test_adapters_are_counted_as_they_are_injected() -> None:
     made = UNetConfig(channels=(32, 64), attention=(False, True), layers=1, heads=2, norm_groups=8, context_width=32)
-    targets = (*UNET_TARGETS, "conv1")
+    targets = (*UNet.lora_targets, "conv1")
     assert adapted_count(made.build(), 3, targets) == sum(p.numel() for p in inject(made.build(), 3, 3.0, targets))
 
 

@@ -17,7 +17,7 @@ from ldm.families.draws import Settings
 from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine
 from ldm.families.latent_diffusion.prompt_schedule import shape_of
 from ldm.formats.latent_codec import LatentCodec
-from ldm.models.unet import UNetConfig
+from ldm.models.denoiser import DenoiserConfig
 from ldm.text.prompt_syntax import Prompt, literal
 
 INVERTIBLE = ("ddim", "euler")
@@ -25,7 +25,7 @@ ROUNDS = 4  # network calls for each step of an inversion
 
 
 def from_picture(
-    network: UNetConfig, codec: LatentCodec, image: Tensor, mask: Tensor | None = None, strength: float | None = None
+    network: DenoiserConfig, codec: LatentCodec, image: Tensor, mask: Tensor | None = None, strength: float | None = None
 ) -> tuple[Edit, ...]:
     """The edits that draw anew what `mask` shows of a picture, or all of it, and keep the other pixels to the byte.
 
@@ -58,8 +58,8 @@ def strength_of(strength: float | None, masked: bool) -> float:
     return float(strength)
 
 
-def wants_mask(network: UNetConfig, codec: LatentCodec) -> bool:
-    """Whether a UNet is made for inpainting: told, besides x, a mask and the latents of the picture without what it hides."""
+def wants_mask(network: DenoiserConfig, codec: LatentCodec) -> bool:
+    """Whether a network is made for inpainting: told, besides x, a mask and the latents of the picture without what it hides."""
     return network.in_channels == 2 * codec.channels + 1
 
 

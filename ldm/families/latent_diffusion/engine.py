@@ -20,9 +20,7 @@ from ldm.diffusion.samplers import SAMPLERS, Denoise
 from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, Shape, shape_of
 from ldm.formats.latent_codec import LatentCodec
-from ldm.models.blocks import Step
-from ldm.models.transformer import Memory
-from ldm.models.unet import UNet
+from ldm.models.denoiser import Denoiser
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt, literal
 
@@ -125,7 +123,7 @@ class Engine:
         turn: told that the network is used next.
     """
 
-    denoiser: UNet
+    denoiser: Denoiser
     process: Process
     codec: LatentCodec
     text: TextEncoder
@@ -207,7 +205,7 @@ class Engine:
 
         script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about)
         # Of the conditions that steps share; a few, for those that take turns.
-        remembered: list[tuple[Cond, Memory, list[Step]]] = []
+        remembered: list[tuple[Cond, Any, list[Any]]] = []
         times = grid.t.to(device)
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def read_source(model: str) -> Source:
     record = read_record(root)
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
-        "unet": Part(_unet_config(family), dict(family.denoiser.state_dict())),
+        family.config.network.folder: Part(_network_config(family), dict(family.denoiser.state_dict())),
         "vae" if isinstance(autoencoder, KLConfig) else "vqvae": Part(autoencoder.to_diffusers(), state),
         "text_encoder": Part(*text_part(family.text.model)),
     }
@@ -61,9 +60,9 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == "model" else path.stem
 
 
-def _unet_config(family: LatentDiffusionFamily) -> dict[str, Any]:
-    network = family.config.network
-    return replace(network, sample_size=network.sample_size or family.resolution // family.factor).to_diffusers()
+def _network_config(family: LatentDiffusionFamily) -> dict[str, Any]:
+    values = family.config.network.to_diffusers()
+    return values | {"sample_size": values.get("sample_size") or family.resolution // family.factor}
 
 
 def _autoencoder(family: LatentDiffusionFamily) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:

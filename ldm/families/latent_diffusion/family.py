@@ -24,7 +24,7 @@ from ldm.families.latent_diffusion.classifier_guidance import Classifier
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
-from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told, widened
+from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.offload import rest
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
 from ldm.families.latent_diffusion.runtime import ready
@@ -32,19 +32,19 @@ from ldm.families.latent_diffusion.video_editing import restyled
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, latent_channels, local_folder, model_folder
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
+from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
 from ldm.formats.model_folder import RECORD, open_model, read_record
-from ldm.formats.part import AGAIN, PARTS, content_hash, load_module, load_part, read_config, read_json, save_part
-from ldm.models import cost
+from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
+from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
 from ldm.models.lora import Lora, Merged
-from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import Embedding, add_word
 from ldm.text.weighted import chunks_of
 
-FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a UNet: these the other models decide
+FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
 
 
 @config
@@ -65,17 +65,17 @@ class Defaults:
 
 @config
 class LatentDiffusion(ModelConfig):
-    """A cross-attention UNet that denoises latents, told by the frozen text encoder what to draw."""
+    """A network that denoises latents, told by the frozen text encoder what to draw."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
     text: str = "text"  # the text encoder, by its name in models
     autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
-    network: UNetConfig = UNetConfig()  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
+    network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
-    adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the UNet
+    adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the network
 
     refuses: ClassVar[Mapping[str, str]] = {}
     answers = frozenset({"sample", "reconstruct"})
@@ -98,10 +98,11 @@ class LatentDiffusion(ModelConfig):
             UserError: naming the part that is missing.
         """
         folder = model_folder(path, [f"{part}/*" for part in PARTS] + ["model_index.json", RECORD], note)
-        for part in ("unet", "scheduler"):
-            if not (folder / part).is_dir():
-                raise UserError(f"init: {path} has no {part}; give a whole model's folder or file")
-        said = f"{content_hash(folder / 'unet')} {content_hash(folder / 'scheduler')}"
+        network, scheduler = denoiser_folder(folder), folder / "scheduler"
+        for part in (network, scheduler):
+            if not part.is_dir():
+                raise UserError(f"init: {path} has no {part.name}; give a whole model's folder or file")
+        said = f"{content_hash(network)} {content_hash(scheduler)}"
         return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
 
     def continued(self, base: Path) -> LatentDiffusion:
@@ -113,10 +114,13 @@ class LatentDiffusion(ModelConfig):
         Raises:
             UserError: naming the field, both values and the fix.
         """
-        network, process = UNetConfig.from_diffusers(read_config(base / "unet")), process_of(base)
+        network, process = self._continued_network(read_denoiser(base)), process_of(base)
         own = self.network
-        if own != UNetConfig():
-            agree("models.diffusion.network", replace(own, dropout=0.0), replace(network, dropout=0.0), FOLLOWS, base)
+        if own != type(own)():
+            if own.kind != network.kind:
+                message = f"got {own.kind}, but the base model {base} has {network.kind}; leave network out"
+                raise UserError(f"models.diffusion.network.kind: {message}")
+            agree("models.diffusion.network", own, network, FOLLOWS, base)
         usual = type(self.process)()
         for name in ("schedule", "target"):
             said, theirs = getattr(self.process, name), getattr(process, name)
@@ -128,9 +132,12 @@ class LatentDiffusion(ModelConfig):
         defaults = self.defaults
         if defaults == Defaults():
             defaults = defaults_of(read_record(base), base)[0]
-        network = replace(network, dropout=own.dropout, checkpointing=own.checkpointing, zero_start=False)
         process = replace(self.process, schedule=process.schedule, target=process.target, offset_noise=offset)
         return replace(self, network=network, process=process, defaults=defaults)
+
+    def _continued_network(self, base: denoiser.Network) -> denoiser.Network:
+        """A base model's network, with what concerns training alone as this configuration has it, where that is of the same kind."""
+        return self.network.continuing(base) if self.network.kind == base.kind else base
 
     def for_stage(self, stage: TrainingStage) -> LatentDiffusion:
         """With what the stage says of recomputing and of caption dropout."""
@@ -173,15 +180,13 @@ class LatentDiffusion(ModelConfig):
         """With the network of a base model, where its files are here, else Stable Diffusion 1's."""
         if not base:
             return self
-        own = self.network
-        file = next(config_files(local_folder(base), "unet"), None)
+        file = next(config_files(local_folder(base), *denoiser.FOLDERS), None)
         if file is None:
             note(f"unet of {base}: its config.json is not here; counted as Stable Diffusion 1's")
-            return replace(self, network=replace(UNetConfig(), checkpointing=own.checkpointing))
-        network = UNetConfig.from_diffusers(read_json(file))
-        return replace(self, network=replace(network, checkpointing=own.checkpointing, dropout=own.dropout))
+            return replace(self, network=replace(denoiser.DEFAULT, checkpointing=self.network.checkpointing))
+        return replace(self, network=self._continued_network(denoiser.config_of(read_json(file))))
 
-    def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[UNetConfig, TextShape]:
+    def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
         text = others["text"].text_shape(note, self.network.context_width)
         channels = latent_channels(others["autoencoder"].latent_network(note))
@@ -197,19 +202,21 @@ class LatentDiffusion(ModelConfig):
         network, text = self.fitted(others, note)
         latent = others["autoencoder"].latent_network(note)
         small = side // 2 ** (len(latent.channels) - 1)
-        learned, spent = cost.unet(network, small, small, text.tokens)
+        learned, spent = cost.denoiser(network, small, small, text.tokens)
         known, encode, _ = cost.autoencoder(latent, side, side)
         extra = text.cost.forward + (0 if stage.latents else encode.forward)
         frozen = {"autoencoder": known, "text encoder": text.parameters}
         if self.adapt is None:
-            return Footprint(learned={"unet": learned}, frozen=frozen, cost=spent, extra=extra)
+            return Footprint(learned={network.folder: learned}, frozen=frozen, cost=spent, extra=extra)
         # Gradients of the base's weights are not made; where captions are learned, the text encoder's are.
         spent = replace(spent, backward=spent.backward // 2)
         if self.adapt.text_learns:
             spent = spent + replace(text.cost, backward=text.cost.backward // 2)
             extra -= text.cost.forward
         with torch.device("meta"):
-            return Footprint(learned=self.adapt.count(network.build(), text), frozen={"unet": learned} | frozen, cost=spent, extra=extra)
+            return Footprint(
+                learned=self.adapt.count(network.build(), text), frozen={network.folder: learned} | frozen, cost=spent, extra=extra
+            )
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
         """A diffusers pipeline folder with a model card."""
@@ -221,7 +228,7 @@ class LatentDiffusion(ModelConfig):
         return load(folder, device, low_memory)
 
     def build(self, context: Context) -> Family:
-        """The family, ready to train, on the earlier products; an earlier stage's UNet is continued."""
+        """The family, ready to train, on the earlier products; an earlier stage's network is continued."""
         text = TextEncoder.load(context.products["text"].folder)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
         network = replace(
@@ -231,45 +238,44 @@ class LatentDiffusion(ModelConfig):
             context_width=text.width,
         )
         if context.init is None:
-            unet = network.build()
+            built: denoiser.Denoiser = network.build()
         else:
-            unet = _continue(context.init, network, codec)
-        family = LatentDiffusionFamily(replace(self, network=network), unet, codec, text)
+            built = _continue(context.init, network, codec)
+        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text)
         family.resolution = context.resolution
         if self.adapt is None:
             return family
         return adapted(self.adapt, family, context)
 
 
-def _continue(init: Product, network: UNetConfig, codec: LatentCodec) -> UNet:
-    stored, state = load_part(init.folder / "unet")
+def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> denoiser.Denoiser:
     record = read_record(init.folder)
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(
             f"{init.folder}: this UNet was trained on the latents of another autoencoder "
             f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
         )
-    theirs = UNetConfig.from_diffusers(stored)
+    theirs = read_denoiser(init.folder)
     if theirs.in_channels == channels(codec) != network.in_channels:
         raise UserError(f"{init.folder}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
     wide = network.in_channels == channels(codec) != theirs.in_channels
     like = replace(network, in_channels=codec.channels) if wide else network
     if theirs.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
-    unet: UNet = load_module(like.build, state, init.folder / "unet")
-    return widened(unet, network) if wide else unet
+    found, _ = load_denoiser(init.folder, like)
+    return found.widened(network.in_channels) if wide else found
 
 
 class LatentDiffusionFamily(Adaptable, Draws):
-    """A UNet with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
+    """A denoising network with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
     shardable = True
     kind = "latent_diffusion"
 
-    def __init__(self, config: LatentDiffusion, unet: UNet, codec: LatentCodec, text: TextEncoder) -> None:
+    def __init__(self, config: LatentDiffusion, network: denoiser.Denoiser, codec: LatentCodec, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
-        self.denoiser = unet
+        self.denoiser = network
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
         self.text = text
         self.process = config.process
@@ -310,7 +316,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
     # Training
 
     def compilable(self) -> list[nn.Module]:
-        """The UNet."""
+        """The denoising network."""
         return [self.denoiser]
 
     def encode(self, batch: ImageBatch | MomentBatch, rng: Rng) -> LatentBatch:
@@ -365,12 +371,12 @@ class LatentDiffusionFamily(Adaptable, Draws):
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
-        """unet/ in diffusers' layout and ldm.json, which remembers the autoencoder."""
+        """The denoising network in diffusers' layout and ldm.json, which remembers the autoencoder."""
         self.save_denoiser(dict(self.denoiser.state_dict()), folder)
 
     def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: str) -> None:
         """The same with other weights of the denoising network; ldm.json remembers what is `said` besides."""
-        save_part(self.config.network.to_diffusers(), state, folder / "unet")
+        save_part(self.config.network.to_diffusers(), state, folder / self.config.network.folder)
         write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe(), **said})
 
     def describe(self) -> dict[str, Any]:
@@ -504,19 +510,17 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     if low_memory:
         rest(codec.network)
         rest(text.model)
-    stored, state = load_part(root / "unet")
-    network = UNetConfig.from_diffusers(stored)
-    unet = load_module(network.build, state, root / "unet")
+    network, stored = load_denoiser(root)
     process = process_of(root)
     defaults, size = defaults_of(record, root)
-    if not text.width == network.context_width:
-        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
-    made = LatentDiffusion(network=network, process=process, defaults=defaults)
-    family = LatentDiffusionFamily(made, unet, codec, text)
+    if text.width != network.config.context_width:
+        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.config.context_width}")
+    made = LatentDiffusion(network=network.config, process=process, defaults=defaults)
+    family = LatentDiffusionFamily(made, network, codec, text)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
     if low_memory:
-        rest(unet)
+        rest(network)
     for module in (family, *family.frozen()):
         module.to(device)
     return family.eval()

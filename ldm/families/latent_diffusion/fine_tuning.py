@@ -20,7 +20,8 @@ from ldm.formats.lora_files import write
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import save_tokenizer, text_part
 from ldm.models.cost import TextShape
-from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, UNET_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
+from ldm.models.denoiser import Denoiser
+from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import Rows, add_word, first_embeddings, write_embedding
 
@@ -28,7 +29,7 @@ from ldm.text.textual_inversion import Rows, add_word, first_embeddings, write_e
 class Adaptable(Family):
     """What adapters need of the family whose networks they learn beside."""
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     text: TextEncoder
     text_learns: bool
 
@@ -118,12 +119,12 @@ class AdaptedFamily(Family):
 
 
 class LoraFamily(AdaptedFamily):
-    """Adapters of the UNet, and where they are asked for of the text encoder."""
+    """Adapters of the denoising network, and where they are asked for of the text encoder."""
 
     def __init__(self, config: LowRank, inner: Adaptable, context: Context) -> None:
         super().__init__(inner, context)
         self.config = config
-        self.unet = nn.ParameterList(inject(inner.denoiser, config.rank, config.alpha, config.targets))
+        self.unet = nn.ParameterList(inject(inner.denoiser, config.rank, config.alpha, config.targets or inner.denoiser.lora_targets))
         self.text = nn.ParameterList()
         if config.text_learns:
             scaled = config.alpha * config.text_rank / config.rank
@@ -131,7 +132,7 @@ class LoraFamily(AdaptedFamily):
             inner.text_learns = True
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The UNet's adapters, and the text encoder's at their own rate."""
+        """The denoising network's adapters, and the text encoder's at their own rate."""
         found = [ParameterGroup(name="model", parameters=list(self.unet))]
         return found + ([ParameterGroup(name="text", parameters=list(self.text), lr_scale=self.config.text_lr)] if len(self.text) else [])
 
@@ -143,7 +144,7 @@ class LoraFamily(AdaptedFamily):
         return Lora(pairs=dict[Part, dict](pairs), metadata=self.metadata())  # type: ignore[type-arg, arg-type]
 
     def save(self, folder: Path) -> None:
-        """The merged UNet and text encoder as a model has them, and lora/ with peft's, diffusers' and kohya's files."""
+        """The merged network and text encoder as a model has them, and lora/ with peft's, diffusers' and kohya's files."""
         self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, base=self.base["unet"])
         if len(self.text):
             self.save_text(merged_state(self.inner.text.model), folder)
@@ -203,9 +204,9 @@ class LowRank:
     """LoRA (Hu 2021, arXiv 2106.09685): small matrices beside the base's frozen ones learn, and are merged in the product."""
 
     kind: Literal["lora"] = "lora"
-    rank: Positive = 8  # of the UNet's adapters
+    rank: Positive = 8  # of the denoising network's adapters
     alpha: PositiveFloat = 8.0  # adapters are scaled by alpha / rank
-    targets: tuple[str, ...] = UNET_TARGETS  # ends of the names of the UNet's layers that get one: to_q, attn2.to_k, conv1
+    targets: tuple[str, ...] = ()  # ends of the names of its layers that get one: to_q, attn2.to_k, conv1; none: what is usual for it
     text_rank: Count = 0  # of the text encoder's adapters, of the same alpha / rank; 0: the text encoder stays as it is
     text_targets: tuple[str, ...] = TEXT_TARGETS  # its layers
     text_lr: NonNegative = 0.5  # their learning rate, as a share of the stage's
@@ -215,9 +216,9 @@ class LowRank:
         """Whether captions are encoded anew at every step."""
         return self.text_rank > 0
 
-    def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
+    def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn, of a denoiser on any device and a text encoder."""
-        found = {"adapters": adapted_count(denoiser, self.rank, self.targets)}
+        found = {"adapters": adapted_count(denoiser, self.rank, self.targets or denoiser.lora_targets)}
         if self.text_rank:
             ends = [end for end in self.text_targets if end in TEXT_TARGETS]
             found["text adapters"] = 2 * text.width * self.text_rank * text.layers * len(ends)

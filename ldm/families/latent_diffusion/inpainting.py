@@ -1,8 +1,6 @@
-"""Learning to paint into pictures: the masks that are drawn, what a U-Net is told of a picture, and a base that is widened for it."""
+"""Inpainting: the masks that are drawn in training, and what the network is told of a picture."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +10,6 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, config
 from ldm.diffusion.rng import Rng
 from ldm.formats.latent_codec import LatentCodec, full
-from ldm.formats.part import load_module
-from ldm.models.unet import UNet, UNetConfig
 
 SIDES = (0.1, 0.7)  # of a rectangle, as shares of the picture's
 WIDTHS = (0.03, 0.12)  # of half a stroke, as shares of the longer side
@@ -34,7 +30,7 @@ class Inpainting:
 
 
 def channels(codec: LatentCodec) -> int:
-    """Input channels of an inpainting U-Net: x, the mask, the known part's latents."""
+    """Input channels of an inpainting network: x, the mask, the known part's latents."""
     return 2 * codec.channels + 1
 
 
@@ -80,21 +76,10 @@ def _stroke(y: Tensor, x: Tensor, start: tuple[float, float], end: tuple[float, 
 
 @torch.no_grad()
 def told(codec: LatentCodec, image: Tensor, mask: Tensor) -> Tensor:
-    """What the U-Net is told of pictures (B,3,H,W) in [-1,1] with masks (B,H,W): (B,1+c,h,w), the mask and then the latents that the
+    """What the network is told of pictures (B,3,H,W) in [-1,1] with masks (B,H,W): (B,1+c,h,w), the mask and then the latents that the
     pictures most likely have with grey where they are new, as `ldm.families.latent_diffusion.edits.fill` says it when drawing.
     """
     hidden = mask[:, None].to(image.device)
     known = full(codec.moments(image.masked_fill(hidden, 0.0))[0])
     small = F.interpolate(hidden.to(known), size=known.shape[2:])  # every factor-th pixel counts
     return torch.cat([small, known], dim=1)
-
-
-def widened(unet: UNet, wanted: UNetConfig) -> UNet:
-    """A U-Net with more input channels, whose new weights are zero: it computes what `unet` does, whatever it is told besides."""
-    have, more = unet.config.in_channels, wanted.in_channels - unet.config.in_channels
-    state = unet.state_dict()
-    old = state["conv_in.weight"]
-    zeros = old.new_zeros(old.shape[0], more, *old.shape[2:])
-    state["conv_in.weight"] = torch.cat([old[:, :have], zeros, old[:, have:]], dim=1)  # the coordinates, if any, come last
-    made: UNet = load_module(wanted.build, state, Path("the widened U-Net"))
-    return made

@@ -15,19 +15,19 @@ from ldm.config.errors import UserError
 from ldm.families.draws import Running
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
+from ldm.formats.denoiser_folder import load_denoiser
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import open_model
-from ldm.formats.part import load_module, load_part
 from ldm.models.attention import Kind, set_attention
+from ldm.models.denoiser import Denoiser
 from ldm.models.inference import prepare
-from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 
 
 class Parts(Protocol):
     """A latent diffusion model's networks; what is put in their place draws from then on."""
 
-    denoiser: UNet
+    denoiser: Denoiser
     text: TextEncoder
     turn: Callable[[nn.Module], None]
 
@@ -44,7 +44,7 @@ def ready(family: Parts, folder: Path, running: Running, precision: str) -> None
         family: as `ldm.families.latent_diffusion.family.load` gave it.
         folder: where it was loaded from.
         running: what was chosen.
-        precision: that it will draw with; bf16 and fp16 halve the UNet's weights.
+        precision: that it will draw with; bf16 and fp16 halve the denoising network's weights.
 
     Raises:
         UserError: for an attention kernel that does not run, or where nothing can compile.
@@ -58,16 +58,15 @@ def ready(family: Parts, folder: Path, running: Running, precision: str) -> None
     if running.low_memory:
         _take_turns(family, open_model(folder).folder, device, precision)
     else:
-        family.denoiser = prepared_unet(family.denoiser, precision)
+        family.denoiser = family.denoiser.for_inference(_cast(precision))
         family.codec.network = prepare(family.codec.network, channels_last=True, in_place=True)
     if running.compiled:
         family.denoiser.compile(dynamic=False)
 
 
-def prepared_unet(unet: UNet, precision: str) -> UNet:
-    """A UNet, changed in place for inference at a precision; its numbers under autocast do not depend on whether that was known."""
-    kind = PRECISION[precision]
-    return prepare(unet, dtype=None if kind == torch.float32 else kind, channels_last=True, in_place=True)
+def _cast(precision: str) -> torch.dtype | None:
+    """The type of autocast at a precision; None: there is none."""
+    return None if precision == "fp32" else PRECISION[precision]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -94,11 +93,8 @@ def _take_turns(family: Parts, root: Path, device: torch.device, precision: str)
 
     codec, model = family.codec, family.text.model
 
-    def network() -> UNet:
-        stored, state = load_part(root / "unet")
-        module = load_module(UNetConfig.from_diffusers(stored).build, state, root / "unet")
-        state.clear()  # or the weights that are laid out anew would be there twice
-        return prepared_unet(module, precision)
+    def network() -> Denoiser:
+        return load_denoiser(root)[0].for_inference(_cast(precision))
 
     def autoencoder() -> nn.Module:
         return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)

@@ -148,7 +148,7 @@ def test_cached_moments_teach_the_same(products: Path, autoencoder: str) -> None
 def test_only_the_unet_learns(products: Path) -> None:
     family = made(products)
     assert {id(p) for p in family.parameters()} == {id(p) for p in family.denoiser.parameters()}
-    assert all(name.startswith("unet.") for name in family.state_dict())
+    assert all(name.startswith("denoiser.") for name in family.state_dict())
     loss(family, batch(0, 1)).backward()
     assert all(p.grad is not None for p in family.denoiser.parameters())
     assert not any(p.requires_grad for module in family.frozen() for p in module.parameters())
@@ -179,7 +179,7 @@ def test_an_earlier_stage_is_continued_with_its_weights(products: Path) -> None:
 
     state = load_part(products / "diffusion" / "unet")[1]
     assert all(torch.equal(value, state[name]) for name, value in family.denoiser.state_dict().items())
-    assert not all(torch.equal(value, state[name]) for name, value in other.unet.state_dict().items())
+    assert not all(torch.equal(value, state[name]) for name, value in other.denoiser.state_dict().items())
     assert all(p.requires_grad for p in family.denoiser.parameters())
 
 

@@ -76,9 +76,9 @@ def test_only_adapters_learn(base: Path) -> None:
     assert len(family.state_dict()) == len(learned) and not frozen & {id(p) for p in learned}
     before = learn(family)
     assert all(not torch.equal(a, b) for a, b in zip(before, learned, strict=True))
-    for name, value in plain.unet.state_dict().items():
+    for name, value in plain.denoiser.state_dict().items():
         layer, _, end = name.rpartition(".")
-        own = family.inner.unet.state_dict()
+        own = family.inner.denoiser.state_dict()
         assert torch.equal(value, own.get(name, own.get(f"{layer}.base_layer.{end}")))  # type: ignore[arg-type]
 
 
@@ -90,10 +90,10 @@ def test_the_product_of_lora_is_the_base_with_its_file_merged(base: Path, tmp_pa
     said = read_texts(kohya)
     assert said["ss_sd_model_hash"] == said["ldm_base_hash"] == "base" and said["ss_network_module"] == "networks.lora"
     plain = load(base)
-    networks: Any = {"unet": plain.unet, "text_encoder": plain.text.model}
+    networks: Any = {"unet": plain.denoiser, "text_encoder": plain.text.model}
     merged = Merged(networks, [(read(kohya), 1.0)])
     _, unet = load_part(tmp_path / "unet")
-    assert all(torch.equal(value, plain.unet.state_dict()[name]) for name, value in unet.items())
+    assert all(torch.equal(value, plain.denoiser.state_dict()[name]) for name, value in unet.items())
     text = TextEncoder.load(tmp_path)
     assert torch.equal(text.encode(["a red square"]).tokens, plain.text.encode(["a red square"]).tokens)
     merged.undo()

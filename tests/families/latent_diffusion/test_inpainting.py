@@ -20,7 +20,7 @@ from ldm.diffusion.batch import Cond, Text
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.edits import fill
 from ldm.families.latent_diffusion.family import load
-from ldm.families.latent_diffusion.inpainting import Inpainting, masks, told, widened
+from ldm.families.latent_diffusion.inpainting import Inpainting, masks, told
 from ldm.formats.latent_codec import load_codec
 
 
@@ -67,7 +67,7 @@ def test_a_widened_base_computes_what_it_did(coordinates: bool) -> None:
     torch.manual_seed(0)
     config = replace(UNET, in_channels=4, out_channels=4, coordinates=coordinates)
     base = config.build().eval()
-    wide = widened(base, replace(config, in_channels=9)).eval()
+    wide = base.widened(9).eval()
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
     text = Text(tokens=torch.randn(2, 5, config.context_width), mask=torch.ones(2, 5, dtype=torch.bool))
     with torch.no_grad():

@@ -1,0 +1,38 @@
+"""The union of all denoising networks: `network: {kind: unet, ...}`, and which of them a config.json means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from ldm.config.errors import UserError
+from ldm.config.introspection import members_of, without_annotation
+from ldm.models.backbone import Denoiser, DenoiserConfig
+from ldm.models.unet import UNetConfig
+
+__all__ = ["DEFAULT", "FOLDERS", "Denoiser", "DenoiserConfig", "Network", "config_of", "members"]
+
+# A second member makes it Annotated[UNetConfig | Other, BY_KIND]; a union of one is refused by pydantic.
+# Fields are annotated `denoiser.Network`, so that the name is looked up when a configuration is read.
+Network: TypeAlias = UNetConfig
+DEFAULT = UNetConfig()  # Stable Diffusion 1.x
+FOLDERS = ("unet", "transformer")  # where a pipeline folder may keep it
+
+
+def members() -> tuple[type[DenoiserConfig], ...]:
+    """The configurations of all networks."""
+    return tuple(members_of(without_annotation(Network)).values()) or (Network,)
+
+
+def config_of(values: Mapping[str, Any]) -> Network:
+    """The configuration behind a config.json, by its `_class_name`; without one it is the first member's.
+
+    Raises:
+        UserError: for a class that is no denoising network here, or a field whose value that network does not have.
+    """
+    known = {name: member for member in members() for name in member.class_names}
+    name = values.get("_class_name", next(iter(known)))
+    if name not in known:
+        raise UserError(f"config.json: _class_name is {name!r}; a denoising network is one of {', '.join(known)}")
+    made: Network = known[name].from_diffusers(values)  # type: ignore[assignment]
+    return made
