@@ -141,6 +141,7 @@ class KLAutoencoder(nn.Module):
         latent = config.latent_channels
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.post_quant_conv else None
         last = self.encoder.conv_out if self.quant_conv is None else self.quant_conv
+        assert last.bias is not None
         with torch.no_grad():
             last.weight[latent:] = 0
             last.bias[latent:] = config.logvar_start
@@ -156,7 +157,7 @@ class KLAutoencoder(nn.Module):
         return self.config.latent_channels
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weights of the decoder's last convolution, where the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
 
@@ -199,12 +200,12 @@ class VQAutoencoder(nn.Module):
         return self.config.code_width
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weights of the decoder's last convolution, where the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
 
     @property
-    def codebook(self) -> nn.Parameter:
+    def codebook(self) -> Tensor:
         """The codes, (codes,c)."""
         return self.quantize.embedding.weight
 

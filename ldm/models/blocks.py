@@ -167,7 +167,8 @@ def start_as_identity(module: nn.Module) -> None:
 def zero(layer: nn.Conv2d | nn.Linear) -> None:
     """Set weights and bias to zero."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def recompute(module: nn.Module, *inputs: object) -> Tensor:

@@ -150,6 +150,7 @@ class MapAttention(nn.Module):
     def forward(self, x: Tensor, codes: Tensor | None) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
         layer = self.group_norm if self.spatial_norm is None else self.spatial_norm
+        assert layer is not None
         h = normed(layer, x, codes).flatten(2).transpose(1, 2)  # (B,h*w,C)
         q, k, v = (y[:, None] for y in self._projected(h))  # (B,1,h*w,C)
         h = self.to_out[0](attention(q, k, v)[:, 0])  # (B,h*w,C)

@@ -46,6 +46,7 @@ class PatchDiscriminator(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     @property

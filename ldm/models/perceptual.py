@@ -44,6 +44,9 @@ class FeatureDistance(nn.Module):
 class Lpips(nn.Module):
     """LPIPS over VGG16 (Zhang 2018, arXiv 1801.03924): feature differences under learned non-negative weights."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         before = 3
@@ -59,12 +62,16 @@ class Lpips(nn.Module):
     def features(self, image: Tensor) -> list[Tensor]:
         """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of an image (B,3,H,W) in [-1,1]."""
         maps, x = [], (image - self.shift) / self.scale
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.convolutions()):
             x = F.max_pool2d(x, 2) if i else x
             for conv in block:
                 x = F.relu(conv(x))
             maps.append(x)
         return maps
+
+    def convolutions(self) -> list[list[nn.Module]]:
+        """VGG16's, by the five blocks."""
+        return [list(block.children()) for block in self.blocks]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances (B,) >= 0 of two batches of pictures (B,3,H,W) in [-1,1], of at least 16 px."""
@@ -89,7 +96,7 @@ def load_lpips(path: Path) -> Lpips:
     """
     state = _read(path)
     network = Lpips()
-    for i, (block, (numbers, _)) in enumerate(zip(network.blocks, VGG16, strict=True)):
+    for i, (block, (numbers, _)) in enumerate(zip(network.convolutions(), VGG16, strict=True)):
         for conv, number in zip(block, numbers, strict=True):
             for name in ("weight", "bias"):
                 end = f"{number}.{name}"

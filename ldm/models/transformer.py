@@ -87,11 +87,13 @@ class CrossAttention(nn.Module):
             q, k, v = self._inward(x)  # (B,heads,L,D)
         else:
             q = self._split(self.to_q(x))  # (B,heads,L,D)
+            assert memory.tokens is not None, "there is no text to attend to"
             k, v = memory.keys_values.get(self) or self.keys_values(memory.tokens)
             mask = memory.mask
         if self.upcast:
             with torch.autocast(x.device.type, enabled=False):
-                out = attention(*(y if y.dtype == torch.float64 else y.float() for y in (q, k, v)), mask).to(q.dtype)
+                fine = [y if y.dtype == torch.float64 else y.float() for y in (q, k, v)]
+                out = attention(fine[0], fine[1], fine[2], mask).to(q.dtype)
         else:
             out = attention(q, k, v, mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))

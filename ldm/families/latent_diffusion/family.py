@@ -510,12 +510,13 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     if low_memory:
         rest(codec.network)
         rest(text.model)
-    network, stored = load_denoiser(root)
+    config = read_denoiser(root)
+    network, stored = load_denoiser(root, config)
     process = process_of(root)
     defaults, size = defaults_of(record, root)
-    if text.width != network.config.context_width:
-        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {network.config.context_width}")
-    made = LatentDiffusion(network=network.config, process=process, defaults=defaults)
+    if text.width != config.context_width:
+        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {config.context_width}")
+    made = LatentDiffusion(network=config, process=process, defaults=defaults)
     family = LatentDiffusionFamily(made, network, codec, text)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
