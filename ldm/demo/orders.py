@@ -1,4 +1,4 @@
-"""What a user fills in becomes an order for the studio: checked, as nothing that comes over a network can be trusted."""
+"""Form and order: what a user fills in, checked, as nothing that comes over a network can be trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page itself: gradio's components, and what happens when one is used. Everything that draws is in the studio."""
+"""Event handlers of the page: what happens when one of its components is used. Everything that draws is in the studio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that several people draw with at once: a fair queue, and behind it one drawing at a time."""
+"""Queue of the page: a model that several people draw with at once, fairly, one drawing at a time."""
 
 from __future__ import annotations
 

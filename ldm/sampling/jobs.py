@@ -1,4 +1,4 @@
-"""What is asked of a model becomes a list of recipes, one for each picture, and recipes become pictures."""
+"""Sampling jobs: what is asked becomes a list of recipes, one for each picture, and recipes become pictures, hires fix included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes become picture files, each as soon as it is there; by several processes, the same files as by one."""
+"""Writer of pictures: recipes become files as soon as they are drawn; by several processes, the same files as by one."""
 
 from __future__ import annotations
 

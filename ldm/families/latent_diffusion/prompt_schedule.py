@@ -1,4 +1,4 @@
-"""What the network is told at each step: prompts that change while a picture is drawn, several at once, of any length."""
+"""Prompt schedule: what the network is told at each step, by prompts that change, several at once, of any length."""
 
 from __future__ import annotations
 
