@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer:
+class PictureWriter:
     """What is done with pictures once they are drawn.
 
     Args:
