@@ -60,7 +60,8 @@ def test_strength_is_an_axis_and_z_stacks_tables(kl_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "edit", [["--invert", "init.png", "--source", "a ring"], ["--init", "init.png", "--outpaint", "right=8"], ["--size", "64", "--hires", "2"]]
+    "edit",
+    [["--invert", "init.png", "--source", "a ring"], ["--init", "init.png", "--outpaint", "right=8"], ["--size", "64", "--hires", "2"]],
 )
 def test_cells_are_edited_as_pictures_are(kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
