@@ -75,7 +75,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters,
     film.out.parent.mkdir(parents=True, exist_ok=True)
     family, added = with_adapters(folder, device_for(device.device), adapters.lora, adapters.embedding, {}, tell)
     # Of all samplers ddim adds no noise, which would flicker.
-    wanted = sampler.chosen({}, sampler="ddim", **({} if film.source is None else {"guidance": 1.0}))
+    wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0})
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
     common = jobs.Common(seed=base.first({}), wanted=wanted, negative=base.avoided({}), size=base.shape({}), rest=rest)
     (first,) = jobs.recipes(family, [Asked(prompt=clean(film.prompt))], common)

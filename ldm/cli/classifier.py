@@ -1,4 +1,4 @@
-"""The verb that trains a small classifier of noisy latents, for guidance by `ldm sample --classifier`."""
+"""The classifier verb: trains a small classifier of noisy latents, for classifier guidance by `ldm sample --classifier`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def main(words: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """Table: what changes from picture to picture, and where it goes."""
+class Plot:
+    """X/Y/Z plot: what changes from picture to picture, and where it goes."""
 
     prompt: str = option("", "What to draw; may be left out with --from.", argument=True)
     x: str = option("", "What changes from column to column, such as guidance=1,3,7, or prompt=red,green,blue.")
@@ -61,13 +61,13 @@ class Table:
 
 
 def grid(
-    table: Table, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: Adapters, device: Device
+    plot: Plot, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: Adapters, device: Device
 ) -> int:
     """Draw a table of pictures; each is the one that `ldm sample` draws with these settings."""
-    axes = table.axes()
+    axes = plot.axes()
     old = following.old()
     refuse(old, "ldm grid")
-    words = clean(table.prompt or str(old.get("prompt", "")))
+    words = clean(plot.prompt or str(old.get("prompt", "")))
     if not words:
         raise UserError('prompt: what to draw? Write ldm grid "a red circle" --x ..., or --from PICTURE')
     sampler.check()
@@ -76,7 +76,7 @@ def grid(
         raise UserError("strength: changes nothing without a picture to start from; give it by --init")
     rest = {**edited, **editing.passes(old), **following.carried(old)}
     folder, shape, place = model_for(base.model), base.shape(old), device.device
-    table.out.parent.mkdir(parents=True, exist_ok=True)
+    plot.out.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.sampling import jobs
@@ -91,7 +91,7 @@ def grid(
         init_image = init_image_of(editing.picture, editing.mask, editing.margins(old), size, old, tell)
         shape = init_image.size
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-    wanted = sampler.chosen(old, **editing.usual)
+    wanted = sampler.chosen(old, editing.usual)
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
     (first,) = jobs.recipes(family, [Asked(prompt=words)], common)
     made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
@@ -106,10 +106,10 @@ def grid(
             places = [i for i, one in enumerate(made) if one.loras == scaled(first.loras, factor)]
             found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], init_image=init_image, note=tell), strict=True))
         drawn = [found_at[i] for i in range(len(made))]
-    save_picture(table.out, sheet(drawn, axes), first)
-    if table.pictures is not None:
-        save_all(table.pictures, drawn, made)
-    print(f"{len(made)} pictures of {folder} in {time.monotonic() - started:.1f} s: {table.out}", file=sys.stderr)
+    save_picture(plot.out, sheet(drawn, axes), first)
+    if plot.pictures is not None:
+        save_all(plot.pictures, drawn, made)
+    print(f"{len(made)} pictures of {folder} in {time.monotonic() - started:.1f} s: {plot.out}", file=sys.stderr)
     return 0
 
 

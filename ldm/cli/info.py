@@ -1,4 +1,4 @@
-"""The verb that reads pictures: what they remember of how they were made, and whether a model at hand is the one that did."""
+"""The info verb: the metadata of pictures, and whether a model at hand is the one that drew them."""
 
 from __future__ import annotations
 

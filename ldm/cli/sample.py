@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ldm.families.draws import Draws, Guide
     from ldm.sampling.init_images import InitImage
     from ldm.sampling.judges import Judge
-    from ldm.sampling.writing import Writer
+    from ldm.sampling.writing import PictureWriter
 
 
 def main(words: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def sample(request: Request) -> int:
         return_blocks()
     family = open_finished(folder, place, running.low_memory)
     rest |= add(family, request.adapters.lora, request.adapters.embedding, old, tell)
-    chosen = request.sampler.chosen(old, **request.editing.usual)
+    chosen = request.sampler.chosen(old, request.editing.usual)
     family.ready(Path(folder), running, family.settings(chosen).precision)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash}
     if old.get("model_hash", family.content_hash) != family.content_hash:
@@ -119,7 +119,7 @@ def _recipes(
         seeds=[number + k for number in listed for k in range(choice.best)] if listed else None,
         seed=base.first(old),
         n=choice.n * choice.best,
-        wanted=request.sampler.chosen(old, **request.editing.usual),
+        wanted=request.sampler.chosen(old, request.editing.usual),
         negative=base.avoided(old),
         size=base.shape(old) if init_image is None else init_image.size,
         variations=choice.variations,
@@ -149,16 +149,16 @@ def _missing(request: Request, made: list[Recipe]) -> list[Recipe]:
     return [one for group in missing for one in group]
 
 
-def _writer(request: Request, guide: Guide | None, judge: Judge | None, team: Processes, device: str) -> Writer:
+def _writer(request: Request, guide: Guide | None, judge: Judge | None, team: Processes, device: str) -> PictureWriter:
     """What becomes of pictures once they are drawn."""
     from ldm.sampling.picture_files import free
     from ldm.sampling.safety import SafetyFilter
-    from ldm.sampling.writing import Writer, to_json
+    from ldm.sampling.writing import PictureWriter, to_json
 
     output = request.output
     first = free(output.out)
     team.wait()  # so that all find the same files there
-    return Writer(
+    return PictureWriter(
         out=output.out,
         first=first,
         batch=output.batch,

@@ -1,4 +1,4 @@
-"""Where the page's files lie for a while: uploads, results with their recipes, and each user's history; all of it bounded."""
+"""File store of the page: uploads, results with their recipes, and each user's history, all of it bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between the network and the page: who may come in, which doors there are, and how much may be carried in."""
+"""HTTP guard of the page: who may come in, which routes there are, and how much may be uploaded."""
 
 from __future__ import annotations
 

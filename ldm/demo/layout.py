@@ -1,4 +1,4 @@
-"""Where things stand on the page, and which of its functions each of them calls."""
+"""Layout of the page: gradio's components, and which of its functions each of them calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user fills in becomes an order for the studio: checked, as nothing that comes over a network can be trusted."""
+"""Form and order: what a user fills in, checked, as nothing that comes over a network can be trusted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe
-from ldm.demo.studio import Order
+from ldm.demo.studio import DrawOrder
 from ldm.families.draws import Draws, Settings, Wanted
 from ldm.sampling import jobs
 from ldm.sampling.adapters import differ, told_shortly
@@ -88,7 +88,7 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
 
 def order_of(
     family: Draws, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None, added: Mapping[str, str] | None = None
-) -> Order:
+) -> DrawOrder:
     """An order by the same way that `sample.py` makes its recipes.
 
     Args:
@@ -109,7 +109,7 @@ def order_of(
         rest |= {"hires": form.hires, "hires_strength": form.hires_strength}
     size = (form.height, form.width)
     common = jobs.Common(seed=form.seed, n=form.pictures, wanted=form.wanted(), negative=form.negative, size=size, rest=rest)
-    return Order(tuple(jobs.recipes(family, [Asked(prompt=form.prompt)], common)), init_image)
+    return DrawOrder(tuple(jobs.recipes(family, [Asked(prompt=form.prompt)], common)), init_image)
 
 
 def read_uploaded(init: bytes, mask: bytes | None, size: tuple[int, int]) -> InitImage:

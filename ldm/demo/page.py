@@ -1,4 +1,4 @@
-"""The page itself: gradio's components, and what happens when one is used. Everything that draws is in the studio."""
+"""Event handlers of the page: what happens when one of its components is used. Everything that draws is in the studio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.demo.files import Shelf
 from ldm.demo.guard import USER
 from ldm.demo.orders import MAX_PICTURES, NAMES, Form, blank, check_upload, fill_in, order_of, read_form
 from ldm.demo.status import command, finished, panel, progress
-from ldm.demo.studio import Job, Order, Studio
+from ldm.demo.studio import DrawOrder, Job, Studio
 from ldm.families.draws import Draws
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.recipe import read_recipe
@@ -109,7 +109,7 @@ class Page:
             yield panel(str(error), bad=True), same, on, off
 
     @asynccontextmanager
-    async def _drawing(self, order: Order, request: gr.Request) -> AsyncIterator[Job]:
+    async def _drawing(self, order: DrawOrder, request: gr.Request) -> AsyncIterator[Job]:
         """A job of a browser tab, which ends with whoever waits for it."""
         tab = str(request.session_hash)
         job = self.studio.submit(user_of(request), order)
@@ -219,7 +219,7 @@ def background(paths: list[str], place: int) -> tuple[Any, str]:
     return {"background": path, "layers": [], "composite": None}, panel("The picture is in the editor, under Start from a picture.")
 
 
-def varied(base: Order, down: tuple[str, str], across: tuple[str, str], spacing: str) -> tuple[list[Axis], Order]:
+def varied(base: DrawOrder, down: tuple[str, str], across: tuple[str, str], spacing: str) -> tuple[list[Axis], DrawOrder]:
     """The axes of a table, and the order of its cells.
 
     Args:
@@ -244,7 +244,7 @@ def varied(base: Order, down: tuple[str, str], across: tuple[str, str], spacing:
             raise UserError("hires_strength: changes nothing where pictures are drawn at once")
     made = cells(base.recipes[0], axes, lambda name: spacing or SAMPLERS[name].spacing)
     shown = [next((axis for axis, one in zip(axes, given, strict=True) if one[2] == option), EMPTY) for option in ("down", "across")]
-    return shown, Order(tuple(made), base.init_image)
+    return shown, DrawOrder(tuple(made), base.init_image)
 
 
 def painted(editor: Any) -> tuple[bytes | None, bytes | None]:

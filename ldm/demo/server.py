@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
@@ -63,8 +63,8 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
     with tempfile.TemporaryDirectory(prefix="ldm-demo-") as files, listener:
         family, added = opened(folder, device.device, door.precision, door.low_memory, adapters)
         with Studio(family, previews=not door.low_memory) as studio:
-            told: dict[str, Any] = {"largest": door.largest, "precision": door.precision, "added": added}
-            guard = application(studio, Path(files), name_of(folder), token=door.token or None, **told)
+            model, token = name_of(folder), door.token or None
+            guard = application(studio, Path(files), model, token=token, largest=door.largest, precision=door.precision, added=added)
             shown = f"[{door.host}]" if ":" in door.host else door.host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
             config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""What the page says while and after it draws, as HTML; everything that a user or a file may have written is escaped."""
+"""Status of a drawing as HTML; everything that a user or a file may have written is escaped."""
 
 from __future__ import annotations
 

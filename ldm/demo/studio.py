@@ -1,4 +1,4 @@
-"""A model that several people draw with at once: a fair queue, and behind it one drawing at a time."""
+"""Queue of the page: a model that several people draw with at once, fairly, one drawing at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Order:
+class DrawOrder:
     """Pictures that are wished for together."""
 
     recipes: tuple[Recipe, ...]
@@ -48,7 +48,7 @@ class Job:
     """An order on its way; every field but the first two is written by the studio alone."""
 
     user: str
-    order: Order
+    order: DrawOrder
     state: State = "waiting"
     steps: int = 0  # that are done of the part being drawn
     of: int = 0  # steps of that part
@@ -99,7 +99,7 @@ class Studio:
         self._worker = threading.Thread(target=self._work, name="studio", daemon=True)
         self._worker.start()
 
-    def submit(self, user: str, order: Order) -> Job:
+    def submit(self, user: str, order: DrawOrder) -> Job:
         """Put an order at the end of a user's queue.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The measurements a stage or `ldm evaluate` can make, each a configuration that runs on a model."""
+"""Evaluators: the metrics a stage or `ldm evaluate` can compute, each a configuration that runs on a model."""
 
 from __future__ import annotations
 

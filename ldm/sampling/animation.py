@@ -1,4 +1,4 @@
-"""Moving pictures as files: frames read from a folder or an animated file, and written as WebP, PNG or GIF."""
+"""Animated picture files: frames read from a folder or a file, and written as WebP, PNG or GIF."""
 
 from __future__ import annotations
 

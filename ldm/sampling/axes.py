@@ -1,4 +1,4 @@
-"""The axes of a table of pictures: which settings change from cell to cell."""
+"""Axes of a grid (X/Y/Z plot): which settings change from cell to cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures that edits start from: read, checked, and fitted to the size that is drawn."""
+"""Init images and masks of img2img, inpainting and outpainting: read, checked, and fitted to the size that is drawn."""
 
 from __future__ import annotations
 

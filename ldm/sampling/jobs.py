@@ -1,4 +1,4 @@
-"""What is asked of a model becomes a list of recipes, one for each picture, and recipes become pictures."""
+"""Sampling jobs: what is asked becomes a list of recipes, one for each picture, and recipes become pictures, hires fix included."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
-from ldm.families.draws import OWN as OWN_SETTINGS
 from ldm.families.draws import Draws, Guide, Wanted
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
@@ -37,7 +36,7 @@ class Common:
     seeds: Sequence[int] | None = None
     seed: int = 0
     n: int = 1
-    wanted: Wanted = OWN_SETTINGS
+    wanted: Wanted = Wanted()
     negative: str = ""
     size: tuple[int, int] | None = None
     variations: int = 0

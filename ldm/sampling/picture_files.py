@@ -1,4 +1,4 @@
-"""Where pictures go: numbered files that are never replaced, one sheet of all, strips of their steps; and the bar meanwhile."""
+"""Output files: numbered pictures that are never replaced, one sheet of all; and the progress bar meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of prompts: one a line, with kohya's flags behind it, or as JSON objects."""
+"""Prompt files: a prompt a line, with kohya's flags behind it, or as JSON objects."""
 
 from __future__ import annotations
 

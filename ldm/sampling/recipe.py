@@ -1,4 +1,4 @@
-"""What a picture remembers of how it was made: text chunks in its PNG, for people, other programs and ourselves."""
+"""Recipe: the metadata of a picture, all that decides it, as text chunks in its PNG, for people, other programs and ourselves."""
 
 from __future__ import annotations
 

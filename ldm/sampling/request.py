@@ -26,7 +26,7 @@ STRENGTH = 0.75  # of image-to-image, unless it is told
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class PromptOptions:
     """Prompts: what is drawn."""
 
     prompt: tuple[str, ...] = option((), "What to draw; several prompts are drawn in turn.", argument=True)
@@ -177,7 +177,7 @@ class SamplerOptions(Wanted):
             raise UserError(f"{got}; two shares of the steps are needed, such as 0.1,0.8") from None
         return {"guidance_from": first, "guidance_to": last}
 
-    def chosen(self, old: Mapping[str, Any], **usual: Any) -> Wanted:
+    def chosen(self, old: Mapping[str, Any], usual: Mapping[str, Any]) -> Wanted:
         """The numbers that are asked for: what the options say, then a recipe, then what is `usual` here."""
         return self.over({**usual, **old, **self.interval()})
 
@@ -340,7 +340,7 @@ class Device:
 class Request:
     """What pictures are asked for: everything that `ldm sample` can be told."""
 
-    prompts: Prompts = field(default_factory=Prompts)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     base: Base = field(default_factory=Base)
     following: Following = field(default_factory=Following)
     choice: Choice = field(default_factory=Choice)

@@ -1,4 +1,4 @@
-"""An optional filter: a checker of concepts looks at every finished picture, with weights that the user has."""
+"""Safety checker, an optional filter: looks at every finished picture for concepts, with weights that the user has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes become picture files, each as soon as it is there; by several processes, the same files as by one."""
+"""Writer of pictures: recipes become files as soon as they are drawn; by several processes, the same files as by one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer:
+class PictureWriter:
     """What is done with pictures once they are drawn.
 
     Args:

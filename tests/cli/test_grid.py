@@ -60,6 +60,19 @@ def test_strength_is_an_axis_and_z_stacks_tables(kl_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    "edit",
+    [["--invert", "init.png", "--source", "a ring"], ["--init", "init.png", "--outpaint", "right=8"], ["--size", "64", "--hires", "2"]],
+)
+def test_cells_are_edited_as_pictures_are(kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save("init.png")
+    words = ["a red circle", "--model", str(kl_model), *edit]
+    assert main(["grid", *words, "--x", "steps=2,3", "--pictures", "cells"]) == 0
+    assert main(["sample", *words, "--steps", "3", "--out", "alone"]) == 0
+    assert np.array_equal(pixels(tmp_path / "alone" / "00000_seed0.png"), pixels(sorted((tmp_path / "cells").glob("*.png"))[1]))
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["a"], "x: what changes from picture to picture?"),

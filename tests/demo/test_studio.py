@@ -14,7 +14,7 @@ import pytest
 from finished_model import CAPTIONS, SIDE
 
 from ldm.config.errors import UserError
-from ldm.demo.studio import Busy, Job, Order, Studio
+from ldm.demo.studio import Busy, DrawOrder, Job, Studio
 from ldm.families.latent_diffusion.engine import Edit
 from ldm.families.registry import load
 from ldm.sampling import jobs
@@ -51,8 +51,8 @@ def recipe(seed: int = 0, prompt: str = CAPTIONS[0], **more: Any) -> Recipe:
     return Recipe(prompt=prompt, seed=seed, **{**told, **more})
 
 
-def order(*recipes: Recipe) -> Order:
-    return Order(recipes)
+def order(*recipes: Recipe) -> DrawOrder:
+    return DrawOrder(recipes)
 
 
 def alone(family: Any, one: Recipe) -> np.ndarray:
@@ -243,7 +243,7 @@ def test_previews_and_progress_are_seen_and_change_nothing(studio: Studio, famil
 
 
 def test_an_empty_order_is_done_and_notes_are_kept(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert studio.result(studio.submit("ann", Order(()))) == []
+    assert studio.result(studio.submit("ann", DrawOrder(()))) == []
     monkeypatch.setattr(jobs, "draw", lambda *a, **k: (k["note"]("look"), k["note"]("look"), DRAW(*a, **k))[2])
     job = studio.submit("ann", order(recipe()))
     studio.result(job)

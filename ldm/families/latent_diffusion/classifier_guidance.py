@@ -1,4 +1,4 @@
-"""Guidance by a classifier of noisy latents: trained on a latent cache, kept in one file, told what to look for by the prompt."""
+"""Classifier guidance: a classifier of noisy latents, trained on a latent cache, kept in one file, told by the prompt what to look for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, Denoise
 from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted
-from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, Shape, shape_of
+from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, PromptShape, shape_of
 from ldm.formats.latent_codec import LatentCodec
 from ldm.models.denoiser import Denoiser
 from ldm.text.encoder import TextEncoder
@@ -157,7 +157,7 @@ class Engine:
         shape = (self.codec.channels, height // factor, width // factor)
         grid = shortened(self.process.grid(settings.steps, settings.spacing), min((e.strength for e in edits), default=1.0))
         read, avoided = [_read(prompt) for prompt in prompts], _read(negative)
-        alike: dict[Shape, list[int]] = {}
+        alike: dict[PromptShape, list[int]] = {}
         for row, prompt in enumerate(read):
             alike.setdefault(shape_of(self.text, prompt, avoided, len(grid.t)), []).append(row)
         chunks = [(kind, rows[i : i + self.chunk]) for kind, rows in alike.items() for i in range(0, len(rows), self.chunk)]
@@ -190,7 +190,13 @@ class Engine:
         return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
     def guided_denoiser(
-        self, prompts: Sequence[Prompt], negative: Prompt, shape: Shape, canvas: Canvas, settings: Settings, edits: Sequence[Edit] = ()
+        self,
+        prompts: Sequence[Prompt],
+        negative: Prompt,
+        shape: PromptShape,
+        canvas: Canvas,
+        settings: Settings,
+        edits: Sequence[Edit] = (),
     ) -> Denoise:
         """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
         grid, device = canvas.grid, canvas.noise.device
@@ -232,7 +238,7 @@ class Engine:
         self,
         prompts: list[Prompt],
         negative: Prompt,
-        shape: Shape,
+        shape: PromptShape,
         canvas: Canvas,
         settings: Settings,
         edits: Sequence[Edit],

@@ -428,8 +428,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
         if wants_mask(self.config.network, self.codec):
             edits = (all_new(self.codec, size), *edits)
-        told: dict[str, Any] = {"negative": negative, "latents": latents, "edits": edits, "on_step": on_step}
-        return self.engine(note or warn).draw(prompts, seeds, self.settings(settings), size, **told)[0]
+        chosen, engine = self.settings(settings), self.engine(note or warn)
+        return engine.draw(prompts, seeds, chosen, size, negative=negative, latents=latents, edits=edits, on_step=on_step)[0]
 
     @torch.no_grad()
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Edit, ...]:

@@ -1,4 +1,4 @@
-"""What the network is told at each step: prompts that change while a picture is drawn, several at once, of any length."""
+"""Prompt schedule: what the network is told at each step, by prompts that change, several at once, of any length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_CHUNKS = 16  # of one prompt; what is beyond is not read
 
 
 @dataclass(frozen=True)
-class Shape:
+class PromptShape:
     """What of a prompt decides the shape of the network's calls: pictures of equal shape are drawn together."""
 
     parts: int  # prompts that AND joins
@@ -27,7 +27,7 @@ class Shape:
     plain: bool  # one part of guidance weight 1, so that without guidance the empty prompt is not asked
 
 
-def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int) -> Shape:
+def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int) -> PromptShape:
     """The shape of a prompt with its negative over `steps` steps.
 
     Raises:
@@ -39,7 +39,7 @@ def shape_of(encoder: TextEncoder, prompt: Prompt, negative: Prompt, steps: int)
         raise UserError(f"to: the prompts have {counts} parts joined by AND; both need as many")
     texts = {pieces for step in range(max(1, steps)) for one in every for pieces in one.at(step, steps)}
     chunks = min(MAX_CHUNKS, max(len(chunks_of(encoder, pieces)) for pieces in texts))
-    return Shape(len(prompt.parts), chunks, len(prompt.parts) == 1 and prompt.parts[0].weight == 1)
+    return PromptShape(len(prompt.parts), chunks, len(prompt.parts) == 1 and prompt.parts[0].weight == 1)
 
 
 @dataclass
@@ -55,7 +55,7 @@ class PromptSchedule:
     encoder: TextEncoder
     prompts: Sequence[Prompt]
     negatives: Sequence[Prompt]
-    shape: Shape
+    shape: PromptShape
     steps: int
     about: Callable[[Text], Cond]
     _made: dict[tuple[tuple[Pieces, ...], tuple[Pieces, ...]], Cond] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Short clips edited as one: their frames drawn side by side, in an order that changes at every step."""
+"""Video editing (RAVE, vid2vid): short clips edited as one, their frames side by side in an order that changes at every step."""
 
 from __future__ import annotations
 
