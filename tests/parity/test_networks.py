@@ -161,7 +161,7 @@ def test_gradients_of_a_training_step(folders: dict[str, Path], target: Any) -> 
     eps = rng.normal("eps", x0.shape[1:]).double()
     scheduler = diffusers.DDPMScheduler.from_config(pair.made.scheduler.config)
     scheduler.alphas_cumprod = process.alpha_sigma(torch.arange(1000))[0] ** 2  # theirs is float32
-    unet = pair.made.denoiser.train().requires_grad_(True)
+    unet = pair.made.unet.train().requires_grad_(True)
     output = unet(scheduler.add_noise(x0, eps, t.long()), t.long(), text).sample
     wanted = F.mse_loss(output, eps if target == "epsilon" else scheduler.get_velocity(x0, eps, t.long()))
 
