@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 
 # glibc's mallopt parameters
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
@@ -58,6 +59,22 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def computed_in(precision: str, device: str) -> str:
+    """The precision that a stage computes in: its own, but fp32 on a CPU without instructions for it.
+
+    There torch emulates bf16 and fp16, which takes tens of times as long as fp32.
+    """
+    import torch
+
+    if device != "cpu" or precision == "fp32":
+        return precision
+    supported: dict[str, Callable[[], bool]] = {
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return precision if supported[precision]() else "fp32"
 
 
 def calibrate() -> str:

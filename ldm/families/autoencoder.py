@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ class AutoencoderConfig(ModelConfig):
     """What the KL and the VQ autoencoder answer alike."""
 
     __slots__ = ()
-    refuses = {name: why for name, why in ModelConfig.refuses.items() if name in ("latents", "caption_dropout", "compile")}
+    refuses: ClassVar[Mapping[str, str]] = {
+        name: why for name, why in ModelConfig.refuses.items() if name in ("latents", "caption_dropout", "compile")
+    }
     answers = frozenset({"reconstruct"})
     encodes = True
     continues = True

@@ -176,7 +176,7 @@ class ModelConfig:
         return 1
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
-        """Parameters of the network as others use it; 0: all that it learns. `others` are its inputs by role, `note` is told what is assumed."""
+        """Parameters of the network as others use it; 0: all that it learns. Arguments as `footprint`'s."""
         return 0
 
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:

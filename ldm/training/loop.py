@@ -21,6 +21,7 @@ from ldm.data.pictures import save_grid
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import rows
 from ldm.diffusion.rng import Rng, mix
+from ldm.distributed.environment import computed_in
 from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
 from ldm.distributed.sharding import gathered
 from ldm.families.family import Context, Family, Product, Ranks
@@ -95,7 +96,12 @@ class Trainer:
         self.groups = family.parameter_groups()
         self.optimizers = optim.build(stage.optim, self.groups)
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
+        self.precision = computed_in(stage.precision, self.device.type)
+        if self.precision != stage.precision:
+            log.note(
+                f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}, which is faster here"
+            )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.states = States(
             stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
         )
@@ -235,7 +241,7 @@ class Trainer:
         return terms, gauges
 
     def _autocast(self) -> torch.autocast:
-        kind = PRECISION[self.stage.precision]
+        kind = PRECISION[self.precision]
         return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
 
     def _skip(self, batch: Any, norms: dict[str, Tensor]) -> None:

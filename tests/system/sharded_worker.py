@@ -16,12 +16,12 @@ from finished_model import SIDE, Pictures  # noqa: E402
 from ldm.distributed.processes import Learners, leave  # noqa: E402
 from ldm.distributed.sharding import is_split  # noqa: E402
 from ldm.families.family import Context, Product  # noqa: E402
-from ldm.families.latent_diffusion.family import load
+from ldm.families.latent_diffusion.family import load  # noqa: E402
 from ldm.training import checkpoint  # noqa: E402
 from ldm.training.log import Log  # noqa: E402
 from ldm.training.loop import Handover, Trainer  # noqa: E402
 from ldm.training.optim import AdamW  # noqa: E402
-from ldm.training.settings import Train
+from ldm.training.settings import Train  # noqa: E402
 
 # Without clipping nothing is summed in another order: two gradients have one sum.
 STAGE = Train(

@@ -111,7 +111,7 @@ class LatentDiffusion(ModelConfig):
         """With the network, the schedule and the target of a base model.
 
         What the configuration says of them must agree, but need not be said at all; offset noise is the base's where the configuration
-        is silent. What else only concerns training (weights of errors, density of times, dropout, checkpointing) is the configuration's own.
+        is silent. What else only concerns training (weights of errors, density of times, dropout) is the configuration's own.
 
         Raises:
             UserError: naming the field, both values and the fix.
