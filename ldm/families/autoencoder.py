@@ -54,9 +54,7 @@ class AutoencoderConfig(ModelConfig):
     """What the KL and the VQ autoencoder answer alike."""
 
     __slots__ = ()
-    refuses: ClassVar[Mapping[str, str]] = {
-        name: why for name, why in ModelConfig.refuses.items() if name in ("latents", "caption_dropout", "compile")
-    }
+    refuses: ClassVar[Mapping[str, str]] = {name: ModelConfig.refuses[name] for name in ("latents", "caption_dropout", "compile")}
     answers = frozenset({"reconstruct"})
     encodes = True
     continues = True
