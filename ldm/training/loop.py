@@ -98,9 +98,7 @@ class Trainer:
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
         self.precision = computed_in(stage.precision, self.device.type)
         if self.precision != stage.precision:
-            log.note(
-                f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}, which is faster here"
-            )
+            log.note(f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.states = States(
             stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
