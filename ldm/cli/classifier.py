@@ -37,19 +37,10 @@ def classifier(
     if not known:
         raise UserError(f"words: got {words!r}; words of captions with commas are needed, such as red,green,blue")
     from ldm.cli.models import device_for
-    from ldm.data.cached import CachedLatents
-    from ldm.families.latent_diffusion.classifier_guidance import Classifier, says, train
+    from ldm.families.draws import GuideTraining
     from ldm.families.registry import open_finished
-    from ldm.models.noisy_classifier import NoisyClassifierConfig
 
-    data, family, place = CachedLatents(cache), open_finished(model).diffuses("classifier"), device_for(device)
-    data.require(autoencoder=family.codec.hash)
-    data.require_shapes([])
-    index = list(range(len(data)))
-    said = says([" ".join(captions) for captions in data.all_captions(index)], known)
-    for word, count in zip(known, said.sum(0).tolist(), strict=True):
-        if not 0 < count < len(data):
-            raise UserError(f"words: {word!r} is in {'no' if not count else 'every'} caption of {cache}; leave it out")
+    family = open_finished(model, device_for(device))
     started, shown = time.monotonic(), 0.0
 
     def tell(seen: int, loss: float) -> None:
@@ -58,20 +49,8 @@ def classifier(
             shown = now
             print(f"{seen:,} of {images:,} images, loss {loss:.3f}", file=sys.stderr)
 
-    config = NoisyClassifierConfig(words=known, latent_channels=family.codec.channels)
-    network = train(
-        lambda index, position: data.load(index, position, data.plan.resolution, seed, False),
-        len(data),
-        family.process,
-        config,
-        images=images,
-        batch=batch,
-        rate=rate,
-        seed=seed,
-        device=place,
-        on_images=tell,
-    )
+    guide = family.learn_guide(cache, GuideTraining(words=known, images=images, batch=batch, rate=rate, seed=seed), tell)
     out.parent.mkdir(parents=True, exist_ok=True)
-    Classifier(network, family.codec.hash, family.process.scheduler_config()).save(out)
+    guide.save(out)
     print(f"{out}: tells {', '.join(known)} apart in noisy latents of {model}, after {time.monotonic() - started:.0f} s")
     return 0

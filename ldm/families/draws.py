@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ldm.diffusion.process import Process
     from ldm.formats.export_source import ExportedModel
-    from ldm.formats.latent_codec import LatentCodec
     from ldm.models.lora import Lora
     from ldm.text.prompt_syntax import Prompt
     from ldm.text.textual_inversion import LearnedEmbedding
@@ -139,16 +137,20 @@ class Guide(Protocol):
         """The edit that draws towards what each prompt of a call says, of what it knows."""
         ...
 
-
-class Diffuses(Protocol):
-    """What a denoiser of latents is besides what draws: whoever trains on its noisy latents asks this."""
-
-    @property
-    def codec(self) -> LatentCodec:
-        """The frozen autoencoder."""
+    def save(self, path: Path) -> None:
+        """One file, whole or not at all."""
         ...
 
-    process: Process
+
+@dataclass(frozen=True, kw_only=True)
+class GuideTraining:
+    """How a classifier of noisy latents is trained."""
+
+    words: tuple[str, ...]  # of captions, that are told apart
+    images: int  # how many are seen
+    batch: int
+    rate: float  # learning rate at the start
+    seed: int  # of order, noise and first weights
 
 
 class Draws(Protocol):
@@ -289,13 +291,13 @@ class Draws(Protocol):
             if getattr(running, name):
                 self.refuse(name, "has no such choice; leave it out")
 
-    def diffuses(self, what: str) -> Diffuses:
-        """The model as one that denoises latents, for `what` needs one.
+    def learn_guide(self, cache: Path, training: GuideTraining, on_images: Callable[[int, float], None]) -> Guide:
+        """A classifier that learned on a latent cache of this model; `on_images` is told images seen and the loss.
 
         Raises:
-            UserError: if it does not.
+            UserError: for another model's cache, or words that tell nothing apart.
         """
-        self.refuse(what, "denoises no latents; choose a latent diffusion model")
+        self.refuse("classifier", "denoises no latents; choose a latent diffusion model")
 
     def refuse(self, what: str, why: str) -> NoReturn:
         """Say that this kind of model cannot do something.

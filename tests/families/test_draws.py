@@ -19,7 +19,7 @@ from ldm.config.errors import UserError
 from ldm.demo.orders import blank, order_of
 from ldm.demo.studio import Studio
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import NUMBERS, OWN, Draws, Settings, VideoEdit, Wanted
+from ldm.families.draws import NUMBERS, OWN, Draws, GuideTraining, Settings, VideoEdit, Wanted
 from ldm.families.family import Family, Terms
 from ldm.sampling.recipe import Recipe, read_recipe
 from ldm.text.prompt_syntax import literal
@@ -138,7 +138,7 @@ def test_every_answer_by_default() -> None:
         lambda: family.decode(torch.zeros(1, 4, 2, 2)),
         lambda: family.restyle(image, edit, family.settings(), print),
         lambda: family.adapt([(None, 1.0)], []),  # type: ignore[list-item]
-        lambda: family.diffuses("classifier"),
+        lambda: family.learn_guide(Path("cache"), GuideTraining(words=("a",), images=1, batch=1, rate=0.1, seed=0), print),  # type: ignore[arg-type]
     ):
         with pytest.raises(UserError, match="this model of kind translation"):
             refused()

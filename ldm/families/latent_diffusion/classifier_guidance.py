@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.config.errors import UserError
+from ldm.data.cached import CachedLatents
 from ldm.data.order import shuffled
 from ldm.diffusion.batch import MomentBatch
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import Denoise
+from ldm.families.draws import GuideTraining
 from ldm.families.latent_diffusion.edits import towards
 from ldm.families.latent_diffusion.engine import Canvas, Edit
+from ldm.formats.latent_codec import LatentCodec
 from ldm.formats.part import write_whole
 from ldm.models.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 
@@ -153,3 +156,38 @@ class Classifier:
             return inner(denoise, canvas)
 
         return Edit(guide=guide)
+
+
+def learn(
+    cache: Path,
+    codec: LatentCodec,
+    process: Process,
+    training: GuideTraining,
+    device: torch.device,
+    on_images: Callable[[int, float], None],
+) -> Classifier:
+    """A classifier of a latent cache's words, in the latents of `codec` under the noise of `process`.
+
+    Raises:
+        UserError: for a cache of another autoencoder, or a word that every caption or none has.
+    """
+    data = CachedLatents(cache)
+    data.require(autoencoder=codec.hash)
+    data.require_shapes([])
+    said = says([" ".join(captions) for captions in data.all_captions(list(range(len(data))))], training.words)
+    for word, count in zip(training.words, said.sum(0).tolist(), strict=True):
+        if not 0 < count < len(data):
+            raise UserError(f"words: {word!r} is in {'no' if not count else 'every'} caption of {cache}; leave it out")
+    network = train(
+        lambda index, position: data.load(index, position, data.plan.resolution, training.seed, False),
+        len(data),
+        process,
+        NoisyClassifierConfig(words=training.words, latent_channels=codec.channels),
+        images=training.images,
+        batch=training.batch,
+        rate=training.rate,
+        seed=training.seed,
+        device=device,
+        on_images=on_images,
+    )
+    return Classifier(network, codec.hash, process.scheduler_config())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.schema import Fraction, NonNegative, Positive, config
 from ldm.data.pictures import to_uint8
 from ldm.diffusion.batch import Cond, Text
 from ldm.diffusion.guidance import composed
@@ -28,17 +29,23 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 REMEMBERED = 4  # conditions whose keys and values are kept
 
 
-class Usual(Protocol):
-    """What a model is sampled with unless it is told otherwise."""
+@config
+class Defaults:
+    """How the finished model is sampled unless it is told otherwise."""
 
-    steps: int
-    guidance: float
-    rescale: float
-    precision: Literal["fp32", "bf16", "fp16"]
-    sampler: str
+    steps: Positive = 30  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale; 1: none
+    rescale: Fraction = 0.0  # guidance rescale (Lin 2023, arXiv 2305.08891, eq. 16)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    sampler: str = "dpmpp_2m"  # a name of ldm.diffusion.samplers.SAMPLERS
+    chunk: Positive = 8  # images per network call; a part of the model's numerics, so that batch size is not
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler: got {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
 
 
-def choose(usual: Usual, wanted: Wanted = OWN) -> Settings:
+def choose(usual: Defaults, wanted: Wanted = OWN) -> Settings:
     """The numbers of a sampling call, those of `usual` where none are asked for.
 
     Raises:

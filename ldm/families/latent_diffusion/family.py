@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Fraction, NonNegative, Positive, build, config, plain
+from ldm.config.schema import Fraction, build, config, plain
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.families.draws import OWN, Draws, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.draws import OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
-from ldm.families.latent_diffusion.classifier_guidance import Classifier
+from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
-from ldm.families.latent_diffusion.engine import Edit, Engine, choose, stay, warn, watching
+from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.export import exported
 from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
@@ -47,22 +46,6 @@ from ldm.text.textual_inversion import LearnedEmbedding, add_word
 from ldm.text.weighted import chunks_of
 
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
-
-
-@config
-class Defaults:
-    """How the finished model is sampled unless it is told otherwise."""
-
-    steps: Positive = 30  # denoising steps
-    guidance: NonNegative = 5.0  # classifier-free guidance scale; 1: none
-    rescale: Fraction = 0.0  # guidance rescale (Lin 2023, arXiv 2305.08891, eq. 16)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
-    sampler: str = "dpmpp_2m"  # a name of ldm.diffusion.samplers.SAMPLERS
-    chunk: Positive = 8  # images per network call; a part of the model's numerics, so that batch size is not
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"sampler: got {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
 
 
 @config
@@ -482,9 +465,9 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """Prepare the networks for inference: see `ldm.families.latent_diffusion.runtime.ready`."""
         ready(self, folder, running, precision)
 
-    def diffuses(self, what: str) -> LatentDiffusionFamily:
-        """Itself."""
-        return self
+    def learn_guide(self, cache: Path, training: GuideTraining, on_images: Callable[[int, float], None]) -> Classifier:
+        """A classifier of noisy latents: see `ldm.families.latent_diffusion.classifier_guidance.learn`."""
+        return learn(cache, self.codec, self.process, training, self.device, on_images)
 
     def engine(self, note: Callable[[str], None] = warn) -> Engine:
         """What draws."""
