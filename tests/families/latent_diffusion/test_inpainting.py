@@ -89,7 +89,7 @@ def configuration(folder: Path, model: Path, *more: str) -> Path:
         f"data: {{kind: folder, path: {pictures}}}",
         f"out: {folder / 'run'}",
         "workers: 0",
-        "diffusion: {inpaint: {}}",
+        "models: {diffusion: {kind: latent_diffusion, inpaint: {}}}",
         "stages:",
         f"  paint: {{kind: train, model: diffusion, resolution: {SIDE}, images: 24, batch: 8, samples: 2}}",
         "  export: {kind: export}",
@@ -104,7 +104,7 @@ def test_the_whole_way_to_a_picture_and_into_diffusers(kl_model: Path, tmp_path:
     run = tmp_path / "run"
     model = load(run / "model")
     assert model.config.network.in_channels == 9
-    learned = model.unet.conv_in.weight[:, 4:9]
+    learned = model.denoiser.conv_in.weight[:, 4:9]
     assert float(learned.detach().abs().max()) > 0  # the new weights have learned
     assert json.loads((run / "model/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
     from diffusers import StableDiffusionInpaintPipeline
