@@ -237,5 +237,9 @@ def test_adapting_needs_one_base_and_one_stage(base: Path, tmp_path: Path, capsy
     assert "give that one more images" in capsys.readouterr().err
     run = run_of(base, {"kind": "lora"})
     del run["init"]
+    run["models"] |= {
+        "text": {"kind": "pretrained_text", "path": str(base)},
+        "autoencoder": {"kind": "pretrained_autoencoder", "path": str(base)},
+    }
     assert go(tmp_path, run, f"out={tmp_path / 'out'}", "--plan") == 2
     assert "models.diffusion.adapt: there is no model to adapt" in capsys.readouterr().err

@@ -133,7 +133,11 @@ def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytes
     file = configuration(tmp_path, kl_model)
     assert main(["train", str(file), "stages.paint.latents=./somewhere"]) == 2
     assert "models.diffusion.inpaint hides parts of pictures" in capsys.readouterr().err
-    assert main(["train", str(file), "init=''", "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
+    others = [
+        f"models.text={{kind: pretrained_text, path: {kl_model}}}",
+        f"models.autoencoder={{kind: pretrained_autoencoder, path: {kl_model}}}",
+    ]
+    assert main(["train", str(file), "init=''", *others, "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
     assert "has 9 input channels, as for inpainting; set models.diffusion.inpaint={} too" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing would be new"):
         Inpainting(rectangles=0, strokes=0)
