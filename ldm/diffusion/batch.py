@@ -1,4 +1,4 @@
-"""The types that flow from a data set to a loss; all frozen, all movable with `.to(device)`."""
+"""Batch types that flow from a data set to a loss; all frozen, all movable with `.to(device)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guidance: a denoiser made of denoisers."""
+"""Classifier-free guidance, by one or several conditions: a denoiser made of denoisers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies between two samples of noise."""
+"""Spherical interpolation (slerp) between samples of noise."""
 
 from __future__ import annotations
 

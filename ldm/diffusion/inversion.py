@@ -1,4 +1,4 @@
-"""From data back to noise: what ddim without added noise must begin with so that it ends at a given x0."""
+"""DDIM inversion, from data back to noise: what ddim without added noise must begin with so that it ends at a given x0."""
 
 from __future__ import annotations
 

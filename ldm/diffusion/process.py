@@ -1,4 +1,4 @@
-"""How data becomes noise and what the network must say about it: x = alpha(t) x0 + sigma(t) eps, and its inverses."""
+"""Diffusion process, how data becomes noise and what the network must say about it: x = alpha(t) x0 + sigma(t) eps, and its inverses."""
 
 from __future__ import annotations
 

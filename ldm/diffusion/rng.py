@@ -1,4 +1,4 @@
-"""Random numbers that are addressed, not remembered: each draw is a function of (seed, purpose, sample position)."""
+"""Counter-based random numbers, addressed, not remembered: each draw is a function of (seed, purpose, sample position)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules: which alpha and sigma belong to which t, and how diffusers' scheduler_config.json names them."""
+"""Noise schedules: which alpha and sigma belong to which t, and how diffusers' scheduler_config.json names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of a denoising network (backbone) and of its configuration, with the answers of one that has nothing special."""
+"""Backbone contract: what a denoising network and its configuration answer, with default answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolutional blocks that the U-Net and the autoencoders share, under diffusers' parameter names."""
+"""Residual, down- and upsampling blocks that the U-Net and the autoencoders share, under diffusers' parameter names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TimeShifts:
     """What every residual block adds at one step of a schedule; `UNet.schedule` makes those of all steps at once."""
 
     shifts: dict[ResnetBlock, Tensor]  # each (B,C') or (1,C')
@@ -50,11 +50,11 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def forward(self, x: Tensor, time: Tensor | Step | None = None, codes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | TimeShifts | None = None, codes: Tensor | None = None) -> Tensor:
         """(B,C,h,w), (B,T) after its SiLU or what became of it, (B,c,h',w') -> (B,C',h,w)."""
         h = self.conv1(F.silu(normed(self.norm1, x, codes)))  # (B,C',h,w)
         if self.time_emb_proj is not None:
-            shift = time.shifts[self] if isinstance(time, Step) else self.time_emb_proj(time)
+            shift = time.shifts[self] if isinstance(time, TimeShifts) else self.time_emb_proj(time)
             h = h + shift[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(normed(self.norm2, h, codes))))  # (B,C',h,w)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h

@@ -1,4 +1,4 @@
-"""What networks cost: parameters, multiplications and activations, counted on torch's meta device, where nothing is computed."""
+"""Cost of networks: parameters, FLOPs and activation memory, counted on torch's meta device, where nothing is computed."""
 
 from __future__ import annotations
 

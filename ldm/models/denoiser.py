@@ -1,4 +1,4 @@
-"""The union of all denoising networks: `network: {kind: unet, ...}`, and which of them a config.json means."""
+"""Registry of denoising networks: the union behind `network: {kind: unet, ...}`, and dispatch of a config.json by class name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Network configurations as the content of diffusers' config.json, and back."""
+"""diffusers' config.json of U-Nets and autoencoders, both ways."""
 
 from __future__ import annotations
 

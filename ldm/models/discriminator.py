@@ -1,4 +1,4 @@
-"""The discriminator of the adversarial autoencoder: is each patch of a picture real?"""
+"""Patch discriminator (PatchGAN) of the adversarial autoencoder."""
 
 from __future__ import annotations
 

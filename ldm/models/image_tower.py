@@ -1,4 +1,4 @@
-"""The image side of a small CLIP: a convolutional tower that sees where things are."""
+"""Image tower of a small CLIP: a convolutional network that sees where things are."""
 
 from __future__ import annotations
 

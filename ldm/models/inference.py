@@ -1,4 +1,4 @@
-"""Networks in the form that only draws: the same function of the same weights in fewer and larger operations."""
+"""Inference form of networks: fused projections, folded upsampling, cast weights; the same function of the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small network that tells, of noisy latents, which words a caption would say of them."""
+"""Noise-aware classifier of latents for classifier guidance: which words would a caption say?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances between pictures in the feature space of a frozen network."""
+"""Perceptual distances: LPIPS, and the same idea in the features of another frozen network."""
 
 from __future__ import annotations
 

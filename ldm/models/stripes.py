@@ -1,4 +1,4 @@
-"""Autoencoders on large maps, stripe by stripe: the same numbers as at once, in a fraction of the memory.
+"""Tiled (striped) encoding and decoding with whole-map GroupNorm statistics: no seams, in a fraction of the memory.
 
 Tiles that are decoded one by one see statistics of their own in every GroupNorm, which couples the whole picture, and so
 come out in other colours. Here one operation after the other goes over all stripes of a map, in place where it can, with
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.models.blocks import CodeNorm, Downsample, ResnetBlock, Upsample, normed
 from ldm.models.coder import Bottom, CoderStage, Decoder, Encoder
 
-Run = Callable[[Tensor, int], Tensor]  # rows of a map (B,C,n,w) and which is the first -> (B,C',k n,k w)
+RowFunction = Callable[[Tensor, int], Tensor]  # rows of a map (B,C,n,w) and which is the first -> (B,C',k n,k w)
 
 
 class Stripes:
@@ -81,7 +81,7 @@ class Stripes:
             parts.append(layer.conv(F.pad(rows, (0, 1, 0, 1) if top + step >= height else (0, 1, 0, 0))))
         return torch.cat(parts, dim=2)
 
-    def _map(self, x: Tensor, run: Run, *, halo: int, scale: int = 1, out: Tensor | None = None) -> Tensor:
+    def _map(self, x: Tensor, run: RowFunction, *, halo: int, scale: int = 1, out: Tensor | None = None) -> Tensor:
         """`run` on all rows of a map, with `halo` rows around each stripe; into `out`, which may be `x` itself."""
         height, width = x.shape[2:]
         if scale == 1 and not self._large(x):
@@ -101,7 +101,7 @@ class Stripes:
         assert out is not None
         return out
 
-    def _norm(self, layer: nn.Module, x: Tensor, codes: Tensor | None) -> Run:
+    def _norm(self, layer: nn.Module, x: Tensor, codes: Tensor | None) -> RowFunction:
         """A norm that knows the statistics of all of `x`, for rows of it."""
         if not self._large(x):
             return lambda rows, top: normed(layer, rows, codes)

@@ -1,4 +1,4 @@
-"""Transformer blocks over the places of a map, seeing each other and a text, under diffusers' parameter names."""
+"""Spatial transformer: self-attention over the places of a map and cross-attention to a text, under diffusers' parameter names."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, config, named
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.backbone import Denoiser, DenoiserConfig
-from ldm.models.blocks import Downsample, ResnetBlock, Step, Upsample, recompute, start_as_identity, zero
+from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import OWN_UNET, STOCK_UNET, unet_from_diffusers, unet_to_diffusers
 from ldm.models.inference import prepare, shared_copy
 from ldm.models.transformer import CrossAttention, Memory, Transformer
@@ -142,9 +142,9 @@ class UNet(Denoiser):
         last = len(channels) - 1
 
         self.conv_in = nn.Conv2d(config.in_channels + COORDINATES * config.coordinates, channels[0], 3, padding=1)
-        self.time_embedding = Embedding(channels[0], time)
-        self.add_embedding = Embedding(SIZES * config.size_channels + config.pooled_width, time) if config.size_channels else None
-        self.pooled_embedding = Embedding(config.pooled_width, time) if config.pooled_text else None
+        self.time_embedding = TimeEmbedding(channels[0], time)
+        self.add_embedding = TimeEmbedding(SIZES * config.size_channels + config.pooled_width, time) if config.size_channels else None
+        self.pooled_embedding = TimeEmbedding(config.pooled_width, time) if config.pooled_text else None
 
         def level(index: int, before: int, skips: list[int], scale: Downsample | Upsample | None) -> Level:
             inputs = [channels[index] if i else before for i in range(len(skips))]
@@ -173,7 +173,7 @@ class UNet(Denoiser):
                     zero(module.proj_out)
             zero(self.conv_out)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None, step: Step | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Memory | None = None, step: TimeShifts | None = None) -> Tensor:
         """Predict the target.
 
         Args:
@@ -266,7 +266,7 @@ class UNet(Denoiser):
         """Whether the time embedding has sizes or pooled text in it, which differ from prompt to prompt."""
         return self.add_embedding is not None or self.pooled_embedding is not None
 
-    def schedule(self, t: Tensor, cond: Cond) -> list[Step]:
+    def schedule(self, t: Tensor, cond: Cond) -> list[TimeShifts]:
         """What the residual blocks add at each of the times t (S,): the embeddings of a whole schedule in one call.
 
         With sizes or pooled text it holds for the batch of `cond`, else for any.
@@ -274,7 +274,7 @@ class UNet(Denoiser):
         time = F.silu(self._time(t, cond, self.conv_in.weight.dtype, every=True))  # (S,B or 1,T)
         blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
         shifts = {block: block.time_emb_proj(time) for block in blocks if block.time_emb_proj is not None}
-        return [Step({block: rows[i] for block, rows in shifts.items()}) for i in range(len(t))]
+        return [TimeShifts({block: rows[i] for block, rows in shifts.items()}) for i in range(len(t))]
 
     def _time(self, t: Tensor, cond: Cond, dtype: torch.dtype, every: bool = False) -> Tensor:
         """The time embedding with all that is added to it: (B,T), or of `every` time for each of the batch (S,B or 1,T)."""
@@ -296,7 +296,7 @@ class UNet(Denoiser):
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
 
-class Embedding(nn.Module):
+class TimeEmbedding(nn.Module):
     """Linear, SiLU, linear."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -323,7 +323,7 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([scale]) if isinstance(scale, Downsample) else None
         self.upsamplers = nn.ModuleList([scale]) if isinstance(scale, Upsample) else None
 
-    def layer(self, i: int, x: Tensor, time: Tensor | Step, memory: Memory, recomputed: bool) -> Tensor:
+    def layer(self, i: int, x: Tensor, time: Tensor | TimeShifts, memory: Memory, recomputed: bool) -> Tensor:
         """Residual block i and its transformer, (B,C,h,w) -> (B,C',h,w)."""
         x = recompute(self.resnets[i], x, time) if recomputed else self.resnets[i](x, time)
         if self.attentions is None:
@@ -340,7 +340,7 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([transformer(config, len(config.channels) - 1)] if attends else [])
         self.resnets = nn.ModuleList(resnet(config, channels, channels, time) for _ in range(1 + attends))
 
-    def forward(self, x: Tensor, time: Tensor | Step, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | TimeShifts, memory: Memory) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
         x = self.resnets[0](x, time)
         for attend, block in zip(self.attentions, self.resnets[1:], strict=True):

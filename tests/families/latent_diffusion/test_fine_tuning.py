@@ -172,7 +172,7 @@ def test_words_that_cannot_be(values: dict[str, Any]) -> None:
 def run_of(base: Path, adapt: dict[str, Any], **more: Any) -> dict[str, Any]:
     stage = {
         "kind": "train",
-        "family": "diffusion",
+        "model": "diffusion",
         "images": 32,
         "resolution": 32,
         "batch": 8,
@@ -183,7 +183,8 @@ def run_of(base: Path, adapt: dict[str, Any], **more: Any) -> dict[str, Any]:
         "save_every_images": 8,
     } | more
     stages = {"cache": {"kind": "encode", "resolution": 32}, "tune": stage, "export": {"kind": "export"}}
-    return {"data": SCENES, "init": str(base), "diffusion": {"adapt": adapt, "defaults": {"steps": 2}}, "stages": stages}
+    diffusion = {"kind": "latent_diffusion", "adapt": adapt, "defaults": {"steps": 2}}
+    return {"data": SCENES, "init": str(base), "models": {"diffusion": diffusion}, "stages": stages}
 
 
 def go(folder: Path, run: dict[str, Any], *words: str) -> int:
@@ -236,5 +237,9 @@ def test_adapting_needs_one_base_and_one_stage(base: Path, tmp_path: Path, capsy
     assert "give that one more images" in capsys.readouterr().err
     run = run_of(base, {"kind": "lora"})
     del run["init"]
+    run["models"] |= {
+        "text": {"kind": "pretrained_text", "path": str(base)},
+        "autoencoder": {"kind": "pretrained_autoencoder", "path": str(base)},
+    }
     assert go(tmp_path, run, f"out={tmp_path / 'out'}", "--plan") == 2
     assert "models.diffusion.adapt: there is no model to adapt" in capsys.readouterr().err

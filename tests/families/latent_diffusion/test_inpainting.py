@@ -89,7 +89,7 @@ def configuration(folder: Path, model: Path, *more: str) -> Path:
         f"data: {{kind: folder, path: {pictures}}}",
         f"out: {folder / 'run'}",
         "workers: 0",
-        "diffusion: {inpaint: {}}",
+        "models: {diffusion: {kind: latent_diffusion, inpaint: {}}}",
         "stages:",
         f"  paint: {{kind: train, model: diffusion, resolution: {SIDE}, images: 24, batch: 8, samples: 2}}",
         "  export: {kind: export}",
@@ -104,7 +104,7 @@ def test_the_whole_way_to_a_picture_and_into_diffusers(kl_model: Path, tmp_path:
     run = tmp_path / "run"
     model = load(run / "model")
     assert model.config.network.in_channels == 9
-    learned = model.unet.conv_in.weight[:, 4:9]
+    learned = model.denoiser.conv_in.weight[:, 4:9]
     assert float(learned.detach().abs().max()) > 0  # the new weights have learned
     assert json.loads((run / "model/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
     from diffusers import StableDiffusionInpaintPipeline
@@ -133,7 +133,11 @@ def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytes
     file = configuration(tmp_path, kl_model)
     assert main(["train", str(file), "stages.paint.latents=./somewhere"]) == 2
     assert "models.diffusion.inpaint hides parts of pictures" in capsys.readouterr().err
-    assert main(["train", str(file), "init=''", "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
+    others = [
+        f"models.text={{kind: pretrained_text, path: {kl_model}}}",
+        f"models.autoencoder={{kind: pretrained_autoencoder, path: {kl_model}}}",
+    ]
+    assert main(["train", str(file), "init=''", *others, "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
     assert "has 9 input channels, as for inpainting; set models.diffusion.inpaint={} too" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing would be new"):
         Inpainting(rectangles=0, strokes=0)
