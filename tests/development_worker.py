@@ -15,16 +15,16 @@ PART = re.compile(r"^```python\n(?P<code>.*?)^```$|^Register: `(?P<what>[^`]+)` 
 
 def register(what: str, union: str, file: str, known: dict[str, Any]) -> None:
     """Do what a line `Register: ...` says, without changing the file."""
+    from ldm.config.schema import BY_KIND, build
+
     module = importlib.import_module(file.replace("/", "."))
     registry = getattr(module, union)
     if isinstance(registry, dict):
         registry |= eval("{" + what + "}", vars(module) | known)
         return
-    members, *rest = get_args(registry)
+    members, *rest = get_args(registry) or (registry, BY_KIND)  # a union of one is the class itself
     widened = Annotated[members | known[what], *rest]
     setattr(module, union, widened)
-    from ldm.config.schema import build
-
     kind = known[what].__dataclass_fields__["kind"].default
     holder = dataclasses.make_dataclass("Holder", [("chosen", widened)], frozen=True)
     assert isinstance(build({"chosen": {"kind": kind}}, holder, "page").chosen, known[what])
