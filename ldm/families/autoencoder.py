@@ -182,7 +182,10 @@ class VQ(AutoencoderConfig):
     perceptual: Perceptual = PerceptualNone()
     adversarial: Adversarial = Adversarial()
 
-    refuses = AutoencoderConfig.refuses | {"exact": "learns from codes of the whole batch, which depend on how many processes there are"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        **AutoencoderConfig.refuses,
+        "exact": "learns from codes of the whole batch, which depend on how many processes there are",
+    }
 
 
 def _full(x: Tensor) -> Tensor:
@@ -190,14 +193,15 @@ def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _continued(config: KL | VQ, init: Product) -> nn.Module:
+def _continued(config: KL | VQ, init: Product) -> KLAutoencoder | VQAutoencoder:
     folder = autoencoder_folder(init.folder)
     stored, state = load_part(folder)
     theirs = (KLConfig if isinstance(config, KL) else VQConfig).from_diffusers(stored)
     if theirs != config.network:
         raise UserError(f"{folder}: the autoencoder to continue has another shape than autoencoder.network; make them equal")
-    network: nn.Module = load_module(config.network.build, state, folder)
-    return network
+    if isinstance(config, KL):
+        return load_module(config.network.build, state, folder)
+    return load_module(config.network.build, state, folder)
 
 
 class AutoencoderFamily(Family):
@@ -213,6 +217,7 @@ class AutoencoderFamily(Family):
     def __init__(self, config: KL | VQ, context: Context) -> None:
         super().__init__()
         self.config = config
+        self.network: KLAutoencoder | VQAutoencoder
         self.network = config.network.build() if context.init is None else _continued(config, context.init)
         self.total_images = context.total_images
         self.images = 0
@@ -254,7 +259,7 @@ class AutoencoderFamily(Family):
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The autoencoder's picture of images (B,3,H,W) in [-1,1], through the posterior's mean or the codebook."""
-        if isinstance(self.config, VQ):
+        if isinstance(self.network, VQAutoencoder):
             return self.network.decode(self.network.encode(image))
         return self.network.decode(self.network.encode(image)[0])
 
@@ -292,17 +297,17 @@ class AutoencoderFamily(Family):
         return terms, gauges
 
     def _kl(self, image: Tensor, rng: Rng) -> tuple[Tensor, Terms, Terms]:
+        assert isinstance(self.config, KL) and isinstance(self.network, KLAutoencoder)
         mean, logvar = self.network.encode(image)
         mean, logvar = _full(mean), _full(logvar)
         noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)
         recon = _full(self.network.decode(mean + (0.5 * logvar).exp() * noise))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)  # eq. 10 of Kingma and Welling 2013, per latent value
-        assert isinstance(self.config, KL)
         terms = {"kl": self.config.weight * kl.sum() / image.numel()}
         return recon, terms, {"kl_nats": kl.detach().mean(), "posterior_std": (0.5 * logvar.detach()).exp().mean()}
 
     def _vq(self, image: Tensor) -> tuple[Tensor, Terms, Terms]:
-        assert isinstance(self.config, VQ)
+        assert isinstance(self.config, VQ) and isinstance(self.network, VQAutoencoder)
         z = _full(self.network.encode(image))
         quantised, codes, distance = self.network.quantize(z)
         recon = _full(self.network.decode(quantised, quantise=False))
@@ -362,7 +367,7 @@ class AutoencoderFamily(Family):
         Which outputs are taken depends on the batch alone, not on how processes and passes share it.
         """
         config = self.config
-        if not isinstance(config, VQ) or not self._seen:
+        if not isinstance(config, VQ) or not isinstance(self.network, VQAutoencoder) or not self._seen:
             return {}
         latest, counts = torch.cat([z for z, _ in self._seen]), torch.stack([n for _, n in self._seen]).sum(0)
         self._seen.clear()
@@ -409,6 +414,7 @@ def measure(
     count, total = min(images, len(data)), 0.0
     first: Tensor | float = 0.0
     second: Tensor | float = 0.0
+    extra: Tensor | float
     for start in range(0, count, 64):
         index = list(range(start, min(start + 64, count)))
         image = data.load(index, index, resolution, seed, False).image.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -36,7 +36,10 @@ class Clip(ModelConfig):
     temperature: Fraction = 0.07  # at the start; it is learned
     tokenizer_seed: Count = 0  # which captions
 
-    refuses = ModelConfig.refuses | {"exact": "learns from pairs of the whole batch, which depend on how many processes there are"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        **ModelConfig.refuses,
+        "exact": "learns from pairs of the whole batch, which depend on how many processes there are",
+    }
 
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """Its text tower."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import Statistics
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
-from ldm.models.denoiser import Network
+from ldm.models.backbone import DenoiserConfig
 
 CARD = "README.md"
 
@@ -31,7 +31,7 @@ class ExportedModel:
 
     name: str  # for titles: the run's or folder's
     parts: dict[str, ExportedNetwork]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder
-    network: Network
+    network: DenoiserConfig
     autoencoder: KLConfig | VQConfig
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
     tokenizer: Any

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,7 @@ class Execution:
         model.assemble(products, self.out / "model", self._story())
         for part in model.beside:
             if (learned := products["model"].folder / part).is_dir():
-                atomic.commit(self.out / part, lambda folder, learned=learned: shutil.copytree(learned, folder, dirs_exist_ok=True))
+                atomic.commit(self.out / part, partial(shutil.copytree, learned, dirs_exist_ok=True))
         return {"model": "model", "hash": atomic.folder_hash(self.out / "model")}
 
     def _measured(self, name: str) -> Train:

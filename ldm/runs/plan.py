@@ -115,8 +115,10 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
                 f"{run.prior_preservation.images:,} pictures of prior_preservation.prompts are drawn first; counts are without them"
             )
     elsewhere = _elsewhere(run, notes)
-    known = data is not None and val is not None and elsewhere is not None
-    doings = plan(run, out, data, val, elsewhere) if known else _unread(run, "the data" if data is None else "what it begins with")
+    if data is None or val is None or elsewhere is None:
+        doings = _unread(run, "the data" if data is None else "what it begins with")
+    else:
+        doings = plan(run, out, data, val, elsewhere)
     whole = estimate(run)
     stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
     return RunPlan(

@@ -17,6 +17,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, Positive, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
+from ldm.data.images import Shape
 from ldm.data.scenes.captions import Target, reword, say, stated
 from ldm.data.scenes.checker import reads_back
 from ldm.data.scenes.render import render, to_bytes
@@ -95,7 +96,7 @@ class Scenes:
         keys = addresses(np.asarray(index, np.int64), "web", VERSION, self.source.tier, self.split, self.source.seed)
         return draw_web(keys, TIERS[self.source.tier].pixels)
 
-    def load(self, index: Sequence[int], position: Sequence[int], resolution: int, seed: int, flip: bool) -> ImageBatch:
+    def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """Render scenes, each with the wording that its position draws.
 
         `flip` is ignored: a mirrored scene would make its caption false. Draws depend on (seed, position) alone.
@@ -108,6 +109,7 @@ class Scenes:
             flip: ignored.
         """
         specs = self.specs(index)
+        assert isinstance(resolution, int), "scenes have no sizes of their own, so no buckets"
         images = render(specs, resolution)
         original = np.full(len(images), resolution)
         if self._web:

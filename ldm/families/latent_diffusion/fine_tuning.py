@@ -34,6 +34,10 @@ class Adaptable(Family):
     text_learns: bool
 
     @abstractmethod
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
+        """Pictures of a batch's captions (N,3,H,W) in [-1,1]."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a model folder must say besides the networks' own configurations."""
 
