@@ -42,7 +42,7 @@ class ExportedModel:
     card: str  # the model card that came with it; empty: none
     notices: tuple[str, ...]  # what is not taken along
     hash: str
-    own_clip: Path | None  # the folder of its run's own CLIP, where it has one
+    own_clip: Path | None = None  # the folder of its run's own CLIP, where it has one
 
     @property
     def codec(self) -> str:

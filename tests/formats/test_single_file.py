@@ -169,7 +169,7 @@ def test_a_choice_stands_behind_the_name(tmp_path: Path) -> None:
     averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in own.items()}
     file = written(state | averaged, tmp_path / "both.safetensors")
     last, mean = (load(f"{file}::ema={said},prediction=v") for said in ("no", "yes"))
-    assert torch.equal(mean.unet.conv_in.weight, last.unet.conv_in.weight + 1) and last.process.target == "v"
+    assert torch.equal(mean.denoiser.conv_in.weight, last.denoiser.conv_in.weight + 1) and last.process.target == "v"
     assert load(str(file)).process.target == "epsilon"
     with pytest.raises(UserError, match=r"'ema=maybe' is not known; behind :: stand ema=yes"):
         open_model(f"{file}::ema=maybe")

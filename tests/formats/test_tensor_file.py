@@ -45,6 +45,7 @@ import os, sys
 from pathlib import Path
 import torch
 import ldm
+from ldm.families.draws import Wanted
 
 root, rounds = Path(sys.argv[1]), int(sys.argv[2])
 files = {file: file.read_bytes() for file in sorted(root.rglob("*.safetensors"))}
@@ -59,7 +60,7 @@ for round in range(rounds):
             file.write_bytes(bytes(len(content)))  # in place
         else:
             file.unlink()
-    picture = model.sample(["a small red circle"], steps=1)
+    picture = model.sample(["a small red circle"], settings=Wanted(steps=1))
     expected = picture if expected is None else expected
     assert torch.equal(torch.as_tensor(picture), torch.as_tensor(expected)), round
     for file, content in files.items():

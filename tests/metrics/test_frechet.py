@@ -81,7 +81,7 @@ def test_a_feature_is_the_mean_and_deviation_of_plain_correlations():
 def test_features_stay_what_they_are():
     """Distances of different versions are comparable only while these values stand."""
     found = features(images(2))
-    assert found.shape == (2, FILTERS) and found.dtype == np.float64
+    assert found.shape == (2, 2 * sum(FILTERS)) and found.dtype == np.float64
     assert [float(w.sum()) for w in weights()] == pytest.approx(GOLDEN_SUMS, abs=1e-9)
     assert found[1, [0, 30, 60, 100, 150, 191]] == pytest.approx(GOLDEN, abs=1e-6)
 

@@ -5,6 +5,7 @@ Run as a script, this file is `ldm` with that one name more.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -211,6 +214,36 @@ def test_it_is_reopened_and_draws_from_the_command_line(trained: Path) -> None:
     said("sample", "--from", str(made), "--model", model, "--init", init, "--out", str(trained / "again"))
     [again] = (trained / "again").glob("*.png")
     assert np.array_equal(np.asarray(Image.open(again)), drawn)
+
+
+@pytest.mark.slow
+def test_it_draws_on_the_page(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    import numpy as np
+    from PIL import Image
+
+    from ldm.demo.files import Shelf
+    from ldm.demo.orders import NAMES, blank
+    from ldm.demo.page import Page, load_gradio
+    from ldm.demo.studio import Studio
+
+    load_gradio()
+    monkeypatch.setattr(registry, "Model", registry.Model)
+    register()
+    editor = {"background": Image.new("RGB", (32, 32), (200, 200, 200)), "layers": [Image.new("RGBA", (32, 32))]}
+    with Studio(registry.load(trained / "whole")) as studio:
+        page = Page(studio, Shelf(tmp_path), "tiny", "", 64)
+        form = replace(blank(page.family), prompt="colours", strength=1.0)
+
+        async def through() -> list[Any]:
+            user: Any = SimpleNamespace(cookies={"ldm_user": "a" * 22}, session_hash="tab")
+            return [told async for told in page.generate(user, False, editor, *[getattr(form, name) for name in NAMES])]
+
+        told = asyncio.run(through())
+    [path] = told[-1][5]
+    grey = torch.full((1, 3, 32, 32), 200 / 127.5 - 1)
+    own = page.family.reconstruct(grey)[0].clamp(-1, 1)
+    assert np.abs(np.asarray(Image.open(path)).astype(float) - (own.permute(1, 2, 0).detach().numpy() + 1) * 127.5).max() <= 1
 
 
 if __name__ == "__main__":
