@@ -113,7 +113,7 @@ class AutoencoderConfig(ModelConfig):
         """The downsampling factor."""
         return 2 ** (len(self.network.channels) - 1)
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of encoder and decoder."""
         with torch.device("meta"):
             return cost.count(self.network.build())

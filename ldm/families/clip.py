@@ -46,9 +46,9 @@ class Clip(ModelConfig):
         small = self.text
         return TextShape("own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens)
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the text tower, which is what other models read."""
-        return self.text_shape(note).parameters
+        return self.text_shape(note, width).parameters
 
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
         """Both towers, the projection and the temperature."""

@@ -175,8 +175,12 @@ class ModelConfig:
         """Sides of pictures must be multiples of this; `others` are its inputs by role."""
         return 1
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
-        """Parameters of the network as others use it; 0: all that it learns. Arguments as `footprint`'s."""
+    def text_width(self) -> int:
+        """Width of the text states that it expects; 0: it reads none."""
+        return 0
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
+        """Parameters of the network as others use it; 0: all that it learns. Arguments as `footprint`'s and `text_shape`'s."""
         return 0
 
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:

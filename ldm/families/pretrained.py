@@ -57,9 +57,9 @@ class PretrainedText(ModelConfig):
         if clip := own_clip(found.folder):
             shutil.copytree(clip, target / OWN_CLIP)
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the text encoder, as far as it is used."""
-        return self.text_shape(note).parameters
+        return self.text_shape(note, width).parameters
 
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """From its config.json; where that is not here, the published encoder of that width."""
@@ -91,7 +91,7 @@ class PretrainedAutoencoder(ModelConfig):
         """The autoencoder's folder."""
         return found_autoencoder(path, note)
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of encoder and decoder."""
         with torch.device("meta"):
             return cost.count(self.latent_network(note).build())

@@ -116,7 +116,8 @@ def estimate(run: Run) -> Estimate:
     used = {read.model for name in run.stages for read in run.reads(name).values() if read.model}
     used |= {stage.model for stage in run.stages.values() if isinstance(stage, Train)}
     models = {name: _counted(model, run.init, note) for name, model in run.everything().items()}
-    counts = {name: model.parameters(_inputs(models, name), note) for name, model in models.items() if name in used}
+    widths = {name: model.text_width() for model in models.values() for name in model.inputs().values() if model.text_width()}
+    counts = {name: model.parameters(_inputs(models, name), note, widths.get(name, 768)) for name, model in models.items() if name in used}
     found = Estimate(models=models, parameters=counts, notes=notes)
     for stage in run.stages.values():
         if isinstance(stage, Train) and not counts[stage.model]:

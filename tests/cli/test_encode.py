@@ -102,7 +102,8 @@ def test_a_restart_goes_on_and_several_processes_write_the_same_files(photograph
 def train(photographs: Path, model: Path, cache: Path, out: Path, *words: str) -> int:
     config = out.with_suffix(".yaml")
     config.write_text(
-        f"init: {model}\ndata: {{kind: folder, path: {photographs}}}\nout: {out}\nworkers: 0\nstages:\n"
+        f"init: {model}\ndata: {{kind: folder, path: {photographs}}}\nout: {out}\nworkers: 0\n"
+        "models: {diffusion: {kind: latent_diffusion}}\nstages:\n"
         f"  tune: {{kind: train, model: diffusion, resolution: 32, images: 24, batch: 8, samples: 0, latents: {cache}}}\n"
     )
     return main(["train", str(config), *words])

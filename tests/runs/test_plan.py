@@ -158,7 +158,8 @@ def test_a_base_model_is_counted_from_its_folder(tmp_path: Path) -> None:
     for part in ("text_encoder", "vae", "unet"):
         _, state = load_part(folder / part)
         wanted[part] = sum(value.numel() for value in state.values())
-    assert list(found.parameters.values()) == list(wanted.values()) and not found.notes
+    parts = {"text": "text_encoder", "autoencoder": "vae", "diffusion": "unet"}
+    assert {parts[name]: count for name, count in found.parameters.items()} == wanted and not found.notes
 
 
 def test_pretrained_parts_are_counted_from_their_folders(tmp_path: Path) -> None:

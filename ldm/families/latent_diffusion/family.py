@@ -177,7 +177,11 @@ class LatentDiffusion(ModelConfig):
         channels = latent_channels(others["autoencoder"].latent_network(note))
         return replace(self.network, in_channels=channels, out_channels=channels, context_width=text.width), text
 
-    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> int:
+    def text_width(self) -> int:
+        """Width of the text states that its network expects."""
+        return self.network.context_width
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the denoising network."""
         with torch.device("meta"):
             return cost.count(self.fitted(others, note)[0].build())
