@@ -15,7 +15,7 @@ from ldm.cli.watch import BARS, spark
 
 
 def run_of(folder: Path, *lines: dict[str, Any], done: bool = False) -> Path:
-    stages = {"diffusion": {"kind": "train", "family": "diffusion", "images": 1000}}
+    stages = {"diffusion": {"kind": "train", "model": "diffusion", "images": 1000}}
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": "mine", "stages": stages}))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -91,8 +91,8 @@ ADHERENCE = {
     "protocol": {"tier": "one", "prompts": 100, "guidance": [2.5, 4.0], "steps": 20, "sampler": "ddim", "seed": 0, "size": 64},
 }
 STAGES: dict[str, dict[str, Any]] = {
-    "autoencoder": {"kind": "train", "family": "autoencoder", "images": 6400, "resolution": 64},
-    "diffusion": {"kind": "train", "family": "diffusion", "images": 6400, "resolution": 64},
+    "autoencoder": {"kind": "train", "model": "autoencoder", "images": 6400, "resolution": 64},
+    "diffusion": {"kind": "train", "model": "diffusion", "images": 6400, "resolution": 64},
     "evaluation": {"kind": "evaluate", "of": "diffusion", "require": {"adherence.seen.bind": 0.9, "adherence.held_out.bind": 0.9}},
 }
 RESULTS: dict[str, dict[str, Any]] = {

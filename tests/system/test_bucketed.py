@@ -128,13 +128,14 @@ def test_diffusion_learns_from_latents_in_buckets(photographs: Path, tmp_path: P
 def test_latents_that_are_encoded_otherwise_are_refused_before_any_work() -> None:
     run = {
         "data": {"kind": "scenes"},
+        "models": {"text": {"kind": "clip"}, "autoencoder": {"kind": "kl"}, "diffusion": {"kind": "latent_diffusion"}},
         "stages": {
-            "autoencoder": {"kind": "train", "family": "autoencoder", "resolution": 64, "images": 8},
-            "text": {"kind": "train", "family": "text", "resolution": 64, "images": 8},
+            "autoencoder": {"kind": "train", "model": "autoencoder", "resolution": 64, "images": 8},
+            "text": {"kind": "train", "model": "text", "resolution": 64, "images": 8},
             "latents": {"kind": "encode", "resolution": 64, "buckets": {"step": 16}},
             "diffusion": {
                 "kind": "train",
-                "family": "diffusion",
+                "model": "diffusion",
                 "resolution": 64,
                 "images": 8,
                 "latents": "latents",

@@ -239,7 +239,7 @@ def test_a_gigabyte_is_refused_and_the_page_goes_on(ann: User, server: Served, t
     before = sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file())
     ann.page.click("#ldm-read > button")
     ann.page.set_input_files("#ldm-drop input[type=file]", huge)
-    ann.page.wait_for_selector("models.text=/exceeds|too large|maximum/i")
+    ann.page.wait_for_selector("text=/exceeds|too large|maximum/i")
     assert sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file()) == before
     ann.problems.clear()
     assert len(ann.draw(prompt="a ring", steps=2)) == 1

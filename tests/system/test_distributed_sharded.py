@@ -59,7 +59,7 @@ def test_sharded_is_whole_and_goes_on_with_any_number(kl_model: Path, tmp_path: 
 
 @pytest.mark.parametrize(("words", "said"), [({"precision": "fp16"}, "fp16"), ({"optim": {"kind": "muon"}}, "muon")])
 def test_what_cannot_be_sharded_is_refused(words: dict[str, Any], said: str) -> None:
-    stage = build({"family": "diffusion", "images": 8, "resolution": 32, **words}, Train, "test")
+    stage = build({"model": "diffusion", "images": 8, "resolution": 32, **words}, Train, "test")
     two: Any = SimpleNamespace(launch=SimpleNamespace(sharded=True), world=2)
     family: Any = SimpleNamespace(shardable=True)
     with pytest.raises(UserError, match=f"{said}.*FSDP2"):

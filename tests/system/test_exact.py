@@ -45,14 +45,18 @@ def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "micro", "said"),
+    ("model", "kind", "micro", "said"),
     [
         ("autoencoder", "kl", 0, "needs micro_batch"),
         ("autoencoder", "vq", 2, "codes of the whole batch"),
         ("text", "kl", 2, "pairs of the whole batch"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(family: str, kind: str, micro: int, said: str) -> None:
-    stage = {"kind": "train", "family": family, "images": 8, "resolution": 32, "batch": 8, "micro_batch": micro, "exact": True}
+def test_what_cannot_be_exact_is_refused(model: str, kind: str, micro: int, said: str) -> None:
+    stage = {"kind": "train", "model": model, "images": 8, "resolution": 32, "batch": 8, "micro_batch": micro, "exact": True}
     with pytest.raises(UserError, match=said):
-        build({"data": {"kind": "scenes"}, "autoencoder": {"kind": kind}, "stages": {"a": stage}}, Run, "run")
+        build(
+            {"data": {"kind": "scenes"}, "models": {"text": {"kind": "clip"}, "autoencoder": {"kind": kind}}, "stages": {"a": stage}},
+            Run,
+            "run",
+        )
