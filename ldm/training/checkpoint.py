@@ -19,7 +19,6 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.distributed.sharding import collected, like
 from ldm.formats import atomic
-from ldm.formats.atomic import Damaged, commit, state_hash, verify, write_tensors
 from ldm.training import optim
 from ldm.training.ema import Ema
 from ldm.training.snapshot import BackgroundWriter, Snapshot
@@ -260,7 +259,7 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < size_of(tensors):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    commit(target, partial(write_state, tensors=tensors, meta=meta))
+    atomic.commit(target, partial(write_state, tensors=tensors, meta=meta))
     for old in states(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -269,7 +268,7 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
 def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
     """Fill a folder with a training state, as `load_state` reads it: a file of tensors for each group, and meta.json."""
     for name, group in tensors.items():
-        write_tensors(folder / f"{name}.safetensors", group)
+        atomic.write_tensors(folder / f"{name}.safetensors", group)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -296,9 +295,9 @@ def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor
     """
     from safetensors.torch import load
 
-    sums = verify(path)
-    if wanted and state_hash(sums) != wanted:
-        raise Damaged(f"{path}: another state than the one that was kept here ({state_hash(sums)[:12]}, not {wanted[:12]})")
+    sums = atomic.verify(path)
+    if wanted and atomic.state_hash(sums) != wanted:
+        raise atomic.Damaged(f"{path}: another state than the one that was kept here ({atomic.state_hash(sums)[:12]}, not {wanted[:12]})")
     tensors = {p.stem: load(p.read_bytes()) for p in sorted(path.glob("*.safetensors"))}
     return tensors, json.loads((path / "meta.json").read_text())
 
@@ -308,7 +307,7 @@ def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
     for path in states(folder):
         try:
             tensors, meta = load_state(path)
-        except Damaged as error:
+        except atomic.Damaged as error:
             say(f"checkpoint refused: {error}; trying the one before")
             continue
         return path, tensors, meta

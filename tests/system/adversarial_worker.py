@@ -65,7 +65,7 @@ def learn(kind: str, processes: Learners, folder: Path, micro_batch: int = 0) ->
     if processes.world > 1:
         assert isinstance(model, torch.nn.parallel.DistributedDataParallel) and not model.find_unused_parameters
     found: dict[str, torch.Tensor] = {}
-    for batch in batches(data, seed=0, batch=BATCH, resolution=SIDE, stop=STEPS, rank=processes.rank, world=processes.world):
+    for batch in batches(data, seed=0, batch=BATCH, resolution=SIDE, stop=STEPS, rank=(processes.rank, processes.world)):
         terms, gauges, _ = trainer._update(model, batch)
         for name in ("lambda", "code_use", "perplexity", "codes_redrawn", "grad_norm_autoencoder", "grad_norm_discriminator"):
             if name in gauges:

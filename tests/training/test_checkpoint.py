@@ -90,7 +90,7 @@ def test_a_state_that_cannot_be_kept_ends_the_run_and_the_next_start_goes_on(tmp
         real(target, write)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "commit", full)
+        patched.setattr(atomic, "commit", full)
         with pytest.raises(UserError, match=r"No space left on device.*make room and run the same command again"):
             trainer(tmp_path, keeps=True).run()
     again = trainer(tmp_path, keeps=True)

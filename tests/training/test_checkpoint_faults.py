@@ -147,7 +147,7 @@ def test_a_disk_that_is_really_full_leaves_what_was_there(looked_before: bool, s
 def test_where_there_is_no_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=checkpoint.size_of(tensors(2)) - 1))
-    monkeypatch.setattr(checkpoint, "commit", None)
+    monkeypatch.setattr(atomic, "commit", None)
     with pytest.raises(OSError, match=r"No space left on device.*images-000000000002"):
         save(tmp_path, 2)
 
