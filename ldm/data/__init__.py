@@ -1,0 +1,1 @@
+"""Data sources to decoded, ordered batches; filters, buckets, the latent cache."""

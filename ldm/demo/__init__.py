@@ -1,0 +1,1 @@
+"""The page of `ldm demo`: server, guard, forms, and the queue of drawings."""

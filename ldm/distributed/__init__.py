@@ -1,0 +1,1 @@
+"""Launchers, the process group, rank checks, the watchdog, FSDP2 sharding."""

@@ -1,0 +1,1 @@
+"""Everything that learns: the contract, what drawing is, the registry, and the families."""

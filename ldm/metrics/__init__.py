@@ -1,0 +1,1 @@
+"""Evaluators: prompt adherence, reconstruction, Fréchet distance."""

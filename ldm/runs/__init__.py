@@ -1,0 +1,1 @@
+"""A run: models and stages, keys, plan, execution, run folder, report."""

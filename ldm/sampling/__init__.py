@@ -1,0 +1,1 @@
+"""Requests to pictures: recipes, prompt files, init images, judges, watermark, writing."""

@@ -1,0 +1,1 @@
+"""Tokenizers, frozen text encoders, prompt syntax, textual inversion."""

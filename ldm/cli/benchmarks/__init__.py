@@ -1,0 +1,1 @@
+"""Rows of `ldm bench`: ldm beside its peers on this machine."""

@@ -1,0 +1,1 @@
+"""Curation of image-text tables: rules, near-duplicates, hashes, downloads."""
