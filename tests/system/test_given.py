@@ -171,5 +171,5 @@ def test_offset_noise_is_taken_from_the_base_and_told_on(tmp_path: Path, base: P
     assert read_json(first / "ldm.json")["offset_noise"] == 0.1
     assert go(tmp_path / "b", run | {"init": str(first)}) == 0
     assert read_json(tmp_path / "b" / "out" / "model" / "ldm.json")["offset_noise"] == 0.1
-    assert go(tmp_path / "c", run | {"init": str(first), "diffusion": {"process": {"offset_noise": 0.0}}}) == 0
+    assert go(tmp_path / "c", run | {"init": str(first)} | diffusion(process={"offset_noise": 0.0})) == 0
     assert "offset_noise" not in read_json(tmp_path / "c" / "out" / "model" / "ldm.json")

@@ -188,11 +188,11 @@ def test_the_same_on_a_users_own_folder(tmp_path: Path) -> None:
         (["stages.diffusion-high.latents=latents-low"], "holds 32 px"),
         (["data.kind=folder"], "data.path: required"),
         (["data={kind: folder, path: /no/such/folder}", "stages.autoencoder-gate=null", "stages.evaluation=null"], "/no/such/folder"),
-        (["models.autoencoder.kind=vae"], "allowed are kl, vq"),
+        (["models.autoencoder.kind=vae"], "allowed are clip, pretrained_text, kl, vq"),
         (["stages.diffusion-low.carry=all"], "no stage before it trains diffusion"),
         (["stages.diffusion-high.carry=weights", "stages.diffusion-low.ema=0"], "stages.diffusion-low has no EMA"),
         (["stages.diffusion-high.carry=all", "stages.diffusion-low.optim.kind=adamw"], "muon cannot take over the state of"),
-        (["stages.text.checkpointing=true"], "model: text has none"),
+        (["stages.text.checkpointing=true"], "a model of kind clip has no blocks that can be recomputed"),
         (["stages.evaluation.require={adherence.seen.bnd: 1}"], "adherence.seen.bnd is not measured here"),
     ],
 )
