@@ -54,15 +54,15 @@ def needs_folder(config: dict[str, Any]) -> bool:
 
 def obstacles(source: ExportedModel, autoencoder: KLConfig | VQConfig) -> list[str]:
     """Why CompVis' code cannot build this model, or would draw something else with it; empty where it can."""
-    found = [f"unet: {text}" for text in departures(source.network)] + [f"{source.codec}: {text}" for text in departures(autoencoder)]
-    found += [f"unet: {text}" for text in _multiples(source.network.channels)]
+    found = [f"unet: {text}" for text in departures(source.unet)] + [f"{source.codec}: {text}" for text in departures(autoencoder)]
+    found += [f"unet: {text}" for text in _multiples(source.unet.channels)]
     found += [f"{source.codec}: {text}" for text in _multiples(autoencoder.channels)]
     if not autoencoder.middle_attention and any(autoencoder.levels):
         found.append(f"{source.codec}: levels attend without the middle")
-    if len(set(source.network.level_depth)) > 1:
-        found.append(f"unet: depth is {list(source.network.level_depth)}, one number for all levels is needed")
-    if len(set(source.network.level_heads)) > 1 and head_width(source.network) is None:
-        found.append(f"unet: heads is {list(source.network.level_heads)}, one number, or heads of one width, are needed")
+    if len(set(source.unet.level_depth)) > 1:
+        found.append(f"unet: depth is {list(source.unet.level_depth)}, one number for all levels is needed")
+    if len(set(source.unet.level_heads)) > 1 and head_width(source.unet) is None:
+        found.append(f"unet: heads is {list(source.unet.level_heads)}, one number, or heads of one width, are needed")
     if isinstance(source.process.schedule, Flow):
         found.append("schedule: flow, which has no betas")
     if source.statistics:
@@ -90,13 +90,13 @@ def inference_yaml(source: ExportedModel, autoencoder: KLConfig | VQConfig, toke
         "first_stage_key": "jpg",
         "cond_stage_key": "txt",
         "image_size": source.defaults["size"][0] // 2 ** (len(autoencoder.channels) - 1),
-        "channels": source.network.out_channels,
+        "channels": source.unet.out_channels,
         "cond_stage_trainable": False,
         "conditioning_key": "hybrid" if source.inpaints else "crossattn",
         "monitor": "val/loss_simple_ema",
         "scale_factor": float(autoencoder.scaling_factor),
         "use_ema": False,
-        "unet_config": _unet(source.network),
+        "unet_config": _unet(source.unet),
         "first_stage_config": _autoencoder(source, autoencoder),
         "cond_stage_config": _text(source, tokenizer),
     }

@@ -13,6 +13,7 @@ from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import Statistics
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
 from ldm.models.backbone import DenoiserConfig
+from ldm.models.unet import UNetConfig
 
 CARD = "README.md"
 
@@ -43,6 +44,12 @@ class ExportedModel:
     notices: tuple[str, ...]  # what is not taken along
     hash: str
     own_clip: Path | None = None  # the folder of its run's own CLIP, where it has one
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The denoising network where it is a U-Net, as in files under CompVis' names."""
+        assert isinstance(self.network, UNetConfig)
+        return self.network
 
     @property
     def codec(self) -> str:

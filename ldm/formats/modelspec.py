@@ -54,7 +54,7 @@ def metadata(source: ExportedModel, recipe: dict[str, Any], dtype: str) -> dict[
 
 def architecture(source: ExportedModel) -> str:
     """modelspec's name of the architecture: Stable Diffusion's where it has its shape, otherwise latent-diffusion."""
-    network = source.network
+    network = source.unet
     usual = all(getattr(network, name) == value for name, value in STABLE.items()) and network.out_channels == 4
     if usual and not network.size_channels and source.codec == "vae":
         if network.context_width == 768 and network.level_heads == (8,) * 4:

@@ -26,6 +26,7 @@ class DenoiserConfig:
     folder: ClassVar[Literal["unet", "transformer"]] = "transformer"  # where a pipeline folder keeps it
     class_names: ClassVar[tuple[str, ...]]  # what config.json may call it, the one that is written first
 
+    kind: str  # its name in the union
     in_channels: int  # channels of x and Cond.image together
     out_channels: int  # channels of the prediction
     context_width: int  # width of the text states
