@@ -64,7 +64,7 @@ def test_the_recipe_is_the_published_one() -> None:
     assert [stages[name].get("caption_dropout", 0) for name in FOUR] == [0, 0, 0, 0.1] and recipe()["models"]["diffusion"][
         "caption_dropout"
     ] == 0
-    run = build(small() | {"diffusion": recipe()["models"]["diffusion"]}, Run, "test")
+    run = build(small() | {"models": {**SMALL, "diffusion": recipe()["models"]["diffusion"]}}, Run, "test")
     with_text = run.models["diffusion"].network
     assert with_text.channels == (320, 640, 1280, 1280) and with_text.checkpointing and run.models["diffusion"].process.target == "epsilon"
 
