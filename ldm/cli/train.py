@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.distributed.environment import keep_blocks
@@ -49,6 +50,7 @@ def main(words: Sequence[str]) -> int:
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
     check_version(file.parent)
     values = read(file, [word for word in words if "=" in word])
+    _refuse_former(values, file)
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place
 
@@ -66,6 +68,23 @@ def main(words: Sequence[str]) -> int:
     found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0))
     print(as_json(found) if "--json" in options else show(found))
     return 0
+
+
+def _refuse_former(values: Mapping[str, Any], file: Path) -> None:
+    """Refuse what a configuration of ldm 0.1 said, naming where it stands now.
+
+    Raises:
+        UserError: for a model beside `models`, or a stage's `family`.
+    """
+    for name in ("text", "autoencoder", "diffusion"):
+        if name in values:
+            raise UserError(f"{file}: {name}: since ldm 0.2 it stands in models, with its kind: models.{name} (docs/configuration.md)")
+    stages = values.get("stages")
+    for name, stage in stages.items() if isinstance(stages, Mapping) else ():
+        if isinstance(stage, Mapping) and "family" in stage:
+            raise UserError(
+                f"{file}: stages.{name}.family: since ldm 0.2 it is stages.{name}.model, a name in models (docs/configuration.md)"
+            )
 
 
 def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:

@@ -320,8 +320,8 @@ def _unmeasurable(run: Run, name: str, stage: Evaluate | Export, where: str) -> 
     scenes = isinstance(run.data, ScenesSource)
     for metric in stage.metrics:
         if metric.asks not in model.answers:
-            answers = ", ".join(sorted(model.answers)) or "nothing"
-            yield f"{where}.metrics: {metric.kind} needs a model that can {metric.asks}, but kind {model.kind} can {answers}"
+            can = f"can {', '.join(sorted(model.answers))}" if model.answers else "has nothing that is measured so"
+            yield f"{where}.metrics: {metric.kind} needs a model that can {metric.asks}, but kind {model.kind} {can}"
     given = {f"{m.kind}.{value}" for m in stage.metrics for value in m.names(scenes)}
     for path in stage.require:
         kind, _, value = path.partition(".")
