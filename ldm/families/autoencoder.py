@@ -57,6 +57,7 @@ class AutoencoderConfig(ModelConfig):
     refuses: ClassVar[Mapping[str, str]] = {name: ModelConfig.refuses[name] for name in ("latents", "caption_dropout", "compile")}
     answers = frozenset({"reconstruct"})
     encodes = True
+    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text"}
     continues = True
     network: KLConfig | VQConfig
     perceptual: PerceptualNone | PerceptualLpips | PerceptualClip

@@ -36,6 +36,7 @@ class Clip(ModelConfig):
     temperature: Fraction = 0.07  # at the start; it is learned
     tokenizer_seed: Count = 0  # which captions
 
+    encodes_text = True
     refuses: ClassVar[Mapping[str, str]] = {
         **ModelConfig.refuses,
         "exact": "learns from pairs of the whole batch, which depend on how many processes there are",

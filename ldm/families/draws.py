@@ -180,7 +180,7 @@ class Draws(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of its networks, as a torch module has them."""
-        raise NotImplementedError
+        self.refuse("parameters", "is no torch module")
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's own where none are asked for; without a sampler there is nothing to choose.

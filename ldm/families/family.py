@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,8 @@ class ModelConfig:
     }
     answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
+    encodes_text: ClassVar[bool] = False  # whether others can read its text encoder
+    requires: ClassVar[Mapping[str, str]] = {}  # by role of an input, which of these two that must be
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
     adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
@@ -132,7 +134,7 @@ class ModelConfig:
 
     def adopt(self, found: Found, target: Path) -> None:
         """For a model that `adopts`: write what was found to `target` in the form that it is used in."""
-        raise NotImplementedError
+        self.cannot("be taken from elsewhere")
 
     def continued(self, base: Path) -> ModelConfig:
         """This configuration with what a base model's files decide.
@@ -152,7 +154,7 @@ class ModelConfig:
 
     def build(self, context: Context) -> Family:
         """The family, ready to train."""
-        raise NotImplementedError
+        self.cannot("be trained")
 
     def identity(self) -> dict[str, Any]:
         """What the trained result depends on, as plain values."""
@@ -193,7 +195,7 @@ class ModelConfig:
         Raises:
             UserError: for any other model.
         """
-        raise UserError(f"a model of kind {self.kind} makes no latents; name an autoencoder")
+        self.cannot("make latents; name an autoencoder")
 
     def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
         """For a model that encodes: the cost of one image of `side` x `side` px, and the values kept of it."""
@@ -205,11 +207,11 @@ class ModelConfig:
         Raises:
             UserError: for any other model.
         """
-        raise UserError(f"a model of kind {self.kind} encodes no text; name a text encoder")
+        self.cannot("encode text; name a text encoder")
 
     def encoder(self, product: Path, device: torch.device) -> Any:
         """For a model that encodes: the latent codec of a finished stage's product."""
-        raise NotImplementedError
+        self.cannot("make latents")
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
         """Put its product (role `model`) and its inputs' together as a model folder, committed at once.
@@ -240,7 +242,15 @@ class ModelConfig:
 
     def opened(self, folder: Path) -> Any:
         """The family with the weights of a model folder that this configuration was saved in: a torch module that draws."""
-        raise NotImplementedError
+        self.cannot("be opened by itself")
+
+    def cannot(self, what: str) -> NoReturn:
+        """Refuse what this kind of model has not.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"a model of kind {self.kind} cannot {what}")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class PretrainedText(ModelConfig):
     skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
 
     adopts = True
+    encodes_text = True
 
     def elsewhere(self) -> str:
         """Its path."""

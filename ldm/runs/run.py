@@ -188,6 +188,11 @@ def problems(run: Run) -> Iterator[str]:
     if unknown := list(_unknown_models(run)):
         yield from unknown
         return
+    for name, model in run.models.items():
+        for role, other in run.others(name).items():
+            if (able := model.requires.get(role)) and not getattr(other, able):
+                cannot = "encodes no text" if able == "encodes_text" else "makes no latents"
+                yield f"models.{name}.{role}: got {model.inputs()[role]}, a model of kind {other.kind}, which {cannot}"
     encoded: dict[str, Encode] = {}
     for name, stage in run.stages.items():
         where = f"stages.{name}"

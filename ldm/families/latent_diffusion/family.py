@@ -64,6 +64,7 @@ class LatentDiffusion(ModelConfig):
 
     refuses: ClassVar[Mapping[str, str]] = {}
     answers = frozenset({"sample", "reconstruct"})
+    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
     exports = True
     continues = True
     beside = KEPT
