@@ -108,6 +108,11 @@ class User:
         addresses = self.page.eval_on_selector_all("#ldm-pictures .grid-wrap img", "all => all.map(one => one.src)")
         return [self.context.request.get(address).body() for address in addresses]
 
+    def forgive(self) -> None:
+        """Forget the problems so far; the browser may tell of the last ones a moment later."""
+        self.page.wait_for_timeout(1500)
+        self.problems.clear()
+
     def wait(self, said: str) -> None:
         """Until the panel says something, and Generate is free again."""
         self.page.wait_for_function("said => document.querySelector('#ldm-live').innerText.match(said)", arg=said)
@@ -200,7 +205,7 @@ def test_cancelling_frees_the_place(bob: User, server: Served) -> None:
     until(lambda: bool(server.studio._queue))
     bob.page.goto("about:blank")  # who leaves waits no more
     until(lambda: not server.studio._queue)
-    bob.problems.clear()  # streams that broke off
+    bob.forgive()  # streams that broke off
     bob.come(server)
 
 
@@ -241,7 +246,7 @@ def test_a_gigabyte_is_refused_and_the_page_goes_on(ann: User, server: Served, t
     ann.page.set_input_files("#ldm-drop input[type=file]", huge)
     ann.page.wait_for_selector("text=/exceeds|too large|maximum/i")
     assert sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file()) == before
-    ann.problems.clear()
+    ann.forgive()
     assert len(ann.draw(prompt="a ring", steps=2)) == 1
 
 
@@ -258,7 +263,7 @@ def test_files_that_are_not_the_users_do_not_come_out(ann: User, server: Served,
             assert status in (400, 403, 404), (door, path)
     body = {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0, "session_hash": "x"}
     assert ann.context.request.post(f"{server.url}gradio_api/queue/join", data=body).status == 404
-    ann.problems.clear()  # the browser reports each 404
+    ann.forgive()  # the browser reports each 404
 
 
 def test_a_grid_is_shown(ann: User, server: Served) -> None:

@@ -66,7 +66,7 @@ def test_from_pictures_to_a_lora_in_diffusers(home: Path, monkeypatch: pytest.Mo
     pipeline.load_lora_weights(run / "lora")
     assert len(pipeline.unet.state_dict()) > len(before)
     whole = StableDiffusionPipeline.from_pretrained(run / "model")
-    assert whole.denoiser.state_dict().keys() == before.keys()
+    assert whole.unet.state_dict().keys() == before.keys()
 
 
 def test_from_pictures_to_a_word_in_diffusers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
