@@ -68,7 +68,7 @@ class User:
     def __init__(self, browser: Any, server: Served) -> None:
         self.context = browser.new_context(viewport={"width": 1280, "height": 900})
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.problems: list[str] = []
         self.hosts: set[str] = set()
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
