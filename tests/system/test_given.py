@@ -69,6 +69,12 @@ def test_a_stranger_s_model_is_continued_and_opens_in_diffusers(tmp_path: Path, 
     assert main(["sample", "a red square", "--model", str(tmp_path / "out"), "--steps", "2", "--out", str(tmp_path / "pictures")]) == 0
 
 
+def test_a_base_is_continued_with_dropout_of_ones_own(tmp_path: Path, base: Path) -> None:
+    run = {"data": SCENES, "init": str(base), **diffusion(network={"dropout": 0.1}), "stages": {"tune": stage()}}
+    assert go(tmp_path, run) == 0
+    assert not equal(tmp_path / "out" / "stages" / "tune" / "model" / "unet", base / "unet")
+
+
 def test_another_base_under_the_same_name_is_another_run(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 

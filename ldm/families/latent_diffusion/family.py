@@ -102,7 +102,7 @@ class LatentDiffusion(ModelConfig):
         """
         network, process = self._continued_network(read_denoiser(base)), process_of(base)
         own = self.network
-        if own != type(own)():
+        if own != own.continuing(type(own)()):  # more than what concerns training alone is said
             if own.kind != network.kind:
                 message = f"got {own.kind}, but the base model {base} has {network.kind}; leave network out"
                 raise UserError(f"models.diffusion.network.kind: {message}")
@@ -250,7 +250,8 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> d
         raise UserError(f"{init.folder}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
     wide = network.in_channels == channels(codec) != theirs.in_channels
     like = replace(network, in_channels=codec.channels) if wide else network
-    if theirs.to_diffusers() != like.to_diffusers():
+    shape = like.continuing(theirs) if like.kind == theirs.kind else theirs  # dropout and the like are this configuration's
+    if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
     found, _ = load_denoiser(init.folder, like)
     return found.widened(network.in_channels) if wide else found
