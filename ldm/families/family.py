@@ -270,8 +270,8 @@ class Context:
     resolution: int  # px
     seed: int
     total_images: int  # the length of the stage
-    products: Mapping[str, Product] = field(default_factory=dict)  # by the name of the family that made them
-    init: Product | None = None  # an earlier stage of the same family, to continue
+    products: Mapping[str, Product] = field(default_factory=dict)  # by role, what the inputs of its configuration have left
+    init: Product | None = None  # an earlier stage of the same model or a base model, to continue
     device: torch.device = torch.device("cpu")
 
 

@@ -92,7 +92,7 @@ class Execution:
                 self._write_metrics()
                 path = report(self.out)
                 self.log.note(f"report: {path}")
-                if (self.out / "model").is_dir():
+                if (self.out / "model" / atomic.MANIFEST).is_file():
                     self.log.note(f'model: try python sample.py "{self._story()["prompt"]}" --model {self.out}')
             self.log.close()
 
@@ -162,7 +162,7 @@ class Execution:
         return self.log.seconds_before(folder.name)
 
     def _exported(self, have: Finished | None) -> bool:
-        return have is not None and (self.out / "model").is_dir()
+        return have is not None and (self.out / "model" / atomic.MANIFEST).is_file()
 
     def _products(self, name: str) -> dict[str, Product]:
         """What a stage reads, by role: of earlier stages, and from elsewhere."""

@@ -132,7 +132,11 @@ class Run:
         assert isinstance(stage, Evaluate | Export)
         if stage.of:
             return stage.of
-        return next((other for model, other in reversed(self.latest(name).items()) if self.models[model].exports), "")
+        for other in reversed(list(self.stages)[: list(self.stages).index(name)]):
+            train = self.stages[other]
+            if isinstance(train, Train) and self.everything()[train.model].exports:
+                return other
+        return ""
 
     def reads(self, name: str) -> dict[str, Read]:
         """What a stage reads, by role: the inputs of its model, `init`, `latents`, or the `model` itself."""

@@ -1,4 +1,4 @@
-"""PriorPreservation preservation: two data sets in fixed shares, pictures that the base draws once, and the whole command."""
+"""Prior preservation: two data sets in fixed shares, pictures that the base draws once, and the whole command."""
 
 from __future__ import annotations
 
