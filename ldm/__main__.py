@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 VERBS = {
     "train": ("ldm.cli.train", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
@@ -41,6 +42,9 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code: 0, 2 after a mistake of the user, 130 when interrupted."""
     words = list(sys.argv[1:] if words is None else words)
+    if sys.version_info < (3, 11):  # noqa: UP036  # where it was started without being installed
+        print(f"ldm: Python 3.11 or newer is needed; this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -76,6 +80,12 @@ def run(verb: str, words: Sequence[str]) -> int:
     except UserError as error:
         print(f"ldm {verb}: {redacted(str(error))}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "ldm"):
+            raise
+        print(f"ldm {verb}: {name} is not installed for {sys.executable}; {_way_in()}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -96,6 +106,14 @@ def run(verb: str, words: Sequence[str]) -> int:
         advice = FITS.get(verb, "close other programs, or use a machine with more")
         print(f"ldm {verb}: too little memory ({redacted(str(error).splitlines()[0][:200])}); {advice}", file=sys.stderr)
         return 2
+
+
+def _way_in() -> str:
+    """How a package that is missing gets here: most often it is there, and another Python was called."""
+    clone = Path(__file__).parents[1]
+    if Path(".venv/bin/activate").exists() or (clone / ".venv" / "bin" / "activate").exists():
+        return "run `source .venv/bin/activate` first, in the folder of the clone"
+    return "run `make quickstart`, which installs it" if (clone / "Makefile").exists() else "`python -m pip check` says what is missing"
 
 
 if __name__ == "__main__":

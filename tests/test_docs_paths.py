@@ -54,6 +54,14 @@ def test_paths_exist(page: Path) -> None:
     assert not missing
 
 
+def test_nothing_installs_the_project_that_the_index_calls_ldm() -> None:
+    said = [*PAGES, ROOT / "Makefile", ROOT / ".ci" / "run", *(ROOT / "ldm").rglob("*.py"), *(ROOT / "configs").rglob("*.*")]
+    stranger = re.compile(r"pip3?\s+install[^\n`]*[ '\"=]ldm(?:$|[\s'\"\[=`])", re.MULTILINE)
+    assert stranger.search("pip install 'ldm[data]'") and not stranger.search('pip install -e ".[data]"  # ldm-train')
+    assert [str(file) for file in said if file.is_file() and stranger.search(file.read_text(encoding="utf-8"))] == []
+    assert 'name = "ldm-train"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_imports_work(page: Path) -> None:
     for language, block in FENCE.findall(page.read_text(encoding="utf-8")):

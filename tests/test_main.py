@@ -148,6 +148,31 @@ def test_root_scripts_call_their_verb(script: str, verb: str) -> None:
     assert done.returncode == 2 and done.stderr.startswith(f"ldm {verb}: ")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "configs/quickstart.yaml"],
+        ["sample.py", "a blue ring"],
+        ["-m", "ldm", "sample", "a blue ring"],
+        ["-m", "ldm", "doctor"],
+        ["-m", "ldm", "train", "--help"],
+    ],
+)
+def test_another_python_than_the_environments_is_told_in_one_line(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True)  # -S: nothing that was installed
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert f"is not installed for {sys.executable}; run `" in done.stderr
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise ModuleNotFoundError("No module named 'ldm.nowhere'", name="ldm.nowhere")
+
+    verb_that(fail, monkeypatch)
+    with pytest.raises(ModuleNotFoundError):
+        entry.main(["doctor"])
+
+
 def test_the_hub_is_asked_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], str | None]] = []
     monkeypatch.delenv("LDM_HUB", raising=False)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LEAST_TOKEN = 12  # characters
 CONNECTIONS = 512
-MISSING = 'demo: gradio is not installed; pip install "ldm[demo]"'
+MISSING = "demo: gradio is not installed; python -m pip install gradio"
 
 
 def main(words: Sequence[str]) -> int:

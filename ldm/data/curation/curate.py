@@ -119,7 +119,7 @@ def _database(out: Path, memory_mb: int, threads: int) -> Iterator[Any]:
     try:
         import duckdb
     except ImportError:
-        raise UserError("ldm data curate needs duckdb: python -m pip install 'ldm[data]'") from None
+        raise UserError("ldm data curate needs duckdb: python -m pip install duckdb") from None
     folder = Path(tempfile.mkdtemp(prefix=".curate-", dir=out))
     database = duckdb.connect(str(folder / "work.duckdb"))
     try:
