@@ -18,6 +18,8 @@ UNSUPPORTED = {  # variables of accelerate launch, by what they switch on
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
 
+OVERRULED_FSDP = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")  # of accelerate's settings, those that would change what is done
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
@@ -31,6 +33,10 @@ class Launched:
     sharded: bool = False  # weights, optimiser and EMA split over the processes (FSDP2)
     overruled: tuple[str, ...] = ()  # what the launcher says and the stages know better
 
+    def splits(self, shardable: bool) -> bool:
+        """Whether a model's weights are sharded, where that is possible at all."""
+        return self.sharded and self.world > 1 and shardable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -39,6 +45,7 @@ class Work:
     batch: int  # samples of one update, over all processes
     passes: int  # forward passes of one update on each process
     precision: str
+    shardable: bool = False  # whether FSDP2 can split the model's weights
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
@@ -96,6 +103,9 @@ def launched(environment: Mapping[str, str], parent: list[str] | None = None) ->
         overruled.append(f"gradient_accumulation_steps {said}")
     if (said := environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) not in ("no", ""):
         overruled.append(f"dynamo_backend {said}")
+    overruled += [
+        f"{name.lower()} {said}" for name in OVERRULED_FSDP if sharded and (said := environment.get(name, "false").lower()) == "true"
+    ]
     by, file, asked = "python", "", "nobody asked for more"
     if "ACCELERATE_MIXED_PRECISION" in environment:
         by, file = "accelerate launch", accelerate_file(_parent() if parent is None else parent)
@@ -144,15 +154,25 @@ def about(found: Launched, device: str, work: Mapping[str, Work], file: str) -> 
     where = "no accelerator was found" if device == "cpu" else "found here"
     if device == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         where = "ACCELERATE_USE_CPU"
-    split = ", weights and optimiser sharded (FSDP2)" if found.sharded else ""
+    split = ", weights and optimiser sharded (FSDP2)" if any(found.splits(stage.shardable) for stage in work.values()) else ""
     yield f"launched by {by}: {world} process{'es' * (world > 1)}{machines} ({found.world_from}), device {device} ({where}){split}"
     for name, stage in work.items():
         share, passes = stage.batch // world, stage.passes
         micro = f" = {passes} x {share // passes} (micro_batch)" if passes > 1 else ""
         each = f" = {world} x {share}" if world > 1 else ""
         yield f"{name}: batch {stage.batch}{each}{micro}, precision {stage.precision} (stages.{name} in {file})"
+    yield from unheeded(found, work)
+
+
+def unheeded(found: Launched, work: Mapping[str, Work]) -> Iterator[str]:
+    """What the launcher asks for and will not have, a line each."""
     if found.overruled:
-        yield f"{by} says {', '.join(found.overruled)}; the stages' own precision and micro_batch count instead"
+        by = f"{found.by} ({found.file})" if found.file else found.by
+        yield f"{by} says {', '.join(found.overruled)}; the stages' own precision, micro_batch, checkpointing and compile count instead"
+    if found.sharded and found.world == 1:
+        yield "the launcher asks for FSDP2, but a single process has nobody to share weights with: nothing is sharded"
+    elif found.sharded and (held := [name for name, stage in work.items() if not stage.shardable]):
+        yield f"FSDP2: {', '.join(held)}: every process holds these weights whole (DDP)"
 
 
 def record(found: Launched, device: str, work: Mapping[str, Work]) -> dict[str, Any]:

@@ -134,21 +134,12 @@ class Learners(Processes):
 
         return Ranks(rank=self.rank, world=self.world, mean=self.mean)
 
-    def split(self, family: Family, precision: str, optimizer: str) -> bool:
-        """Split the family's parameters over the processes where the launch asks for it and the family allows it; whether it was done.
-
-        Raises:
-            UserError: for what split parameters cannot be trained with.
-        """
-        self.sharded = self.launch.sharded and self.world > 1 and family.shardable
-        if not self.sharded:
-            return False
-        if precision == "fp16":
-            raise UserError("precision: fp16 is not for sharded weights (FSDP2); use bf16 or fp32")
-        if optimizer == "muon":
-            raise UserError("optim.kind: muon orthogonalises whole matrices and is not for sharded weights (FSDP2); use adamw")
-        shard(family, self.device, self.world)
-        return True
+    def split(self, family: Family) -> bool:
+        """Split the family's parameters over the processes where the launch asks for it and the family allows it; whether it was done."""
+        self.sharded = self.launch.splits(family.shardable)
+        if self.sharded:
+            shard(family, self.device, self.world)
+        return self.sharded
 
     def wrap(self, family: Family) -> torch.nn.Module:
         """What gives the family's loss, with gradients averaged over processes in every backward pass."""

@@ -156,6 +156,10 @@ class ModelConfig:
         """The family, ready to train."""
         self.cannot("be trained")
 
+    def shards(self) -> bool:
+        """Whether the family's parameters may be split over processes (`Family.shardable`), known before it is built."""
+        return False
+
     def identity(self) -> dict[str, Any]:
         """What the trained result depends on, as plain values."""
         return plain(self)

@@ -57,19 +57,20 @@ class Needs:
         """Weights, moments and EMA in float32."""
         return FLOAT * (self.learned + self.averaged) + self.optimiser_bytes
 
-    def memory(self, micro_batch: int) -> dict[str, int]:
+    def memory(self, micro_batch: int, shards: int = 1) -> dict[str, int]:
         """Bytes on each device while a micro-batch is trained on, by what for.
 
         Weights, gradients, moments and EMA are in float32 whatever the precision. Activations are what the forward pass keeps,
         counted on the meta device; under bf16 or fp16 half of that, and a cast copy of the learned weights. The allocator's own
-        losses, workspaces and the frozen parts' passing activations are not in it.
+        losses, workspaces and the frozen parts' passing activations are not in it. Over `shards` processes (FSDP2) gradients, moments
+        and EMA are split; the weights are whole within a step.
         """
         full = self.stage.precision == "fp32"
         found = {
             "weights": FLOAT * self.learned,
-            "gradients": FLOAT * self.learned,
-            "optimiser": self.optimiser_bytes,
-            "EMA": FLOAT * self.averaged,
+            "gradients": FLOAT * self.learned // shards,
+            "optimiser": self.optimiser_bytes // shards,
+            "EMA": FLOAT * self.averaged // shards,
             "cast weights": 0 if full else HALF * self.learned,
             "frozen parts": FLOAT * sum(self.footprint.frozen.values()),
             "activations": self.footprint.cost.activations * micro_batch // (1 if full else 2),

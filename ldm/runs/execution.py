@@ -22,7 +22,7 @@ from ldm.data.concatenation import Mixture
 from ldm.data.filter import filter_samples
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
-from ldm.distributed.launcher import Work, about, record
+from ldm.distributed.launcher import about, record
 from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.distributed.rank_checks import agree
 from ldm.families.family import ModelConfig, Product
@@ -30,6 +30,7 @@ from ldm.formats import atomic
 from ldm.runs import pretrained
 from ldm.runs.evaluation import measure
 from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
+from ldm.runs.launch_checks import missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside
@@ -417,21 +418,10 @@ def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
     return 0
 
 
-def shares(run: Run, world: int) -> dict[str, Work]:
-    """What every training stage shares out to the processes of a launch.
-
-    Raises:
-        UserError: naming the stage, the batch and the number of processes.
-    """
-    return {
-        name: Work(batch=stage.batch, passes=stage.passes(world, f"stages.{name}.batch"), precision=stage.precision)
-        for name, stage in run.stages.items()
-        if isinstance(stage, Train)
-    }
-
-
 def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str) -> None:
-    work = shares(run, processes.world)
+    work = shares(run, processes.launch)
+    if lacking := list(missing(run, processes.device)):
+        raise UserError("\n".join(lacking))
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             (out / "config.yaml").write_text(dump(run))

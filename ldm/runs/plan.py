@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ldm.config.errors import UserError
 from ldm.data.buckets import bucket_stage, lines
 from ldm.data.filter import filter_samples
 from ldm.distributed.environment import usable_cores
-from ldm.distributed.launcher import adopt_slurm
+from ldm.distributed.launcher import Launched, adopt_slurm, unheeded
 from ldm.distributed.launcher import launched as how
 from ldm.families.family import Found
 from ldm.runs.estimate import Estimate, estimate
 from ldm.runs.keys import Planned, plan
+from ldm.runs.launch_checks import missing, shares
 from ldm.runs.pretrained import FOLDER, find
 from ldm.runs.prior_preservation import PRIOR
 from ldm.runs.run import Encode, Run, Stage
@@ -75,16 +78,15 @@ class RunPlan:
     seconds: float  # of the stages that would run; evaluation and export are not counted
 
 
-def launched() -> int:
-    """The processes of this launch, as launchers tell."""
+def launched(processes: int) -> Launched:
+    """This launch, as launchers tell, or the same with so many processes (0: as many as it has)."""
     adopt_slurm(os.environ)
-    return how(os.environ).world
+    found = how(os.environ)
+    return replace(found, world=processes) if processes else found
 
 
 def assumed_tflops() -> tuple[float, str]:
     """The speed of one process, and why it is thought so."""
-    import torch
-
     if torch.cuda.is_available():
         return GPU_TFLOPS, f"assumed for {torch.cuda.get_device_name()}; --tflops X says better"
     cores = usable_cores()
@@ -100,11 +102,12 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
         samples: how many the data would have, filters passed; 0: as many as it has.
 
     Raises:
-        UserError: where a batch cannot be shared, or a filter asks for what the data does not know.
+        UserError: for what `shares` refuses, or where a filter asks for what the data does not know.
     """
-    processes = processes or launched()
+    launch = launched(processes)
+    processes, work = launch.world, shares(run, launch)
     speed, said = (tflops, "as told") if tflops else assumed_tflops()
-    notes: list[str] = []
+    notes = [*unheeded(launch, work), *missing(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))]
     data, val = _data(run, notes)
     if run.prior_preservation is not None and data is not None:
         drawn = out / FOLDER / PRIOR
@@ -120,7 +123,8 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
     else:
         doings = plan(run, out, data, val, elsewhere)
     whole = estimate(run)
-    stages = [_stage(run, doing, data, whole, processes, speed, samples) for doing in doings]
+    split = {name for name, each in work.items() if launch.splits(each.shardable)}
+    stages = [_stage(run, doing, data, whole, speed, samples, (processes, doing.name in split)) for doing in doings]
     return RunPlan(
         run=run.name,
         out=str(out),
@@ -156,7 +160,13 @@ def _unread(run: Run, what: str) -> list[Planned]:
     return [Planned(name, False, f"{what} cannot be read here") for name in run.stages]
 
 
-def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, processes: int, speed: float, told: int) -> StagePlan:
+def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, speed: float, told: int, launch: tuple[int, bool]) -> StagePlan:
+    """The plan of one stage.
+
+    Args:
+        launch: how many processes, and whether they share the weights out (FSDP2).
+    """
+    processes, split = launch
     stage: Stage = run.stages[doing.name]
     said: dict[str, Any] = {"name": doing.name, "kind": stage.kind, "skip": doing.skip, "why": doing.why}
     if not isinstance(stage, Train | Encode):
@@ -195,7 +205,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
         passes=passes,
         buckets=[] if shaped is None else shaped.rows,
         parameters=needs.parameters,
-        memory=needs.memory(micro),
+        memory=needs.memory(micro, processes if split else 1),
         flops_forward=needs.forward,
         flops=needs.flops,
         checkpoint_bytes=needs.checkpoint_bytes,
@@ -207,8 +217,6 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, proc
 
 def expected(run: Run, devices: int, device: str) -> dict[str, Expected]:
     """The stages that train or encode, in their order, for so many devices of that name."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):  # counting builds networks, and is not to be seen in what is trained
         parts = estimate(run)
         found: dict[str, Expected] = {}

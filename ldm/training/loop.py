@@ -81,18 +81,16 @@ class Trainer:
         self.processes, self.log = processes, log
         self.seed = context.seed
         self.device = processes.device
-        if stage.exact and processes.launch.sharded:
-            raise UserError("exact: not for sharded weights (FSDP2); leave one of them out")
+        if processes.launch.splits(family.shardable) and (refused := list(stage.unshardable())):
+            raise UserError(f"sharded weights (FSDP2): {'; '.join(refused)}")
         family.ranks = Ranks() if stage.exact else processes.ranks()
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()
-        if processes.split(family, stage.precision, stage.optim.kind):
+        if processes.split(family):
             log.note(f"{folder.name}: weights, optimiser and EMA are sharded over {processes.world} processes (FSDP2)")
-        elif processes.launch.sharded:
-            log.note(f"{folder.name}: this family is held whole by every process (DDP)")
         if stage.compile:
-            compile_networks(family, self.device, processes.sharded)
+            compile_networks(family, self.device)
         self.groups = family.parameter_groups()
         self.optimizers = optim.build(stage.optim, self.groups)
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
@@ -420,17 +418,15 @@ def _recomputing(family: Family) -> list[bool]:
     return [bool(vars(part)["checkpointing"]) for part in parts if "checkpointing" in vars(part)]
 
 
-def compile_networks(family: Family, device: torch.device, sharded: bool) -> None:
+def compile_networks(family: Family, device: torch.device) -> None:
     """Have torch compile what nearly all of a step goes through, in place, when it is first called; names of weights stay.
 
     Raises:
-        UserError: for a family that has no such network, for sharded weights, or without a compiler.
+        UserError: for a family that has no such network, or without a compiler.
     """
     networks = family.compilable()
     if not networks:
         raise UserError("compile: this model has no network that torch.compile takes; leave it out")
-    if sharded:
-        raise UserError("compile: true is not for sharded weights (FSDP2); leave one of them out")
     check_compiler(device)
     for network in networks:
         network.compile()

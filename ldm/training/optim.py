@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ldm.families.family import ParameterGroup
 class AdamW:
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), in torch's fused form."""
 
+    needs_whole: ClassVar[str] = ""  # why it cannot train sharded weights (FSDP2); empty: it can
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-4  # peak learning rate
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the first and second moment
@@ -33,6 +34,7 @@ class AdamW:
 class Muon:
     """Orthogonalised momentum for matrices and convolutions (Jordan 2024), AdamW for all else."""
 
+    needs_whole: ClassVar[str] = "orthogonalises whole matrices"
     kind: Literal["muon"] = "muon"
     lr: PositiveFloat = 4e-3  # peak rate of matrices; steps are scaled by sqrt(max(1, rows/columns))
     adamw_lr: PositiveFloat = 1e-3  # peak rate of biases, norms, embeddings and output layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,17 @@ class Train:
                 f" in micro-batches of {self.micro_batch or 'any size'}; make it a multiple of their product"
             )
         return share // self.micro_batch if self.micro_batch else 1
+
+    def unshardable(self) -> Iterator[str]:
+        """The settings that sharded weights (FSDP2) cannot be trained with, each with why and what to do."""
+        if self.exact:
+            yield "exact: true adds up gradients of whole weights; set exact=false"
+        if self.precision == "fp16":
+            yield "precision: fp16 scales the gradients of whole weights; use bf16 or fp32"
+        if self.compile:
+            yield "compile: true takes whole weights; set compile=false"
+        if self.optim.needs_whole:
+            yield f"optim.kind: {self.optim.kind} {self.optim.needs_whole}; use adamw"
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: every field but those that only watch or keep."""

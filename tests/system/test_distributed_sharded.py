@@ -5,18 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import several
 import torch
 from safetensors.torch import load_file
 
-from ldm.config.errors import UserError
-from ldm.config.schema import build
 from ldm.distributed.processes import Learners
-from ldm.training.settings import Train
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -55,12 +50,3 @@ def test_sharded_is_whole_and_goes_on_with_any_number(kl_model: Path, tmp_path: 
     alone.run()
     found = weights(tmp_path / "alone")
     assert max(float((found[name] - whole[name]).abs().max()) for name in whole) < 1e-3
-
-
-@pytest.mark.parametrize(("words", "said"), [({"precision": "fp16"}, "fp16"), ({"optim": {"kind": "muon"}}, "muon")])
-def test_what_cannot_be_sharded_is_refused(words: dict[str, Any], said: str) -> None:
-    stage = build({"model": "diffusion", "images": 8, "resolution": 32, **words}, Train, "test")
-    two: Any = SimpleNamespace(launch=SimpleNamespace(sharded=True), world=2)
-    family: Any = SimpleNamespace(shardable=True)
-    with pytest.raises(UserError, match=f"{said}.*FSDP2"):
-        Learners.split(two, family, stage.precision, stage.optim.kind)

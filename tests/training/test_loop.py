@@ -104,12 +104,10 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, products: dict[str, 
     from ldm.training.loop import compile_networks
 
     family = trainer(tmp_path, products).family
-    with pytest.raises(UserError, match=r"compile: true is not for sharded weights"):
-        compile_networks(family, torch.device("cpu"), sharded=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"compile: no C\+\+ compiler"):
-        compile_networks(family, torch.device("cpu"), sharded=False)
+        compile_networks(family, torch.device("cpu"))
     monkeypatch.setattr(type(family), "compilable", Family.compilable)
     with pytest.raises(UserError, match=r"no network that torch.compile takes"):
-        compile_networks(family, torch.device("cpu"), sharded=False)
+        compile_networks(family, torch.device("cpu"))

@@ -132,6 +132,10 @@ class LatentDiffusion(ModelConfig):
             found = replace(found, network=replace(found.network, checkpointing=stage.checkpointing))
         return found if stage.caption_dropout is None else replace(found, caption_dropout=stage.caption_dropout)
 
+    def shards(self) -> bool:
+        """The whole network, not what is learned beside it."""
+        return self.adapt is None
+
     def identity(self) -> dict[str, Any]:
         """All but names, defaults of sampling, recomputing (which changes no bit), and what is switched off."""
         left_out = ("defaults", "text", "autoencoder")

@@ -1,0 +1,52 @@
+"""Launch checks: what every stage shares out to the processes of a launch, and what cannot be trained so, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ldm.config.errors import UserError
+from ldm.distributed.launcher import Launched, Work
+from ldm.models.inference import check_compiler
+from ldm.runs.run import Run
+from ldm.training.settings import Train
+
+if TYPE_CHECKING:
+    import torch
+
+
+def shares(run: Run, launch: Launched) -> dict[str, Work]:
+    """What every training stage shares out.
+
+    Raises:
+        UserError: with a line for each batch that cannot be shared and each setting that sharded weights cannot be trained with.
+    """
+    found: dict[str, Work] = {}
+    wrong: list[str] = []
+    for name, stage in _trained(run):
+        shardable = run.trained(stage).shards()
+        if launch.splits(shardable):
+            wrong += [f"stages.{name}.{line}, or a launch without sharded weights (FSDP2)" for line in stage.unshardable()]
+        try:
+            passes = stage.passes(launch.world, f"stages.{name}.batch")
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        found[name] = Work(batch=stage.batch, passes=passes, precision=stage.precision, shardable=shardable)
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return found
+
+
+def missing(run: Run, device: torch.device) -> Iterator[str]:
+    """What a stage needs of this machine and is not there, a line each."""
+    for name, stage in _trained(run):
+        if stage.compile:
+            try:
+                check_compiler(device)
+            except UserError as error:
+                yield f"stages.{name}.{error}"
+
+
+def _trained(run: Run) -> Iterator[tuple[str, Train]]:
+    return ((name, stage) for name, stage in run.stages.items() if isinstance(stage, Train))
