@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from ldm.config.errors import UserError
@@ -52,6 +54,7 @@ def expanded(function: Callable[..., int]) -> Callable[..., int]:
             plain[name] = parameter.replace(annotation=kinds[name], kind=inspect.Parameter.KEYWORD_ONLY)
 
     def run(**words: Any) -> int:
+        words = {name: _at_home(value) for name, value in words.items()}
         return function(**{name: _built(kinds[name], words) if is_dataclass(kinds[name]) else words[name] for name in own})
 
     own = list(inspect.signature(function).parameters)
@@ -59,6 +62,13 @@ def expanded(function: Callable[..., int]) -> Callable[..., int]:
     run.__annotations__ = {name: parameter.annotation for name, parameter in plain.items()}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or several, with the home folder in place of ~, which the shell leaves alone within a word; all else as it is."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _parameters(kind: Any) -> Iterator[inspect.Parameter]:

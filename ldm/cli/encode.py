@@ -118,7 +118,7 @@ def _source(data: str) -> Any:
         from ldm.config.schema import build, read
         from ldm.runs.run import Run, place
 
-        return place(build(read(Path(data), []), Run, data), Path(data))[0].data
+        return place(build(read(Path(data).expanduser(), []), Run, data), Path(data).expanduser())[0].data
     from ldm.data.check import source_at
 
     return source_at(data)

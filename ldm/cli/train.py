@@ -41,15 +41,17 @@ def main(words: Sequence[str]) -> int:
         return 0
     if "--plan" not in options and options:
         raise UserError(f"{next(iter(options))}: only together with --plan")
-    files = [word for word in words if "=" not in word]
+    # A field has no slash before its =, a file may have both: runs/lr=3e-4/config.yaml.
+    fields = [word for word in words if "/" not in word.partition("=")[0] and "=" in word]
+    files = [word for word in words if word not in fields]
     if len(files) != 1:
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
     from ldm.config.schema import build, read
 
-    file = Path(files[0])
+    file = Path(files[0]).expanduser()
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
     check_version(file.parent)
-    values = read(file, [word for word in words if "=" in word])
+    values = read(file, fields)
     _refuse_former(values, file)
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place

@@ -19,11 +19,24 @@ def without_annotation(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
+def branches_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, null left out, unions within it spelt out; of any other type itself."""
+    kind = without_annotation(kind)
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return (kind,) if kind is not types.NoneType else ()
+    return tuple(branch for one in typing.get_args(kind) for branch in branches_of(one))
+
+
+def without_null(kind: Any) -> Any:
+    """The type inside Annotated and beside null; a union stays one."""
+    branches = branches_of(kind)
+    return branches[0] if len(branches) == 1 else without_annotation(kind)
+
+
 def members_of(kind: Any) -> dict[str, Any]:
     """The dataclasses of a union by their `kind`, or nothing."""
-    if typing.get_origin(kind) not in (Union, types.UnionType):
-        return {}
-    classes = [c for c in map(without_annotation, typing.get_args(kind)) if dataclasses.is_dataclass(c)]
+    branches = branches_of(kind)
+    classes = [branch for branch in branches if dataclasses.is_dataclass(branch)] if len(branches) > 1 else []
     return {str(c.__dataclass_fields__["kind"].default): c for c in classes if "kind" in c.__dataclass_fields__}
 
 

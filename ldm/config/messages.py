@@ -15,7 +15,7 @@ from functools import cache
 from io import StringIO
 from typing import Any, Literal, Union
 
-from ldm.config.introspection import PRESET, default_of, hints_of, members_of, preset_names, without_annotation
+from ldm.config.introspection import PRESET, branches_of, default_of, hints_of, members_of, preset_names, without_annotation, without_null
 
 _WANTED = {
     "string_type": "a text, in quotes where it looks like something else",
@@ -44,6 +44,9 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     for step in problem["loc"]:
         if isinstance(here, Mapping) and step not in here and step == here.get("kind"):
             continue  # pydantic's name for the member of a union
+        if len(branches_of(kind)) > 1 and not members_of(kind):
+            kind = next((one for one in branches_of(kind) if typing.get_origin(one) is tuple), None)
+            continue  # pydantic's name for a type of a union
         owner, above = _chosen(kind, here), here
         kind = _inside(owner, step)
         known = (isinstance(here, Mapping) and step in here) or (isinstance(here, list) and isinstance(step, int))
@@ -57,6 +60,8 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     if tag in ("unexpected_keyword_argument", "extra_forbidden"):
         names = list(hints_of(owner)) if dataclasses.is_dataclass(owner) else []
         return f"{path}: unknown field{_nearest(steps[-1], names, 'known are')}"
+    if said := getattr(problem["input"], "problem", ""):
+        return f"{path}: got {_short(problem['input'])}: {said}"
     if entries and here is None:
         return f"{path}: null removes an entry, but there is none of this name{_nearest(steps[-1], entries, 'there are')}"
     if tag.startswith("missing"):
@@ -98,10 +103,9 @@ def _nearest(given: Any, names: list[str], otherwise: str) -> str:
 
 def _chosen(kind: Any, here: Any) -> Any:
     """The member of a union that the data chooses, or the type itself."""
-    kind = without_annotation(kind)
     members = members_of(kind)
     if not members:
-        return kind
+        return without_null(kind)
     return members.get(str(here.get("kind"))) if isinstance(here, Mapping) else None
 
 
@@ -147,9 +151,10 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
             if name == "kind" and typing.get_origin(inner) is Literal and len(typing.get_args(inner)) == 1:
                 continue  # says which class this is; a choice only where a union names several
             yield where, type_name(inner), default, said.get(name, "")
-        elif dataclasses.is_dataclass(inner):
-            yield where, "", "" if default is not dataclasses.MISSING else default, said.get(name, "")
-            yield from fields_of(inner, f"{where}.")
+        elif "" in branches:
+            usual = "null" if default is None else default if default is dataclasses.MISSING else ""
+            yield where, "", usual, said.get(name, "")
+            yield from fields_of(branches[""], f"{where}.")
         else:
             yield f"{where}.kind", " | ".join(branches), getattr(default, "kind", ""), said.get(name, "")
             for word, member in branches.items():
@@ -158,6 +163,7 @@ def fields_of(kind: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
 
 
 def _branches(kind: Any) -> dict[str, Any]:
+    kind = without_null(kind)
     return {"": kind} if dataclasses.is_dataclass(kind) else members_of(kind)
 
 

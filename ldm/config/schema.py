@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,15 +15,16 @@ import pydantic
 import yaml
 
 from ldm.config.errors import UserError
-from ldm.config.introspection import PRESET, chosen_preset, default_of, hints_of, members_of, named, without_annotation
+from ldm.config.introspection import PRESET, chosen_preset, default_of, hints_of, members_of, named, without_annotation, without_null
 from ldm.config.messages import explain
-from ldm.config.yaml_reader import DEEPEST, Number, parse
+from ldm.config.yaml_reader import DEEPEST, Flag, Text, Written, parse, sourced, spoken
 
 __all__ = [
     "BY_KIND",
     "Count",
     "Fraction",
     "NonNegative",
+    "PathText",
     "Positive",
     "PositiveFloat",
     "Share",
@@ -45,6 +47,7 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 Share = Annotated[float, pydantic.Field(gt=0, lt=1)]  # neither nothing nor all
+PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # a file, folder or pattern, ~ for the home folder
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -82,15 +85,10 @@ def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, sign, text = word.partition("=")
         parts = name.split(".")
-        word = word if len(word) <= 80 else f"{word[:77]}..."
         if not sign or not all(parts) or len(parts) > DEEPEST:
-            problems.append(f"{word}: a word is written PATH=VALUE, such as seed=1")
+            problems.append(f"{word if len(word) <= 80 else f'{word[:77]}...'}: a word is written PATH=VALUE, such as seed=1")
             continue
-        try:
-            value = parse(text, word) if text.strip() else ""
-        except UserError as error:
-            problems.append(str(error))
-            continue
+        value = spoken(text)
         for part in reversed(parts):
             value = {part: value}
         above = _together(above, value)
@@ -106,7 +104,12 @@ def _together(first: Any, second: Any) -> Any:
     first = _spelt_out(first, second)
     if not isinstance(first, dict) or not isinstance(second, dict):
         return second
-    return first | {name: _together(first[name], value) if name in first else value for name, value in second.items()}
+    return _as(second, first | {name: _together(first[name], value) if name in first else value for name, value in second.items()})
+
+
+def _as(word: Any, value: Any) -> Any:
+    """What became of a word, with its text: for a text field that is what counts, whatever it means as YAML."""
+    return sourced(value, word.text) if isinstance(word, Written) else value
 
 
 def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
@@ -131,24 +134,25 @@ def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
 def merge(below: Any, above: Any) -> Any:
     """Deep merge of `above` over `below`: mappings field by field, lists by the number of an entry, null removes, all else replaces."""
     if _numbered(below, above):
-        return [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)]
+        return _as(above, [merge(value, above[str(n)]) if str(n) in above else value for n, value in enumerate(below)])
     below = _spelt_out(below, above)
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     if above.get("kind") is not None and above["kind"] != below.get("kind"):
-        return {**above, "kind": _Switched(above["kind"], below)}
+        return _as(above, {**above, "kind": _Switched(above["kind"], below)})
     merged = dict(below)
     for name, value in above.items():
         if value is None and below.get(name) is not None:
             del merged[name]
         else:
             merged[name] = merge(merged[name], value) if name in merged else value
-    return merged
+    return _as(above, merged)
 
 
 def _spelt_out(below: Any, above: Any) -> Any:
     """A word below a mapping names a preset beside whose fields the mapping's are written."""
-    return {PRESET: below} if type(below) is str and isinstance(above, dict) else below
+    named = isinstance(below, str) and not isinstance(below, _Switched) and isinstance(above, dict)
+    return {PRESET: below} if named else below
 
 
 def _numbered(below: Any, above: Any) -> bool:
@@ -169,7 +173,9 @@ class _Switched(str):
 
 def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
-    kind = without_annotation(kind)
+    kind = without_null(kind)
+    if isinstance(data, Written) and kind is str:
+        return data.text
     if (found := chosen_preset(kind, data)) is not None:
         file, beside = found
         data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
@@ -183,8 +189,6 @@ def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
             former = members.get(str(chosen.below.get("kind", usual)))
             own = {name: value for name, value in data.items() if name != "kind"}
             data = {"kind": str(chosen), **merge(_shared(chosen.below, former, kind), own)}
-    if kind is str and isinstance(data, Number):
-        return data.text
     if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
         hints = hints_of(kind)
         given = {n: v for n, v in data.items() if v is not None or n not in hints}  # null: as if it were not there
@@ -195,7 +199,9 @@ def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
         return {name: _resolve(value, arguments[1]) for name, value in entries.items()}
     if origin is tuple and isinstance(data, list | tuple) and len(arguments) == 2 and arguments[1] is ...:
         return [_resolve(value, arguments[0]) for value in data]
-    return data
+    if isinstance(data, Flag):
+        return bool(data)
+    return str(data) if isinstance(data, Text) and not data.problem else data
 
 
 def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -249,7 +255,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise UserError(f"{path}: base: names one file, got {base!r}")
-    return merge(_read(path.parent / base, (*below, path)), data)
+    return merge(_read(path.parent / os.path.expanduser(base), (*below, path)), data)
 
 
 # Writing

@@ -22,18 +22,63 @@ _RULES = (
 )
 
 
-class Number:
-    """Source text of a number, so that `name: 007` may be a text."""
+class Written:
+    """Written text of a value, so that `name: 007` may be a text, and a word of the command line stands as it is written."""
 
     text: str
 
 
-class Integer(int, Number):
+class Integer(int, Written):
     """Integer that keeps its source text."""
 
 
-class Real(float, Number):
+class Real(float, Written):
     """Float that keeps its source text."""
+
+
+class Flag(int, Written):
+    """Truth value of a word; a bool cannot keep its source text."""
+
+
+class Text(str, Written):
+    """Text of a word."""
+
+    problem: str  # what YAML has against the source text, which is then good for a text field alone; empty: nothing
+
+
+class Fields(dict[str, Any], Written):
+    """Mapping of a word."""
+
+
+class Entries(list[Any], Written):
+    """List of a word."""
+
+
+def spoken(text: str) -> Any:
+    """The value of a word, with the text as it stands; null is `null` alone, since `~` is a folder."""
+    problem = ""
+    try:
+        value = parse(text, "") if text.strip() else text
+    except UserError as error:
+        value, problem = text, str(error).removeprefix(": ")
+    if value is None:
+        return None if text == "null" else sourced(text, text)
+    value = sourced(value, text)
+    if isinstance(value, Text):
+        value.problem = problem
+    return value
+
+
+def sourced(value: Any, text: str) -> Any:
+    """A plain value that keeps its source text."""
+    kinds: tuple[tuple[type, Any], ...] = ((Written, None), (bool, Flag), (str, Text), (dict, Fields), (list, Entries))
+    kept = next((kept for kind, kept in kinds if isinstance(value, kind)), None)
+    made = value if kept is None else kept(value)
+    if isinstance(made, Written):
+        made.text = text
+    if isinstance(made, Text):
+        made.problem = ""
+    return made
 
 
 class Loader(yaml.SafeLoader):
@@ -71,7 +116,7 @@ def _mapping(loader: Loader, node: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in node.value:
         name = loader.construct_object(key, deep=True)
-        if isinstance(name, Number):
+        if isinstance(name, Written):
             name = name.text
         if not isinstance(name, str):
             raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is not a word", key.start_mark)
@@ -81,7 +126,7 @@ def _mapping(loader: Loader, node: Any) -> dict[str, Any]:
     return found
 
 
-def _number(loader: Loader, node: Any) -> Number:
+def _number(loader: Loader, node: Any) -> Written:
     text = loader.construct_scalar(node)
     spelled = text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")
     whole = node.tag.endswith(":int")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
     Raises:
         UserError: if nothing is there.
     """
+    path = os.path.expanduser(path)
     place = Path(path)
     if is_url(path) or path.endswith(".tar") or "{" in path:
         return DatasetsSource(path=path, max_bad=1.0) if path.endswith(".parquet") else ShardsSource(path=path, max_bad=1.0)

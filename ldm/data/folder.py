@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
 from ldm.data.captions import SIDECARS, TABLES, CaptionTable, from_folder, from_name, read_tables, sidecar
 from ldm.data.dataset import Split
 from ldm.data.fields import Known, gather
@@ -35,7 +35,7 @@ class FolderSource:
     """Image folder: pictures below it, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
-    path: str  # the folder; folders inside it are read too
+    path: PathText  # the folder; folders inside it are read too
     captions: Literal["auto", "txt", "metadata", "filename", "kohya"] = "auto"  # auto: metadata, else .txt; kohya: 10_sks dog/x.png
     caption: str = ""  # of every picture, such as "a photo of sks dog", in place of captions that lie beside them
     val_share: Share = 0.02  # share held out by a hash of the name; at least one

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, Share, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
@@ -26,8 +26,8 @@ class ShardsSource:
     """WebDataset tar shards of pictures (.jpg, .png, .webp, ...) with .txt or .json of the same name, read in place."""
 
     kind: Literal["shards"] = "shards"
-    path: str  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
-    index: str | None = None  # the index file; null: ldm-index.parquet beside the shards, or in the cache
+    path: PathText  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
+    index: PathText | None = None  # the index file; null: ldm-index.parquet beside the shards, or in the cache
     val_share: Share = 0.02  # share held out by a hash of shard and key; at least one
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ldm.config.schema import Count, Positive, config
+from ldm.config.schema import Count, PathText, Positive, config
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import OWN_CLIP, hub_folder, open_model, own_clip
@@ -33,7 +33,7 @@ class PretrainedText(ModelConfig):
     """A text encoder from a folder or from the Hugging Face Hub, used as it is."""
 
     kind: Literal["pretrained_text"] = "pretrained_text"
-    path: str  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
+    path: PathText  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
     max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
     skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
 
@@ -79,7 +79,7 @@ class PretrainedAutoencoder(ModelConfig):
     """An autoencoder from elsewhere, used as it is."""
 
     kind: Literal["pretrained_autoencoder"] = "pretrained_autoencoder"
-    path: str  # a model folder, its vae or vqvae, a file in CompVis' naming, or a name on the hub as owner/name
+    path: PathText  # a model folder, its vae or vqvae, a file in CompVis' naming, or a name on the hub as owner/name
 
     answers = frozenset({"reconstruct"})
     encodes = True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Positive, PositiveFloat, config
+from ldm.config.schema import PathText, Positive, PositiveFloat, config
 from ldm.data.concatenation import Mixture
 from ldm.data.dataset import DataSet
 from ldm.data.folder import FolderSource
@@ -22,7 +22,7 @@ class PriorPreservation:
     prompts: tuple[str, ...] = ()  # what the base draws, in turn; such as "a photo of a dog"
     images: Positive = 200  # how many it draws
     weight: PositiveFloat = 1.0  # of their loss beside that of the new pictures; their share of a batch is weight / (1 + weight)
-    path: str = ""  # a folder of captioned pictures instead
+    path: PathText = ""  # a folder of captioned pictures instead
 
     def __post_init__(self) -> None:
         if bool(self.prompts) == bool(self.path):

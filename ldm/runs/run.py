@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Count, Positive, config, plain
+from ldm.config.schema import BY_KIND, Count, PathText, Positive, config, plain
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source
@@ -84,10 +84,10 @@ class Run:
     """Everything that decides what a run makes; one YAML file."""
 
     name: str = ""  # of the run and its model; empty: the configuration file's name
-    out: str = ""  # run folder; empty: runs/NAME
+    out: PathText = ""  # run folder; empty: runs/NAME
     seed: Count = 0  # of all randomness: equal seeds give equal results
     data: Source  # where images and captions come from
-    init: str = ""  # a model to begin with: a model or run folder, a checkpoint file, or owner/name on the hub; empty: from nothing
+    init: PathText = ""  # a model to begin with: a model or run folder, a checkpoint file, or owner/name on the hub; empty: from nothing
     prior_preservation: PriorPreservation | None = None  # pictures of the data's kind, learned beside it (DreamBooth); null: none
     models: dict[str, registry.Model] = field(default_factory=dict)  # what learns and what is read, by name
     stages: dict[str, Stage]  # what is done, in this order

@@ -34,7 +34,7 @@ def judge_of(name: str, model: Path | str, device: str | torch.device = "cpu") -
         return SceneJudge()
     if name == OWN:
         return OwnJudge.load(model, device)
-    return ClipJudge.load(Path(name), device)
+    return ClipJudge.load(Path(name).expanduser(), device)
 
 
 class SceneJudge:

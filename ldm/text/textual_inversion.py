@@ -103,6 +103,7 @@ def read_embedding(path: Path) -> LearnedEmbedding:
     Raises:
         UserError: if there is none.
     """
+    path = path.expanduser()
     file = next((p for p in (path / DIFFUSERS, path / "embedding" / DIFFUSERS) if p.is_file()), path)
     if not file.is_file():
         raise UserError(f"{path}: no such file; give an embedding's .safetensors file, or a folder with {DIFFUSERS}")

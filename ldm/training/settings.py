@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, Positive, config, plain
+from ldm.config.schema import Count, Fraction, PathText, Positive, config, plain
 from ldm.data.buckets import Buckets
 from ldm.data.filter import Filter
 from ldm.training.optim import AdamW, Optim
@@ -33,7 +33,7 @@ class Train:
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
     caption_dropout: Fraction | None = None  # of this stage; null: as the model says
-    latents: str = ""  # the encode stage whose cached latents are read instead of images
+    latents: PathText = ""  # the encode stage whose cached latents are read instead of images
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
@@ -62,7 +62,7 @@ class Train:
     @property
     def cache(self) -> Path | None:
         """The latent cache that is read from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
-        return Path(self.latents).expanduser() if "/" in self.latents else None
+        return Path(self.latents) if "/" in self.latents else None
 
     def passes(self, world: int, where: str) -> int:
         """Forward passes of one update on each of `world` processes.

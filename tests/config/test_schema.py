@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ldm.config.errors import UserError
 from ldm.config.messages import describe, fields_of
 from ldm.config.schema import BY_KIND, Count, Fraction, Positive, PositiveFloat, build, config, dump, load, read
-from ldm.config.yaml_reader import Number
+from ldm.config.yaml_reader import Written
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TRAIN = "stages: {a: {kind: train, images: 8}}\n"
@@ -271,11 +271,14 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 def test_words_that_lead_nowhere(tmp_path: Path) -> None:
     text = "stages: {diffusion: {kind: train, images: 8}, last: {kind: rest}}"
-    assert mistakes(tmp_path, text, "seed", "=1", "a..b=1", "seed=[1") == [
+    assert mistakes(tmp_path, text, "seed", "=1", "a..b=1") == [
         "seed: a word is written PATH=VALUE, such as seed=1",
         "=1: a word is written PATH=VALUE, such as seed=1",
         "a..b=1: a word is written PATH=VALUE, such as seed=1",
-        "seed=[1: expected ',' or ']', but got '<stream end>'",
+    ]
+    assert mistakes(tmp_path, text, "seed=[1", "mode=a: b: c") == [
+        "seed: got '[1': expected ',' or ']', but got '<stream end>'",
+        "mode: got 'a: b: c': mapping values are not allowed here",
     ]
     [line] = mistakes(tmp_path, text, "stages.difusion.images=16")
     assert "stages.difusion.kind: required" in line and "did you mean stages.diffusion?" in line
@@ -350,9 +353,11 @@ def _unmarked(value: Any) -> Any:
         return {k: _unmarked(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_unmarked(v) for v in value]
-    if isinstance(value, Number):
-        return int(value) if isinstance(value, int) else float(value)
-    return str(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Written):
+        return int(value) if isinstance(value, int) else float(value)  # type: ignore[call-overload]
+    return value
 
 
 def _mutate(data: dict[str, Any], chance: random.Random) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -96,7 +97,7 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
 def _files(inputs: Sequence[str]) -> list[str]:
     found: list[str] = []
     for item in inputs:
-        for name in expand(item):
+        for name in expand(os.path.expanduser(item)):
             place = Path(name)
             if is_url(name):
                 found.append(name)
