@@ -78,7 +78,7 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 def save(folder: Path, step: int, keep: int = 1) -> Path:
     """Commit such a state."""
-    return checkpoint.save_state(folder, step, tensors(step), {"step": step, "key": "k"}, keep)
+    return checkpoint.save_state(folder, step, tensors(step), checkpoint.Meta(key="k", step=step, images=step), keep)
 
 
 def is_whole(found: Any, step: int) -> bool:
@@ -88,7 +88,7 @@ def is_whole(found: Any, step: int) -> bool:
     same = loaded.keys() == wanted.keys() and all(
         torch.equal(loaded[group][name], value) for group in wanted for name, value in wanted[group].items()
     )
-    return bool(same) and meta["step"] == step
+    return bool(same) and meta.step == step
 
 
 def flip(folder: Path, chance: random.Random) -> Callable[[], None]:

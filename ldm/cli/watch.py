@@ -66,6 +66,7 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
     if grids:
         yield f"latest pictures: {max(grids, key=lambda path: path.stat().st_mtime)}"
     yield from (f"  {note[: max(20, width - 2)]}" for note in story.notes[-NOTES:])
+    yield from (f"  damaged: {text}" for text in story.damaged)
     if failed := _failed(story.folder):
         yield f"FAILED: {failed}"
 

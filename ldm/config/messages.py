@@ -49,7 +49,7 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
             continue  # pydantic's name for a type of a union
         owner, above = _chosen(kind, here), here
         kind = _inside(owner, step)
-        known = (isinstance(here, Mapping) and step in here) or (isinstance(here, list) and isinstance(step, int))
+        known = (isinstance(here, Mapping) and step in here) or (isinstance(here, list) and isinstance(step, int) and step < len(here))
         here = here[step] if known else None
         steps.append(str(step))
     path, allowed = ".".join(steps), list(members_of(without_annotation(kind)))

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.schema import Count, Positive
 from ldm.data.buckets import Buckets, assign, sizes_of
 from ldm.data.dataset import DataSet
 from ldm.data.images import Shape, mirrored
 from ldm.data.loader import ordered
 from ldm.diffusion.batch import ImageBatch, Text
-from ldm.formats.atomic import MANIFEST, Damaged, commit, sha256, verify, write_json
+from ldm.formats.atomic import MANIFEST, commit, sha256, verify, write_json
+from ldm.formats.records import Damaged, read_as, read_object
 
 PLAN = "cache.json"
 DATA = "moments.safetensors"
@@ -39,15 +41,15 @@ class Plan:
     autoencoder: str  # hash of the autoencoder's folder
     normalisation: dict[str, Any]  # the latent statistics by which the moments are already normalised
     data: str  # fingerprint of the data set
-    images: int
-    resolution: int  # px
+    images: Count
+    resolution: Positive  # px
     seed: int  # addresses the crops
     flip: bool  # whether mirrored copies are kept too
     mirrors: bool  # whether the data's captions allow it at all
-    shard_images: int
+    shard_images: Positive
     format: int = FORMAT
     text: str = ""  # hash of the text encoder whose states of the captions are kept; empty: none are
-    shapes: tuple[tuple[int, int], ...] = ()  # height and width, px, of the buckets by number; empty: all are squares
+    shapes: tuple[tuple[Positive, Positive], ...] = ()  # height and width, px, of the buckets by number; empty: all are squares
 
     @property
     def hash(self) -> str:
@@ -59,6 +61,15 @@ class Plan:
     def shards(self) -> int:
         """How many folders the cache has."""
         return -(-self.images // self.shard_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What a shard says of its rows."""
+
+    plan: str  # hash of the plan that it was made under
+    captions: list[list[str]]  # all of each sample
+    buckets: list[Count] = field(default_factory=list)  # the number of each sample's shape; empty: squares
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -171,11 +182,11 @@ def seal(folder: Path) -> None:
     sums = {PLAN: sha256(folder / PLAN)}
     for shard in shards:
         try:
-            own = json.loads((shard / MANIFEST).read_text())
-            record = json.loads((shard / RECORD).read_text(encoding="utf-8"))
+            own = read_object(shard / MANIFEST)
+            record = read_as(shard / RECORD, ShardRecord)
         except (OSError, ValueError) as error:
             raise UserError(f"{shard}: missing or damaged ({error}); encode again") from None
-        if record["plan"] != plan.hash:
+        if record.plan != plan.hash:
             raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
         sums |= {f"{shard.name}/{name}": value for name, value in own.items()}
         sums[f"{shard.name}/{MANIFEST}"] = sha256(shard / MANIFEST)
@@ -189,10 +200,9 @@ def seal(folder: Path) -> None:
 def _whole(shard: Path, plan: Plan) -> bool:
     try:
         verify(shard)
-        record = json.loads((shard / RECORD).read_text(encoding="utf-8"))
-    except (Damaged, OSError, ValueError):
+        return read_as(shard / RECORD, ShardRecord).plan == plan.hash
+    except (OSError, ValueError):
         return False
-    return bool(record.get("plan") == plan.hash)
 
 
 Cut = tuple[list[int], tuple[int, int] | None]  # samples, and their shape; None: squares
@@ -261,9 +271,8 @@ def _writer(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Callable[
 
 def read_plan(folder: Path) -> Plan:
     try:
-        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return Plan(**{**values, "shapes": tuple((height, width) for height, width in values.get("shapes", ()))})
+        return read_as(folder / PLAN, Plan)
     except FileNotFoundError:
         raise UserError(f"{folder}: no latent cache here ({PLAN} is missing)") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / PLAN}: damaged ({error}); encode again") from None
+    except Damaged as error:
+        raise UserError(f"{error}; encode again") from None

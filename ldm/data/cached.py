@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.data.cache import DATA, RECORD, Read, column, read_plan, shard_folder
+from ldm.data.cache import DATA, RECORD, Read, ShardRecord, column, read_plan, shard_folder
 from ldm.data.dataset import draw_captions, draw_flips
 from ldm.data.images import Shape
 from ldm.diffusion.batch import MomentBatch, Text
-from ldm.formats.atomic import MANIFEST, Damaged, sha256, verify
+from ldm.formats.atomic import MANIFEST, sha256, verify
+from ldm.formats.records import read_as
 
 IN_MEMORY_BYTES = 2**32  # a cache up to this size is read into memory, a larger one is mapped
 
@@ -62,9 +63,11 @@ class CachedLatents:
     def __init__(self, folder: Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
         self.folder = folder
         self.plan = read_plan(folder)
-        shards = [shard_folder(folder, n) for n in range(self.plan.shards)]
-        if missing := [s.name for s in shards if not (s / DATA).is_file()]:
-            raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards missing ({missing[0]}); encode again")
+        every = range(self.plan.shards)
+        if (gone := next((n for n in every if not (shard_folder(folder, n) / DATA).is_file()), None)) is not None:
+            missing = self.plan.shards - sum(1 for _ in folder.glob(f"shard-*/{DATA}"))
+            raise UserError(f"{folder}: {missing} of {self.plan.shards} shards missing ({shard_folder(folder, gone).name}); encode again")
+        shards = [shard_folder(folder, n) for n in every]
         self.bytes = sum((s / DATA).stat().st_size for s in shards)
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
@@ -75,17 +78,19 @@ class CachedLatents:
             try:
                 if self.in_memory:
                     verify(shard)
-                record = json.loads((shard / RECORD).read_text(encoding="utf-8"))
+                record = read_as(shard / RECORD, ShardRecord)
                 self._shards.append(_arrays(shard / DATA, self.in_memory))
                 digest.update((shard / MANIFEST).read_bytes())
-            except (Damaged, OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise UserError(f"{shard}: damaged ({error}); remove it and encode again") from None
-            if record.get("plan") != self.plan.hash:
+            if record.plan != self.plan.hash:
                 raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
-            self._captions += record["captions"]
+            self._captions += record.captions
             if self.plan.shapes:
-                numbers.append(np.array(record["buckets"], np.int64))
+                numbers.append(np.array(record.buckets, np.int64))
                 rows.append(_places(numbers[-1]))
+        if len(self._captions) != len(self):
+            raise UserError(f"{folder}: {len(self._captions)} captions of {len(self)} samples; encode again")
         self._names = {name.partition(".")[0] for shard in self._shards for name in shard}
         self._bucket = np.concatenate(numbers) if numbers else None  # (N,) number of each sample's shape
         self._row = np.concatenate(rows) if rows else None  # (N,) its place among those of its shape in its shard

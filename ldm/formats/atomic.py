@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.formats.records import Damaged as Damaged
+from ldm.formats.records import read_object
+
 MANIFEST = "manifest.json"
-
-
-class Damaged(ValueError):
-    """Integrity error: a folder is incomplete or its bytes differ from its manifest."""
 
 
 def sha256(path: Path) -> str:
@@ -77,8 +76,8 @@ def verify(folder: Path) -> dict[str, str]:
         Damaged: naming the file that is missing, extra or changed.
     """
     try:
-        sums: dict[str, str] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        sums = {name: str(value) for name, value in read_object(folder / MANIFEST).items()}
+    except (OSError, Damaged) as error:
         raise Damaged(f"{folder}: no readable {MANIFEST} ({error})") from None
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if different := present ^ set(sums):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.distributed.rank_checks import agree
 from ldm.families.family import ModelConfig, Product
 from ldm.formats import atomic
+from ldm.formats.records import read_object
 from ldm.runs import pretrained
 from ldm.runs.evaluation import measure
 from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
@@ -34,10 +34,13 @@ from ldm.runs.launch_checks import missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside
+from ldm.training import checkpoint
 from ldm.training.checkpoint import CARRIED
 from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
+
+IDENTITY = "identity.json"  # of a stage's folder: what the work in it is for
 
 
 class Execution:
@@ -114,7 +117,7 @@ class Execution:
         if self.processes.main:
             self._make_room(name, folder, key, wanted, have)
             folder.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(folder / "identity.json", wanted | {"key": key})
+            atomic.write_json(folder / IDENTITY, wanted | {"key": key})
         self.processes.wait()
         started = time.monotonic()
         result, images = self._do(name, folder, key, self._products(name))
@@ -145,14 +148,17 @@ class Execution:
 
     def _make_room(self, name: str, folder: Path, key: str, wanted: Mapping[str, Any], have: Finished | None) -> None:
         """Put a stage of another key aside, saying what differs; an interrupted one of this key stays."""
-        try:
-            old = json.loads((folder / "identity.json").read_text())
-        except (OSError, ValueError):
-            old = None
-        if old is not None and old.get("key") == key and have is None:
-            return  # interrupted: its state is continued
         if not folder.exists():
             return
+        try:
+            old = read_object(folder / IDENTITY)
+        except FileNotFoundError:
+            old = None
+        except atomic.Damaged as error:
+            self.log.note(f"{error}; whose checkpoints these are stands in themselves")
+            old = None
+        if have is None and (checkpoint.newest_key(folder / "state") if old is None else old.get("key")) == key:
+            return  # interrupted: its state is continued
         kept = set_aside(folder)
         if old is not None and old.pop("key", None) != key:
             changed = "; ".join(differences(old, plain_json(wanted))[:4])

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
+from ldm.config.schema import Count, NonNegative, config
 from ldm.data.cached import cache_hash
 from ldm.data.filter import filter_samples
 from ldm.families.family import Found
-from ldm.formats import atomic
+from ldm.formats import atomic, records
 from ldm.runs.run import Encode, Evaluate, Export, Run
 from ldm.training import checkpoint
 from ldm.training.settings import Train
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 DONE = "done.json"
 
 
-@dataclass(frozen=True)
+@config
 class Finished:
-    """What done.json says of a stage, and where it is."""
+    """What done.json says of a stage."""
 
-    folder: Path
+    stage: str
+    kind: str
     key: str
     identity: dict[str, Any]
-    product: str  # hash of the product's folder; empty: none
+    inputs: dict[str, str]  # by role, the hash of what was read
+    product: str = ""  # hash of the product's folder; empty: none
     result: dict[str, Any]
-    seconds: float
-    images: int
+    seconds: NonNegative
+    images: Count
     carried: str = ""  # hash of the state that was kept for a later stage; empty: none was
+    version: str = ""  # of ldm
 
 
 def hashes_of(run: Run, name: str, done: Mapping[str, Finished], found: Mapping[str, Found]) -> dict[str, str]:
@@ -55,7 +59,7 @@ def hashes_of(run: Run, name: str, done: Mapping[str, Finished], found: Mapping[
         if not done[other].carried:
             raise UserError(
                 f"stages.{name}.carry: {other} was finished when nothing asked for more than its EMA, so no more was kept;"
-                f" leave carry out, or move {done[other].folder} away to train it again"
+                f" leave carry out, or move its folder stages/{other} away to train it again"
             )
         hashes["carried"] = done[other].carried
     return hashes
@@ -115,19 +119,19 @@ def _short(value: Any) -> str:
 
 
 def finished(folder: Path) -> Finished | None:
-    """The finished stage in a folder, or None where it is unfinished or its product is damaged."""
+    """The finished stage in a folder, or None where it is unfinished.
+
+    Raises:
+        UserError: naming what is damaged: nothing that took hours is thrown away or made anew without a word.
+    """
     try:
-        values = json.loads((folder / DONE).read_text())
-        names = ("key", "identity", "product", "result", "seconds", "images")
-        done = Finished(folder=folder, **{name: values[name] for name in names}, carried=values.get("carried", ""))
-    except (OSError, ValueError, KeyError):
+        done = records.read_as(folder / DONE, Finished)
+        if done.product and (found := atomic.folder_hash(folder / "model")) != done.product:
+            raise records.Damaged(f"{folder / 'model'}: another product than the one that was made here ({found[:12]})")
+    except FileNotFoundError:
         return None
-    if done.product:
-        try:
-            if atomic.folder_hash(folder / "model") != done.product:
-                return None
-        except atomic.Damaged:
-            return None
+    except records.Damaged as error:
+        raise UserError(f"{error}; put it back as it was, or move {folder} away to make this stage again") from None
     return done
 
 

@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ldm.formats.records import mapping, number
 from ldm.runs import report_metrics
 from ldm.runs.report_curves import curve
 from ldm.runs.report_page import figure, folded, page, picture, prompt_list, table, tiles
-from ldm.runs.run_record import StageRecord, StepRecord, Story, mapping, number, read_json, read_story
+from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story, read_told
 
 FILE = "report.html"
 PICTURES_BYTES = 3_200_000  # of all pictures together, before they become a third more as text
@@ -65,9 +66,9 @@ def _pictures(story: Story) -> str:
     count = sum(len(paths) for _, paths in shown)
     parts = []
     for stage, paths in reversed(shown):
-        timed = bool(paths) and all(path.stem.isdigit() for path in paths)
+        timed = bool(paths) and all(path.stem.isdecimal() for path in paths)
         figures = []
-        prompts = mapping(read_json(stage.folder / "samples" / PROMPTS))
+        prompts = read_told(stage.folder / "samples" / PROMPTS)
         for path in paths:
             found = picture(path, PICTURES_BYTES // count, 820 if timed else 540)
             if found is None:
@@ -211,7 +212,7 @@ def _again(story: Story) -> str:
 
 def _prompt(story: Story) -> str:
     for stage in reversed(story.stages):
-        for prompts in mapping(read_json(stage.folder / "samples" / PROMPTS)).values():
+        for prompts in read_told(stage.folder / "samples" / PROMPTS).values():
             if prompts and isinstance(prompts, list):
                 return str(prompts[0]).replace('"', "").replace("\n", " ")
     return "a picture"
@@ -243,7 +244,7 @@ def _settings(story: Story) -> str:
         for s in story.stages
         if s.done is not None
     ]
-    warned = [note for note in story.notes if note.startswith("warning")]
+    warned = [*story.damaged, *(note for note in story.notes if note.startswith("warning"))]
     told = f'<p class="bad">{"<br>".join(escape(note) for note in dict.fromkeys(warned))}</p>' if warned else ""
     return told + "".join(
         (

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
+from ldm.formats.records import mapping, number, numbers
 from ldm.runs.report_curves import Point, intervals
 from ldm.runs.report_page import figure, folded, share_cell, table
-from ldm.runs.run_record import mapping, number, numbers
 
 Group = tuple[str, str, Mapping[str, Point]]  # guidance, pairs, shares by name
 Results = Mapping[str, Mapping[str, Any]]  # by stage: the results by metric

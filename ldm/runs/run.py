@@ -17,6 +17,7 @@ from ldm.families import registry
 from ldm.families.family import ModelConfig
 from ldm.metrics.evaluator import Evaluator
 from ldm.runs.prior_preservation import PriorPreservation
+from ldm.runs.run_folder import is_stage_name
 from ldm.training.settings import Train
 
 RUNS = Path("runs")
@@ -200,8 +201,8 @@ def problems(run: Run) -> Iterator[str]:
     encoded: dict[str, Encode] = {}
     for name, stage in run.stages.items():
         where = f"stages.{name}"
-        if not name or set(name) & set("/\\. ") or name.startswith("-"):
-            yield f"{where}: a stage's name becomes a folder; use letters, digits, - and _"
+        if not is_stage_name(name):
+            yield f"{where}: a stage's name becomes a folder; use at most 100 letters, digits, - and _"
         if isinstance(stage, Train):
             yield from _untrainable(run, name, stage, where)
             yield from _unreadable_latents(run, stage, encoded, where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +11,12 @@ from pathlib import Path
 
 from ldm.config.errors import UserError
 from ldm.config.version import __version__
+from ldm.formats.records import Damaged, read_object
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether a stage may be called so: its name becomes a folder's."""
+    return bool(name) and len(name) <= 100 and name.isprintable() and not set(name) & set("/\\. ") and not name.startswith("-")
 
 
 def check_version(folder: Path) -> None:
@@ -22,10 +27,10 @@ def check_version(folder: Path) -> None:
     """
     for file in sorted(folder.glob("stages/*/done.json")):
         try:
-            began = str(json.loads(file.read_text(encoding="utf-8"))["version"])
-        except (OSError, ValueError, KeyError, TypeError):
+            began = read_object(file).get("version")
+        except (OSError, Damaged):  # whoever needs it refuses it
             continue
-        if began.split(".")[:2] != __version__.split(".")[:2]:
+        if isinstance(began, str) and began.split(".")[:2] != __version__.split(".")[:2]:
             raise UserError(f"{folder}: a run of ldm {began}, and this is ldm {__version__}, which does not read it; give another out=DIR")
 
 
@@ -37,7 +42,7 @@ def only_one(folder: Path) -> Iterator[None]:
         UserError: naming the process that has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with (folder / ".lock").open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.yaml_reader import parse
+from ldm.formats.records import Damaged, mapping, number, numbers, read_object
+from ldm.runs.run_folder import is_stage_name
 from ldm.training import log
 
 PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
-LARGEST = 1e300  # what no count, time or loss of a run exceeds
 
 
 @dataclass(frozen=True)
@@ -89,36 +89,12 @@ class Story:
     text: str  # config.yaml as it stands
     stages: Sequence[StageRecord]
     notes: Sequence[str]
+    damaged: Sequence[str] = ()  # files of it that cannot be read, and why: what they tell is missing
 
     @property
     def finished(self) -> bool:
         """Whether every stage is."""
         return bool(self.stages) and all(stage.done is not None for stage in self.stages)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping with texts as keys; an empty one for anything else."""
-    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
-
-
-def numbers(value: Any) -> dict[str, float]:
-    """The finite numbers of a mapping."""
-    return {name: found for name, each in mapping(value).items() if (found := number(each)) is not None}
-
-
-def read_json(path: Path) -> Any:
-    """The file's value, or None where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def read_story(folder: Path) -> Story:
@@ -129,41 +105,59 @@ def read_story(folder: Path) -> Story:
     """
     if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
         raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
-    text, config = _config(folder / "config.yaml")
-    lines = log.read(folder / log.LOG)
-    settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items()}
-    there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and ".replaced-" not in p.name), key=lambda p: p.stat().st_mtime)
+    damaged: list[str] = []
+    text, config = _config(folder / "config.yaml", damaged)
+    lines, odd = log.read_counted(folder / log.LOG)
+    if odd:
+        damaged.append(f"{folder / log.LOG}: {odd:,} damaged lines")
+    settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items() if is_stage_name(name)}
+    there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and is_stage_name(p.name)), key=lambda p: p.stat().st_mtime)
     names = [*settings, *(p.name for p in there if p.name not in settings)]
-    stages = [_stage(name, settings.get(name, {}), folder / "stages" / name, lines) for name in names]
-    notes = [str(line["note"]) for line in lines if "note" in line]
+    stages = [_stage(name, settings.get(name, {}), folder / "stages" / name, lines, damaged) for name in names]
+    notes = [line["note"] for line in lines if "note" in line]
     name = config.get("name")
-    return Story(folder, name if isinstance(name, str) and name else folder.resolve().name, config, text, stages, notes)
+    return Story(folder, name if isinstance(name, str) and name else folder.resolve().name, config, text, stages, notes, damaged)
 
 
-def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]]) -> StageRecord:
-    done = read_json(folder / "done.json")
+def read_told(path: Path, damaged: list[str] | None = None) -> Mapping[str, Any]:
+    """The object in a JSON file; an empty one where it is missing, or damaged, which is added to what is `damaged`."""
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+    except Damaged as error:
+        if damaged is not None:
+            damaged.append(str(error))
+        return {}
+
+
+def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]], damaged: list[str]) -> StageRecord:
+    done = read_told(folder / "done.json", damaged)
     steps, buckets, alarms = [], [], []
     for line in lines:
         if line.get("stage") == name and isinstance(line.get("buckets"), list):
             buckets = [numbers(row) for row in line["buckets"]]
-        if line.get("stage") == name and isinstance(line.get("alarm"), str):
-            alarms.append(str(line["alarm"]))
+        if line.get("stage") == name and "alarm" in line:
+            alarms.append(line["alarm"])
         images = number(line.get("images"))
         if line.get("stage") == name and "step" in line and images is not None and images >= 0:
             values = numbers({key: line.get(key) for key in PLAIN})
             steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
     steps.sort(key=lambda step: step.images)
-    return StageRecord(name, settings, mapping(done) if isinstance(done, Mapping) else None, folder, steps, alarms, buckets)
+    return StageRecord(name, settings, done or None, folder, steps, alarms, buckets)
 
 
-def _config(path: Path) -> tuple[str, Mapping[str, Any]]:
-    import yaml
-
+def _config(path: Path, damaged: list[str]) -> tuple[str, Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except FileNotFoundError:
+        return "", {}
+    except OSError as error:
+        damaged.append(f"{path}: {error.strerror or error}")
         return "", {}
     try:
-        return text, mapping(yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = parse(text, str(path))
+    except (ValueError, RecursionError) as error:
+        damaged.append(str(error))
         return text, {}
+    return text, mapping(found)

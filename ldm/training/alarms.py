@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.distributed.sharding import is_split
+from ldm.formats.records import number
 
 WINDOW = 200  # logged steps that are remembered
 LEAST = 30  # of these before anything is judged
@@ -54,8 +54,8 @@ class Alarms:
             for _, name, value in _numbers(line.get("terms"), line.get("gauges")):
                 self._remember(name, value)
             lr, images = line.get("lr"), line.get("images")
-            if isinstance(lr, int | float) and isinstance(images, int):
-                self._peak = self._peak_of(float(lr), images) or self._peak
+            if (rate := number(lr)) and isinstance(images, int):
+                self._peak = self._peak_of(rate, images) or self._peak
 
     def look(self, images: int, terms: Mapping[str, float], gauges: Mapping[str, float], lr: float) -> list[str]:
         """A line for each alarm that this logged step begins."""
@@ -126,5 +126,5 @@ def _numbers(terms: Any, gauges: Any) -> Iterable[tuple[str, str, float]]:
     """Kind, name and value of what may spike; a log may hold anything."""
     for kind, values, begin in (("loss", terms, ""), ("gradient", gauges, NORMS)):
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            if name.startswith(begin) and isinstance(value, int | float) and math.isfinite(value):
-                yield kind, name, float(value)
+            if name.startswith(begin) and (found := number(value)) is not None:
+                yield kind, name, found

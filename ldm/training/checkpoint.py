@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.schema import Count, config, plain
 from ldm.distributed.sharding import collected, like
-from ldm.formats import atomic
+from ldm.formats import atomic, records
+from ldm.formats.tensor_file import read_tensors
 from ldm.training import optim
 from ldm.training.ema import Ema
 from ldm.training.snapshot import BackgroundWriter, Snapshot
@@ -31,6 +35,17 @@ if TYPE_CHECKING:
 
 CARRIED = "carried"  # folder of a finished stage: its state at the end, for a stage that begins with it
 FAILED_SAVES = 3  # so many in a row, and the run stops
+
+
+@config
+class Meta:
+    """What a state's meta.json says."""
+
+    key: str  # of the stage whose state it is
+    step: Count
+    images: Count
+    ema_updates: Count = 0
+    scaler: dict[str, int | float] = field(default_factory=dict)  # of fp16's loss scale; empty: none
 
 
 class States:
@@ -69,21 +84,33 @@ class States:
         if found is None:
             return 0
         path, tensors, meta = found
-        if meta["key"] != self.key:
+        if meta.key != self.key:
             return 0
+        if wrong := self._unfit(tensors, optimiser=True):
+            raise UserError(f"{path}: {wrong}; move it away to go on from the one before")
         self._take(tensors, meta, optimiser=True)
-        self.log.note(f"{self.folder.name}: going on from {meta['images']} of {self.stage.images} images ({path.name})")
-        return int(meta["step"])
+        self.log.note(f"{self.folder.name}: going on from {meta.images} of {self.stage.images} images ({path.name})")
+        return meta.step
 
-    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], *, optimiser: bool) -> None:
+    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: Meta, *, optimiser: bool) -> None:
         own = self.family.state_dict()
         self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
         if self.ema:
-            self.ema.restore(tensors["ema"], meta["ema_updates"])
+            self.ema.restore(tensors["ema"], meta.ema_updates)
         if optimiser:
             optim.restore_tensors(self.optimizers, tensors["optimizer"])
-            if self.scaler.is_enabled() and meta["scaler"]:
-                self.scaler.load_state_dict(meta["scaler"])
+            if self.scaler.is_enabled() and meta.scaler:
+                self.scaler.load_state_dict(meta.scaler)
+
+    def _unfit(self, tensors: Mapping[str, Mapping[str, Tensor]], *, optimiser: bool) -> str:
+        """Why a state cannot be taken up by what learns here; empty: it can."""
+        averages = self.ema.state() if self.ema else {}
+        for group, own in {"model": self.family.state_dict(), "ema": averages}.items():
+            theirs = tensors.get(group, {})
+            for name in [*own, *theirs] if own else ():
+                if name not in theirs or name not in own or theirs[name].shape != own[name].shape:
+                    return f"{group}.safetensors: {name} does not fit this model"
+        return optim.unfit(self.optimizers, tensors.get("optimizer", {})) if optimiser else ""
 
     def keep(self, step: int) -> None:
         """Leave the state at the stage's end in `carried`, for a later stage to begin with.
@@ -94,7 +121,7 @@ class States:
         tensors, meta = self._collected(self._groups()), self._meta(step)
         if self.processes.main:
             folder = self.folder / CARRIED
-            told = partial(self._failed, needed=size_of(tensors), images=meta["images"], must=True)
+            told = partial(self._failed, needed=size_of(tensors), images=meta.images, must=True)
             self._end(lambda: atomic.commit(folder, partial(write_state, tensors=tensors, meta=meta)), told)
         self.processes.wait()
 
@@ -107,24 +134,26 @@ class States:
         folder = carried.folder
         try:
             tensors, meta = load_state(folder, carried.hash)
+            if wrong := self._unfit(tensors, optimiser=optimiser):
+                raise atomic.Damaged(f"{folder}: {wrong}")
         except atomic.Damaged as error:
             raise UserError(f"{error}; move {folder.parent} away to train that stage again, or set carry=ema") from None
         self._take(tensors, meta, optimiser=optimiser)
         what = ", ".join(["weights", *(["EMA"] if self.ema else []), *(["optimiser"] if optimiser else [])])
-        self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta['images']} images")
+        self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta.images} images")
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
         return groups | ({"ema": self.ema.state()} if self.ema else {})
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "step": step,
-            "images": step * self.stage.batch,
-            "ema_updates": self.ema.updates if self.ema else 0,
-            "scaler": self.scaler.state_dict(),
-        }
+    def _meta(self, step: int) -> Meta:
+        return Meta(
+            key=self.key,
+            step=step,
+            images=step * self.stage.batch,
+            ema_updates=self.ema.updates if self.ema else 0,
+            scaler=self.scaler.state_dict(),
+        )
 
     def save(self, step: int, *, must: bool) -> None:
         """Commit a checkpoint; a failure is told and tried again at the next period, unless it `must` succeed.
@@ -142,11 +171,11 @@ class States:
         copied = self._copied(groups) if beside else None
         tensors = self._collected(groups) if copied is None else copied
         if self.processes.main:
-            work = partial(save_state, self.folder / "state", meta["images"], tensors, meta, self.stage.keep)
-            told = partial(self._failed, needed=size_of(tensors), images=meta["images"], must=must)
+            work = partial(save_state, self.folder / "state", meta.images, tensors, meta, self.stage.keep)
+            told = partial(self._failed, needed=size_of(tensors), images=meta.images, must=must)
             if copied is not None:
                 stalled = round(time.perf_counter() - began, 4)
-                self._cost = {"saved": meta["images"], "stage": self.folder.name, "stalled_s": stalled}
+                self._cost = {"saved": meta.images, "stage": self.folder.name, "stalled_s": stalled}
                 self._told = told
                 self._writer.start(partial(self._copy_and, work))
             else:
@@ -245,7 +274,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
+def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]], meta: Meta, keep: int) -> Path:
     """Commit one training state as `folder/images-0000012800` and remove all but the newest `keep` afterwards.
 
     What a save that was killed has left is removed before, as the room may be needed.
@@ -265,11 +294,11 @@ def save_state(folder: Path, images: int, tensors: dict[str, dict[str, Tensor]],
     return target
 
 
-def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], meta: Meta) -> None:
     """Fill a folder with a training state, as `load_state` reads it: a file of tensors for each group, and meta.json."""
     for name, group in tensors.items():
         atomic.write_tensors(folder / f"{name}.safetensors", group)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "meta.json").write_text(json.dumps(plain(meta), indent=1))
 
 
 def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -279,10 +308,16 @@ def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 def states(folder: Path) -> list[Path]:
     """The committed states of a folder, newest first."""
-    return sorted(folder.glob("images-*"), reverse=True)
+    return sorted((path for path in folder.glob("images-*") if re.fullmatch(r"images-\d{12}", path.name)), reverse=True)
 
 
-def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def newest_key(folder: Path) -> str:
+    """The key of the newest state that verifies; empty: there is none."""
+    found = newest_valid(folder, lambda text: None)
+    return "" if found is None else found[2].key
+
+
+def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor]], Meta]:
     """The tensors by file and the meta of a committed state; all sums are checked before anything is returned.
 
     Files are read into memory, not mapped, so a later rewrite cannot kill the reader.
@@ -293,16 +328,17 @@ def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor
     Raises:
         Damaged: as `verify`, and where it is not the state that is wanted.
     """
-    from safetensors.torch import load
-
     sums = atomic.verify(path)
     if wanted and atomic.state_hash(sums) != wanted:
         raise atomic.Damaged(f"{path}: another state than the one that was kept here ({atomic.state_hash(sums)[:12]}, not {wanted[:12]})")
-    tensors = {p.stem: load(p.read_bytes()) for p in sorted(path.glob("*.safetensors"))}
-    return tensors, json.loads((path / "meta.json").read_text())
+    try:
+        tensors = {p.stem: read_tensors(p)[0] for p in sorted(path.glob("*.safetensors"))}
+        return tensors, records.read_as(path / "meta.json", Meta)
+    except (OSError, ValueError) as error:
+        raise atomic.Damaged(f"{path}: {error}") from None
 
 
-def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], Meta] | None:
     """The newest state that verifies; damaged ones are reported through `say` and passed over."""
     for path in states(folder):
         try:

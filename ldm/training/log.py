@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.config.secrets import cleaned, redacted
+from ldm.formats.records import number, parse
 from ldm.training.throughput import Expected, seconds_after
 from ldm.training.trackers import Background
 
@@ -46,8 +47,11 @@ class Log:
         self.expected: dict[str, Expected] = {}  # what the stages will do, where it was counted
         if write:
             folder.mkdir(parents=True, exist_ok=True)
-            self._earlier = seconds_by_stage(read(self.path))
+            lines, odd = read_counted(self.path)
+            self._earlier = seconds_by_stage(lines)
             self._open()
+            if odd:
+                self.note(f"{self.path}: {odd:,} damaged lines; curves and times are told without them")
         if write and tracker:
             self._tracker = Background(tracker, folder, self.note)
 
@@ -132,11 +136,14 @@ class Log:
                 os.truncate(self.path, text.rfind(b"\n") + 1)
         except FileNotFoundError:
             pass
+        except OSError as error:
+            self._failed(error)
+            return
         self._file = self.path.open("ab", buffering=0)
 
     def _cut(self, stage: str, start: int) -> None:
         kept, beyond = [], False
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
         for raw in lines:
             line = _parsed(raw)
             if line.get("stage") == stage:
@@ -291,18 +298,52 @@ def seconds_by_stage(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log.jsonl; nothing where there is none."""
+    """All whole lines of a log.jsonl, whose FIELDS are what they say; nothing where there is none."""
+    return read_counted(path)[0]
+
+
+def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines, and how many were damaged; one that is only begun is not counted, since it may be being written."""
     try:
         text = path.read_bytes()
     except OSError:
-        return []
-    return [line for raw in text.splitlines() if (line := _parsed(raw))]
+        return [], 0
+    whole, _, begun = text.rpartition(b"\n")
+    found = [_parsed(raw) for raw in whole.splitlines() if raw.strip()]
+    return [line for line in (*found, _parsed(begun)) if line], found.count({})
+
+
+def _count(value: Any) -> bool:
+    return (number(value) or 0) >= 0 and number(value) is not None
+
+
+def _real(value: Any) -> bool:
+    return number(value) is not None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _reals(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_real, value.values()))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What a line may say, and of what type: a line that says it otherwise is damaged, and nobody who reads the log need look again.
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("stage", "note", "alarm", "pictures", "failed"), _text),
+    **dict.fromkeys(("step", "images", "seconds"), _count),
+    **dict.fromkeys(("time", "loss", "lr", "images_per_s", "data_wait", "mfu", "peak_memory_mb", "saved", "stalled_s", "written_s"), _real),
+    **dict.fromkeys(("terms", "gauges"), _reals),
+}
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    """One line, or nothing where it was torn."""
+    """One line, or nothing where it is damaged."""
     try:
-        line = json.loads(raw)
+        line = parse(raw)
     except ValueError:
         return {}
-    return line if isinstance(line, dict) else {}
+    if not isinstance(line, dict) or not all(fits(line[name]) for name, fits in FIELDS.items() if name in line):
+        return {}
+    return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -189,6 +189,18 @@ def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tens
             for name, value in entry.items():
                 found[f"{o}.{p}.{name}"] = torch.as_tensor(value)
     return dict(sorted(found.items()))
+
+
+def unfit(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> str:
+    """Why stored tensors are no state of these optimisers; empty: they are."""
+    counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
+    for key in tensors:
+        owner, _, rest = key.partition(".")
+        place, _, name = rest.partition(".")
+        known = owner.isdecimal() and place.isdecimal() and int(owner) < len(counts) and int(place) < counts[int(owner)]
+        if not known or not name:
+            return f"optimizer.safetensors: {key[:60]} belongs to no parameter here"
+    return ""
 
 
 def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:

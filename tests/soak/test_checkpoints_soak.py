@@ -53,6 +53,6 @@ def test_there_is_a_valid_state_at_every_moment(tmp_path: Path) -> None:
 
         child(work, 0.005 + chance.random() * 0.1)
         found = newest_valid(tmp_path, silent)
-        assert found is not None and is_whole(found, found[2]["step"]) and found[2]["step"] >= last
-        last, found_always = found[2]["step"], found_always + 1
+        assert found is not None and is_whole(found, found[2].step) and found[2]["step"] >= last
+        last, found_always = found[2].step, found_always + 1
     print(f"\nkeep 1, 100 kills over {last} saves: {found_always} times a whole newest state, never an older one")

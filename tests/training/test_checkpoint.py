@@ -96,4 +96,4 @@ def test_a_state_that_cannot_be_kept_ends_the_run_and_the_next_start_goes_on(tmp
     again = trainer(tmp_path, keeps=True)
     assert again.step == 5
     again.run()
-    assert checkpoint.load_state(tmp_path / "stage/carried")[1]["step"] == 6
+    assert checkpoint.load_state(tmp_path / "stage/carried")[1].step == 6

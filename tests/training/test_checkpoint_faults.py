@@ -39,7 +39,7 @@ def test_a_death_at_any_point_of_a_save_leaves_the_old_step_or_the_new_one(keep:
         ended = child(dying_at(point, lambda folder=folder: save(folder, 3, keep)))  # type: ignore[misc]
         found = newest_valid(folder, silent)
         assert found is not None
-        step = found[2]["step"]
+        step = found[2].step
         assert step in (2, 3) and is_whole(found, step)
         outcomes.add(step)
         save(folder, 4, keep)  # what the dead one left is in nobody's way
@@ -159,7 +159,7 @@ def test_a_damaged_newest_state_is_passed_over(tmp_path: Path) -> None:
     newest, before = checkpoint.states(tmp_path / "stage" / "state")[:2]
     flip(newest, random.Random(1))
     again = trainer(tmp_path, save_beside=False)
-    assert again.step == int(checkpoint.load_state(before)[1]["step"])
+    assert again.step == checkpoint.load_state(before)[1].step
     log = (tmp_path / "log.jsonl").read_text()
     assert "checkpoint refused" in log and newest.name in log and f"going on from {again.step * 4} of 24" in log
 

@@ -188,7 +188,7 @@ def test_weights_that_change_during_the_write_are_stored_as_they_were(tmp_path: 
     go.set()
     made.states.close()
     tensors, meta = checkpoint.load_state(checkpoint.states(tmp_path / "stage/state")[0])
-    assert meta["step"] == 1 and all(torch.equal(tensors["model"][name], value) for name, value in before.items())
+    assert meta.step == 1 and all(torch.equal(tensors["model"][name], value) for name, value in before.items())
 
 
 def test_a_second_save_waits_for_the_first_and_training_goes_on_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

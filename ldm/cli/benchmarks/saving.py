@@ -46,7 +46,7 @@ def beside(setup: Setup) -> Iterator[Case]:
     times = 1 if setup.tiny else max(1, round(3 * STEP / passes(3)))
 
     def save(folder: str, number: int, tensors: dict[str, dict[str, Tensor]]) -> Path:
-        return checkpoint.save_state(setup.folder / folder, number, tensors, {"number": number}, 1)
+        return checkpoint.save_state(setup.folder / folder, number, tensors, checkpoint.Meta(key="", step=number, images=number), 1)
 
     def ours() -> float:
         alone = passes(times)
