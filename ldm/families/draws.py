@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.formats.export_source import ExportedModel
-    from ldm.models.lora import Lora
+    from ldm.models.lora import LearnedEmbedding, Lora
     from ldm.text.prompt_syntax import Prompt
-    from ldm.text.textual_inversion import LearnedEmbedding
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.

@@ -53,9 +53,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         for name, (kind, shape, start, stop) in sorted(wanted.items(), key=lambda item: item[1][2:]):
             tensor = torch.empty(shape, dtype=kind)
             if start != place or stop - start != tensor.nbytes or 8 + length + stop > size:
-                raise ValueError(f"{name}: its place, {start} to {stop}, does not fit its shape or the file")
+                raise ValueError(f"{name[:100]}: its place, {start} to {stop}, does not fit its shape or the file")
             found[name], place = tensor, stop
-            places.append((tensor, 8 + length + start))
+            if stop > start:  # tensors without numbers have nothing to read, and a file may list half a million of them
+                places.append((tensor, 8 + length + start))
         if 8 + length + place != size:
             raise ValueError(f"{size - 8 - length - place} bytes too many")
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
@@ -99,12 +100,14 @@ def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{name}: described as {str(value)[:100]}")
-    count = 1
+        raise ValueError(f"{name[:100]}: described as {str(value)[:100]}")
+    count = strides = 1
     for side in shape:
-        count *= side
+        count, strides = count * side, strides * max(1, side)
+    if strides >= 2**63:  # also where there is not a single number
+        raise ValueError(f"{name[:100]}: its shape is {str(shape)[:100]}, which no memory has places for")
     if count * kind.itemsize != stop - start:  # before any memory is asked for
-        raise ValueError(f"{name}: {stop - start} bytes for the shape {shape}")
+        raise ValueError(f"{name[:100]}: {stop - start} bytes for the shape {str(shape)[:100]}")
     return kind, shape, start, stop
 
 
@@ -120,8 +123,6 @@ def _read(opened: FileIO, count: int) -> bytes:
 
 
 def _fill(file: int, tensor: Tensor, place: int) -> None:
-    if not tensor.nbytes:
-        return
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
     while len(view):
         count = os.preadv(file, [view], place)

@@ -11,6 +11,8 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.families.draws import PLAIN, Draws
 
+LONGEST = 100_000  # characters of what a recipe tells of LoRAs or words
+MOST_WEIGHT = 1e6
 FIELDS = ("loras", "embeddings")  # of a Recipe: JSON, a list of {file, weight, hash} and of {file, token, hash}
 
 
@@ -71,8 +73,8 @@ def add(
     Raises:
         UserError: naming the file that is missing, has changed, or is for another model.
     """
+    from ldm.formats.embedding_files import read_embedding
     from ldm.formats.lora_files import read
-    from ldm.text.textual_inversion import read_embedding
 
     before = {name: remembered(old, name) for name in FIELDS}
     wanted = [weighted(word) for word in loras] or [(_again(one, "lora"), float(one["weight"])) for one in before["loras"]]
@@ -113,14 +115,25 @@ def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     Raises:
         UserError: if it is damaged.
     """
+    text = old.get(name) or "[]"
     try:
-        values = json.loads(old.get(name) or "[]")
-        keys = {"file", "hash", "weight" if name == "loras" else "token"}
-        if all(isinstance(one, dict) and keys <= one.keys() for one in values):
-            return list(values)
-    except (ValueError, TypeError):
-        pass
+        values = json.loads(text) if len(text) <= LONGEST else None
+    except (ValueError, TypeError, RecursionError):
+        values = None
+    own = "weight" if name == "loras" else "token"
+    if isinstance(values, list) and all(isinstance(one, dict) and _told_of(one, own) for one in values):
+        return [{**one, own: float(one[own])} if own == "weight" else one for one in values]
     raise UserError(f"from: the recipe's {name} cannot be read; give the files by --{name[:-1]}")
+
+
+def _told_of(one: Mapping[str, Any], own: str) -> bool:
+    """Whether a recipe's entry has the fields that it should, each of its type."""
+    if not all(isinstance(one.get(key), str) and "\0" not in one[key] for key in ("file", "hash")):
+        return False
+    value = one.get(own)
+    if own == "token":
+        return isinstance(value, str)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_WEIGHT
 
 
 def refuse(old: Mapping[str, Any], verb: str) -> None:

@@ -117,6 +117,7 @@ class TextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.aliases: dict[str, str] = {}  # words of prompts that stand for an added one where they stand alone
         self.learned_words()
         self._memory: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
@@ -243,6 +244,8 @@ class TextEncoder:
         self._spellings = {word: " ".join([word, *others]) for word, others in rest.items() if others}
 
     def _spelt(self, line: str) -> str:
+        for word, own in self.aliases.items():
+            line = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", own.replace("\\", r"\\"), line)
         for word, words in self._spellings.items():
             line = re.sub(rf"{re.escape(word)}(?!_\d)", words.replace("\\", r"\\"), line)
         return line

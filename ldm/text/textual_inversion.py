@@ -1,35 +1,16 @@
-"""Textual inversion (Gal 2022, arXiv 2208.01618): learned embeddings in memory, and in diffusers' and A1111's files."""
+"""Textual inversion (Gal 2022, arXiv 2208.01618): learned embeddings in a text encoder."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.formats.atomic import sha256, write_tensors
-from ldm.formats.part import read_safetensors
-from ldm.formats.tensor_file import read_texts
+from ldm.models.lora import LearnedEmbedding
 from ldm.text.encoder import TextEncoder
-
-DIFFUSERS = "learned_embeds.safetensors"
-A1111 = "emb_params"  # the only key of a file for A1111's web UI, which takes the word from the file's name
-
-
-@dataclass(frozen=True)
-class LearnedEmbedding:
-    """Textual inversion embedding: a placeholder token and its vectors."""
-
-    token: str
-    rows: Tensor  # (V,D)
-    name: str = "embedding"  # for messages
-    hash: str = ""  # SHA-256 of the file
 
 
 class PartlyTrainedEmbedding(nn.Module):
@@ -90,41 +71,29 @@ def add_word(encoder: TextEncoder, token: str, rows: Tensor) -> Tensor:
     return grown
 
 
+def teach(encoder: TextEncoder, word: LearnedEmbedding) -> None:
+    """Teach an encoder a word from a file. One that its vocabulary has as a piece of words means the new one where it stands alone.
+
+    Raises:
+        UserError: if it was taught the word already, or the word is for another kind of model.
+    """
+    if word.second is not None:
+        raise UserError(f"{word.name}: {word.token} was made for a model with two text encoders (SDXL); this one has one")
+    vocabulary, token = encoder.tokenizer.get_vocab(), word.token
+    if token in encoder.aliases or token in encoder.tokenizer.get_added_vocab():
+        raise UserError(f"{token}: the model knows this word already; choose another token")
+    if token in vocabulary or f"{token}</w>" in vocabulary:
+        own = f"<{token}>"
+        while own in vocabulary:
+            own = f"<{own}>"
+        add_word(encoder, own, word.rows)
+        encoder.aliases[token] = own
+    else:
+        add_word(encoder, token, word.rows)
+
+
 def _table(encoder: TextEncoder) -> Tensor:
     found: Any = encoder.model.get_input_embeddings()
     if encoder.model.config.model_type == "t5" or not isinstance(found, nn.Embedding):
         raise UserError("new words need a CLIP text encoder; this model has another kind")
     return found.weight.detach()
-
-
-def read_embedding(path: Path) -> LearnedEmbedding:
-    """The word in a file, or in a folder with one of the usual name.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = path.expanduser()
-    file = next((p for p in (path / DIFFUSERS, path / "embedding" / DIFFUSERS) if p.is_file()), path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file; give an embedding's .safetensors file, or a folder with {DIFFUSERS}")
-    if file.suffix != ".safetensors":
-        raise UserError(f"{path}: only .safetensors is read; other files may hold programs")
-    state = read_safetensors(file)
-    if len(state) != 1:
-        raise UserError(f"{path}: {len(state)} tensors; an embedding's file has one, named by its word or {A1111}")
-    [(token, rows)] = state.items()
-    token = read_texts(file).get("token", file.stem) if token == A1111 else token
-    rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
-        raise UserError(f"{path}: {token} is no table of embeddings; another kind of file?")
-    return LearnedEmbedding(token, rows.float(), str(path), sha256(file))
-
-
-def write_embedding(folder: Path, token: str, rows: Tensor, metadata: Mapping[str, str]) -> list[Path]:
-    """Write a word as diffusers' learned_embeds.safetensors and as WORD.safetensors for A1111's web UI; returns both files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    other = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '', token) or 'word'}.safetensors"
-    texts = {**metadata, "format": "pt", "token": token}
-    write_tensors(folder / DIFFUSERS, {token: rows.contiguous()}, texts)
-    write_tensors(other, {A1111: rows.contiguous()}, texts)
-    return [folder / DIFFUSERS, other]

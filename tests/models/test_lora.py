@@ -237,9 +237,9 @@ def test_what_matches_nothing_is_refused_and_changes_nothing(family: LatentDiffu
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"lora_unet_a.hada_w1_a": (2, 2)}, "lora_unet_a.hada_w1_a: no weights of a LoRA"),
-        ({"unet.a.lora_A.weight": (2, 2)}, "a without its other half"),
-        ({"unet.a.lora_A.weight": (2, 2), "unet.a.lora_B.weight": (2, 2), "unet.a.lora_magnitude_vector": (2,)}, "lora_magnitude_vector"),
+        ({"lora_unet_a.hada_w1_a": (2, 2)}, "a with hada_w1_a alone: no weights of an adapter"),
+        ({"unet.a.lora_A.weight": (2, 2)}, "a with down alone"),
+        ({"unet.a.lora_A.weight": (2, 2), "unet.a.lora_B.weight": (2, 2), "unet.a.oft_blocks": (2, 2, 2)}, "oft_blocks"),
         ({"conv_in.weight": (2, 2)}, "conv_in.weight"),
     ],
 )
@@ -267,7 +267,7 @@ def test_an_adapter_config_of_another_kind(tmp_path: Path) -> None:
         {"base_model.model.a.lora_A.weight": torch.zeros(1, 2), "base_model.model.a.lora_B.weight": torch.zeros(2, 1)},
         tmp_path / "adapter_model.safetensors",
     )
-    for values, said in (({"peft_type": "LOHA"}, "LOHA"), ({"use_dora": True}, "use_dora")):
+    for values, said in (({"peft_type": "OFT"}, "OFT"), ({"use_dora": True}, "no magnitude of this layer")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=said):
             read(tmp_path)

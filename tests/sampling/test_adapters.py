@@ -16,12 +16,12 @@ from pipelines import pipeline_folder
 from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.latent_diffusion.family import load
+from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import write
 from ldm.models.lora import Lora, Pair
 from ldm.sampling.adapters import add, scaled, weighted
 from ldm.sampling.recipe import Recipe, parse_parameters, read_chunks, read_recipe
 from ldm.sampling.request import Adapters
-from ldm.text.textual_inversion import write_embedding
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_the_page_draws_with_them(base: Path, here: Path) -> None:
     [
         (["--lora", "absent.safetensors"], "no such file"),
         (["--lora", "one.safetensors:inf"], "FILE:WEIGHT"),
-        (["--lora", "words/thing.safetensors"], "no weights of a LoRA"),
+        (["--lora", "words/thing.safetensors"], "no weights of an adapter"),
         (["--lora", "foreign.safetensors"], "none of its 1 layers is in this model"),
         (["--embedding", "one.safetensors"], "an embedding's file has one"),
         (["--embedding", "words/thing.safetensors", "--embedding", "words/thing.safetensors"], "knows this word already"),

@@ -35,14 +35,15 @@ from ldm.formats.atomic import write_json
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
 from ldm.formats.export_source import ExportedModel
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
+from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
 from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
-from ldm.models.lora import Lora, Merged
+from ldm.models.lora import LearnedEmbedding, Lora, Merged, weighted_modules
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt
-from ldm.text.textual_inversion import LearnedEmbedding, add_word
+from ldm.text.textual_inversion import teach
 from ldm.text.weighted import chunks_of
 
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
@@ -457,10 +458,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs into the UNet and the text encoder, and teach that new words."""
-        for word in words:
-            add_word(self.text, word.token, word.rows)
+        for word in (*words, *(word for lora, _ in loras for word in lora.words)):
+            teach(self.text, word)
         if loras:
-            Merged({"unet": self.denoiser, "text_encoder": self.text.model}, loras)
+            names = sgm_names(self.denoiser.config, weighted_modules(self.denoiser))
+            Merged({"unet": self.denoiser, "text_encoder": self.text.model}, loras, names)
         self.text.forget()
 
     def overlong(self, prompt: Prompt) -> str:

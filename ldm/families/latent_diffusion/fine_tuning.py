@@ -16,6 +16,7 @@ from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, PositiveFlo
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
+from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import write
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import save_tokenizer, text_part
@@ -23,7 +24,7 @@ from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
 from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
 from ldm.text.encoder import TextEncoder
-from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings, write_embedding
+from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings
 
 
 class Adaptable(Family):

@@ -21,12 +21,13 @@ from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import LatentDiffusion, load
 from ldm.families.latent_diffusion.fine_tuning import Adapt, AdaptedFamily, InvertedFamily, LoraFamily, LowRank, TextualInversion
+from ldm.formats.embedding_files import DIFFUSERS, read_embedding
 from ldm.formats.lora_files import read
 from ldm.formats.part import load_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.lora import Lora, Merged
 from ldm.text.encoder import TextEncoder
-from ldm.text.textual_inversion import DIFFUSERS, add_word, first_embeddings, names, read_embedding
+from ldm.text.textual_inversion import add_word, first_embeddings, names
 
 BOTH = LowRank(rank=3, alpha=6, text_rank=2, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
 WORD = TextualInversion(token="<thing>", init="a red square", vectors=2)
