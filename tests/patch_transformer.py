@@ -14,8 +14,9 @@ from ldm.diffusion.batch import Cond
 from ldm.models import denoiser
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import recompute
+from ldm.models.embeddings import coordinates, waves
 from ldm.models.transformer import Memory, TransformerBlock
-from ldm.models.unet import UNetConfig, coordinates, waves
+from ldm.models.unet import UNetConfig
 
 
 @config
@@ -57,4 +58,4 @@ class PatchTransformer(Denoiser):
 
 def register() -> None:
     """From here on `network: {kind: patches}` is read, built and opened."""
-    denoiser.Network = Annotated[UNetConfig | PatchesConfig, BY_KIND]
+    denoiser.Network = Annotated[UNetConfig | PatchesConfig, BY_KIND]  # type: ignore[misc]

@@ -69,6 +69,8 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     if tag == "union_tag_invalid":
         given = here.get("kind") if isinstance(here, Mapping) else here
         return f"{path}.kind: got {given!r}{_nearest(given, allowed, 'allowed are')}"
+    if tag == "union_tag_not_found" and not isinstance(here, Mapping | None):
+        return f"{path}: got {_short(here)}; it should be a mapping of fields (kind: {', '.join(allowed)})"
     if tag == "union_tag_not_found":
         meant = difflib.get_close_matches(steps[-1], entries, 1, 0.7) if isinstance(here, Mapping) and steps else []
         hint = f"; did you mean {'.'.join([*steps[:-1], *meant])}?" if meant else ""

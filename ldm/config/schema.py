@@ -178,7 +178,9 @@ def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
         return data.text
     if (found := chosen_preset(kind, data)) is not None:
         file, beside = found
-        data = merge({name: value for name, value in _read(file, ()).items() if name != "of"}, beside)
+        # The preset's values are of the kind beside them: no kind changes here.
+        same = {name: beside[name] for name in ("kind",) if name in beside}
+        data = merge({name: value for name, value in _read(file, ()).items() if name != "of"} | same, beside)
     members = members_of(kind)
     if members and isinstance(data, Mapping):
         usual = getattr(default, "kind", None)

@@ -47,6 +47,11 @@ class DenoiserConfig:
         return self.context_width
 
     @property
+    def multiple(self) -> int:
+        """Sides of the latents must be multiples of it."""
+        return 1
+
+    @property
     def reads_size(self) -> bool:
         """Whether the network must be told Cond.size (as Stable Diffusion XL's)."""
         return False

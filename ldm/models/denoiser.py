@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 from ldm.config.errors import UserError
 from ldm.config.introspection import members_of, without_annotation
+from ldm.config.schema import BY_KIND
 from ldm.models.backbone import Denoiser, DenoiserConfig
+from ldm.models.dit import DiTConfig
+from ldm.models.mmdit import MMDiTConfig
 from ldm.models.unet import UNetConfig
 
 __all__ = ["DEFAULT", "FOLDERS", "Denoiser", "DenoiserConfig", "Network", "config_of", "members"]
 
-# A second member makes it Annotated[UNetConfig | Other, BY_KIND]; a union of one is refused by pydantic.
 # Fields are annotated `denoiser.Network`, so that the name is looked up when a configuration is read.
-Network: TypeAlias = UNetConfig
+Network: TypeAlias = Annotated[UNetConfig | DiTConfig | MMDiTConfig, BY_KIND]
 DEFAULT = UNetConfig()  # Stable Diffusion 1.x
 FOLDERS = ("unet", "transformer")  # where a pipeline folder may keep it
 
 
 def members() -> tuple[type[DenoiserConfig], ...]:
     """The configurations of all networks."""
-    return tuple(members_of(without_annotation(Network)).values()) or (Network,)
+    return tuple(members_of(without_annotation(Network)).values())
 
 
 def config_of(values: Mapping[str, Any]) -> Network:
@@ -36,3 +38,8 @@ def config_of(values: Mapping[str, Any]) -> Network:
         raise UserError(f"config.json: _class_name is {name!r}; a denoising network is one of {', '.join(known)}")
     made: Network = known[name].from_diffusers(values)  # type: ignore[assignment]
     return made
+
+
+def continued(own: Network, base: Network) -> Network:
+    """A base model's network, with what concerns training alone as `own` has it, where both are of one kind."""
+    return cast("Network", own.continuing(cast("Any", base))) if own.kind == base.kind else base

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.config.errors import UserError
@@ -180,6 +180,20 @@ def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, Any]:
     if fields["norm"] not in ("group", "spatial"):
         raise _refusal("VQModel", "norm_type", fields["norm"], "group or spatial")
     return fields | {"code_channels": fields["code_channels"] or 0}
+
+
+def renamed_to_diffusers(name: str, config: Any, fixed: Mapping[str, object], plain: Plain) -> dict[str, Any]:
+    """The config.json of diffusers' class `name`: what is `fixed` here, and the `plain` fields under their names there."""
+    return {"_class_name": name, **fixed, **{theirs: _plain(getattr(config, ours)) for theirs, ours, _ in plain}}
+
+
+def renamed_from_diffusers(
+    name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, ignored: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The `plain` fields behind a config.json of diffusers' class `name`; raises as `unet_from_diffusers`."""
+    _check_class(values, (name,))
+    _check_fields(name, values, fixed, plain, set(ignored))
+    return {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
 
 
 def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, Any]:

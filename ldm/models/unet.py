@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, cast
@@ -17,11 +16,11 @@ from ldm.diffusion.batch import Cond, Text
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import OWN_UNET, STOCK_UNET, unet_from_diffusers, unet_to_diffusers
+from ldm.models.embeddings import COORDINATES, TimeEmbedding, coordinates, waves
 from ldm.models.inference import prepare, shared_copy
 from ldm.models.transformer import CrossAttention, Memory, Transformer
 
 SIZES = 6  # numbers in Cond.size
-COORDINATES = 6  # x, y and the cosine and sine of each
 
 
 @named("unet")
@@ -296,19 +295,6 @@ class UNet(Denoiser):
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
 
-class TimeEmbedding(nn.Module):
-    """Linear, SiLU, linear."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels_in, channels_out)
-        self.linear_2 = nn.Linear(channels_out, channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,C) -> (B,T)."""
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution, each with a transformer where the level attends, and a change of size."""
 
@@ -367,31 +353,3 @@ def transformer(config: UNetConfig, level: int) -> Transformer:
         upcast=config.upcast_attention,
         dropout=config.dropout,
     )
-
-
-def waves(values: Tensor, channels: int, cosine_first: bool = True, shift: int = 0) -> Tensor:
-    """Sines and cosines of numbers at geometric frequencies 10000^(-i / (channels/2 - shift)).
-
-    Args:
-        values: (N,).
-        channels: width of the result; an odd one ends with a zero.
-        cosine_first: whether the cosines come before the sines.
-        shift: as in the formula.
-
-    Returns:
-        (N,channels) float32: computed so whatever the network's type, because half types cannot count to 1000.
-    """
-    half = channels // 2
-    frequency = torch.arange(half, dtype=torch.float32, device=values.device)
-    angle = values.float()[:, None] * torch.exp(-math.log(10000) * frequency / (half - shift))
-    parts = [angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
-
-
-def coordinates(x: Tensor) -> Tensor:
-    """Where each place is: x and y in (-1,1), and the cosine and sine of pi times each, (B,6,h,w)."""
-    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
-    y = ((rows + 0.5) * (2 / len(rows)) - 1)[:, None].expand(x.shape[2:])
-    z = ((columns + 0.5) * (2 / len(columns)) - 1)[None, :].expand(x.shape[2:])
-    maps = [z, y, *(f(math.pi * a) for a in (z, y) for f in (torch.cos, torch.sin))]
-    return torch.stack(maps).expand(len(x), -1, -1, -1)

@@ -244,7 +244,7 @@ def _wrong_sides(run: Run, model: str, sides: tuple[int, ...], buckets: Buckets 
     factor = 1 if run.init else every.step_px(run.others(model))  # a base model's own network is not known here
     for side in sides:
         if side % factor:
-            yield f"{where}.resolution: got {side}; the autoencoder needs a multiple of {factor}"
+            yield f"{where}.resolution: got {side}; {model} needs a multiple of {factor}"
     if buckets:
         yield from wrong_step(buckets, sides[0], factor, f"{where}.buckets")
 

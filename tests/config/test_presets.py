@@ -15,6 +15,8 @@ from ldm.families.autoencoder import KL, VQ
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.registry import Model
 from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.dit import DiTConfig
+from ldm.models.mmdit import MMDiTConfig
 from ldm.models.unet import UNetConfig
 
 # Published by, or counted from the configurations of, CompVis/latent-diffusion, CompVis/stable-diffusion, runwayml and Stability AI.
@@ -27,6 +29,7 @@ UNETS = {
     "ldm-text2img-256": 403_623_939,
     "ldm-cin256": 400_920_579,
 }
+TRANSFORMERS = {"pixart-alpha": 610_837_648, "sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520}
 KLS = {"kl-f4": 55_312_063, "kl-f8": 83_653_863, "kl-f8-16ch": 83_819_683, "kl-f16": 69_610_963, "kl-f32": 103_880_131}
 VQS: dict[str, int | None] = {"vq-f4": 55_298_206, "vq-f8": 67_651_759, "vq-f16": None}  # without the codebook
 
@@ -45,7 +48,8 @@ def test_every_shipped_preset_is_in_the_tables() -> None:
         set(preset_names(UNetConfig)) == set(UNETS) and set(preset_names(KLConfig)) == set(KLS) and set(preset_names(VQConfig)) == set(VQS)
     )
     files = {p.stem for p in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml")}
-    assert files == {*UNETS, *KLS, *VQS}
+    assert set(preset_names(DiTConfig)) | set(preset_names(MMDiTConfig)) == set(TRANSFORMERS)
+    assert files == {*UNETS, *TRANSFORMERS, *KLS, *VQS}
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -56,6 +60,17 @@ def test_unets_have_the_published_number_of_parameters_and_diffusers_counts_the_
     with torch.device("meta"):
         assert parameters(made.build()) == UNETS[name]
         assert parameters(UNet2DConditionModel.from_config(made.to_diffusers())) == UNETS[name]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_have_the_published_number_of_parameters_and_diffusers_counts_the_same(name: str) -> None:
+    import diffusers
+
+    made = build({"network": name}, LatentDiffusion, "test").network
+    said = made.to_diffusers()
+    with torch.device("meta"):
+        assert parameters(made.build()) == TRANSFORMERS[name]
+        assert parameters(getattr(diffusers, said["_class_name"]).from_config(said)) == TRANSFORMERS[name]
 
 
 @pytest.mark.parametrize("name", KLS)

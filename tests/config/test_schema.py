@@ -292,7 +292,7 @@ def test_words_that_lead_nowhere(tmp_path: Path) -> None:
 def test_a_required_union_and_values_of_the_wrong_shape(tmp_path: Path) -> None:
     assert mistakes(tmp_path, "seed: 1") == ["stages: required, but not given"]
     assert mistakes(tmp_path, "stages: 3") == ["stages: got 3; it should be a mapping, such as {name: value}"]
-    assert mistakes(tmp_path, "stages: {a: 3}") == ["stages.a.kind: required, but not given (allowed are train, rest)"]
+    assert mistakes(tmp_path, "stages: {a: 3}") == ["stages.a: got 3; it should be a mapping of fields (kind: train, rest)"]
     assert mistakes(tmp_path, f"net: [1]\n{TRAIN}") == ["net: got [1]; it should be a mapping of fields"]
     assert mistakes(tmp_path, f"seed: 1.5\n{TRAIN}") == ["seed: got 1.5; it should be a whole number"]
     assert build({"stages": {}}, Tree, "here") == Tree(stages={})

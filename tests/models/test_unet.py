@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.diffusion.batch import Cond, Text
+from ldm.models.embeddings import coordinates, waves
 from ldm.models.transformer import Memory
-from ldm.models.unet import UNet, UNetConfig, coordinates, waves
+from ldm.models.unet import UNet, UNetConfig
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"

@@ -33,11 +33,6 @@ class Exportable(Protocol):
         ...
 
     @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel."""
-        ...
-
-    @property
     def defaults(self) -> dict[str, Any]:
         """How it wants to be sampled."""
         ...
@@ -87,7 +82,7 @@ def _name(path: Path) -> str:
 
 def _network_config(family: Exportable) -> dict[str, Any]:
     values = family.denoiser.config.to_diffusers()
-    return values | {"sample_size": values.get("sample_size") or family.resolution // family.factor}
+    return values | {"sample_size": values.get("sample_size") or family.resolution // family.codec.factor}
 
 
 def _autoencoder(family: Exportable) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:

@@ -101,9 +101,9 @@ class LatentDiffusion(ModelConfig):
         Raises:
             UserError: naming the field, both values and the fix.
         """
-        network, process = self._continued_network(read_denoiser(base)), process_of(base)
+        network, process = denoiser.continued(self.network, read_denoiser(base)), process_of(base)
         own = self.network
-        if own != own.continuing(type(own)()):  # more than what concerns training alone is said
+        if own != denoiser.continued(own, type(own)()):  # more than what concerns training alone is said
             if own.kind != network.kind:
                 message = f"got {own.kind}, but the base model {base} has {network.kind}; leave network out"
                 raise UserError(f"models.diffusion.network.kind: {message}")
@@ -121,10 +121,6 @@ class LatentDiffusion(ModelConfig):
             defaults = defaults_of(read_record(base), base)[0]
         process = replace(self.process, schedule=process.schedule, target=process.target, offset_noise=offset)
         return replace(self, network=network, process=process, defaults=defaults)
-
-    def _continued_network(self, base: denoiser.Network) -> denoiser.Network:
-        """A base model's network, with what concerns training alone as this configuration has it, where that is of the same kind."""
-        return self.network.continuing(base) if self.network.kind == base.kind else base
 
     def for_stage(self, stage: TrainingStage) -> LatentDiffusion:
         """With what the stage says of recomputing and of caption dropout."""
@@ -164,8 +160,8 @@ class LatentDiffusion(ModelConfig):
             yield f"{where}: {begins} has learned what {own}.adapt names; give that one more images"
 
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
-        """The autoencoder's."""
-        return others["autoencoder"].step_px({}) if "autoencoder" in others else 1
+        """The autoencoder's, times what the network cuts latents into."""
+        return self.network.multiple * (others["autoencoder"].step_px({}) if "autoencoder" in others else 1)
 
     def counted(self, base: str, note: Callable[[str], None]) -> LatentDiffusion:
         """With the network of a base model, where its files are here, else Stable Diffusion 1's."""
@@ -175,7 +171,7 @@ class LatentDiffusion(ModelConfig):
         if file is None:
             note(f"unet of {base}: its config.json is not here; counted as Stable Diffusion 1's")
             return replace(self, network=replace(denoiser.DEFAULT, checkpointing=self.network.checkpointing))
-        return replace(self, network=self._continued_network(denoiser.config_of(read_json(file))))
+        return replace(self, network=denoiser.continued(self.network, denoiser.config_of(read_json(file))))
 
     def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
@@ -255,7 +251,7 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> d
         raise UserError(f"{init.folder}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
     wide = network.in_channels == channels(codec) != theirs.in_channels
     like = replace(network, in_channels=codec.channels) if wide else network
-    shape = like.continuing(theirs) if like.kind == theirs.kind else theirs  # dropout and the like are this configuration's
+    shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
     if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
     found, _ = load_denoiser(init.folder, like)
@@ -287,8 +283,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     @property
     def factor(self) -> int:
-        """Image pixels per latent pixel."""
-        return self.codec.factor
+        """Sides of pictures are multiples of it, px: of the latents' pixels, and of the network's patches."""
+        return self.codec.factor * self.denoiser.config.multiple
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -437,7 +433,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """The noise (N,c,h,w) that pictures begin with."""
-        return Rng(0, list(seeds)).normal("init", (self.codec.channels, size[0] // self.factor, size[1] // self.factor))
+        return Rng(0, list(seeds)).normal("init", (self.codec.channels, size[0] // self.codec.factor, size[1] // self.codec.factor))
 
     def watch(self, see: See) -> tuple[Edit, ...]:
         """Tell `see` of the estimated x0 (B,c,h,w) of a chunk at every step."""
