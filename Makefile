@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: quickstart test test-large test-soak clean
+.PHONY: quickstart test test-large test-soak docs clean
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python train.py configs/quickstart.yaml $(ARGS)
 
@@ -22,6 +22,10 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --progress-bar on --disable-pip-version-check -e ".[test]"
 	@touch $@
+
+# The pages as a site, in site/; a link that leads nowhere is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet $(ARGS)
 
 clean:
 	rm -rf $(VENV)

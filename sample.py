@@ -1,4 +1,4 @@
-"""A model and prompts become image files: `python sample.py "a red circle" --model runs/quickstart`."""
+"""A model and prompts become image files: `python sample.py "a green ring" --model runs/quickstart`."""
 
 import sys
 

@@ -32,7 +32,7 @@ def classifier(
     seed: Annotated[int, Option(min=0, help="Of order, noise and first weights.")] = 0,
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
 ) -> int:
-    """Learn which words captions say of noisy latents. Then: ldm sample "a red circle" --classifier FILE --classifier-scale 2."""
+    """Learn which words captions say of noisy latents. Then: ldm sample "a green ring" --classifier FILE --classifier-scale 2."""
     known = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not known:
         raise UserError(f"words: got {words!r}; words of captions with commas are needed, such as red,green,blue")

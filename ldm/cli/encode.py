@@ -115,10 +115,11 @@ def encode(
 def _source(data: str) -> Any:
     """Where pictures come from: a path, or what a run's file says."""
     if data.endswith((".yaml", ".yml")):
-        from ldm.config.schema import build, read
+        from ldm.config.schema import build, configuration, read
         from ldm.runs.run import Run, place
 
-        return place(build(read(Path(data).expanduser(), []), Run, data), Path(data).expanduser())[0].data
+        file = configuration(data)
+        return place(build(read(file, []), Run, data), file)[0].data
     from ldm.data.check import source_at
 
     return source_at(data)

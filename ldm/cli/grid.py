@@ -40,7 +40,7 @@ class Plot:
     """X/Y/Z plot: what changes from picture to picture, and where it goes."""
 
     prompt: str = option("", "What to draw; may be left out with --from.", argument=True)
-    x: str = option("", "What changes from column to column, such as guidance=1,3,7, or prompt=red,green,blue.")
+    x: str = option("", "What changes from column to column, such as guidance=1,3,7, or prompt=green,pink,yellow.")
     y: str = option("", "From row to row.")
     z: str = option("", "From table to table, one below the other.")
     out: Path = option(Path("grid.png"), "The table, a PNG; never replaces a file.")
@@ -69,7 +69,7 @@ def grid(
     refuse(old, "ldm grid")
     words = clean(plot.prompt or str(old.get("prompt", "")))
     if not words:
-        raise UserError('prompt: what to draw? Write ldm grid "a red circle" --x ..., or --from PICTURE')
+        raise UserError('prompt: what to draw? Write ldm grid "a green ring" --x ..., or --from PICTURE')
     sampler.check()
     edited = editing.edited(base.size, old)
     if not edited and any(axis.name == "strength" for axis in axes):

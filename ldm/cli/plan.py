@@ -40,11 +40,12 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say what a run would do, why, and what it would cost; try its order of samples out. Nothing is trained or written."""
-    from ldm.config.schema import build, read
+    from ldm.config.schema import build, configuration, read
 
     count = _count(samples)
     if tflops and peak:
         raise UserError("tflops: not together with --peak, which gives the same by --mfu")
+    config = configuration(config)
     values = read(config, words or [])
     from ldm.runs.plan import as_json as plain
     from ldm.runs.plan import make, show

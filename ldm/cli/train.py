@@ -46,9 +46,9 @@ def main(words: Sequence[str]) -> int:
     files = [word for word in words if word not in fields]
     if len(files) != 1:
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
-    from ldm.config.schema import build, read
+    from ldm.config.schema import build, configuration, read
 
-    file = Path(files[0]).expanduser()
+    file = configuration(files[0])
     # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
     check_version(file.parent)
     values = read(file, fields)

@@ -60,8 +60,8 @@ def default_of(kind: Any, name: str) -> Any:
 T = TypeVar("T", bound=type)
 
 PRESET = "preset"  # the field that names a preset where others stand beside it
-HERE = Path(__file__).parent
-PRESET_FOLDERS = (HERE / "models", HERE.parents[1] / "configs" / "models")  # in an installed package, in a checkout
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = next((folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()), None)  # in a wheel, in a clone
 
 
 def named(word: str) -> Callable[[T], T]:
@@ -103,8 +103,7 @@ def _owners(kind: Any) -> dict[str, str]:
 
 @cache
 def _files() -> dict[str, Path]:
-    folder = next((f for f in PRESET_FOLDERS if f.is_dir()), None)
-    return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {} if CONFIGS is None else {file.stem: file for file in sorted((CONFIGS / "models").glob("*.yaml"))}
 
 
 @cache

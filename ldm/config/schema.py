@@ -15,7 +15,17 @@ import pydantic
 import yaml
 
 from ldm.config.errors import UserError
-from ldm.config.introspection import PRESET, chosen_preset, default_of, hints_of, members_of, named, without_annotation, without_null
+from ldm.config.introspection import (
+    CONFIGS,
+    PRESET,
+    chosen_preset,
+    default_of,
+    hints_of,
+    members_of,
+    named,
+    without_annotation,
+    without_null,
+)
 from ldm.config.messages import explain
 from ldm.config.yaml_reader import DEEPEST, Flag, Text, Written, parse, sourced, spoken
 
@@ -72,6 +82,23 @@ def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
         UserError: telling every mistake at once, each with its path, its value and what is allowed.
     """
     return build(read(path, words), kind, str(path))
+
+
+def configuration(name: str | Path) -> Path:
+    """The YAML file that a word names: itself, the one of a run folder, or one that comes with the package (configs/...).
+
+    Raises:
+        UserError: for a folder without one.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            return path / "config.yaml"
+        raise UserError(f"{path}: a folder, and no run; name a YAML file, such as configs/quickstart.yaml (pictures: data.path={path})")
+    if CONFIGS is not None and path.parts[:1] == (CONFIGS.name,) and not path.exists():
+        kept = CONFIGS.joinpath(*path.parts[1:])
+        return kept if kept.is_file() else path
+    return path
 
 
 def read(path: Path, words: Sequence[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def read_prompts(text: str, source: str) -> list[Asked]:
             where = f"{source}, line {number}"
             found.append(_object(line, where) if line.startswith("{") else _flagged(line, where))
     if not found:
-        raise UserError(f'{source}: no prompts in it; write one per line, or give them as words: ldm sample "a red circle"')
+        raise UserError(f'{source}: no prompts in it; write one per line, or give them as words: ldm sample "a green ring"')
     return found
 
 
@@ -100,7 +100,7 @@ def _object(line: str, where: str) -> Asked:
         else:
             values[name] = _number(value, name, f"{where}: {key}")
     if "prompt" not in values:
-        raise UserError(f'{where}: no prompt; write {{"prompt": "a red circle"}}')
+        raise UserError(f'{where}: no prompt; write {{"prompt": "a green ring"}}')
     return Asked(**values)
 
 

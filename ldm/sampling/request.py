@@ -44,7 +44,7 @@ class PromptOptions:
         if given or (file is None and recipe is not None):
             return [Asked(prompt=clean(text)) for text in given or [recipe or ""]]
         if file is None and sys.stdin.isatty():
-            raise UserError('no prompt: write ldm sample "a red circle", or --prompts FILE, or send lines to standard input')
+            raise UserError('no prompt: write ldm sample "a green ring", or --prompts FILE, or send lines to standard input')
         source = "standard input" if file is None or str(file) == "-" else str(file)
         try:
             text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")

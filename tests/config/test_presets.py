@@ -178,12 +178,12 @@ def test_a_class_without_presets_takes_no_word() -> None:
 def test_wheels_carry_the_files_where_the_package_looks_for_them() -> None:
     import tomllib
 
-    from ldm.config.introspection import HERE, PRESET_FOLDERS
+    from ldm.config.introspection import CONFIGS, PACKAGE
 
-    root = HERE.parents[1]
+    root = PACKAGE.parent
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert (root / included["configs/models"], root / "configs/models") == PRESET_FOLDERS
+    assert included["configs"] == "ldm/configs" and root / "configs" == CONFIGS
 
 
 def test_the_page_tells_the_same_counts() -> None:
