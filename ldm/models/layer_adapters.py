@@ -38,6 +38,12 @@ class LayerAdapter(ABC):
     def product(self, ready: Ready) -> Tensor:
         """What is multiplied by the factor, its values in the order of the weight's."""
 
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        found = [part for value in vars(self).values() for part in (value if isinstance(value, tuple) else (value,))]
+        return sum(part.numel() for part in found if isinstance(part, Tensor))
+
     def delta(self, weight: Tensor) -> Tensor:
         """What is added to `weight`, in its shape, at least in float32."""
         kind = torch.promote_types(weight.dtype, torch.float32)
@@ -75,6 +81,11 @@ class Pair(LayerAdapter):
     up: Tensor  # (out,r) or (out,r,1,1)
     alpha: float
     mid: Tensor | None = None  # (r,r,kh,kw)
+
+    @property
+    def method(self) -> str:
+        """Whether it is DoRA."""
+        return "lora" if self.magnitude is None else "dora"
 
     @property
     def rank(self) -> int:

@@ -167,7 +167,7 @@ def targeted(network: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     return {name: layer for name, layer in known.items() if any(name == t or name.endswith(f".{t}") for t in targets)}
 
 
-def adapted_count(network: nn.Module, rank: int, targets: Sequence[str], method: Method = "lora", factor: int = -1) -> int:
+def adapted_count(network: nn.Module, rank: int, targets: Sequence[str], method: Method = "lora", factor: int | None = None) -> int:
     """Parameters of the adapters that `inject` would put in; LoKr's are put in to be counted.
 
     Raises:
@@ -181,13 +181,13 @@ def adapted_count(network: nn.Module, rank: int, targets: Sequence[str], method:
 
 
 def inject(
-    network: nn.Module, rank: int, alpha: float, targets: Sequence[str], method: Method = "lora", factor: int = -1
+    network: nn.Module, rank: int, alpha: float, targets: Sequence[str], method: Method = "lora", factor: int | None = None
 ) -> list[nn.Parameter]:
     """Put fresh adapters of no effect beside a frozen network's layers, and return their parameters, which alone learn.
 
     Args:
         targets: ends of layers' names, at whole words: `to_q`, `attn2.to_k`, `conv1`.
-        factor: LoKr's: how many rows the first factor has, at most; -1: about the root of the layer's.
+        factor: LoKr's: how many rows the first factor has, at most; None: about the root of the layer's.
 
     Raises:
         UserError: naming a target that no layer's name ends with.
@@ -200,7 +200,7 @@ def inject(
     if method == "loha":
         config = LoHaConfig(r=rank, alpha=alpha, target_modules=chosen)  # type: ignore[arg-type]
     elif method == "lokr":
-        config = LoKrConfig(r=rank, alpha=alpha, target_modules=chosen, decompose_factor=factor)  # type: ignore[arg-type]
+        config = LoKrConfig(r=rank, alpha=alpha, target_modules=chosen, decompose_factor=factor or -1)  # type: ignore[arg-type]
     else:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, use_dora=method == "dora")  # type: ignore[arg-type]
     return _put_in(network, config)

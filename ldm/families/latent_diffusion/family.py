@@ -138,6 +138,8 @@ class LatentDiffusion(ModelConfig):
         left_out = ("defaults", "text", "autoencoder")
         found = {k: v for k, v in plain(self).items() if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None))}
         found["network"]["checkpointing"] = False
+        if self.adapt is not None:
+            found["adapt"] = self.adapt.identity()
         if found["process"]["offset_noise"] is None:
             del found["process"]["offset_noise"]
         return found
@@ -158,6 +160,11 @@ class LatentDiffusion(ModelConfig):
             yield f"{own}.adapt: there is no model to adapt; give one by init, or leave adapt out"
         elif self.adapt is not None and begins.startswith("stages."):
             yield f"{where}: {begins} has learned what {own}.adapt names; give that one more images"
+        if self.adapt is not None:
+            try:
+                self.adapt.check()
+            except UserError as error:
+                yield f"{own}.adapt.{error}"
 
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
         """The autoencoder's, times what the network cuts latents into."""
@@ -458,7 +465,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
             teach(self.text, word)
         if loras:
             names = sgm_names(self.denoiser.config, weighted_modules(self.denoiser))
-            Merged({"unet": self.denoiser, "text_encoder": self.text.model}, loras, names)
+            Merged(self.networks, loras, names)
         self.text.forget()
 
     def overlong(self, prompt: Prompt) -> str:

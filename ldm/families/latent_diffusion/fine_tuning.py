@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,17 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, PositiveFloat, config
+from ldm.config.schema import BY_KIND, Count, NonNegative, PathText, Positive, PositiveFloat, config, plain
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
 from ldm.formats.embedding_files import write_embedding
-from ldm.formats.lora_files import write
+from ldm.formats.lora_files import read, write
+from ldm.formats.lora_keys import sgm_names
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import save_tokenizer, text_part
 from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
-from ldm.models.lora import TEXT_PREFIX, TEXT_TARGETS, Lora, Part, adapted_count, inject, injected, merged_state
+from ldm.models.layer_adapters import LayerAdapter
+from ldm.models.lora import (
+    TEXT_PREFIX,
+    TEXT_TARGETS,
+    Lora,
+    Method,
+    Part,
+    adapted_count,
+    continue_with,
+    flat,
+    inject,
+    injected,
+    matched,
+    merged_state,
+    weighted_modules,
+)
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings
 
@@ -33,6 +50,11 @@ class Adaptable(Family):
     denoiser: Denoiser
     text: TextEncoder
     text_learns: bool
+
+    @property
+    def networks(self) -> dict[Part, nn.Module]:
+        """What adapters may learn beside, as files name it."""
+        return {"unet": self.denoiser, "text_encoder": self.text.model}
 
     @abstractmethod
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
@@ -129,21 +151,30 @@ class LoraFamily(AdaptedFamily):
     def __init__(self, config: LowRank, inner: Adaptable, context: Context) -> None:
         super().__init__(inner, context)
         self.config = config
-        self.unet = nn.ParameterList(inject(inner.denoiser, config.rank, config.alpha, config.targets or inner.denoiser.lora_targets))
-        self.text = nn.ParameterList()
+        self.unet, self.text = nn.ParameterList(), nn.ParameterList()
+        inner.text_learns = config.text_learns
+        if config.init:
+            for part, adapters in config.continued_in(inner.networks).items():
+                try:
+                    (self.unet if part == "unet" else self.text).extend(continue_with(inner.networks[part], adapters))
+                except UserError as error:
+                    raise UserError(f"adapt.init: {config.init}: {error}") from None
+            return
+        how = (config.method, config.factor)
+        targets = config.targets or inner.denoiser.lora_targets
+        self.unet.extend(inject(inner.denoiser, config.rank, config.alpha, targets, *how))
         if config.text_learns:
             scaled = config.alpha * config.text_rank / config.rank
-            self.text.extend(inject(inner.text.model, config.text_rank, scaled, config.text_targets))
-            inner.text_learns = True
+            self.text.extend(inject(inner.text.model, config.text_rank, scaled, config.text_targets, *how))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The denoising network's adapters, and the text encoder's at their own rate."""
-        found = [ParameterGroup(name="model", parameters=list(self.unet))]
+        found = [ParameterGroup(name="model", parameters=list(self.unet))] if len(self.unet) else []
         return found + ([ParameterGroup(name="text", parameters=list(self.text), lr_scale=self.config.text_lr)] if len(self.text) else [])
 
     def lora(self) -> Lora:
         """What has been learned."""
-        pairs = {"unet": injected(self.inner.denoiser)}
+        pairs = {"unet": injected(self.inner.denoiser)} if len(self.unet) else {}
         if len(self.text):
             pairs["text_encoder"] = {name.removeprefix(TEXT_PREFIX): pair for name, pair in injected(self.inner.text.model).items()}
         return Lora(pairs=dict[Part, dict](pairs), metadata=self.metadata())  # type: ignore[type-arg, arg-type]
@@ -206,28 +237,90 @@ KEPT = (LORA, EMBEDDING)  # what an export puts beside the model, too
 
 @config
 class LowRank:
-    """LoRA (Hu 2021, arXiv 2106.09685): small matrices beside the base's frozen ones learn, and are merged in the product."""
+    """LoRA (Hu 2021, arXiv 2106.09685) and its kin: small matrices beside the base's frozen ones learn, and are merged in the product."""
 
     kind: Literal["lora"] = "lora"
+    method: Method = "lora"  # what is learned: plain LoRA, DoRA (also each output's magnitude), LoHa or LoKr
     rank: Positive = 8  # of the denoising network's adapters
     alpha: PositiveFloat = 8.0  # adapters are scaled by alpha / rank
     targets: tuple[str, ...] = ()  # ends of the names of its layers that get one: to_q, attn2.to_k, conv1; none: what is usual for it
+    factor: Positive | None = None  # LoKr's: rows of the first factor, at most; null: about the root of the layer's
     text_rank: Count = 0  # of the text encoder's adapters, of the same alpha / rank; 0: the text encoder stays as it is
     text_targets: tuple[str, ...] = TEXT_TARGETS  # its layers
     text_lr: NonNegative = 0.5  # their learning rate, as a share of the stage's
+    init: PathText = ""  # a LoRA or DoRA file (or folder) to continue: method, ranks, alphas and layers are its own; empty: begin anew
 
     @property
     def text_learns(self) -> bool:
         """Whether captions are encoded anew at every step."""
-        return self.text_rank > 0
+        return any(part != "unet" for part in continued(self.init).pairs) if self.init else self.text_rank > 0
 
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn, of a denoiser on any device and a text encoder."""
-        found = {"adapters": adapted_count(denoiser, self.rank, self.targets or denoiser.lora_targets)}
+        if self.init:
+            return {f"adapters of {part}": sum(pair.count for pair in pairs.values()) for part, pairs in continued(self.init).pairs.items()}
+        found = {"adapters": adapted_count(denoiser, self.rank, self.targets or denoiser.lora_targets, self.method, self.factor)}
         if self.text_rank:
             ends = [end for end in self.text_targets if end in TEXT_TARGETS]
             found["text adapters"] = 2 * text.width * self.text_rank * text.layers * len(ends)
         return found
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, a file by its content; fields that are newer than others only where they say something."""
+        found = {
+            name: value for name, value in plain(self).items() if name not in ("method", "factor", "init") or value != getattr(USUAL, name)
+        }
+        return found | ({"init": continued(self.init).hash} if self.init else {})
+
+    def check(self) -> None:
+        """Refuse what does not belong together, and a file that cannot be continued.
+
+        Raises:
+            UserError: naming the field.
+        """
+        if self.factor is not None and self.method != "lokr":
+            raise UserError(f"factor: got {self.factor}, which only LoKr has; say method: lokr, or leave it out")
+        if not self.init:
+            return
+        if self.text_rank:
+            raise UserError(f"text_rank: got {self.text_rank}, but init continues {self.init}, whose parts are its own; leave it out")
+        pairs: list[Any] = [pair for pairs in continued(self.init).pairs.values() for pair in pairs.values()]
+        for name in ("method", "rank", "alpha"):
+            got, theirs = getattr(self, name), {getattr(pair, name, "another kind") for pair in pairs}
+            if got != getattr(USUAL, name) and theirs != {got}:
+                said = ", ".join(str(value) for value in sorted(theirs)[:3])
+                raise UserError(f"{name}: got {got}, but init continues {self.init}, which has {said}; leave it out")
+        for name in continued(self.init).pairs.get("unet", {}) if self.targets else ():
+            if not any(flat(name).endswith(flat(target)) for target in self.targets):
+                raise UserError(f"targets: got {list(self.targets)}, but init continues {self.init}, which has {name}; leave them out")
+
+    def continued_in(self, networks: Mapping[Part, nn.Module]) -> dict[Part, dict[str, LayerAdapter]]:
+        """What is continued, by part and by the dotted names of the networks' layers.
+
+        Raises:
+            UserError: for a file that is missing, damaged or for another model.
+        """
+        found: dict[Part, dict[str, LayerAdapter]] = {}
+        unet: Any = networks["unet"]
+        for (part, name), pair in matched(continued(self.init), networks, sgm_names(unet.config, weighted_modules(unet))).items():
+            found.setdefault(part, {})[name] = pair
+        return found
+
+
+USUAL = LowRank()
+
+
+@lru_cache(maxsize=1)
+def continued(file: str) -> Lora:
+    """The LoRA in a file that training goes on from.
+
+    Raises:
+        UserError: if it cannot be read, or brings more than training continues.
+    """
+    found = read(file)
+    if found.words:
+        raise UserError(f"{file}: brings the word {found.words[0].token}, which training does not continue; give a file without")
+    return found
 
 
 @config
@@ -244,6 +337,13 @@ class TextualInversion:
     def text_learns(self) -> bool:
         """Whether captions are encoded anew at every step."""
         return True
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: all fields."""
+        return plain(self)
+
+    def check(self) -> None:
+        """Nothing: fields were looked at one by one."""
 
     def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
         """Parameters that learn: the new word's embeddings."""

@@ -1,0 +1,194 @@
+"""Users' case: DoRA, LoHa and LoKr are trained by peft and resume exactly, and a LoRA's file is continued as the same LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from finished_model import Pictures
+from pipelines import pipeline_folder
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.config.schema import build, plain
+from ldm.diffusion.rng import Rng
+from ldm.families.family import Context, Product
+from ldm.families.latent_diffusion.family import LatentDiffusion, load
+from ldm.families.latent_diffusion.fine_tuning import LoraFamily, LowRank
+from ldm.formats.lora_files import read, write
+from ldm.formats.part import load_part
+from ldm.models.lora import Merged, adapted_count, inject
+from ldm.models.unet import UNetConfig
+
+TARGETS = ("to_q", "to_out.0", "conv1")
+METHODS = ("lora", "dora", "loha", "lokr")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline_folder(tmp_path_factory.mktemp("base"))
+
+
+def made(base: Path, adapt: LowRank) -> LoraFamily:
+    torch.manual_seed(0)
+    products = {"text": Product(base, "t"), "autoencoder": Product(base, "a")}
+    context = Context(data=Pictures(), val=Pictures(), resolution=32, seed=0, total_images=8, products=products, init=Product(base, "base"))
+    family = LatentDiffusion(adapt=adapt).continued(base).build(context)
+    assert isinstance(family, LoraFamily)
+    for module in family.frozen():
+        module.eval()
+    return family
+
+
+def learn(family: LoraFamily, steps: range, state: Any = None) -> Any:
+    """Some steps; returns the optimiser's state."""
+    optimizer = torch.optim.AdamW(family.averaged(), 1e-2)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in steps:
+        batch = Pictures().load([0, 1], [2 * step, 2 * step + 1], 32, 0, False)
+        terms, _ = family(batch, Rng(0, batch.position))
+        optimizer.zero_grad()
+        terms["denoising"].backward()
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_resumes_exactly_and_its_files_are_its_product(base: Path, tmp_path: Path, method: Any) -> None:
+    adapt = LowRank(method=method, rank=2, alpha=3, targets=TARGETS, text_rank=1)
+    whole, cut, rest = (made(base, adapt) for _ in range(3))
+    begin = {name: value.clone() for name, value in whole.state_dict().items()}
+    learn(whole, range(3))
+    optimizer = learn(cut, range(2))
+    rest.load_state_dict(cut.state_dict())
+    learn(rest, range(2, 3), optimizer)
+    assert begin.keys() == rest.state_dict().keys()
+    assert all(torch.equal(value, rest.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert all(not torch.equal(value, begin[name]) for name, value in whole.state_dict().items())
+    whole.save(tmp_path)
+    _, unet = load_part(tmp_path / "unet")
+    for file in (tmp_path / "lora" / "kohya.safetensors", tmp_path / "lora" / "unet", tmp_path / "lora" / "text_encoder"):
+        plain_model = load(base)
+        own = Merged(plain_model.networks, [(read(file), 1.0)])
+        if file.name != "text_encoder":
+            found = plain_model.denoiser.state_dict()
+            assert all(torch.allclose(value, found[name], atol=0 if method != "lokr" else 1e-7) for name, value in unet.items())
+        own.undo()
+    for name, layer in whole.inner.denoiser.named_modules():  # as peft merges it
+        if name.endswith(TARGETS) and hasattr(layer, "merge"):
+            layer.merge()
+            torch.testing.assert_close(layer.get_base_layer().weight, unet[f"{name}.weight"], atol=1e-6, rtol=1e-5)
+    theirs = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert theirs.is_file() == (method in ("lora", "dora"))
+    if theirs.is_file():
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base)
+        pipeline.load_lora_weights(theirs)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        for name, value in pipeline.unet.state_dict().items():
+            torch.testing.assert_close(unet[name.replace(".base_layer", "")], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_are_counted_as_they_are_injected(method: Any) -> None:
+    network = UNetConfig(channels=(32, 64), attention=(False, True), layers=1, heads=2, norm_groups=8, context_width=32)
+    with torch.device("meta"):
+        counted = adapted_count(network.build(), 3, TARGETS, method)
+    assert counted == sum(p.numel() for p in inject(network.build(), 3, 3.0, TARGETS, method))
+
+
+def in_style(base: Path, folder: Path, style: str, method: Any = "lora") -> tuple[Path, LoraFamily]:
+    """A LoRA that learned, of U-Net and text encoder, as a file of a style."""
+    family = made(base, LowRank(method=method, rank=2, alpha=3, targets=TARGETS, text_rank=1 if style != "peft" else 0))
+    learn(family, range(2))
+    [file] = write(family.lora(), folder, style)  # type: ignore[arg-type]
+    return file, family
+
+
+def told(lora: Any) -> dict[str, Any]:
+    """Rank, alpha and shape of each layer's adapter."""
+    return {f"{part}.{name}": (p.rank, p.alpha, p.down.shape) for part, pairs in lora.pairs.items() for name, p in pairs.items()}
+
+
+STYLES = [("kohya", "lora"), ("peft", "lora"), ("diffusers", "lora"), ("kohya", "dora"), ("peft", "dora")]
+
+
+@pytest.mark.parametrize(("style", "method"), STYLES)
+def test_a_file_is_continued_as_the_same_lora(base: Path, tmp_path: Path, style: str, method: Any) -> None:
+    file, before = in_style(base, tmp_path, style, method)
+    if style == "kohya":  # another rank and alpha of one layer
+        state = load_file(file)
+        name = next(name for name in state if name.endswith("attn1_to_q.lora_down.weight")).removesuffix(".lora_down.weight")
+        side = len(state[f"{name}.lora_up.weight"])
+        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = torch.randn(3, side), torch.randn(side, 3)
+        state[f"{name}.alpha"] = torch.tensor(5.0)
+        save_file(state, file)
+    adapt = LowRank(init=str(file))
+    adapt.check()
+    family = made(base, adapt)
+    assert adapt.text_learns == (style != "peft") == bool(len(family.text))
+    assert sum(adapt.count(family.inner.denoiser, None).values()) == sum(p.numel() for p in family.averaged())  # type: ignore[arg-type]
+    own, theirs = load(base), load(base)
+    own.adapt([(family.lora(), 1.0)], [])
+    theirs.adapt([(read(file), 1.0)], [])
+    for part, network in own.networks.items():
+        right = theirs.networks[part].state_dict()
+        assert all(torch.allclose(value, right[name], atol=1e-6) for name, value in network.state_dict().items())
+    assert style != "peft" or all(torch.equal(a, b) for a, b in zip(family.averaged(), before.averaged(), strict=True))
+    begin, fresh = [p.detach().clone() for p in family.averaged()], told(family.lora())
+    assert style != "kohya" or {rank for rank, _, _ in fresh.values()} == {1, 2, 3}
+    learn(family, range(2))
+    family.save(tmp_path / "product")
+    again = made(base, LowRank(init=str(tmp_path / "product" / "lora" / "kohya.safetensors")))
+    assert told(again.lora()) == fresh
+    assert all(torch.equal(a, b) for a, b in zip(again.averaged(), family.averaged(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(begin, family.averaged(), strict=True))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"rank": 4}, "rank: got 4, .* has 1, 2"),
+    ({"alpha": 2.0}, "alpha: got 2"),
+    ({"method": "dora"}, "method: got dora"),
+    ({"targets": ("to_k",)}, "targets"),
+    ({"text_rank": 1}, "text_rank"),
+]
+
+
+def test_what_cannot_be_continued_is_refused(base: Path, tmp_path: Path) -> None:
+    file, _ = in_style(base, tmp_path, "kohya")
+    for said, words in REFUSED:
+        with pytest.raises(UserError, match=words):
+            LowRank(init=str(file), **said).check()
+    with pytest.raises(UserError, match="factor: got 4, which only LoKr has"):
+        LowRank(factor=4).check()
+    with pytest.raises(UserError, match="no such file"):
+        LowRank(init=str(tmp_path / "absent.safetensors")).check()
+    other = {name.replace("conv1", "conv9"): value for name, value in load_file(file).items()}
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"of its .* layers are in this model"):
+        made(base, LowRank(init=str(tmp_path / "other.safetensors")))
+    head = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{head}.diff": torch.zeros(16, 16)}, tmp_path / "diff.safetensors")
+    with pytest.raises(UserError, match="only LoRA or DoRA is continued"):
+        made(base, LowRank(init=str(tmp_path / "diff.safetensors")))
+
+
+def test_a_run_is_told_apart_by_the_file_and_not_by_newer_fields(base: Path, tmp_path: Path) -> None:
+    usual = LatentDiffusion(adapt=LowRank()).identity()["adapt"]
+    assert not {"method", "factor", "init"} & usual.keys() and usual["rank"] == 8
+    file, _ = in_style(base, tmp_path, "kohya")
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(file.read_bytes())
+    one, other = (LatentDiffusion(adapt=LowRank(init=str(path))).identity()["adapt"] for path in (file, moved))
+    assert one == other != usual
+    assert build(plain(LowRank(method="lokr", factor=4)), LowRank, "x") == LowRank(method="lokr", factor=4)
+
+
+def test_names(base: Path) -> None:
+    weights: dict[str, Tensor] = dict(made(base, LowRank(method="dora", rank=1)).state_dict())
+    assert len(weights) % 3 == 0
