@@ -37,6 +37,7 @@ def plan(
     mfu: Annotated[float, Option(min=0.01, max=1, help="The share of --peak that training reaches.")] = 0.35,
     price: Annotated[float, Option(min=0, help="Of a device for an hour, in any money.")] = 0.0,
     disk: Annotated[float, Option(min=0.001, help="What storage writes and reads, GB a second.")] = 1.0,
+    extend: Annotated[bool, Option("--extend", help="As train's: go on from the state of stages with other settings.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say what a run would do, why, and what it would cost; try its order of samples out. Nothing is trained or written."""
@@ -53,7 +54,7 @@ def plan(
     from ldm.runs.simulation import simulate
 
     run, out = place(build(values, Run, str(config)), config)
-    found = make(run, out, processes=processes or 0, tflops=tflops or peak * mfu, samples=count)
+    found = make(run, out, processes=processes or 0, tflops=tflops or peak * mfu, samples=count, extend=extend)
     trained = [stage for stage in found.stages if stage.kind == "train"]
     tried: dict[tuple[int, int], Simulated] = {}
     for stage in trained:

@@ -12,10 +12,12 @@ from ldm.config.errors import UserError
 from ldm.distributed.environment import keep_blocks
 from ldm.runs.run_folder import check_version
 
-USAGE = """usage: python train.py CONFIG [key=value ...] [--plan] [--help]
+EXTEND = "--extend"
+USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--help]
 
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
   key=value   change one field: seed=1, out=DIR, models.autoencoder.kind=vq, stages.diffusion.images=100000
+  --extend    more images, another batch, optim, precision or data: go on from the state of the same stages with their former settings
   --plan      say what would be done, why, and what it would cost, and stop; with it
     --processes N   for so many processes instead of this launch's
     --tflops X      if each does 10^12 X floating-point operations a second
@@ -39,6 +41,7 @@ def main(words: Sequence[str]) -> int:
         print(USAGE)
         print(describe(Run))
         return 0
+    extend = options.pop(EXTEND, None) is not None
     if "--plan" not in options and options:
         raise UserError(f"{next(iter(options))}: only together with --plan")
     # A field has no slash before its =, a file may have both: runs/lr=3e-4/config.yaml.
@@ -59,7 +62,7 @@ def main(words: Sequence[str]) -> int:
     run, out = place(build(values, Run, str(file)), file)
     check_version(out)
     if "--plan" not in options:
-        code = execute(run, out, file)
+        code = execute(run, out, file, extend)
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             from ldm.distributed.processes import leave
 
@@ -67,7 +70,7 @@ def main(words: Sequence[str]) -> int:
         return code
     from ldm.runs.plan import as_json, make, show
 
-    found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0))
+    found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0), extend=extend)
     print(as_json(found) if "--json" in options else show(found))
     return 0
 
@@ -100,10 +103,12 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
             left.append(word)
         elif name in ("--processes", "--tflops"):
             options[name] = _positive(name, value if sign else next(waiting, ""))
-        elif word in ("--plan", "--json", "--help", "-h"):
+        elif word in (EXTEND, "--plan", "--json", "--help", "-h"):
             options[word] = 0
         else:
-            raise UserError(f"{name}: no such option; there are --plan, with it --processes, --tflops, --json, --help and key=value words")
+            raise UserError(
+                f"{name}: no such option; there are {EXTEND}, --plan, with it --processes, --tflops, --json, --help and key=value words"
+            )
     return left, options
 
 

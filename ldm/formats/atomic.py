@@ -101,9 +101,13 @@ def state_hash(sums: Mapping[str, str]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Atomic write of a JSON file."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

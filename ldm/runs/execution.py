@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,28 +27,24 @@ from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.distributed.rank_checks import agree
 from ldm.families.family import ModelConfig, Product
 from ldm.formats import atomic
-from ldm.formats.records import read_object
-from ldm.runs import pretrained
+from ldm.runs import extension, pretrained
 from ldm.runs.evaluation import measure
-from ldm.runs.keys import DONE, Finished, check_filters, differences, finished, hashes_of, identity, key_of, plain_json
+from ldm.runs.keys import DONE, IDENTITY, Finished, check_filters, finished, hashes_of, identity, key_of, plain_json
 from ldm.runs.launch_checks import missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
-from ldm.runs.run_folder import only_one, set_aside
-from ldm.training import checkpoint
-from ldm.training.checkpoint import CARRIED
+from ldm.runs.run_folder import only_one, set_aside, sweep
+from ldm.training.checkpoint import CARRIED, Former
 from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
-
-IDENTITY = "identity.json"  # of a stage's folder: what the work in it is for
 
 
 class Execution:
     """One start of a run: it goes through the stages, skips what is done and does the rest."""
 
-    def __init__(self, run: Run, out: Path, processes: Learners) -> None:
-        self.run, self.out, self.processes = run, out, processes
+    def __init__(self, run: Run, out: Path, processes: Learners, extend: bool = False) -> None:
+        self.run, self.out, self.processes, self.extend = run, out, processes, extend
         self.data = run.data.build("train")
         self.val = run.data.build("val")
         self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
@@ -115,7 +112,7 @@ class Execution:
             return
         self.processes.wait()
         if self.processes.main:
-            self._make_room(name, folder, key, wanted, have)
+            self._make_room(name, folder, wanted, have)
             folder.mkdir(parents=True, exist_ok=True)
             atomic.write_json(folder / IDENTITY, wanted | {"key": key})
         self.processes.wait()
@@ -136,6 +133,7 @@ class Execution:
                 "images": images,
                 "carried": carried,
                 "version": __version__,
+                "history": plain(extension.history(folder)),
             }
             atomic.write_json(folder / DONE, values)
             shutil.rmtree(folder / "state", ignore_errors=True)
@@ -146,23 +144,21 @@ class Execution:
         self.log.note(f"{name}: finished in {have.seconds:.0f} s{_headline(result)}")
         self._judge(name, have.result)
 
-    def _make_room(self, name: str, folder: Path, key: str, wanted: Mapping[str, Any], have: Finished | None) -> None:
-        """Put a stage of another key aside, saying what differs; an interrupted one of this key stays."""
-        if not folder.exists():
+    def _make_room(self, name: str, folder: Path, wanted: Mapping[str, Any], have: Finished | None) -> None:
+        """Put a stage of another key aside, saying what differs, or go on from its state; an interrupted one of this key stays."""
+        doing = extension.decide(folder, have, wanted, self.extend)
+        if doing.odd:
+            self.log.note(f"{name}: {doing.odd}; its checkpoints say themselves whose they are")
+        if doing.goes_on:
             return
-        try:
-            old = read_object(folder / IDENTITY)
-        except FileNotFoundError:
-            old = None
-        except atomic.Damaged as error:
-            self.log.note(f"{error}; whose checkpoints these are stands in themselves")
-            old = None
-        if have is None and (checkpoint.newest_key(folder / "state") if old is None else old.get("key")) == key:
-            return  # interrupted: its state is continued
-        kept = set_aside(folder)
-        if old is not None and old.pop("key", None) != key:
-            changed = "; ".join(differences(old, plain_json(wanted))[:4])
-            self.log.note(f"{name}: runs anew, since {changed}; the former result is kept in {kept}")
+        kept = set_aside(folder) if folder.exists() else None
+        if (found := doing.extends) is not None:
+            found = replace(found, folder=kept.name) if kept is not None and found.folder == folder.name else found
+            extension.begin(folder, found, wanted)
+            self.log.note(f"{name}: {doing.why}; the former result is kept in {folder.with_name(found.folder)}")
+            self.log.record({"extended": found.images, "stage": name, "changed": found.changed})
+        elif kept is not None:
+            self.log.note(f"{name}: runs anew, since {doing.why.removeprefix('changed: ')}; the former result is kept in {kept}")
 
     def _earlier_seconds(self, folder: Path) -> float:
         """Time that interrupted starts of this stage had already spent, as their log tells."""
@@ -229,7 +225,9 @@ class Execution:
             processes=self.processes,
             log=self.log,
             handover=Handover(
-                Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None, self.run.carried_on(name)
+                Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
+                stage.keep_state or self.run.carried_on(name),
+                self._former(folder),
             ),
         )
         try:
@@ -238,6 +236,14 @@ class Execution:
             if out_of_memory(error):
                 raise too_large(trainer, error) from None
             raise
+
+    def _former(self, folder: Path) -> Former | None:
+        """The stage of other settings that a stage goes on from."""
+        if not (changes := extension.history(folder)):
+            return None
+        last = changes[-1]
+        same = not any(line.startswith("settings.optim.kind:") for line in last.changed)
+        return Former(folder.with_name(last.folder), last.images, same)
 
     def _config(self, name: str, stage: Train) -> ModelConfig:
         """The configuration of the model that a stage trains; where it continues a base model, that says what it does not."""
@@ -377,8 +383,12 @@ def _headline(result: Mapping[str, Any]) -> str:
     return f"; {', '.join(shown)}" if shown else ""
 
 
-def execute(run: Run, out: Path, file: Path | None = None) -> int:
-    """Do a placed run; `file` is where its settings come from.
+def execute(run: Run, out: Path, file: Path | None = None, extend: bool = False) -> int:
+    """Do a placed run.
+
+    Args:
+        file: where its settings come from.
+        extend: go on from the state of stages that had other settings, instead of training them anew.
 
     Raises:
         UserError: for a setting that holds a password or the like.
@@ -388,30 +398,34 @@ def execute(run: Run, out: Path, file: Path | None = None) -> int:
             f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
             " environment or a credentials file of the library that needs it"
         )
-    return carry_out(run, out, str(file or "Run"))
+    return carry_out(run, out, str(file or "Run"), extend)
 
 
-def start(run: Run) -> Path:
+def start(run: Run, extend: bool = False) -> Path:
     """Do a run from Python; returns its folder.
+
+    Args:
+        extend: as `execute`'s.
 
     Raises:
         UserError: on anything the caller can mend.
     """
     placed, out = place(run, None)
-    execute(placed, out)
+    execute(placed, out, extend=extend)
     return out
 
 
-def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
+def carry_out(run: Run, out: Path, file: str = "the configuration", extend: bool = False) -> int:
     """Do a run in its folder; returns the exit code.
 
     Args:
         file: where its settings come from, for the start's account.
+        extend: as `execute`'s.
     """
     threads = calibrate()
     processes = Learners()
     try:
-        _carry_out(run, out, processes, threads, file)
+        _carry_out(run, out, processes, threads, file, extend)
         processes.close()
     except KeyboardInterrupt:
         if processes.watchdog is None:
@@ -424,16 +438,17 @@ def carry_out(run: Run, out: Path, file: str = "the configuration") -> int:
     return 0
 
 
-def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str) -> None:
+def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str, extend: bool = False) -> None:
     work = shares(run, processes.launch)
     if lacking := list(missing(run, processes.device)):
         raise UserError("\n".join(lacking))
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
+            sweep(out)
             (out / "config.yaml").write_text(dump(run))
         if processes.watchdog is not None:
             processes.watchdog.folder = out
-        execution = Execution(run, out, processes)
+        execution = Execution(run, out, processes, extend)
         execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
         for line in about(processes.launch, processes.device.type, work, file):
             execution.log.note(line)
@@ -441,6 +456,7 @@ def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str
         facts = {
             "config": plain(run),
             "out": str(out),
+            "extend": extend,
             "data": f"{len(execution.data):,} samples, fingerprint {execution.data.fingerprint()[:16]}",
             "val": f"{len(execution.val):,} samples, fingerprint {execution.val.fingerprint()[:16]}",
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,24 @@ from ldm.data.filter import filter_samples
 from ldm.families.family import Found
 from ldm.formats import atomic, records
 from ldm.runs.run import Encode, Evaluate, Export, Run
-from ldm.training import checkpoint
 from ldm.training.settings import Train
 
 if TYPE_CHECKING:
     from ldm.data.sources import DataSet
 
 DONE = "done.json"
+IDENTITY = "identity.json"  # of a stage's folder: what the work in it is for
+
+
+@config
+class Changed:
+    """Settings of a stage that were changed while it had trained: what it was before, and where that lies."""
+
+    folder: str  # beside the stage's own: the former work, put aside
+    key: str  # of the stage as it was
+    images: Count  # that it had seen
+    identity: dict[str, Any]  # as it was
+    changed: list[str]  # in words: path: old -> new
 
 
 @config
@@ -40,6 +51,7 @@ class Finished:
     images: Count
     carried: str = ""  # hash of the state that was kept for a later stage; empty: none was
     version: str = ""  # of ldm
+    history: list[Changed] = field(default_factory=list)  # the former settings, where it went on from another's state
 
 
 def hashes_of(run: Run, name: str, done: Mapping[str, Finished], found: Mapping[str, Found]) -> dict[str, str]:
@@ -133,42 +145,6 @@ def finished(folder: Path) -> Finished | None:
     except records.Damaged as error:
         raise UserError(f"{error}; put it back as it was, or move {folder} away to make this stage again") from None
     return done
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a start will do with one stage, and why."""
-
-    name: str
-    skip: bool
-    why: str
-
-
-def plan(run: Run, out: Path, data: DataSet, val: DataSet, elsewhere: Mapping[str, Found]) -> list[Planned]:
-    """For every stage whether it runs or is skipped, from what lies in the run folder now.
-
-    Args:
-        elsewhere: what `ldm.runs.pretrained.find` says.
-    """
-    check_filters(run, data)
-    done: dict[str, Finished] = {}
-    found: list[Planned] = []
-    for name in run.stages:
-        if waiting := [read.stage for read in run.reads(name).values() if read.stage and read.stage not in done]:
-            found.append(Planned(name, False, f"because {waiting[0]} runs"))
-            continue
-        have = finished(out / "stages" / name)
-        wanted = identity(run, name, data, val, hashes_of(run, name, done, elsewhere))
-        if have is not None and have.key == key_of(wanted):
-            done[name] = have
-            found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
-        elif have is not None:
-            found.append(Planned(name, False, f"changed: {'; '.join(differences(have.identity, plain_json(wanted))[:3])}"))
-        elif checkpoint.states(out / "stages" / name / "state"):
-            found.append(Planned(name, False, "was interrupted"))
-        else:
-            found.append(Planned(name, False, "not done yet"))
-    return found
 
 
 def plain_json(value: Any) -> Any:

@@ -18,8 +18,8 @@ from ldm.distributed.environment import usable_cores
 from ldm.distributed.launcher import Launched, adopt_slurm, unheeded
 from ldm.distributed.launcher import launched as how
 from ldm.families.family import Found
+from ldm.runs.dry_run import Planned, planned
 from ldm.runs.estimate import Estimate, estimate
-from ldm.runs.keys import Planned, plan
 from ldm.runs.launch_checks import missing, shares
 from ldm.runs.pretrained import FOLDER, find
 from ldm.runs.prior_preservation import PRIOR
@@ -56,7 +56,7 @@ class StagePlan:
     flops: int = 0  # of one image in all, backward pass and frozen parts included
     checkpoint_bytes: int = 0
     kept_bytes: int = 0  # of all checkpoints kept at a time
-    carried_bytes: int = 0  # of the state that is kept at its end for a later stage
+    carried_bytes: int = 0  # of the state that is kept at its end
     cache_bytes: int = 0
     seconds: float = 0.0  # at the stated speed
 
@@ -93,13 +93,14 @@ def assumed_tflops() -> tuple[float, str]:
     return CORE_TFLOPS * cores, f"assumed for {cores} CPU cores; --tflops X says better"
 
 
-def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, samples: int = 0) -> RunPlan:
+def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, samples: int = 0, extend: bool = False) -> RunPlan:
     """The plan of a placed run; nothing is trained, downloaded or written.
 
     Args:
         processes: how many would work; 0: as many as this launch has.
         tflops: what one of them does, 10^12 floating-point operations a second; 0: assumed.
         samples: how many the data would have, filters passed; 0: as many as it has.
+        extend: whether stages with other settings go on from their state.
 
     Raises:
         UserError: for what `shares` refuses, or where a filter asks for what the data does not know.
@@ -121,7 +122,7 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
     if data is None or val is None or elsewhere is None:
         doings = _unread(run, "the data" if data is None else "what it begins with")
     else:
-        doings = plan(run, out, data, val, elsewhere)
+        doings = planned(run, out, data, val, elsewhere, extend)
     whole = estimate(run)
     split = {name for name, each in work.items() if launch.splits(each.shardable)}
     stages = [_stage(run, doing, data, whole, speed, samples, (processes, doing.name in split)) for doing in doings]
@@ -210,7 +211,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, spee
         flops=needs.flops,
         checkpoint_bytes=needs.checkpoint_bytes,
         kept_bytes=stage.keep * needs.checkpoint_bytes,
-        carried_bytes=needs.checkpoint_bytes if run.carried_on(doing.name) else 0,
+        carried_bytes=needs.checkpoint_bytes if stage.keep_state or run.carried_on(doing.name) else 0,
         seconds=needs.flops * stage.images / per_second,
     )
 
@@ -278,7 +279,7 @@ def _details(stage: StagePlan) -> Iterator[str]:
     yield f"memory of each device, estimated: {size_of(sum(stage.memory.values()))} ({parts})"
     yield f"checkpoint {size_of(stage.checkpoint_bytes)}, {size_of(stage.kept_bytes)} kept at most"
     if stage.carried_bytes:
-        yield f"its state at the end, {size_of(stage.carried_bytes)}, is kept for the stage that carries it on"
+        yield f"its state at the end, {size_of(stage.carried_bytes)}, is kept to go on from (keep_state)"
 
 
 def operations(flops: float) -> str:

@@ -183,6 +183,7 @@ def _timings(story: Story) -> str:
             ]
         )
     shapes = "".join(_buckets(stage) for stage in story.stages if stage.buckets)
+    shapes += "".join(f'<p class="note">{escape(stage.name)}, {escape(change)}</p>' for stage in story.stages for change in stage.changes)
     return table(("stage", "kind", "state", "size", "images", "time", "images/s", "peak memory"), rows) + shapes
 
 

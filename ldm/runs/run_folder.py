@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +55,33 @@ def only_one(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+LEFT = re.compile(r"\.(?P<name>.+)\.(partial|old|cut)|\.(images|shard)-.*|\.\d+\.png")  # what is being written, and what it replaces
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a start that was killed has left: what it was writing, and the state of stages that are finished.
+
+    A folder that was just being replaced is put back. Only the holder of the lock may call it.
+    """
+    stages = [path for path in folder.glob("stages/*") if path.is_dir() and is_stage_name(path.name)]
+    inner = [stage / name for stage in stages for name in ("", "state", "samples", "model")]
+    for place in (folder, folder / "stages", folder / "pretrained", *folder.glob("pretrained/*"), *inner):
+        for path in place.glob(".*"):
+            found = LEFT.fullmatch(path.name)
+            if found is None:
+                continue
+            if found[2] == "old" and not (target := place / found["name"]).exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    for stage in stages:
+        if (stage / "done.json").is_file():
+            for name in ("state", "assembled"):
+                shutil.rmtree(stage / name, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:

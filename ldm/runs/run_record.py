@@ -36,6 +36,7 @@ class StageRecord:
     folder: Path
     steps: Sequence[StepRecord]
     alarms: Sequence[str] = ()  # what was odd, in the order of time
+    changes: Sequence[str] = ()  # of settings, where it went on from the state of others: after how many images, and what
     buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
 
     @property
@@ -144,7 +145,14 @@ def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable
             values = numbers({key: line.get(key) for key in PLAIN})
             steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
     steps.sort(key=lambda step: step.images)
-    return StageRecord(name, settings, done or None, folder, steps, alarms, buckets)
+    history = read_told(folder / "extends.json", damaged).get("changes")
+    entries = [mapping(one) for one in history] if isinstance(history, list) else []
+    changes = [f"after {number(one.get('images')) or 0:,.0f} images: {'; '.join(map(str, _listed(one.get('changed'))))}" for one in entries]
+    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, buckets)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
 
 
 def _config(path: Path, damaged: list[str]) -> tuple[str, Mapping[str, Any]]:

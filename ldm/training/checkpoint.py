@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,15 @@ class Meta:
     images: Count
     ema_updates: Count = 0
     scaler: dict[str, int | float] = field(default_factory=dict)  # of fp16's loss scale; empty: none
+
+
+@dataclass(frozen=True)
+class Former:
+    """A stage of other settings that is gone on from."""
+
+    folder: Path  # its own, put aside
+    images: int  # that it had seen
+    optimiser: bool  # whether its optimiser is of the same kind
 
 
 class States:
@@ -91,6 +100,24 @@ class States:
         self._take(tensors, meta, optimiser=True)
         self.log.note(f"{self.folder.name}: going on from {meta.images} of {self.stage.images} images ({path.name})")
         return meta.step
+
+    def extend(self, former: Former) -> int:
+        """Begin with what a stage of other settings has left; returns the step to go on with.
+
+        Raises:
+            UserError: where that is gone, damaged or does not fit.
+        """
+        path = left_in(former.folder)[0]
+        tensors, meta = load_state(path)
+        if wrong := self._unfit(tensors, optimiser=former.optimiser):
+            raise UserError(f"{path}: {wrong}; train this stage from the beginning, without --extend")
+        self._take(tensors, meta, optimiser=former.optimiser)
+        step = step_after(meta.images, self.stage.batch)
+        skipped = step * self.stage.batch - meta.images
+        whole = f"; its batches of {self.stage.batch} begin at {step * self.stage.batch}" if skipped else ""
+        anew = "" if former.optimiser else "; the optimiser is another one and begins anew"
+        self.log.note(f"{self.folder.name}: goes on from {meta.images} of {self.stage.images} images ({former.folder.name}){whole}{anew}")
+        return step
 
     def _take(self, tensors: dict[str, dict[str, Tensor]], meta: Meta, *, optimiser: bool) -> None:
         own = self.family.state_dict()
@@ -309,6 +336,27 @@ def size_of(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
 def states(folder: Path) -> list[Path]:
     """The committed states of a folder, newest first."""
     return sorted((path for path in folder.glob("images-*") if re.fullmatch(r"images-\d{12}", path.name)), reverse=True)
+
+
+def left_in(folder: Path) -> tuple[Path, Meta]:
+    """The state that a stage's folder holds: that at its end, or else the newest checkpoint that verifies.
+
+    Raises:
+        UserError: where there is none.
+    """
+    why = f"{folder} holds no state to go on from (keep_state: false, or none was saved yet)"
+    for path in (*([folder / CARRIED] if (folder / CARRIED).is_dir() else []), *states(folder / "state")):
+        try:
+            atomic.verify(path)
+            return path, records.read_as(path / "meta.json", Meta)
+        except (OSError, records.Damaged) as error:
+            why = str(error)
+    raise UserError(f"{why}; train this stage from the beginning, without --extend")
+
+
+def step_after(images: int, batch: int) -> int:
+    """The first step of batches of this size that begins at so many images or later: batches are counted from image 0."""
+    return -(-images // batch)
 
 
 def newest_key(folder: Path) -> str:

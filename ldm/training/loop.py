@@ -29,7 +29,7 @@ from ldm.formats import atomic
 from ldm.models.inference import check_compiler
 from ldm.training import checkpoint, optim
 from ldm.training.alarms import Alarms
-from ldm.training.checkpoint import States
+from ldm.training.checkpoint import Former, States
 from ldm.training.ema import Ema
 from ldm.training.log import Log
 from ldm.training.settings import PRECISION, Train
@@ -46,6 +46,7 @@ class Handover:
 
     carried: Product | None = None
     keeps: bool = False
+    former: Former | None = None  # a stage of other settings that this one goes on from
 
 
 class Trainer:
@@ -102,7 +103,10 @@ class Trainer:
             stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
         )
         self.step = self.states.restore()
-        if handover.carried is not None and not self.step:
+        self.former = handover.former
+        if self.former is not None and not self.step:
+            self.step = self.states.extend(self.former)
+        elif handover.carried is not None and not self.step:
             self.states.take_over(handover.carried, optimiser=stage.carry == "all")
         self.skipped = 0
 
@@ -260,7 +264,8 @@ class Trainer:
             )
 
     def _alarms(self) -> Alarms:
-        stage, before = self.stage, self.log.steps(self.folder.name)
+        stage, changed_at = self.stage, self.former.images if self.former is not None else -1
+        before = [line for line in self.log.steps(self.folder.name) if line.get("images", 0) > changed_at]
         weights, averages = (self.ema.parameters, self.ema.averages) if self.ema else ([], [])
         return Alarms(lambda images: optim.lr_factor(stage.optim, images, stage.images), stage.batch, weights, averages, before)
 

@@ -42,6 +42,7 @@ class Train:
     compile: bool = False  # torch.compile of the denoising network; minutes first, then faster steps
     save_every_images: Positive = 100_000  # between checkpoints
     keep: Positive = 2  # checkpoints
+    keep_state: bool = True  # keep weights, EMA and optimiser at the stage's end, from which --extend goes on
     save_beside: bool = True  # write checkpoints while training goes on, from a copy of the state in memory
     log_every_steps: Positive = 10  # between lines of the log
     sample_every_images: Count = 0  # between sample grids; 0: only at the end
@@ -94,6 +95,7 @@ class Train:
         watching = {
             "save_every_images",
             "keep",
+            "keep_state",
             "save_beside",
             "log_every_steps",
             "sample_every_images",

@@ -21,7 +21,7 @@ from ldm.config.schema import build
 from ldm.data.cached import CachedLatents
 from ldm.formats import atomic, records
 from ldm.runs import execution
-from ldm.runs.keys import Finished, finished
+from ldm.runs.keys import Finished, finished, key_of
 from ldm.runs.report import render
 from ldm.runs.run_folder import check_version, is_stage_name
 from ldm.runs.run_record import read_story
@@ -147,8 +147,8 @@ def make_room(folder: Path, raw: bytes) -> None:
     stage.mkdir(exist_ok=True)
     (stage / execution.IDENTITY).write_bytes(raw)
     notes: list[str] = []
-    made: Any = SimpleNamespace(log=SimpleNamespace(note=notes.append))
-    execution.Execution._make_room(made, "work", stage, "k", {"settings": {"images": 16}}, None)
+    made: Any = SimpleNamespace(log=SimpleNamespace(note=notes.append), extend=False)
+    execution.Execution._make_room(made, "work", stage, {"settings": {"kind": "train", "images": 16, "batch": 8, "ema": 0.9}}, None)
     assert all("\n" not in note for note in notes)
     for left in folder.glob("stages/work.replaced-*"):
         (left / execution.IDENTITY).unlink()
@@ -216,7 +216,7 @@ PLAN = {
 READERS = [
     (start_and_report, STEP),
     (judge_and_report, DONE),
-    (make_room, {"key": "k", "settings": {"images": 16}}),
+    (make_room, {"key": "k", "settings": {"kind": "train", "images": 8}}),
     (configuration, {"kind": "train", "images": 8, "require": {"x": 1}}),
     (prompts, {"": ["a", "b"], "adherence-seen-64": ["c"]}),
     (state, META),
@@ -239,7 +239,7 @@ def fuzz(reader: Any, whole: dict[str, Any], folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize(("reader", "whole"), READERS, ids=ids)
 def test_damaged_bytes_give_a_value_or_one_line(reader: Any, whole: dict[str, Any], folder: Path) -> None:
-    fuzz(reader, whole, folder, 40)
+    fuzz(reader, whole, folder, 30)
 
 
 @pytest.mark.soak
@@ -311,12 +311,13 @@ def test_checkpoints_say_whose_they_are_where_the_identity_is_damaged(tmp_path: 
     """An interrupted stage goes on from its checkpoint instead of being put aside."""
     stage = tmp_path / "stages" / "a"
     stage.mkdir(parents=True)
-    checkpoint.save_state(stage / "state", 8, {"model": {"w": torch.ones(2)}}, Meta(**META), 2)
+    own: dict[str, Any] = {"settings": {"kind": "train", "images": 16}}
+    checkpoint.save_state(stage / "state", 8, {"model": {"w": torch.ones(2)}}, Meta(**{**META, "key": key_of(own)}), 2)
     notes: list[str] = []
-    made: Any = SimpleNamespace(log=SimpleNamespace(note=notes.append))
-    for key, stays in (("k", True), ("other", False)):
+    made: Any = SimpleNamespace(log=SimpleNamespace(note=notes.append), extend=False)
+    for wanted, stays in ((own, True), ({"settings": {"kind": "train", "images": 8}}, False)):
         (stage / execution.IDENTITY).write_bytes(b"{")
-        execution.Execution._make_room(made, "a", stage, key, {}, None)
+        execution.Execution._make_room(made, "a", stage, wanted, None)
         assert stage.is_dir() is stays
     assert "identity.json: not readable JSON" in notes[0]
 
