@@ -35,12 +35,12 @@ class Film:
     prompt: str = option(MISSING, "What to draw.", argument=True)
     to: str | None = option(None, "What the film ends with; default: the same prompt.")
     to_seed: int | None = option(None, "And with which seed's noise; default: the same.", low=0, high=MAX_SEED)
-    frames: int = option(24, "How many.", low=2, high=512)
+    frames: int | None = option(None, "How many; default: 24.", low=2, high=512)
     loop: bool = option(False, "And back again.")
     clip: Path | None = option(None, "Instead: a short film to draw anew (vid2vid); a folder of frames, or an animated file.")
-    strength: float | None = option(None, "How much of it; default: 0.75, with SOURCE 1.", low=0, high=1)
-    source: str | None = option(None, "What CLIP shows: start from the noise it comes from; guidance is 1 then by default.")
-    cells: int = option(2, "Frames beside and above each other when drawn; 1: each alone.", low=1, high=8)
+    strength: float | None = option(None, "How much of it; default: 0.75, with SOURCE 1.", low=0, high=1, needs="clip")
+    source: str | None = option(None, "What CLIP shows: start from the noise it comes from; guidance is 1 then by default.", needs="clip")
+    cells: int = option(2, "Of CLIP: frames beside and above each other when drawn; 1: each alone.", low=1, high=8, needs="clip")
     rate: float = option(8.0, "Frames a second.", low=0.1, high=100)
     out: Path = option(Path("film.webp"), "The film: .webp, .png or .gif; never replaces a file.")
     pictures: Path | None = option(None, "A folder for the single frames, too.")
@@ -57,8 +57,8 @@ class Film:
             raise UserError("to: where does the film go? Give --to PROMPT, --to-seed NUMBER, or --clip FRAMES to draw a film anew")
         if self.clip is not None and (self.to is not None or self.to_seed is not None):
             raise UserError("clip: not together with --to or --to-seed")
-        if self.clip is None and (self.strength is not None or self.source is not None):
-            raise UserError("strength and source belong to --clip")
+        if self.clip is not None and (self.frames is not None or self.loop):
+            raise UserError("clip: not together with --frames or --loop; the film is as long as the clip")
 
 
 def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters, device: Device) -> int:
@@ -81,15 +81,17 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters,
     (first,) = jobs.recipes(family, [Asked(prompt=clean(film.prompt))], common)
     started = time.monotonic()
     if film.clip is None:
-        recipes = way(first, film.frames, "" if film.to is None else clean(film.to), film.to_seed, film.loop)
+        recipes = way(first, film.frames or 24, "" if film.to is None else clean(film.to), film.to_seed, film.loop)
         from ldm.cli.grid import draw_cells
 
+        _tell_words(recipes)
         drawn: Sequence[Any] = draw_cells(family, recipes, note=tell)
         first = replace(recipes[0], to=clean(film.to or ""))
     else:
         usual = STRENGTH if film.source is None else 1.0
         strength = usual if film.strength is None else film.strength
         first = replace(first, strength=strength, invert=film.source is not None, source=clean(film.source or ""))
+        _tell_words([first])
         anew, first = draw_clip(family, film.clip, first, film.cells)
         drawn, recipes = list(anew), [first] * len(anew)
     save_clip(film.out, [frame.numpy() for frame in drawn], film.rate, first)
@@ -97,6 +99,13 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters,
         save_all(film.pictures, drawn, recipes)
     print(f"{len(drawn)} frames of {folder} in {time.monotonic() - started:.1f} s: {film.out}", file=sys.stderr)
     return 0
+
+
+def _tell_words(recipes: Sequence[Recipe]) -> None:
+    from ldm.sampling.unheard import in_words
+
+    for said in in_words(recipes):
+        tell(said)
 
 
 def way(base: Recipe, frames: int, to: str, to_seed: int | None, loop: bool = False) -> list[Recipe]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of
-from ldm.config.options import options_of
+from ldm.config.options import Option, options_of
 
 
 def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
@@ -32,11 +32,33 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     try:
         # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
         with command.make_context(name, list(words)) as context:
+            _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
             return int(command.invoke(context) or 0)
     except typer.Exit as ending:
         return int(ending.exit_code)
     except mistake as error:
         raise UserError(f"{error.format_message()} (`{name} --help` lists all options)") from None
+
+
+def _check_needs(function: Callable[..., int], given: Callable[[str], bool]) -> None:
+    """Refuse options that change nothing, because what they need is not given.
+
+    Raises:
+        UserError: naming both.
+    """
+    for kind in typing.get_type_hints(function).values():
+        for name, told in _options(kind).items():
+            if told.needs and given(name) and not given(told.needs):
+                words = [f"--{field.replace('_', '-')}" for field in (name, told.needs)]
+                raise UserError(f"{name}: changes nothing without {words[1]}; give that, too, or leave {words[0]} out")
+
+
+def _options(kind: Any) -> dict[str, Option]:
+    """The options of a dataclass and of those in it; of anything else none."""
+    if not is_dataclass(kind):
+        return {}
+    inner = [_options(hint) for hint in hints_of(kind).values()]
+    return options_of(kind) | {name: told for one in inner for name, told in one.items()}  # type: ignore[arg-type]
 
 
 def expanded(function: Callable[..., int]) -> Callable[..., int]:

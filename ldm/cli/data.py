@@ -53,10 +53,14 @@ def check(
 ) -> int:
     """Say what was found, what was left out and why, and what training would see."""
     from ldm.data import check as checking
+    from ldm.data.folder import FolderSource
 
     if captions not in ("auto", "txt", "metadata", "filename", "kohya"):
         raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya")
-    found, parts = checking.check(checking.source_at(path, captions), resolution, sys.maxsize if decode < 0 else decode)
+    source = checking.source_at(path, captions)
+    if captions != "auto" and not isinstance(source, FolderSource):
+        raise UserError(f"--captions: is of a folder of images, and changes nothing with {path}; leave it out")
+    found, parts = checking.check(source, resolution, sys.maxsize if decode < 0 else decode)
     if html is not None:
         from ldm.cli.data_page import data_page
 

@@ -27,15 +27,27 @@ class Measurement:
 
     model: str = option(MISSING, "A folder or file of a model, or owner/name on the hub.", argument=True)
     on: str = option("scenes", "What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")
-    tier: str = option("T0", "Of the scenes: one T0 T1 T2 T3.")
-    n: int = option(200, "Prompts: half with seen colour-shape pairs, half with held-out ones.", low=2)
+    tier: str | None = option(None, "Of the scenes: one T0 T1 T2 T3; default: T0.")
+    n: int | None = option(None, "Prompts of scenes: half with seen colour-shape pairs, half with held-out ones; default: 200.", low=2)
     seed: int = option(0, "Of prompts and pictures.", low=0)
-    guidance: str = option("", "Guidance scales to compare, such as 1,2,3,5; default: the model's.")
+    guidance: str = option("", "Guidance scales to compare on scenes, such as 1,2,3,5; default: the model's.")
     steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
-    sampler: str = option("", "Default: the model's.")
+    sampler: str = option("", "Of the pictures of scenes; default: the model's.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
+
+    def check(self) -> None:
+        """Refuse what is of scenes alone where something else is measured on.
+
+        Raises:
+            UserError: naming the option.
+        """
+        _numbers(self.guidance)
+        of_scenes = {"tier": self.tier, "n": self.n, "guidance": self.guidance, "sampler": self.sampler}
+        for name, value in of_scenes.items():
+            if self.on != "scenes" and value not in (None, ""):
+                raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
 
     def metrics(self) -> list[Any]:
         """What is measured, in order."""
@@ -44,7 +56,7 @@ class Measurement:
 
         found: list[Any] = [Reconstruction(images=self.images), Frechet(images=self.images, steps=self.steps, seed=self.seed)]
         if self.on == "scenes":
-            own = {"tier": self.tier, "prompts": max(1, self.n // 2), "guidance": _numbers(self.guidance)}
+            own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
             own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
             found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
         return found
@@ -52,7 +64,7 @@ class Measurement:
 
 def evaluate(wanted: Measurement, device: Device) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
-    _numbers(wanted.guidance)
+    wanted.check()
     if wanted.as_json is not None:
         _make_room(wanted.as_json)  # before the work, which may take hours
     from ldm.cli.models import best_device
@@ -66,7 +78,7 @@ def evaluate(wanted: Measurement, device: Device) -> int:
 
     calibrate()
     if wanted.on == "scenes":
-        source: Any = build({"kind": "scenes", "tier": wanted.tier, "val": 2 * wanted.images}, ScenesSource, "--tier")
+        source: Any = build({"kind": "scenes", "tier": wanted.tier or "T0", "val": 2 * wanted.images}, ScenesSource, "--tier")
     else:
         source = source_at(wanted.on)
     family = open_finished(wanted.model, device.device or best_device())

@@ -21,6 +21,7 @@ from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe, save_picture
 from ldm.sampling.request import Adapters, Base, Device, Editing, Following, SamplerOptions, clean
+from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +76,8 @@ def grid(
     if not edited and any(axis.name == "strength" for axis in axes):
         raise UserError("strength: changes nothing without a picture to start from; give it by --init")
     rest = {**edited, **editing.passes(old), **following.carried(old)}
+    if rest["hires"] == 1 and any(axis.name == "hires_strength" for axis in axes):
+        raise UserError("hires_strength: changes nothing without a second pass; give --hires 2")
     folder, shape, place = model_for(base.model), base.shape(old), device.device
     plot.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -95,6 +98,8 @@ def grid(
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
     (first,) = jobs.recipes(family, [Asked(prompt=words)], common)
     made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
+    for said in in_words(made):
+        tell(said)
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())
     if not factors:

@@ -34,7 +34,7 @@ def plan(
     samples: Annotated[str, Option(help="How many samples the data would have, such as 2e9; default: as many as it has.")] = "",
     tflops: Annotated[float, Option(min=0, help="What a process does, 10^12 operations a second; default: assumed.")] = 0.0,
     peak: Annotated[float, Option(min=0, help="In place of --tflops: the most a device does; 989 for an H100 in bf16.")] = 0.0,
-    mfu: Annotated[float, Option(min=0.01, max=1, help="The share of --peak that training reaches.")] = 0.35,
+    mfu: Annotated[float | None, Option(min=0.01, max=1, help="The share of --peak that training reaches; default: 0.35.")] = None,
     price: Annotated[float, Option(min=0, help="Of a device for an hour, in any money.")] = 0.0,
     disk: Annotated[float, Option(min=0.001, help="What storage writes and reads, GB a second.")] = 1.0,
     extend: Annotated[bool, Option("--extend", help="As train's: go on from the state of stages with other settings.")] = False,
@@ -46,6 +46,8 @@ def plan(
     count = _count(samples)
     if tflops and peak:
         raise UserError("tflops: not together with --peak, which gives the same by --mfu")
+    if mfu is not None and not peak:
+        raise UserError("mfu: is a share of --peak, and changes nothing without it; give --peak, too")
     config = configuration(config)
     values = read(config, words or [])
     from ldm.runs.plan import as_json as plain
@@ -54,7 +56,8 @@ def plan(
     from ldm.runs.simulation import simulate
 
     run, out = place(build(values, Run, str(config)), config)
-    found = make(run, out, processes=processes or 0, tflops=tflops or peak * mfu, samples=count, extend=extend)
+    speed = tflops or peak * (0.35 if mfu is None else mfu)
+    found = make(run, out, processes=processes or 0, tflops=speed, samples=count, extend=extend)
     trained = [stage for stage in found.stages if stage.kind == "train"]
     tried: dict[tuple[int, int], Simulated] = {}
     for stage in trained:

@@ -15,6 +15,7 @@ from ldm.distributed.environment import return_blocks
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.request import Request
+from ldm.sampling.unheard import in_lines, in_words
 
 if TYPE_CHECKING:
     from ldm.distributed.processes import Processes
@@ -34,6 +35,8 @@ def sample(request: Request) -> int:
     old = request.following.old()
     asked = request.prompts.read(old.get("prompt"))
     request.choice.listed(request.base.seed)
+    for said in in_lines(request, asked):
+        tell(said)
     request.base.shape(old)
     rest = request.fields(old)
     folder, output, running = model_for(request.base.model), request.output, request.running
@@ -68,6 +71,8 @@ def sample(request: Request) -> int:
     if init_image is not None:
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
     made = _recipes(request, asked, family, old, rest, init_image)
+    for said in in_words(made):
+        tell(said)
     if output.resume:
         made = _missing(request, made)
     writer, started = _writer(request, guide, judge, team, place), time.monotonic()

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ldm.cli.command import call
+from ldm.config.errors import UserError
 from ldm.runs.report import duration, report
 from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story
 from ldm.training import log
@@ -29,10 +30,12 @@ def main(words: Sequence[str]) -> int:
 
 def watch(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    every: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds between looks.")] = 5.0,
+    every: Annotated[float | None, typer.Option(min=0.5, max=3600, help="Seconds between looks; default: 5.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
 ) -> int:
     """Show a run's stages, curves, latest pictures and notes until it is finished; report.html is kept up to date."""
+    if once and every is not None:
+        raise UserError("every: changes nothing with --once; leave one of them out")
     before = ""
     while True:
         story = read_story(run)
@@ -46,7 +49,7 @@ def watch(
         before = said
         if once or story.finished:
             return 0
-        time.sleep(every)
+        time.sleep(every or 5.0)
 
 
 def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:

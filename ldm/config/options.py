@@ -18,6 +18,7 @@ class Option:
         name: with its dashes, where it is not the field's own.
         variable: of the environment, that counts where it is not given.
         argument: whether it is a word of its own, without a name.
+        needs: the field without which it changes nothing, so that it is refused then; empty: none.
     """
 
     help: str
@@ -26,6 +27,7 @@ class Option:
     name: str = ""
     variable: str = ""
     argument: bool = False
+    needs: str = ""
 
 
 def option(
@@ -37,9 +39,10 @@ def option(
     name: str = "",
     variable: str = "",
     argument: bool = False,
+    needs: str = "",
 ) -> Any:
     """A dataclass's field that is an option of the verbs that take the dataclass; `dataclasses.MISSING` as default: it is required."""
-    return field(default=default, metadata={OPTION: Option(help, low, high, name, variable, argument)})
+    return field(default=default, metadata={OPTION: Option(help, low, high, name, variable, argument, needs)})
 
 
 def bounds(*classes: type) -> dict[str, tuple[float, float]]:

@@ -252,6 +252,7 @@ class Sampler:
     run: SamplerFunction
     spacing: str  # of ldm.diffusion.process.SPACINGS, unless the user asks for another
     steps: int | None = None  # that it is made for; None: the model's own number
+    stochastic_by_eta: bool = False  # whether it reads eta
 
     def start(self, noise: Tensor, grid: Grid) -> Tensor:
         """x at the noisiest level from noise (B, ...) of unit variance, as if the unknown x0 were such noise too.
@@ -265,7 +266,7 @@ class Sampler:
 # 0.006 from the truth there and 0.12 on trailing, which leaves the last, longest step in log(sigma) to one evaluation.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, "trailing"),
-    "ddim": Sampler(ddim, "trailing"),
+    "ddim": Sampler(ddim, "trailing", stochastic_by_eta=True),
     "plms": Sampler(plms, "trailing"),
     "euler": Sampler(euler, "linspace"),
     "euler_a": Sampler(euler_a, "linspace"),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
 from ldm.families.draws import Draws, Guide, Wanted
-from ldm.sampling.prompt_files import Asked
+from ldm.sampling.prompt_files import MAX_SEED, Asked
 from ldm.sampling.recipe import Recipe
+from ldm.sampling.unheard import in_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,10 @@ def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recip
         told["negative"] = common.negative if one.negative is None else one.negative
         first = common.seed if one.seed is None else one.seed
         listed = common.seeds if one.seed is None else None
-        for number in range(first, first + common.n) if listed is None else listed:
+        numbers = range(first, first + common.n) if listed is None else listed
+        if max(numbers) > MAX_SEED:
+            raise UserError(f"seed: {first} and {common.n - 1} more lead beyond {MAX_SEED}; choose a smaller one")
+        for number in numbers:
             recipe = Recipe(seed=number, **told)
             check_size(recipe, family.factor)
             found += [replace(recipe, variation_seed=number + 1 + k) for k in range(common.variations)] or [recipe]
@@ -110,6 +114,8 @@ def draw(
     import torch
 
     first = found[0]
+    for said in in_recipe(first, family.settings()):
+        note(said)
     meant = _reader(first)
     prompts, wanted, negative = [_between(recipe) for recipe in found], first.wanted(), meant(first.negative)
     seeds = [recipe.seed for recipe in found]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ldm.config.errors import UserError
 
-FLAG = re.compile(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)")
+# A word that begins with -- is a flag: its name, and its value if that stands in quotation marks.
+FLAG = re.compile(r"""(?:^|(?<=\s))--(?P<name>[^\W_][\w-]*)(?:=|(?=\s|$))(?:\s*(?P<quoted>"(?:[^"\\]|\\.)*"|'[^']*')(?=\s|$))?""")
+LINE = re.compile(r"\r\n|\n|\r")  # str.splitlines also takes U+2028 and others, which are parts of a text
+MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
 FLAGS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
 NAMES = {
     "prompt": "prompt",
@@ -29,7 +34,12 @@ NAMES = {
     "cfg_scale": "guidance",
     "scale": "guidance",
 }
+LIMITS = {"width": (1, 8192), "height": (1, 8192), "seed": (0, MAX_SEED), "steps": (1, 1000), "guidance": (0, 1000)}
 WHOLE = ("width", "height", "seed", "steps")
+
+
+class Pairs(list[tuple[str, Any]]):
+    """A JSON object's names and values, in which a name may stand twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,53 +56,85 @@ class Asked:
 
 
 def read_prompts(text: str, source: str) -> list[Asked]:
-    """The prompts in a file's text: a JSON object where a line begins with {, else words and kohya's flags.
+    """The prompts in a file's text: a JSON object where a line begins with {, else words and flags; or one JSON list.
 
-    Blank lines and lines that begin with # are left out. Flags: --n negative, --w width, --h height, --d seed, --l guidance,
-    --s steps.
+    Blank lines and lines that begin with # are left out. Flags are kohya's (--n negative, --w width, --h height, --d seed,
+    --l guidance, --s steps) and, under the names that JSON objects have, the web UI's (--negative_prompt, --cfg_scale, ...).
 
     Raises:
         UserError: naming the line, what stands there and what is allowed; or if there is no prompt at all.
     """
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip().removeprefix("\ufeff")
-        if line and not line.startswith("#"):
-            where = f"{source}, line {number}"
+    for where, line in _entries(text, source):
+        if isinstance(line, str):
             found.append(_object(line, where) if line.startswith("{") else _flagged(line, where))
+        else:
+            found.append(_asked(line, where))
     if not found:
         raise UserError(f'{source}: no prompts in it; write one per line, or give them as words: ldm sample "a green ring"')
     return found
 
 
+def _entries(text: str, source: str) -> Iterator[tuple[str, str | Pairs]]:
+    """Where each prompt stands, and its line, or its fields as pairs."""
+    listed: Any = None
+    if text.lstrip("\ufeff \t\r\n").startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):  # else a prompt that begins with a bracket
+            listed = json.loads(text.lstrip("\ufeff"), object_pairs_hook=Pairs)
+    if listed is not None:
+        if not all(isinstance(one, str | Pairs) for one in listed):
+            raise UserError(f'{source}: a list of texts and of objects is needed, such as [{{"prompt": "a green ring"}}]')
+        for number, one in enumerate(listed, 1):
+            yield f"{source}, entry {number}", Pairs([("prompt", one)]) if isinstance(one, str) else one
+        return
+    for number, line in enumerate(LINE.split(text), 1):
+        line = line.strip().removeprefix("\ufeff")
+        if line and not line.startswith("#"):
+            yield f"{source}, line {number}", line
+
+
 def _flagged(line: str, where: str) -> Asked:
     flags = list(FLAG.finditer(line))
-    values: dict[str, Any] = {"prompt": line[: flags[0].start()].strip() if flags else line}
+    words = line[: flags[0].start()].strip() if flags else line
+    given = [("prompt", words)] if words or not flags else []
     ends = [*(flag.start() for flag in flags[1:]), len(line)]
     for flag, end in zip(flags, ends, strict=bool(flags)):
+        if not _meant(f"--{flag['name']}"):
+            allowed = ", ".join([*(f"--{name} {meaning}" for name, meaning in FLAGS.items()), *(f"--{name}" for name in NAMES)])
+            raise UserError(f"{where}: --{flag['name']} is no flag; there are {allowed}")
         value = line[flag.end() : end].strip()
-        if flag[1] not in FLAGS:
-            allowed = ", ".join(f"--{name} {meaning}" for name, meaning in FLAGS.items())
-            raise UserError(f"{where}: --{flag[1]} is no flag; there are {allowed}")
-        name = FLAGS[flag[1]]
-        values[name] = value if name == "negative" else _number(value, name, f"{where}: --{flag[1]}")
-    return Asked(**values)
+        if quoted := flag["quoted"] or "":
+            if flag["name"] not in FLAGS:  # kohya's values stand as they are
+                quoted = re.sub(r"\\(.)", r"\1", quoted[1:-1]) if quoted.startswith('"') else quoted[1:-1]
+            value = f"{quoted} {value}".strip()
+        given.append((f"--{flag['name']}", value))
+    return _asked(given, where)
+
+
+def _meant(key: str) -> str:
+    """The field of a prompt that a name or a flag means; empty: none."""
+    return NAMES.get(key, "") if not key.startswith("--") else FLAGS.get(key[2:]) or NAMES.get(key[2:].replace("-", "_"), "")
 
 
 def _object(line: str, where: str) -> Asked:
     try:
-        given = json.loads(line)
-    except ValueError as error:
+        given = json.loads(line, object_pairs_hook=Pairs)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); a prompt that begins with {{ cannot stand alone here") from None
+    return _asked(given, where)
+
+
+def _asked(given: Sequence[tuple[str, Any]], where: str) -> Asked:
+    """A prompt of (name, value) pairs."""
     values: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in NAMES:
+    for key, value in given:
+        name = _meant(key)
+        if not name:
             near = difflib.get_close_matches(key, NAMES, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(set(NAMES.values())))}"
             raise UserError(f"{where}: {key!r} is not known; {hint}")
-        name = NAMES[key]
         if name in values:
-            raise UserError(f"{where}: {name} stands there twice; keep one")
+            raise UserError(f"{where}: {key} says {name}, which stands there twice; keep one")
         if name in ("prompt", "negative"):
             if not isinstance(value, str):
                 raise UserError(f"{where}: {key} is {value!r}; a text is needed")
@@ -100,17 +142,17 @@ def _object(line: str, where: str) -> Asked:
         else:
             values[name] = _number(value, name, f"{where}: {key}")
     if "prompt" not in values:
-        raise UserError(f'{where}: no prompt; write {{"prompt": "a green ring"}}')
+        raise UserError(f'{where}: no prompt; write {{"prompt": "a green ring"}}, or words before the flags')
     return Asked(**values)
 
 
 def _number(value: Any, name: str, where: str) -> int | float:
-    least = {"seed": 0, "guidance": 0}.get(name, 1)
+    least, most = LIMITS[name]
     try:
         number = int(value) if name in WHOLE and not isinstance(value, float) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or number < least or isinstance(value, bool) or (name in WHOLE and number != int(number)):
+    if not least <= number <= most or isinstance(value, bool) or (name in WHOLE and number != int(number)):
         kind = "whole number" if name in WHOLE else "number"
-        raise UserError(f"{where} is {value!r}; {name} needs a {kind} of at least {least}")
+        raise UserError(f"{where} is {str(value)[:40]!r}; {name} needs a {kind} from {least} to {most}")
     return int(number) if name in WHOLE else float(number)

@@ -123,14 +123,21 @@ class Choice:
             raise UserError(f"seeds: got {self.seeds!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
         return found
 
-    def check(self) -> None:
+    def check(self, inverted: bool) -> None:
         """Refuse what does not belong together.
+
+        Args:
+            inverted: whether there is no noise of a seed's own.
 
         Raises:
             UserError: saying what.
         """
         if self.variation_strength is not None and not self.variations:
             raise UserError(f"variation_strength: got {self.variation_strength}, but no variations; give --variations 4")
+        if self.judge and self.best == 1:
+            raise UserError(f"judge: got {self.judge}, but there is nothing to choose from; give --best 4")
+        if inverted and (self.n > 1 or self.variations or self.best > 1 or "," in self.seeds):
+            raise UserError("invert: starts from the noise that its picture comes from, so every seed draws the same; leave --n out")
         if self.best > 1 and (self.variations or not self.judge):
             fix = "not together with --variations" if self.variations else "who chooses? Give --judge own, scenes or the FOLDER of a CLIP"
             raise UserError(f"best: {fix}")
@@ -359,7 +366,7 @@ class Request:
             UserError: for whatever is wrong with the request.
         """
         self.sampler.check()
-        self.choice.check()
+        self.choice.check(self.editing.invert is not None)
         self.adapters.check(self.running.low_memory, old)
         told = self.editing.passes(old) | self.guidance.guided(old) | self.editing.edited(self.base.size, old)
         watermark = old.get("watermark", "") if self.output.watermark is None else self.output.watermark

@@ -242,10 +242,16 @@ class TextEncoder:
         added = [word for word, _ in sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
         rest = {word: [other for other in added if re.fullmatch(rf"{re.escape(word)}_\d+", other)] for word in added}
         self._spellings = {word: " ".join([word, *others]) for word, others in rest.items() if others}
+        special = set(self.tokenizer.all_special_tokens)
+        self._learned = {word.lower(): word for word in added if word not in special} | {word: word for word in added}
+        longest_first = sorted((word for word in added if word not in special), key=len, reverse=True)
+        self._any_case = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.I)
 
     def _spelt(self, line: str) -> str:
+        # In any case, as the web UI finds them; where two differ in that alone, each as it is written.
         for word, own in self.aliases.items():
-            line = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", own.replace("\\", r"\\"), line)
+            line = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", own.replace("\\", r"\\"), line, flags=re.I)
+        line = self._any_case.sub(lambda found: self._learned.get(found[0]) or self._learned.get(found[0].lower(), found[0]), line)
         for word, words in self._spellings.items():
             line = re.sub(rf"{re.escape(word)}(?!_\d)", words.replace("\\", r"\\"), line)
         return line

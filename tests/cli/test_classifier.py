@@ -87,7 +87,10 @@ def test_from_a_cache_to_pictures(kl_model: Path, vq_model: Path, tmp_path: Path
     assert main(["data", "encode", str(tmp_path), "--model", str(kl_model), "--out", str(tmp_path / "cache"), "--resolution", "32"]) == 0
     file = tmp_path / "words.safetensors"
     learn = ["classifier", str(tmp_path / "cache"), "--images", "64", "--batch", "16", "--out", str(file)]
+    assert main([*learn, "--model", str(kl_model), "--words", "small,ring", "--seed", "1"]) == 0
+    other = file.read_bytes()
     assert main([*learn, "--model", str(kl_model), "--words", "small,ring"]) == 0
+    assert file.read_bytes() != other
     assert main([*learn, "--model", str(kl_model), "--words", "purple"]) == 2
     assert "'purple' is in no caption" in capsys.readouterr().err
     assert main([*learn, "--model", str(vq_model), "--words", "small"]) == 2

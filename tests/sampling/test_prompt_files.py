@@ -28,8 +28,8 @@ a well-known --d 7
     ("line", "said"),
     [
         ("a --x 3", "line 2: --x is no flag"),
-        ("a --d three", "--d is 'three'; seed needs a whole number of at least 0"),
-        ("a --w 0", "width needs a whole number of at least 1"),
+        ("a --d three", "--d is 'three'; seed needs a whole number from 0"),
+        ("a --w 0", "width needs a whole number from 1"),
         ("a --s 2.5", "steps needs a whole number"),
         ('{"promt": "a"}', "did you mean prompt"),
         ('{"prompt": 3}', "prompt is 3; a text is needed"),

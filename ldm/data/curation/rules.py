@@ -95,4 +95,4 @@ class Curation:
     unique: tuple[str, ...] = option((), f"{', '.join(UNIQUE)}: of equal rows one stays.")
     near: int = option(-1, "Perceptual hashes within so many of 64 bits are one picture; -1: off.", low=-1, high=16)
     val_share: float = option(0.0, "Share that goes to val.parquet, by a hash of the link.", low=0, high=0.9)
-    seed: int = option(0, "Of that split.")
+    seed: int = option(0, "Of that split.", needs="val_share")

@@ -1,0 +1,82 @@
+"""Prompt files of other programs: every flag is read or refused by its line, and no seed is changed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.config.errors import UserError
+from ldm.sampling.jobs import Common, recipes
+from ldm.sampling.prompt_files import Asked, read_prompts
+
+LINES: list[tuple[str, dict[str, Any]]] = [
+    ('a blue ring --negative_prompt "blurry, low" --cfg_scale 7', {"prompt": "a blue ring", "negative": "blurry, low", "guidance": 7}),
+    ("--prompt 'a ring' --steps=3 --seed 5", {"prompt": "a ring", "steps": 3, "seed": 5}),
+    ('--prompt "a --w 3 ring" --width 512', {"prompt": "a --w 3 ring", "width": 512}),
+    ('a ring --negative-prompt "say \\"no\\"" twice', {"prompt": "a ring", "negative": 'say "no" twice'}),
+    ('a ring --n "as it stands" --d 9007199254740992', {"prompt": "a ring", "negative": '"as it stands"', "seed": 2**53}),
+    ("a -- b --> c --- d -n e", {"prompt": "a -- b --> c --- d -n e"}),
+    ("a\u2028b\x0bc\x85d", {"prompt": "a\u2028b\x0bc\x85d"}),
+    ("[V] dog", {"prompt": "[V] dog"}),
+    ('[{"prompt": "a", "seed": 3}]', {"prompt": "a", "seed": 3}),
+    ('["a"]', {"prompt": "a"}),
+]
+REFUSED = [
+    ('a --sampler_name "Euler a"', "--sampler_name is no flag"),
+    ("a --Negative_prompt b", "--Negative_prompt is no flag"),
+    ("a --restore-faces", "--restore-faces is no flag"),
+    ("a --7 b", "--7 is no flag"),
+    ("a --n b --negative_prompt c", "--negative_prompt says negative, which stands there twice"),
+    ("--n b", "no prompt"),
+    ("a --d 9007199254740993", "--d is '9007199254740993'; seed needs a whole number from 0 to 9007199254740992"),
+    ("a --s 1001", "--s is '1001'; steps needs a whole number from 1 to 1000"),
+    ("a --w 100000", "--w is '100000'; width needs"),
+    ('{"prompt": "a", "seed": 1e300}', "seed is '1e\\+300'"),
+    ('{"prompt": "a", "seed": 1, "seed": 2}', "seed says seed, which stands there twice"),
+    ('{"prompt": ' + "[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "fields"), LINES)
+def test_a_line_says(line: str, fields: dict[str, Any]) -> None:
+    assert read_prompts(line, "list.txt") == [Asked(**fields)]
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED)
+def test_a_line_is_refused_by_its_number(line: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"list\.txt, line 2: .*{said}"):
+        read_prompts(f"a red circle\r\n{line}", "list.txt")
+
+
+def test_a_list_of_anything_else_is_refused() -> None:
+    with pytest.raises(UserError, match=r"list\.txt: a list of texts and of objects is needed"):
+        read_prompts('["a",\n 3]', "list.txt")
+    assert [one.prompt for one in read_prompts('[\n "a",\n {"text": "b"}\n]', "list.txt")] == ["a", "b"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(st.sampled_from("a-nwd \"'\\=[{}]:,5_\n\u2028"), max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        found = read_prompts(text, "list.txt")
+    except UserError as error:
+        assert str(error).startswith("list.txt")
+    else:
+        assert found and not any(re.search(r"(^|\s)--[a-z0-9]", one.prompt) for one in found if '"' not in text and "'" not in text)
+
+
+def test_seeds_that_would_lead_too_far() -> None:
+    class Family:
+        defaults: dict[str, Any] = {"size": (64, 64)}  # noqa: RUF012
+
+        def settings(self, wanted: Any) -> Any:
+            from ldm.families.draws import DIRECT
+
+            return DIRECT
+
+    with pytest.raises(UserError, match="seed: 9007199254740990 and 3 more lead beyond 9007199254740992"):
+        recipes(Family(), [Asked(prompt="a")], Common(seed=2**53 - 2, n=4))  # type: ignore[arg-type]
