@@ -18,6 +18,8 @@ from ldm.config.errors import UserError
 SECONDS = 1800  # after which the child counts as hung
 # What trainers leave beside the weights. Their names are read as empty stand-ins, never imported.
 HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "omegaconf.", "argparse.", "easydict.")
+PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in the web UI's embeddings of 2022
+EMBEDDING = "string_to_param"  # where its embeddings have their vectors, by what stands for the word
 REFUSED = re.compile(r"(?:Unsupported global|Unsupported class): (?:GLOBAL )?([\w.]+)")
 
 
@@ -52,6 +54,14 @@ class Placeholder:
         pass
 
 
+class Parameters(dict[str, Any]):
+    """Stand-in for a pickled ParameterDict: its parameters by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict) and isinstance(inner := state.get("_parameters"), dict):
+            self.update(inner)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The checkpoint as weights_only reads it, with stand-ins for trainers' own objects.
 
@@ -70,13 +80,13 @@ def read(path: Path) -> dict[str, Any]:
             if refused is None:
                 raise UserError(f"{path}: not a checkpoint that torch can read ({str(error).splitlines()[0][:160]})") from None
             name = refused[1]
-            if name in allowed or not name.startswith(HARMLESS):
+            if name in allowed or not name.startswith((*HARMLESS, PARAMETERS)):
                 raise UserError(
                     f"{path}: would call {name}, which may run code, and was not read; get the model as .safetensors, or convert it on"
                     " a machine that you do not mind losing"
                 ) from None
             allowed.add(name)
-            stand_in = type(name.rpartition(".")[2], (Placeholder,), {})
+            stand_in = Parameters if name == PARAMETERS else type(name.rpartition(".")[2], (Placeholder,), {})
             torch.serialization.add_safe_globals([(stand_in, name)])  # type: ignore[list-item]
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not weights by name")
@@ -89,6 +99,8 @@ def weights(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
     inside = found.get("state_dict", found)
     inside = inside if isinstance(inside, dict) else found
+    if isinstance(words := found.get(EMBEDDING), dict):
+        inside = {f"{EMBEDDING}.{name}": value for name, value in words.items()}
     tensors = {name: value for name, value in inside.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
     beside = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in found.items() if isinstance(v, str | int | float)}
     return tensors, beside
