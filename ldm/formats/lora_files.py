@@ -91,8 +91,8 @@ def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where
             return float(alpha)
         if stated is None:
             return float(rank)
-        if stated.rank_of(name) != rank:
-            said = f"{stated.where} says rank {stated.rank_of(name):g} of it"
+        if (told := stated.rank_of(name)) not in (None, rank):
+            said = f"{stated.where} says rank {told:g} of it"
             raise UserError(f"{where}: its rank is {rank}, but {said}; its scale is not known")
         return stated.alpha_of(name, rank)
 
@@ -113,7 +113,7 @@ def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where
             if len(one) == len(other) == 1:
                 # LyCORIS scales no product of two whole matrices; peft does, by the rank that it states.
                 by_peft = stated is not None and stated.kind == "LOKR"
-                rank = int(stated.rank_of(name)) if by_peft and stated is not None else 1
+                rank = int(stated.rank_of(name) or 1) if by_peft and stated is not None else 1
                 return Kronecker(one, other, scale(rank) if by_peft else 1.0, rank, kernel, **more)
             rank = len(other[1] if len(other) == 2 else one[1])
             return Kronecker(one, other, scale(rank), rank, kernel, **more)

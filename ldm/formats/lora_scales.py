@@ -50,21 +50,23 @@ class Stated:
             got = str(values[odd])[:40]
             raise UserError(f"{where}: {odd[:40]} is {got!r}, which is not known here; merge this adapter by peft and give the whole model")
         self.dora, self.stabilised = (_flag(values, name, where) for name in ("use_dora", "use_rslora"))
-        self.rank = _number(values.get("r", 8), f"{where}: r")
         name = "lora_alpha" if self.kind == "LORA" else "alpha"
-        self.alpha = _number(values.get(name, 8), f"{where}: {name}")
+        self.rank = _number(values["r"], f"{where}: r") if "r" in values else None
+        # Where neither is told, peft's 8 and 8, which is a scale of 1.
+        self.alpha = _number(values.get(name, 8), f"{where}: {name}") if values.keys() & {name, "r"} else None
         self.alphas = Patterns(values.get("alpha_pattern"), f"{where}: alpha_pattern")
         self.ranks = Patterns(values.get("rank_pattern"), f"{where}: rank_pattern")
 
-    def rank_of(self, layer: str) -> float:
-        """r of a layer."""
+    def rank_of(self, layer: str) -> float | None:
+        """r of a layer; None: it is not told."""
         found = self.ranks.of(layer)
         return self.rank if found is None else found
 
     def alpha_of(self, layer: str, rank: int) -> float:
         """alpha of a layer of rank r, so that alpha / r is what it was trained with."""
         found = self.alphas.of(layer)
-        own = self.alpha if found is None else found
+        usual = rank if self.alpha is None else self.alpha
+        own = usual if found is None else found
         return own * rank**0.5 if self.stabilised else own
 
 
@@ -135,7 +137,7 @@ def _expression(pattern: str, where: str) -> Any:
         if not why:
             return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
     except (re2.error, UnicodeEncodeError) as error:
-        why = str(error)[:80]
+        why = (error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else str(error))[:80]
     raise UserError(f"{where}: {pattern[:60]!a} cannot be followed ({why}); give layers' names there")
 
 
