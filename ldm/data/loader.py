@@ -11,6 +11,7 @@ from itertools import count, islice
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 
 from ldm.config.errors import UserError
 from ldm.data import threads
@@ -122,6 +123,8 @@ def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: fl
     todo: queue.SimpleQueue[tuple[Future[R], Callable[[], R]] | None] = queue.SimpleQueue()
 
     def work() -> None:
+        # These threads are the parallel ones: a team of further threads below each would wait for the others' turns on the cores.
+        torch.set_num_threads(1)
         item: tuple[Future[R], Callable[[], R]] | None
         while (item := todo.get()) is not None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,7 @@ from ldm.distributed.sharding import gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
 from ldm.models.inference import check_compiler
-from ldm.training import checkpoint, optim
+from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Former, States
 from ldm.training.ema import Ema
@@ -152,8 +153,12 @@ class Trainer:
                 preflight(self, model, self.buckets)
             alarms = self._alarms() if self.processes.main else None
             self._at("reading data", 0)
+            share = core_share.of_stage(stage.exact) if self.device.type == "cpu" else None
             for batch in log.waiting(feed):
+                began = time.perf_counter()
                 terms, gauges, stop = self._update(model, batch, stopping())
+                if share is not None and (said := share.step(time.perf_counter() - began, self.order.at(self.step, 0, 1)[1])):
+                    self.log.note(f"{name}: {said} (process {self.processes.rank}, step {self.step})")
                 self.step += 1
                 last = self.step == stage.steps
                 if self.step % stage.log_every_steps == 0 or last:

@@ -80,12 +80,14 @@ def test_a_stage_carries_on_weights_averages_and_optimiser(finished: Path, tmp_p
     carry = "stages.diffusion-high.carry=all"
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
+    done = out / "stages/diffusion-low/done.json"  # as if it had been trained with keep_state=false
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"carried": ""}))
     assert main(["train", str(out / "config.yaml"), carry]) == 2
     said = capsys.readouterr().err
     assert "stages.diffusion-high.carry: diffusion-low was finished when nothing asked for more" in said and "Traceback" not in said
     shutil.move(out / "stages" / "diffusion-low", tmp_path)
     assert main(["train", str(out / "config.yaml"), carry, "--plan"]) == 0
-    assert capsys.readouterr().out.count("is kept for the stage that carries it on") == 1
+    assert capsys.readouterr().out.count("is kept to go on from (keep_state)") == 2
     assert main(["train", str(out / "config.yaml"), carry]) == 0
     said = capsys.readouterr().err
     assert "diffusion-high: begins with the weights, EMA, optimiser of diffusion-low after 64 images" in said
