@@ -1,1 +1,1 @@
-"""Evaluators: prompt adherence, reconstruction, Fréchet distance."""
+"""Evaluators: prompt adherence, abilities, shapes, reconstruction, Fréchet distance."""

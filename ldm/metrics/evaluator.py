@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +16,12 @@ from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
 from ldm.data.pictures import save_grid
+from ldm.data.scenes.checker import read
+from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.families.draws import Wanted
-from ldm.metrics import adherence, frechet
+from ldm.metrics import abilities, adherence, frechet, shapes
 from ldm.metrics.reconstruction import psnr, ssim
 
 Values = dict[str, Any]
@@ -101,10 +104,11 @@ class Adherence:
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""
         groups = ("seen", "held_out", *(("chosen",) if self.pairs else ()))
-        return tuple(f"{pairs}.{name}" for pairs in groups for name in adherence.METRICS)
+        outlines = tuple(f"shapes.{pairs}.{name}" for pairs in (*groups, "ideal") for name in ("iou", "iou_worst"))
+        return (*(f"{pairs}.{name}" for pairs in groups for name in adherence.METRICS), *outlines)
 
     def run(self, bench: Bench) -> Values:
-        """Means by attribute at the first guidance scale, all with intervals, and the checker's own score."""
+        """Means by attribute and the quality of shapes at the first guidance scale, all with intervals, and the checker's own score."""
         groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
         if self.pairs:
             groups["chosen"] = prompts(self.tier, self.prompts, self.seed, "seen", self.pairs)
@@ -112,6 +116,7 @@ class Adherence:
         scales = self.guidance or (bench.model.settings().guidance,)
         size = (self.size, self.size) if self.size else None
         intervals: Values = {}
+        outlines: Values = {}
         total, done = len(groups) * self.prompts * len(scales), 0
         for scale in scales:
             per_pairs: Values = {}
@@ -123,9 +128,11 @@ class Adherence:
 
                 images = bench.model.sample(asked.text, seeds, replace(own, guidance=scale), size=size, on_step=on_step)
                 done += len(asked)
-                scores = adherence.score(images.numpy(), asked.targets)
+                reading = read(images.numpy())
+                scores = adherence.grade(reading, asked.targets)
                 per_pairs[pairs] = {name: value.to_dict() for name, value in adherence.summary(scores).items()}
                 if scale == scales[0]:
+                    outlines[pairs.replace("-", "_")] = shapes.summary(shapes.overlaps(images.numpy(), reading))
                     shown = f"adherence-{pairs}-{images.shape[1]}"  # another size's pictures may stand beside them
                     bench.show(shown, _floats(images[:32]), 8, asked.text[:32])
             intervals[f"{scale:g}"] = per_pairs
@@ -143,17 +150,61 @@ class Adherence:
             "size": self.size or bench.model.defaults["size"][0],
             "intervals": "95 % bootstrap over prompts, 1000 resamples",
         }
-        return {**means, "intervals": intervals, "checker": self._checker(groups, protocol["size"]), "protocol": protocol}
+        best, outlines["ideal"] = self._checker(groups, protocol["size"])
+        return {**means, "intervals": intervals, "shapes": outlines, "checker": best, "protocol": protocol}
 
-    def _checker(self, groups: Any, size: int) -> Values:
-        """The checker's score of perfect answers, drawn at the size that is measured: nothing can score more."""
-        from ldm.data.scenes.render import render, to_bytes
-
-        found = {}
+    def _checker(self, groups: Any, size: int) -> tuple[Values, Values]:
+        """The checker's score and the shapes of perfect answers, drawn at the size that is measured: nothing can score more."""
+        found, overlaps = {}, []
         for pairs, asked in groups.items():
-            scores = adherence.score(to_bytes(render(asked.specs, size)), asked.targets)
-            found[pairs.replace("-", "_")] = round(float(scores["bind"].mean()), 4)
-        return found
+            images = to_bytes(render(asked.specs, size))
+            reading = read(images)
+            found[pairs.replace("-", "_")] = round(float(adherence.grade(reading, asked.targets)["bind"].mean()), 4)
+            overlaps.append(shapes.overlaps(images, reading))
+        return found, dict(shapes.summary(np.concatenate(overlaps)))
+
+
+@config
+class Abilities:
+    """Which abilities a model has: prompts of one kind each, every one read by the scenes' exact checker."""
+
+    kind: Literal["abilities"] = "abilities"
+    tier: TierName  # whose words and scenes
+    prompts: Positive = 24  # of each ability
+    guidance: NonNegative = 0.0  # 0: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    size: Count = 0  # px; 0: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("mean", *abilities.asked(self.tier, 1))
+
+    def run(self, bench: Bench) -> Values:
+        """The share of prompts whose every stated fact holds, by ability, the mean of them, and intervals."""
+        wanted = Wanted(steps=self.steps or None, sampler=self.sampler or None, guidance=self.guidance or None)
+        size = (self.size, self.size) if self.size else None
+        groups = abilities.asked(self.tier, self.prompts, self.seed)
+        found: Values = {}
+        for number, (name, group) in enumerate(groups.items()):
+
+            def on_step(step: int, steps: int, base: int = number * self.prompts, name: str = name) -> None:
+                bench.progress(base + self.prompts * step // steps, len(groups) * self.prompts, name.replace("_", " "))
+
+            seeds = [self.seed * 1_000_003 + i for i in range(self.prompts)]
+            images = bench.model.sample(group.text, seeds, wanted, size=size, on_step=on_step)
+            scores = adherence.score(images.numpy(), group.targets)
+            found[name] = adherence.summary({name: scores[group.score]})[name]
+            bench.show(f"abilities-{name}-{images.shape[1]}", _floats(images[:8]), 8, group.text[:8])
+        used = bench.model.settings(wanted)
+        protocol = {"tier": self.tier, "prompts": self.prompts, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+        protocol |= {"spacing": used.spacing, "seed": self.seed, "size": self.size or bench.model.defaults["size"][0]}
+        shares = {name: round(value.mean, 4) for name, value in found.items()}
+        mean = round(sum(shares.values()) / len(shares), 4)
+        return {"mean": mean, **shares, "by_ability": {name: value.to_dict() for name, value in found.items()}, "protocol": protocol}
 
 
 @config
@@ -229,4 +280,4 @@ class Frechet:
         }
 
 
-Evaluator = Annotated[Adherence | Reconstruction | Frechet, BY_KIND]
+Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet, BY_KIND]

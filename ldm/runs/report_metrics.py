@@ -13,7 +13,21 @@ from ldm.runs.report_page import figure, folded, share_cell, table
 Group = tuple[str, str, Mapping[str, Point]]  # guidance, pairs, shares by name
 Results = Mapping[str, Mapping[str, Any]]  # by stage: the results by metric
 SHOWN = ("bind", "strict", "colour", "shape", "size", "cell", "fill", "rel", "count", "tone", "texture", "bg")
-SHARES = frozenset({*SHOWN, "ssim"})
+OUTLINES = {"iou": "median", "iou_worst": "5 % worst"}
+ABILITIES = (
+    "object",
+    "colour",
+    "position",
+    "two_objects",
+    "binding",
+    "relation",
+    "counting",
+    "background",
+    "unseen_pair",
+    "partial",
+    "wording",
+)
+SHARES = frozenset({*SHOWN, *ABILITIES, "ssim"})
 
 
 def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
@@ -110,7 +124,18 @@ def _adherence(values: Mapping[str, Any], by_scale: Mapping[str, Any]) -> str:
         rows.append([f"{escape(pairs)} pairs, guidance {escape(scale)}", *cells])
     best = ", ".join(f"{value:.3f} {escape(pairs.replace('_', '-'))}" for pairs, value in numbers(values.get("checker")).items())
     ceiling = f'<p class="note">The checker reads bind {best} from perfect pictures.</p>' if best else ""
-    return table(["", *names], rows) + _over_guidance(groups) + ceiling
+    return table(["", *names], rows) + _shapes(values) + _over_guidance(groups) + ceiling
+
+
+def _shapes(values: Mapping[str, Any]) -> str:
+    """How far drawn objects cover the ideal shape, and what the same says of perfect pictures."""
+    found = {pairs: numbers(outlines) for pairs, outlines in mapping(values.get("shapes")).items()}
+    rows = [
+        ["perfect pictures" if pairs == "ideal" else f"{escape(pairs.replace('_', '-'))} pairs", *(f"{of.get(k, 0):.3f}" for k in OUTLINES)]
+        for pairs, of in found.items()
+        if of
+    ]
+    return table(["overlap with the ideal shape", *OUTLINES.values()], rows) if rows else ""
 
 
 def _over_guidance(groups: list[Group]) -> str:

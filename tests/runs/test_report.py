@@ -87,6 +87,7 @@ ADHERENCE = {
         }
         for i, scale in enumerate(("2.5", "4"))
     },
+    "shapes": {"seen": {"iou": 0.937, "iou_worst": 0.872}, "held_out": {}, "ideal": {"iou": 0.993, "iou_worst": 0.984}},
     "checker": {"seen": 1.0, "held_out": 0.99},
     "protocol": {"tier": "one", "prompts": 100, "guidance": [2.5, 4.0], "steps": 20, "sampler": "ddim", "seed": 0, "size": 64},
 }
@@ -99,6 +100,7 @@ RESULTS: dict[str, dict[str, Any]] = {
     "evaluation": {
         "adherence": ADHERENCE,
         "reconstruction": {"psnr": 31.25, "ssim": 0.97, "bind": 0.995, "protocol": {"images": 200, "resolution": 64}},
+        "abilities": {"mean": 0.75, "object": 1.0, "partial": 0.5, "by_ability": {}, "protocol": {"tier": "one", "prompts": 24}},
         "frechet": {"distance": 12.34, "real_real_floor": 3.21, "protocol": {"images": 256}},
     }
 }
@@ -207,6 +209,7 @@ def test_figures_stand_with_intervals_and_protocol(text):
         assert part in words, part
     assert "adherence.seen.bind 0.912 reaches 0.9" in words and "adherence.held_out.bind 0.783 stays below 0.9" in words
     assert "0.990 held-out from perfect pictures" in words
+    assert "seen pairs 0.937 0.872 perfect pictures 0.993 0.984" in words and "object" in words and "partial" in words
 
 
 def test_the_headline_has_the_key_figures_with_their_intervals(text):

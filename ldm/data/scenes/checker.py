@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -230,6 +231,21 @@ def read(images: NDArray) -> Reading:
     values = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__}
     values["image"] = values["image"] + offset
     return Reading(**values)
+
+
+def coverage(images: NDArray, reading: Reading) -> Iterator[tuple[int, Array]]:
+    """Each object that was read, by its number, and the share of every pixel that it covers, (h,w) with h at most WORK."""
+    for i in np.unique(reading.image).tolist():
+        chroma, hue = _colour(_planes(images[i : i + 1]))
+        labels, _, colours = _components(_vote(hue))
+        size = labels.shape[-1]
+        middles = np.array([np.argwhere(labels[0] == k + 1).mean(0) + 0.5 for k in range(len(colours))]) / size
+        for number in range(*reading.objects(i).indices(len(reading.image))):
+            far = np.hypot(middles[:, 0] - reading.y[number], middles[:, 1] - reading.x[number])
+            k = int(np.where(colours == reading.colour[number], far, np.inf).argmin())
+            own = labels == k + 1
+            alpha = np.clip(chroma / max(float(np.median(chroma[own])), 1e-3), 0, 1) * (_grow(own, 1) & ~((labels > 0) & ~own))
+            yield number, alpha[0]
 
 
 def _planes(images: NDArray) -> Array:

@@ -1,0 +1,85 @@
+"""Prompts by ability, as DrawBench (arXiv 2205.11487) and GenEval (2310.11513) ask them, about scenes that the checker reads exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ldm.data.scenes.captions import Phrase, Target, reword, say, stated
+from ldm.data.scenes.source import prompts
+from ldm.data.scenes.spec import COLOURS, SHAPES, TIERS, TierName, addresses
+
+DROPPED = 0.5  # share of facts that partial prompts leave open
+EVERY = (1 << 63) - 1  # every word that has a synonym
+COLOURED = re.compile(rf"\ban? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+GROUND = re.compile(r"^(.*) (on a [a-z ]*background)$")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of one ability, what each states, and which score of `adherence.score` says whether it holds."""
+
+    text: tuple[str, ...]
+    targets: tuple[Target, ...]
+    score: str = "strict"
+
+
+def asked(tier: TierName, many: int, seed: int = 0) -> dict[str, Asked]:
+    """Prompts by ability, those alone that scenes of the tier can answer.
+
+    `object`, `colour`, `position`: one object, of which no more is said; `two_objects`, `binding` (two colours on two shapes),
+    `relation`; `counting`: two to four alike; `background`; `unseen_pair`: colour and shape that training withholds together;
+    `partial`: half of the facts left open; `wording`: facts that training says, in words that it does not use.
+
+    Args:
+        tier: whose words and scenes.
+        many: prompts of each ability.
+        seed: other seeds give other prompts.
+    """
+    kind = TIERS[tier]
+    seen, unseen = prompts(tier, many, seed), prompts(tier, many, seed, "held-out")
+    first = [replace(target.phrases[0], count=1) for target in seen.targets]
+    found: dict[str, list[Target]] = {}
+    if kind.least == 1:
+        found["object"] = [_one(Phrase(shape=p.shape)) for p in first]
+        found["colour"] = [_one(Phrase(colour=p.colour)) for p in first]
+        found["position"] = [_one(Phrase(colour=p.colour, shape=p.shape, cell=i % 9)) for i, p in enumerate(first)]
+    if kind.most > 1:
+        pairs = [target.phrases for target in prompts("T1", many, seed).targets]
+        plain = [tuple(Phrase(colour=p.colour, shape=p.shape) for p in pair) for pair in pairs]
+        found["two_objects"] = [Target(tuple(Phrase(shape=p.shape) for p in pair)) for pair in plain]
+        found["binding"] = [Target(pair) for pair in plain]
+        found["relation"] = [Target(pair, relation=i % 4) for i, pair in enumerate(plain)]
+    if kind.most > 2:
+        found["counting"] = [_one(Phrase(count=2 + i % 3, colour=p.colour, shape=p.shape)) for i, p in enumerate(first)]
+    found["background"] = [replace(target, texture=-1) for target in seen.targets]
+    found["unseen_pair"] = [
+        Target(tuple(Phrase(count=p.count, colour=p.colour, shape=p.shape) for p in target.phrases)) for target in unseen.targets
+    ]
+    keys = addresses(np.arange(many), "abilities", "partial", seed)
+    found["partial"] = stated(seen.specs, tier, keys, DROPPED)
+    said = {name: Asked(tuple(map(say, targets)), tuple(targets)) for name, targets in found.items()}
+    said["background"] = replace(said["background"], score="tone")
+    return said | {"wording": Asked(tuple(otherwise(seen.targets)), seen.targets)}
+
+
+def otherwise(targets: Sequence[Target]) -> list[str]:
+    """Each target in one of three wordings that training does not have: synonyms throughout, the background first, colours after shapes."""
+    said = []
+    for i, target in enumerate(targets):
+        text = say(target)
+        if i % 3 == 0:
+            text = reword(text, EVERY)
+        elif i % 3 == 1 and (match := GROUND.match(text)):
+            text = f"{match[2]}, {match[1]}"
+        else:
+            text = COLOURED.sub(r"a \2 that is \1", text)
+        said.append(text)
+    return said
+
+
+def _one(phrase: Phrase) -> Target:
+    return Target((phrase,))
