@@ -127,13 +127,17 @@ def test_recomputing_blocks_changes_no_bit_and_no_key(finished: Path, tmp_path: 
         assert before == after
 
 
-def test_a_damaged_product_is_made_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_product_is_refused_and_made_again_when_it_is_moved_away(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     weights = out / "stages" / "diffusion-high" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
+    assert main(["train", str(out / "config.yaml"), "--plan"]) == 2
+    said = capsys.readouterr().err
+    assert "diffusion_pytorch_model.safetensors: its bytes differ from the manifest" in said and said.count("\n") == 1
+    shutil.move(out / "stages" / "diffusion-high", tmp_path)
     assert main(["train", str(out / "config.yaml"), "--plan"]) == 0
     plan = capsys.readouterr().out
     assert [line.split()[1] for line in plan.splitlines() if line.startswith("  run")] == ["diffusion-high", "evaluation", "export"]
@@ -212,7 +216,7 @@ def test_a_bad_run_stops_before_any_work(words: list[str], expected: str, tmp_pa
 
 
 def test_diffusion_learns_from_pictures_too_in_parts_of_a_batch(tmp_path: Path) -> None:
-    words = ["stages.diffusion-low.latents=''", "stages.diffusion-low.micro_batch=4", "stages.diffusion-low.precision=fp32"]
+    words = ["stages.diffusion-low.latents=", "stages.diffusion-low.micro_batch=4", "stages.diffusion-low.precision=fp32"]
     stages = tiny.only("text", "autoencoder", "diffusion-low")
     said = tiny.train(f"out={tmp_path / 'run'}", *words, *stages)
     assert "diffusion-low: finished" in said

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytes
         f"models.text={{kind: pretrained_text, path: {kl_model}}}",
         f"models.autoencoder={{kind: pretrained_autoencoder, path: {kl_model}}}",
     ]
-    assert main(["train", str(file), "init=''", *others, "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
+    assert main(["train", str(file), "init=", *others, "models.diffusion.network=sd1-inpaint", "models.diffusion.inpaint=null"]) == 2
     assert "has 9 input channels, as for inpainting; set models.diffusion.inpaint={} too" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing would be new"):
         Inpainting(rectangles=0, strokes=0)
