@@ -127,7 +127,9 @@ def test_recomputing_blocks_changes_no_bit_and_no_key(finished: Path, tmp_path: 
         assert before == after
 
 
-def test_a_damaged_product_is_refused_and_made_again_when_it_is_moved_away(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_product_is_refused_and_made_again_when_it_is_moved_away(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     weights = out / "stages" / "diffusion-high" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
