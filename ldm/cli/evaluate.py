@@ -33,6 +33,7 @@ class Measurement:
     guidance: str = option("", "Guidance scales to compare on scenes, such as 1,2,3,5; default: the model's.")
     steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
     sampler: str = option("", "Of the pictures of scenes; default: the model's.")
+    abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
@@ -45,6 +46,7 @@ class Measurement:
         """
         _numbers(self.guidance)
         of_scenes = {"tier": self.tier, "n": self.n, "guidance": self.guidance, "sampler": self.sampler}
+        of_scenes["abilities"] = self.abilities or None
         for name, value in of_scenes.items():
             if self.on != "scenes" and value not in (None, ""):
                 raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
@@ -52,13 +54,16 @@ class Measurement:
     def metrics(self) -> list[Any]:
         """What is measured, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
+        from ldm.metrics.evaluator import Abilities, Adherence, Frechet, Reconstruction
 
         found: list[Any] = [Reconstruction(images=self.images), Frechet(images=self.images, steps=self.steps, seed=self.seed)]
         if self.on == "scenes":
             own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
             own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
             found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
+            if self.abilities:
+                own |= {"prompts": self.abilities, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
+                found.insert(1, build({"kind": "abilities", **own}, Abilities, "ldm evaluate"))
         return found
 
 
@@ -144,6 +149,14 @@ def table(result: dict[str, Any]) -> None:
         console.print(shown)
         best = found["checker"]
         console.print(f"the checker on perfect pictures: bind {best['seen']:.3f} seen, {best['held_out']:.3f} held-out")
+        for pairs, outlines in found["shapes"].items():
+            if outlines:
+                of = "perfect pictures" if pairs == "ideal" else f"{pairs.replace('_', '-')} pairs"
+                console.print(f"overlap with the ideal shape, {of}: median {outlines['iou']:.3f}, 5 % worst {outlines['iou_worst']:.3f}")
+    if "abilities" in result:
+        found = result["abilities"]
+        shares = ", ".join(f"{name.replace('_', ' ')} {found[name]:.2f}" for name in ("mean", *found["by_ability"]))
+        console.print(f"abilities, {found['protocol']['prompts']} prompts each: {shares}")
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
