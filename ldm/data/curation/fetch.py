@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -27,6 +28,13 @@ MISSING = (
 )
 
 
+GUARD_S = 60.0  # until the program's guard stands
+NO_GUARD = (
+    "fetch: {} takes no guard against links that lead into this machine and its network (it is no Python program that heeds PYTHONPATH);"
+    " install img2dataset into an environment of its own and name that"
+)
+
+
 @dataclass(frozen=True)
 class Columns:
     """Columns of a URL table."""
@@ -47,7 +55,10 @@ class DownloadOptions:
     shard: int = option(10_000, "Links of a shard.", low=1)
     timeout: int = option(10, "Seconds for a link.", low=1)
     retries: int = option(1, "More tries for a link.", low=0)
-    distributor: str = option("multiprocessing", "multiprocessing, or on a cluster pyspark or ray.")
+    seconds: int = option(60, "Seconds for a link in all, redirects and slow answers included.", low=1)
+    max_mb: int = option(64, "MiB of an answer; a longer one is refused.", low=1)
+    allow_private: bool = option(False, "Also fetch from this machine and its own network; else links that lead there are refused.")
+    distributor: str = option("multiprocessing", "multiprocessing, or on a cluster pyspark or ray (with --allow-private).")
 
 
 @dataclass
@@ -135,17 +146,42 @@ def words_of(table: Path, out: Path, columns: Columns, options: DownloadOptions)
     return [word for name, value in said.items() for word in (f"--{name}", str(value))]
 
 
-def run(command: Sequence[str], out: Path, tell: Callable[[str], None], every_s: float = 5.0) -> None:
+def guarded(options: DownloadOptions, mark: Path) -> dict[str, str]:
+    """The environment in which the program fetches by http(s) from public addresses alone, in bounded time and size a link.
+
+    Args:
+        mark: a file that is written once the guard stands.
+    """
+    rules = {"private": options.allow_private, "seconds": options.seconds, "bytes": options.max_mb * 2**20, "mark": str(mark.absolute())}
+    paths = [str(Path(__file__).parent / "link_guard"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LDM_LINK_GUARD": json.dumps(rules)}
+
+
+def run(command: Sequence[str], out: Path, options: DownloadOptions, tell: Callable[[str], None], every_s: float = 5.0) -> None:
     """Run the download, reporting progress from time to time.
 
     Raises:
-        UserError: with its last words, if it fails.
+        UserError: with its last words, if it fails, or if it takes no guard, which its workers on other machines do not have either.
     """
+    if options.distributor != "multiprocessing" and not options.allow_private:
+        raise UserError(
+            f"--distributor {options.distributor}: links that lead into the machines' own network cannot be refused there;"
+            " give --allow-private too, if the table is one that you trust"
+        )
     log = out.parent / f"{out.name}.fetch.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     started, last = time.monotonic(), ""
-    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    mark = out.parent / f".{out.name}.guard"
+    mark.unlink(missing_ok=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=guarded(options, mark)) as process,
+    ):
         try:
+            while not mark.exists() and process.poll() is None:
+                if time.monotonic() - started > GUARD_S:
+                    raise UserError(NO_GUARD.format(Path(command[0]).name))
+                time.sleep(0.05)
             while process.poll() is None:
                 try:
                     process.wait(every_s)
@@ -159,6 +195,11 @@ def run(command: Sequence[str], out: Path, tell: Callable[[str], None], every_s:
         except BaseException:
             process.terminate()
             raise
+        finally:
+            guarded_was = mark.exists()
+            mark.unlink(missing_ok=True)
+    if not guarded_was and not process.returncode:
+        raise UserError(NO_GUARD.format(Path(command[0]).name))
     if process.returncode:
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = words[-1] if words else "no word"

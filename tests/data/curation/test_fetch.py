@@ -71,7 +71,20 @@ def table(file: Path, server: str, places: list[str], **columns: list[object]) -
 
 def test_what_comes_is_counted_and_what_does_not_is_told(server: str, program: str, tmp_path: Path, capsys) -> None:
     file = table(tmp_path / "links.parquet", server, [*map(str, range(8)), "moved", "dead", "page", "slow"])
-    words = ["data", "fetch", str(file), "--out", str(tmp_path / "shards"), "--img2dataset", program, "--shard", "5", "--timeout", "1"]
+    words = [
+        "data",
+        "fetch",
+        str(file),
+        "--out",
+        str(tmp_path / "shards"),
+        "--img2dataset",
+        program,
+        "--allow-private",
+        "--shard",
+        "5",
+        "--timeout",
+        "1",
+    ]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["links"] == 12 and told["pictures"] == 9 and told["shards"] == 3 and told["wrong"] == []
@@ -92,7 +105,7 @@ def test_what_comes_is_counted_and_what_does_not_is_told(server: str, program: s
 def test_hashes_of_the_table_are_checked(server: str, program: str, tmp_path: Path, capsys) -> None:
     sums = [hashlib.sha256(painted(i)).hexdigest() for i in (0, 1, 7)]
     file = table(tmp_path / "links.parquet", server, ["0", "1", "2"], sha256=sums)
-    assert main(["data", "fetch", str(file), "--out", str(tmp_path / "shards"), "--img2dataset", program, "--json"]) == 0
+    assert main(["data", "fetch", str(file), "--out", str(tmp_path / "shards"), "--img2dataset", program, "--allow-private", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["pictures"] == 2 and told["reasons"] == {"hash mismatch": 1}
 
