@@ -10,6 +10,7 @@ from typing import BinaryIO
 BLOCK = 512
 _MAX_HEADER = 2**20  # bytes of an extended header
 _CHUNK = 2**20
+_DIGITS = 20  # of a number in an extended header
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -100,9 +101,9 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member | SkippedMember
         if zeros:
             yield Damage(at, "members follow the end of the archive" if ended else "a block of zeros between members")
         zeros, searching, ended = 0, False, False
-        size = int(longer["size"]) if longer.get("size", "").isdecimal() else -1 if "size" in longer else header.size
+        size = _number(longer["size"]) if "size" in longer else header.size
         if size < 0:
-            yield Damage(at, f"{header.name}: its extended header gives the size {longer['size']!r}")
+            yield Damage(at, f"{header.name}: an extended header is damaged, it gives the size {longer['size'][:40]!r}")
             searching, longer = True, {}
             continue
         padding = -size % BLOCK
@@ -168,14 +169,20 @@ def _extended(kind: bytes, data: bytes) -> dict[str, str] | None:
         text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
         return {"path": text} if kind == b"L" else {}
     told: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(data):
+    at, end = 0, len(data.rstrip(b"\0"))
+    while at < end:
+        space = data.find(b" ", at, at + _DIGITS)
+        length = _number(data[at:space].decode("ascii", "replace")) if space > 0 else -1
+        if not space - at + 1 < length <= len(data) - at:
             return None
-        record = data[len(length) + 1 : int(length)]
-        name, sign, value = record.partition(b"=")
+        name, sign, value = data[space + 1 : at + length].partition(b"=")
         if not sign or not value.endswith(b"\n"):
             return None
         told[name.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
+        at += length
     return told
+
+
+def _number(text: str) -> int:
+    """A count of bytes as an extended header writes it; -1: it is none."""
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else -1
