@@ -47,6 +47,12 @@ def no_network() -> None:
     socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_look_up  # type: ignore[method-assign]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def ldm_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What data sets keep of themselves goes to a folder of the tests."""
+    os.environ["LDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def kl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny model with random weights and a KL autoencoder; read only."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,9 @@ def check(
     path: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL.")],
     resolution: Annotated[int, typer.Option(help="px; for the table of buckets.", min=8, max=8192)] = 512,
     captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename or kohya.")] = "auto",
+    outside: Annotated[bool, typer.Option("--outside", help="Also read what links and rows name outside the data set.")] = False,
     decode: Annotated[int, typer.Option(help="How many images are decoded to see whether they can be; -1: all.", min=-1)] = 200,
+    model: Annotated[str, typer.Option(help="Whose text encoder reads the captions; default: as Stable Diffusion's.")] = "",
     html: Annotated[Path | None, typer.Option(help="Write a page with a grid of samples.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -60,7 +62,10 @@ def check(
     source = checking.source_at(path, captions)
     if captions != "auto" and not isinstance(source, FolderSource):
         raise UserError(f"--captions: is of a folder of images, and changes nothing with {path}; leave it out")
-    found, parts = checking.check(source, resolution, sys.maxsize if decode < 0 else decode)
+    tokenizer = _tokenizer(model) if model else None
+    room = tokenizer.model_max_length - len(tokenizer("")["input_ids"]) if tokenizer else checking.WORDS
+    many, source = sys.maxsize if decode < 0 else decode, replace(source, outside=outside)
+    found, parts = checking.check(source, resolution, many, tokenizer=(lambda: tokenizer) if tokenizer else None, room=room)
     if html is not None:
         from ldm.cli.data_page import data_page
 
@@ -70,6 +75,13 @@ def check(
     if html is not None and not as_json:
         print(f"{html}: the page")
     return 0
+
+
+def _tokenizer(model: str) -> Any:
+    from ldm.formats.model_folder import open_model
+    from ldm.formats.text_folder import load_tokenizer
+
+    return load_tokenizer(open_model(model).folder / "tokenizer")
 
 
 def index(
@@ -138,7 +150,7 @@ def fetch(
     columns, command = fetching.columns_of(table), fetching.command_of(img2dataset)
     words = fetching.words_of(table, out, columns, options)
     print(" ".join([command, *words]), file=sys.stderr)
-    fetching.run([command, *words], out, lambda said: print(said, file=sys.stderr, flush=True))
+    fetching.run([command, *words], out, options, lambda said: print(said, file=sys.stderr, flush=True))
     found = fetching.look(out)
     print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
     return 1 if found.wrong else 0

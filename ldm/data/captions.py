@@ -1,22 +1,15 @@
-"""Captions of picture folders: sidecar text files, metadata tables or file names, normalised."""
+"""Captions from text files, cells of tables, and names of files and folders, normalised."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import codecs
 import re
 import unicodedata
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldm.config.errors import UserError
-from ldm.data import tables
-from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.images import Rejected
 
 SIDECARS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNS = ("text", "caption", "captions", "prompt", "TEXT")
 MAX_CHARACTERS = 2000  # of one caption; the rest is cut
 MAX_SIDECAR_BYTES = 2**20
@@ -41,31 +34,54 @@ def clean(text: str) -> str:
     return " ".join("".join(kept).split())[:MAX_CHARACTERS].strip()
 
 
-def _text(data: bytes) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig")
-
-
-def sidecar(image: Path) -> tuple[str, ...]:
-    """The captions of the text file beside an image, one per line that is not blank; none if there is no such file.
+def decoded(data: bytes) -> str:
+    """The text of bytes in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark or without one.
 
     Raises:
-        Rejected: if the file is there but holds nothing that can be a caption.
+        UnicodeDecodeError: if they are none of these.
     """
-    for suffix in SIDECARS:
-        file = image.with_suffix(suffix)
-        try:
-            with file.open("rb") as stream:
-                data = stream.read(MAX_SIDECAR_BYTES + 1)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise Rejected("unreadable caption", f"{file.name}: {error.strerror}") from None
-        if len(data) > MAX_SIDECAR_BYTES:
-            raise Rejected("caption too long", f"{file.name}: over {MAX_SIDECAR_BYTES} bytes")
-        return text_captions(data, file.name)
-    return ()
+    marked = next((form for mark, form in _MARKS if data.startswith(mark)), None)
+    return data.decode(marked or _unmarked(data))
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_LAYOUT = frozenset(b"\t\n\r")
+
+
+def _unmarked(data: bytes) -> str:
+    """The encoding of bytes without a mark: of wide characters one byte in two, or three in four, would be control codes in UTF-8."""
+    if not data.strip(b"\0"):
+        return "utf-8-sig"
+    if len(data) % 4 == 0:
+        for form, (zero, small) in {"utf-32-le": (3, 2), "utf-32-be": (0, 1)}.items():
+            if not any(data[zero::4]) and max(data[small::4]) <= 0x10:
+                return form
+    codes = frozenset(range(32)) - (frozenset() if b"\0" in data else _LAYOUT)  # high bytes of Indian scripts are tabs and newlines
+    low = [sum(byte in codes for byte in half) / max(1, len(half)) for half in (data[0::2], data[1::2])]
+    if len(data) % 2 == 0 and max(low) > 0.5 > min(low):
+        return "utf-16-le" if low[1] > low[0] else "utf-16-be"
+    return "utf-8-sig"
+
+
+def sidecar(file: Path) -> tuple[str, ...]:
+    """The captions of a text file, one per line that is not blank.
+
+    Raises:
+        Rejected: if it holds nothing that can be a caption.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_SIDECAR_BYTES + 1)
+    except OSError as error:
+        raise Rejected("unreadable caption", f"{file.name}: {error.strerror}") from None
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise Rejected("caption too long", f"{file.name}: over {MAX_SIDECAR_BYTES} bytes")
+    return text_captions(data, file.name)
 
 
 def text_captions(data: bytes, name: str) -> tuple[str, ...]:
@@ -75,7 +91,7 @@ def text_captions(data: bytes, name: str) -> tuple[str, ...]:
         Rejected: if they hold nothing that can be a caption.
     """
     try:
-        lines = re.split(r"\r\n|\r|\n", _text(data))
+        lines = re.split(r"\r\n|\r|\n", decoded(data))
     except UnicodeDecodeError:
         raise Rejected("caption not UTF-8", name) from None
     if found := tuple(line for line in map(clean, lines) if line):
@@ -110,111 +126,3 @@ def from_folder(name: str) -> tuple[int, str] | None:
         if found := re.fullmatch(r"(\d{1,6})_(.+)", folder):
             return int(found[1]), clean(found[2])
     return None
-
-
-@dataclass
-class CaptionTable:
-    """Metadata of a folder's tables, joined by image."""
-
-    captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
-    known: dict[str, Known] = field(default_factory=dict)  # sizes and scores by file name
-    rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
-    files: list[str] = field(default_factory=list)  # the metadata files that were read
-
-
-def read_tables(root: Path, found: list[Path]) -> CaptionTable:
-    """Read metadata.jsonl, .csv and .parquet files; `file_name` is relative to the file's own folder.
-
-    An image in several rows has several captions, and so has one whose caption is a list. Columns of sizes and scores are
-    read too, by any of the names in `ldm.data.fields.ALIASES`.
-
-    Raises:
-        UserError: if a file has no `file_name` or none of the caption columns, is not UTF-8, or is damaged parquet.
-    """
-    table = CaptionTable()
-    for path in found:
-        name = path.relative_to(root).as_posix()
-        table.files.append(name)
-        rows = _parquet(path, name) if path.suffix == ".parquet" else _lines(path, name, table)
-        columns: set[str] = set().union(*(row for _, row in rows)) if rows else set()
-        column = next((c for c in (*COLUMNS, column_of("caption", columns)) if c in columns), None)
-        if rows and ("file_name" not in columns or column is None):
-            raise UserError(
-                f"{path}: needs the columns file_name and one of {', '.join(COLUMNS)}; "
-                f"it has {', '.join(sorted(columns)) or 'none'}; rename the ones you mean"
-            )
-        for where, row in rows:
-            if file := _take(table, root, path.parent, where, row.get("file_name"), row.get(column or "")):
-                table.known[file] = known(row).over(table.known.get(file, Known()))
-    return table
-
-
-def _lines(path: Path, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
-    try:
-        text = _text(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    return _jsonl(text, name, table) if path.suffix == ".jsonl" else _csv(text, name, table)
-
-
-def _parquet(path: Path, name: str) -> list[tuple[str, dict[str, object]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {"file_name", *(c.lower() for c in COLUMNS)}
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            found = list(tables.rows(file, [c for c in columns if c.lower() in wanted] or columns))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({str(error)[:200]}); write it again") from None
-    return [(f"{name}:{number}", row) for number, row in enumerate(found, 1)]
-
-
-def _jsonl(text: str, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
-    rows: list[tuple[str, dict[str, object]]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            table.rejected.append((f"{name}:{number}", "bad metadata row", str(error)[:200]))
-            continue
-        if isinstance(row, dict):
-            rows.append((f"{name}:{number}", row))
-        else:
-            table.rejected.append((f"{name}:{number}", "bad metadata row", "not an object"))
-    return rows
-
-
-def _csv(text: str, name: str, table: CaptionTable) -> list[tuple[str, dict[str, object]]]:
-    rows: list[tuple[str, dict[str, object]]] = []
-    reader = csv.DictReader(io.StringIO(text.replace("\0", " "), newline=""))
-    try:
-        for row in reader:
-            rows.append((f"{name}:{reader.line_num}", {k: v for k, v in row.items() if isinstance(k, str)}))
-    except csv.Error as error:
-        table.rejected.append((f"{name}:{reader.line_num}", "bad metadata row", str(error)))
-    return rows
-
-
-def _take(table: CaptionTable, root: Path, folder: Path, where: str, file: object, caption: object) -> str | None:
-    if not isinstance(file, str) or not file.strip():
-        table.rejected.append((where, "bad metadata row", "no file_name"))
-        return None
-    relative = Path(file.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts:
-        table.rejected.append((where, "bad metadata row", f"{file!r} leads out of the folder"))
-        return None
-    name = (folder / relative).relative_to(root).as_posix()
-    captions = table.captions.setdefault(name, [])
-    for text in caption if isinstance(caption, list) else [caption]:
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            table.rejected.append((where, "caption not text", f"{type(text).__name__} for {name}"))
-            continue
-        if (line := clean(text)) and line not in captions:
-            captions.append(line)
-    return name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
-from ldm.data.captions import from_folder
+from ldm.data.captions import MAX_CHARACTERS, from_folder
+from ldm.data.file_names import printable
 from ldm.data.folder import SUFFIXES, FolderSource
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
 from ldm.data.shards import ShardsSource
 from ldm.data.storage import is_url
+from ldm.text.lengths import cut_captions
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # px, the lower ends of the histogram's bars
 ASPECTS = (0.0, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)  # width over height
 LENGTHS = (0, 10, 20, 40, 80, 160, 320, 640)  # characters
+WORDS = 75  # tokens of a caption that CLIP's 77 leave room for
 SHOWN = 20  # rejected samples that are named
 
 
@@ -49,6 +53,7 @@ class DataReport:
     undecodable: dict[str, int]
     fingerprint: str  # of the training part
     notes: list[str] = field(default_factory=list)
+    cut_captions: dict[str, Any] | None = None  # those longer than a text encoder reads: how many, the tokens read, the longest
 
 
 def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource | DatasetsSource:
@@ -76,13 +81,19 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
 
 
 def check(
-    source: FolderSource | ShardsSource | DatasetsSource, resolution: int = 512, decode: int = 200
+    source: FolderSource | ShardsSource | DatasetsSource,
+    resolution: int = 512,
+    decode: int = 200,
+    tokenizer: Callable[[], Any] | None = None,
+    room: int = WORDS,
 ) -> tuple[DataReport, list[Photos]]:
     """Everything that can be said of a source, and its two parts.
 
     Args:
         resolution: px, for the table of buckets.
         decode: how many images, spread evenly, are decoded to see whether they can be.
+        tokenizer: makes that of the model that is to be trained; None: Stable Diffusion's.
+        room: tokens of a caption that it reads.
 
     Raises:
         UserError: if it is missing, empty or without captions.
@@ -120,6 +131,11 @@ def check(
     if "with_repeats" in described:
         distinct = len({part.name(i) for part in parts for i in range(len(part))})
         found.notes.append(f"{distinct:,} pictures, counted as often as an epoch has them")
+    if cut := cut_captions(texts, tokenizer or _usual_tokenizer, room):
+        found.cut_captions = asdict(cut)
+        found.notes.append(str(cut))
+    if whole := sum(len(text) >= MAX_CHARACTERS for text in texts):
+        found.notes.append(f"{whole:,} captions are cut at {MAX_CHARACTERS:,} characters")
     small = int((sizes.min(1) < resolution).sum())
     if small:
         found.notes.append(f"{small} images are enlarged to reach {resolution} px; a filter with min_side leaves them out")
@@ -127,6 +143,12 @@ def check(
         top, times = counted.most_common(1)[0]
         found.notes.append(f"{found.repeated_captions} captions are not unique; the most frequent stands {times} times: {top[:80]!r}")
     return found, parts
+
+
+def _usual_tokenizer() -> Any:
+    from ldm.formats.open_clip import open_clip_tokenizer
+
+    return open_clip_tokenizer()
 
 
 def _all(part: Photos) -> list[list[str]]:
@@ -171,9 +193,9 @@ def lines(found: DataReport) -> list[str]:
     if left:
         said.append(f"left out: {left:,}")
         said += [f"  {count:>9,}  {reason}" for reason, count in sorted(found.rejected.items(), key=lambda item: -item[1])]
-        said += [f"             {_printable(text)}" for text in found.examples[:5]]
+        said += [f"             {printable(text)[:200]}" for text in found.examples[:5]]
     for name, places in list(found.damage.items())[:5]:
-        said.append(f"damaged: {name}: {'; '.join(places[:3])}")
+        said.append(printable(f"damaged: {name}: {'; '.join(places[:3])}"))
     whole = f"{found.decoded:,} decoded to see whether they can be: "
     said.append(whole + (", ".join(f"{n} {r}" for r, n in found.undecodable.items()) if found.undecodable else "all can"))
     charts = {"shorter side, px": found.sides, "width over height": found.aspects, "characters of a caption": found.caption_characters}
@@ -185,8 +207,4 @@ def lines(found: DataReport) -> list[str]:
         said.append(f"{name}: known of {score['known']:,}, {score['lowest']:g} to {score['highest']:g}, median {score['median']:g}")
     said.append(f"buckets of {found.resolution} px: width x height, images, cut away, enlarged")
     said += [f"  {b['width']:>5} x {b['height']:<5} {b['images']:>9,}  {b['cut']:>6.1%} {b['enlarged']:>9,}" for b in found.buckets]
-    return said + [f"note: {_printable(note)}" for note in found.notes]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+    return said + [f"note: {printable(note)[:400]}" for note in found.notes]

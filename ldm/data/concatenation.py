@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Positive, config
 from ldm.data.buckets import sizes_of
+from ldm.data.content import HasMarks, mark
 from ldm.data.dataset import DataSet, Split, loaded
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.filter import HasFields
@@ -111,6 +112,12 @@ class Concatenation:
         found = [fields[self._numbers(part)] for part, fields in enumerate(known)]
         names = ("height", "width", "aesthetic", "watermark")
         return Fields(*(np.concatenate([getattr(fields, name) for fields in found]) for name in names))
+
+    def marks(self) -> NDArray[np.uint64] | None:
+        """As `ldm.data.content.HasMarks.marks`, of all parts; None where one has none."""
+        known = [part.marks() if isinstance(part, HasMarks) else None for part in self.parts]
+        found = [marks ^ np.array([mark(str(n)), 0], np.uint64) for n, marks in enumerate(known) if marks is not None]
+        return np.concatenate(found) if len(found) == len(self.parts) else None
 
     def describe(self) -> dict[str, object]:
         """Counts and rejections of all parts, what each says of itself, and the fingerprint."""

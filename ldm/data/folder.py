@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,18 @@ import numpy as np
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
-from ldm.data.captions import SIDECARS, TABLES, CaptionTable, from_folder, from_name, read_tables, sidecar
+from ldm.data.caption_tables import NEAR, TABLES, CaptionTable, is_table, read_tables
+from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
+from ldm.data.content import ContentHashes
 from ldm.data.dataset import Split
 from ldm.data.fields import Known, gather
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe
+from ldm.data.file_names import Names, hidden, is_text, leads_out, side_pictures, split
+from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe, read_file
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
+ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
 SCAN_THREADS = 8
 
 _log = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ class FolderSource:
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
     max_bad: Fraction = 0.1  # share of unusable files above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
+    outside: bool = False  # also follow links that lead out of the folder
 
     def build(self, split: Split) -> FolderData:
         """The training or the held-out part.
@@ -57,8 +63,7 @@ class FolderSource:
 @dataclass(frozen=True)
 class _Entry:
     name: str
-    bytes: int
-    mtime_ns: int
+    content: str  # hash of the file
     captions: tuple[str, ...]
     known: Known
     size: tuple[int, int]  # height, width by the header
@@ -75,10 +80,13 @@ class FolderData(Photos):
 
     def __init__(self, source: FolderSource, split: Split) -> None:
         self.source, self.root = source, Path(source.path)
-        entries, self.rejected, self.tables = scan(self.root, source)
+        found = Listing(self.root, source.outside)
+        table = found.tables(source)
+        entries, self.rejected = scan(found, source, table)
+        self.tables = table.files
         self.total = len(entries)  # usable images in both parts
+        _refuse_empty(found, source, self.total, self.rejected, table)
         super().__init__(str(self.root), source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
-        _refuse_empty(self.root, source, self.total, self.rejected)
         kept = [e for e, out in zip(entries, held_out([e.name for e in entries], source.val_share), strict=True) if out == (split == "val")]
         self.distinct = len(kept)
         if split == "train":
@@ -89,10 +97,11 @@ class FolderData(Photos):
         self._sizes = np.array([e.size for e in kept], np.int32).reshape(-1, 2)
         digest = hashlib.sha256()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
-        digest.update(json.dumps(["folder", 1, *view_options]).encode())
+        digest.update(json.dumps(["folder", 2, *view_options]).encode())
         for e in kept:
-            digest.update(json.dumps([e.name, e.bytes, e.mtime_ns, e.captions]).encode())
+            digest.update(json.dumps([e.name, e.content, e.captions]).encode())
         self._fingerprint = digest.hexdigest()
+        self._contents = [e.content for e in kept]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -104,7 +113,7 @@ class FolderData(Photos):
     def read(self, index: int) -> bytes:
         """As `Photos.read`."""
         try:
-            return (self.root / self.names[index]).read_bytes()
+            return read_file(self.root / self.names[index])
         except OSError as error:
             raise Rejected("unreadable file", str(error.strerror)) from None
 
@@ -126,62 +135,119 @@ class FolderData(Photos):
         }
 
 
-def scan(root: Path, source: FolderSource) -> tuple[list[_Entry], list[Rejection], list[str]]:
-    """Usable images sorted by name, everything rejected, and the metadata files read; headers are checked in threads.
+class Listing:
+    """Files below a folder, by what they are for.
+
+    Args:
+        outside: follow links that lead out of the folder; if not, they are rejected, so that a stranger's folder shows nothing else.
 
     Raises:
-        UserError: if the folder is missing or a metadata file cannot be understood.
+        UserError: if there is no such folder.
     """
-    if not root.is_dir():
-        raise UserError(f"data.path: {root} is not a folder; give the folder that holds your images")
-    images, tables, rejected = _files(root)
-    table = CaptionTable()
-    if source.captions in ("auto", "metadata"):
-        table = read_tables(root, tables)
-    rejected += [Rejection(*row) for row in table.rejected]
-    absent = sorted(set(table.captions) - {name for name, _ in images})
-    rejected += [Rejection(name, "listed but missing") for name in absent]
+
+    def __init__(self, root: Path, outside: bool = False) -> None:
+        if not root.is_dir():
+            raise UserError(f"data.path: {root} is not a folder; give the folder that holds your images")
+        self.root = root
+        self.images: list[tuple[str, os.stat_result]] = []
+        self.tables_found: list[str] = []
+        self.near: list[str] = []  # that look like tables, and are not read
+        self.archives: list[str] = []
+        self.rejected: list[Rejection] = []
+        texts: dict[str, dict[str, str]] = {suffix: {} for suffix in SIDECARS}
+        for path, status in _walk(root, root, set(), outside):
+            name = path.relative_to(root).as_posix()
+            suffix = path.suffix.lower()
+            if status is None:
+                self.rejected.append(Rejection(name, "link leads out", "of the folder; set data.outside=true to follow it"))
+            elif not is_text(name):
+                self.rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
+            elif is_table(path.name):
+                self.tables_found.append(name)
+            elif suffix in SUFFIXES:
+                self.images.append((name, status))
+            elif suffix in OTHER_IMAGES:
+                self.rejected.append(Rejection(name, "format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}"))
+            elif suffix in texts:
+                texts[suffix][split(name)[0]] = name
+            elif suffix.startswith(NEAR):
+                self.near.append(name)
+            elif suffix in ARCHIVES:
+                self.archives.append(name)
+        self.images.sort()
+        self._texts = [Names(found) for found in texts.values()]
+
+    def tables(self, source: FolderSource) -> CaptionTable:
+        """What the tables say, where they are asked for.
+
+        Raises:
+            UserError: if one cannot be understood.
+        """
+        asked = source.captions in ("auto", "metadata")
+        return read_tables(self.root, sorted(self.tables_found), [name for name, _ in self.images]) if asked else CaptionTable()
+
+    def text_of(self, name: str) -> str | None:
+        """The text file beside an image, in letters of any case."""
+        stem = split(name)[0]
+        return next((found for texts in self._texts if (found := texts.find(stem))), None)
+
+
+def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[list[_Entry], list[Rejection]]:
+    """Usable images sorted by name, and everything rejected; headers are checked in threads, and files that are new here are hashed."""
+    rejected = [*found.rejected, *(Rejection(*row) for row in table.rejected)]
+    rejected += [Rejection(name, "listed but missing") for name in sorted(set(table.absent))]
+    names = [name for name, _ in found.images]
+    side = side_pictures(names, (name for name in names if table.captions.get(name) or found.text_of(name)))
+    rejected += [Rejection(name, "side picture", f"a {kept.kind}" + f" of {kept.of}" * bool(kept.of)) for name, kept in side.items()]
+
+    hashes = ContentHashes(found.root)
 
     def look(item: tuple[str, os.stat_result]) -> _Entry:
         name, status = item
         captions: tuple[str, ...] = ()
+        content = ""
         rejection = None
         told, size, times = table.known.get(name, Known()), (0, 0), 1
+        path = found.root / name
         try:
             if source.captions == "kohya":
                 times = _times(name)
-            captions = _captions(root / name, name, source, table)
-            size = probe(root / name, source.max_pixels)
+            captions = _captions(found, name, source, table)
+            size = probe(path, source.max_pixels)
             told = told.over(Known(*size))
             if min(size) < source.min_side:
                 raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
+            content = hashes.of(path, name, status)
         except Rejected as error:
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, status.st_size, status.st_mtime_ns, captions, told, size, times, rejection)
+        return _Entry(name, content, captions, told, size, times, rejection)
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        looked = list(pool.map(look, images))
+        looked = list(pool.map(look, (item for item in found.images if item[0] not in side)))
+    hashes.save([e.name for e in looked])
     rejected += [e.rejection for e in looked if e.rejection is not None]
-    return [e for e in looked if e.rejection is None], rejected, table.files
+    return [e for e in looked if e.rejection is None], rejected
 
 
-def _captions(image: Path, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
+def _captions(found: Listing, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
     if source.caption:
         return (source.caption,)
-    found: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
     if source.captions in ("auto", "metadata"):
-        found = tuple(table.captions.get(name, ()))
-    if not found and source.captions in ("auto", "txt", "kohya"):
-        found = sidecar(image)
-    if not found and source.captions == "kohya" and (said := from_folder(name)):
-        found = (said[1],)
+        said = tuple(table.captions.get(name, ()))
+    if not said and source.captions in ("auto", "txt", "kohya") and (text := found.text_of(name)):
+        said = sidecar(found.root / text)
+    if not said and source.captions in ("auto", "metadata"):
+        said = tuple(table.spare.get(name, ()))
+    if not said and source.captions == "kohya" and (folder := from_folder(name)):
+        said = (folder[1],)
     if source.captions == "filename":
-        found = from_name(image)
-    if not found:
+        said = from_name(Path(name))
+    if not said:
         raise Rejected("no caption")
-    return found
+    return said
 
 
 def _times(name: str) -> int:
@@ -198,35 +264,8 @@ def _times(name: str) -> int:
     return said[0]
 
 
-def _files(root: Path) -> tuple[list[tuple[str, os.stat_result]], list[Path], list[Rejection]]:
-    images: list[tuple[str, os.stat_result]] = []
-    tables: list[Path] = []
-    rejected: list[Rejection] = []
-    for path, status in _walk(root, set()):
-        name = path.relative_to(root).as_posix()
-        suffix = path.suffix.lower()
-        if not is_text(name):
-            rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
-        elif path.name in TABLES:
-            tables.append(path)
-        elif suffix in SUFFIXES:
-            images.append((name, status))
-        elif suffix in OTHER_IMAGES:
-            rejected.append(Rejection(name, "format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}"))
-    return sorted(images), sorted(tables), rejected
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's name is Unicode text, which other systems' names need not be."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every file below a folder, links followed once, hidden and __MACOSX ones left out."""
+def _walk(root: Path, folder: Path, visited: set[tuple[int, int]], outside: bool) -> Iterator[tuple[Path, os.stat_result | None]]:
+    """Every file below a folder, links followed once, hidden and __MACOSX ones left out; None for a link that leads out."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in visited:
         return
@@ -234,27 +273,33 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, o
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda e: e.name)
     for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+        if hidden(entry.name):
             continue
         try:
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, visited)
+            if entry.is_symlink() and not outside and leads_out(entry.path, root):
+                yield folder / entry.name, None
+            elif entry.is_dir():
+                yield from _walk(root, folder / entry.name, visited, outside)
             elif entry.is_file():
                 yield folder / entry.name, entry.stat()
         except OSError:  # a folder that may not be read, or a file that has just gone
             _log.warning("%s cannot be read", entry.path)
 
 
-def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[Rejection]) -> None:
-    counts = Counter(r.reason for r in rejected)
+def _refuse_empty(found: Listing, source: FolderSource, usable: int, rejected: list[Rejection], table: CaptionTable) -> None:
+    root, counts = found.root, Counter(r.reason for r in rejected)
     if usable == 0 and not rejected:
+        if packed := found.archives:
+            raise UserError(f"{root}: no images here, but {len(packed)} archives ({packed[0]}); {how_to_unpack(packed[0])}")
         raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it or correct data.path")
     uncaptioned = counts["no caption"] + counts["empty caption"]
     if usable == 0 and uncaptioned:
+        near = f"; {found.near[0]} lies there, and a table is read under the name {_nearest(found.near[0])}" if found.near else ""
         raise UserError(
-            f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); write x{SIDECARS[0]} "
-            f"beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
-            " or kohya for folders such as '10_sks dog'"
+            f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); "
+            + (table.unmatched + "; correct it, or " if table.unmatched else "")
+            + f"write x{SIDECARS[0]} beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
+            f" or kohya for folders such as '10_sks dog'{near}"
         )
     first = f"the first is {rejected[0]}" if rejected else ""
     if usable == 0:
@@ -262,3 +307,22 @@ def _refuse_empty(root: Path, source: FolderSource, usable: int, rejected: list[
     if usable == 1:
         raise UserError(f"{root}: only one usable image; it takes two, as one is held out ({counted(counts)})")
     refuse_bad(str(root), usable, counts, first, source.max_bad)
+
+
+_UNPACK = {".gz": "gunzip -c", ".tgz": "gunzip -c", ".xz": "xz -dc", ".bz2": "bunzip2 -c", ".zst": "zstd -dc"}
+
+
+def how_to_unpack(archive: str) -> str:
+    """What to do with an archive that lies where a folder of pictures or of plain .tar shards is wanted."""
+    stem, suffix = split(archive)
+    if suffix == ".tar":
+        return "a folder of .tar shards is data.kind=shards"
+    if suffix not in _UNPACK:
+        return "unpack it to a folder of pictures first"
+    plain = stem if stem.lower().endswith(".tar") else f"{stem}.tar"
+    return f"unpack it: {_UNPACK[suffix]} {shlex.quote(archive)} > {shlex.quote(plain)}, which data.kind=shards reads"
+
+
+def _nearest(name: str) -> str:
+    suffix = next((s for s in (".jsonl", ".csv", ".tsv", ".parquet") if Path(name).suffix.lower().startswith(s)), ".jsonl")
+    return f"metadata{suffix}"

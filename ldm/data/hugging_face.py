@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ import numpy as np
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
 from ldm.data.captions import COLUMNS, caption_texts
+from ldm.data.content import content_hash
 from ldm.data.dataset import Split
 from ldm.data.fields import ALIASES, Known, column_of, gather, known
-from ldm.data.images import MAX_PIXELS, Rejected, probe
+from ldm.data.file_names import is_side_column, leads_out
+from ldm.data.images import MAX_PIXELS, Rejected, probe, read_file
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.data.storage import find
 
@@ -42,6 +45,7 @@ class DatasetsSource:
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
     max_bad: Fraction = 0.1  # share of unusable rows above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
+    outside: bool = False  # also read files outside the data set that links lead to or rows name
 
     def build(self, split: Split) -> DatasetsData:
         """The training or the held-out part.
@@ -58,6 +62,7 @@ class DatasetsData(Photos):
     def __init__(self, source: DatasetsSource, split: Split) -> None:
         self.source = source
         table = open_table(source)
+        self._roots = _roots(source)
         names = list(table.column_names)
         self.image_column = _image_column(table, source)
         self.caption_column = _caption_column(names, source)
@@ -71,13 +76,15 @@ class DatasetsData(Photos):
         usable: list[int] = []
         sizes: list[tuple[int, int]] = []
         places: list[str] = []
+        contents: list[str] = []
         for row, (found, texts) in enumerate(zip(looked, captions, strict=True)):
             if isinstance(found, Rejected):
                 self.rejected.append(Rejection(f"row {row}", found.reason, found.detail))
             elif not texts:
                 self.rejected.append(Rejection(f"row {row}", "no caption", f"column {self.caption_column}"))
             else:
-                height, width, path = found
+                height, width, path, content = found
+                contents.append(content)
                 told[row] = told[row].over(Known(height, width))
                 usable.append(row)
                 sizes.append((height, width))
@@ -89,12 +96,12 @@ class DatasetsData(Photos):
         self._rows: list[int] = np.asarray(usable)[mine].tolist()
         self._sizes = np.asarray(sizes, np.int32)[mine]
         self._captions, self._fields = [captions[row] for row in self._rows], gather([told[row] for row in self._rows])
-        # The library's own hash of the table and of everything that was done to it.
+        self._contents = [content for content, here in zip(contents, mine, strict=True) if here]
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels, self.image_column, self.caption_column)
-        about = json.dumps(["datasets", 1, table._fingerprint, len(captions), *view_options])
-        digest = hashlib.sha256(about.encode())
-        for row, said in zip(self._rows, self._captions, strict=True):
-            digest.update(json.dumps([row, said]).encode())
+        # Not the library's own hash of the table, which follows the files' places and times.
+        digest = hashlib.sha256(json.dumps(["datasets", 2, *view_options]).encode())
+        for content, said in zip(self._contents, self._captions, strict=True):
+            digest.update(json.dumps([content, said]).encode())
         self._fingerprint = digest.hexdigest()
 
     def _cells(self, name: str) -> Iterator[Any]:
@@ -102,25 +109,28 @@ class DatasetsData(Photos):
         for start in range(0, len(column), _CELLS):
             yield from column[start : start + _CELLS][name].to_pylist()
 
-    def _headers(self) -> list[tuple[int, int, str] | Rejected]:
-        """Height, width and path of every image, by its header."""
+    def _headers(self) -> list[tuple[int, int, str, str] | Rejected]:
+        """Height, width by its header, path and content hash of every image."""
 
-        def look(start: int) -> list[tuple[int, int, str] | Rejected]:
+        def look(start: int) -> list[tuple[int, int, str, str] | Rejected]:
             column = self._table[start : start + ROWS][self.image_column]
             return [self._header(entry) for entry in column]
 
         with ThreadPoolExecutor(THREADS) as pool:
             return [found for part in pool.map(look, range(0, len(self._table), ROWS)) for found in part]
 
-    def _header(self, entry: Any) -> tuple[int, int, str] | Rejected:
+    def _header(self, entry: Any) -> tuple[int, int, str, str] | Rejected:
         try:
-            data, path = _bytes(entry)
+            data, path = self._bytes(entry)
             height, width = probe(data, self.source.max_pixels)
             if min(height, width) < self.source.min_side:
                 raise Rejected("too small", f"{width}x{height}; at least {self.source.min_side} px")
         except Rejected as error:
             return error
-        return height, width, path
+        return height, width, path, content_hash(data)
+
+    def _bytes(self, entry: Any) -> tuple[bytes, str]:
+        return _bytes(entry, self._roots, self.source.outside)
 
     def _refuse_empty(self) -> None:
         counts = Counter(r.reason for r in self.rejected)
@@ -138,7 +148,7 @@ class DatasetsData(Photos):
 
     def read(self, index: int) -> bytes:
         """As `Photos.read`."""
-        return _bytes(self._table[self._rows[index]][self.image_column][0])[0]
+        return self._bytes(self._table[self._rows[index]][self.image_column][0])[0]
 
     def describe(self) -> dict[str, object]:
         """Counts, columns, rejections by reason with the first few rows, and the fingerprint."""
@@ -157,8 +167,47 @@ class DatasetsData(Photos):
         }
 
 
-def _bytes(entry: Any) -> tuple[bytes, str]:
-    """An image's bytes and its path, if it has one, of a cell: bytes, or bytes and path, of which one may be missing."""
+def _roots(source: DatasetsSource) -> tuple[Path, ...]:
+    """The folders that rows may name files in: the data set's own, or where the library keeps what it gets from the hub."""
+    if source.hub:
+        from datasets import config
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)
+    place = Path(source.path)
+    return (place if place.is_dir() else Path(os.path.commonpath([os.path.dirname(f) for f in _files(source)])),)
+
+
+def _files(source: DatasetsSource) -> list[str]:
+    return [str(Path(p).absolute()) for p in find(source.path, ".parquet", source.outside)]
+
+
+def _check_saved(place: Path) -> None:
+    """Refuse a folder of save_to_disk whose records name files outside it."""
+    for record in (place / "dataset_dict.json", place / "state.json"):
+        try:
+            said = json.loads(record.read_bytes())
+        except FileNotFoundError:
+            continue
+        parts = said.get("splits") or [] if isinstance(said, dict) else []
+        files = said.get("_data_files") or [] if isinstance(said, dict) else []
+        for part in [*parts, *(file.get("filename") if isinstance(file, dict) else "" for file in files)]:
+            if not isinstance(part, str) or leads_out(place / part, place):
+                raise UserError(f"data.path: {record} names {part!r}, which leads out of the folder; set data.outside=true to read it")
+        for part in parts:
+            _check_saved(place / part)
+
+
+def _bytes(entry: Any, roots: tuple[Path, ...], outside: bool) -> tuple[bytes, str]:
+    """An image's bytes and its path, if it has one, of a cell: bytes, or bytes and path, of which one may be missing.
+
+    Args:
+        roots: the folders that a path may lie in, the first of which it is relative to.
+        outside: it may lie anywhere.
+
+    Raises:
+        Rejected: if there are none, or they lie elsewhere.
+    """
     value = entry.as_py()
     if isinstance(value, bytes):
         return value, ""
@@ -167,10 +216,13 @@ def _bytes(entry: Any) -> tuple[bytes, str]:
     path = str(value.get("path") or "")
     if isinstance(value.get("bytes"), bytes):
         return value["bytes"], path
+    place = roots[0] / path
+    if not outside and all(leads_out(place, root) for root in roots):
+        raise Rejected("leads out of the data", f"{path}; set data.outside=true to read it")
     try:
-        return Path(path).read_bytes() if path else b"", path
-    except OSError as error:
-        raise Rejected("unreadable file", f"{path}: {error.strerror}") from None
+        return read_file(place) if path else b"", path
+    except (OSError, ValueError) as error:
+        raise Rejected("unreadable file", f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 def is_saved(path: Path) -> bool:
@@ -191,10 +243,11 @@ def open_table(source: DatasetsSource) -> Any:
         if source.hub:
             found = datasets.load_dataset(source.path)
         elif is_saved(place):
+            if not source.outside:
+                _check_saved(place)
             found = datasets.load_from_disk(source.path)
         elif place.exists() or "*" in source.path or "{" in source.path:
-            files = [str(Path(p).absolute()) for p in find(source.path, ".parquet")]
-            found = datasets.load_dataset("parquet", data_files=files, split="train")
+            found = datasets.load_dataset("parquet", data_files=_files(source), split="train")
         else:
             raise UserError(f"data.path: {source.path} does not exist; correct it, or set data.hub=true if it is a name on the hub")
     except UserError:
@@ -220,11 +273,14 @@ def _image_column(table: Any, source: DatasetsSource) -> str:
         if source.image not in names:
             raise UserError(f"data.image: no column {source.image!r}; there are {', '.join(names)}")
         return source.image
-    typed = [name for name in names if isinstance(table.features[name], datasets.Image)]
+    typed = [name for name in names if isinstance(table.features[name], datasets.Image) and not is_side_column(name)]
     plain = [name for name in names if name.lower() in IMAGES]
-    if not typed + plain:
+    found = [name for name in typed if name in plain] or typed or plain
+    if not found:
         raise UserError(f"{source.path}: no column of images; name it by data.image (there are {', '.join(names)})")
-    return (typed + plain)[0]
+    if len(found) > 1 and found == typed:
+        raise UserError(f"{source.path}: several columns of images ({', '.join(found)}); name the one to learn from by data.image")
+    return found[0]
 
 
 def _caption_column(names: list[str], source: DatasetsSource) -> str:

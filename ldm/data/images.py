@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,20 @@ def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         return _upright(image)
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a picture's file, which may be a stranger's: an ordinary one, and no longer than MAX_BYTES.
+
+    Raises:
+        Rejected: for anything else.
+        OSError: as reading it does.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise Rejected("unreadable file", "not an ordinary file")
+    _check_length(status.st_size)
+    return path.read_bytes()
+
+
 def _upright(image: Image.Image) -> tuple[int, int]:
     # A PNG's orientation may follow its pixels, and Pillow would decode them to look for it.
     turned = "exif" in image.info and _orientation(image) >= 5
@@ -107,16 +122,57 @@ def _open(stream: BinaryIO, max_pixels: int) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Eight-bit RGB of any mode: 16-bit grey is scaled, transparency is laid over white, CMYK and YCbCr are converted.
+@dataclass(frozen=True)
+class Levels:
+    """Levels of a picture of one wide channel (16-bit or 32-bit numbers, floats): the value that means white."""
+
+    white: float
+    inverted: bool  # it means black, and 0 white (TIFF's MinIsWhite, which Pillow heeds for bytes only)
+
+
+def levels(image: Image.Image) -> Levels | None:
+    """What the values of a picture mean; None where it has bytes, whose meaning their mode tells.
+
+    16-bit numbers reach from 0 to 65535, or as far as the bits that a TIFF tells. Floats are 0 to 1 by convention; up to 255 or
+    65535 they are taken for such numbers as floats. What overshoots a little is clipped.
+
+    Raises:
+        Rejected: where no range is meant for sure.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return None
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(262) == 0
+    if image.mode.startswith("I;16"):
+        bits = tags.get(258, (16,))[0]
+        return Levels(2.0**bits - 1 if 8 < bits <= 16 else 65535, inverted)
+    low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+    if not math.isfinite(low + high):
+        values = np.asarray(image, np.float64)
+        values = values[np.isfinite(values)]
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    white = next((white for white in ranges if high <= (2 * white if image.mode == "F" else white)), 0.0)
+    if not white or low < -0.25 * white:
+        raise Rejected("format not supported", f"values from {low:g} to {high:g}; floats are 0 to 1 or 0 to 255, whole numbers up to 65535")
+    return Levels(white, inverted)
+
+
+def to_rgb(image: Image.Image, wide: Levels | None = None) -> Image.Image:
+    """Eight-bit RGB of any mode: wide numbers are scaled, transparency is laid over white, CMYK and YCbCr are converted.
 
     Embedded colour profiles are ignored, as nearly every training pipeline does.
+
+    Args:
+        wide: the `levels` of the picture that this is a part of; None: its own.
+
+    Raises:
+        Rejected: as `levels`.
     """
-    if image.mode.startswith("I"):  # `convert` would clip at 255 and turn most of a 16-bit ramp white
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if (scale := wide or levels(image)) is not None:  # `convert` would clip at 255 and turn most of a 16-bit ramp white
+        share = np.nan_to_num(np.asarray(image, np.float64), posinf=scale.white).clip(0, scale.white) * (255 / scale.white)
+        grey = (255 - share if scale.inverted else share).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -175,6 +231,8 @@ def view(data: bytes, shape: Shape, at: tuple[float, float] = (0.5, 0.5), flip: 
                 image.load()
                 full = _small_rgb(image, least)
             orientation = _orientation(image)  # a PNG's may follow its pixels
+        except Rejected:
+            raise
         except Exception as error:  # as in _open
             raise Rejected("damaged image", f"{type(error).__name__}: {error}") from None
     if orientation in _TURN:
@@ -226,8 +284,9 @@ def _small_rgb(image: Image.Image, least: int) -> np.ndarray:
     by = max(1, min(image.size) // least)
     high = by * max(1, BAND // (image.width * by))
     out = np.empty((-(-image.height // by), -(-image.width // by), 3), np.uint8)
+    wide = levels(image)
     for top in range(0, image.height, high):
-        part = to_rgb(image.crop((0, top, image.width, min(top + high, image.height))))
+        part = to_rgb(image.crop((0, top, image.width, min(top + high, image.height))), wide)
         out[top // by : (top + high) // by] = np.asarray(part.reduce(by) if by > 1 else part)
     return out
 

@@ -16,15 +16,17 @@ import torch
 
 from ldm.config.errors import UserError
 from ldm.data import threads
+from ldm.data.content import MOST, mark
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
+from ldm.data.file_names import printable
 from ldm.data.images import Rejected, Shape, View, sides, view
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng, mix
 
 LISTED = 20  # rejected files that describe() names; `rejected` has all
 TOLERATED = 10  # bad files that never stop a run, however small the data
-HARMLESS = ("too small", "format not supported", "no caption")  # left out by a rule, not because they are broken
+HARMLESS = ("too small", "format not supported", "no caption", "side picture")  # left out by a rule, not because they are broken
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Rejection:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+        return printable(f"{self.name}: {self.reason}" + (f": {self.detail}" if self.detail else ""))
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Photos(ABC):
     _fields: Fields
     _sizes: np.ndarray  # (N,2)
     _fingerprint: str
+    _contents: Sequence[str]  # of each sample a hash of its picture
 
     def __init__(self, where: str, source: PhotoSource, split: Split, tolerated: int) -> None:
         self.where, self.split = where, split
@@ -131,6 +134,14 @@ class Photos(ABC):
     def fingerprint(self) -> str:
         """Hash of what the samples are and of the options that change a view."""
         return self._fingerprint
+
+    def marks(self) -> np.ndarray | None:
+        """As `ldm.data.content.HasMarks.marks`."""
+        if len(self) > MOST:
+            return None
+        captions = self.all_captions(range(len(self)))
+        rows = [(mark(self.name(i)), mark(repr((self._contents[i], captions[i])))) for i in range(len(self))]
+        return np.array(rows, np.uint64).reshape(-1, 2)
 
     def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Samples.load`."""

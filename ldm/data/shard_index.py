@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ldm.config.errors import UserError
+from ldm.config.schema import build
 from ldm.data.storage import find, is_url, stat
 
 if TYPE_CHECKING:
@@ -25,8 +28,10 @@ from typing import BinaryIO
 
 from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
+from ldm.data.content import cache_folder
 from ldm.data.fields import ALIASES, Known, column_of, known
-from ldm.data.folder import OTHER_IMAGES, SUFFIXES, is_text
+from ldm.data.file_names import hidden, is_text, printable, side_pictures, split
+from ldm.data.folder import OTHER_IMAGES, SUFFIXES, how_to_unpack
 from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
 from ldm.data.storage import Stat, stream
 from ldm.data.tar import Damage, Member, members
@@ -101,14 +106,17 @@ def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, 
             summed = _Summed(raw)
             first = summed.read(4)
             if first[:2] == b"\x1f\x8b" or first in (b"\x28\xb5\x2f\xfd", b"\xfd7zX") or first[:3] == b"BZh":
-                raise UserError(f"{path}: a compressed archive has no addresses; unpack it to a plain .tar first")
+                raise UserError(f"{path}: a compressed archive has no addresses; {how_to_unpack(path)}")
             for found in members(_After(first, summed), MAX_BYTES):  # type: ignore[arg-type]
                 if isinstance(found, Damage):
-                    damage.append(str(found))
+                    damage.append(printable(str(found)))
                 elif isinstance(found, Member):
-                    stem, suffix = _split(found.name)
+                    if hidden(found.name):
+                        other["hidden"] += 1
+                        continue
+                    stem, suffix = split(found.name)
                     if suffix not in (*SUFFIXES, *OTHER_IMAGES, *TEXTS, ".json"):
-                        other[suffix or "no suffix"] += 1
+                        other[printable(suffix) or "no suffix"] += 1
                         continue
                     _take(groups[stem], suffix, found)
                 else:
@@ -124,6 +132,11 @@ def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, 
     if record.listed is not None and not listed and len(groups) < record.listed:
         rejected += [("", "listed but missing", f"{len(groups)} of {record.listed} samples are there")] * (record.listed - len(groups))
     columns: dict[str, list[Any]] = {c: [] for c in _COLUMNS}
+    pictures = {group.image.name: key for key, group in groups.items() if group.image is not None}
+    side = side_pictures(pictures, (name for name, key in pictures.items() if groups[key].captions))
+    for name, kept in side.items():
+        del groups[pictures[name]]
+        rejected.append((pictures[name], "side picture", f"a {kept.kind}" + f" of {kept.of}" * bool(kept.of)))
     for key, group in sorted(groups.items(), key=lambda item: item[1].image.offset if item[1].image else -1):
         try:
             row = _row(key, group, listed.get(key, {}))
@@ -134,7 +147,7 @@ def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, 
             columns[column].append(value)
     record.samples = len(columns["key"])
     record.rejected = dict(Counter(reason for _, reason, _ in rejected))
-    record.examples = [[clean(k)[:200], reason, detail[:300]] for k, reason, detail in rejected[:EXAMPLES]]
+    record.examples = [[clean(k)[:200], reason, printable(detail)[:300]] for k, reason, detail in rejected[:EXAMPLES]]
     return record, columns
 
 
@@ -153,13 +166,6 @@ class _After:
             data, self._first = self._first[:count], self._first[count:]
             return data
         return self._rest.read(count)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Stem and lower-case suffix of a member's name, at the last dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.rpartition(".")
-    return (folder + slash + stem, f".{suffix.lower()}") if dot and stem else (name, "")
 
 
 def _take(group: _Group, suffix: str, member: Member) -> None:
@@ -250,7 +256,7 @@ def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
 
 
 NAME = "ldm-index.parquet"
-FORMAT = 1
+FORMAT = 2
 READERS = 4  # shards that are read at once
 SAVE_S = 120.0  # what was read is kept at least so often
 
@@ -315,8 +321,7 @@ def place_of(root: str) -> Path:
     beside = Path(root) / NAME
     if not is_url(root) and (beside.exists() or os.access(root, os.W_OK)):
         return beside
-    cache = Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm")
-    return cache / f"index-{hashlib.blake2b(root.encode(), digest_size=12).hexdigest()}.parquet"
+    return cache_folder() / f"index-{hashlib.blake2b(root.encode(), digest_size=12).hexdigest()}.parquet"
 
 
 def open_index(
@@ -325,6 +330,7 @@ def open_index(
     renew: bool = False,
     verify: bool = False,
     file: Path | None = None,
+    outside: bool = False,
     on_shard: Callable[[ShardRecord, int, int], None] | None = None,
 ) -> Index:
     """Open or build the index of the shards that `path` means; shards that are not in it yet are read and added.
@@ -334,12 +340,13 @@ def open_index(
         renew: read shards that have changed anew; if not, they are refused.
         verify: read all shards, and refuse one whose hash is not the index's.
         file: where the index is kept; None: as `place_of` says.
+        outside: follow links in a folder that lead out of it.
         on_shard: called with each shard that was read, its number and how many there are to read.
 
     Raises:
         UserError: for a shard that is missing, unreadable or changed, an index that is damaged, or a path without shards.
     """
-    names = find(path, ".tar")
+    names = find(path, ".tar", outside)
     root = common_root(names)
     place = file or place_of(root)
     known, tables = _load(place, root)
@@ -442,16 +449,26 @@ def _load(place: Path, root: str) -> tuple[dict[str, ShardRecord], dict[str, pa.
     try:
         with pq.ParquetFile(place, page_checksum_verification=True) as file:
             about = file.schema_arrow.metadata or {}
-            if about.get(b"ldm.format") != str(FORMAT).encode():
+            if (form := about.get(b"ldm.format", b"")) != str(FORMAT).encode():
+                if form.isdigit():  # another version's, which counted otherwise
+                    _log.info("%s: of format %s, not %d; the shards are read anew", place, form.decode(), FORMAT)
+                    return {}, {}
                 raise ValueError("of another format")
             shards = about[b"ldm.shards"]
             if hashlib.sha256(shards).hexdigest() != about[b"ldm.sum"].decode():
                 raise ValueError("its records are damaged")
             table = file.read().replace_schema_metadata(None).cast(schema())
-        records = [ShardRecord(**entry) for entry in json.loads(shards)]
+        records = [build(entry, ShardRecord, "shard") for entry in json.loads(shards)]
         counts = {row["values"]: row["counts"] for row in pc.value_counts(table["shard"]).to_pylist()}
         if any(counts.get(n, 0) != record.samples for n, record in enumerate(records)) or table.num_rows != sum(r.samples for r in records):
             raise ValueError("samples are missing")
+        # It may be a stranger's, as the shards are.
+        ends = np.array([record.bytes for record in records], np.int64)[table["shard"].to_numpy()]
+        start, size = table["offset"].to_numpy(), table["size"].to_numpy()
+        if (start < 0).any() or (size < 0).any() or (size > ends).any() or (start > ends - size).any():
+            raise ValueError("samples lie outside their shards")
+        if not pc.all(pc.greater(pc.list_value_length(table["captions"]), 0)).as_py() and table.num_rows:
+            raise ValueError("samples have no captions")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place}: the index of {root} is damaged ({str(error)[:200]}); remove it, and it is built anew") from None
     tables, at = {}, 0

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class ShardsSource:
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
     max_bad: Fraction = 0.1  # share of unusable samples above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
+    outside: bool = False  # also follow links that lead out of the folder of shards
 
     def build(self, split: Split) -> ShardsData:
         """The training or the held-out part; shards that are not indexed yet are read once.
@@ -44,12 +45,25 @@ class ShardsSource:
         return ShardsData(self, split)
 
 
+class _Hashes(Sequence[str]):
+    """The index's hashes as texts, one at a time."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(self._values[index])
+
+
 class ShardsData(Photos):
     """A split of a set of tar shards, in their order; every image is compared with the index's hash when it is read."""
 
     def __init__(self, source: ShardsSource, split: Split) -> None:
         self.source = source
-        self.index: Index = open_index(source.path, file=Path(source.index) if source.index else None)
+        self.index: Index = open_index(source.path, file=Path(source.index) if source.index else None, outside=source.outside)
         table, shards = self.index.table, self.index.shards
         assert table is not None
         self.rejected: Counter[str] = sum((Counter(s.rejected) for s in shards), Counter())
@@ -73,6 +87,7 @@ class ShardsData(Photos):
         self._size, self._hash = self._table["size"].to_numpy(), self._table["hash"].to_numpy()
         self._keys, self._texts = self._table["key"].chunk(0), self._table["captions"].chunk(0)
         self._ranges, self._lost = Ranges(), dict[int, str]()
+        self._contents = _Hashes(self._hash)
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         digest = hashlib.sha256(json.dumps(["shards", 1, *view_options]).encode())
         for record in shards:

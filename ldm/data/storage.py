@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ldm.config.errors import UserError
+from ldm.data.file_names import hidden, leads_out
 
 MOST = 10**6  # names that one pattern may give
 RETRIES, WAIT_S = 3, 0.5  # of a read that fails, the wait doubling
@@ -62,25 +63,31 @@ class Stat:
     mtime_ns: int  # 0: the store does not tell
 
 
-def find(path: str, suffix: str) -> list[str]:
+def find(path: str, suffix: str, outside: bool = False) -> list[str]:
     """The files that a path means, sorted: itself, what its braces or stars stand for, or all `suffix` files below a folder.
 
+    Args:
+        outside: follow links in a folder that lead out of it.
+
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, or one is such a link.
     """
     names = expand(path)
     found: list[str] = []
     for name in names:
-        found += _find_url(name, suffix) if is_url(name) else _find_local(name, suffix)
+        found += _find_url(name, suffix) if is_url(name) else _find_local(name, suffix, outside)
     if not found:
         raise UserError(f"data.path: no {suffix} files at {path}; give a folder of shards, or a pattern such as {{00000..00099}}{suffix}")
     return sorted(dict.fromkeys(found))
 
 
-def _find_local(name: str, suffix: str) -> list[str]:
+def _find_local(name: str, suffix: str, outside: bool) -> list[str]:
     place = Path(name)
     if place.is_dir():
-        return [str(p) for p in place.rglob(f"*{suffix}") if not p.name.startswith(".")]
+        found = [p for p in place.rglob(f"*{suffix}") if not hidden(p.relative_to(place).as_posix())]
+        if not outside and (links := [p for p in found if leads_out(p, place)]):
+            raise UserError(f"data.path: {links[0]} is a link that leads out of {name}; set data.outside=true to follow it")
+        return [str(p) for p in found]
     if glob.has_magic(name) and not place.exists():
         return glob.glob(name, recursive=True)
     if not place.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from ldm.models import cost
 from ldm.models.cost import TextShape
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
+from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
 
 MAX_SCALE = math.log(100)  # of logit_scale, as CLIP bounds it
@@ -97,6 +98,10 @@ class ClipFamily(Family):
             best = (pictures @ words.T).argmax(1)
             right = (best == torch.arange(len(best), device=best.device)).float().mean()
         return {"contrastive": loss}, {"match_in_batch": right, "logit_scale": scale.detach()}
+
+    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
+        """Those longer than the text tower reads."""
+        return cut_captions(captions, lambda: self.tokenizer, TextEncoder(self.text_model, self.tokenizer).room)
 
     def finish(self, context: Context) -> dict[str, Any]:
         """Image-to-caption retrieval among 100 held-out pairs (chance 0.01)."""

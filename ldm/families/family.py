@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -22,6 +22,7 @@ from ldm.formats import atomic
 from ldm.formats.model_folder import RECORD, read_record
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import NOTHING, Cost, TextShape
+from ldm.text.lengths import CutCaptions
 
 Terms = dict[str, Tensor]
 
@@ -333,6 +334,10 @@ class Family(nn.Module, ABC):
     def finish(self, context: Context) -> dict[str, Any]:
         """Measurements on the final weights (latent statistics, say) that belong to the product; also logged."""
         return {}
+
+    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
+        """Which captions are longer than it reads; None: none, or it reads none."""
+        return None
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -28,6 +28,7 @@ from ldm.distributed.sharding import gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
 from ldm.models.inference import check_compiler
+from ldm.text.lengths import spread
 from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Former, States
@@ -148,6 +149,10 @@ class Trainer:
         )
         start = self.step * stage.batch
         name = self.folder.name
+        if self.processes.main:
+            looked_at = [text for texts in self.data.all_captions(spread(len(self.data))) for text in texts]
+            if cut := self.family.cut_captions(looked_at):
+                self.log.note(f"{name}: {cut}")
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
             if self.buckets is not None:
                 preflight(self, model, self.buckets)

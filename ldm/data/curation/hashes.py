@@ -41,6 +41,8 @@ def perceptual_hash(data: bytes) -> str:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft("L", (4 * SIDE, 4 * SIDE))
             grey = to_rgb(image).convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    except Rejected:
+        raise
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise Rejected("damaged image", f"{type(error).__name__}: {error}") from None
     spectrum = COSINES @ np.asarray(grey, np.float64) @ COSINES.T

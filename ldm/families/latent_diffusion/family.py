@@ -42,6 +42,7 @@ from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, weighted_modules
 from ldm.text.encoder import TextEncoder
+from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import teach
 from ldm.text.weighted import chunks_of
@@ -360,6 +361,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
             pooled=None if empty.pooled is None else empty.pooled.expand(batch, -1),
         )
         return replace(cond, text=text)
+
+    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
+        """Those longer than the text encoder reads."""
+        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""

@@ -1,0 +1,142 @@
+"""File names of a data set: lookup as people write them, side pictures (masks, conditions), names that lead out of a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# OneTrainer's names mean nothing else; the others are also words that a picture's own name may end with.
+_OWN_MARK = re.compile(r"(.+)-(mask|cond)label\d?", re.IGNORECASE)
+_MARKS = (
+    *("mask", "masks", "cond", "conditioning", "control", "canny", "depth", "normal", "pose", "openpose"),
+    *("seg", "segmentation", "lineart", "scribble", "softedge", "hed", "mlsd"),
+)
+_MARK = re.compile(rf"(.+)[-_.]({'|'.join(_MARKS)})", re.IGNORECASE)
+_MASK_FOLDERS = ("mask", "masks", "alpha_masks")
+_FOLDERS = (*_MASK_FOLDERS, "_controls", "control", "controls", "condition", "conditioning", "conditioning_images")  # _controls: ai-toolkit
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is Unicode text, which other systems' names need not be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """A stranger's text for a terminal or a log: control codes and half characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def hidden(name: str) -> bool:
+    """Whether a path is one of those that systems put beside people's files: hidden ones, AppleDouble's `._x`, `__MACOSX/`."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def split(name: str) -> tuple[str, str]:
+    """Stem and lower-case suffix of a name, at the last dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.rpartition(".")
+    return (folder + slash + stem, f".{suffix.lower()}") if dot and stem else (name, "")
+
+
+class Names:
+    """Lookup of names as people write them: exactly, else in another Unicode form or letter case, if only one fits.
+
+    Args:
+        names: what is there, each with what it stands for.
+        bare: names may also be written without their suffix.
+    """
+
+    def __init__(self, names: Mapping[str, str], bare: bool = False) -> None:
+        self._levels: list[tuple[Callable[[str], str], dict[str, str]]] = [(str, dict(names))]
+        for there, asked in ((_composed, _composed), (_folded, _folded), *([(_bare, _folded)] if bare else [])):
+            level: dict[str, str] = {}
+            for name, value in names.items():
+                key = there(name)
+                level[key] = value if level.get(key, value) == value else ""  # several: none of them is meant
+            self._levels.append((asked, level))
+
+    def find(self, name: str) -> str | None:
+        """What a name stands for; None: nothing, or one of several."""
+        return next((found for asked, level in self._levels if (found := level.get(asked(name)))), None)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _composed(name).casefold()
+
+
+def _bare(name: str) -> str:
+    return split(_folded(name))[0]
+
+
+@dataclass(frozen=True)
+class SidePicture:
+    """Side picture: one that another trainer keeps beside a picture, and which is no picture to learn from."""
+
+    kind: str  # mask or condition
+    of: str | None  # the picture that it belongs to; None: that is not here
+
+
+def side_pictures(names: Iterable[str], captioned: Iterable[str] = ()) -> dict[str, SidePicture]:
+    """Which of some pictures' names are those of side pictures.
+
+    `x-masklabel.png` and `x-condlabel.png` (OneTrainer) always are. `x_mask.png`, `x.mask.png`, `x-depth.png` and the like are where
+    `x` is a picture too and they have no caption of their own; so are pictures in folders such as masks/, conditioning/ and
+    ai-toolkit's _controls/ of which an equal name lies in the folder above or in another one beside.
+
+    Args:
+        names: of pictures, with `/` between folders.
+        captioned: those with a caption of their own.
+    """
+    listed, own = list(names), set(captioned)
+    by_stem: dict[str, str] = {}
+    for name in listed:
+        stem = split(name)[0]
+        by_stem.setdefault(stem.removesuffix(".src"), name)  # DreamBooth's x.src.jpg has its mask in x.mask.png
+        by_stem[stem] = name
+    found: dict[str, SidePicture] = {}
+    rest = []
+    for name in listed:
+        folder, slash, last = split(name)[0].rpartition("/")
+        if mark := _OWN_MARK.fullmatch(last):
+            found[name] = SidePicture("mask" if mark[2].lower() == "mask" else "condition", by_stem.get(folder + slash + mark[1]))
+        elif (mark := _MARK.fullmatch(last)) and name not in own and (of := by_stem.get(folder + slash + mark[1])):
+            found[name] = SidePicture("mask" if mark[2].lower().startswith("mask") else "condition", of)
+        else:
+            rest.append(name)
+    inside = {name for name in rest if any(part.lower() in _FOLDERS for part in name.split("/")[:-1])}
+    beside: dict[tuple[str, str], str] = {}  # the picture by its path without one of the folders, and that folder's place
+    for name in rest if inside else ():
+        if name not in inside:
+            parts = split(name)[0].split("/")
+            beside |= {("/".join(parts[:n]), "/".join(parts[n + 1 :])): name for n in range(len(parts) - 1)}
+    for name in sorted(inside):
+        parts = split(name)[0].split("/")
+        at = next(n for n, part in enumerate(parts) if part.lower() in _FOLDERS)
+        above, below = "/".join(parts[:at]), "/".join(parts[at + 1 :])
+        direct = by_stem.get(f"{above}/{below}" if above else below)
+        if of := direct if direct not in inside and direct else beside.get((above, below)):
+            found[name] = SidePicture("mask" if parts[at].lower() in _MASK_FOLDERS else "condition", of)
+    return found
+
+
+def is_side_column(name: str) -> bool:
+    """Whether a table's column of pictures is one of masks or conditions by its name, such as conditioning_image."""
+    return any(word in _MARKS for word in re.split(r"[^a-z]+", name.lower()))
+
+
+def leads_out(path: Path | str, root: Path | str) -> bool:
+    """Whether a path, its links followed, lies outside a folder."""
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    return real != top and not real.startswith(top.rstrip(os.sep) + os.sep)
