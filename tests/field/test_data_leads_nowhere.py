@@ -258,7 +258,7 @@ def test_fetch_refuses_what_leads_into_the_machine(tmp_path, port, secret, capsy
     links = [secret.as_uri(), f"http://localhost:{port}/x", f"http://2130706433:{port}/x", f"http://127.1:{port}/x", "ftp://localhost/x"]
     pq.write_table(pa.table({"url": links, "caption": ["x"] * len(links)}), tmp_path / "links.parquet")
     words = ["data", "fetch", str(tmp_path / "links.parquet"), "--out", str(tmp_path / "out"), "--img2dataset", str(program)]
-    assert main(words) == 2 and "no picture came of 5 links" in capsys.readouterr().err
+    assert main([*words, "--seconds", "30", "--max-mb", "1"]) == 2 and "no picture came of 5 links" in capsys.readouterr().err
     errors = [row["error_message"] for row in pq.read_table(tmp_path / "out" / "00000.parquet").to_pylist()]
     assert sum("not a public address" in error for error in errors) == 3 and sum("unknown url type" in error for error in errors) == 2
     assert main([*words, "--distributor", "pyspark"]) == 2 and "--allow-private" in capsys.readouterr().err
@@ -272,7 +272,9 @@ def test_half_characters_and_control_codes_reach_no_terminal(tmp_path, capsys):
         '{"file_name": "\\ud800\\u001b[2J.png", "text": "a\\udc00b"}\n{"file_name": "own/0.jpg", "text": "a\\udc00b"}'
     )
     (root / "own" / "x\x1b[31m.svg").write_text("<svg/>")
-    assert main(["data", "check", str(root), "--decode", "0"]) == 0
+    (root / "link.jpg").symlink_to(Path(__file__))
+    assert main(["data", "check", str(root), "--decode", "0"]) == 0 and "link leads out" in capsys.readouterr().out
+    assert main(["data", "check", str(root), "--decode", "0", "--outside"]) == 0 and "link leads out" not in capsys.readouterr().out
     assert main(["data", "check", str(root), "--decode", "0", "--json"]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said and "half a character" in said

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tars import packed, painted, sample
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.data.captions import text_captions
 from ldm.data.check import check, lines, source_at
@@ -20,6 +21,7 @@ from ldm.data.folder import FolderData, FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Rejected, view
 from ldm.data.shards import ShardsSource
+from ldm.text.encoder import TextEncoder
 
 
 def pictures(root: Path, *names: str) -> Path:
@@ -215,7 +217,7 @@ def test_the_bytes_say_what_a_picture_is(tmp_path):
 # Long captions
 
 
-def test_captions_that_are_cut_are_counted(tmp_path):
+def test_captions_that_are_cut_are_counted(tmp_path, kl_model, capsys):
     pictures(tmp_path, *(f"{i}.png" for i in range(4)))
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text("red circle, " * (40 if i < 2 else 20) + "the end")
@@ -223,3 +225,6 @@ def test_captions_that_are_cut_are_counted(tmp_path):
     assert found.cut_captions is not None
     assert {k: found.cut_captions[k] for k in ("count", "of", "room", "longest")} == {"count": 2, "of": 4, "room": 75, "longest": 122}
     assert any("2 of 4 captions are longer than the 75 tokens" in line for line in lines(found))
+    assert main(["data", "check", str(tmp_path), "--decode", "0", "--model", str(kl_model)]) == 0
+    room = TextEncoder.load(kl_model).room
+    assert room != 75 and f"4 of 4 captions are longer than the {room} tokens" in capsys.readouterr().out

@@ -125,6 +125,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "data check": {
         **dict.fromkeys(("--captions", "--html", "--json"), "tests/cli/test_data.py"),
         **dict.fromkeys(("--resolution", "--decode"), "tests/cli/test_data.py"),
+        **{"--outside": "tests/field/test_data_leads_nowhere.py", "--model": "tests/field/test_foreign_data_sets.py"},
     },
     "data index": dict.fromkeys(("--out", "--verify", "--json"), "tests/cli/test_data.py"),
     "data curate": {
@@ -137,6 +138,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "data fetch": {
         **dict.fromkeys(("--out", "--shard", "--timeout", "--distributor", "--img2dataset", "--json"), "tests/data/curation/test_fetch.py"),
         **dict.fromkeys(("--size", "--processes", "--retries"), "tests/field/test_options.py"),
+        **dict.fromkeys(("--seconds", "--max-mb", "--allow-private"), "tests/field/test_data_leads_nowhere.py"),
     },
     "data hash": {"--out": "tests/data/curation/test_hashes.py"},
     "data encode": dict.fromkeys(
