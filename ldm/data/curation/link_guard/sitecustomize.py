@@ -63,7 +63,7 @@ class _Call:
             if self.expired:
                 break
             try:
-                opened = socket.create_connection(place[4][:2], timeout, source)
+                opened = socket.create_connection((str(place[4][0]), int(place[4][1])), timeout, source)
             except OSError as error:
                 problem = error
                 continue
