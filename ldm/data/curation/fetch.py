@@ -153,7 +153,7 @@ def guarded(options: DownloadOptions, mark: Path) -> dict[str, str]:
         mark: a file that is written once the guard stands.
     """
     rules = {"private": options.allow_private, "seconds": options.seconds, "bytes": options.max_mb * 2**20, "mark": str(mark.absolute())}
-    paths = [str(Path(__file__).parent / "link_guard"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[1] / "link_guard"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LDM_LINK_GUARD": json.dumps(rules)}
 
 
