@@ -16,8 +16,9 @@ from ldm.config.options import option
 from ldm.families.draws import Draws
 from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
+from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
-from ldm.sampling.request import MAX_SEED, STRENGTH, Adapters, Base, Device, SamplerOptions, clean
+from ldm.sampling.request import MAX_SEED, STRENGTH, Base, Device, NamedAdapters, SamplerOptions, clean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +62,16 @@ class Film:
             raise UserError("clip: not together with --frames or --loop; the film is as long as the clip")
 
 
-def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters, device: Device) -> int:
+def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdapters, device: Device) -> int:
     """Make a film. Without CLIP, text and noise move from one prompt and seed to others."""
     film.check()
     sampler.check()
     folder = model_for(base.model)
+    ends = [Asked(prompt=clean(text)) for text in (film.prompt, film.to) if text is not None]
+    asked = tagged(ends, adapters.lora_dir, adapters.lora, tell)
+    if asked[-1].loras != asked[0].loras:
+        raise UserError("to: names other LoRAs than the prompt; a film is drawn with the same ones, so write the same tags into both")
+    to = "" if film.to is None else asked[-1].prompt
 
     from ldm.sampling import jobs
     from ldm.sampling.adapters import with_adapters
@@ -73,20 +79,20 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: Adapters,
 
     check_suffix(film.out)
     film.out.parent.mkdir(parents=True, exist_ok=True)
-    family, added = with_adapters(folder, device_for(device.device), adapters.lora, adapters.embedding, {}, tell)
+    family, added = with_adapters(folder, device_for(device.device), (*adapters.lora, *asked[0].loras), adapters.embedding, {}, tell)
     # Of all samplers ddim adds no noise, which would flicker.
     wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0})
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
     common = jobs.Common(seed=base.first({}), wanted=wanted, negative=base.avoided({}), size=base.shape({}), rest=rest)
-    (first,) = jobs.recipes(family, [Asked(prompt=clean(film.prompt))], common)
+    (first,) = jobs.recipes(family, asked[:1], common)
     started = time.monotonic()
     if film.clip is None:
-        recipes = way(first, film.frames or 24, "" if film.to is None else clean(film.to), film.to_seed, film.loop)
+        recipes = way(first, film.frames or 24, to, film.to_seed, film.loop)
         from ldm.cli.grid import draw_cells
 
         _tell_words(recipes)
         drawn: Sequence[Any] = draw_cells(family, recipes, note=tell)
-        first = replace(recipes[0], to=clean(film.to or ""))
+        first = replace(recipes[0], to=to)
     else:
         usual = STRENGTH if film.source is None else 1.0
         strength = usual if film.strength is None else film.strength

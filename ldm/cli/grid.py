@@ -19,8 +19,9 @@ from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
+from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe, save_picture
-from ldm.sampling.request import Adapters, Base, Device, Editing, Following, SamplerOptions, clean
+from ldm.sampling.request import Base, Device, Editing, Following, NamedAdapters, SamplerOptions, clean
 from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Plot:
 
 
 def grid(
-    plot: Plot, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: Adapters, device: Device
+    plot: Plot, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: NamedAdapters, device: Device
 ) -> int:
     """Draw a table of pictures; each is the one that `ldm sample` draws with these settings."""
     axes = plot.axes()
@@ -71,6 +72,8 @@ def grid(
     words = clean(plot.prompt or str(old.get("prompt", "")))
     if not words:
         raise UserError('prompt: what to draw? Write ldm grid "a green ring" --x ..., or --from PICTURE')
+    (asked,) = tagged([Asked(prompt=words)], adapters.lora_dir, adapters.lora, tell, following.literal)
+    loras = (*adapters.lora, *asked.loras)
     sampler.check()
     edited = editing.edited(base.size, old)
     if not edited and any(axis.name == "strength" for axis in axes):
@@ -86,7 +89,7 @@ def grid(
     from ldm.sampling.init_images import init_image_of
 
     place = device_for(place)
-    family, added = with_adapters(folder, place, adapters.lora, adapters.embedding, old, tell)
+    family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added}
     init_image = None
     if editing.picture is not None:
@@ -96,7 +99,7 @@ def grid(
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
     wanted = sampler.chosen(old, editing.usual)
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
-    (first,) = jobs.recipes(family, [Asked(prompt=words)], common)
+    (first,) = jobs.recipes(family, [asked], common)
     made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
     for said in in_words(made):
         tell(said)
@@ -107,7 +110,7 @@ def grid(
     else:
         found_at: dict[int, Tensor] = {}
         for factor in factors:  # its weights are merged into a model of its own
-            family, _ = with_adapters(folder, place, adapters.lora, adapters.embedding, old, lambda text: None, factor)
+            family, _ = with_adapters(folder, place, loras, adapters.embedding, old, lambda text: None, factor)
             places = [i for i, one in enumerate(made) if one.loras == scaled(first.loras, factor)]
             found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], init_image=init_image, note=tell), strict=True))
         drawn = [found_at[i] for i in range(len(made))]

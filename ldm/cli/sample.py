@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ldm.cli.models import device_for, model_for, name_of, tell, tell_overlong
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
 from ldm.sampling.prompt_files import Asked
+from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.request import Request
 from ldm.sampling.unheard import in_lines, in_words
@@ -33,7 +35,8 @@ def main(words: Sequence[str]) -> int:
 def sample(request: Request) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
     old = request.following.old()
-    asked = request.prompts.read(old.get("prompt"))
+    adapters = request.adapters
+    asked = tagged(request.prompts.read(old.get("prompt")), adapters.lora_dir, adapters.lora, tell, request.following.literal)
     request.choice.listed(request.base.seed)
     for said in in_lines(request, asked):
         tell(said)
@@ -58,7 +61,7 @@ def sample(request: Request) -> int:
     if running.low_memory:
         return_blocks()
     family = open_finished(folder, place, running.low_memory)
-    rest |= add(family, request.adapters.lora, request.adapters.embedding, old, tell)
+    rest |= add(family, (*adapters.lora, *asked[0].loras), adapters.embedding, old, tell)
     chosen = request.sampler.chosen(old, request.editing.usual)
     family.ready(Path(folder), running, family.settings(chosen).precision)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash}
@@ -76,6 +79,8 @@ def sample(request: Request) -> int:
     if output.resume:
         made = _missing(request, made)
     writer, started = _writer(request, guide, judge, team, place), time.monotonic()
+    if len({one.loras for one in asked}) > 1:
+        writer = replace(writer, drawing=_by_loras(request, asked, family, rest["loras"], place))
     paths = writer.write(family, made, init_image)
     if team.rank == 0:
         if output.grid is not None and paths:
@@ -129,6 +134,7 @@ def _recipes(
         size=base.shape(old) if init_image is None else init_image.size,
         variations=choice.variations,
         rest=rest,
+        loras=told_by_loras(request, asked),
     )
     made = jobs.recipes(family, asked, common)
     for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative, one.to, one.source)):
@@ -139,6 +145,34 @@ def _recipes(
         for one in made:
             check(rest["watermark"], (one.height, one.width))
     return made
+
+
+def told_by_loras(request: Request, asked: Sequence[Asked]) -> dict[tuple[str, ...], str]:
+    """What recipes tell of LoRAs, by those that prompts name, where these differ."""
+    from ldm.sampling.adapters import told_of
+
+    sets = {one.loras for one in asked}
+    return {own: told_of((*request.adapters.lora, *own)) for own in sets} if len(sets) > 1 else {}
+
+
+def _by_loras(request: Request, asked: Sequence[Asked], family: Draws, loras: str, place: str) -> Callable[[Recipe], Draws]:
+    """The model with the LoRAs of a recipe; another set than the last one's is merged into a model of its own."""
+    from ldm.families.registry import open_finished
+    from ldm.sampling.adapters import add
+
+    folder, running = model_for(request.base.model), request.running
+    named = {told: own for own, told in told_by_loras(request, asked).items()}
+    now = [(loras, family)]
+
+    def drawing(recipe: Recipe) -> Draws:
+        if recipe.loras != now[0][0]:
+            found = open_finished(folder, place)
+            add(found, (*request.adapters.lora, *named[recipe.loras]), request.adapters.embedding, {}, lambda text: None)
+            found.ready(Path(folder), running, recipe.precision)
+            now[0] = (recipe.loras, found)
+        return now[0][1]
+
+    return drawing
 
 
 def _missing(request: Request, made: list[Recipe]) -> list[Recipe]:

@@ -17,6 +17,7 @@ from ldm.sampling import jobs
 from ldm.sampling.adapters import differ, told_shortly
 from ldm.sampling.init_images import InitImage, read_init_image
 from ldm.sampling.prompt_files import Asked
+from ldm.sampling.prompt_tags import parted
 from ldm.sampling.recipe import Recipe, writable
 from ldm.sampling.request import BOUNDS as OPTIONS
 
@@ -100,6 +101,8 @@ def order_of(
     Raises:
         UserError: as `sample.py` has it.
     """
+    if form.notation and (tags := parted(form.prompt)[1]):
+        raise UserError(f"prompt: {tags[0].text}: this page draws with the LoRAs that it was started with; leave the tag out")
     rest: dict[str, Any] = {"model": model, "model_hash": family.content_hash, "notation": form.notation, **(added or {})}
     init_image = None
     if init is not None:

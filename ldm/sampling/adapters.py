@@ -100,6 +100,20 @@ def add(
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}
 
 
+def told_of(loras: Sequence[str]) -> str:
+    """The field of a recipe that tells of LoRAs, FILE or FILE:WEIGHT; empty without any.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    from ldm.formats.atomic import sha256
+    from ldm.formats.lora_files import find
+
+    parts = [weighted(word) for word in loras]
+    told = [{"file": _shown(file), "weight": w, "hash": sha256(find(Path(file).expanduser()))} for file, w in parts]
+    return json.dumps(told, ensure_ascii=False) if told else ""
+
+
 def told_shortly(fields: Mapping[str, str]) -> list[str]:
     """A few words for each of the LoRAs and words that a recipe's fields tell of."""
     loras = [f"{Path(one['file']).stem} {one['weight']:g}" for one in remembered(fields, "loras")]

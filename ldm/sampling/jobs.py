@@ -32,6 +32,7 @@ class Common:
         size: (height, width) px; None: the model's own.
         variations: of every picture, in its place: with the noise of seed + 1, seed + 2, ... mixed into its own; 0: the picture.
         rest: other fields of every recipe.
+        loras: what recipes tell of LoRAs, by those that a prompt's own tags name; where it says nothing, `rest` does.
     """
 
     seeds: Sequence[int] | None = None
@@ -42,6 +43,7 @@ class Common:
     size: tuple[int, int] | None = None
     variations: int = 0
     rest: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
 
 def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recipe]:
@@ -50,6 +52,8 @@ def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recip
     for one in asked:
         own = {name: value for name in ("steps", "guidance") if (value := getattr(one, name)) is not None}
         told: dict[str, Any] = {**asdict(family.settings(replace(common.wanted, **own))), **common.rest, "prompt": one.prompt}
+        if one.loras in common.loras:
+            told["loras"] = common.loras[one.loras]
         height, width = common.size or family.defaults["size"]
         told |= {"height": one.height or height, "width": one.width or width}
         told["negative"] = common.negative if one.negative is None else one.negative

@@ -53,6 +53,7 @@ class Asked:
     seed: int | None = None
     guidance: float | None = None
     steps: int | None = None
+    loras: tuple[str, ...] = ()  # FILE:WEIGHT of each LoRA that its tags name
 
 
 def read_prompts(text: str, source: str) -> list[Asked]:

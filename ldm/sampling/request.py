@@ -323,6 +323,23 @@ class Adapters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedAdapters(Adapters):
+    """Adapters: LoRAs and words that textual inversion learned, and where the LoRAs are that prompts name."""
+
+    lora_dir: Path | None = option(None, "A folder of LoRAs: <lora:NAME:0.8> in a prompt is NAME's file in it.")
+
+    def check(self, low_memory: bool, old: Mapping[str, Any]) -> None:
+        """Refuse them where weights are read again.
+
+        Raises:
+            UserError: saying so.
+        """
+        if low_memory and self.lora_dir is not None:
+            raise UserError("low_memory: not together with --lora-dir, as weights are read again; leave one of them out")
+        super().check(low_memory, old)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """Output: where pictures go, and which are written."""
 
@@ -354,7 +371,7 @@ class Request:
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     editing: Editing = field(default_factory=Editing)
     guidance: Guidance = field(default_factory=Guidance)
-    adapters: Adapters = field(default_factory=Adapters)
+    adapters: NamedAdapters = field(default_factory=NamedAdapters)
     output: Output = field(default_factory=Output)
     running: Running = field(default_factory=Running)
     device: Device = field(default_factory=Device)

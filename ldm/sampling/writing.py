@@ -33,6 +33,7 @@ class PictureWriter:
         judge: who chooses then.
         safety: who withholds pictures, or None.
         classifier: what guides recipes that ask for it.
+        drawing: the model with what a recipe has of adapters; None: it is the same for all.
         save_steps: whether a strip of its steps lies beside each.
         tell: told what a user should know.
         told: told every picture's file and recipe.
@@ -45,6 +46,7 @@ class PictureWriter:
     judge: Judge | None = None
     safety: SafetyFilter | None = None
     classifier: Guide | None = None
+    drawing: Callable[[Recipe], Draws] | None = None
     save_steps: bool = False
     tell: Callable[[str], None] = print
     told: Callable[[dict[str, Any]], None] = lambda told: None
@@ -66,6 +68,7 @@ class PictureWriter:
         with Bar(len(own)) as show:
             for places in jobs.alike(own, -(-self.batch // chunk) * chunk):
                 part, film = [own[i] for i in places], Trajectory()
+                family = family if self.drawing is None else self.drawing(part[0])
 
                 def on_step(step: int, of: int, done: int = done, count: int = len(part)) -> None:
                     show(done + count * step / of)

@@ -80,6 +80,7 @@ SAMPLING = {
     "--classifier-scale": "tests/cli/test_classifier.py",
     "--lora": "tests/sampling/test_adapters.py",
     "--embedding": "tests/sampling/test_adapters.py",
+    "--lora-dir": "tests/field/test_lora_tags.py",
     "--safety": "tests/cli/test_sample_editing.py",
     "--out": "tests/cli/test_sample.py",
     "--resume": "tests/cli/test_sampling_options.py",
