@@ -19,6 +19,7 @@ from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
 from ldm.formats import atomic
+from ldm.formats.integrity import check
 from ldm.formats.model_folder import RECORD, read_record
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import NOTHING, Cost, TextShape
@@ -243,7 +244,9 @@ class ModelConfig:
         Raises:
             UserError: if its ldm.json does not hold this kind's configuration.
         """
-        return build(read_record(folder).get("config", {}), cls, str(folder / RECORD)).opened(folder).to(device).eval()
+        found = build(read_record(folder).get("config", {}), cls, str(folder / RECORD))
+        check(folder)
+        return found.opened(folder).to(device).eval()
 
     def opened(self, folder: Path) -> Any:
         """The family with the weights of a model folder that this configuration was saved in: a torch module that draws."""

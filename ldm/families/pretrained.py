@@ -13,8 +13,9 @@ import torch
 
 from ldm.config.schema import Count, PathText, Positive, config
 from ldm.families.family import Found, ModelConfig, Product
+from ldm.formats.integrity import check
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import OWN_CLIP, hub_folder, open_model, own_clip
+from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip
 from ldm.formats.part import PARTS, content_hash, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
@@ -56,6 +57,7 @@ class PretrainedText(ModelConfig):
         """text_encoder/ and tokenizer/, cut to the layers and tokens that are used; of a model with a CLIP of its run also that."""
         load_pretrained(str(found.folder), self.max_tokens, self.skip_last).save(target)
         if clip := own_clip(found.folder):
+            check(clip)
             shutil.copytree(clip, target / OWN_CLIP)
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
@@ -104,7 +106,8 @@ class PretrainedAutoencoder(ModelConfig):
             note(f"autoencoder {self.path}: its config.json is not here; counted as kl-f8")
             return KLConfig()
         values = read_json(file)
-        return VQConfig.from_diffusers(values) if values.get("_class_name") == "VQModel" else KLConfig.from_diffusers(values)
+        kind = VQConfig if values.get("_class_name") == "VQModel" else KLConfig
+        return kind.from_diffusers(values, str(file))
 
     def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
         """Of the encoder, and the bytes of a cached image."""
@@ -156,8 +159,8 @@ def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) ->
 def local_folder(path: str) -> Path:
     """Where a model from elsewhere lies, if it is on this machine."""
     folder = Path(path).expanduser()
-    if named(path):
-        return open_model(path).folder
+    if file := named(path):
+        return open_single(*file, note=lambda text: None)
     return folder / "model" if (folder / "model").is_dir() else folder
 
 

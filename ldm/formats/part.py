@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config.errors import UserError
-from ldm.formats.atomic import sha256
+from ldm.config.files import read_bounded
+from ldm.formats.atomic import MANIFEST
+from ldm.formats.integrity import COUNTED, check, checksums
 from ldm.formats.tensor_file import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
 PARTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
-COUNTED = (".json", ".txt", ".safetensors", ".model")  # the files whose content a hash is made of
+JSON_BYTES = 2**26  # at most; the tokenizer.json of a large vocabulary has 35 MB
 LFS = b"version https://git-lfs"  # how the note begins that git leaves where a large file was not fetched
 AGAIN = "copy the whole model folder again"
 M = TypeVar("M", bound=nn.Module)
@@ -55,12 +57,10 @@ def write_whole(path: Path, data: bytes) -> None:
 def load_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load a component: config.json and weights; single files, `.fp16` variants and sharded files with an index.
 
-    Files are read into memory, not mapped, so that a later rewrite cannot kill the reader.
-
     Raises:
         UserError: naming the file that is missing or damaged, and the fix.
     """
-    return read_config(folder), _read_weights(folder)
+    return read_config(folder), load_weights(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: if it is missing or holds something else.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_bounded(file, JSON_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {AGAIN}") from None
     except OSError as error:
@@ -93,13 +93,21 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a component whose configuration is known to make sense, compared with the manifest.
+
+    Files are read into memory, not mapped, so that a later rewrite cannot kill the reader.
+
+    Raises:
+        UserError: naming the file that is missing, damaged or changed.
+    """
     state: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         part = read_safetensors(file)
         if twice := state.keys() & part.keys():
             raise UserError(f"{file}: {min(twice)} is in another file of this part too; {AGAIN}")
         state |= part
+    check(folder)
     return _modern(state)
 
 
@@ -130,7 +138,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is missing; {AGAIN}") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         with file.open("rb") as opened:
             if opened.read(len(LFS)) == LFS:
                 raise UserError(f"{file}: only a Git LFS pointer stands here, not the weights; run `git lfs pull` in that folder") from None
@@ -232,12 +240,14 @@ def content_hash(folder: Path) -> str:
     """Content hash of a component or model: of the names and contents of its configurations, vocabularies and weights.
 
     Model cards, pictures, hidden files and manifests do not count.
+
+    Raises:
+        UserError: naming a file that differs from the manifest it was written with.
     """
+    check(folder)
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix in COUNTED and path.is_file()]
+    names = [name for name in names if name.name != MANIFEST and not any(word.startswith(".") for word in name.parts)]
     hasher = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(word.startswith(".") for word in name.parts)
-        if hidden or path.suffix not in COUNTED or path.name == "manifest.json" or not path.is_file():
-            continue
-        hasher.update(f"{name.as_posix()}\0{sha256(path)}\n".encode())
+    for name, found in zip(names, checksums(folder / name for name in names), strict=True):
+        hasher.update(f"{name.as_posix()}\0{found}\n".encode())
     return hasher.hexdigest()

@@ -142,7 +142,8 @@ def test_vq_and_unet_of_our_own_go_into_folders(tmp_path: Path, vq_model: Path, 
 def test_a_strangers_folder_keeps_its_scheduler_card_and_factor(kl_model: Path, tmp_path: Path, capsys: Any) -> None:
     stranger, out = tmp_path / "stranger", tmp_path / "copy"
     shutil.copytree(kl_model, stranger)
-    (stranger / "ldm.json").unlink()
+    for name in ("ldm.json", "manifest.json"):
+        (stranger / name).unlink()
     (stranger / "README.md").write_text("# Theirs\n")
     (stranger / "safety_checker").mkdir()
     scheduler = {
@@ -253,6 +254,7 @@ def test_too_large_for_half_precision_names_the_weight(kl_model: Path, tmp_path:
     config, state = load_part(model / "unet")
     state["conv_out.bias"] = state["conv_out.bias"] + 1e6
     save_part(config, state, model / "unet")
+    (model / "manifest.json").unlink()
     for form, name in (("diffusers", "a"), ("single-file", "a.safetensors"), ("compvis-ckpt", "a.ckpt")):
         assert export(model, "--to", form, "--dtype", "fp16", "--out", tmp_path / name) == 2
         assert "unet: conv_out.bias reaches 1e+06, but fp16 ends at 65504" in capsys.readouterr().err

@@ -271,7 +271,8 @@ def test_an_overflow_is_told_once(kl_model: Path, tmp_path: Path, capsys: pytest
     file = next((tmp_path / "model" / "vae").glob("*.safetensors"))
     state = load_file(file)
     save_file({**state, "decoder.conv_in.weight": state["decoder.conv_in.weight"] * 1e6}, file, {"format": "pt"})
-    (tmp_path / "model" / "ldm.json").unlink()
+    for name in ("ldm.json", "manifest.json"):
+        (tmp_path / "model" / name).unlink()
     words = ["--model", str(tmp_path / "model"), "a", "b", "--precision", "fp16", "--steps", "2", "--batch", "1", "--size", "32"]
     draw(tmp_path / "o", *words)
     assert capsys.readouterr().err.count("note: the decoder overflowed in fp16; it was run again in float32") == 1

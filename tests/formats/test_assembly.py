@@ -194,6 +194,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path, kl_model: Path) -> None:
     shutil.copytree(kl_model, swapped)
     shutil.rmtree(swapped / "vae")
     shutil.copytree(other / "vae", swapped / "vae")
+    (swapped / "manifest.json").unlink()
     with pytest.raises(UserError, match="its autoencoder is not the one its UNet was trained with"):
         load(swapped)
 

@@ -1,0 +1,47 @@
+"""Bounded reading of files from elsewhere, and child processes that take no code from the current folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # of the package
+CHILD = "import runpy, sys; sys.path[:] = sys.argv.pop(1).split(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+
+
+def read_bounded(file: Path, most: int) -> bytes:
+    """The bytes of a regular file, which is no larger than `most`: a pipe or a device would be read without end.
+
+    Raises:
+        OSError: as the file system says, or for a file of another kind or size.
+    """
+    require_regular(file)
+    with file.open("rb") as opened:
+        found = opened.read(most + 1)
+    if len(found) > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes, which no such file is", str(file))
+    return found
+
+
+def require_regular(file: Path) -> None:
+    """Refuse a folder, a pipe, a device.
+
+    Raises:
+        OSError: as the file system says, or for a file of another kind.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def isolated(module: str, *words: str) -> list[str]:
+    """Command that runs a module of this package in Python's isolated mode, on this process' path without the current folder.
+
+    `python -m` would put that first: a torch.py beside a downloaded model would be imported.
+    """
+    own, here = str(ROOT), os.path.realpath(os.curdir)
+    path = [entry for entry in sys.path if os.path.isabs(entry) and (os.path.realpath(entry) != here or entry == own)]
+    path = path if own in path else [own, *path]
+    return [sys.executable, "-I", "-c", CHILD, os.pathsep.join(path), os.pathsep, module, *words]
