@@ -1,21 +1,29 @@
 """Safe reading of pickled checkpoints (.ckpt, .pt, .bin) with weights_only=True, in a child process.
 
-`python -m ldm.formats.pickles IN OUT` writes the tensors of IN as safetensors to OUT. A pickle names functions to call; torch's
-weights_only reader calls none but those that make tensors, and what it cannot bear kills the child alone.
+The child, `ldm.formats.pickles IN OUT`, writes the tensors of IN as safetensors to OUT. A pickle names functions to call; torch's
+weights_only reader calls none but those that make tensors, and what it cannot bear kills the child alone, which takes no code
+from the current folder and no more memory and time than a file of that size can need.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import isolated, require_regular
 
 SECONDS = 1800  # after which the child counts as hung
+CPU_S, BYTES_PER_S = 60, 20_000_000  # of work that a file may cost: to start, and for its bytes
+TIMES = 4  # the size of a file that its tensors may have together: names may share one storage, as tied weights do
+SPARE = 2**20  # bytes, of small buffers that are stored as one number
+COPIES, ROOM = 4, 2**29  # of the tensors in memory at a time; bytes that torch needs besides
 # What trainers leave beside the weights. Their names are read as empty stand-ins, never imported.
 HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "omegaconf.", "argparse.", "easydict.")
 PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in the web UI's embeddings of 2022
@@ -29,13 +37,17 @@ def convert(pickle: Path, target: Path) -> None:
     Raises:
         UserError: naming the file and what was refused or damaged.
     """
-    words = [sys.executable, "-m", "ldm.formats.pickles", str(pickle), str(target)]
+    try:
+        require_regular(pickle)
+    except OSError as error:
+        raise UserError(f"{pickle}: {error.strerror}") from None
+    words = isolated("ldm.formats.pickles", str(pickle.resolve()), str(target.resolve()))
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise UserError(f"{pickle}: not read within {SECONDS} s; the file is damaged") from None
     if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1])
+        raise UserError(done.stderr.strip().splitlines()[-1].replace(str(pickle.resolve()), str(pickle), 1))
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"{pickle}: reading it killed its process ({lines[-1][:200]}); the file is damaged or hostile")
@@ -70,6 +82,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     import torch
 
+    _check_archive(path)
     allowed: set[str] = set()
     while True:
         try:
@@ -93,6 +106,53 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than its size: torch packs nothing."""
+    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(path) as archive:
+        total, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if total > size:
+            raise UserError(f"{path}: unpacks to {total:,} bytes, but the file has {size:,}; it is damaged or hostile")
+
+
+def require_plain(tensors: dict[str, Any], path: Path) -> None:
+    """Refuse tensors that are not numbers in memory, or that are more than a file of this size can hold.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    import torch
+
+    from ldm.formats.tensor_file import KINDS
+
+    size, total = path.stat().st_size, 0
+    for name, value in tensors.items():
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in KINDS.values():
+            kind = f"{value.layout}, {value.device.type}, {value.dtype}".replace("torch.", "")
+            raise UserError(f"{path}: {ascii(name)[:200]} is no plain tensor ({kind})")
+        total += value.numel() * value.element_size()
+        if total > TIMES * size + SPARE:
+            said = f"{ascii(name)[:200]} of shape {list(value.shape)[:8]}"
+            raise UserError(f"{path}: its tensors have {total:,} bytes up to {said}, but the file has {size:,}; it is damaged or hostile")
+
+
+def limit(size: int) -> None:
+    """Bound this process' memory and time by a file's size in bytes, where the system can."""
+    try:
+        import resource
+
+        with open("/proc/self/status") as status:
+            used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+    except (ImportError, OSError, StopIteration):
+        return
+    spent = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    for kind, most in (
+        (resource.RLIMIT_DATA, used + ROOM + COPIES * (TIMES * size + SPARE)),
+        (resource.RLIMIT_CPU, spent + CPU_S + size // BYTES_PER_S),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+
+
 def weights(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors by name, from state_dict where there is one, and the texts and numbers beside them."""
     import torch
@@ -108,13 +168,17 @@ def weights(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 def main(words: list[str]) -> int:
     """The child: convert IN to OUT; 2 after a refusal, which it prints."""
+    import torch
     from safetensors.torch import save_file
 
     source, target = (Path(word) for word in words)
+    torch.set_num_threads(1)  # each thread's stack counts as memory
+    limit(source.stat().st_size)
     try:
         tensors, beside = weights(read(source))
         if not tensors:
             raise UserError(f"{source}: no tensors in it")
+        require_plain(tensors, source)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

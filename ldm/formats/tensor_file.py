@@ -5,7 +5,9 @@ The library's own `load` holds a file twice, and its mapped files die with a fil
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm.config.files import require_regular
 
 KINDS = {
     "F64": torch.float64,
@@ -33,7 +37,9 @@ KINDS = {
     "U64": torch.uint64,
 }
 DIMENSIONS = 64  # of a tensor, at most
-HEADER = 100_000_000  # bytes at most, as in the format's description
+HEADER = 2**25  # bytes at most; the format's description has 100 MB
+TENSORS = 2**16  # in one file; Stable Diffusion XL has 2,600
+LARGEST = 2**48  # product of a tensor's sides, those of 0 left out
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -43,6 +49,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: as the file system says.
         ValueError: saying what is wrong with the file.
     """
+    require_regular(file)
     with FileIO(file) as opened:  # unbuffered: large reads go straight into the tensors
         size = file.stat().st_size
         length, values, texts = _header(opened, size)
@@ -51,12 +58,11 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         places: list[tuple[Tensor, int]] = []
         place = 0
         for name, (kind, shape, start, stop) in sorted(wanted.items(), key=lambda item: item[1][2:]):
-            tensor = torch.empty(shape, dtype=kind)
-            if start != place or stop - start != tensor.nbytes or 8 + length + stop > size:
-                raise ValueError(f"{name[:100]}: its place, {start} to {stop}, does not fit its shape or the file")
-            found[name], place = tensor, stop
-            if stop > start:  # tensors without numbers have nothing to read, and a file may list half a million of them
-                places.append((tensor, 8 + length + start))
+            if start != place or 8 + length + stop > size:
+                raise ValueError(f"{ascii(name)[:100]}: its place, {start} to {stop}, does not fit its shape or the file")
+            found[name], place = _empty(shape, kind), stop
+            if stop > start:  # tensors without numbers have nothing to read
+                places.append((found[name], 8 + length + start))
         if 8 + length + place != size:
             raise ValueError(f"{size - 8 - length - place} bytes too many")
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
@@ -71,6 +77,7 @@ def read_texts(file: Path) -> dict[str, str]:
         OSError: as the file system says.
         ValueError: saying what is wrong with the header.
     """
+    require_regular(file)
     with FileIO(file) as opened:
         return _header(opened, file.stat().st_size)[2]
 
@@ -80,8 +87,11 @@ def _header(opened: FileIO, size: int) -> tuple[int, dict[str, Any], dict[str, s
     length = int.from_bytes(_read(opened, 8), "little")
     if not 2 <= length <= min(HEADER, size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
+    raw = _read(opened, length)
+    if (count := raw.count(b'"data_offsets"')) > TENSORS:
+        raise ValueError(f"{count:,} tensors; at most {TENSORS:,} are read")
     try:
-        values = json.loads(_read(opened, length))
+        values = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise ValueError("its header is nested without end") from None
     if not isinstance(values, dict):
@@ -89,7 +99,21 @@ def _header(opened: FileIO, size: int) -> tuple[int, dict[str, Any], dict[str, s
     texts = values.pop("__metadata__", None) or {}
     if not isinstance(texts, dict):
         raise ValueError(f"__metadata__ is no object of texts: {str(texts)[:100]}")
-    return length, values, {str(name): str(text) for name, text in texts.items()}
+    if len(values) > TENSORS:
+        raise ValueError(f"{len(values):,} tensors; at most {TENSORS:,} are read")
+    return length, values, {_readable(str(name)): _readable(str(text)) for name, text in texts.items()}
+
+
+def _readable(text: str) -> str:
+    """A text without half characters, which no file and no terminal takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _empty(shape: list[int], kind: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=kind)
+    except (RuntimeError, MemoryError):
+        raise OSError(errno.ENOMEM, f"no memory for a tensor of shape {shape} ({math.prod(shape) * kind.itemsize:,} bytes)") from None
 
 
 def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]:
@@ -97,17 +121,13 @@ def _described(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]
     try:
         kind, shape, (start, stop) = KINDS[value["dtype"]], value["shape"], value["data_offsets"]
         whole = len(shape) <= DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop))
+        whole = whole and math.prod(side or 1 for side in shape) < LARGEST and name == _readable(name)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{name[:100]}: described as {str(value)[:100]}")
-    count = strides = 1
-    for side in shape:
-        count, strides = count * side, strides * max(1, side)
-    if strides >= 2**63:  # also where there is not a single number
-        raise ValueError(f"{name[:100]}: its shape is {str(shape)[:100]}, which no memory has places for")
-    if count * kind.itemsize != stop - start:  # before any memory is asked for
-        raise ValueError(f"{name[:100]}: {stop - start} bytes for the shape {str(shape)[:100]}")
+        raise ValueError(f"{ascii(name)[:100]}: described as {ascii(value)[:100]}")
+    if math.prod(shape) * kind.itemsize != stop - start:  # before any memory is asked for
+        raise ValueError(f"{ascii(name)[:100]}: {stop - start} bytes for the shape {str(shape)[:100]}")
     return kind, shape, start, stop
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ldm.cli.benchmarks.models import QUICKSTART, TINY, build_family, distance, moments, small
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.cli.benchmarks.training import Precision, trainer
+from ldm.config.files import isolated
 from ldm.diffusion.batch import rows
 from ldm.distributed.processes import leave
 
@@ -65,7 +66,7 @@ class Team:
             port = str(found.getsockname()[1])
         self.members = [
             subprocess.Popen(
-                [sys.executable, "-m", "ldm.cli.benchmarks.scaling", shape, str(folder)],
+                isolated("ldm.cli.benchmarks.scaling", shape, str(folder)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

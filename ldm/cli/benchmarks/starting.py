@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.cli.benchmarks.rows import Case, Setup
+from ldm.config.files import isolated
 
 ROOT = Path(__file__).parents[3]
 # A field that is not there: found before anything heavy is loaded.
@@ -115,7 +116,7 @@ def _memory(setup: Setup, task: str, name: str) -> Case:
 
 
 def _child(task: str, side: str, setup: Setup, *more: str) -> list[str]:
-    return [sys.executable, "-m", "ldm.cli.benchmarks.child", task, side, setup.size, setup.device, *more]
+    return isolated("ldm.cli.benchmarks.child", task, side, setup.size, setup.device, *more)
 
 
 def _environment() -> dict[str, str]:
