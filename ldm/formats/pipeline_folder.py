@@ -18,7 +18,7 @@ from ldm.formats.model_card import model_card
 from ldm.formats.model_folder import OWN_CLIP, RECORD
 from ldm.formats.part import CONFIG, WEIGHTS, content_hash, read_config
 from ldm.formats.rounding import DTYPES, Comparison, compared, mapped, rounded, stored_bytes
-from ldm.formats.text_folder import load_tokenizer, save_tokenizer
+from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 
 STEMS = {"text_encoder": WEIGHTS[1]}  # diffusers' file name for all others
 

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.formats.part import AGAIN, load_module, load_part, read_json, save_part, write_whole
-from ldm.models.text_tower import TextTower
+from ldm.config.foreign import short, typed
+from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config, plain
+from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
+from ldm.models.text_tower import TextConfig, TextTower
 
 PROJECTING = "CLIPTextModelWithProjection"
+CLIPS = ("CLIPTextModel", PROJECTING, "CLIPModel")
+T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
 PROJECTION = "text_projection.weight"
-T5_FIELDS = (
-    "vocab_size",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "layer_norm_epsilon",
-    "feed_forward_proj",
-    "eos_token_id",
-    "pad_token_id",
-)
+
+
+@config
+class T5Shape:
+    """What a T5's config.json says, with transformers' defaults for what it does not."""
+
+    vocab_size: Codes = 32128
+    d_model: Width = 512
+    d_kv: Width = 64
+    d_ff: Width = 2048
+    num_layers: Depth = 6
+    num_heads: Width = 8
+    relative_attention_num_buckets: Width = 32
+    relative_attention_max_distance: Codes = 128
+    layer_norm_epsilon: PositiveFloat = 1e-6
+    feed_forward_proj: Literal["relu", "gelu", "silu", "gated-relu", "gated-gelu", "gated-silu"] = "relu"
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.relative_attention_num_buckets < 4:
+            raise UserError(f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; it should be 4 or more")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise UserError(
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}; it should be more than a quarter of"
+                f" relative_attention_num_buckets ({self.relative_attention_num_buckets})"
+            )
 
 
 def load_text_model(part: Path) -> Any:
@@ -38,26 +57,39 @@ def load_text_model(part: Path) -> Any:
     Raises:
         UserError: naming what is missing, damaged or something else.
     """
-    values, state = load_part(part)
-    kind = (values.get("architectures") or ["CLIPTextModel"])[0]
-    try:
-        if kind in ("CLIPTextModel", PROJECTING, "CLIPModel"):
-            model = load_module(lambda: TextTower(values.get("text_config", values)), tower_state(state), part)
-        elif kind in ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"):
-            model = load_module(_t5(values), _t5_state(state), part)
-        else:
-            raise UserError(f"{part}: a CLIPTextModel or T5EncoderModel was expected, but its config.json says {kind}")
-    except UserError:
-        raise
-    except Exception as error:  # of transformers, on numbers that make no sense
-        raise UserError(f"{part / 'config.json'}: describes no {kind} ({first_line(error)}); {AGAIN}") from None
+    model = load_module(text_builder(part), _own_names(load_weights(part)), part)
     return model.float().eval().requires_grad_(False)
 
 
-def _t5(values: dict[str, Any]) -> Any:
-    from transformers import T5Config, T5EncoderModel
+def text_builder(part: Path) -> Callable[[], Any]:
+    """What builds the text model that a folder's config.json describes.
 
-    return lambda: T5EncoderModel(T5Config(**{name: values[name] for name in T5_FIELDS if name in values}))
+    Raises:
+        UserError: naming the field that makes no sense, or a model of another kind.
+    """
+    values, file = read_config(part), str(part / CONFIG)
+    said = values.get("architectures") or ["CLIPTextModel"]
+    kind = said[0] if isinstance(said, list) else said
+    if kind in CLIPS:
+        inner = values.get("text_config", values)
+        if not isinstance(inner, dict):
+            raise UserError(f"{file}: text_config is {short(inner)}; an object is needed; {AGAIN}")
+        TextConfig(inner, file)
+        return lambda: TextTower(inner, file)
+    if kind not in T5S:
+        raise UserError(f"{part}: a CLIPTextModel or T5EncoderModel was expected, but its config.json says {short(kind)}")
+    shape = typed({f.name: values[f.name] for f in fields(T5Shape) if f.name in values}, T5Shape, file)
+
+    def build() -> Any:
+        from transformers import T5Config, T5EncoderModel
+
+        return T5EncoderModel(T5Config(**plain(shape)))
+
+    return build
+
+
+def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _t5_state(state) if "shared.weight" in state or "encoder.embed_tokens.weight" in state else tower_state(state)
 
 
 PREFIX = "text_model."  # of a CLIP text model's weights in files; `TextTower` leaves it out
@@ -83,8 +115,8 @@ def load_text_projection(part: Path) -> nn.Linear:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    values, state = load_part(part)
-    sides = (values.get("hidden_size", 512), values.get("projection_dim", 512))
+    shape = TextConfig(read_config(part), str(part / CONFIG))
+    sides, state = (shape.hidden_size, shape.projection_dim), load_weights(part)
     found = {name.removeprefix("text_projection."): value for name, value in state.items() if name == PROJECTION}
     return load_module(lambda: nn.Linear(*sides, bias=False), found, part).eval().requires_grad_(False)
 
@@ -108,66 +140,6 @@ def text_part(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         state = {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
     return config, state
-
-
-def load_tokenizer(part: Path) -> Any:
-    """The tokenizer in a folder: CLIP's byte pairs, or T5's pieces.
-
-    Raises:
-        UserError: naming what is missing or damaged.
-    """
-    from transformers import CLIPTokenizer
-    from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
-
-    if not part.is_dir():
-        raise UserError(f"{part}: no such folder; {AGAIN}")
-    files = {name: part / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")}
-    clip, pieces = files["vocab.json"].is_file() and files["merges.txt"].is_file(), files["spiece.model"].is_file()
-    if not (clip or pieces or files["tokenizer.json"].is_file()):
-        raise UserError(f"{part}: no tokenizer.json here, nor vocab.json with merges.txt; {AGAIN}")
-    with quiet():
-        try:
-            if clip or (not pieces and read_json(files["tokenizer.json"])["model"]["type"] == "BPE"):
-                return CLIPTokenizer.from_pretrained(part, local_files_only=True)
-            return T5Tokenizer.from_pretrained(part, local_files_only=True)
-        except UserError:
-            raise
-        except Exception as error:  # of transformers, tokenizers and the file system
-            raise UserError(f"{part}: cannot be loaded ({first_line(error)}); {AGAIN}") from None
-
-
-def save_tokenizer(tokenizer: Any, part: Path) -> None:
-    """Write a tokenizer as transformers reads it; byte pairs also as vocab.json and merges.txt, which older programs want."""
-    tokenizer.save_pretrained(part)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if bpe["type"] != "BPE":
-        return
-    write_whole(part / "vocab.json", json.dumps(bpe["vocab"], ensure_ascii=False).encode())
-    lines = ["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"])]
-    write_whole(part / "merges.txt", ("\n".join(lines) + "\n").encode())
-
-
-class quiet:
-    """Within it transformers shows no progress bars and no advice."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *problem: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says first, at most 200 characters of it."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")

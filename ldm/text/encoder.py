@@ -18,7 +18,8 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.schema import Positive, config
 from ldm.diffusion.batch import Text
-from ldm.formats.text_folder import SPECIAL, load_text_model, load_tokenizer, save_text_model, save_tokenizer
+from ldm.formats.text_folder import SPECIAL, load_text_model, save_text_model
+from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
@@ -240,7 +241,11 @@ class TextEncoder:
     def learned_words(self) -> None:
         """Find the words of several embeddings in the tokenizer, <a> with <a>_1 and so on: in a prompt the word stands for all of them."""
         added = [word for word, _ in sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
-        rest = {word: [other for other in added if re.fullmatch(rf"{re.escape(word)}_\d+", other)] for word in added}
+        rest: dict[str, list[str]] = {word: [] for word in added}
+        for word in added:
+            stem, _, number = word.rpartition("_")
+            if stem in rest and number.isdecimal():
+                rest[stem].append(word)
         self._spellings = {word: " ".join([word, *others]) for word, others in rest.items() if others}
         special = set(self.tokenizer.all_special_tokens)
         self._learned = {word.lower(): word for word in added if word not in special} | {word: word for word in added}
@@ -285,4 +290,16 @@ class TextEncoder:
         Raises:
             UserError: naming what is missing, damaged or neither CLIP's nor T5's.
         """
-        return TextEncoder(load_text_model(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"))
+        return TextEncoder.of(load_text_model(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"), folder)
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any, where: Path) -> TextEncoder:
+        """The encoder of a text model and a tokenizer that were read from files.
+
+        Raises:
+            UserError: if the tokenizer has words that the model does not know.
+        """
+        known, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+        if largest >= known:
+            raise UserError(f"{where}: its tokenizer has words up to number {largest}, but its text encoder knows {known} words")
+        return TextEncoder(model, tokenizer)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.formats.model_folder import IMAGE_TOWER
-from ldm.formats.part import AGAIN, load_module, load_part, save_part
-from ldm.formats.text_folder import load_text_model, load_text_projection, load_tokenizer, save_text_model, save_tokenizer
+from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
+from ldm.formats.text_folder import load_text_model, load_text_projection, save_text_model
+from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 from ldm.models.image_tower import ImageTower, ImageTowerConfig
 from ldm.text.encoder import TextEncoder
 
@@ -22,11 +24,14 @@ def load_image_tower(folder: Path) -> tuple[ImageTower, Tensor, int]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    config, state = load_part(folder)
-    try:
-        network, resolution, scale = ImageTowerConfig.from_dict(config), int(config["resolution"]), state.pop("logit_scale")
-    except KeyError as error:
-        raise UserError(f"{folder}: {error.args[0]} is missing; {AGAIN}") from None
+    config = read_config(folder)
+    network, resolution = ImageTowerConfig.from_dict(config, str(folder / CONFIG)), config.get("resolution")
+    if type(resolution) is not int or not 0 < resolution < 2**16:
+        raise UserError(f"{folder / CONFIG}: resolution is {short(resolution)}; a whole number of px from 1 on is needed; {AGAIN}")
+    state = load_weights(folder)
+    scale = state.pop("logit_scale", None)
+    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
+        raise UserError(f"{folder}: logit_scale, one number, is missing; {AGAIN}")
     return load_module(network.build, state, folder).eval().requires_grad_(False), scale, resolution
 
 
@@ -61,7 +66,7 @@ class OwnClip:
         Raises:
             UserError: naming what is missing or damaged.
         """
-        text = TextEncoder(load_text_model(folder).to(device), load_tokenizer(folder))
+        text = TextEncoder.of(load_text_model(folder).to(device), load_tokenizer(folder), folder)
         tower, scale, resolution = load_image_tower(folder / IMAGE_TOWER)
         return OwnClip(text, load_text_projection(folder).to(device), tower.to(device), scale.to(device), resolution)
 

@@ -11,7 +11,8 @@ from ldm.config.errors import UserError
 from ldm.formats.model_folder import OWN_CLIP, hub_folder
 from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
 from ldm.formats.part import load_module, read_json, read_safetensors
-from ldm.formats.text_folder import load_text_model, load_tokenizer, tower_state
+from ldm.formats.text_folder import load_text_model, tower_state
+from ldm.formats.tokenizer_files import load_tokenizer
 from ldm.models.text_tower import TextTower
 from ldm.text.encoder import TextEncoder
 
@@ -36,7 +37,7 @@ def load_pretrained(path: str, max_tokens: int = 77, skip_last: int = 0) -> Text
     elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
         encoder = load_open_clip(folder)
     else:
-        encoder = TextEncoder(load_text_model(folder), load_tokenizer(folder))
+        encoder = TextEncoder.of(load_text_model(folder), load_tokenizer(folder), folder)
     if skip_last:
         _skip_last(encoder.model, skip_last)
     encoder.tokenizer.model_max_length = min(max_tokens, encoder.max_tokens)
@@ -105,7 +106,7 @@ def load_open_clip(folder: Path) -> TextEncoder:
     )
     state = from_open_clip(_weights(folder), layers)
     model = load_module(lambda: TextTower(made), tower_state(state), folder)
-    return TextEncoder(model.float().eval().requires_grad_(False), tokenizer)
+    return TextEncoder.of(model.float().eval().requires_grad_(False), tokenizer, folder)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from ldm.formats.compvis import from_compvis, to_compvis
 from ldm.formats.compvis_file import inference_yaml, obstacles, schedule_buffers, text_kind
 from ldm.formats.export_source import ExportedModel, ExportedNetwork, with_quant_convolutions
 from ldm.formats.part import load_part
-from ldm.formats.text_folder import load_tokenizer
+from ldm.formats.tokenizer_files import load_tokenizer
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 

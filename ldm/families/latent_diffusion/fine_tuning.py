@@ -21,7 +21,8 @@ from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import read, write
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.part import save_part
-from ldm.formats.text_folder import save_tokenizer, text_part
+from ldm.formats.text_folder import text_part
+from ldm.formats.tokenizer_files import save_tokenizer
 from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
 from ldm.models.layer_adapters import LayerAdapter
