@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import typed
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
@@ -286,13 +287,13 @@ def unet_config(state: Weights) -> UNetConfig:
     Raises:
         UserError: naming a weight that is missing.
     """
-    first, last = _shape(state, "input_blocks.0.0.weight"), _shape(state, "out.2.weight")
+    first, last = _shape(state, "input_blocks.0.0.weight", 4), _shape(state, "out.2.weight", 4)
     channels: list[int] = [first[0]]
     attention: list[bool] = []
     depth: list[int] = []
     blocks = [0]
     attends, deep = False, 1
-    for n in range(1, 1 + max(_numbers(state, "input_blocks"))):
+    for n in range(1, 1 + max(_numbers(state, "input_blocks"), default=0)):
         if f"input_blocks.{n}.0.op.weight" in state:
             attention.append(attends)
             depth.append(deep)
@@ -300,30 +301,30 @@ def unet_config(state: Weights) -> UNetConfig:
             blocks.append(0)
             attends, deep = False, 1
             continue
-        channels[-1] = _shape(state, f"input_blocks.{n}.0.in_layers.2.weight")[0]
+        channels[-1] = _shape(state, f"input_blocks.{n}.0.in_layers.2.weight", 4)[0]
         blocks[-1] += 1
         if f"input_blocks.{n}.1.norm.weight" in state:
-            attends, deep = True, 1 + max(_numbers(state, f"input_blocks.{n}.1.transformer_blocks"))
+            attends, deep = True, 1 + max(_numbers(state, f"input_blocks.{n}.1.transformer_blocks"), default=0)
     attention.append(attends)
     depth.append(1 + max(_numbers(state, "middle_block.1.transformer_blocks"), default=0))
     if len(set(blocks)) != 1:
         raise UserError(f"unet: levels have {blocks} residual blocks; one number for all levels is needed")
-    linear = state["middle_block.1.proj_in.weight"].ndim == 2
-    added = state.get("label_emb.0.0.weight")
-    size, pooled = (256, added.shape[1] - 6 * 256) if added is not None else (0, 0)
-    return UNetConfig(
+    linear = len(_shape(state, "middle_block.1.proj_in.weight")) == 2
+    size, pooled = (256, _shape(state, "label_emb.0.0.weight", 2)[1] - 6 * 256) if "label_emb.0.0.weight" in state else (0, 0)
+    found = dict(
         in_channels=first[1],
         out_channels=last[0],
         channels=tuple(channels),
         layers=blocks[0],
         attention=tuple(attention),
-        heads=tuple(width // HEAD_WIDTH for width in channels) if linear else HEADS,
+        heads=tuple(max(1, width // HEAD_WIDTH) for width in channels) if linear else HEADS,
         depth=tuple(depth),
-        context_width=_shape(state, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        context_width=_shape(state, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         linear_projection=linear,
         size_channels=size,
         pooled_channels=pooled,
     )
+    return typed(found, UNetConfig, "unet")
 
 
 def vae_config(state: Weights, scale: float | None = None) -> KLConfig | VQConfig:
@@ -335,23 +336,24 @@ def vae_config(state: Weights, scale: float | None = None) -> KLConfig | VQConfi
     Raises:
         UserError: naming a weight that is missing.
     """
-    levels = 1 + max(_numbers(state, "encoder.down"))
+    levels = 1 + max(_numbers(state, "encoder.down"), default=0)
     attention = tuple(f"encoder.down.{i}.attn.0.norm.weight" in state for i in range(levels))
     shared: dict[str, Any] = {
-        "in_channels": _shape(state, "encoder.conv_in.weight")[1],
-        "out_channels": _shape(state, "decoder.conv_out.weight")[0],
-        "channels": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)),
-        "layers": 1 + max(_numbers(state, "encoder.down.0.block")),
+        "in_channels": _shape(state, "encoder.conv_in.weight", 4)[1],
+        "out_channels": _shape(state, "decoder.conv_out.weight", 4)[0],
+        "channels": tuple(_shape(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)),
+        "layers": 1 + max(_numbers(state, "encoder.down.0.block"), default=0),
         "attention": attention if any(attention) else None,
         "middle_attention": "encoder.mid.attn_1.norm.weight" in state,
     }
-    width = _shape(state, "encoder.conv_out.weight")[0]
-    codebook = state.get("quantize.embedding.weight")
-    if codebook is not None:
-        codes, code = codebook.shape
-        return VQConfig(latent_channels=width, code_channels=code, codes=codes, scaling_factor=scale or 1.0, **shared)
+    width = _shape(state, "encoder.conv_out.weight", 4)[0]
+    if "quantize.embedding.weight" in state:
+        codes, code = _shape(state, "quantize.embedding.weight", 2)
+        own = {"latent_channels": width, "code_channels": code, "codes": codes, "scaling_factor": scale or 1.0}
+        return typed({**own, **shared}, VQConfig, "autoencoder")
     convolutions: dict[str, Any] = {"quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
-    return KLConfig(latent_channels=width // 2, scaling_factor=scale or SD_SCALE, force_upcast=True, **convolutions, **shared)
+    said = {"latent_channels": width // 2, "scaling_factor": scale or SD_SCALE, "force_upcast": True}
+    return typed({**said, **convolutions, **shared}, KLConfig, "autoencoder")
 
 
 def text_config(state: Weights, kind: Part) -> dict[str, Any]:
@@ -364,7 +366,7 @@ def text_config(state: Weights, kind: Part) -> dict[str, Any]:
     outer = "embeddings.token_embedding.weight" if openai else "token_embedding.weight"
     places = "embeddings.position_embedding.weight" if openai else "positional_embedding"
     layers = "encoder.layers" if openai else "transformer.resblocks"
-    (vocabulary, width), (length, _) = _shape(state, outer), _shape(state, places)
+    (vocabulary, width), (length, _) = _shape(state, outer, 2), _shape(state, places, 2)
     count = 1 + max(_numbers(state, layers), default=-1)
     huge = not openai and width == HUGE
     return {
@@ -372,7 +374,7 @@ def text_config(state: Weights, kind: Part) -> dict[str, Any]:
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": _shape(state, f"{layers}.0.mlp.{'fc1' if openai else 'c_fc'}.weight")[0],
+        "intermediate_size": _shape(state, f"{layers}.0.mlp.{'fc1' if openai else 'c_fc'}.weight", 2)[0],
         "num_hidden_layers": count - 1 if huge and count == 24 else count,
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": length,
@@ -388,11 +390,31 @@ def text_config(state: Weights, kind: Part) -> dict[str, Any]:
 
 
 def _numbers(state: Weights, place: str) -> set[int]:
-    pattern = re.compile(re.escape(place) + r"\.(\d+)\.")
+    pattern = re.compile(re.escape(place) + r"\.([0-9]{1,3})\.")
     return {int(found[1]) for name in state if (found := pattern.match(name))}
 
 
-def _shape(state: Weights, name: str) -> tuple[int, ...]:
+def _shape(state: Weights, name: str, sides: int = 0) -> tuple[int, ...]:
+    """A weight's shape, which has so many sides, if that is told."""
     if name not in state:
         raise UserError(f"{name} is missing; the file is damaged or of another kind of model")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if sides and len(shape) != sides:
+        raise UserError(f"{name} has shape {list(shape)}, not {sides} sides; the file is damaged or of another kind of model")
+    return shape
+
+
+WORDS = re.compile(
+    "input_blocks|output_blocks|middle_block|transformer_blocks|in_layers|out_layers|emb_layers|skip_connection|time_embed|label_emb"
+    "|proj_in|proj_out|to_out|to_q|to_k|to_v|attn1|attn2|norm1|norm2|norm3|norm|ff|net|proj|conv|op|out|weight|bias|qkv|[0-9]+"
+)
+
+
+def with_dots(name: str) -> str:
+    """The name of a U-Net's weight out of that of its average, which has no dots: `input_blocks10op` is `input_blocks.1.0.op`."""
+    words: list[str] = []
+    for word in WORDS.findall(name):
+        # Inside a block there are at most three modules, and two in label_emb: the last digit is a number of its own.
+        inner = word.isdigit() and words and words[-1] in ("input_blocks", "output_blocks", "label_emb")
+        words += [word[:-1], word[-1]] if inner else [word]
+    return ".".join(words)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.formats.denoiser_folder import denoiser_folder
-from ldm.formats.part import AGAIN, COUNTED, PARTS, read_json
+from ldm.formats.integrity import COUNTED
+from ldm.formats.part import AGAIN, PARTS, read_json
 from ldm.formats.single_file import named, open_single
 
 
@@ -37,6 +39,9 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
     folder = Path(name).expanduser()
     if file := named(str(name)):
         folder = open_single(*file, note=note)
+        if missing := _missing(folder):
+            held = ", ".join(_present(folder)) or "nothing that is known"
+            raise UserError(f"{file[0]}: holds {held} alone; {', '.join(missing)} missing; give a whole checkpoint")
     elif not folder.is_dir():
         folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + ["model_index.json", RECORD])
     return folder / "model" if (folder / "model").is_dir() and not denoiser_folder(folder).is_dir() else folder
@@ -53,13 +58,20 @@ def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
         UserError: saying what was looked for and where.
     """
     folder = root_of(name, note)
-    parts = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
-    wanted = (denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler")
-    missing = [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
-    if missing:
+    if missing := _missing(folder):
         fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN
         raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing; {fix}")
-    return Model(folder, parts)
+    return Model(folder, _present(folder))
+
+
+def _present(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name in PARTS))
+
+
+def _missing(folder: Path) -> list[str]:
+    """The parts that a model needs to draw, and that a folder has not."""
+    parts, wanted = _present(folder), (denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler")
+    return [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
 
 
 def online() -> bool:
@@ -107,6 +119,14 @@ def own_clip(folder: Path) -> Path | None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What ldm.json of a product or model folder says; nothing where there is none."""
+    """What ldm.json of a product or model folder says; nothing where there is none.
+
+    Raises:
+        UserError: if it is not JSON, or says something of another type than it should.
+    """
     file = folder / RECORD
-    return read_json(file) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
+    for name, kind in {"kind": str, "autoencoder": str, "config": dict, "story": dict, "defaults": dict, "scheduler": dict}.items():
+        if name in found and not isinstance(found[name], kind):
+            raise UserError(f"{file}: {name} is {short(found[name])}; {'a text' if kind is str else 'an object'} is needed; {AGAIN}")
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.files import read_bounded
 from ldm.formats import atomic
-from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config
+from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config, with_dots
+from ldm.formats.integrity import cache_folder, check
 from ldm.formats.part import compare, content_hash, read_safetensors, save_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -40,7 +41,7 @@ BETAS = (0.00085, 0.012)  # Stable Diffusion's
 class CheckpointChoices:
     """Choices for what a checkpoint does not say, or says twice (EMA weights, prediction type, schedule)."""
 
-    ema: bool = True  # averaged weights where the file has both
+    ema: bool | None = None  # averaged weights, or those of the last step; null: averaged where the file has both
     prediction: str = ""  # epsilon, v_prediction or sample; empty: what the file, or a YAML beside it, says
 
 
@@ -66,13 +67,6 @@ def named(name: str) -> tuple[Path, CheckpointChoices] | None:
     return file, choices
 
 
-def cache() -> Path:
-    """Where opened files are kept: LDM_CACHE, or ldm in the user's cache folder."""
-    own = os.environ.get("LDM_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "ldm"
-
-
 def open_single(file: Path, choices: CheckpointChoices | None = None, note: Callable[[str], None] = print) -> Path:
     """The model folder of a file: unet/, vae/ or vqvae/, text_encoder/, tokenizer/ and scheduler/, as far as the file has them.
 
@@ -90,18 +84,30 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
         raise UserError(f"{file}: no such file")
     sums = [atomic.sha256(path) for path in (file, *_beside(file))]
     key = hashlib.sha256(json.dumps([1, *sums, choices.ema, choices.prediction]).encode()).hexdigest()
-    target = cache() / "models" / f"{file.stem}-{key[:24]}"
-    if target.is_dir():
+    target = cache_folder() / "models" / f"{file.stem}-{key[:24]}"
+    if _whole_already(target):
         return target
     state, said = read_file(file)
     refuse_others(state, file)
 
     def write(folder: Path) -> None:
-        _write(state, said, file, folder, choices, note)
+        try:
+            _write(state, said, file, folder, choices, note)
+        except UserError as error:
+            raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic.commit(target, write)
     return target
+
+
+def _whole_already(folder: Path) -> bool:
+    """Whether a file was opened before, and what was made of it is as it was made."""
+    try:
+        check(folder)
+    except UserError:
+        return False
+    return folder.is_dir()
 
 
 def _beside(file: Path) -> list[Path]:
@@ -124,8 +130,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return read_safetensors(file), read_texts(file)
     from ldm.formats.pickles import convert
 
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         converted = Path(folder) / "weights.safetensors"
         convert(file, converted)
         return read_safetensors(converted), read_texts(converted)
@@ -142,7 +148,7 @@ def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
         raise UserError(f"{file}: an adapter (LoRA: {found}), not a model; give its base model, and this with --lora")
     if len(names) <= 2 and all(value.ndim <= 2 for value in state.values()):
         raise UserError(f"{file}: learned words (textual inversion: {', '.join(names)}), not a model; give the model they were learned for")
-    if not any(name.startswith(tuple(PREFIX.values())) for name in names) and not _bare(state):
+    if not any(name.startswith((*PREFIX.values(), "model_ema.diffusion_model")) for name in names) and not _bare(state):
         stranger = sorted(names)[0] if names else "nothing"
         raise UserError(f"{file}: holds {stranger} and no names of CompVis' checkpoints; give the folder of a diffusers model as a folder")
 
@@ -201,25 +207,34 @@ def _yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_bounded(path, 2**20).decode("utf-8"))
         found = values["model"]["params"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: no YAML of a CompVis model (model.params); take it away or put the right one there") from None
     return found if isinstance(found, dict) else {}
 
 
-def _averaged(state: dict[str, Tensor], ema: bool, note: Callable[[str], None], file: Path) -> dict[str, Tensor]:
-    """The state with the averaged weights of the U-Net in place of its own, where there are both and they are wanted."""
+def _averaged(state: dict[str, Tensor], ema: bool | None, note: Callable[[str], None], file: Path) -> dict[str, Tensor]:
+    """The state with the averaged weights of the U-Net in place of its own, where it has them and they are wanted."""
     averaged = {name: value for name, value in state.items() if name.startswith("model_ema.")}
     found = {name: value for name, value in state.items() if name not in averaged}
     own = [name for name in found if name.startswith(PREFIX["unet"])]
     theirs = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
-    if not averaged or not own:
+    if not averaged:
+        if ema is not None and own:
+            note(f"{file}: has no averaged weights; ema={'yes' if ema else 'no'} changes nothing")
         return found
-    if ema and (missing := [name for name in own if theirs[name] not in averaged]):
+    if not own:
+        if ema is False:
+            raise UserError(f"{file}: holds averaged weights of its unet alone; leave ema=no out")
+        note(f"{file}: holds averaged weights of its unet alone; they are used")
+        inside = {name.removeprefix("model_ema.diffusion_model"): value for name, value in averaged.items()}
+        return found | {PREFIX["unet"] + with_dots(n): v for n, v in inside.items() if not n.startswith("model_ema.")}
+    if ema is not False and (missing := [name for name in own if theirs[name] not in averaged]):
         raise UserError(f"{file}: has averaged weights, but none for {missing[0]}; choose the others (ema=False)")
-    note(f"{file}: holds averaged weights and those of the last step; the {'averaged' if ema else 'last'} ones are used")
-    return found | {name: averaged[theirs[name]] for name in own} if ema else found
+    last = ema is False
+    note(f"{file}: holds averaged weights and those of the last step; the {'last' if last else 'averaged'} ones are used")
+    return found if last else found | {name: averaged[theirs[name]] for name in own}
 
 
 def _whole(part: Part, config: Any, state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -263,7 +278,7 @@ def _write_vae(
 
 def _write_text(state: Mapping[str, Tensor], parts: Mapping[str, Any], folder: Path, file: Path) -> None:
     from ldm.formats.open_clip import open_clip_tokenizer
-    from ldm.formats.text_folder import load_tokenizer, save_tokenizer
+    from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 
     kinds: tuple[Part, ...] = ("text", "open_clip")
     kind = next((kind for kind in kinds if inner(kind, state)), None)

@@ -282,3 +282,60 @@ def test_text_configurations_follow_shapes() -> None:
         assert told[name] == config[name], name
     with pytest.raises(UserError, match=r"embeddings\.token_embedding\.weight is missing"):
         text_config({}, "text")
+
+
+def test_averages_alone_are_the_unet(tmp_path: Path) -> None:
+    """A checkpoint pruned to its averages, whose names have no dots: the same U-Net under its own names."""
+    state = checkpoint()
+    own = {name: value for name, value in state.items() if name.startswith("model.diffusion_model.")}
+    rest = {name: value for name, value in state.items() if name not in own}
+    averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value for name, value in own.items()}
+    file = written(rest | averaged | {"model_ema.decay": torch.tensor(0.9999)}, tmp_path / "averages.safetensors")
+    notes: list[str] = []
+    found = load_part(open_single(file, note=notes.append) / "unet")[1]
+    whole = load_part(open_single(written(state, tmp_path / "whole.safetensors"), note=notes.append) / "unet")[1]
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], value) for name, value in whole.items())
+    assert any("averaged weights of its unet alone; they are used" in note for note in notes)
+    with pytest.raises(UserError, match="leave ema=no out"):
+        open_single(file, CheckpointChoices(ema=False), note=notes.append)
+    assert not any("changes nothing" in note for note in notes)
+    open_single(tmp_path / "whole.safetensors", CheckpointChoices(ema=False), note=notes.append)
+    assert "ema=no changes nothing" in " ".join(notes)
+
+
+def test_every_name_of_a_unet_comes_back_from_its_average() -> None:
+    from ldm.formats.compvis import to_compvis, with_dots
+
+    for config in (UNetConfig(), UNetConfig(channels=(32, 64, 64), attention=(False, True, True), depth=(1, 2, 10), size_channels=8)):
+        with torch.device("meta"):
+            names = to_compvis("unet", config, config.build().state_dict())
+        inside = [name.removeprefix("model.diffusion_model.") for name in names]
+        assert inside == [with_dots(name.replace(".", "")) for name in inside]
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"), [("first_stage_model.", "holds vae alone"), ("model.diffusion_model.", "holds (scheduler, )?unet")]
+)
+def test_a_file_that_lacks_a_part_is_named(tmp_path: Path, kept: str, words: str) -> None:
+    state = {name: value for name, value in checkpoint().items() if name.startswith(kept)}
+    file = written(state, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=f"part.safetensors: {words}.*missing; give a whole checkpoint"):
+        open_model(str(file))
+
+
+def test_weights_of_odd_shapes_are_one_line(tmp_path: Path) -> None:
+    state = checkpoint()
+    changes: dict[str, dict[str, torch.Tensor | None]] = {
+        "no middle": {"model.diffusion_model.middle_block.1.proj_in.weight": None},
+        "no side": {"model.diffusion_model.input_blocks.0.0.weight": torch.tensor(1.0)},
+        "nothing": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(0, 4, 3, 3)},
+        "far": {"first_stage_model.encoder.down.999999999.block.0.conv1.weight": torch.zeros(1)},
+        "digits": {f"first_stage_model.encoder.down.{'9' * 5000}.block.0.conv1.weight": torch.zeros(1)},
+        "table": {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(3)},
+    }
+    for number, change in enumerate(changes.values()):
+        odd = {name: value for name, value in (state | change).items() if value is not None}
+        file = written(odd, tmp_path / f"odd{number}.safetensors")
+        with pytest.raises(UserError, match=rf"odd{number}\.safetensors: ") as caught:
+            open_single(file, note=lambda text: None)
+        assert "\n" not in str(caught.value)
