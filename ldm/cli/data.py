@@ -79,7 +79,7 @@ def check(
 
 def _tokenizer(model: str) -> Any:
     from ldm.formats.model_folder import open_model
-    from ldm.formats.text_folder import load_tokenizer
+    from ldm.formats.tokenizer_files import load_tokenizer
 
     return load_tokenizer(open_model(model).folder / "tokenizer")
 

@@ -81,9 +81,13 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     if tag == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{path}: {text}" if path else text
+    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted(problem)}"
+
+
+def wanted(problem: Mapping[str, Any]) -> str:
+    """What a value should be, of a pydantic validation error."""
     message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
-    wanted = f"be {_WANTED[tag]}" if tag in _WANTED else message[0].lower() + message[1:]
-    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted}"
+    return f"be {_WANTED[problem['type']]}" if problem["type"] in _WANTED else message[0].lower() + message[1:]
 
 
 def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> str:

@@ -31,13 +31,20 @@ from ldm.config.yaml_reader import DEEPEST, Flag, Text, Written, parse, sourced,
 
 __all__ = [
     "BY_KIND",
+    "Codes",
     "Count",
+    "Depth",
+    "Finite",
     "Fraction",
     "NonNegative",
     "PathText",
     "Positive",
     "PositiveFloat",
     "Share",
+    "Side",
+    "Steps",
+    "Width",
+    "adapter",
     "build",
     "config",
     "dump",
@@ -52,6 +59,12 @@ T = TypeVar("T")
 
 BY_KIND = pydantic.Discriminator("kind")
 Positive = Annotated[int, pydantic.Field(gt=0)]
+Width = Annotated[int, pydantic.Field(gt=0, le=2**16)]  # channels of a layer, or its groups and heads
+Depth = Annotated[int, pydantic.Field(gt=0, le=2**8)]  # how often a block is repeated
+Codes = Annotated[int, pydantic.Field(gt=0, le=2**24)]  # entries of a table: of words, places or a codebook
+Steps = Annotated[int, pydantic.Field(gt=0, le=100_000)]  # noise levels of a table
+Side = Annotated[int, pydantic.Field(gt=0, le=2**10)]  # latents or patches along a side
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Count = Annotated[int, pydantic.Field(ge=0)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -147,14 +160,15 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """
     data = _resolve(data, kind)
     try:
-        return _adapter(cast("type", kind)).validate_python(data)
+        return adapter(cast("type", kind)).validate_python(data)
     except pydantic.ValidationError as error:
         lines = [explain(problem, data, kind) for problem in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
 @cache
-def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+def adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    """Pydantic's validator of a type."""
     return pydantic.TypeAdapter(kind)
 
 

@@ -244,13 +244,13 @@ class Process:
         return to_scheduler_config(self.schedule, self.target)
 
     @classmethod
-    def from_scheduler_config(cls, values: Mapping[str, Any]) -> Process:
-        """The process of a diffusers scheduler_config.json.
+    def from_scheduler_config(cls, values: Mapping[str, Any], where: str = "scheduler_config.json") -> Process:
+        """The process of a diffusers scheduler_config.json, the file `where`.
 
         Raises:
             UserError: naming the field that says something no schedule here can.
         """
-        schedule, target = from_scheduler_config(values)
+        schedule, target = from_scheduler_config(values, where)
         return cls(schedule=schedule, target=cast(Target, target))
 
 

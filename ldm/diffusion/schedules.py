@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Positive, PositiveFloat, config
+from ldm.config.foreign import short, typed
+from ldm.config.schema import PositiveFloat, Steps, config
 
 FLOW_STEPS = 1000  # a flow's sigma in [0,1] is told to the network as t = 1000 sigma, as diffusers does
 
@@ -73,7 +74,7 @@ class Linear(Discrete):
     """beta rises linearly (Ho 2020, arXiv 2006.11239)."""
 
     kind: Literal["linear"] = "linear"
-    steps: Positive = 1000  # noise levels
+    steps: Steps = 1000  # noise levels
     beta_start: PositiveFloat = 1e-4  # variance replaced by noise in the first step
     beta_end: PositiveFloat = 0.02  # ... and in the last
     zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin 2023, arXiv 2305.08891)
@@ -91,7 +92,7 @@ class ScaledLinear(Discrete):
     """The root of beta rises linearly: latent and Stable Diffusion (CompVis call it "linear")."""
 
     kind: Literal["scaled_linear"] = "scaled_linear"
-    steps: Positive = 1000  # noise levels
+    steps: Steps = 1000  # noise levels
     beta_start: PositiveFloat = 0.00085  # variance replaced by noise in the first step
     beta_end: PositiveFloat = 0.012  # ... and in the last
     zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin 2023, arXiv 2305.08891)
@@ -109,7 +110,7 @@ class Cosine(Discrete):
     """alpha^2 follows a squared cosine, beta at most 0.999 (Nichol 2021, arXiv 2102.09672)."""
 
     kind: Literal["cosine"] = "cosine"
-    steps: Positive = 1000  # noise levels
+    steps: Steps = 1000  # noise levels
     zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin 2023, arXiv 2305.08891)
 
     def betas(self) -> np.ndarray:
@@ -214,7 +215,9 @@ def to_scheduler_config(schedule: Linear | ScaledLinear | Cosine | Flow, target:
     }
 
 
-def from_scheduler_config(values: Mapping[str, Any]) -> tuple[Linear | ScaledLinear | Cosine | Flow, str]:
+def from_scheduler_config(
+    values: Mapping[str, Any], where: str = "scheduler_config.json"
+) -> tuple[Linear | ScaledLinear | Cosine | Flow, str]:
     """The schedule and target of a scheduler_config.json of any diffusers class; absent fields mean its defaults.
 
     Fields that only say how to sample (spacing, clipping, solver) are left to the sampler.
@@ -225,30 +228,30 @@ def from_scheduler_config(values: Mapping[str, Any]) -> tuple[Linear | ScaledLin
     name = str(values.get("_class_name", ""))
     matching = name.startswith("FlowMatch")
     if values.get("trained_betas") is not None:
-        raise UserError("scheduler_config.json: trained_betas is not supported; only named schedules are")
+        raise UserError(f"{where}: trained_betas is not supported; only named schedules are")
     if values.get("use_dynamic_shifting"):
-        raise UserError("scheduler_config.json: use_dynamic_shifting=true is not supported; give one shift")
+        raise UserError(f"{where}: use_dynamic_shifting=true is not supported; give one shift")
     if name.startswith(("EDM", "CosineDPM", "VQDiffusion", "ScoreSde", "KarrasVe")):
-        raise UserError(f"scheduler_config.json: _class_name {name} is not supported; its schedule has no like here")
-    said = values.get("prediction_type") or ("flow_prediction" if matching else "epsilon")
+        raise UserError(f"{where}: _class_name {name} is not supported; its schedule has no like here")
+    said = values.get("prediction_type")
+    said = said if said not in (None, "") else ("flow_prediction" if matching else "epsilon")
     targets = {theirs: ours for ours, theirs in _PREDICTION.items()}
-    if said not in targets:
+    if not isinstance(said, str) or said not in targets:
         known = ", ".join(targets)
-        raise UserError(f"scheduler_config.json: prediction_type {said!r} is not supported; known: {known}")
+        raise UserError(f"{where}: prediction_type {short(said)} is not supported; known: {known}")
     target = targets[said]
     if matching or values.get("use_flow_sigmas"):
         shift = values.get("shift", 1.0) if matching else values.get("flow_shift", 1.0)
-        return Flow(shift=float(shift)), target
+        return typed({"shift": shift}, Flow, where, {} if matching else {"shift": "flow_shift"}), target
     kind = values.get("beta_schedule", "linear")
-    steps = int(values.get("num_train_timesteps", 1000))
-    zero = bool(values.get("rescale_betas_zero_snr", False))
+    steps, zero = values.get("num_train_timesteps", 1000), values.get("rescale_betas_zero_snr") or False
+    names = {"steps": "num_train_timesteps", "zero_terminal_snr": "rescale_betas_zero_snr"}
     if kind == "squaredcos_cap_v2":
-        return Cosine(steps=steps, zero_terminal_snr=zero), target
+        return typed({"steps": steps, "zero_terminal_snr": zero}, Cosine, where, names), target
     if kind not in ("linear", "scaled_linear"):
         known = ", ".join(_BETA_SCHEDULE.values())
-        raise UserError(f"scheduler_config.json: beta_schedule {kind!r} is not supported; known: {known}")
+        raise UserError(f"{where}: beta_schedule {short(kind)} is not supported; known: {known}")
     start, end = (0.00085, 0.012) if name in _LATENT_BETAS else (1e-4, 0.02)
-    made = Linear if kind == "linear" else ScaledLinear
-    return made(
-        steps=steps, beta_start=float(values.get("beta_start", start)), beta_end=float(values.get("beta_end", end)), zero_terminal_snr=zero
-    ), target
+    made: type[Linear] | type[ScaledLinear] = Linear if kind == "linear" else ScaledLinear
+    betas = {"beta_start": values.get("beta_start", start), "beta_end": values.get("beta_end", end)}
+    return typed({"steps": steps, "zero_terminal_snr": zero, **betas}, made, where, names), target

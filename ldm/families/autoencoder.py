@@ -20,7 +20,7 @@ from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, 
 from ldm.families.perceptual_loss import Perceptual, PerceptualClip, PerceptualLpips, PerceptualNone
 from ldm.families.pretrained import PretrainedAutoencoder, encoding_of, found_autoencoder
 from ldm.formats.latent_codec import KINDS, LatentCodec, Statistics, autoencoder_folder, load_codec, save_codec
-from ldm.formats.part import load_module, load_part, read_config, save_part
+from ldm.formats.part import CONFIG, load_module, load_part, load_weights, read_config, save_part
 from ldm.models import cost
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
 from ldm.models.cost import Cost
@@ -85,9 +85,10 @@ class AutoencoderConfig(ModelConfig):
         Raises:
             UserError: naming the field, both values and the fix.
         """
-        values = read_config(autoencoder_folder(base))
+        folder = autoencoder_folder(base)
+        values = read_config(folder)
         kind = KLConfig if values.get("_class_name") == KINDS[0] else VQConfig
-        network: KLConfig | VQConfig = kind.from_diffusers(values)
+        network: KLConfig | VQConfig = kind.from_diffusers(values, str(folder / CONFIG))
         if type(network) is not type(self.network):
             raise UserError(f"autoencoder: kind: got {self.kind}, but the base model {base} has the other kind; write that one")
         if self.network != type(self.network)():
@@ -196,13 +197,11 @@ def _full(x: Tensor) -> Tensor:
 
 def _continued(config: KL | VQ, init: Product) -> KLAutoencoder | VQAutoencoder:
     folder = autoencoder_folder(init.folder)
-    stored, state = load_part(folder)
-    theirs = (KLConfig if isinstance(config, KL) else VQConfig).from_diffusers(stored)
+    theirs = (KLConfig if isinstance(config, KL) else VQConfig).from_diffusers(read_config(folder), str(folder / CONFIG))
     if theirs != config.network:
         raise UserError(f"{folder}: the autoencoder to continue has another shape than autoencoder.network; make them equal")
-    if isinstance(config, KL):
-        return load_module(config.network.build, state, folder)
-    return load_module(config.network.build, state, folder)
+    build: Callable[[], KLAutoencoder | VQAutoencoder] = config.network.build
+    return load_module(build, load_weights(folder), folder)
 
 
 class AutoencoderFamily(Family):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldm.formats.part import load_module, load_part, read_config
+from ldm.formats.part import CONFIG, load_module, load_weights, read_config
 from ldm.models import denoiser
 
 
@@ -20,7 +20,8 @@ def read_denoiser(root: Path) -> denoiser.Network:
     Raises:
         UserError: if it is missing, or for a network that is not known here.
     """
-    return denoiser.config_of(read_config(denoiser_folder(root)))
+    folder = denoiser_folder(root)
+    return denoiser.config_of(read_config(folder), str(folder / CONFIG))
 
 
 def load_denoiser(root: Path, wanted: denoiser.Network | None = None) -> tuple[denoiser.Denoiser, dict[str, Any]]:
@@ -33,5 +34,6 @@ def load_denoiser(root: Path, wanted: denoiser.Network | None = None) -> tuple[d
         UserError: naming what is missing, damaged or not known here.
     """
     folder = denoiser_folder(root)
-    stored, state = load_part(folder)
-    return load_module((wanted or denoiser.config_of(stored)).build, state, folder), stored
+    stored = read_config(folder)
+    made = wanted or denoiser.config_of(stored, str(folder / CONFIG))
+    return load_module(made.build, load_weights(folder), folder), stored

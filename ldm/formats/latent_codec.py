@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.formats.atomic import write_json
-from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_part, read_json, save_part
+from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_weights, read_config, read_json, save_part
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
 from ldm.models.stripes import Stripes
 
@@ -45,7 +45,7 @@ class Statistics:
         try:
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
             found = Statistics(mean, std, int(values["images"]), int(values["resolution"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{file}: tells no latent statistics ({type(error).__name__}: {error}); {AGAIN}") from None
         if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise UserError(f"{file}: {channels} means and positive deviations are needed, got {mean} and {std}; {AGAIN}")
@@ -154,21 +154,25 @@ def load_codec(folder: Path) -> LatentCodec:
     Raises:
         UserError: if the folder holds something else, or its weights do not fit its configuration.
     """
-    config, state = load_part(folder)
-    kind = config.get("_class_name")
+    config, statistics = read_codec(folder)
+    build: Callable[[], KLAutoencoder | VQAutoencoder] = config.build
+    return LatentCodec(load_module(build, load_weights(folder), folder), statistics, content_hash(folder))
+
+
+def read_codec(folder: Path) -> tuple[KLConfig | VQConfig, Statistics]:
+    """What an autoencoder's folder says of it, weights aside.
+
+    Raises:
+        UserError: naming the field that has no value of a kind that is known here.
+    """
+    values = read_config(folder)
+    kind = values.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
-    network: KLAutoencoder | VQAutoencoder
-    if kind == "AutoencoderKL":
-        network = load_module(KLConfig.from_diffusers(config).build, state, folder)
-    else:
-        network = load_module(VQConfig.from_diffusers(config).build, state, folder)
-    file = folder / STATISTICS
-    if file.exists():
-        statistics = Statistics.read(file, network.latent_channels)
-    else:
-        scale = float(config.get("scaling_factor") or 1.0)
-        shift = float(config.get("shift_factor") or 0.0)
-        channels = network.latent_channels
-        statistics = Statistics((shift,) * channels, (1 / scale,) * channels, 0, 0)
-    return LatentCodec(network, statistics, content_hash(folder))
+    file = str(folder / CONFIG)
+    config = KLConfig.from_diffusers(values, file) if kind == "AutoencoderKL" else VQConfig.from_diffusers(values, file)
+    channels = config.latent_channels if isinstance(config, KLConfig) else config.code_width
+    if (folder / STATISTICS).exists():
+        return config, Statistics.read(folder / STATISTICS, channels)
+    shift = (config.shift_factor or 0.0) if isinstance(config, KLConfig) else 0.0
+    return config, Statistics((shift,) * channels, (1 / config.scaling_factor,) * channels, 0, 0)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.config.files import isolated, require_regular
+from ldm.config.files import isolated
 
 SECONDS = 1800  # after which the child counts as hung
 CPU_S, BYTES_PER_S = 60, 20_000_000  # of work that a file may cost: to start, and for its bytes
@@ -37,10 +37,6 @@ def convert(pickle: Path, target: Path) -> None:
     Raises:
         UserError: naming the file and what was refused or damaged.
     """
-    try:
-        require_regular(pickle)
-    except OSError as error:
-        raise UserError(f"{pickle}: {error.strerror}") from None
     words = isolated("ldm.formats.pickles", str(pickle.resolve()), str(target.resolve()))
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)

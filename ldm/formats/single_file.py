@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.files import read_bounded
+from ldm.config.files import read_bounded, require_regular
 from ldm.formats import atomic
 from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config, with_dots
 from ldm.formats.integrity import cache_folder, check
@@ -122,8 +122,12 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    with file.open("rb") as opened:
-        head = opened.read(64)
+    try:
+        require_regular(file)
+        with file.open("rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{file}: a web page, not weights; the download needs another address or a log-in")
     if file.suffix not in PICKLES and head[:2] != b"PK":

@@ -80,12 +80,12 @@ def _made(part: Path, fast: bool, pairs: bool) -> Any:
         return _from_pieces(part / PIECES, _settings(part))
     added = {number: AddedToken(**token) for number, token in sorted(data.added.items())}
     kind = "Unigram" if data.scores else "BPE"
-    words = {**data.named, "added_tokens_decoder": added, "model_max_length": data.length or LENGTHS[kind]}
+    words: dict[str, Any] = {**data.named, "added_tokens_decoder": added, "model_max_length": data.length or LENGTHS[kind]}
     if kind == "Unigram":
         words.pop("bos_token", None)  # T5 has none
         made = T5Tokenizer(vocab=data.scores, _spm_precompiled_charsmap=data.charsmap or None, **words)
     else:
-        made = CLIPTokenizer(vocab=data.words, merges=data.merges, **words)
+        made = CLIPTokenizer(vocab=data.words, merges=data.merges, **words)  # type: ignore[arg-type]
     for number, token in data.added.items():
         if made.convert_tokens_to_ids(token["content"]) != number:
             raise UserError(f"{part}: added_tokens: {ascii(token['content'])[:100]} cannot have the number {number}; {AGAIN}")

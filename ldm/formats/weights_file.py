@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.files import require_regular
 from ldm.formats.part import AGAIN, read_safetensors
 from ldm.formats.pickles import convert
 from ldm.formats.tensor_file import read_texts
@@ -23,6 +24,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: if it is missing, damaged or something else, or would run code.
     """
     try:
+        require_regular(file)
         with file.open("rb") as opened:
             first = opened.read(LENGTH)
     except OSError as error:

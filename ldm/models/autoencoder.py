@@ -11,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Positive, PositiveFloat, config, named
+from ldm.config.foreign import typed
+from ldm.config.schema import Codes, Count, Depth, Finite, Positive, PositiveFloat, Width, config, named
 from ldm.diffusion.rng import Rng
 from ldm.models.blocks import start_as_identity
 from ldm.models.coder import CoderShape, Decoder, Encoder
-from ldm.models.diffusers_config import kl_from_diffusers, kl_to_diffusers, vq_from_diffusers, vq_to_diffusers
+from ldm.models.diffusers_config import (
+    CONFIG,
+    KL_PLAIN,
+    VQ_PLAIN,
+    kl_from_diffusers,
+    kl_to_diffusers,
+    names_of,
+    require_buildable,
+    vq_from_diffusers,
+    vq_to_diffusers,
+)
 from ldm.models.stripes import Stripes
 
 DEAD = 0.01  # a code with less than this share of the mean use counts as unused
@@ -27,18 +38,18 @@ SEARCH_BYTES = 64 * 2**20  # of distances that the nearest-code search holds at 
 class KLConfig:
     """What an autoencoder with a Gaussian posterior is made of; the defaults are Stable Diffusion's (f8)."""
 
-    in_channels: Positive = 3  # channels of the image that is encoded
-    out_channels: Positive = 3  # channels of the image that comes back
-    channels: tuple[Positive, ...] = (128, 256, 512, 512)  # width of each level; all but the last halve the size
-    layers: Positive = 2  # residual blocks per level on the way down (one more on the way up)
+    in_channels: Width = 3  # channels of the image that is encoded
+    out_channels: Width = 3  # channels of the image that comes back
+    channels: tuple[Width, ...] = (128, 256, 512, 512)  # width of each level; all but the last halve the size
+    layers: Depth = 2  # residual blocks per level on the way down (one more on the way up)
     attention: tuple[bool, ...] | None = None  # which levels attend to themselves; None: no level
     middle_attention: bool = True  # the lowest resolution attends to itself between its last two blocks
-    latent_channels: Positive = 4  # channels of the latents
-    norm_groups: Positive = 32  # groups of every GroupNorm
+    latent_channels: Width = 4  # channels of the latents
+    norm_groups: Width = 32  # groups of every GroupNorm
     quant_conv: bool = True  # a 1x1 convolution after the encoder
     post_quant_conv: bool = True  # a 1x1 convolution before the decoder
     scaling_factor: PositiveFloat = 1.0  # what diffusers' pipelines multiply latents by
-    shift_factor: float | None = None  # what diffusers' pipelines subtract from latents before that
+    shift_factor: Finite | None = None  # what diffusers' pipelines subtract from latents before that
     force_upcast: bool = False  # tells diffusers' XL pipelines to decode in float32
     sample_size: Positive = 32  # px, side of the images that diffusers' tiling assumes
     logvar_start: float = field(default=-6.0, compare=False)  # posterior log-variance of a fresh network
@@ -46,7 +57,7 @@ class KLConfig:
     checkpointing: bool = field(default=False, compare=False)  # recompute each level in the backward pass
 
     def __post_init__(self) -> None:
-        _check(self.channels, self.attention, self.norm_groups)
+        _check(self.channels, self.attention, self.norm_groups, self.layers)
 
     @property
     def levels(self) -> tuple[bool, ...]:
@@ -62,13 +73,13 @@ class KLConfig:
         return kl_to_diffusers(self)
 
     @classmethod
-    def from_diffusers(cls, values: Mapping[str, object]) -> KLConfig:
-        """The configuration behind an AutoencoderKL's config.json.
+    def from_diffusers(cls, values: Mapping[str, object], where: str = CONFIG) -> KLConfig:
+        """The configuration behind an AutoencoderKL's config.json, the file `where`.
 
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return cls(**kl_from_diffusers(values))
+        return typed(kl_from_diffusers(values, where), cls, where, names_of(KL_PLAIN))
 
 
 @named("vq")
@@ -77,24 +88,24 @@ class VQConfig:
     """What an autoencoder with a codebook is made of; the defaults are latent diffusion's f4 (arXiv 2112.10752), but for
     a smaller codebook, which short runs can fill."""
 
-    in_channels: Positive = 3  # channels of the image that is encoded
-    out_channels: Positive = 3  # channels of the image that comes back
-    channels: tuple[Positive, ...] = (128, 256, 512)  # width of each level; all but the last halve the size
-    layers: Positive = 2  # residual blocks per level on the way down (one more on the way up)
+    in_channels: Width = 3  # channels of the image that is encoded
+    out_channels: Width = 3  # channels of the image that comes back
+    channels: tuple[Width, ...] = (128, 256, 512)  # width of each level; all but the last halve the size
+    layers: Depth = 2  # residual blocks per level on the way down (one more on the way up)
     attention: tuple[bool, ...] | None = None  # which levels attend to themselves; None: no level
     middle_attention: bool = True  # the lowest resolution attends to itself between its last two blocks
-    latent_channels: Positive = 3  # channels between the encoder and the 1x1 convolution before the codebook
+    latent_channels: Width = 3  # channels between the encoder and the 1x1 convolution before the codebook
     code_channels: Count = 0  # width of a code, which is what diffusion sees; 0: as latent_channels
-    codes: Positive = 1024  # entries of the codebook
+    codes: Codes = 1024  # entries of the codebook
     norm: Literal["group", "spatial"] = "group"  # the decoder's norms; spatial: told the codes (arXiv 2209.09002)
-    norm_groups: Positive = 32  # groups of every GroupNorm
+    norm_groups: Width = 32  # groups of every GroupNorm
     scaling_factor: PositiveFloat = 1.0  # what diffusers' pipelines multiply latents by
     sample_size: Positive = 32  # px, informs diffusers only
     zero_residuals: bool = field(default=False, compare=False)  # fresh residual blocks are the identity
     checkpointing: bool = field(default=False, compare=False)  # recompute each level in the backward pass
 
     def __post_init__(self) -> None:
-        _check(self.channels, self.attention, self.norm_groups)
+        _check(self.channels, self.attention, self.norm_groups, self.layers)
         if self.norm == "spatial" and self.code_width != self.latent_channels:
             raise UserError(
                 f"code_channels is {self.code_channels}, but norm=spatial reads codes of latent_channels "
@@ -120,13 +131,13 @@ class VQConfig:
         return vq_to_diffusers(self)
 
     @classmethod
-    def from_diffusers(cls, values: Mapping[str, object]) -> VQConfig:
-        """The configuration behind a VQModel's config.json.
+    def from_diffusers(cls, values: Mapping[str, object], where: str = CONFIG) -> VQConfig:
+        """The configuration behind a VQModel's config.json, the file `where`.
 
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return cls(**vq_from_diffusers(values))
+        return typed(vq_from_diffusers(values, where), cls, where, names_of(VQ_PLAIN))
 
 
 class KLAutoencoder(nn.Module):
@@ -353,7 +364,8 @@ def _coders(config: KLConfig | VQConfig, encoded: int, told: bool) -> tuple[Enco
     return encoder, decoder
 
 
-def _check(channels: Sequence[int], attention: Sequence[bool] | None, groups: int) -> None:
+def _check(channels: Sequence[int], attention: Sequence[bool] | None, groups: int, layers: int) -> None:
+    require_buildable(channels, layers)
     if attention is not None and len(attention) != len(channels):
         raise UserError(f"attention has {len(attention)} entries for the {len(channels)} levels of channels {channels}")
     for width in channels:

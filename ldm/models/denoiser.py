@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, cast
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.config.introspection import members_of, without_annotation
 from ldm.config.schema import BY_KIND
 from ldm.models.backbone import Denoiser, DenoiserConfig
@@ -26,17 +27,20 @@ def members() -> tuple[type[DenoiserConfig], ...]:
     return tuple(members_of(without_annotation(Network)).values())
 
 
-def config_of(values: Mapping[str, Any]) -> Network:
-    """The configuration behind a config.json, by its `_class_name`; without one it is the first member's.
+def config_of(values: Mapping[str, Any], where: str = "config.json") -> Network:
+    """The configuration behind a config.json, the file `where`, by its `_class_name`; without one it is the first member's.
 
     Raises:
         UserError: for a class that is no denoising network here, or a field whose value that network does not have.
     """
     known = {name: member for member in members() for name in member.class_names}
     name = values.get("_class_name", next(iter(known)))
-    if name not in known:
-        raise UserError(f"config.json: _class_name is {name!r}; a denoising network is one of {', '.join(known)}")
-    made: Network = known[name].from_diffusers(values)  # type: ignore[assignment]
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"{where}: _class_name is {short(name)}; a denoising network is one of {', '.join(known)}")
+    try:
+        made: Network = known[name].from_diffusers(values)  # type: ignore[assignment]
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", where, 1)) from None
     return made
 
 

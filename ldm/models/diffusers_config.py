@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 
 Plain = tuple[tuple[str, str, object], ...]
+
+CONFIG = "config.json"
+LEVELS, BLOCKS = 16, 1024  # of a network, at most
 
 STOCK_UNET = "UNet2DConditionModel"
 OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
@@ -118,41 +122,65 @@ def unet_to_diffusers(config: Any) -> dict[str, Any]:
     return values
 
 
-def unet_from_diffusers(values: Mapping[str, Any]) -> dict[str, Any]:
+def names_of(plain: Plain) -> dict[str, str]:
+    """diffusers' names of fields by ours."""
+    return {ours: theirs for theirs, ours, _ in plain}
+
+
+def require_buildable(channels: Sequence[int], blocks: int) -> None:
+    """Refuse a network of so many blocks that building it would take minutes.
+
+    Raises:
+        UserError: if it has more than 16 levels or 1024 blocks, counted as if each level had the most.
+    """
+    if not 1 <= len(channels) <= LEVELS:
+        raise UserError(f"channels has {len(channels)} levels; there are 1 to {LEVELS}")
+    if len(channels) * blocks > BLOCKS:
+        raise UserError(f"layers: {len(channels)} levels of channels with {blocks} blocks each are more than {BLOCKS} blocks")
+
+
+def require_width(width: int, what: str) -> None:
+    """Refuse a layer that is wider than any network's.
+
+    Raises:
+        UserError: for more than 65536 channels.
+    """
+    if width > 2**16:
+        raise UserError(f"{what} is {width}; a layer has at most {2**16} channels")
+
+
+def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[str, Any]:
     """The fields of the UNetConfig behind a config.json; private keys (with a leading underscore) are ignored.
 
     Raises:
         UserError: for a field that is unknown, or whose value this U-Net does not have.
     """
     own = values.get("_class_name") == OWN_UNET
-    _check_class(values, (STOCK_UNET, OWN_UNET))
+    _check_class(values, (STOCK_UNET, OWN_UNET), where)
     special = {"down_block_types", "up_block_types", "mid_block_type", "addition_embed_type", "addition_time_embed_dim"}
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
-    _check_fields(STOCK_UNET, values, UNET_FIXED, UNET_PLAIN, special)
+    said = f"{where} of {STOCK_UNET}"
+    _check_fields(said, values, UNET_FIXED, UNET_PLAIN, special)
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in UNET_PLAIN}
-    layers = fields["layers"]
-    if isinstance(layers, tuple):
-        if len(set(layers)) != 1:
-            raise _refusal(STOCK_UNET, "layers_per_block", list(layers), "one number for all levels")
-        fields["layers"] = layers[0]
-    widths = fields["context_width"]
-    if isinstance(widths, tuple):
-        if len(set(widths)) != 1:
-            raise _refusal(STOCK_UNET, "cross_attention_dim", list(widths), "one number for all levels")
-        fields["context_width"] = widths[0]
+    for ours, theirs in (("layers", "layers_per_block"), ("context_width", "cross_attention_dim")):
+        given = fields[ours]
+        if isinstance(given, tuple):
+            if not given or any(value != given[0] for value in given):
+                raise _refusal(said, theirs, list(given), "one number for all levels")
+            fields[ours] = given[0]
     usual = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     down = values.get("down_block_types", usual)
-    levels = _attention(STOCK_UNET, "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
+    levels = _attention(said, "down_block_types", down, "CrossAttnDownBlock2D", "DownBlock2D")
     mirrored = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(levels)]
     usual = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-    _check_mirror(STOCK_UNET, values.get("up_block_types", usual), mirrored)
+    _check_mirror(said, values.get("up_block_types", usual), mirrored)
     fields["attention"] = levels
     middles = {theirs: ours for ours, theirs in UNET_MIDDLES.items()}
     middle = values.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-    if middle not in middles:
-        raise _refusal(STOCK_UNET, "mid_block_type", middle, ", ".join(map(str, middles)))
-    fields["middle"] = middles[middle]  # type: ignore[index]
-    fields |= _added(values)
+    if not isinstance(middle, str | None) or middle not in middles:
+        raise _refusal(said, "mid_block_type", middle, ", ".join(map(str, middles)))
+    fields["middle"] = middles[middle]
+    fields |= _added(said, values)
     if own:
         fields |= {name: values[name] for name in UNET_OWN if name in values}
     return fields
@@ -163,9 +191,9 @@ def kl_to_diffusers(config: Any) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKL", **KL_FIXED, **_coder_to_diffusers(config, KL_PLAIN)}
 
 
-def kl_from_diffusers(values: Mapping[str, object]) -> dict[str, Any]:
+def kl_from_diffusers(values: Mapping[str, object], where: str = CONFIG) -> dict[str, Any]:
     """The fields of the KLConfig behind a config.json; raises as `unet_from_diffusers`."""
-    return _coder_from_diffusers("AutoencoderKL", values, KL_FIXED, KL_PLAIN, set())
+    return _coder_from_diffusers("AutoencoderKL", values, where, KL_FIXED, KL_PLAIN)
 
 
 def vq_to_diffusers(config: Any) -> dict[str, Any]:
@@ -174,11 +202,10 @@ def vq_to_diffusers(config: Any) -> dict[str, Any]:
     return values | {"vq_embed_dim": config.code_channels or None}
 
 
-def vq_from_diffusers(values: Mapping[str, object]) -> dict[str, Any]:
+def vq_from_diffusers(values: Mapping[str, object], where: str = CONFIG) -> dict[str, Any]:
     """The fields of the VQConfig behind a config.json; raises as `unet_from_diffusers`."""
-    fields = _coder_from_diffusers("VQModel", values, VQ_FIXED, VQ_PLAIN, VQ_IGNORED)
-    if fields["norm"] not in ("group", "spatial"):
-        raise _refusal("VQModel", "norm_type", fields["norm"], "group or spatial")
+    used = {name: value for name, value in values.items() if name not in VQ_IGNORED}
+    fields = _coder_from_diffusers("VQModel", used, where, VQ_FIXED, VQ_PLAIN)
     return fields | {"code_channels": fields["code_channels"] or 0}
 
 
@@ -191,8 +218,8 @@ def renamed_from_diffusers(
     name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, ignored: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The `plain` fields behind a config.json of diffusers' class `name`; raises as `unet_from_diffusers`."""
-    _check_class(values, (name,))
-    _check_fields(name, values, fixed, plain, set(ignored))
+    _check_class(values, (name,), CONFIG)
+    _check_fields(f"{CONFIG} of {name}", values, fixed, plain, set(ignored))
     return {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
 
 
@@ -204,30 +231,35 @@ def _coder_to_diffusers(config: Any, plain: Plain) -> dict[str, Any]:
     }
 
 
-def _coder_from_diffusers(
-    name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, ignored: set[str]
-) -> dict[str, Any]:
-    _check_class(values, (name,))
-    _check_fields(name, values, fixed, plain, {"down_block_types", "up_block_types"} | ignored)
+def _coder_from_diffusers(name: str, values: Mapping[str, object], where: str, fixed: Mapping[str, object], plain: Plain) -> dict[str, Any]:
+    _check_class(values, (name,), where)
+    name = f"{where} of {name}"
+    _check_fields(name, values, fixed, plain, {"down_block_types", "up_block_types"})
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
     down = values.get("down_block_types", ["DownEncoderBlock2D"])
     levels = _attention(name, "down_block_types", down, "AttnDownEncoderBlock2D", "DownEncoderBlock2D")
     mirrored = ["AttnUpDecoderBlock2D" if on else "UpDecoderBlock2D" for on in reversed(levels)]
     _check_mirror(name, values.get("up_block_types", ["UpDecoderBlock2D"]), mirrored)
-    return fields | {"attention": levels if any(levels) else None}
+    if len(levels) != len(fields["channels"] if isinstance(fields["channels"], tuple) else ()):
+        raise _refusal(name, "down_block_types", down, f"one for each of block_out_channels ({short(fields['channels'])})")
+    scale = fields["scaling_factor"]
+    return fields | {"attention": levels if any(levels) else None, "scaling_factor": 1.0 if scale is None else scale}
 
 
-def _added(values: Mapping[str, object]) -> dict[str, Any]:
+def _added(name: str, values: Mapping[str, object]) -> dict[str, Any]:
     """The micro-conditioning of Stable Diffusion XL."""
     kind = values.get("addition_embed_type")
     if kind is None:
         return {}
     if kind != "text_time":
-        raise _refusal(STOCK_UNET, "addition_embed_type", kind, "text_time or null")
+        raise _refusal(name, "addition_embed_type", kind, "text_time or null")
     size, total = values.get("addition_time_embed_dim"), values.get("projection_class_embeddings_input_dim")
-    if not isinstance(size, int) or not isinstance(total, int) or total <= 6 * size:
-        name = "projection_class_embeddings_input_dim"
-        raise _refusal(STOCK_UNET, name, total, f"more than 6 x addition_time_embed_dim ({size})")
+    if type(size) is not int or not 0 < size < 2**16:
+        raise _refusal(name, "addition_time_embed_dim", size, f"a whole number from 1 to {2**16 - 1}")
+    if type(total) is not int or not 6 * size < total <= 2**20:
+        raise _refusal(
+            name, "projection_class_embeddings_input_dim", total, f"more than 6 x addition_time_embed_dim ({size}), at most {2**20},"
+        )
     return {"size_channels": size, "pooled_channels": total - 6 * size}
 
 
@@ -239,10 +271,10 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_class(values: Mapping[str, object], names: tuple[str, ...]) -> None:
+def _check_class(values: Mapping[str, object], names: tuple[str, ...], where: str) -> None:
     found = values.get("_class_name", names[0])
     if found not in names:
-        raise UserError(f"config.json: _class_name is {found!r}, but a {names[0]} is needed here")
+        raise UserError(f"{where}: _class_name is {short(found)}, but a {names[0]} is needed here")
 
 
 def _check_fields(name: str, values: Mapping[str, object], fixed: Mapping[str, object], plain: Plain, special: set[str]) -> None:
@@ -252,21 +284,22 @@ def _check_fields(name: str, values: Mapping[str, object], fixed: Mapping[str, o
             if _tuple(value) != fixed[key]:
                 raise _refusal(name, key, value, repr(fixed[key]))
         elif key not in known and not key.startswith("_") and value is not None:
-            raise UserError(f"config.json of {name}: the field {key!r} (value {value!r}) is not known here")
+            raise UserError(f"{name}: the field {ascii(key)[:80]} (value {short(value)}) is not known here")
 
 
 def _check_mirror(name: str, up: object, mirrored: list[str]) -> None:
-    if list(up) != mirrored:  # type: ignore[call-overload]
+    if not isinstance(up, list | tuple) or list(up) != mirrored:
         raise _refusal(name, "up_block_types", up, f"{mirrored}, the mirror of down_block_types,")
 
 
 def _attention(name: str, key: str, types: object, attends: str, plain: str) -> tuple[bool, ...]:
-    blocks = list(types)  # type: ignore[call-overload]
-    for block in blocks:
+    if not isinstance(types, list | tuple) or not 0 < len(types) <= LEVELS:
+        raise _refusal(name, key, types, f"a list of 1 to {LEVELS}")
+    for block in types:
         if block not in (attends, plain):
             raise _refusal(name, key, block, f"{attends} or {plain}")
-    return tuple(block == attends for block in blocks)
+    return tuple(block == attends for block in types)
 
 
 def _refusal(name: str, key: str, value: object, allowed: str) -> UserError:
-    return UserError(f"config.json of {name}: {key} is {value!r}; this network has {allowed} only")
+    return UserError(f"{name}: {key} is {short(value)}; this network has {allowed} only")

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Fraction, Positive, PositiveFloat, config, named
+from ldm.config.foreign import typed
+from ldm.config.schema import Depth, Fraction, PositiveFloat, Side, Width, config, named
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.attention import attention
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import recompute, zero
-from ldm.models.diffusers_config import renamed_from_diffusers, renamed_to_diffusers
+from ldm.models.diffusers_config import CONFIG, names_of, renamed_from_diffusers, renamed_to_diffusers, require_width
 from ldm.models.embeddings import PatchEmbed, TimeEmbedding, unpatch, waves
 
 TIME_CHANNELS = 256  # of the waves that a time or a size becomes
@@ -63,20 +64,21 @@ class DiTConfig(DenoiserConfig):
     class_names: ClassVar[tuple[str, ...]] = (CLASS,)
 
     kind: Literal["dit"] = "dit"
-    in_channels: Positive = 4  # channels of x and Cond.image together
-    out_channels: Positive = 4  # channels of the prediction
-    heads: Positive = 16  # attention heads
-    head_width: Positive = 72  # channels of each
-    layers: Positive = 28  # transformer blocks
-    context_width: Positive = 4096  # width of the text states
-    patch: Positive = 2  # side of a patch, in latents
+    in_channels: Width = 4  # channels of x and Cond.image together
+    out_channels: Width = 4  # channels of the prediction
+    heads: Width = 16  # attention heads
+    head_width: Width = 72  # channels of each
+    layers: Depth = 28  # transformer blocks
+    context_width: Width = 4096  # width of the text states
+    patch: Width = 2  # side of a patch, in latents
     dropout: Fraction = 0.0  # dropout in the feed-forward layers
-    sample_size: Positive = 64  # side of the latents at which positions count in steps of one; other sizes are stretched to it
+    sample_size: Side = 64  # side of the latents at which positions count in steps of one; other sizes are stretched to it
     interpolation_scale: PositiveFloat | None = None  # positions are divided by it; null: sample_size / 64, at least 1
     size_conditions: bool = False  # told the picture's size and aspect ratio (PixArt-alpha at 1024 px)
     checkpointing: bool = field(default=False, compare=False)  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
+        require_width(self.width, "heads x head_width")
         if self.width % (12 if self.size_conditions else 4):
             raise UserError(f"heads x head_width is {self.width}; it must be a multiple of {12 if self.size_conditions else 4}")
 
@@ -121,7 +123,7 @@ class DiTConfig(DenoiserConfig):
             said["out_channels"] = said["in_channels"]
         if said["size_conditions"] is None:
             said["size_conditions"] = said["sample_size"] == 128
-        made = cls(**said)
+        made = typed(said, cls, CONFIG, names_of(PLAIN))
         if (found := values.get("cross_attention_dim", 1152)) != made.width:
             raise UserError(f"config.json of {CLASS}: cross_attention_dim is {found}; this network has {made.width} only")
         return made

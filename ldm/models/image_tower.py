@@ -8,25 +8,34 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.config.schema import Positive, config
+from ldm.config.foreign import typed
+from ldm.config.schema import Depth, Width, config
+from ldm.models.diffusers_config import require_buildable
 
 
 @config
 class ImageTowerConfig:
     """Strided convolutions, then one linear layer over a 4x4 map, so that places are not averaged away."""
 
-    channels: tuple[Positive, ...] = (32, 64, 128)  # per stage; each stage halves height and width
-    embedding: Positive = 128  # width of the space shared with text
-    grid: Positive = 4  # the last map is pooled to grid x grid
+    channels: tuple[Width, ...] = (32, 64, 128)  # per stage; each stage halves height and width
+    embedding: Width = 128  # width of the space shared with text
+    grid: Depth = 4  # the last map is pooled to grid x grid
 
     def build(self) -> ImageTower:
         """The network, freshly initialised."""
         return ImageTower(self)
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> ImageTowerConfig:
-        """What a part's config.json says."""
-        return ImageTowerConfig(channels=tuple(values["channels"]), embedding=values["embedding"], grid=values["grid"])
+    def from_dict(values: Mapping[str, Any], where: str) -> ImageTowerConfig:
+        """What a part's config.json, the file `where`, says.
+
+        Raises:
+            UserError: naming the field that makes no sense.
+        """
+        said = {name: values.get(name) for name in ("channels", "embedding", "grid")}
+        found = typed(said, ImageTowerConfig, where)
+        require_buildable(found.channels, 1)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the part's config.json."""

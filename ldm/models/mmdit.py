@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Positive, config, named
+from ldm.config.foreign import typed
+from ldm.config.schema import Count, Depth, Side, Width, config, named
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.attention import attention
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import zero
-from ldm.models.diffusers_config import renamed_from_diffusers, renamed_to_diffusers
+from ldm.models.diffusers_config import CONFIG, names_of, renamed_from_diffusers, renamed_to_diffusers, require_width
 from ldm.models.dit import NORM_EPS, TIME_CHANNELS, TextProjection, TokenFeedForward, split_heads
 from ldm.models.embeddings import PatchEmbed, TimeEmbedding, unpatch, waves
 
@@ -45,21 +46,22 @@ class MMDiTConfig(DenoiserConfig):
     class_names: ClassVar[tuple[str, ...]] = (CLASS,)
 
     kind: Literal["mmdit"] = "mmdit"
-    in_channels: Positive = 16  # channels of x and Cond.image together
-    out_channels: Positive = 16  # channels of the prediction
-    heads: Positive = 24  # attention heads
-    head_width: Positive = 64  # channels of each
-    layers: Positive = 24  # transformer blocks
-    context_width: Positive = 4096  # width of the text states
+    in_channels: Width = 16  # channels of x and Cond.image together
+    out_channels: Width = 16  # channels of the prediction
+    heads: Width = 24  # attention heads
+    head_width: Width = 64  # channels of each
+    layers: Depth = 24  # transformer blocks
+    context_width: Width = 4096  # width of the text states
     pooled_channels: Count = 0  # width of the pooled text (Stable Diffusion 3: 2048); 0: as the text states
-    patch: Positive = 2  # side of a patch, in latents
-    sample_size: Positive = 128  # side of the latents at which positions count in steps of one
-    largest: Positive = 192  # patches along a side that positions are stored for; a picture takes the middle of the table
+    patch: Width = 2  # side of a patch, in latents
+    sample_size: Side = 128  # side of the latents at which positions count in steps of one
+    largest: Side = 192  # patches along a side that positions are stored for; a picture takes the middle of the table
     qk_norm: Literal["rms_norm"] | None = None  # normalise queries and keys (Stable Diffusion 3.5)
     dual_attention_layers: tuple[Count, ...] = ()  # blocks in which the picture attends to itself once more (3.5 medium)
     checkpointing: bool = field(default=False, compare=False)  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
+        require_width(self.width, "heads x head_width")
         if self.width % 4:
             raise UserError(f"heads x head_width is {self.width}; it must be a multiple of 4")
         if wrong := [i for i in self.dual_attention_layers if i >= self.layers]:
@@ -105,7 +107,7 @@ class MMDiTConfig(DenoiserConfig):
             said["out_channels"] = said["in_channels"]
         if said["qk_norm"] not in (None, "rms_norm"):
             raise UserError(f"config.json of {CLASS}: qk_norm is {said['qk_norm']!r}; this network has null or 'rms_norm' only")
-        made = cls(**said)
+        made = typed(said, cls, CONFIG, names_of(PLAIN))
         if (found := values.get("caption_projection_dim", 1152)) != made.width:
             raise UserError(f"config.json of {CLASS}: caption_projection_dim is {found}; this network has {made.width} only")
         return made

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.config.foreign import typed
+from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config
+from ldm.models.diffusers_config import CONFIG
 
 OLD_EOS = 2  # what the first published configurations say of the end token, whose id it is not
 
@@ -31,28 +37,44 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
 
 
-class TextConfig:
+@config
+class TextTowerShape:
     """What a CLIPTextModel's config.json says, with transformers' defaults for what it does not."""
+
+    vocab_size: Codes = 49408
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    projection_dim: Width = 512
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 8
+    max_position_embeddings: Codes = 77
+    hidden_act: Literal["quick_gelu", "gelu", "relu"] = "quick_gelu"
+    layer_norm_eps: PositiveFloat = 1e-5
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int | None = 1
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}")
+
+
+class TextConfig:
+    """The same as an object whose fields can be set, as transformers has it.
+
+    Raises:
+        UserError: naming the field of the file `where` that makes no sense.
+    """
 
     model_type = "clip_text_model"
 
-    def __init__(self, **values: Any) -> None:
-        self.vocab_size = int(values.get("vocab_size", 49408))
-        self.hidden_size = int(values.get("hidden_size", 512))
-        self.intermediate_size = int(values.get("intermediate_size", 2048))
-        self.projection_dim = int(values.get("projection_dim", 512))
-        self.num_hidden_layers = int(values.get("num_hidden_layers", 12))
-        self.num_attention_heads = int(values.get("num_attention_heads", 8))
-        self.max_position_embeddings = int(values.get("max_position_embeddings", 77))
-        self.hidden_act = str(values.get("hidden_act", "quick_gelu"))
-        self.layer_norm_eps = float(values.get("layer_norm_eps", 1e-5))
-        self.bos_token_id = values.get("bos_token_id", 49406)
-        self.eos_token_id = values.get("eos_token_id", 49407)
-        self.pad_token_id = values.get("pad_token_id", 1)
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act: got {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}")
+    def __init__(self, values: Mapping[str, Any], where: str = CONFIG) -> None:
+        said = typed({f.name: values[f.name] for f in fields(TextTowerShape) if f.name in values}, TextTowerShape, where)
+        self.vocab_size, self.hidden_size, self.intermediate_size = said.vocab_size, said.hidden_size, said.intermediate_size
+        self.projection_dim, self.num_hidden_layers = said.projection_dim, said.num_hidden_layers
+        self.num_attention_heads, self.max_position_embeddings = said.num_attention_heads, said.max_position_embeddings
+        self.hidden_act, self.layer_norm_eps = said.hidden_act, said.layer_norm_eps
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = said.bos_token_id, said.eos_token_id, said.pad_token_id
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -134,9 +156,9 @@ class Stack(nn.Module):
 class TextTower(nn.Module):
     """Token ids to states, each of which depends on the tokens before it alone."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], where: str = CONFIG) -> None:
         super().__init__()
-        self.config = TextConfig(**values)
+        self.config = TextConfig(values, where)
         self.embeddings = Embeddings(self.config)
         self.encoder = Stack(self.config)
         self.final_layer_norm = nn.LayerNorm(self.config.hidden_size, eps=self.config.layer_norm_eps)

@@ -11,11 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, Positive, PositiveFloat, config, named
+from ldm.config.foreign import typed
+from ldm.config.schema import Count, Depth, Fraction, Positive, PositiveFloat, Width, config, named
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
-from ldm.models.diffusers_config import OWN_UNET, STOCK_UNET, unet_from_diffusers, unet_to_diffusers
+from ldm.models.diffusers_config import (
+    CONFIG,
+    OWN_UNET,
+    STOCK_UNET,
+    UNET_PLAIN,
+    names_of,
+    require_buildable,
+    unet_from_diffusers,
+    unet_to_diffusers,
+)
 from ldm.models.embeddings import COORDINATES, TimeEmbedding, coordinates, waves
 from ldm.models.inference import prepare, shared_copy
 from ldm.models.transformer import CrossAttention, Memory, Transformer
@@ -36,20 +46,20 @@ class UNetConfig(DenoiserConfig):
     class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET)
 
     kind: Literal["unet"] = "unet"
-    in_channels: Positive = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
-    out_channels: Positive = 4  # channels of the prediction
-    channels: tuple[Positive, ...] = (320, 640, 1280, 1280)  # width of each level, from the full resolution down
-    layers: Positive = 2  # residual blocks per level on the way down (one more on the way up)
+    in_channels: Width = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
+    out_channels: Width = 4  # channels of the prediction
+    channels: tuple[Width, ...] = (320, 640, 1280, 1280)  # width of each level, from the full resolution down
+    layers: Depth = 2  # residual blocks per level on the way down (one more on the way up)
     attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to themselves and to the text
     middle: Literal["attention", "plain", "none"] = "attention"  # middle block; plain: one residual block
-    heads: Positive | tuple[Positive, ...] = 8  # attention heads, for all levels or for each
-    depth: Positive | tuple[Positive, ...] = 1  # transformer blocks per attention, for all levels or for each
-    context_width: Positive = 768  # width of the text states
+    heads: Width | tuple[Width, ...] = 8  # attention heads, for all levels or for each
+    depth: Depth | tuple[Depth, ...] = 1  # transformer blocks per attention, for all levels or for each
+    context_width: Width = 768  # width of the text states
     linear_projection: bool = False  # enter and leave attention by a linear layer (SD 2.x, XL), not a 1x1 convolution
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows in float16)
     size_channels: Count = 0  # channels for each number of Cond.size (XL: 256); 0: neither sizes nor pooled text
     pooled_channels: Count = 0  # width of the pooled text (XL: 1280); 0: as the text states
-    norm_groups: Positive = 32  # groups of every GroupNorm
+    norm_groups: Width = 32  # groups of every GroupNorm
     norm_eps: PositiveFloat = 1e-5  # added to the variance in the residual blocks
     dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
     flip_sin_to_cos: bool = True  # the time embedding starts with its cosines
@@ -63,6 +73,7 @@ class UNetConfig(DenoiserConfig):
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
+        require_buildable(self.channels, self.layers * (1 + max(self.level_depth, default=1)))
         for name in ("attention", "heads", "depth"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
@@ -122,7 +133,7 @@ class UNetConfig(DenoiserConfig):
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return cls(**unet_from_diffusers(values))
+        return typed(unet_from_diffusers(values), cls, CONFIG, names_of(UNET_PLAIN))
 
 
 class UNet(Denoiser):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from ldm.config.errors import UserError
+from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.families.registry import exported, load
 from ldm.formats import integrity
 from ldm.formats.denoiser_folder import load_denoiser
 from ldm.formats.latent_codec import load_codec
-from ldm.formats.model_folder import read_record
 from ldm.formats.part import content_hash
 from ldm.text.encoder import TextEncoder
 from ldm.text.own_clip import OwnClip
@@ -62,7 +62,7 @@ WAYS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "text": ("text_encoder/model.safetensors", TextEncoder.load),
     "tokenizer": ("tokenizer/merges.txt", TextEncoder.load),
     "clip": ("clip/image_tower/diffusion_pytorch_model.safetensors", lambda m: OwnClip.load(m / "clip")),
-    "record": ("ldm.json", read_record),
+    "base of a run": ("ldm.json", lambda m: LatentDiffusion().find(str(m), print)),
     "pretrained text": ("text_encoder/model.safetensors", lambda m: PretrainedText(path=str(m)).find(str(m), print)),
     "pretrained autoencoder": ("vae/config.json", lambda m: PretrainedAutoencoder(path=str(m)).find(str(m), print)),
     "its own CLIP": ("clip/model.safetensors", lambda m: _adopted(m)),

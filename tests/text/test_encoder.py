@@ -274,15 +274,15 @@ def break_folder(folder: Path, what: str) -> str:
                 file.write_bytes(file.read_bytes()[:30])
     (part / "config.json").write_text(json.dumps(config))
     return {
-        "another kind": "config.json says BertModel",
-        "no head count": "describes no CLIPTextModel",
+        "another kind": "config.json says 'BertModel'",
+        "no head count": "num_attention_heads is 0; it should be greater than 0",
         "another shape": "has shape",
         "weights cut": "truncated",
         "weights gone": "no weights here",
         "pickle": "convert the model to safetensors",
         "no tokenizer": "tokenizer: no such folder",
         "tokenizer empty": "no tokenizer.json here",
-        "tokenizer cut": "tokenizer: cannot be loaded",
+        "tokenizer cut": "tokenizer_config.json is not readable JSON",
     }[what]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.config.schema import Fraction, build, config, plain
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
 from ldm.diffusion.process import Process
@@ -34,6 +35,7 @@ from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
 from ldm.formats.export_source import ExportedModel
+from ldm.formats.integrity import check
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
@@ -90,6 +92,7 @@ class LatentDiffusion(ModelConfig):
         for part in (network, scheduler):
             if not part.is_dir():
                 raise UserError(f"init: {path} has no {part.name}; give a whole model's folder or file")
+        check(folder / RECORD)
         said = f"{content_hash(network)} {content_hash(scheduler)}"
         return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
 
@@ -179,7 +182,7 @@ class LatentDiffusion(ModelConfig):
         if file is None:
             note(f"unet of {base}: its config.json is not here; counted as Stable Diffusion 1's")
             return replace(self, network=replace(denoiser.DEFAULT, checkpointing=self.network.checkpointing))
-        return replace(self, network=denoiser.continued(self.network, denoiser.config_of(read_json(file))))
+        return replace(self, network=denoiser.continued(self.network, denoiser.config_of(read_json(file), str(file))))
 
     def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
@@ -547,12 +550,7 @@ def process_of(root: Path) -> Process:
     offset = read_record(root).get("offset_noise")
     if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < float("inf")):
         raise UserError(f"{root / RECORD}: offset_noise: got {offset!r}, not a number from 0 on; {AGAIN}")
-    try:
-        return replace(Process.from_scheduler_config(values), offset_noise=offset)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: {error}; {AGAIN}") from None
+    return replace(Process.from_scheduler_config(values, str(file)), offset_noise=offset)
 
 
 def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
@@ -561,6 +559,6 @@ def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | Non
     if values is None:
         return Defaults(guidance=7.5, chunk=1), None
     size = values.get("size") if isinstance(values, dict) else values
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
-        raise UserError(f"{root / RECORD}: defaults.size: got {size!r}, not [height, width] in px; {AGAIN}")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
+        raise UserError(f"{root / RECORD}: defaults.size: got {short(size)}, not [height, width] in px; {AGAIN}")
     return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]

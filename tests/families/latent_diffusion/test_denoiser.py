@@ -34,7 +34,7 @@ from ldm.models.unet import UNetConfig
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The second member of the union, for these tests alone."""
     monkeypatch.setattr(denoiser, "Network", denoiser.Network)
-    caches = (schema._adapter, introspection._hints_of)  # of types that were read before
+    caches = (schema.adapter, introspection._hints_of)  # of types that were read before
     register()
     for cached in caches:
         cached.cache_clear()

@@ -1,0 +1,230 @@
+"""Configurations in model folders: what is out of range is one line with file, field and value, before memory or time is spent."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_model import KL, UNET, VQ
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ldm.config.errors import UserError
+from ldm.diffusion.process import Process
+from ldm.families.latent_diffusion.family import defaults_of, process_of
+from ldm.formats import integrity, pickles
+from ldm.formats.denoiser_folder import read_denoiser
+from ldm.formats.latent_codec import Statistics, read_codec
+from ldm.formats.model_folder import read_record
+from ldm.formats.part import read_safetensors
+from ldm.formats.text_folder import text_builder
+from ldm.formats.tokenizer_files import load_tokenizer
+from ldm.text.own_clip import load_image_tower
+
+CLIP = {"architectures": ["CLIPTextModel"], "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+T5 = {"architectures": ["T5EncoderModel"], "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+SCHEDULER = Process().scheduler_config()
+RECORD = {"kind": "latent_diffusion", "autoencoder": "0" * 64, "defaults": {"size": [32, 32], "steps": 4}, "story": {}, "offset_noise": 0.1}
+TOWER = {"_class_name": "ImageTower", "channels": [8, 16], "embedding": 24, "grid": 2, "resolution": 32}
+LATENTS = {"mean": [0.0, 0.1], "std": [1.0, 0.5], "images": 12, "resolution": 32}
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3, "<|startoftext|>": 4}, "merges": ["a b"]}}
+
+
+def record(folder: Path) -> None:
+    defaults_of(read_record(folder), folder)
+
+
+# What reads a file of a model folder: its name, a content that makes sense, and the reader of the folder.
+READERS: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
+    "unet": ("unet/config.json", UNET.to_diffusers(), read_denoiser),
+    "vae": ("config.json", KL.to_diffusers(), read_codec),
+    "vqvae": ("config.json", VQ.to_diffusers(), read_codec),
+    "clip": ("config.json", CLIP, text_builder),
+    "whole clip": ("config.json", {"architectures": ["CLIPModel"], "text_config": CLIP}, text_builder),
+    "t5": ("config.json", T5, text_builder),
+    "scheduler": ("scheduler/scheduler_config.json", SCHEDULER, process_of),
+    "record": ("ldm.json", RECORD, record),
+    "image tower": ("config.json", TOWER, load_image_tower),
+    "latents": ("latents.json", LATENTS, lambda folder: Statistics.read(folder / "latents.json", 2)),
+    "tokenizer": ("tokenizer.json", TOKENIZER, load_tokenizer),
+    "manifest": ("manifest.json", {"config.json": "0" * 64}, integrity.check),
+}
+
+
+def write(folder: Path, reader: str, values: Any) -> Callable[[], object]:
+    name, _, read = READERS[reader]
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(values))
+    return lambda: read(folder)
+
+
+CASES = [
+    ("unet", "block_out_channels", [10**9] * 3),
+    ("unet", "block_out_channels", [-32, 32]),
+    ("unet", "block_out_channels", ["a", "b"]),
+    ("unet", "block_out_channels", None),
+    ("unet", "block_out_channels", []),
+    ("unet", "layers_per_block", 10**6),
+    ("unet", "layers_per_block", 10**9),
+    ("unet", "layers_per_block", [1, "x"]),
+    ("unet", "transformer_layers_per_block", 10**9),
+    ("unet", "norm_num_groups", 0),
+    ("unet", "norm_num_groups", 5),
+    ("unet", "norm_eps", 0),
+    ("unet", "attention_head_dim", "x"),
+    ("unet", "attention_head_dim", 3),
+    ("unet", "out_channels", 2.5),
+    ("unet", "cross_attention_dim", [[1]]),
+    ("unet", "mid_block_type", ["plain"]),
+    ("unet", "down_block_types", None),
+    ("unet", "up_block_types", 7),
+    ("unet", "_class_name", ["UNet2DConditionModel"]),
+    ("unet", "addition_embed_type", []),
+    ("vae", "latent_channels", 10**9),
+    ("vae", "layers_per_block", 1000),
+    ("vae", "scaling_factor", "x"),
+    ("vae", "scaling_factor", 0),
+    ("vae", "shift_factor", [1]),
+    ("vae", "down_block_types", ["DownEncoderBlock2D"]),
+    ("vae", "norm_num_groups", 0),
+    ("vqvae", "num_vq_embeddings", 10**12),
+    ("vqvae", "norm_type", "batch"),
+    ("clip", "num_hidden_layers", 10**9),
+    ("clip", "num_attention_heads", 5),
+    ("clip", "hidden_act", "swish"),
+    ("clip", "max_position_embeddings", -1),
+    ("clip", "eos_token_id", {}),
+    ("t5", "num_layers", 10**9),
+    ("t5", "relative_attention_num_buckets", 1),
+    ("t5", "feed_forward_proj", "gated-evil"),
+    ("scheduler", "num_train_timesteps", 10**12),
+    ("scheduler", "beta_start", "x"),
+    ("scheduler", "beta_end", 3),
+    ("scheduler", "prediction_type", []),
+    ("record", "kind", []),
+    ("record", "story", "once"),
+    ("image tower", "channels", [10**9]),
+    ("image tower", "resolution", 0),
+    ("latents", "images", 1e999),
+]
+
+
+@pytest.mark.parametrize(("reader", "field", "value"), CASES)
+def test_a_field_out_of_range_is_named(tmp_path: Path, reader: str, field: str, value: Any) -> None:
+    name, values, _ = READERS[reader]
+    read = write(tmp_path, reader, {**values, field: value})
+    started = time.process_time()
+    with pytest.raises(UserError) as caught:
+        read()
+    said = str(caught.value)
+    assert str(tmp_path / name) in said and "\n" not in said and time.process_time() - started < 2
+    assert field in said or reader == "latents"
+
+
+def test_a_network_of_too_many_blocks_is_not_built(tmp_path: Path) -> None:
+    read = write(tmp_path, "unet", {**UNET.to_diffusers(), "layers_per_block": 200, "transformer_layers_per_block": 200})
+    with pytest.raises(UserError, match="more than 1024 blocks"):
+        read()
+
+
+def test_what_makes_sense_is_read(tmp_path: Path) -> None:
+    for reader in ("unet", "vae", "vqvae", "clip", "t5", "scheduler", "record", "tokenizer"):
+        folder = tmp_path / reader
+        folder.mkdir()
+        write(folder, reader, READERS[reader][1])()
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 1, 2.5, 10**9, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "1e9", [], {}]),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+)
+VALUES = st.recursive(
+    ODD, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6
+)
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> tuple[str, Any]:
+    """A reader, and its content with one to three fields changed, at any depth."""
+    reader = draw(st.sampled_from(sorted(READERS)))
+    return reader, _changed(draw, READERS[reader][1])
+
+
+def _changed(draw: st.DrawFn, values: Any) -> Any:
+    values = dict(values)
+    for name in draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3)):
+        deeper = isinstance(values[name], dict) and values[name] and draw(st.booleans())
+        values[name] = _changed(draw, values[name]) if deeper else draw(VALUES)
+    return draw(VALUES) if draw(st.integers(0, 20)) == 0 else values
+
+
+def one_line(read: Callable[[], object]) -> None:
+    """A value or one line, soon."""
+    started = time.process_time()
+    try:
+        read()
+    except UserError as error:
+        assert "\n" not in str(error).strip()
+        str(error).encode()
+    assert time.process_time() - started < 5
+
+
+def fuzz_configs(folder: Path, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(changed())
+    def run(case: tuple[str, Any]) -> None:
+        inside = folder / case[0]
+        inside.mkdir(exist_ok=True)
+        one_line(write(inside, *case))
+
+    run()
+
+
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}).encode()
+FILE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
+
+
+def fuzz_bytes(folder: Path, name: str, whole: bytes, read: Callable[[Path], object], examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4), st.integers(0, len(whole)), st.booleans())
+    def run(changes: list[tuple[int, int]], cut: int, cuts: bool) -> None:
+        data = bytearray(whole)
+        for place, value in changes:
+            data[place] = value
+        (folder / name).write_bytes(data[:cut] if cuts else data)
+        one_line(lambda: read(folder / name))
+
+    run()
+
+
+def checkpoint(folder: Path) -> bytes:
+    import torch
+
+    torch.save({"state_dict": {"a": torch.zeros(2, 2), "b": torch.ones(3)}, "step": 3, "name": "x"}, folder / "whole.ckpt")
+    return (folder / "whole.ckpt").read_bytes()
+
+
+def read_pickle(file: Path) -> None:
+    pickles.require_plain(pickles.weights(pickles.read(file))[0], file)
+
+
+def test_readers_end_with_a_value_or_one_line(tmp_path: Path) -> None:
+    fuzz_configs(tmp_path, 150)
+    fuzz_bytes(tmp_path, "x.safetensors", FILE, read_safetensors, 100)
+    fuzz_bytes(tmp_path, "x.ckpt", checkpoint(tmp_path), read_pickle, 40)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_readers_end_with_a_value_or_one_line_over_ten_thousand_inputs_each(tmp_path: Path) -> None:
+    fuzz_configs(tmp_path, 10_000 * len(READERS))
+    fuzz_bytes(tmp_path, "x.safetensors", FILE, read_safetensors, 10_000)
+    fuzz_bytes(tmp_path, "x.ckpt", checkpoint(tmp_path), read_pickle, 10_000)
