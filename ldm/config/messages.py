@@ -201,13 +201,14 @@ def _literal(value: Any) -> str:
 @cache
 def _comments(kind: Any) -> dict[str, str]:
     """The comment behind each field's definition in the source of its class."""
+    above: list[Any] = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)]
     source = textwrap.dedent(inspect.getsource(kind))
     by_line = {
         token.start[0]: token.string.lstrip("# ").split("  # ")[0]
         for token in tokenize.generate_tokens(StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found: dict[str, str] = {}
+    found: dict[str, str] = {name: said for base in reversed(above) for name, said in _comments(base).items()}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno in by_line:
             found[node.target.id] = by_line[node.end_lineno]

@@ -9,7 +9,6 @@ from ldm.families.family import Footprint, ModelConfig
 from ldm.models import cost
 from ldm.models.cost import Cost
 from ldm.runs.run import Encode, Run
-from ldm.training.optim import AdamW
 from ldm.training.settings import Train
 
 FLOAT, HALF = 4, 2  # bytes
@@ -49,8 +48,8 @@ class Needs:
 
     @property
     def optimiser_bytes(self) -> int:
-        """Two moments of each parameter; Muon keeps one, but for the few parameters that are no matrices."""
-        return FLOAT * self.learned * (2 if isinstance(self.stage.optim, AdamW) else 1)
+        """What the optimiser keeps of each parameter: two moments, say."""
+        return int(self.stage.optim.state_bytes * self.learned)
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ldm.config.errors import UserError
 from ldm.distributed.launcher import Launched, Work
 from ldm.models.inference import check_compiler
 from ldm.runs.run import Run
+from ldm.training.library_optimisers import EXTRA
 from ldm.training.settings import Train
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ def shares(run: Run, launch: Launched) -> dict[str, Work]:
 def missing(run: Run, device: torch.device) -> Iterator[str]:
     """What a stage needs of this machine and is not there, a line each."""
     for name, stage in _trained(run):
+        module, distribution = stage.optim.package
+        if module and find_spec(module) is None:
+            yield f"stages.{name}.optim.kind: {stage.optim.kind} needs the package {distribution}, which is not installed here; {EXTRA}"
         if stage.compile:
             try:
                 check_compiler(device)

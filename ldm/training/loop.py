@@ -33,6 +33,7 @@ from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Former, States
 from ldm.training.ema import Ema
+from ldm.training.library_optimisers import evaluated
 from ldm.training.log import Log
 from ldm.training.settings import PRECISION, Train
 
@@ -298,7 +299,8 @@ class Trainer:
         """Averaged weights in place and no dropout, as in the product; every process enters, the first one then works."""
         self.states.still()
         self.family.eval()
-        with self.ema.applied() if self.ema else nullcontext(), gathered(self.family, self.processes.main), torch.no_grad():
+        own = self.ema.applied() if self.ema else evaluated(self.optimizers)
+        with own, gathered(self.family, self.processes.main), torch.no_grad():
             yield
         self.family.train()
 

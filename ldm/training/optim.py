@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ldm.config.schema import BY_KIND, Count, Fraction, NonNegative, Positive, PositiveFloat, config
-from ldm.distributed.sharding import like, whole
+from ldm.config.schema import BY_KIND, Fraction, NonNegative, Positive, PositiveFloat, config
+from ldm.distributed.sharding import is_split, like, whole
 from ldm.families.family import ParameterGroup
+from ldm.training.library_optimisers import Adafactor, AdamW8bit, Lion, Prodigy, ScheduleFree
+from ldm.training.rate import Rate
+from ldm.training.rate import lr_factor as lr_factor
 
 
 @config
-class AdamW:
+class AdamW(Rate):
     """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), in torch's fused form."""
 
-    needs_whole: ClassVar[str] = ""  # why it cannot train sharded weights (FSDP2); empty: it can
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-4  # peak learning rate
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the first and second moment
     weight_decay: NonNegative = 0.01  # of matrices and convolutions; biases and norms have none
-    warmup_images: Count = 0  # the rate rises linearly over so many images
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to final_lr at the stage's end
-    decay_from: Fraction = 0.0  # share of the stage after which the linear or cosine decay begins
-    final_lr: Fraction = 0.0  # rate at the stage's end, as a share of the peak
-    clip: NonNegative = 1.0  # gradient norm limit of each parameter group; 0: none
 
 
 @config
-class Muon:
+class Muon(Rate):
     """Orthogonalised momentum for matrices and convolutions (Jordan 2024), AdamW for all else."""
 
     needs_whole: ClassVar[str] = "orthogonalises whole matrices"
+    state_bytes: ClassVar[float] = 4.0  # but for the few parameters that are no matrices
     kind: Literal["muon"] = "muon"
     lr: PositiveFloat = 4e-3  # peak rate of matrices; steps are scaled by sqrt(max(1, rows/columns))
     adamw_lr: PositiveFloat = 1e-3  # peak rate of biases, norms, embeddings and output layers
@@ -42,43 +39,33 @@ class Muon:
     rounds: Positive = 3  # Newton-Schulz rounds; more flatten the singular values further
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)  # of the AdamW part
     weight_decay: NonNegative = 0.0  # decoupled, of matrices and convolutions
-    warmup_images: Count = 0  # the rate rises linearly over so many images
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, to final_lr at the stage's end
-    decay_from: Fraction = 0.0  # share of the stage after which the linear or cosine decay begins
-    final_lr: Fraction = 0.0  # rate at the stage's end, as a share of the peak
-    clip: NonNegative = 1.0  # gradient norm limit of each parameter group; 0: none
 
 
-Optim = Annotated[AdamW | Muon, BY_KIND]
+AnyOptim = AdamW | Muon | Adafactor | Lion | Prodigy | ScheduleFree | AdamW8bit
+Optim = Annotated[AnyOptim, BY_KIND]
 
 
-def lr_factor(optim: AdamW | Muon, images: int, total_images: int) -> float:
-    """The learning rate after `images` of `total_images`, as a share of the peak."""
-    if images < optim.warmup_images:
-        return (images + 1) / (optim.warmup_images + 1)
-    start = max(optim.warmup_images, optim.decay_from * total_images)
-    if optim.schedule == "constant" or images <= start:
-        return 1.0
-    done = min(1.0, (images - start) / max(1.0, total_images - start))
-    falling = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return optim.final_lr + (1 - optim.final_lr) * falling
+def build(optim: AnyOptim, groups: Sequence[ParameterGroup]) -> list[torch.optim.Optimizer]:
+    """The optimisers of all parameter groups; each group carries `peak`, its learning rate at factor 1.
 
-
-def build(optim: AdamW | Muon, groups: Sequence[ParameterGroup]) -> list[torch.optim.Optimizer]:
-    """The optimisers of all parameter groups; each group carries `peak`, its learning rate at factor 1."""
+    Raises:
+        UserError: where the library of one is not installed.
+    """
+    if not isinstance(optim, AdamW | Muon):
+        return optim.made([_by_shape(learner, optim.lr * learner.lr_scale, optim.weight_decay) for learner in groups])
     adamw: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
     for learner in groups:
-        matrices = [p for p in learner.parameters if p.ndim >= 2]
-        others = [p for p in learner.parameters if p.ndim < 2]
         rate = (optim.adamw_lr if isinstance(optim, Muon) else optim.lr) * learner.lr_scale
         if isinstance(optim, Muon):
+            matrices = [p for p in learner.parameters if p.ndim >= 2]
+            others = [p for p in learner.parameters if p.ndim < 2]
             inner = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) >= 16]
             edge = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) < 16]
             muon += [_group(inner, optim.lr * learner.lr_scale, optim.weight_decay)]
             adamw += [_group(edge, rate, optim.weight_decay), _group(others, rate, 0.0)]
         else:
-            adamw += [_group(matrices, rate, optim.weight_decay), _group(others, rate, 0.0)]
+            adamw += _by_shape(learner, rate, optim.weight_decay)
     made: list[torch.optim.Optimizer] = []
     if adamw := [g for g in adamw if g["params"]]:
         made.append(torch.optim.AdamW(adamw, betas=optim.betas, fused=True))
@@ -86,6 +73,13 @@ def build(optim: AdamW | Muon, groups: Sequence[ParameterGroup]) -> list[torch.o
         assert isinstance(optim, Muon)
         made.append(MuonOptimizer(muon, momentum=optim.momentum, rounds=optim.rounds))
     return made
+
+
+def _by_shape(learner: ParameterGroup, peak: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and convolutions, whose weights decay, and all else; those of the two that there are."""
+    matrices = [p for p in learner.parameters if p.ndim >= 2]
+    others = [p for p in learner.parameters if p.ndim < 2]
+    return [group for group in (_group(matrices, peak, weight_decay), _group(others, peak, 0.0)) if group["params"]]
 
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> dict[str, Any]:
@@ -178,39 +172,65 @@ def clip(groups: Sequence[ParameterGroup], limit: float) -> dict[str, Tensor]:
     return norms
 
 
-def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' states under `optimiser.parameter.name`, in the order of these names.
+COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "d", "d_max", "d_numerator")  # what libraries count in their groups
+NUMBERS = {"int": int, "float": float}
 
-    Split tensors are gathered one by one, so all processes must go through them alike; what was read from a file has any order.
+
+def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every value of the optimisers' states as a tensor, in the order of their names.
+
+    `optimiser.parameter.name` is a tensor, with `:int` or `:float` behind it a plain number; `optimiser.gN.name` is what the
+    N-th group counts. Split tensors are gathered one by one, so all processes must go through them alike.
     """
     found: dict[str, Tensor] = {}
+    seen: set[int] = set()  # storages: what libraries share among parameters is stored with each
     for o, optimizer in enumerate(optimizers):
-        for p, entry in optimizer.state_dict()["state"].items():
-            for name, value in entry.items():
-                found[f"{o}.{p}.{name}"] = torch.as_tensor(value)
+        for g, group in enumerate(optimizer.param_groups):
+            found |= {f"{o}.g{g}.{name}": torch.tensor(float(group[name]), dtype=torch.float64) for name in COUNTERS if name in group}
+        for p, parameter in enumerate(_held(optimizer)):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor):
+                    found[f"{o}.{p}.{name}:{type(value).__name__}"] = torch.tensor(value, dtype=torch.float64)
+                    continue
+                place = 0 if is_split(value) else value.untyped_storage().data_ptr()
+                found[f"{o}.{p}.{name}"] = value.clone() if place and place in seen else value
+                seen.add(place)
     return dict(sorted(found.items()))
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def unfit(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> str:
     """Why stored tensors are no state of these optimisers; empty: they are."""
-    counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
     for key in tensors:
         owner, _, rest = key.partition(".")
         place, _, name = rest.partition(".")
-        known = owner.isdecimal() and place.isdecimal() and int(owner) < len(counts) and int(place) < counts[int(owner)]
-        if not known or not name:
-            return f"optimizer.safetensors: {key[:60]} belongs to no parameter here"
+        here = optimizers[int(owner)] if owner.isdecimal() and int(owner) < len(optimizers) else None
+        groups = place.startswith("g")
+        count = 0 if here is None else len(here.param_groups) if groups else len(_held(here))
+        number = place.removeprefix("g")
+        if not name or not number.isdecimal() or int(number) >= count or (":" in name and name.partition(":")[2] not in NUMBERS):
+            return f"optimizer.safetensors: {key[:60]} belongs to nothing here"
     return ""
 
 
-def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
     """The reverse of `state_tensors`; learning rates are not stored because they are a function of progress."""
     for o, optimizer in enumerate(optimizers):
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        entries: dict[int, dict[str, Tensor]] = {}
+        held = _held(optimizer)
+        optimizer.state.clear()
         for key, value in tensors.items():
-            owner, parameter, name = key.split(".", 2)
-            if int(owner) == o:
-                entries.setdefault(int(parameter), {})[name] = like(value, held[int(parameter)])
-        state = optimizer.state_dict()
-        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+            owner, place, name = key.split(".", 2)
+            if int(owner) != o:
+                continue
+            if place.startswith("g"):
+                group = optimizer.param_groups[int(place[1:])]
+                group[name] = type(group[name])(value.item())
+                continue
+            parameter = held[int(place)]
+            name, _, kind = name.partition(":")
+            whole_value: Any = NUMBERS[kind](value.item()) if kind else like(value.to(parameter.device), parameter)
+            optimizer.state[parameter][name] = whole_value

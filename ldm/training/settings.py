@@ -12,6 +12,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathText, Positive, config, plain
 from ldm.data.buckets import Buckets
 from ldm.data.filter import Filter
+from ldm.training.library_optimisers import ScheduleFree
 from ldm.training.optim import AdamW, Optim
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +53,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.micro_batch and self.batch % self.micro_batch:
             raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.ema and isinstance(self.optim, ScheduleFree):
+            raise UserError(f"ema: {self.ema}, but optim.kind: schedule_free averages the weights itself; set ema=0")
         if self.exact and not self.micro_batch:
             raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
 
@@ -106,4 +109,6 @@ class Train:
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
         elsewhere |= {name for name in ("buckets", "compile") if not getattr(self, name)}
         elsewhere |= {"carry"} if self.carry == "ema" else set()
-        return {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
+        found = {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
+        found["optim"] = {name: value for name, value in found["optim"].items() if value is not None}
+        return found
