@@ -66,7 +66,10 @@ def read(path: str | Path) -> Lora:
         shown = ", ".join(key[:100] for key in unknown[:3])
         raise UserError(f"{file}: {shown}{more}: no weights of an adapter known here ({KNOWN})")
     words = tuple(embedding_of(word, parts, str(file), "") for word, parts in bundled.items())
-    return Lora(pairs=pairs, metadata=metadata, name=str(path), hash=sha256(file), words=words)
+    notes = [f"{path} brings the words {', '.join(bundled)}, which prompts may have now"] if bundled else []
+    if (said := metadata.get("ss_network_alpha")) and not any(key.endswith(".alpha") for key in state):
+        notes.append(f"{path}: its header tells alpha {said[:20]}, but its weights none; it is drawn at a scale of 1, as other programs do")
+    return Lora(pairs=pairs, metadata=metadata, name=str(path), hash=sha256(file), words=words, notes=tuple(notes))
 
 
 def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where: str) -> LayerAdapter | None:
@@ -180,14 +183,14 @@ def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mappin
     folder.mkdir(parents=True, exist_ok=True)
     texts = dict(metadata or {})
     if style == "peft":
-        return [_write_peft(pairs, folder / part, texts) for part, pairs in lora.pairs.items()]
+        return [_write_peft(pairs, folder / (lora.network if part == "unet" else part), texts) for part, pairs in lora.pairs.items()]
     if style == "diffusers" and not all(isinstance(pair, Pair) for pairs in lora.pairs.values() for pair in pairs.values()):
         return []
     tensors: dict[str, Tensor] = {}
     for part, pairs in lora.pairs.items():
         for name, pair in pairs.items():
             own = _in_kohya(pair) if style == "kohya" else _in_diffusers(pair)
-            head = _kohya_name(part, name, lora) if style == "kohya" else f"{part}.{'' if part == 'unet' else TEXT_PREFIX}{name}"
+            head = _kohya_name(part, name, lora) if style == "kohya" else _diffusers_name(part, name, lora)
             tensors |= {f"{head}.{end}": value for end, value in own.items()}
     file = folder / (KOHYA if style == "kohya" else DIFFUSERS)
     write_tensors(file, tensors, texts | (kohya_metadata(lora) if style == "kohya" else {}))
@@ -199,6 +202,10 @@ def _kohya_name(part: Part, name: str, lora: Lora) -> str:
         return f"lora_unet_{flat(name)}"
     number = "" if "text_encoder_2" not in lora.pairs else "2" if part == "text_encoder_2" else "1"
     return f"lora_te{number}_{flat_prefix()}{flat(name)}"
+
+
+def _diffusers_name(part: Part, name: str, lora: Lora) -> str:
+    return f"{lora.network}.{name}" if part == "unet" else f"{part}.{TEXT_PREFIX}{name}"
 
 
 def _in_kohya(pair: LayerAdapter) -> dict[str, Tensor]:

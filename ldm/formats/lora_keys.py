@@ -54,8 +54,7 @@ ENDS = {  # of a key, after the layer's name: what the weight is to its layer
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }
 PROCESSOR = re.compile(r"(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")  # diffusers' of 2023, after LAYER.processor.
-UNET_STARTS = ("down_blocks", "mid_block", "up_blocks", "conv_", "time_embedding", "add_embedding", "pooled_embedding")
-SGM_STARTS = ("input_blocks", "middle_block", "output_blocks", "out_", "out.", "time_embed_", "time_embed.", "label_emb")
+TEXT_STARTS = (TEXT_PREFIX, flat_prefix(), "encoder.", "encoder_layers", "embeddings", "final_layer_norm", "text_projection")
 LONGEST = 1000  # characters of a key
 
 
@@ -92,7 +91,7 @@ def _placed(head: str, role: str, usual: Part | None) -> Place | None:
     part = PARTS.get(first) if rest else None
     written = (rest if part else head).removeprefix("base_model.model.").removeprefix("lycoris_")
     if part is None:
-        part = "unet" if written.startswith((*UNET_STARTS, *SGM_STARTS)) else usual or "text_encoder"
+        part = usual or ("text_encoder" if written.startswith(TEXT_STARTS) else "unet")
     layer = written.removeprefix(TEXT_PREFIX)
     return Place(part, layer, role, written) if layer else None
 

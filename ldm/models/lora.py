@@ -44,6 +44,8 @@ class Lora:
     name: str = "LoRA"  # for messages
     hash: str = ""  # SHA-256 of the file
     words: tuple[LearnedEmbedding, ...] = ()  # that the file brings
+    notes: tuple[str, ...] = ()  # what a user should know of it
+    network: str = "unet"  # how files name the part "unet": unet or transformer
 
     def __len__(self) -> int:
         return sum(len(pairs) for pairs in self.pairs.values())

@@ -93,8 +93,8 @@ def add(
                 raise UserError(f"from: {lost['file']} is not the file that the picture was drawn with; give that one by --{name[:-1]}")
             note(f"the picture was drawn with other {name}: it will differ")
     for lora, _ in found:
-        if lora.words:
-            note(f"{lora.name} brings the words {', '.join(word.token for word in lora.words)}, which prompts may have now")
+        for text in lora.notes:
+            note(text)
     family.adapt([(lora, weight * factor) for lora, weight in found], words)
     fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}

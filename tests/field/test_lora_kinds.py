@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from pipelines import pipeline_folder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
-from ldm.formats.lora_files import read
+from ldm.formats.lora_files import read, write
 from ldm.formats.lora_keys import sgm_names
-from ldm.models.lora import Merged, weighted_modules
+from ldm.models.lora import Lora, Merged, Pair, weighted_modules
 
 HEAD = "lora_unet_mid_block_a"
 
@@ -105,7 +105,7 @@ def test_peft_merges_the_same(kind: str, said: dict[str, Any], tmp_path: Path) -
     made: Any = get_peft_model(Small(), config)  # type: ignore[arg-type]
     made.save_pretrained(tmp_path)
     right, own = made.merge_and_unload().state_dict(), Small()
-    Merged({"text_encoder": own}, [(read(tmp_path), 1.0)])
+    Merged({"unet": own}, [(read(tmp_path), 1.0)])
     assert all(torch.allclose(value, right[name], atol=1e-6) for name, value in own.state_dict().items())
 
 
@@ -170,3 +170,25 @@ def test_a_bundle_brings_its_words_and_a_pickle_is_read_as_a_safetensors_file(ba
         table = family.text.model.get_input_embeddings().weight
         found = [i for i in family.text.words(f"a {word}") if bool((table[i] == rows).all(1).any())]
         assert len(found) == 2
+
+
+def test_a_transformer_s_layers_are_its_own(tmp_path: Path) -> None:
+    names = ("transformer_blocks.0.attn.to_q", "pos_embed.proj", "blocks.1.attn.to_k")
+    pairs: Any = {name: Pair(torch.randn(2, 6), torch.randn(4, 2), 2.0) for name in names}
+    lora = Lora(pairs={"unet": pairs}, network="transformer")
+    [diffusers_file] = write(lora, tmp_path, "diffusers")
+    assert {key.split(".")[0] for key in load_file(diffusers_file)} == {"transformer"}
+    [peft_file] = write(lora, tmp_path, "peft")
+    assert peft_file.parent.name == "transformer"
+    (tmp_path / "anywhere").mkdir()
+    for path in (diffusers_file, peft_file, peft_file.rename(tmp_path / "anywhere" / "x.safetensors")):
+        if path.exists():
+            assert read(path).pairs.keys() == {"unet"} and read(path).pairs["unet"].keys() == set(names)
+
+
+def test_an_alpha_of_the_header_alone_is_told(tmp_path: Path) -> None:
+    state = {f"{HEAD}.lora_down.weight": torch.ones(2, 4), f"{HEAD}.lora_up.weight": torch.ones(4, 2)}
+    save_file(state, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "1.0", "ss_network_dim": "2"})
+    assert "its header tells alpha 1.0, but its weights none" in read(tmp_path / "x.safetensors").notes[0]
+    save_file(state | {f"{HEAD}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "1.0"})
+    assert not read(tmp_path / "x.safetensors").notes

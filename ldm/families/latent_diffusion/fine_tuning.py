@@ -185,8 +185,9 @@ class LoraFamily(AdaptedFamily):
         self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, base=self.base["unet"])
         if len(self.text):
             self.save_text(merged_state(self.inner.text.model), folder)
+        lora = replace(self.lora(), network=self.inner.denoiser.config.folder)
         for style in ("diffusers", "peft", "kohya"):
-            write(self.lora(), folder / LORA, style, self.metadata())  # type: ignore[arg-type]
+            write(lora, folder / LORA, style, self.metadata())  # type: ignore[arg-type]
 
 
 class InvertedFamily(AdaptedFamily):
