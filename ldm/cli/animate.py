@@ -18,7 +18,8 @@ from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
-from ldm.sampling.request import MAX_SEED, STRENGTH, Base, Device, NamedAdapters, SamplerOptions, clean
+from ldm.sampling.recipe_values import MAX_SEED
+from ldm.sampling.request import STRENGTH, Base, Device, NamedAdapters, SamplerOptions, clean
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -67,7 +67,7 @@ def grid(
 ) -> int:
     """Draw a table of pictures; each is the one that `ldm sample` draws with these settings."""
     axes = plot.axes()
-    old = following.old()
+    old = following.old((plot, base, sampler, editing, adapters), tell)
     refuse(old, "ldm grid")
     words = clean(plot.prompt or str(old.get("prompt", "")))
     if not words:
@@ -91,6 +91,7 @@ def grid(
     place = device_for(place)
     family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added}
+    following.compare(old, folder, family.content_hash, tell)
     init_image = None
     if editing.picture is not None:
         size = shape or family.defaults["size"]

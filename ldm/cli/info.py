@@ -11,11 +11,10 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
-from ldm.sampling.recipe import AI_MADE, OURS, PARAMETERS, parse_parameters, read_chunks, recipe_of
+from ldm.sampling.picture_texts import COMFY, FORMATS, PARAMETERS, read_chunks
+from ldm.sampling.recipe import AI_MADE, Recipe, recipe_of
 
 Option = typer.Option
-COMFY = ("prompt", "workflow")  # ComfyUI's chunks: what was run, and how its editor shows it
-SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
 
 
 def main(words: Sequence[str]) -> int:
@@ -56,20 +55,21 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
     from PIL import Image
 
     chunks = read_chunks(path)
-    with Image.open(path) as image:
-        found: dict[str, Any] = {"file": str(path), "width": image.width, "height": image.height, "format": image.format}
-        pixels = image.convert("RGB")
-    if OURS in chunks:
-        recipe = recipe_of(chunks, path)
-        found |= {"made_by": "ldm", "recipe": recipe.to_dict()}  # type: ignore[union-attr]
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            found: dict[str, Any] = {"file": str(path), "width": image.width, "height": image.height, "format": image.format}
+            pixels = image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise UserError(f"{path}: its pixels cannot be read ({' '.join(str(error).split())[:200]})") from None
+    recipe = recipe_of(chunks, path)
+    if isinstance(recipe, Recipe):
+        found |= {"made_by": "ldm", "recipe": recipe.to_dict()}
         if at_hand:
-            places = [place for place, said in at_hand.items() if said == recipe.model_hash]  # type: ignore[union-attr]
+            places = [place for place, said in at_hand.items() if said == recipe.model_hash]
             found["model_at_hand"] = places[0] if places else None
             found["models_compared"] = sorted(at_hand)
-    elif settings := parse_parameters(chunks.get(PARAMETERS, "")):
-        found |= {"made_by": "a program that writes as Stable Diffusion web UI does", "recipe": settings}
-    elif comfy := read_comfy(chunks):
-        found |= {"made_by": "ComfyUI", "recipe": comfy}
+    elif recipe is not None:
+        found |= {"made_by": recipe.program, "recipe": dict(recipe.fields), "unfollowed": [str(lost) for lost in recipe.unfollowed]}
     for name in (PARAMETERS, *COMFY):
         if name in chunks:
             found[name] = chunks[name]
@@ -80,30 +80,6 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
     found["watermark"] = seek(np.asarray(pixels))
     found["says_made_by_a_model"] = any(AI_MADE in text for text in chunks.values())
     return found
-
-
-def read_comfy(chunks: dict[str, str]) -> dict[str, Any]:
-    """What ComfyUI's graph says of its sampling, by the names of our recipes; nothing where it is no such graph."""
-    try:
-        nodes = json.loads(chunks.get("prompt", ""))
-        sampler = next(node["inputs"] for node in nodes.values() if node["class_type"] in SAMPLERS)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        return {}
-
-    def text(name: str) -> str | None:
-        link = sampler.get(name)
-        for _ in range(8):  # through nodes that pass conditions on
-            if not (isinstance(link, list) and link and isinstance(nodes.get(str(link[0])), dict)):
-                return None
-            inputs = nodes[str(link[0])].get("inputs", {})
-            if isinstance(inputs.get("text"), str):
-                return str(inputs["text"])
-            link = next((value for key, value in inputs.items() if key.startswith("conditioning")), inputs.get("text"))
-        return None
-
-    found = {"prompt": text("positive"), "negative": text("negative"), "steps": sampler.get("steps"), "guidance": sampler.get("cfg")}
-    found |= {"seed": sampler.get("seed", sampler.get("noise_seed")), "sampler": sampler.get("sampler_name")}
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
 
 
 def told(found: dict[str, Any]) -> str:
@@ -117,6 +93,7 @@ def told(found: dict[str, Any]) -> str:
         shown = {name: value for name, value in recipe.items() if name not in usual and value not in ("", None)}
         width = max(map(len, shown), default=0)
         lines += [f"  {name:<{width}}  {value}" for name, value in shown.items()]
+        lines += [f"  `--from` does not follow: {lost}" for lost in found.get("unfollowed", ())]
     else:
         lines.append("  carries no recipe")
     if "model_at_hand" in found:

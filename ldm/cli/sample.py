@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
 
 def sample(request: Request) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
-    old = request.following.old()
+    old = request.following.old(request.parts, tell)
     adapters = request.adapters
     asked = tagged(request.prompts.read(old.get("prompt")), adapters.lora_dir, adapters.lora, tell, request.following.literal)
     request.choice.listed(request.base.seed)
@@ -65,8 +65,7 @@ def sample(request: Request) -> int:
     chosen = request.sampler.chosen(old, request.editing.usual)
     family.ready(Path(folder), running, family.settings(chosen).precision)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash}
-    if old.get("model_hash", family.content_hash) != family.content_hash:
-        tell(f"{request.following.recipe} was made by the model {old['model']}, not by {folder}: the picture will differ")
+    request.following.compare(old, folder, family.content_hash, tell)
     guide = _guide(request, family, old)
     if guide is not None:
         rest["classifier"] = guide.hash

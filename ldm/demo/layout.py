@@ -10,8 +10,7 @@ from ldm.demo.page import OWN_SPACING, Blobs, Page, at_place, background, chosen
 from ldm.demo.status import heading, idle
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
-from ldm.sampling.recipe import SPACINGS
-from ldm.sampling.request import MAX_SEED
+from ldm.sampling.recipe_values import MAX_SEED, SPACINGS
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -182,7 +181,9 @@ def _more(box: Box, start: Form, page: Page) -> None:
     with gr.Row():
         box["guidance_from"] = gr.Slider(**share, value=0, label="Guide from this share of the steps", elem_id="ldm-from")
         box["guidance_to"] = gr.Slider(**share, value=1, label="to this one", elem_id="ldm-to")
-    box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="Guidance over the steps", elem_id="ldm-curve")
+    with gr.Row():
+        box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="Guidance over the steps", elem_id="ldm-curve")
+        box["clip_skip"] = gr.Number(1, precision=0, minimum=1, label="Text encoder's layer, from the last", elem_id="ldm-clip-skip")
     with gr.Row():
         box["hires"] = gr.Slider(1, 8, 1, step=0.5, label="Draw so many times smaller first", elem_id="ldm-hires")
         box["hires_strength"] = gr.Slider(**share, value=0.5, label="then so much of it anew", elem_id="ldm-hires-strength")

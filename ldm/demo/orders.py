@@ -15,17 +15,18 @@ from ldm.demo.studio import DrawOrder
 from ldm.families.draws import Draws, Settings, Wanted
 from ldm.sampling import jobs
 from ldm.sampling.adapters import differ, told_shortly
+from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.init_images import InitImage, read_init_image
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import parted
 from ldm.sampling.recipe import Recipe, writable
-from ldm.sampling.request import BOUNDS as OPTIONS
+from ldm.sampling.recipe_values import LIMITS
 
 MAX_PROMPT = 10_000  # characters
 MAX_PICTURES = 64  # of one order
 MAX_BYTES = 2**25  # of an uploaded picture
 MAX_PIXELS = 2**24  # of one, before it is resized
-BOUNDS = OPTIONS | {"pictures": (1, MAX_PICTURES)}
+BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES)}
 FOREIGN = ("variation", "to", "outpaint", "invert", "watermark")  # fields of a recipe that the page has no place for
 
 
@@ -150,7 +151,7 @@ def check_upload(name: str, data: bytes) -> None:
 
 
 def fill_in(
-    form: Form, found: Recipe | dict[str, Any], model_hash: str, largest: int, added: Mapping[str, str] | None = None
+    form: Form, found: Recipe | ForeignRecipe, model_hash: str, largest: int, added: Mapping[str, str] | None = None
 ) -> tuple[Form, list[str]]:
     """A form with the settings of a picture, and what should be known of those that it could not take.
 
@@ -159,10 +160,11 @@ def fill_in(
         model_hash: of the model at hand.
         added: what recipes tell of its LoRAs and words.
     """
-    told = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
-    notes = []
-    if told.get("model_hash", model_hash) != model_hash:
-        notes.append(f"It was made by the model {told['model']}, not by this one: the picture will differ.")
+    told: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found.fields}
+    notes = [] if isinstance(found, Recipe) else [f"Settings of {found.program}: a picture alike, not the same."]
+    notes += [] if isinstance(found, Recipe) else [f"Not followed: {lost}." for lost in found.unfollowed]
+    if not model_hash.startswith(str(told.get("model_hash", ""))):
+        notes.append(f"It was made by the model {told.get('model', '?')}, not by this one: the picture will differ.")
     if told.get("init"):
         notes.append(f"It was drawn out of another picture (SHA-256 {told['init'][:12]}…): load that one below to repeat it.")
     own = {f.name: f.default for f in fields(Recipe)}

@@ -95,9 +95,9 @@ def command(recipe: Recipe, many: int = 1, model: str = "MODEL", init_image: Seq
     words += ["--n", str(many)] if many > 1 else []
     words += ["--negative", recipe.negative] if recipe.negative else []
     words += [] if recipe.notation else ["--literal"]
-    for name, usual in (("rescale", None), ("eta", 0.0), ("guidance_curve", "constant")):
+    for name, usual in (("rescale", None), ("eta", 0.0), ("clip_skip", 1), ("guidance_curve", "constant")):
         if (value := getattr(recipe, name)) != usual:
-            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value]
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     if (recipe.guidance_from, recipe.guidance_to) != (0, 1):
         words += ["--guidance-interval", f"{recipe.guidance_from!r},{recipe.guidance_to!r}"]
     if recipe.hires != 1:

@@ -43,6 +43,7 @@ class Settings:
     precision: str = "fp32"  # of matrix products and convolutions
     guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
     guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
+    clip_skip: int = 1  # the text encoder's layer that is read, from the last one: 1 the last, 2 the one before (the web UI's count)
     guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
 
     def guidance_at(self, i: int, steps: int) -> float:
@@ -73,6 +74,7 @@ class Wanted:
     guidance_from: float | None = None
     guidance_to: float | None = None
     guidance_curve: str | None = option(None, "Guidance over the steps: constant, or rising: linear cosine.")
+    clip_skip: int | None = option(None, "Read the text encoder's Nth layer from the last, as web UIs count; default: 1.", low=1, high=64)
     rescale: float | None = option(None, "Guidance rescale (Lin 2023); default: the model's.", low=0, high=1)
     sampler: str | None = None
     spacing: str | None = None

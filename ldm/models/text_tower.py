@@ -163,15 +163,22 @@ class TextTower(nn.Module):
         self.encoder = Stack(self.config)
         self.final_layer_norm = nn.LayerNorm(self.config.hidden_size, eps=self.config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> TextStates:
-        """(B,L) ids, at most `max_position_embeddings` a row, to states."""
+    def forward(self, ids: Tensor, clip_skip: int = 1) -> TextStates:
+        """(B,L) ids, at most `max_position_embeddings` a row, to states.
+
+        Args:
+            clip_skip: the layer whose states are told, counted from the last one, which is 1; the pooled state is always the last one's.
+        """
         x = self.embeddings(ids)
-        for layer in self.encoder.layers:
+        told = x
+        for number, layer in enumerate(self.encoder.layers, 1):
             x = layer(x)
-        x = self.final_layer_norm(x)
+            told = x if number == len(self.encoder.layers) + 1 - clip_skip else told
+        told = self.final_layer_norm(told)
+        x = told if clip_skip == 1 else self.final_layer_norm(x)
         # The first configurations name a wrong end token; the right one has the largest id there.
         end = ids.argmax(1) if self.config.eos_token_id == OLD_EOS else (ids == self.config.eos_token_id).int().argmax(1)
-        return TextStates(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
+        return TextStates(told, x[torch.arange(len(x), device=x.device), end.to(x.device)])
 
     def get_input_embeddings(self) -> nn.Module:
         """Of tokens."""

@@ -76,7 +76,7 @@ def add(
     from ldm.formats.embedding_files import read_embedding
     from ldm.formats.lora_files import read
 
-    before = {name: remembered(old, name) for name in FIELDS}
+    before = {name: remembered(old, name, bool(given)) for name, given in zip(FIELDS, (loras, embeddings), strict=True)}
     wanted = [weighted(word) for word in loras] or [(_again(one, "lora"), float(one["weight"])) for one in before["loras"]]
     found = [(read(file), weight) for file, weight in wanted]
     words = [read_embedding(Path(file)) for file in embeddings or [_again(one, "embedding") for one in before["embeddings"]]]
@@ -126,8 +126,8 @@ def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return first != second
 
 
-def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """What a recipe tells of LoRAs or words.
+def remembered(old: Mapping[str, Any], name: str, given: bool = False) -> list[dict[str, Any]]:
+    """What a recipe tells of LoRAs or words; nothing where it is damaged and others are `given`.
 
     Raises:
         UserError: if it is damaged.
@@ -140,6 +140,8 @@ def remembered(old: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     own = "weight" if name == "loras" else "token"
     if isinstance(values, list) and all(isinstance(one, dict) and _told_of(one, own) for one in values):
         return [{**one, own: float(one[own])} if own == "weight" else one for one in values]
+    if given:
+        return []
     raise UserError(f"from: the recipe's {name} cannot be read; give the files by --{name[:-1]}")
 
 

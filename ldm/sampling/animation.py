@@ -15,7 +15,8 @@ from PIL import Image, ImageOps, ImageSequence
 
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe, to_rgb
-from ldm.sampling.recipe import DESCRIPTION, OURS, Recipe, claim, texts_of
+from ldm.sampling.picture_texts import DESCRIPTION, OURS
+from ldm.sampling.recipe import Recipe, claim, texts_of
 
 SUFFIXES = (".webp", ".png", ".apng", ".gif")
 MOST_FRAMES = 512

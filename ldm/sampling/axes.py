@@ -9,7 +9,8 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.sampling.adapters import scaled
-from ldm.sampling.recipe import NAMES, SPACINGS, Recipe
+from ldm.sampling.recipe import Recipe
+from ldm.sampling.recipe_values import LIMITS, NAMES, SPACINGS
 
 KINDS: dict[str, type] = {
     "guidance": float,
@@ -27,17 +28,7 @@ KINDS: dict[str, type] = {
     "lora": float,
 }
 SHORT = {"cfg": "guidance", "seeds": "seed", "samplers": "sampler"}
-LIMITS = {
-    "guidance": (0, 1000),
-    "steps": (1, 1000),
-    "seed": (0, 2**53),
-    "strength": (0, 1),
-    "rescale": (0, 1),
-    "eta": (0, 1),
-    "variation": (0, 1),
-    "hires_strength": (0, 1),
-    "lora": (-10, 10),
-}
+BOUNDS = LIMITS | {"lora": (-10, 10)}
 MOST = 400  # cells
 
 
@@ -82,9 +73,9 @@ def _value(name: str, word: str, option: str) -> Any:
         value = KINDS[name](word)
     except ValueError:
         raise UserError(f"{option}: {name} is {word!r}; a {'whole ' if KINDS[name] is int else ''}number is needed") from None
-    low, high = LIMITS.get(name, (0, 0))
-    if name in LIMITS and not low <= value <= high:
-        raise UserError(f"{option}: {name} is {word!r}; a number from {low} to {high} is needed")
+    low, high = BOUNDS.get(name, (0, 0))
+    if name in BOUNDS and not low <= value <= high:
+        raise UserError(f"{option}: {name} is {word!r}; a number from {low:g} to {high:g} is needed")
     return value
 
 

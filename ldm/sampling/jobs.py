@@ -10,6 +10,7 @@ from ldm.config.errors import UserError
 from ldm.families.draws import Draws, Guide, Wanted
 from ldm.sampling.prompt_files import MAX_SEED, Asked
 from ldm.sampling.recipe import Recipe
+from ldm.sampling.recipe_values import MAX_SIDE
 from ldm.sampling.unheard import in_recipe
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ldm.sampling.init_images import InitImage
     from ldm.text.prompt_syntax import Prompt
 
-MAX_SIDE = 8192  # px
 OWN: dict[str, Any] = {"prompt": "", "seed": 0, "variation_seed": 0, "variation": 0.0, "to": "", "share": 0.0}  # of each in a call
 
 

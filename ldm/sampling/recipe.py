@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.version import __version__
 from ldm.families.draws import Settings
+from ldm.sampling.comfy_graph import read_graph
+from ldm.sampling.foreign_recipe import ForeignRecipe, shown
+from ldm.sampling.picture_texts import OURS, PARAMETERS, read_chunks
+from ldm.sampling.recipe_values import LIMITS, NAMES, SCHEDULES, number_of
+from ldm.sampling.webui_text import NEGATIVE, read_parameters
 
-PARAMETERS, OURS = "parameters", "ldm"  # the names of the chunks
 XMP = "XML:com.adobe.xmp"
-DESCRIPTION = 0x010E  # EXIF's field for text, where a format has no named ones
 AI_MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"  # IPTC's word for what a model made
 ORIGIN = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description'
@@ -23,22 +27,7 @@ ORIGIN = (
     "</rdf:RDF></x:xmpmeta>"
 )
 SCHEMA = 1
-NEGATIVE = "Negative prompt: "
-NAMES = {  # our samplers under the names that other programs know
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}  # and of spacings
-SPACINGS = ("trailing", "leading", "linspace", *SCHEDULES, "lcm")
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')  # as A1111's web UI reads its settings line
+MARGINS = re.compile(r"(?:\d{1,4}(?:,\d{1,4}){3})?")  # of `outpaint`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +64,7 @@ class Recipe(Settings):
         """The text that A1111's web UI writes and many programs read."""
         lines = [self.prompt]
         if self.negative:
-            lines.append(NEGATIVE + self.negative)
+            lines.append(f"{NEGATIVE} {self.negative}")
         values: dict[str, object] = {"Steps": self.steps, "Sampler": NAMES.get(self.sampler, self.sampler)}
         if self.spacing in SCHEDULES:
             values["Schedule type"] = SCHEDULES[self.spacing]
@@ -87,6 +76,8 @@ class Recipe(Settings):
             "Model": self.model,
             "Version": f"ldm {__version__}",
         }
+        if self.clip_skip != 1:
+            values["Clip skip"] = self.clip_skip
         if self.init:
             values["Denoising strength"] = self.strength
         elif self.hires != 1:
@@ -159,117 +150,53 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def read_recipe(path: Path) -> Recipe | dict[str, Any]:
-    """The whole recipe in a PNG of ours; of other programs' pictures those of its fields that they tell.
+def read_recipe(path: Path) -> Recipe | ForeignRecipe:
+    """The whole recipe in a picture of ours; of other programs' pictures what they tell of one.
 
     Raises:
         UserError: if the file is no picture, or carries no recipe.
     """
-    return recipe_of(read_chunks(path), path)
+    found = recipe_of(read_chunks(path), path)
+    if found is None:
+        raise UserError(f"{path}: carries no recipe; pictures of ldm, Stable Diffusion web UI and ComfyUI do, unless they were edited")
+    return found
 
 
-def read_chunks(path: Path) -> dict[str, str]:
-    """The texts that a picture file carries, by their names.
+def recipe_of(text: Mapping[str, str], path: Path) -> Recipe | ForeignRecipe | None:
+    """The recipe that the texts of a file tell; None where they tell none.
 
     Raises:
-        UserError: if the file is no picture.
+        UserError: if it is ours, and damaged.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            found = dict(getattr(image, "text", {}))
-            if isinstance(comment := image.info.get("comment"), bytes):  # a GIF's
-                found |= _from_comment(comment.decode("utf-8", "replace"))
-            if image.format == "WEBP" and (said := image.getexif().get(DESCRIPTION)):
-                found |= _from_comment(str(said))
-            return {name: str(text) for name, text in found.items()}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or 'not a picture'}") from None
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
-
-
-def _from_comment(text: str) -> dict[str, str]:
-    """Our chunk where a file has one text without a name."""
-    return {OURS: text} if text.startswith('{"schema"') else {}
-
-
-def recipe_of(text: dict[str, str], path: Path) -> Recipe | dict[str, Any]:
-    """What `read_recipe` returns, of the texts of a file."""
     if OURS in text:
         return _ours(text[OURS], path)
-    found = parse_parameters(text.get(PARAMETERS, ""))
-    if not found:
-        raise UserError(f"{path}: carries no recipe; PNG files that ldm or A1111's web UI wrote do, unless they were edited")
-    return found
+    return read_parameters(text.get(PARAMETERS, "")) or read_graph(text)
 
 
 def _ours(text: str, path: Path) -> Recipe:
     try:
         values = json.loads(text)
         if values["schema"] > SCHEMA:
-            raise UserError(f"{path}: its recipe was written by ldm {values['version']}; a newer ldm than this can read it")
-        kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+            raise UserError(f"{path}: its recipe was written by ldm {shown(values['version'])}; a newer ldm than this can read it")
         known = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | values
-        return Recipe(**{f.name: _typed(known[f.name], kinds[str(f.type)]) for f in fields(Recipe)})
+        return Recipe(**{f.name: _typed(f.name, known[f.name], str(f.type)) for f in fields(Recipe)})
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its recipe cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _typed(value: Any, kind: type) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """A field's value, if it is one.
 
-
-def parse_parameters(text: str) -> dict[str, Any]:
-    """The fields of a Recipe that A1111's `parameters` text tells; empty if it is none.
-
-    Its last line holds the settings, and only counts as such with three pairs or more.
+    Raises:
+        TypeError, ValueError: saying what it is instead.
     """
-    *lines, last = text.strip().split("\n")
-    pairs = {name: _unquoted(value) for name, value in PAIR.findall(last)}
-    if len(pairs) < 3:
-        return {}
-    start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE.strip())), len(lines))
-    negative = "\n".join(lines[start:])[len(NEGATIVE.strip()) :].strip()
-    found: dict[str, Any] = {"prompt": "\n".join(lines[:start]).strip(), "negative": negative}
-    kinds: dict[str, tuple[str, type]] = {
-        "Steps": ("steps", int),
-        "CFG scale": ("guidance", float),
-        "Seed": ("seed", int),
-        "Denoising strength": ("strength", float),
-        "Variation seed": ("variation_seed", int),
-        "Variation seed strength": ("variation", float),
-    }
-    for name, (field, kind) in kinds.items():
-        try:
-            found[field] = kind(pairs[name])
-        except (KeyError, ValueError):
-            continue
-    if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.get("Size", "")):
-        found |= {"width": int(size[1]), "height": int(size[2])}
-    sampler = pairs.get("Sampler", "")
-    for spacing, theirs in SCHEDULES.items():
-        if pairs.get("Schedule type") == theirs or sampler.endswith(f" {theirs}"):
-            found["spacing"] = spacing
-            sampler = sampler.removesuffix(f" {theirs}")
-    ours = {theirs: name for name, theirs in NAMES.items()}
-    if known := ours.get(sampler):
-        found["sampler"] = known
-    return found
-
-
-def _unquoted(value: str) -> str:
-    value = value.strip()
-    if value.startswith('"'):
-        try:
-            return str(json.loads(value))
-        except ValueError:
-            return value
+    value = float(value) if kind == "float" and type(value) is int and abs(value) < 2**53 else value
+    if type(value).__name__ != kind:
+        raise TypeError(f"{name}: {shown(value)!r} is no {kind}")
+    if name in LIMITS and number_of(name, value) is None:
+        raise ValueError("{}: got {}; from {:g} to {:g} is possible".format(name, shown(value), *LIMITS[name]))
+    if name == "outpaint" and not MARGINS.fullmatch(value):
+        raise ValueError(f"outpaint: got {shown(value)!r}; four numbers with commas are needed")
     return value

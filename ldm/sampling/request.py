@@ -5,21 +5,24 @@ Verbs take these objects and get their options from them; nothing here loads tor
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.config.options import bounds, option
+from ldm.config.introspection import default_of
+from ldm.config.options import option, options_of
 from ldm.families.draws import CURVES, PRECISIONS, Running, Wanted
+from ldm.sampling.foreign_recipe import shown
 from ldm.sampling.prompt_files import Asked, read_prompts
-from ldm.sampling.recipe import NAMES, SPACINGS, Recipe, read_recipe, writable
+from ldm.sampling.recipe import Recipe, read_recipe, writable
+from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 
-MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
 MAX_MARGIN = 4096  # px
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
@@ -84,13 +87,59 @@ class Following:
     """Recipe and notation: a picture whose settings are followed, and how prompts are read."""
 
     recipe: Path | None = option(None, "A picture whose recipe is followed where no option says otherwise.", name="--from")
+    strict: bool = option(False, "Refuse a recipe of which something cannot be followed.")
     literal: bool = option(False, "Brackets, BREAK and AND in prompts stand for themselves.")
 
-    def old(self) -> dict[str, Any]:
-        """The recipe that is followed; without one nothing."""
-        found = read_recipe(self.recipe) if self.recipe else {}
+    def old(self, options: Sequence[object], tell: Callable[[str], None]) -> dict[str, Any]:
+        """The recipe that is followed; without one nothing.
+
+        Args:
+            options: what else was chosen; an option that takes the place of what is not followed is no loss.
+            tell: told what of it is not followed, a line each.
+
+        Raises:
+            UserError: if there is none in the file, or with `strict` something in it cannot be followed.
+        """
+        if self.recipe is None:
+            if self.strict:
+                raise UserError("strict: is about the recipe of a picture; give that by --from, or leave it out")
+            return {}
+        found = read_recipe(self.recipe)
+        if isinstance(found, Recipe):
+            return asdict(found)
+        chosen = {name for one in options for name in options_of(type(one)) if getattr(one, name) != default_of(type(one), name)}
+        for lost in found.unfollowed:
+            if not lost.option or lost.option not in chosen:
+                self.depart(f"not followed: {lost}", tell)
+        if "prompt" not in found.fields and "prompt" not in chosen and "prompts" not in chosen:
+            raise UserError(f"from: {self.recipe}: its prompt cannot be told; write the prompt, too")
+        tell(f"{self.recipe}: settings of {found.program}, whose noise of a seed is another: a picture alike, not the same")
         # Other programs' pictures say nothing of it, and mean the notation.
-        return asdict(found) if isinstance(found, Recipe) else {"notation": True, **found}
+        return {"notation": True, **found.fields}
+
+    def depart(self, text: str, tell: Callable[[str], None]) -> None:
+        """Tell what differs from the recipe, or with `strict` refuse it.
+
+        Raises:
+            UserError: the same.
+        """
+        if self.strict:
+            raise UserError(f"from: {self.recipe}: {text} (leave --strict out to go on without)")
+        tell(f"{self.recipe}: {text}")
+
+    def compare(self, old: Mapping[str, Any], model: str, content_hash: str, tell: Callable[[str], None]) -> None:
+        """Say so where a recipe is another model's; other programs give the beginning of a hash of the file.
+
+        Args:
+            model: the folder or file that draws.
+        """
+        said = str(old.get("model_hash", ""))
+        if not said and "model" not in old or said and content_hash.startswith(said):
+            return
+        if said and Path(model).is_file() and file_hashed(Path(model), said):
+            return
+        hashed = f" (hash {shown(said, 10)})" if said else ""
+        self.depart(f"made by the model {shown(old.get('model', '?'))}{hashed}, not by {model}: the picture will differ", tell)
 
     def carried(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """What is taken over of a recipe as it is."""
@@ -376,6 +425,11 @@ class Request:
     running: Running = field(default_factory=Running)
     device: Device = field(default_factory=Device)
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """All that was chosen."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
     def fields(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """What recipes say besides prompts, seeds, size and sampler settings, as far as it is known before the model is.
 
@@ -390,12 +444,19 @@ class Request:
         return {**told, **self.following.carried(old), **self.choice.varied(), "watermark": watermark}
 
 
-BOUNDS = bounds(SamplerOptions, Base, Editing) | {"guidance_from": (0, 1), "guidance_to": (0, 1), "strength": (0, 1)}
-
 
 def clean(text: str) -> str:
     """A text as prompts and recipes may hold it."""
     return writable(text).replace("\0", " ")
+
+
+def file_hashed(file: Path, said: str) -> bool:
+    """Whether a weights file has the hash that the web UI tells: the beginning of its SHA-256, or of that of 64 kB of it (8 letters)."""
+    with file.open("rb") as stream:
+        if len(said) == 8:
+            stream.seek(0x100000)
+            return hashlib.sha256(stream.read(0x10000)).hexdigest().startswith(said)
+        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(said.lower())
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -177,13 +177,28 @@ class TextEncoder:
         line = self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
         return list(self.tokenizer(line, add_special_tokens=False, verbose=False, **self._how)["input_ids"])
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone."""
-        return self._encode(prompts, self.tokens)
+    def encode(self, prompts: Sequence[str], clip_skip: int = 1) -> Text:
+        """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone.
 
-    def encode_words(self, rows: Sequence[tuple[int, ...]]) -> Text:
+        Args:
+            clip_skip: the layer whose states are read, counted from the last one, which is 1; the last layer norm follows it.
+        """
+        return self._encode(prompts, self.tokens, clip_skip)
+
+    def encode_words(self, rows: Sequence[tuple[int, ...]], clip_skip: int = 1) -> Text:
         """The same for token ids of words, at most `room` a row."""
-        return self._encode(rows, self._framed)
+        return self._encode(rows, self._framed, clip_skip)
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Refuse a layer that is not there.
+
+        Raises:
+            UserError: naming how many there are.
+        """
+        layers = 1 if self.model.config.model_type == "t5" else int(self.model.config.num_hidden_layers)
+        if not 1 <= clip_skip <= layers:
+            fix = f"from 1 to {layers} is possible" if layers > 1 else "it is read at its end alone; leave it out"
+            raise UserError(f"clip_skip: got {clip_skip}, but this model's text encoder has {layers} layers to choose from: {fix}")
 
     def _framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Words' ids with start, end and padding (B,L), and which are no padding (B,L)."""
@@ -197,23 +212,25 @@ class TextEncoder:
         return ids, mask
 
     @torch.no_grad()
-    def _encode(self, keys: Sequence[K], tokens: Callable[[Sequence[K]], tuple[Tensor, Tensor]]) -> Text:
+    def _encode(self, keys: Sequence[K], tokens: Callable[[Sequence[K]], tuple[Tensor, Tensor]], clip_skip: int) -> Text:
         place = next((p.device, p.dtype) for p in self.model.parameters())
         if place != self._place:
             self._memory.clear()
             self._place = place
         fresh: dict[Hashable, EncodedPrompt] = {}
-        missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
+        missing = [key for key in dict.fromkeys(keys) if (key, clip_skip) not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
             ids, mask = tokens(part + [part[-1]] * (ROWS - len(part)))
             # The states must be the same in training under autocast and in sampling without it.
             with torch.autocast(place[0].type, enabled=False):
-                states, pooled = self._run(ids.to(place[0]), mask.to(place[0]))
+                states, pooled = self._run(ids.to(place[0]), mask.to(place[0]), clip_skip)
             for i, key in enumerate(part):
                 # Copies, or one remembered caption would keep all of its call's.
-                fresh[key] = EncodedPrompt(states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone())
-        found = [fresh[key] if key in fresh else self._recall(key) for key in keys]
+                fresh[key, clip_skip] = EncodedPrompt(
+                    states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone()
+                )
+        found = [fresh[key] if key in fresh else self._recall(key) for key in ((one, clip_skip) for one in keys)]
         self._remember(fresh)
         return Text(
             tokens=torch.stack([row.states for row in found]),
@@ -221,11 +238,11 @@ class TextEncoder:
             pooled=None if found[0].pooled is None else torch.stack([row.pooled for row in found if row.pooled is not None]),
         )
 
-    def _run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, ids: Tensor, mask: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
         if self.model.config.model_type == "t5":
             # T5 looks both ways, so its words must not see the padding; CLIP's cannot.
             return self.model(ids, attention_mask=mask).last_hidden_state, None
-        out = self.model(ids)
+        out = self.model(ids) if clip_skip == 1 else self.model(ids, clip_skip)
         return out.last_hidden_state, out.pooler_output
 
     def _recall(self, key: Hashable) -> EncodedPrompt:

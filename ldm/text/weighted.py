@@ -36,7 +36,7 @@ def chunks_of(encoder: TextEncoder, pieces: Sequence[Piece]) -> list[Chunk]:
 
 
 @torch.no_grad()
-def encode(encoder: TextEncoder, prompts: Sequence[Sequence[Piece]], chunks: int = 1) -> Text:
+def encode(encoder: TextEncoder, prompts: Sequence[Sequence[Piece]], chunks: int = 1, clip_skip: int = 1) -> Text:
     """Frozen states of prompts, each `chunks` calls of the encoder long; what is shorter ends with empty prompts.
 
     A token of weight w gets the state of the empty prompt at its place plus w times what it differs from that: 1 changes
@@ -50,10 +50,10 @@ def encode(encoder: TextEncoder, prompts: Sequence[Sequence[Piece]], chunks: int
     for pieces in prompts:
         found = chunks_of(encoder, pieces)[:chunks]
         rows += found + [Chunk((), ())] * (chunks - len(found))
-    text = encoder.encode_words([row.ids for row in rows])
+    text = encoder.encode_words([row.ids for row in rows], clip_skip)
     states = text.tokens
     if any(weight != 1 for row in rows for weight in row.weights):
-        empty = encoder.encode([""]).tokens  # (1,L,D)
+        empty = encoder.encode([""], clip_skip).tokens  # (1,L,D)
         weight = torch.stack([_weights(row, encoder, states.shape[1]) for row in rows]).to(states)  # (B chunks,L)
         # Only where it differs from 1, so that no other token's bits change.
         states = torch.where((weight == 1)[..., None], states, empty + weight[..., None] * (states - empty))

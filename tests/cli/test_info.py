@@ -73,6 +73,7 @@ def test_other_programs_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert webui["recipe"]["sampler"] == "dpmpp_2m" and webui["recipe"]["spacing"] == "karras" and webui["recipe"]["height"] == 768
     comfy = about(picture(tmp_path / "c.png", prompt=json.dumps(COMFY), workflow="{}"))
     wanted = {"prompt": "a bottle", "negative": "text, watermark", "steps": 20, "guidance": 8, "seed": 156, "sampler": "euler"}
+    wanted |= {"spacing": "linspace"}
     assert comfy["recipe"] == wanted and comfy["made_by"] == "ComfyUI" and "workflow" in comfy
     for broken in ("", "{}", "[]", '{"3": 5}', '{"3": {"class_type": "KSampler", "inputs": {"positive": ["3", 0]}}}'):
         about(picture(tmp_path / "b.png", prompt=broken))

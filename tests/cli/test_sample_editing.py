@@ -14,7 +14,8 @@ from PIL import Image
 import ldm
 from ldm.__main__ import main
 from ldm.families.draws import Wanted
-from ldm.sampling.recipe import Recipe, parse_parameters, read_recipe
+from ldm.sampling.recipe import Recipe, read_recipe
+from ldm.sampling.webui_text import read_parameters
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 DDIM = ["--steps", "4", "--sampler", "ddim"]
@@ -56,8 +57,8 @@ def test_variations_lie_between_seeds(model: list[str], tmp_path: Path) -> None:
     assert np.array_equal(whole[0], own[1])  # all the way is the next seed's picture
     made = recipe(tmp_path / "v", 2)
     assert (made.seed, made.variation_seed, made.variation) == (5, 8, 0.3)
-    told = parse_parameters(made.parameters())
-    assert told["variation_seed"] == 8 and told["variation"] == 0.3
+    told = read_parameters(made.parameters())
+    assert told is not None and told.fields["variation_seed"] == 8 and told.fields["variation"] == 0.3
     again = draw(tmp_path / "again", *model, "--from", str(sorted((tmp_path / "v").glob("*.png"))[2]))
     assert np.array_equal(again[0], three[2])
 

@@ -20,8 +20,10 @@ from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import write
 from ldm.models.lora import Lora, Pair
 from ldm.sampling.adapters import add, scaled, weighted
-from ldm.sampling.recipe import Recipe, parse_parameters, read_chunks, read_recipe
+from ldm.sampling.picture_texts import read_chunks
+from ldm.sampling.recipe import Recipe, read_recipe
 from ldm.sampling.request import Adapters
+from ldm.sampling.webui_text import read_parameters
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def test_pictures_remember_and_are_rebuilt(base: Path, here: Path) -> None:
     assert word["token"] == "<thing>"
     said = read_chunks(file)["parameters"]
     assert f'Lora hashes: "one: {loras[0]["hash"][:12]}, two: {loras[1]["hash"][:12]}"' in said and "TI hashes" in said
-    assert parse_parameters(said)["steps"] == 2
+    told = read_parameters(said)
+    assert told is not None and told.fields["steps"] == 2 and [lost.option for lost in told.unfollowed] == ["lora", "lora", "embedding"]
     assert draw(base, "--from", str(file), "--out", "b") == 0
     assert (pixels(next((here / "b").glob("*.png"))) == pixels(file)).all()
     assert draw(base, "a <thing>", "--out", "c") == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ldm.config.errors import UserError
-from ldm.sampling.recipe import NAMES, Recipe, parse_parameters, read_recipe, save_picture
+from ldm.sampling.foreign_recipe import ForeignRecipe
+from ldm.sampling.recipe import Recipe, read_recipe, save_picture
+from ldm.sampling.recipe_values import NAMES
+from ldm.sampling.webui_text import read_parameters
 
 RECIPE = Recipe(
     prompt="a red circle, 中 🙂\nsecond line",
@@ -51,17 +55,24 @@ def test_the_text_for_other_programs_is_as_they_write_it() -> None:
     assert "Negative" not in replace(RECIPE, negative="").parameters()
 
 
+def told(text: str) -> dict[str, Any]:
+    """The fields that a text for other programs tells."""
+    found = read_parameters(text)
+    return {} if found is None else dict(found.fields)
+
+
 def known(recipe: Recipe) -> dict[str, object]:
     """What the text for other programs tells of a recipe."""
-    keys = ["prompt", "negative", "steps", "guidance", "seed", "width", "height", "sampler"]
-    return {key: asdict(recipe)[key] for key in keys + ["spacing"] * (recipe.spacing == "karras")}
+    keys = ["prompt", "negative", "steps", "guidance", "seed", "width", "height", "sampler", "model"]
+    found = {key: asdict(recipe)[key] for key in keys + ["spacing"] * (recipe.spacing == "karras")}
+    return found | {"model_hash": recipe.model_hash[:10]}
 
 
 def test_our_text_reads_back() -> None:
     for sampler in NAMES:
         for spacing in ("karras", "trailing"):
             recipe = replace(RECIPE, sampler=sampler, spacing=spacing)
-            assert parse_parameters(recipe.parameters()) == known(recipe)
+            assert told(recipe.parameters()) == known(recipe)
 
 
 def test_what_others_write_is_read() -> None:
@@ -70,7 +81,7 @@ def test_what_others_write_is_read() -> None:
         "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 45dee52b, "
         'Lora hashes: "x: 12, y: 34", Version: v1.10.1'
     )
-    assert parse_parameters(text) == {
+    assert told(text) == {
         "prompt": "a (red:1.3) circle, sharp",
         "negative": "ugly,\nblurry",
         "steps": 20,
@@ -79,14 +90,15 @@ def test_what_others_write_is_read() -> None:
         "width": 512,
         "height": 768,
         "sampler": "euler_a",
+        "model_hash": "45dee52b",
     }
-    assert parse_parameters("x\nSteps: 20, Sampler: DPM++ 2M Karras, Seed: 1")["spacing"] == "karras"
-    assert "sampler" not in parse_parameters("x\nSteps: 20, Sampler: Restart, Seed: 1")
-    assert "seed" not in parse_parameters("x\nSteps: 20, Sampler: Restart, Seed: none")
-    assert parse_parameters("x\nSteps: 20, Sampler: Euler, Denoising strength: 0.4")["strength"] == 0.4
-    assert parse_parameters(replace(RECIPE, init="0" * 64, strength=0.4).parameters())["strength"] == 0.4
-    assert parse_parameters("a prompt: of two, colons: only") == {}
-    assert parse_parameters("") == {}
+    assert told("x\nSteps: 20, Sampler: DPM++ 2M Karras, Seed: 1")["spacing"] == "karras"
+    assert "sampler" not in told("x\nSteps: 20, Sampler: Restart, Seed: 1")
+    assert "seed" not in told("x\nSteps: 20, Sampler: Restart, Seed: none")
+    assert told("x\nSteps: 20, Sampler: Euler, Denoising strength: 0.4")["strength"] == 0.4
+    assert told(replace(RECIPE, init="0" * 64, strength=0.4).parameters())["strength"] == 0.4
+    assert told("a prompt: of two, colons: only") == {}
+    assert told("") == {}
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,7 +153,8 @@ def with_chunks(path: Path, **chunks: str) -> Path:
 def test_pictures_of_other_programs_tell_what_they_can(tmp_path: Path) -> None:
     path = with_chunks(tmp_path / "x.png", parameters="a cat\nSteps: 5, Seed: 3, Size: 64x64, Sampler: DDIM")
     found = read_recipe(path)
-    assert found == {"prompt": "a cat", "negative": "", "steps": 5, "seed": 3, "width": 64, "height": 64, "sampler": "ddim"}
+    assert isinstance(found, ForeignRecipe) and not found.unfollowed
+    assert found.fields == {"prompt": "a cat", "negative": "", "steps": 5, "seed": 3, "width": 64, "height": 64, "sampler": "ddim"}
 
 
 @pytest.mark.parametrize(
@@ -150,8 +163,8 @@ def test_pictures_of_other_programs_tell_what_they_can(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[]", "cannot be read"),
-        (json.dumps({**RECIPE.to_dict(), "seed": "7"}), "'7' is no int"),
-        (json.dumps({**RECIPE.to_dict(), "steps": True}), "True is no int"),
+        (json.dumps({**RECIPE.to_dict(), "seed": "7"}), "seed: '7' is no int"),
+        (json.dumps({**RECIPE.to_dict(), "steps": True}), "steps: 'True' is no int"),
         (json.dumps({k: v for k, v in RECIPE.to_dict().items() if k != "rescale"}), "KeyError: 'rescale'"),
         (json.dumps({**RECIPE.to_dict(), "schema": 2, "version": "9"}), "written by ldm 9"),
     ],

@@ -19,8 +19,8 @@ from ldm.distributed.processes import Processes
 from ldm.families.draws import NUMBERS, PRECISIONS, Wanted
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.sampling.recipe import NAMES
-from ldm.sampling.recipe import SPACINGS as TOLD
+from ldm.sampling.recipe_values import NAMES
+from ldm.sampling.recipe_values import SPACINGS as TOLD
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [(CAPTIONS[i % 5], 100 + i) for i in range(8)]

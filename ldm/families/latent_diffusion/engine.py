@@ -216,7 +216,7 @@ class Engine:
                 cond = cond if edit.condition is None else edit.condition(cond, canvas)
             return cond
 
-        script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about)
+        script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about, settings.clip_skip)
         # Of the conditions that steps share; a few, for those that take turns.
         remembered: list[tuple[Cond, Any, list[Any]]] = []
         times = grid.t.to(device)

@@ -403,7 +403,9 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        return choose(self.config.defaults, wanted)
+        chosen = choose(self.config.defaults, wanted)
+        self.text.check_skip(chosen.clip_skip)
+        return chosen
 
     @torch.no_grad()
     def sample(

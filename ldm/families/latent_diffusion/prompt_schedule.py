@@ -50,6 +50,7 @@ class PromptSchedule:
         prompts: B of equal shape.
         negatives: B; what AND joins there is read as one text after another.
         about: every picture's condition, from its text.
+        clip_skip: the text encoder's layer that is read, from the last one.
     """
 
     encoder: TextEncoder
@@ -58,6 +59,7 @@ class PromptSchedule:
     shape: PromptShape
     steps: int
     about: Callable[[Text], Cond]
+    clip_skip: int = 1
     _made: dict[tuple[tuple[Pieces, ...], tuple[Pieces, ...]], Cond] = field(default_factory=dict)
 
     def weights(self) -> Tensor:
@@ -75,10 +77,10 @@ class PromptSchedule:
 
     def _cond(self, begin: tuple[Pieces, ...], end: tuple[Pieces, ...]) -> Cond:
         if (begin, end) not in self._made:
-            text = encode(self.encoder, begin, self.shape.chunks)
+            text = encode(self.encoder, begin, self.shape.chunks, self.clip_skip)
             if begin != end:
                 share = torch.tensor([prompt.share for prompt in self.prompts])
-                text = between(text, encode(self.encoder, end, self.shape.chunks), share)
+                text = between(text, encode(self.encoder, end, self.shape.chunks, self.clip_skip), share)
             self._made[begin, end] = self.about(text)
         return self._made[begin, end]
 
