@@ -113,8 +113,8 @@ class Page:
         """A job of a browser tab, which ends with whoever waits for it."""
         tab = str(request.session_hash)
         job = self.studio.submit(user_of(request), order)
-        if order.init_image is not None and order.init_image.notice:
-            job.notes.append(order.init_image.notice)
+        if order.init_image is not None:
+            job.notes.extend(order.init_image.notices)
         self.jobs.setdefault(tab, set()).add(job)
         try:
             yield job

@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe, to_rgb
+from ldm.sampling.masks import RULE, fitted, hole_of, novelty_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class InitImage:
     mask: np.ndarray | None  # (H,W) bool, True where new
     init_hash: str  # SHA-256 of the file
     mask_hash: str
-    notice: str  # what was done to its size; empty: nothing
+    notices: tuple[str, ...] = ()  # what was done to its size, and how its mask was read
 
     @property
     def size(self) -> tuple[int, int]:
@@ -46,8 +49,8 @@ def init_image_of(
         tell: told what a user should know.
     """
     found = read_init_image(init, mask, size) if margins is None else read_outpainted(init, margins)
-    if found.notice:
-        tell(found.notice)
+    for notice in found.notices:
+        tell(notice)
     for name, path, said in (("init", init, found.init_hash), ("mask", mask, found.mask_hash)):
         if old.get(name) and old[name] != said:
             tell(f"{name}: {path or 'nothing'} is not the file that the recipe was made with: the picture will differ")
@@ -57,25 +60,32 @@ def init_image_of(
 def read_init_image(init: Path, mask: Path | None, size: tuple[int, int]) -> InitImage:
     """The picture and the mask, resized to cover `size` (height, width) px and cropped at the centre.
 
+    Without a mask a picture that is transparent in parts is its own: new there.
+
     Raises:
-        UserError: if a file is missing or no picture, if the two differ in size, or if nothing is white in the mask.
+        UserError: if a file is missing or no picture, if the two differ in size, or if nothing in the mask is new.
     """
-    picture, init_hash = _read("init", init)
+    (picture, hole), init_hash = _read("init", init, lambda image: (to_rgb(image), None if mask else hole_of(image)))
     height, width = size
-    notice = ""
+    notices = []
     if picture.size != (width, height):
-        notice = f"{init}: {picture.width}x{picture.height} px, resized and cropped to {width}x{height}"
+        notices.append(f"{init}: {picture.width}x{picture.height} px, resized and cropped to {width}x{height}")
     new, mask_hash = None, ""
     if mask is not None:
-        shape, mask_hash = _read("mask", mask)
-        if shape.size != picture.size:
-            raise UserError(
-                f"mask: {mask} is {shape.width}x{shape.height} px, but {init} is {picture.width}x{picture.height}; make them equal"
-            )
-        new = np.asarray(_fit(shape.convert("L"), size)) >= 128
+        (novelty, how), mask_hash = _read("mask", mask, novelty_of)
+        if novelty.shape[::-1] != picture.size:
+            sides = f"{novelty.shape[1]}x{novelty.shape[0]} px, but {init} is {picture.width}x{picture.height}"
+            raise UserError(f"mask: {mask} is {sides}; make them equal")
+        notices += [f"{mask}: {how}"] if how else []
+        new = fitted(novelty, size)
         if not new.any():
-            raise UserError(f"mask: {mask} has no white in it; white is where the picture will be new")
-    return InitImage(np.asarray(_fit(picture, size)), new, init_hash, mask_hash, notice)
+            raise UserError(f"mask: {mask} has no white in it, so nothing would be new; {RULE}")
+    elif hole is not None:
+        new, mask_hash = fitted(hole, size), init_hash
+        notices.append(f"{init}: where it is transparent it is new, the rest is kept; give --mask for another choice")
+    if new is not None and new.all():
+        notices.append(f"{mask or init}: nothing of {init} is kept; {RULE}")
+    return InitImage(np.asarray(_fit(picture, size)), new, init_hash, mask_hash, tuple(notices))
 
 
 def read_outpainted(init: Path, margins: tuple[int, int, int, int]) -> InitImage:
@@ -84,12 +94,12 @@ def read_outpainted(init: Path, margins: tuple[int, int, int, int]) -> InitImage
     Raises:
         UserError: if the file is missing or no picture.
     """
-    picture, init_hash = _read("init", init)
+    picture, init_hash = _read("init", init, to_rgb)
     left, top, right, bottom = margins
     pixels = np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), mode="edge")
     new = np.ones(pixels.shape[:2], bool)
     new[top : top + picture.height, left : left + picture.width] = False
-    return InitImage(pixels, new, init_hash, "", "")
+    return InitImage(pixels, new, init_hash, "")
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -99,13 +109,21 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def _read(option: str, path: Path) -> tuple[Image.Image, str]:
-    """A picture, upright and RGB, and the hash of its file."""
+def hole_in(init: Path) -> bool:
+    """Whether a picture is its own mask: transparent in parts. What cannot be read is told when it is drawn from."""
+    try:
+        return _read("init", init, hole_of)[0] is not None
+    except UserError:
+        return False
+
+
+def _read(option: str, path: Path, use: Callable[[Image.Image], T]) -> tuple[T, str]:
+    """What is made of a picture, turned upright, and the hash of its file."""
     try:
         probe(path)  # refuses what is no picture, or too large, before a pixel is decoded
         data = path.read_bytes()
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image)), hashlib.sha256(data).hexdigest()
+            return use(ImageOps.exif_transpose(image)), hashlib.sha256(data).hexdigest()
     except Rejected as error:
         raise UserError(f"{option}: {path}: {error}") from None
     except OSError as error:

@@ -134,7 +134,7 @@ class Following:
             model: the folder or file that draws.
         """
         said = str(old.get("model_hash", ""))
-        if not said and "model" not in old or said and content_hash.startswith(said):
+        if (not said and "model" not in old) or (said and content_hash.startswith(said)):
             return
         if said and Path(model).is_file() and file_hashed(Path(model), said):
             return
@@ -242,9 +242,9 @@ class SamplerOptions(Wanted):
 class Editing:
     """Start from a picture: img2img (SDEdit), inpainting, outpainting and DDIM inversion; and hires fix, a second, larger pass."""
 
-    init: Path | None = option(None, "A picture to start from, in place of noise (img2img).")
+    init: Path | None = option(None, "A picture to start from (img2img); where it is transparent in parts, these are new.")
     strength: float | None = option(None, "How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")
-    mask: Path | None = option(None, "A picture as large as INIT, white where it is to be new (inpainting); the rest keeps its bytes.")
+    mask: Path | None = option(None, "A picture as large as INIT, white or painted where it is to be new; the rest keeps its bytes.")
     outpaint: str = option("", "Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")
     invert: Path | None = option(None, "A picture to edit by its prompt: start from the noise that it comes from.")
     source: str | None = option(None, "What the picture of --invert shows.")
@@ -309,13 +309,19 @@ class Editing:
                 raise UserError(f"{name}: {path}: No such file or directory")
         if self.picture is None:
             return {}
-        usual = 1.0 if self.mask or margins or self.invert else STRENGTH
+        usual = 1.0 if self.mask or margins or self.invert or self._own_mask() else STRENGTH
         return {
             "strength": float(old.get("strength", usual) if self.strength is None else self.strength),
             "invert": self.invert is not None,
             "source": str(old.get("source", "") if self.source is None else self.source),
             "outpaint": ",".join(map(str, margins or ())),
         }
+
+    def _own_mask(self) -> bool:
+        """Whether INIT is transparent in parts, which are new then."""
+        from ldm.sampling.init_images import hole_in
+
+        return self.init is not None and hole_in(self.init)
 
     def _without(self, margins: tuple[int, ...] | None, old: Mapping[str, Any]) -> None:
         """Refuse what needs a picture to start from."""
@@ -442,7 +448,6 @@ class Request:
         told = self.editing.passes(old) | self.guidance.guided(old) | self.editing.edited(self.base.size, old)
         watermark = old.get("watermark", "") if self.output.watermark is None else self.output.watermark
         return {**told, **self.following.carried(old), **self.choice.varied(), "watermark": watermark}
-
 
 
 def clean(text: str) -> str:

@@ -28,7 +28,7 @@ def masked(path: Path, width: int = 64, height: int = 48, columns: int = 16) -> 
 def test_bytes_at_the_right_size_are_untouched(tmp_path: Path) -> None:
     init, mask = picture(tmp_path / "a.png"), masked(tmp_path / "m.png")
     found = read_init_image(init, mask, (48, 64))
-    assert np.array_equal(found.pixels, np.asarray(Image.open(init))) and found.notice == ""
+    assert np.array_equal(found.pixels, np.asarray(Image.open(init))) and not found.notices
     assert found.mask is not None and found.mask[:, :16].all() and not found.mask[:, 16:].any()
     assert found.init_hash == hashlib.sha256(init.read_bytes()).hexdigest() and len(found.mask_hash) == 64
     alone = read_init_image(init, None, (48, 64))
@@ -39,7 +39,7 @@ def test_another_size_covers_and_is_cropped_at_the_centre_with_a_notice(tmp_path
     init, mask = picture(tmp_path / "a.png", 128, 48), masked(tmp_path / "m.png", 128, 48, columns=64)
     found = read_init_image(init, mask, (48, 48))
     assert np.array_equal(found.pixels, np.asarray(Image.open(init))[:, 40:88])
-    assert found.notice == f"{init}: 128x48 px, resized and cropped to 48x48"
+    assert found.notices == (f"{init}: 128x48 px, resized and cropped to 48x48",)
     assert found.mask is not None and found.mask[:, :24].all() and not found.mask[:, 24:].any()
     assert read_init_image(init, None, (32, 80)).pixels.shape == (32, 80, 3)
 
@@ -50,7 +50,7 @@ def test_pictures_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     found = read_init_image(tmp_path / "turned.png", None, (64, 48))
-    assert np.array_equal(found.pixels[..., 0], np.rot90(np.asarray(image), -1)) and found.notice == ""
+    assert np.array_equal(found.pixels[..., 0], np.rot90(np.asarray(image), -1)) and not found.notices
     Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     assert (read_init_image(tmp_path / "clear.png", None, (8, 8)).pixels == 255).all()
 
