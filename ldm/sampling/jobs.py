@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
 from ldm.families.draws import Draws, Guide, Wanted
-from ldm.sampling.prompt_files import MAX_SEED, Asked
+from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
-from ldm.sampling.recipe_values import MAX_SIDE
+from ldm.sampling.recipe_values import MAX_SEED, MAX_SIDE
 from ldm.sampling.unheard import in_recipe
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.sampling.recipe_values import LIMITS
 
 # A word that begins with -- is a flag: its name, and its value if that stands in quotation marks.
 FLAG = re.compile(r"""(?:^|(?<=\s))--(?P<name>[^\W_][\w-]*)(?:=|(?=\s|$))(?:\s*(?P<quoted>"(?:[^"\\]|\\.)*"|'[^']*')(?=\s|$))?""")
 LINE = re.compile(r"\r\n|\n|\r")  # str.splitlines also takes U+2028 and others, which are parts of a text
-MAX_SEED = 2**53  # as far as every reader of JSON counts exactly
 FLAGS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
 NAMES = {
     "prompt": "prompt",
@@ -34,7 +34,6 @@ NAMES = {
     "cfg_scale": "guidance",
     "scale": "guidance",
 }
-LIMITS = {"width": (1, 8192), "height": (1, 8192), "seed": (0, MAX_SEED), "steps": (1, 1000), "guidance": (0, 1000)}
 WHOLE = ("width", "height", "seed", "steps")
 
 
