@@ -55,6 +55,7 @@ PICTURES = {
     "--rescale": "--guidance 9 | --rescale 0.9",
     "--sampler": "| --sampler euler_a",
     "--spacing": "| --spacing leading",
+    "--clip-skip": "| --clip-skip 2",
     "--eta": "--sampler ddim | --eta 1",
     "--precision": "| --precision bf16",
     "--init": "| --init INIT",
@@ -73,6 +74,7 @@ PICTURES = {
 # Options of sampling whose effect other tests show.
 SAMPLING = {
     "--model": "tests/cli/test_sample.py",
+    "--strict": "tests/field/test_recipes_of_others.py",
     "--best": "tests/cli/test_sample_editing.py",
     "--judge": "tests/cli/test_sample_editing.py",
     "--mask": "tests/cli/test_sample_editing.py",
