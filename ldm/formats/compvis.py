@@ -275,6 +275,15 @@ HUGE = 1024  # width of OpenCLIP's ViT-H text tower, which Stable Diffusion 2 re
 Weights = Mapping[str, Tensor]
 
 
+SHORT_TEXT = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d{1,3})\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
+
+
+def usual_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with a CLIP's usual names, where it leaves `text_model.` out, as NovelAI's file does and all that was merged from it."""
+    short = {SHORT_TEXT.sub(rf"\1.transformer.{TEXT}", name): value for name, value in state.items() if SHORT_TEXT.match(name)}
+    return short | {name: value for name, value in state.items() if not SHORT_TEXT.match(name)}
+
+
 def inner(part: Part, state: Weights) -> dict[str, Tensor]:
     """A part's weights without the part's prefix."""
     prefix = PREFIX[part]

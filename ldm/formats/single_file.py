@@ -16,7 +16,19 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.files import read_bounded, require_regular
 from ldm.formats import atomic
-from ldm.formats.compvis import HUGE, PREFIX, XL_SCALE, Part, from_compvis, inner, text_config, unet_config, vae_config, with_dots
+from ldm.formats.compvis import (
+    HUGE,
+    PREFIX,
+    XL_SCALE,
+    Part,
+    from_compvis,
+    inner,
+    text_config,
+    unet_config,
+    usual_names,
+    vae_config,
+    with_dots,
+)
 from ldm.formats.integrity import cache_folder, check
 from ldm.formats.part import compare, content_hash, read_safetensors, save_part
 from ldm.formats.tensor_file import read_texts
@@ -88,6 +100,7 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
     if _whole_already(target):
         return target
     state, said = read_file(file)
+    state = usual_names(state)
     refuse_others(state, file)
 
     def write(folder: Path) -> None:

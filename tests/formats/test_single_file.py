@@ -339,3 +339,19 @@ def test_weights_of_odd_shapes_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"odd{number}\.safetensors: ") as caught:
             open_single(file, note=lambda text: None)
         assert "\n" not in str(caught.value)
+
+
+def test_text_names_without_text_model_open_as_the_usual_ones(tmp_path: Path) -> None:
+    """NovelAI's layout, and of files merged from it some names of each kind."""
+    state = checkpoint()
+    usual, short = PREFIX["text"], PREFIX["text"].removesuffix("text_model.")
+    renamed = {short + name.removeprefix(usual) if name.startswith(usual) else name: value for name, value in state.items()}
+    first = next(name for name in state if name.startswith(usual))
+    folders = []
+    for name, content in (("plain", state), ("nai", renamed), ("merged", {**renamed, first: state[first]})):
+        save_file({key: value.contiguous().clone() for key, value in content.items()}, tmp_path / f"{name}.safetensors")
+        folders.append(open_single(tmp_path / f"{name}.safetensors", note=lambda text: None))
+    config, weights = load_part(folders[0] / "text_encoder")
+    for folder in folders[1:]:
+        found, same = load_part(folder / "text_encoder")
+        assert found == config and same.keys() == weights.keys() and all(torch.equal(same[key], weights[key]) for key in weights)
