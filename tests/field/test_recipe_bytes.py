@@ -1,0 +1,137 @@
+"""Whatever bytes a picture's texts hold, reading them ends soon and with little memory: a recipe, none, or one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.config.errors import UserError
+from ldm.sampling.foreign_recipe import ForeignRecipe
+from ldm.sampling.picture_texts import exif_text
+from ldm.sampling.recipe import Recipe, recipe_of
+from ldm.sampling.recipe_values import LIMITS
+
+OURS = Recipe(
+    **{"prompt": "a", "negative": "", "seed": 0, "width": 32, "height": 32, "model": "m", "model_hash": "0", "steps": 2},  # type: ignore[arg-type]
+    **{"guidance": 1.0, "rescale": 0.0, "sampler": "ddim", "spacing": "trailing"},  # type: ignore[arg-type]
+).to_dict()
+WORDS = ["Steps: 20", "Sampler: Euler a", "Seed: 5", "Size: 512x768", "CFG scale: 7", "Hires upscale: 2", "Denoising strength: 0.5"]
+WORDS += [
+    "Clip skip: 2",
+    'Lora hashes: "a: 0, b: 1"',
+    "<lora:a:1>",
+    "Negative prompt: ",
+    "Schedule type: Karras",
+    "\n",
+    '"',
+    "\\",
+    ":",
+    ",",
+]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1", "2", 1, 2, 0, 10**400])
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6
+)
+links = st.tuples(st.sampled_from(["1", "2", "3", "4", 3]), st.integers(0, 2)).map(list)
+NAMES = [*("positive", "negative", "latent_image", "model", "clip", "samples", "text", "steps", "cfg", "seed", "sampler_name", "scheduler")]
+NAMES += ["denoise", "width", "height", "lora_name", "strength_model", "stop_at_clip_layer", "start_at_step", "end_at_step", "guider"]
+NAMES += ["noise", "sigmas", "images", "scale_by", "conditioning", "conditioning_to", "conditioning_from", "vae", "upscale_model", "value"]
+CLASSES = ["KSampler", "KSamplerAdvanced", "CLIPTextEncode", "LatentUpscale", "ImageUpscaleWithModel", "SaveImage", "Concat"]
+CLASSES += ["ConditioningConcat", "SamplerCustomAdvanced"]
+nodes = st.fixed_dictionaries(
+    {
+        "class_type": st.sampled_from(CLASSES) | values,
+        "inputs": st.dictionaries(st.sampled_from(NAMES), links | values, max_size=8) | values,
+    }
+)
+graphs = st.dictionaries(st.sampled_from("12345"), nodes | values, max_size=5) | values
+entries = st.fixed_dictionaries({"name": st.sampled_from(NAMES), "link": st.integers(0, 5), "type": values})
+boxes = st.fixed_dictionaries(
+    {
+        "id": st.integers(1, 4) | values,
+        "type": st.sampled_from(CLASSES) | values,
+        "mode": st.sampled_from([0, 2, 4]) | values,
+        "inputs": st.lists(st.fixed_dictionaries({"name": st.sampled_from(NAMES), "link": st.integers(0, 5), "type": values}), max_size=4)
+        | values,
+        "widgets_values": values,
+    }
+)
+numbers = st.integers(0, 5)
+ways = st.lists(st.tuples(numbers, numbers, numbers, numbers, numbers, st.text(max_size=2)).map(list))
+drawn = st.fixed_dictionaries({"nodes": st.lists(boxes | values, max_size=4), "links": ways | values})
+ours = st.dictionaries(st.sampled_from(list(OURS)), values, max_size=3).map(lambda changed: OURS | changed)
+
+READERS: dict[str, Any] = {
+    "parameters": st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=30).map(", ".join) | st.text(),
+    "prompt": graphs.map(json.dumps) | st.text(max_size=40),
+    "workflow": (drawn | values).map(json.dumps) | st.text(max_size=40),
+    "ldm": (ours | values).map(json.dumps) | st.text(max_size=40),
+}
+
+
+def check(name: str, text: str) -> None:
+    started = time.process_time()
+    try:
+        found = recipe_of({name: text}, Path("x.png"))
+    except UserError as error:
+        assert name == "ldm" and "\n" not in str(error) and len(str(error)) < 500 and str(error).isprintable()
+    else:
+        assert found is None or isinstance(found, Recipe | ForeignRecipe)
+        if isinstance(found, ForeignRecipe):
+            assert all(str(lost) and str(lost).isprintable() and len(str(lost)) < 400 for lost in found.unfollowed)
+            assert all(low <= found.fields[field] <= high for field, (low, high) in LIMITS.items() if field in found.fields)
+            assert len(str(found.fields.get("prompt", ""))) <= 2 * len(text) + 200
+    assert time.process_time() - started < 2
+
+
+def check_exif(data: bytes) -> None:
+    """As the bytes of a comment, and as those of a whole EXIF block."""
+    from ldm.sampling.picture_texts import _unnamed
+
+    assert len(exif_text(data)) <= len(data)
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, format="JPEG", exif=b"Exif\0\0MM\0*" + data)
+    with Image.open(stream) as image:
+        assert all(isinstance(text, str) for text in _unnamed(image))
+
+
+codes = st.sampled_from([b"UNICODE\0", b"ASCII\0\0\0", b"JIS\0\0\0\0\0", b"\0" * 8])
+exif_bytes = st.binary(max_size=200) | st.tuples(codes, st.binary()).map(b"".join)
+CASES: dict[str, tuple[Any, Callable[[Any], None]]] = {name: (texts, partial(check, name)) for name, texts in READERS.items()}
+CASES["exif"] = (exif_bytes, check_exif)
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def fuzz(name: str, many: int) -> None:
+    inputs, looked_at = CASES[name]
+
+    @settings(max_examples=many, deadline=None, database=None, suppress_health_check=QUIET, derandomize=many < 1000)
+    @given(inputs)
+    def run(one: Any) -> None:
+        looked_at(one)
+
+    run()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_any_bytes_end_in_a_value_or_a_line(name: str) -> None:
+    fuzz(name, 40)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_ten_thousand_of_each_reader(name: str) -> None:
+    fuzz(name, 10_000)
