@@ -80,7 +80,8 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
 
     check_suffix(film.out)
     film.out.parent.mkdir(parents=True, exist_ok=True)
-    family, added = with_adapters(folder, device_for(device.device), (*adapters.lora, *asked[0].loras), adapters.embedding, {}, tell)
+    loras = (*adapters.lora, *asked[0].loras)
+    family, added = with_adapters(folder, device_for(device.device), loras, adapters.embedding, {}, tell, vae=adapters.vae)
     # Of all samplers ddim adds no noise, which would flicker.
     wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0})
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}

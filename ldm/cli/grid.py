@@ -89,7 +89,7 @@ def grid(
     from ldm.sampling.init_images import init_image_of
 
     place = device_for(place)
-    family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell)
+    family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell, vae=adapters.vae)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added}
     following.compare(old, folder, family.content_hash, tell)
     init_image = None
@@ -111,7 +111,7 @@ def grid(
     else:
         found_at: dict[int, Tensor] = {}
         for factor in factors:  # its weights are merged into a model of its own
-            family, _ = with_adapters(folder, place, loras, adapters.embedding, old, lambda text: None, factor)
+            family, _ = with_adapters(folder, place, loras, adapters.embedding, old, lambda text: None, factor, adapters.vae)
             places = [i for i, one in enumerate(made) if one.loras == scaled(first.loras, factor)]
             found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], init_image=init_image, note=tell), strict=True))
         drawn = [found_at[i] for i in range(len(made))]

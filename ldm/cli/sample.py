@@ -49,7 +49,7 @@ def sample(request: Request) -> int:
 
     from ldm.distributed.processes import processes
     from ldm.families.registry import open_finished
-    from ldm.sampling.adapters import add
+    from ldm.sampling.adapters import add, decoded_by
     from ldm.sampling.judges import judge_of
     from ldm.sampling.picture_files import read_pixels, save_sheet
 
@@ -62,6 +62,7 @@ def sample(request: Request) -> int:
         return_blocks()
     family = open_finished(folder, place, running.low_memory)
     rest |= add(family, (*adapters.lora, *asked[0].loras), adapters.embedding, old, tell)
+    rest |= decoded_by(family, adapters.vae, old, tell)
     chosen = request.sampler.chosen(old, request.editing.usual)
     family.ready(Path(folder), running, family.settings(chosen).precision)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash}
@@ -157,7 +158,7 @@ def told_by_loras(request: Request, asked: Sequence[Asked]) -> dict[tuple[str, .
 def _by_loras(request: Request, asked: Sequence[Asked], family: Draws, loras: str, place: str) -> Callable[[Recipe], Draws]:
     """The model with the LoRAs of a recipe; another set than the last one's is merged into a model of its own."""
     from ldm.families.registry import open_finished
-    from ldm.sampling.adapters import add
+    from ldm.sampling.adapters import add, decoded_by
 
     folder, running = model_for(request.base.model), request.running
     named = {told: own for own, told in told_by_loras(request, asked).items()}
@@ -167,6 +168,7 @@ def _by_loras(request: Request, asked: Sequence[Asked], family: Draws, loras: st
         if recipe.loras != now[0][0]:
             found = open_finished(folder, place)
             add(found, (*request.adapters.lora, *named[recipe.loras]), request.adapters.embedding, {}, lambda text: None)
+            decoded_by(found, request.adapters.vae, {"vae": recipe.vae}, lambda text: None)
             found.ready(Path(folder), running, recipe.precision)
             now[0] = (recipe.loras, found)
         return now[0][1]

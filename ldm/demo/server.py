@@ -124,10 +124,10 @@ def opened(folder: str, device: str, precision: str, low_memory: bool, adapters:
     """The model, ready to draw, and what recipes tell of its LoRAs and words."""
     from ldm.families.draws import Running, Wanted
     from ldm.families.registry import open_finished
-    from ldm.sampling.adapters import add
+    from ldm.sampling.adapters import add, decoded_by
 
     family = open_finished(folder, device_for(device), low_memory)
-    added = add(family, adapters.lora, adapters.embedding, {}, tell)
+    added = add(family, adapters.lora, adapters.embedding, {}, tell) | decoded_by(family, adapters.vae, {}, tell)
     family.ready(Path(folder), Running(low_memory=low_memory), family.settings(Wanted(precision=precision)).precision)
     return family, added
 

@@ -106,6 +106,8 @@ def command(recipe: Recipe, many: int = 1, model: str = "MODEL", init_image: Seq
         words += ["--lora", f"{one['file']}:{one['weight']!r}"]
     for one in remembered(asdict(recipe), "embeddings"):
         words += ["--embedding", one["file"]]
+    for one in remembered(asdict(recipe), "vae"):
+        words += ["--vae", one["file"]]
     if recipe.init:
         words += ["--init", "init.png", "--strength", repr(recipe.strength)]
         words += ["--mask", "mask.png"] if recipe.mask else []

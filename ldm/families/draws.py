@@ -264,6 +264,14 @@ class Draws(Protocol):
         if loras or words:
             self.refuse("lora" if loras else "embedding", "takes no LoRA and no embedding; leave them out")
 
+    def take_autoencoder(self, path: Path, note: Callable[[str], None]) -> str:
+        """Decode and encode by another autoencoder from now on: a folder, or a file of weights; returns the hash of its content.
+
+        Raises:
+            UserError: for one whose latents have another shape.
+        """
+        self.refuse("vae", "has no autoencoder to replace; leave --vae out")
+
     def exported(self, root: Path, path: Path) -> ExportedModel:
         """Its networks and records, as files of other programs are written from.
 

@@ -14,6 +14,7 @@ from ldm.families.draws import PLAIN, Draws
 LONGEST = 100_000  # characters of what a recipe tells of LoRAs or words
 MOST_WEIGHT = 1e6
 FIELDS = ("loras", "embeddings")  # of a Recipe: JSON, a list of {file, weight, hash} and of {file, token, hash}
+OPTIONS = {"loras": "lora", "embeddings": "embedding", "vae": "vae"}  # that give what a recipe's field tells of, also JSON
 
 
 def weighted(word: str) -> tuple[str, float]:
@@ -42,12 +43,13 @@ def with_adapters(
     old: Mapping[str, Any],
     note: Callable[[str], None],
     factor: float = 1.0,
+    vae: Path | None = None,
 ) -> tuple[Draws, dict[str, str]]:
     """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
     from ldm.families.registry import open_finished
 
     family = open_finished(folder, device)
-    added = add(family, loras, embeddings, old, note, factor)
+    added = add(family, loras, embeddings, old, note, factor) | decoded_by(family, vae, old, note)
     family.ready(Path(folder), PLAIN, "fp32")
     return family, added
 
@@ -114,20 +116,44 @@ def told_of(loras: Sequence[str]) -> str:
     return json.dumps(told, ensure_ascii=False) if told else ""
 
 
+def decoded_by(family: Draws, vae: Path | None, old: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, str]:
+    """Put another autoencoder in the place of a model's; returns the field of a recipe that tells of it.
+
+    Args:
+        vae: a folder in diffusers' layout, or a file of weights; None: the recipe's, if it has one.
+
+    Raises:
+        UserError: naming what is missing, has changed, or is for another model.
+    """
+    before = remembered(old, "vae", vae is not None)
+    if vae is None and not before:
+        return {"vae": ""}
+    path = Path(_again(before[0], "vae")) if vae is None else vae.expanduser()
+    if not path.exists():
+        raise UserError(f"vae: {path}: No such file or directory")
+    said = family.take_autoencoder(path, note)
+    if before and before[0]["hash"] != said:
+        if vae is None:
+            raise UserError(f"from: {path} is not the autoencoder that the picture was drawn with; give that one by --vae")
+        note("the picture was drawn with another autoencoder: it will differ")
+    return {"vae": json.dumps([{"file": _shown(str(vae or before[0]["file"])), "hash": said}], ensure_ascii=False)}
+
+
 def told_shortly(fields: Mapping[str, str]) -> list[str]:
     """A few words for each of the LoRAs and words that a recipe's fields tell of."""
     loras = [f"{Path(one['file']).stem} {one['weight']:g}" for one in remembered(fields, "loras")]
-    return loras + [str(one["token"]) for one in remembered(fields, "embeddings")]
+    words = [str(one["token"]) for one in remembered(fields, "embeddings")]
+    return loras + words + [f"the autoencoder {Path(one['file']).stem}" for one in remembered(fields, "vae")]
 
 
 def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two recipes tell of other LoRAs or words, wherever their files lie."""
-    first, second = ([[{**x, "file": ""} for x in remembered(recipe, name)] for name in FIELDS] for recipe in (one, other))
+    first, second = ([[{**x, "file": ""} for x in remembered(recipe, name)] for name in OPTIONS] for recipe in (one, other))
     return first != second
 
 
 def remembered(old: Mapping[str, Any], name: str, given: bool = False) -> list[dict[str, Any]]:
-    """What a recipe tells of LoRAs or words; nothing where it is damaged and others are `given`.
+    """What a recipe tells of LoRAs, words or an autoencoder; nothing where it is damaged and others are `given`.
 
     Raises:
         UserError: if it is damaged.
@@ -137,12 +163,12 @@ def remembered(old: Mapping[str, Any], name: str, given: bool = False) -> list[d
         values = json.loads(text) if len(text) <= LONGEST else None
     except (ValueError, TypeError, RecursionError):
         values = None
-    own = "weight" if name == "loras" else "token"
+    own = {"loras": "weight", "embeddings": "token", "vae": "file"}[name]
     if isinstance(values, list) and all(isinstance(one, dict) and _told_of(one, own) for one in values):
         return [{**one, own: float(one[own])} if own == "weight" else one for one in values]
     if given:
         return []
-    raise UserError(f"from: the recipe's {name} cannot be read; give the files by --{name[:-1]}")
+    raise UserError(f"from: the recipe's {name} cannot be read; give the files by --{OPTIONS[name]}")
 
 
 def _told_of(one: Mapping[str, Any], own: str) -> bool:
@@ -150,7 +176,7 @@ def _told_of(one: Mapping[str, Any], own: str) -> bool:
     if not all(isinstance(one.get(key), str) and "\0" not in one[key] for key in ("file", "hash")):
         return False
     value = one.get(own)
-    if own == "token":
+    if own != "weight":
         return isinstance(value, str)
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_WEIGHT
 

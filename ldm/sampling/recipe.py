@@ -57,6 +57,7 @@ class Recipe(Settings):
     watermark: str = ""  # text hidden in the pixels
     loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
     embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught
+    vae: str = ""  # JSON: a list of one {file, hash}, the autoencoder that took the place of the model's own
     classifier: str = ""  # SHA-256 of the file that guided it besides the prompt
     classifier_scale: float = 0.0  # and how strongly
 

@@ -362,10 +362,11 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Adapters: LoRAs and words that textual inversion learned."""
+    """Adapters: LoRAs, words that textual inversion learned, and another autoencoder."""
 
     lora: tuple[str, ...] = option((), "FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.")
     embedding: tuple[str, ...] = option((), "FILE of a word (textual inversion); may be repeated.")
+    vae: Path | None = option(None, "Another autoencoder than the model's: a folder (diffusers) or a file (CompVis).")
 
     def check(self, low_memory: bool, old: Mapping[str, Any]) -> None:
         """Refuse them where weights are read again.
@@ -373,8 +374,9 @@ class Adapters:
         Raises:
             UserError: saying so.
         """
-        if low_memory and (self.lora or self.embedding or old.get("loras") or old.get("embeddings")):
-            raise UserError("low_memory: not together with --lora or --embedding, as weights are read again; leave one of them out")
+        told = any(old.get(name) for name in ("loras", "embeddings", "vae"))
+        if low_memory and (self.lora or self.embedding or self.vae or told):
+            raise UserError("low_memory: not together with --lora, --embedding or --vae, as weights are read again; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

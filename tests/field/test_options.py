@@ -74,6 +74,7 @@ PICTURES = {
 # Options of sampling whose effect other tests show.
 SAMPLING = {
     "--model": "tests/cli/test_sample.py",
+    "--vae": "tests/field/test_vae.py",
     "--strict": "tests/field/test_recipes_of_others.py",
     "--best": "tests/cli/test_sample_editing.py",
     "--judge": "tests/cli/test_sample_editing.py",
@@ -106,6 +107,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "demo": {
         **dict.fromkeys(("--host", "--port", "--token", "--precision", "--max-size", "--low-memory"), "tests/demo/test_server.py"),
         **dict.fromkeys(("--lora", "--embedding"), "tests/sampling/test_adapters.py"),
+        "--vae": "tests/field/test_vae.py",
     },
     "evaluate": dict.fromkeys(
         (

@@ -40,6 +40,7 @@ from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
+from ldm.formats.single_file import open_single
 from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, weighted_modules
@@ -396,6 +397,20 @@ class LatentDiffusionFamily(Adaptable, Draws):
         return {"defaults": {**self.defaults}, "scheduler": self.process.scheduler_config(), **offset}
 
     # Sampling
+
+    def take_autoencoder(self, path: Path, note: Callable[[str], None]) -> str:
+        """Another network between pixels and latents, whose statistics stay the model's, which its network was trained on."""
+        own, other = self.codec, load_codec(autoencoder_folder(path if path.is_dir() else open_single(path, note=note)))
+        shapes = [f"{one.channels} channels at 1/{one.factor} ({type(one.network).__name__})" for one in (own, other)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"vae: {path}: its latents have {shapes[1]}, the model's {shapes[0]}; give one that was made for this model")
+        if not torch.allclose(own.std, other.std.to(own.std), rtol=0.05) or not torch.allclose(
+            own.mean, other.mean.to(own.mean), atol=0.05
+        ):
+            note(f"vae: {path} says another scale of its latents than the model's, which stays: it may be made for another model")
+        codec = LatentCodec(other.network, own.statistics, other.hash).to(self.device)
+        self._frozen = (codec, self._frozen[1])
+        return other.hash
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
