@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +29,12 @@ class Unfollowed:
     Args:
         text: what, in a line.
         option: the option that takes its place where it is given; empty: none.
+        tag: of a LoRA, what a prompt says to have it found by its name in --lora-dir.
     """
 
     text: str
     option: str = ""
+    tag: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -59,9 +62,9 @@ class Reading:
     fields: dict[str, Any] = field(default_factory=dict)
     unfollowed: list[Unfollowed] = field(default_factory=list)
 
-    def lose(self, text: str, option: str = "") -> None:
+    def lose(self, text: str, option: str = "", tag: str = "") -> None:
         """Something cannot be followed; the same is told once."""
-        if (lost := Unfollowed(text, option)) not in self.unfollowed:
+        if (lost := Unfollowed(text, option, tag)) not in self.unfollowed:
             self.unfollowed.append(lost)
 
     def number(self, name: str, said: Any, theirs: str) -> None:
@@ -95,7 +98,9 @@ class Reading:
 
     def lora(self, name: Any, weight: Any, said: str = "") -> None:
         """A LoRA, which must be given as a file."""
-        self.lose(f"LoRA {shown(name)} at weight {shown(weight)}{said}; give it by --lora FILE:WEIGHT", "lora")
+        stem = re.split(r"[/\\]", str(name)[:300])[-1].removesuffix(".safetensors")
+        tag = f"<lora:{stem}:{shown(weight)}>" if shown(weight) != "?" and not set("<>:\r\n") & set(stem) else ""
+        self.lose(f"LoRA {shown(name)} at weight {shown(weight)}{said}; give it by --lora FILE:WEIGHT, or --lora-dir", "lora", tag)
 
     def init(self, what: str) -> None:
         """A picture that it was drawn out of."""

@@ -108,14 +108,16 @@ class Following:
         if isinstance(found, Recipe):
             return asdict(found)
         chosen = {name for one in options for name in options_of(type(one)) if getattr(one, name) != default_of(type(one), name)}
+        by_name = [lost.tag for lost in found.unfollowed if lost.tag and "lora_dir" in chosen and "lora" not in chosen]
         for lost in found.unfollowed:
-            if not lost.option or lost.option not in chosen:
+            if lost.option not in chosen and lost.tag not in by_name:
                 self.depart(f"not followed: {lost}", tell)
         if "prompt" not in found.fields and "prompt" not in chosen and "prompts" not in chosen:
             raise UserError(f"from: {self.recipe}: its prompt cannot be told; write the prompt, too")
         tell(f"{self.recipe}: settings of {found.program}, whose noise of a seed is another: a picture alike, not the same")
         # Other programs' pictures say nothing of it, and mean the notation.
-        return {"notation": True, **found.fields}
+        words = {"prompt": " ".join([found.fields["prompt"], *by_name])} if by_name and "prompt" in found.fields else {}
+        return {"notation": True, **found.fields, **words}
 
     def depart(self, text: str, tell: Callable[[str], None]) -> None:
         """Tell what differs from the recipe, or with `strict` refuse it.

@@ -141,7 +141,7 @@ def test_loras_and_layers_of_the_text_encoder() -> None:
     }
     fields, told = read(changed)
     assert fields == FIELDS | {"prompt": "a circle", "clip_skip": 2}
-    assert told == ["LoRA style.safetensors at weight 0.8 (0.5 of the text encoder); give it by --lora FILE:WEIGHT"]
+    assert told == ["LoRA style.safetensors at weight 0.8 (0.5 of the text encoder); give it by --lora FILE:WEIGHT, or --lora-dir"]
     assert read({"8": node("FreeU", model=["1", 0], b1=1.1), "5": sampler(model=["8", 0])})[1] == ["node FreeU on the model"]
     vae = {"8": node("VAELoader", vae_name="mse.pt"), "6": node("VAEDecode", samples=["5", 0], vae=["8", 0])}
     assert read(vae)[1] == ["VAE mse.pt; give its file by --vae"]
@@ -230,7 +230,7 @@ def workflow(mode: int = 0) -> Graph:
 def test_the_editors_form_is_read_too() -> None:
     assert read({}, workflow(mode=4), "workflow") == (FIELDS, [])  # the LoRA is bypassed
     fields, told = read({}, workflow(), "workflow")
-    assert fields == FIELDS and told == ["LoRA style.safetensors at weight 0.8; give it by --lora FILE:WEIGHT"]
+    assert fields == FIELDS and told == ["LoRA style.safetensors at weight 0.8; give it by --lora FILE:WEIGHT, or --lora-dir"]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,19 @@ def test_an_option_takes_the_place_of_what_is_not_followed(kl_model: Path, tmp_p
     assert (drawn(tmp_path / "o").strength, drawn(tmp_path / "o").sampler) == (0.4, "ddim")
 
 
+def test_loras_of_a_recipe_are_found_by_their_names(tmp_path: Path) -> None:
+    from ldm.sampling.request import Following, NamedAdapters
+
+    file = picture(tmp_path / "l.png", PLAIN.replace("a red circle", "a red circle <lora:myStyle:0.8>"))
+    told: list[str] = []
+    following = Following(recipe=file)
+    assert following.old((NamedAdapters(lora_dir=tmp_path),), told.append)["prompt"] == "a red circle <lora:myStyle:0.8>"
+    assert not any("LoRA" in line for line in told)
+    assert following.old((NamedAdapters(lora=("x.safetensors",)),), told.append)["prompt"] == "a red circle"
+    assert not any("LoRA" in line for line in told)
+    assert following.old((NamedAdapters(),), told.append)["prompt"] == "a red circle" and any("LoRA myStyle" in line for line in told)
+
+
 def test_another_model_is_told(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import hashlib
 
