@@ -102,6 +102,8 @@ def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> 
 
 
 def _nearest(given: Any, names: list[str], otherwise: str) -> str:
+    if not names:
+        return ""
     near = difflib.get_close_matches(str(given), names, 1, 0.5)
     found = f"; did you mean {near[0]}?" if near else ""
     return f"{found} ({otherwise} {', '.join(names)})" if found else f"; {otherwise} {', '.join(names)}"

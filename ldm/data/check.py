@@ -64,7 +64,7 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
     """
     path = os.path.expanduser(path)
     place = Path(path)
-    if is_url(path) or path.endswith(".tar") or "{" in path:
+    if is_url(path) or path.endswith(".tar") or ("{" in path and not place.exists()):
         return DatasetsSource(path=path, max_bad=1.0) if path.endswith(".parquet") else ShardsSource(path=path, max_bad=1.0)
     if not place.exists():
         raise UserError(f"{path} does not exist; give a folder of images, of tar shards or of parquet files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -247,7 +248,8 @@ def open_table(source: DatasetsSource) -> Any:
                 _check_saved(place)
             found = datasets.load_from_disk(source.path)
         elif place.exists() or "*" in source.path or "{" in source.path:
-            found = datasets.load_dataset("parquet", data_files=_files(source), split="train")
+            files = [glob.escape(file) for file in _files(source)]
+            found = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             raise UserError(f"data.path: {source.path} does not exist; correct it, or set data.hub=true if it is a name on the hub")
     except UserError:

@@ -30,12 +30,13 @@ def is_url(path: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """Brace expansion: `{00000..00099}` counts with the digits of its first number, `{a,b}` lists.
+    """Brace expansion: `{00000..00099}` counts with the digits of its first number, `{a,b}` lists; what exists is no pattern.
 
     Raises:
         UserError: for a range that runs backwards or gives too many names.
     """
-    pieces: list[list[str]] = []
+    there, pattern = ("", pattern) if is_url(pattern) else _there(pattern)
+    pieces: list[list[str]] = [[there]]
     for i, piece in enumerate(_RANGE.split(pattern)):
         pieces.append([piece] if i % 2 == 0 else _choices(piece, pattern))
     count = 1
@@ -44,6 +45,15 @@ def expand(pattern: str) -> list[str]:
     if count > MOST:
         raise UserError(f"data.path: {pattern} stands for {count} names; at most {MOST}")
     return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _there(path: str) -> tuple[str, str]:
+    """The part of a path that exists as it stands, with its slash, and the rest, in which brackets, braces and stars are a pattern."""
+    if os.path.exists(path):
+        return path, ""
+    slashes = [found.end() for found in re.finditer(r"/+", path)]
+    end = next((end for end in reversed(slashes) if os.path.isdir(path[:end])), 0)
+    return path[:end], path[end:]
 
 
 def _choices(inside: str, pattern: str) -> list[str]:
@@ -89,10 +99,16 @@ def _find_local(name: str, suffix: str, outside: bool) -> list[str]:
             raise UserError(f"data.path: {links[0]} is a link that leads out of {name}; set data.outside=true to follow it")
         return [str(p) for p in found]
     if glob.has_magic(name) and not place.exists():
-        return glob.glob(name, recursive=True)
+        return matching(name)
     if not place.exists():
         raise UserError(f"data.path: {name} does not exist; correct the path or the range in braces")
     return [name]
+
+
+def matching(pattern: str) -> list[str]:
+    """The local files that a pattern means; brackets and stars of what exists are no part of it."""
+    there, rest = _there(pattern)
+    return [f"{there}{found}" for found in glob.glob(rest, root_dir=there or None, recursive=True)]
 
 
 def _find_url(name: str, suffix: str) -> list[str]:

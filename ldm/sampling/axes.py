@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -30,6 +31,7 @@ KINDS: dict[str, type] = {
 SHORT = {"cfg": "guidance", "seeds": "seed", "samplers": "sampler"}
 BOUNDS = LIMITS | {"lora": (-10, 10)}
 MOST = 400  # cells
+FIELD = re.compile(r'\s*(")((?:[^"]|"")*)"\s*,|((?:\\,|[^,])*),')  # of a list as CSV has it
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Axis:
 
 
 def read_axis(text: str, option: str = "x") -> Axis:
-    """An axis from `name=value,value`; a comma within a value is written `\\,`.
+    """An axis from `name=value,value`; a value with commas stands in quotation marks, as in CSV, or has `\\,` for them.
 
     Raises:
         UserError: naming what is wrong and what is possible.
@@ -58,7 +60,7 @@ def read_axis(text: str, option: str = "x") -> Axis:
     name = SHORT.get(name.strip(), name.strip())
     if not equals or name not in KINDS:
         raise UserError(f"{option}: got {text!r}; write NAME=VALUE,VALUE with one of {', '.join(KINDS)}")
-    words = [word.replace("\0", ",").strip() for word in rest.replace("\\,", "\0").split(",")]
+    words = [quoted.replace('""', '"') if mark else word.replace("\\,", ",").strip() for mark, quoted, word in FIELD.findall(f"{rest},")]
     values = tuple(_value(name, word, option) for word in words)
     if len(set(values)) < len(values):
         raise UserError(f"{option}: got {text!r}; each value once")

@@ -33,6 +33,9 @@ def test_words_become_axes() -> None:
     assert read_axis("guidance=1,3,7") == Axis("guidance", (1.0, 3.0, 7.0)) == read_axis("cfg=1,3,7")
     assert read_axis("seeds=1,5").values == (1, 5)
     assert read_axis(r"prompt=a\, b,c").values == ("a, b", "c")
+    assert read_axis('prompt=red,"dark, blue"').values == ("red", "dark, blue")
+    assert read_axis('prompt= "a ""b"", c" ,say "no",\\(x\\),"').values == ('a "b", c', 'say "no"', "\\(x\\)", '"')
+    assert read_axis("negative=,blurry").values == ("", "blurry")
     assert read_axis("guidance=1.5").label(1.5) == "guidance 1.5"
     assert set(LIMITS) | {"sampler", "spacing", "negative", "prompt"} == set(KINDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
 from ldm.data.fields import ALIASES, column_of
-from ldm.data.storage import expand, is_url
+from ldm.data.storage import expand, is_url, matching
 from ldm.data.tables import damage, unfit
 
 AUDIT = "audit.json"
@@ -106,7 +107,7 @@ def _files(inputs: Sequence[str]) -> list[str]:
             elif place.is_file():
                 found.append(name)
             else:
-                matched = sorted(str(p) for p in Path().glob(name)) if not place.is_absolute() and "*" in name else []
+                matched = sorted(matching(name)) if glob.has_magic(name) else []
                 if not matched:
                     raise UserError(f"{name}: no such file; give parquet files or a folder of them")
                 found += matched
@@ -164,7 +165,8 @@ def _check_patterns(database: Any, asked: Curation) -> None:
 
 
 def _read(files: list[str]) -> str:
-    return f"read_parquet([{', '.join(map(literal, files))}], union_by_name=true, filename='ldm_file', file_row_number=true)"
+    named = ", ".join(literal(file if is_url(file) else glob.escape(file)) for file in files)
+    return f"read_parquet([{named}], union_by_name=true, filename='ldm_file', file_row_number=true)"
 
 
 def _number(files: list[str]) -> str:
@@ -222,7 +224,7 @@ def _removal(database: Any, lists: Sequence[Path], columns: dict[str, str]) -> l
             for name in wanted:
                 _insert(database, name, values)
             continue
-        quoted = literal(str(path))
+        quoted = literal(glob.escape(str(path)))
         reader = f"read_parquet({quoted})" if path.suffix == ".parquet" else f"read_csv({quoted}, all_varchar=true)"
         there = [row[0] for row in database.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()]
         known = {name: column_of(name, there) for name in wanted}
