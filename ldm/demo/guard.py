@@ -9,9 +9,10 @@ import html
 import json
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -33,6 +34,7 @@ READ = re.compile(
 WRITE = re.compile(rf"{API}(?:queue/join/?|upload/?|component_server/?|cancel|reset/?)")
 FILE = f"{API}file="
 BODY_BYTES = 2**20  # of a request that carries no picture
+JOIN = re.compile(rf"{API}queue/join/?")
 CARRIES = re.compile(rf"{API}(?:upload|component_server)/?")
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
 POLICY = "; ".join(
@@ -78,9 +80,19 @@ class Guard:
         token: that users must show; None: nobody must.
         largest: bytes of a body that carries a picture.
         pixels: of a picture that a request names.
+        functions: how many values each function of the page takes, by its number.
     """
 
-    def __init__(self, app: App, files: Path, token: str | None = None, largest: int = 2**26, pixels: int = 2**24) -> None:
+    def __init__(
+        self,
+        app: App,
+        files: Path,
+        token: str | None = None,
+        largest: int = 2**26,
+        pixels: int = 2**24,
+        functions: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        self.functions = functions
         self.app, self.files, self.token, self.largest, self.pixels = app, files.resolve(), token, largest, pixels
         self._entrance = secrets.token_urlsafe(24)  # what the cookie says of those who showed the token
 
@@ -133,7 +145,7 @@ class Guard:
             scope = {**scope, "headers": [*others, (b"cookie", told.encode("latin-1"))]}
         exchange = Exchange(receive, send, self._most(path, headers), cookie)
         if CARRIES.fullmatch(path) is None:
-            exchange.receive = await self._read(exchange.receive)
+            exchange.receive = await self._read(exchange.receive, path)
         await exchange.through(self.app, scope)
 
     def _same_site(self, headers: dict[str, str]) -> None:
@@ -182,11 +194,11 @@ class Guard:
         """Bytes that a body may have."""
         most = self.largest if CARRIES.fullmatch(path) else BODY_BYTES
         told = headers.get("content-length", "0")
-        if not told.isdigit() or int(told) > most:
+        if not (told.isascii() and told.isdigit() and len(told) < 20) or int(told) > most:
             raise Refused(413, f"too large: at most {most >> 20} MB")
         return most
 
-    async def _read(self, receive: Receive) -> Receive:
+    async def _read(self, receive: Receive, path: str) -> Receive:
         """A body that carries no picture is read at once and looked through for file names."""
         parts, more = [], True
         while more:
@@ -198,7 +210,11 @@ class Guard:
         body = b"".join(parts)
         if body:
             try:
-                self._look_through(json.loads(body))
+                said = json.loads(body)
+                json.dumps(said, ensure_ascii=False).encode()  # half characters
+                self._look_through(said)
+                if JOIN.fullmatch(path):
+                    self._callable(said)
             except (ValueError, RecursionError):
                 raise Refused(400, "not JSON") from None
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -217,6 +233,14 @@ class Guard:
                 raise Refused(413, str(error)) from None
         except OSError:
             raise Refused(404, "no such file") from None
+
+    def _callable(self, said: Any) -> None:
+        """Refuse a call of a function that the page has not, or with fewer values than it takes."""
+        number = said.get("fn_index") if isinstance(said, dict) else None
+        if type(number) is not int or number not in self.functions:
+            raise Refused(400, "no such function")
+        if not isinstance(said.get("data"), list) or len(said["data"]) < self.functions[number]:
+            raise Refused(400, f"this function takes {self.functions[number]} values")
 
     def _look_through(self, value: Any) -> None:
         """Refuse file names that lie elsewhere, and addresses, wherever they stand."""

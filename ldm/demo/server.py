@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from ldm.cli.command import call
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 LEAST_TOKEN = 12  # characters
 CONNECTIONS = 512
+END_S = 4.0  # from Ctrl+C to the end at the latest
 MISSING = "demo: gradio is not installed; python -m pip install gradio"
 
 
@@ -67,6 +71,13 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
             guard = application(studio, Path(files), model, token=token, largest=door.largest, precision=door.precision, added=added)
             shown = f"[{door.host}]" if ":" in door.host else door.host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
+
+            class _Server(uvicorn.Server):
+                def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                    """Ctrl+C: what is being drawn may take minutes, and nobody waits for it."""
+                    _end_soon(files)
+                    super().handle_exit(sig, frame)
+
             config = uvicorn.Config(
                 guard,
                 log_level="warning",
@@ -77,8 +88,21 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
                 timeout_keep_alive=30,
                 ws="none",
             )
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(config).run(sockets=[listener])
     return 0
+
+
+def _end_soon(files: str) -> None:
+    """End the process in a few seconds, whatever its threads do; what was drawn is deleted as it would be anyway."""
+
+    def end() -> None:
+        print("ldm demo: interrupted", file=sys.stderr, flush=True)
+        shutil.rmtree(files, ignore_errors=True)
+        os._exit(130)
+
+    timer = threading.Timer(END_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 def check_door(host: str, token: str) -> None:
@@ -189,6 +213,7 @@ def application(
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
+    functions = {number: len(function.inputs) for number, function in blocks.fns.items()}
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
         outer,
@@ -205,4 +230,4 @@ def application(
         css=CSS,
         head=HEAD,
     )
-    return Guard(outer, files, token, largest=2 * MAX_BYTES, pixels=max(MAX_PIXELS, largest**2))
+    return Guard(outer, files, token, largest=2 * MAX_BYTES, pixels=max(MAX_PIXELS, largest**2), functions=functions)
