@@ -27,7 +27,7 @@ from ldm.config.introspection import (
     without_null,
 )
 from ldm.config.messages import explain
-from ldm.config.yaml_reader import DEEPEST, Flag, Text, Written, parse, sourced, spoken
+from ldm.config.yaml_reader import DEEPEST, LARGEST, Flag, Text, Written, parse, sourced, spoken
 
 __all__ = [
     "BY_KIND",
@@ -82,6 +82,8 @@ def config(cls: type[T]) -> type[T]:
 
 
 # Reading
+
+MOST_BASES = 20  # files that stand on each other
 
 
 def load(path: Path, words: Sequence[str], kind: type[T]) -> T:
@@ -281,14 +283,20 @@ def _shared(data: Any, former: Any, kind: Any) -> dict[str, Any]:
 def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if path in below:
         raise UserError(f"{path}: base leads back to this file")
+    if len(below) > MOST_BASES:
+        raise UserError(f"{below[0]}: more than {MOST_BASES} files, each the base of the next; lay them together")
     try:
-        text = path.read_text(encoding="utf-8")
+        if below and path.exists() and not path.is_file():  # a device or a pipe may never end; what the user names himself may be one
+            raise UserError(f"{below[-1]}: base: {path} is no file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+    except ValueError as error:
+        said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise (error if isinstance(error, UserError) else UserError(f"{path}: {said}")) from None
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{path}: {error.strerror or error}{hint}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
     data = parse(text, str(path))
     data = {} if data is None else data
     if not isinstance(data, dict):

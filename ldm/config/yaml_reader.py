@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -85,6 +85,9 @@ class Loader(yaml.SafeLoader):
     """YAML loader of the 1.2 core schema, plain data alone, of bounded size."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[Any, Any]] = {  # no dates, sets, bytes or what else tags may ask for
+        f"tag:yaml.org,2002:{name}": getattr(yaml.SafeLoader, f"construct_yaml_{name}") for name in ("seq", "null")
+    } | {None: yaml.SafeLoader.construct_undefined}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -138,9 +141,25 @@ def _number(loader: Loader, node: Any) -> Written:
     return made
 
 
+def _text(loader: Loader, node: Any) -> str:
+    text = str(loader.construct_scalar(node))
+    if half := re.search("[\ud800-\udc7f\udd00-\udfff]", text):  # the others stand for bytes of file names
+        raise yaml.constructor.ConstructorError(None, None, f"\\u{ord(half[0]):04x} is half a character", node.start_mark)
+    return text
+
+
+def _flag(loader: Loader, node: Any) -> bool:
+    text = loader.construct_scalar(node)
+    if text.lower() not in ("true", "false"):
+        raise yaml.constructor.ConstructorError(None, None, f"{text[:40]} is neither true nor false", node.start_mark)
+    return bool(text.lower() == "true")
+
+
 for _tag, _pattern, _first in _RULES:
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first) or [""])
 Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+Loader.add_constructor("tag:yaml.org,2002:bool", _flag)
+Loader.add_constructor("tag:yaml.org,2002:str", _text)
 Loader.add_constructor("tag:yaml.org,2002:float", _number)
 Loader.add_constructor("tag:yaml.org,2002:int", _number)
 
@@ -152,7 +171,7 @@ def parse(text: str, where: str) -> Any:
         UserError: naming `where` and the line.
     """
     if len(text) > LARGEST:
-        raise UserError(f"{where}: {len(text):,} characters; a configuration has at most {LARGEST:,}")
+        raise UserError(f"{where}: too long; a configuration has at most {LARGEST:,} characters")
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
