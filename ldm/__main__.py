@@ -57,19 +57,27 @@ def main(words: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-        print(f"ldm {verb}: no such verb; {hint}", file=sys.stderr)
+        from ldm.config.terminal import shown
+
+        print(f"ldm {shown(verb)}: no such verb; {hint}", file=sys.stderr)
         return 2
     return run(verb, words[1:])
 
 
 def run(verb: str, words: Sequence[str]) -> int:
     """Call a verb and turn its mistakes into one line each."""
-    from ldm.config.errors import UserError, out_of_memory
-    from ldm.config.secrets import hook, redacted
+    from ldm.config.terminal import guarded, hook
     from ldm.distributed.environment import prepare
 
     sys.excepthook = hook
     prepare()
+    with guarded():
+        return _call(verb, words)
+
+
+def _call(verb: str, words: Sequence[str]) -> int:
+    from ldm.config.errors import UserError, out_of_memory
+
     words = list(words)
     options = words[: words.index("--")] if "--" in words else words
     if HUB in options:
@@ -78,7 +86,7 @@ def run(verb: str, words: Sequence[str]) -> int:
     try:
         return int(importlib.import_module(VERBS[verb][0]).main(words))
     except UserError as error:
-        print(f"ldm {verb}: {redacted(str(error))}", file=sys.stderr)
+        print(f"ldm {verb}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
@@ -104,7 +112,7 @@ def run(verb: str, words: Sequence[str]) -> int:
         if not out_of_memory(error):
             raise
         advice = FITS.get(verb, "close other programs, or use a machine with more")
-        print(f"ldm {verb}: too little memory ({redacted(str(error).splitlines()[0][:200])}); {advice}", file=sys.stderr)
+        print(f"ldm {verb}: too little memory ({str(error).splitlines()[0][:200]}); {advice}", file=sys.stderr)
         return 2
 
 

@@ -37,7 +37,7 @@ def ldm(*words: str, folder: Path = ROOT) -> tuple[int, str, str, set[str]]:
         (["trian"], "ldm trian: no such verb; did you mean train?"),
         (["train"], "ldm train: one CONFIG file is needed, got none"),
         (["train", "configs/quikstart.yaml"], "No such file or directory; did you mean configs/quickstart.yaml?"),
-        (["train", "configs/quickstart.yaml", "--pln"], "--pln: no such option; there are --plan, with it"),
+        (["train", "configs/quickstart.yaml", "--pln"], "--pln: no such option; there are --extend, --plan"),
         (["train", "configs/quickstart.yaml", "seed=[1", "x..y=2"], "x..y=2: a word is written PATH=VALUE"),
         (["sample", "--stps", "3"], "ldm sample: "),
         (["sample", "x", "--n", "0"], "--n"),

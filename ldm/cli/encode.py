@@ -16,6 +16,7 @@ import typer
 from ldm.cli.command import call
 from ldm.config.errors import UserError
 from ldm.config.options import option
+from ldm.config.terminal import raw
 
 Option = typer.Option
 
@@ -151,7 +152,7 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(file=raw(sys.stderr))) as progress:
         task, started, done = progress.add_task("", total=total, rate=""), time.monotonic(), 0
 
         def advance(count: int) -> None:

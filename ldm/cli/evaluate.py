@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.command import call
+from ldm.config import terminal
 from ldm.config.errors import UserError
 from ldm.config.options import option
 from ldm.runs.evaluation import measure
@@ -161,7 +162,7 @@ def table(result: dict[str, Any]) -> None:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
     if "skipped" in result.get("frechet", {}):
-        console.print(f"fréchet distance: not measured, {result['frechet']['skipped']}")
+        console.print(f"fréchet distance: not measured, {terminal.shown(result['frechet']['skipped'])}")
     elif "frechet" in result:
         found = result["frechet"]
         console.print(

@@ -13,6 +13,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.config.terminal import raw
 from ldm.runs.report import duration, report
 from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story
 from ldm.training import log
@@ -45,7 +46,8 @@ def watch(
             if said != before:
                 print(said, flush=True)
         else:
-            print(CLEAR + said, flush=True)
+            raw(sys.stdout).write(CLEAR)
+            print(said, flush=True)
         before = said
         if once or story.finished:
             return 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.config.errors import UserError
 from ldm.config.secrets import redacted
+from ldm.config.terminal import shown
 from ldm.distributed.launcher import adopt_slurm, launched
 from ldm.distributed.sharding import shard
 from ldm.distributed.watchdog import Place, Watchdog, broken, limit_s
@@ -198,7 +199,7 @@ class Learners(Processes):
         """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
         assert self.watchdog is not None
         if not isinstance(error, UserError) and not broken(error):
-            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            print(shown(redacted("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
         return self.watchdog.failed(error)
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
-from ldm.config.secrets import exposed
 from ldm.config.version import __version__
 from ldm.data.concatenation import Mixture
 from ldm.data.filter import filter_samples
@@ -389,15 +388,7 @@ def execute(run: Run, out: Path, file: Path | None = None, extend: bool = False)
     Args:
         file: where its settings come from.
         extend: go on from the state of stages that had other settings, instead of training them anew.
-
-    Raises:
-        UserError: for a setting that holds a password or the like.
     """
-    if secret := list(exposed(plain(run))):
-        raise UserError(
-            f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
-            " environment or a credentials file of the library that needs it"
-        )
     return carry_out(run, out, str(file or "Run"), extend)
 
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ldm.config.secrets import redacted, unplaced
 from ldm.formats.records import mapping, number
 from ldm.runs import report_metrics
 from ldm.runs.report_curves import curve
@@ -29,7 +30,7 @@ def report(run_folder: Path | str) -> Path:
     story = read_story(Path(run_folder))
     path = story.folder / FILE
     temporary = path.with_name(f".{FILE}.partial")
-    temporary.write_text(render(story), encoding="utf-8")
+    temporary.write_text(render(story), encoding="utf-8", errors="backslashreplace")  # half characters
     temporary.replace(path)
     return path
 
@@ -126,7 +127,7 @@ def _curves(story: Story) -> str:
             continue
         more = "".join(_drawn(stage, name, _gauge(name)) for name in _names(step.gauges for step in stage.steps))
         inside = f'<div class="curves">{more}</div>' if more else ""
-        odd = f'<p class="bad">{"<br>".join(escape(text) for text in stage.alarms[-ALARMS:])}</p>' if stage.alarms else ""
+        odd = f'<p class="bad">{"<br>".join(escape(_private(text)) for text in stage.alarms[-ALARMS:])}</p>' if stage.alarms else ""
         parts.append(f'<h3>{escape(stage.name)}</h3>{odd}<div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
     note = '<p class="note">Over images seen. Pale: as logged; strong: running mean.</p>' if parts else ""
     return note + "".join(parts)
@@ -199,13 +200,13 @@ def _buckets(stage: StageRecord) -> str:
 
 def _again(story: Story) -> str:
     """The commands that repeat, use and measure this run."""
-    prompt, folder = _prompt(story), story.folder.as_posix()
+    prompt, folder = _prompt(story), _private(story.folder.as_posix())
     train = f"python train.py {folder}/config.yaml"
     commands = [f"{train}   # goes on where it stopped", f"{train} out=runs/again   # from the beginning, elsewhere"]
     if (story.folder / "model").is_dir():
         source = mapping(story.config.get("data"))
         kind = source.get("kind")
-        on = f"scenes --tier {source.get('tier')}" if kind == "scenes" else str(source.get("path", "DIR"))
+        on = f"scenes --tier {source.get('tier')}" if kind == "scenes" else _private(str(source.get("path", "DIR")))
         commands += [f'python sample.py "{prompt}" --model {folder} --n 4', f"python -m ldm evaluate {folder} --on {on} --json result.json"]
     commands.append(f"python -m ldm report {folder}   # writes this page anew")
     return f"<pre>{escape(chr(10).join(commands))}</pre>" + _versions(story)
@@ -234,7 +235,7 @@ def _versions(story: Story) -> str:
 
     here = ", ".join([f"ldm {__version__}", f"Python {platform.python_version()}", *versions(), platform.platform(terse=True)])
     ran = [note for note in story.notes if note.startswith("ldm ")]
-    by = f"<p>It ran with {escape(ran[-1])}{f', in {len(ran)} starts' if len(ran) > 1 else ''}.</p>" if ran else ""
+    by = f"<p>It ran with {escape(_private(ran[-1]))}{f', in {len(ran)} starts' if len(ran) > 1 else ''}.</p>" if ran else ""
     return f'{by}<p class="note">This page was written with {escape(here)}.</p>'
 
 
@@ -246,14 +247,19 @@ def _settings(story: Story) -> str:
         if s.done is not None
     ]
     warned = [*story.damaged, *(note for note in story.notes if note.startswith("warning"))]
-    told = f'<p class="bad">{"<br>".join(escape(note) for note in dict.fromkeys(warned))}</p>' if warned else ""
+    told = f'<p class="bad">{"<br>".join(escape(_private(note)) for note in dict.fromkeys(warned))}</p>' if warned else ""
     return told + "".join(
         (
-            folded("config.yaml, with every default", f"<pre>{escape(story.text)}</pre>" if story.text else ""),
-            folded("what the log says", f"<pre>{escape(chr(10).join(story.notes))}</pre>" if story.notes else ""),
+            folded("config.yaml, with every default", f"<pre>{escape(_private(story.text))}</pre>" if story.text else ""),
+            folded("what the log says", f"<pre>{escape(_private(chr(10).join(story.notes)))}</pre>" if story.notes else ""),
             folded("content hashes", table(("stage", "key", "product"), hashes, words=True)),
         )
     )
+
+
+def _private(text: str) -> str:
+    """A text for a page that is shown around: without secrets, and without where it was made."""
+    return unplaced(redacted(text))
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Count, PathText, Positive, config, plain
+from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source
@@ -173,7 +174,16 @@ class Run:
 
 
 def place(run: Run, file: Path | None) -> tuple[Run, Path]:
-    """The run with its name filled in, and its folder: `out`, else the config's own run folder, else runs/NAME."""
+    """The run with its name filled in, and its folder: `out`, else the config's own run folder, else runs/NAME.
+
+    Raises:
+        UserError: for a setting that holds a password or the like.
+    """
+    if secret := list(exposed(plain(run))):
+        raise UserError(
+            f"{', '.join(secret)}: holds a password, a token or a signed address, and the run folder keeps its settings; put it into the"
+            " environment or a credentials file of the library that needs it"
+        )
     inside = file is not None and file.name == "config.yaml" and (file.parent / "stages").is_dir()
     name = run.name or (file.stem if file is not None else "run")
     out = Path(run.out) if run.out else file.parent if file is not None and inside else RUNS / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.terminal import raw
 from ldm.sampling.recipe import Recipe, read_recipe, save_picture
 
 NUMBER = re.compile(r"^(\d{5,})_seed\d+\.png$")
@@ -86,7 +88,7 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console = Console(file=raw(sys.stderr))
         self.progress = Progress(
             TextColumn("sampling"),
             BarColumn(),

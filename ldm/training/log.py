@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.config.secrets import cleaned, redacted
+from ldm.config.terminal import raw, shown
 from ldm.formats.records import number, parse
 from ldm.training.throughput import Expected, seconds_after
 from ldm.training.trackers import Background
@@ -61,7 +62,7 @@ class Log:
         self._write({"note": text, "time": round(time.time(), 3)})
         if self.console:
             if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._bar.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
             else:
                 print(text, file=sys.stderr, flush=True)
 
@@ -124,7 +125,7 @@ class Log:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[said]}"),
-            console=Console(stderr=True),
+            console=Console(file=raw(sys.stderr)),
             refresh_per_second=4,
         )
 
@@ -144,12 +145,12 @@ class Log:
     def _cut(self, stage: str, start: int) -> None:
         kept, beyond = [], False
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        for raw in lines:
-            line = _parsed(raw)
+        for one in lines:
+            line = _parsed(one)
             if line.get("stage") == stage:
                 beyond = beyond or start == 0 or line.get("images", 0) > start
             if not beyond or line.get("stage") != stage:
-                kept.append(raw)
+                kept.append(one)
         if len(kept) == len(lines):
             return
         beside = self.path.with_name(f".{LOG}.cut")
@@ -255,7 +256,7 @@ class StageLog:
 
     def pictures(self, path: Path) -> None:
         """A picture file was written."""
-        self.log._write({"stage": self.name, "pictures": str(path), "time": round(time.time(), 3)})
+        self.log._write({"stage": self.name, "pictures": _within(path, self.log.path.parent), "time": round(time.time(), 3)})
         if self.log._tracker is not None:
             self.log._tracker.picture(self.name, self.images, path)
 
@@ -273,6 +274,11 @@ class StageLog:
         of = f"{100 * done / self.total:3.0f}% {done:,} of {self.total:,}" if self.total else f"{done:,}"
         clock = f"  left {_clock(left)}" if left else ""
         print(f"{self.name:<16} {of}  {rate:,.1f}/s{clock}  {said}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _within(path: Path, folder: Path) -> str:
+    """A path as a run folder tells it, wherever that lies."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def _clock(seconds: float) -> str:

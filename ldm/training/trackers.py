@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from ldm.config.secrets import redacted
 
 KINDS = ("wandb", "tensorboard")
 WAITING = 1000  # points that may wait for a slow server; more are dropped
+NAMELESS = "host"  # in place of the machine's name
 PATIENCE_S = 20.0  # that the end of a run waits for what is still to be sent
 
 
@@ -44,7 +46,8 @@ class Wandb:
         import wandb
 
         # Neither the command line nor the console: both may hold what is meant for nobody else.
-        settings = wandb.Settings(init_timeout=20, console="off", x_disable_meta=True, disable_git=True, disable_code=True)
+        settings = wandb.Settings(init_timeout=20, console="off", x_disable_meta=True, disable_git=True, disable_code=True, host=NAMELESS)
+        self._folder = folder
         self._picture: Callable[[str], Any] = wandb.Image
         self._run: Any = wandb.init(project="ldm", name=folder.resolve().name, dir=str(folder), settings=settings)
 
@@ -59,6 +62,8 @@ class Wandb:
     def close(self) -> None:
         """As the contract says."""
         self._run.finish()
+        for log in (self._folder / "wandb").rglob("debug*.log"):  # of wandb's own, with every path of this machine
+            log.unlink(missing_ok=True)
 
 
 class TensorBoard:
@@ -70,8 +75,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer import event_file_writer
         from torch.utils.tensorboard import SummaryWriter
 
+        # The names of its files hold the name of the machine.
+        event_file_writer.socket = SimpleNamespace(gethostname=lambda: NAMELESS)  # type: ignore[attr-defined,assignment]
         self._make: Callable[..., Any] = SummaryWriter
         self._folder = folder / "tensorboard"
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config.secrets import cleaned, exposed, hook, redacted, secrets
+from ldm.config.secrets import cleaned, exposed, redacted, secrets
+from ldm.config.terminal import hook
 from ldm.training.log import LOG, Log
 
 ENVIRONMENT = {

@@ -222,8 +222,8 @@ def test_timings_settings_and_commands_are_told(finished, text):
     words = Page(text).text
     for part in ("1 min 15 s", "6,400", "540 MB", "64 px", "It ran with ldm 0.1.0", "k" * 16, "kind: evaluate"):
         assert part in words, part
-    assert f"python train.py {finished.as_posix()}/config.yaml" in words
-    assert f"python -m ldm evaluate {finished.as_posix()} --on scenes --tier one" in words
+    assert f"python train.py …/{finished.name}/config.yaml" in words
+    assert f"python -m ldm evaluate …/{finished.name} --on scenes --tier one" in words
 
 
 @pytest.mark.usefixtures("undrawn")
