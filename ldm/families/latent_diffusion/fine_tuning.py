@@ -284,14 +284,15 @@ class LowRank:
             raise UserError(f"factor: got {self.factor}, which only LoKr has; say method: lokr, or leave it out")
         if not self.init:
             return
-        if self.text_rank:
-            raise UserError(f"text_rank: got {self.text_rank}, but init continues {self.init}, whose parts are its own; leave it out")
-        pairs: list[Any] = [pair for pairs in continued(self.init).pairs.values() for pair in pairs.values()]
-        for name in ("method", "rank", "alpha"):
-            got, theirs = getattr(self, name), {getattr(pair, name, "another kind") for pair in pairs}
+        pairs: Mapping[Part, Mapping[str, Any]] = continued(self.init).pairs
+        text = [pair for part, own in pairs.items() if part != "unet" for pair in own.values()]
+        unet = list(pairs.get("unet", {}).values())
+        said = (("method", "method", [*unet, *text]), ("rank", "rank", unet), ("alpha", "alpha", unet), ("text_rank", "rank", text))
+        for name, field, own in said:
+            got, theirs = getattr(self, name), {getattr(pair, field, "another kind") for pair in own}
             if got != getattr(USUAL, name) and theirs != {got}:
-                said = ", ".join(str(value) for value in sorted(theirs)[:3])
-                raise UserError(f"{name}: got {got}, but init continues {self.init}, which has {said}; leave it out")
+                has = ", ".join(str(value) for value in sorted(theirs)[:3]) or "none"
+                raise UserError(f"{name}: got {got}, but init continues {self.init}, which has {has}; leave it out")
         for name in continued(self.init).pairs.get("unet", {}) if self.targets else ():
             if not any(flat(name).endswith(flat(target)) for target in self.targets):
                 raise UserError(f"targets: got {list(self.targets)}, but init continues {self.init}, which has {name}; leave them out")
@@ -319,9 +320,12 @@ def continued(file: str) -> Lora:
     Raises:
         UserError: if it cannot be read, or brings more than training continues.
     """
-    found = read(file)
+    try:
+        found = read(file)
+    except UserError as error:
+        raise UserError(f"init: {error}") from None
     if found.words:
-        raise UserError(f"{file}: brings the word {found.words[0].token}, which training does not continue; give a file without")
+        raise UserError(f"init: {file} brings the word {found.words[0].token}, which training does not continue; give a file without")
     return found
 
 
