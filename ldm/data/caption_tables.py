@@ -20,6 +20,7 @@ from ldm.data.file_names import Names, is_text, printable
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
 KOHYA = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")  # each holds what the ones behind it do, and more
 FILES = ("file_name", "filename", "image_file", "image_path", "file", "filepath", "path", "image")  # columns that name the picture
+WEIGHT = "caption_weight"  # column: how often a caption is drawn beside the picture's others
 NEAR = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
 _SEPARATORS = (",", ";", "\t", "|")
 
@@ -33,6 +34,7 @@ class CaptionTable:
     captions: dict[str, list[str]] = field(default_factory=dict)  # by file name below the root, in order of rows
     spare: dict[str, list[str]] = field(default_factory=dict)  # of kohya's files, which were made from .txt files that may still be there
     known: dict[str, Known] = field(default_factory=dict)  # sizes and scores by file name
+    weights: dict[str, list[float]] = field(default_factory=dict)  # of the captions, where column caption_weight tells them
     rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
     files: list[str] = field(default_factory=list)  # the metadata files that were read
     rows: int = 0
@@ -80,6 +82,9 @@ def read_tables(root: Path, found: Sequence[str], images: Sequence[str]) -> Capt
             _read(table, root, name, there)
         elif folder not in newest or KOHYA.index(last.lower()) < KOHYA.index(newest[folder].rpartition("/")[2].lower()):
             newest[folder] = name
+    for name, weights in table.weights.items():
+        if len(set(weights)) > 1:
+            table.captions[name] = [text for text, n in zip(table.captions[name], times(weights), strict=True) for _ in range(n)]
     for name in newest.values():
         _kohya(table, root, name, _json(root / name), there, images)
     return table
@@ -112,7 +117,10 @@ def _read(table: CaptionTable, root: Path, name: str, there: Names) -> None:
         found = _find(table, root, name, where, row.get(file or ""), there)
         if found is not None:
             table.rows += 1
-            _add(table.captions.setdefault(found, []), row.get(caption or ""), table, where)
+            captions = table.captions.setdefault(found, [])
+            before = len(captions)
+            _add(captions, row.get(caption or ""), table, where)
+            _weigh(table, where, found, row.get(WEIGHT), len(captions) - before)
             table.known[found] = known(row).over(table.known.get(found, Known()))
 
 
@@ -147,7 +155,7 @@ def _parquet(path: Path, name: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {*FILES, *(c.lower() for c in COLUMNS)}
+    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {*FILES, WEIGHT, *(c.lower() for c in COLUMNS)}
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -260,6 +268,42 @@ def _add(captions: list[str], given: object, table: CaptionTable, where: str) ->
             table.rejected.append((where, "caption not text", type(text).__name__))
         elif (line := clean(text)) and line not in captions:
             captions.append(line)
+
+
+def _weigh(table: CaptionTable, where: str, found: str, given: object, count: int) -> None:
+    """Add the weights of a row's captions: a number for each, or one for all; 1 where there is none."""
+    told = given if isinstance(given, list) else [given] * count
+    numbers = [_positive(value) for value in told]
+    if len(numbers) != count or None in numbers:
+        table.rejected.append(
+            (where, "bad caption weight", f"{str(given)[:100]}: {count} positive numbers are needed, of 1 to 100 in proportion")
+        )
+        numbers = [1.0] * count
+    table.weights.setdefault(found, []).extend(number or 1.0 for number in numbers)
+
+
+def _positive(value: object) -> float | None:
+    if value is None or value == "":
+        return 1.0
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 < number < float("inf") else None
+
+
+def times(weights: Sequence[float]) -> list[int]:
+    """How often captions stand in a list from which one is drawn, so that each is drawn by its weight: 1 to 100 times, most nearly."""
+    top = max(weights)
+    shares = [weight / top for weight in weights]
+
+    def counts(most: int) -> list[int]:
+        return [max(1, round(share * most)) for share in shares]
+
+    def wrong(most: int) -> float:
+        return max(abs(count / most - share) for count, share in zip(counts(most), shares, strict=True))
+
+    return counts(min(range(1, 101), key=lambda most: (round(wrong(most), 4), most)))
 
 
 def _below(root: Path, folder: str, file: str) -> str | None:

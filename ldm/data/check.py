@@ -101,7 +101,7 @@ def check(
     parts: list[Photos] = [source.build("train"), source.build("val")]
     described: dict[str, Any] = parts[0].describe()  # type: ignore[attr-defined]
     sizes = np.concatenate([part.sizes() for part in parts])
-    texts = [text for part in parts for captions in _all(part) for text in captions]
+    texts = [text for part in parts for captions in _all(part) for text in dict.fromkeys(captions)]
     counted = Counter(texts)
     undecodable, decoded = _decode(parts, decode)
     examples = next((list(v) for k, v in described.items() if k in ("rejected_files", "rejected_samples", "rejected_rows")), [])

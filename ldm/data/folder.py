@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
 from ldm.data.caption_tables import NEAR, TABLES, CaptionTable, is_table, read_tables
 from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes
@@ -26,6 +26,7 @@ from ldm.data.fields import Known, gather
 from ldm.data.file_names import Names, hidden, is_text, leads_out, side_pictures, split
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe, read_file
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
+from ldm.data.tags import affixed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
@@ -43,7 +44,9 @@ class FolderSource:
     path: PathText  # the folder; folders inside it are read too
     captions: Literal["auto", "txt", "metadata", "filename", "kohya"] = "auto"  # auto: metadata, else .txt; kohya: 10_sks dog/x.png
     caption: str = ""  # of every picture, such as "a photo of sks dog", in place of captions that lie beside them
-    val_share: Share = 0.02  # share held out by a hash of the name; at least one
+    prefix: str = ""  # before every caption, such as "sks style,"
+    suffix: str = ""  # behind every caption
+    val_share: Fraction = 0.02  # share held out by a hash of the name, at least one of several; 0: none
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
@@ -126,7 +129,7 @@ class FolderData(Photos):
             "images": self.distinct,
             **({"with_repeats": len(self)} if len(self) != self.distinct else {}),
             "images_in_both_parts": self.total,
-            "captions": sum(map(len, self._captions)),
+            "captions": sum(len(set(texts)) for texts in self._captions),
             "captions_from": self.tables or self.source.captions,
             "rejected": dict(Counter(r.reason for r in self.rejected)),
             "rejected_files": [str(r) for r in self.rejected[:LISTED]],
@@ -212,7 +215,7 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
         try:
             if source.captions == "kohya":
                 times = _times(name)
-            captions = _captions(found, name, source, table)
+            captions = tuple(affixed(said, source.prefix, source.suffix) for said in _captions(found, name, source, table))
             size = probe(path, source.max_pixels)
             told = told.over(Known(*size))
             if min(size) < source.min_side:
@@ -304,8 +307,6 @@ def _refuse_empty(found: Listing, source: FolderSource, usable: int, rejected: l
     first = f"the first is {rejected[0]}" if rejected else ""
     if usable == 0:
         raise UserError(f"{root}: no usable image ({counted(counts)}); {first}")
-    if usable == 1:
-        raise UserError(f"{root}: only one usable image; it takes two, as one is held out ({counted(counts)})")
     refuse_bad(str(root), usable, counts, first, source.max_bad)
 
 

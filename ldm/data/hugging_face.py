@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
 from ldm.data.captions import COLUMNS, caption_texts
 from ldm.data.content import content_hash
 from ldm.data.dataset import Split
@@ -24,6 +24,7 @@ from ldm.data.file_names import is_side_column, leads_out
 from ldm.data.images import MAX_PIXELS, Rejected, probe, read_file
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.data.storage import find
+from ldm.data.tags import affixed
 
 IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes")  # columns, if none says its type
 THREADS, ROWS = 4, 128  # that look at headers; rows that one looks at together
@@ -40,7 +41,9 @@ class DatasetsSource:
     part: str = "train"  # which split of a data set that has several
     image: str | None = None  # the column of images; null: the one that holds images
     caption: str | None = None  # the column of captions; null: text, caption, prompt, ...
-    val_share: Share = 0.02  # share held out by a hash of the image's path, or of the row where there is none
+    prefix: str = ""  # before every caption, such as "sks style,"
+    suffix: str = ""  # behind every caption
+    val_share: Fraction = 0.02  # share held out by a hash of the image's path, or of the row; at least one of several; 0: none
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
@@ -68,7 +71,8 @@ class DatasetsData(Photos):
         self.image_column = _image_column(table, source)
         self.caption_column = _caption_column(names, source)
         self._table = table.with_format("arrow")
-        captions = [caption_texts(value) for value in self._cells(self.caption_column)]
+        texts = (caption_texts(value) for value in self._cells(self.caption_column))
+        captions = [tuple(affixed(said, source.prefix, source.suffix) for said in found) for found in texts]
         wanted = [c for c in names if c.lower() in {a for n in ("width", "height", "aesthetic", "watermark") for a in ALIASES[n]}]
         columns = {c: list(self._cells(c)) for c in wanted if c not in (self.image_column, self.caption_column)}
         told = [known(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] or [Known()] * len(captions)
@@ -136,7 +140,7 @@ class DatasetsData(Photos):
     def _refuse_empty(self) -> None:
         counts = Counter(r.reason for r in self.rejected)
         first = f"the first is {self.rejected[0]}" if self.rejected else ""
-        if self.total < 2:
+        if not self.total:
             raise UserError(f"{self.where}: {self.total} usable rows of {len(self._table)} ({counted(counts)}); {first or 'it is empty'}")
         refuse_bad(self.where, self.total, counts, first, self.source.max_bad)
 

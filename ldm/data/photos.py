@@ -236,7 +236,7 @@ def tolerated(max_bad: float, total: int) -> int:
 
 
 def held_out(names: Sequence[str], share: float) -> np.ndarray:
-    """Which names are held out, (N,) bool: those whose hash lies below `share`, at least one and never all of several.
+    """Which names are held out, (N,) bool: those whose hash lies below `share`, at least one of several and never all; none where it is 0.
 
     A name's part depends on the name alone, so samples that are added later do not move the others.
     """
@@ -244,7 +244,7 @@ def held_out(names: Sequence[str], share: float) -> np.ndarray:
     chosen = place < share
     if len(names) and chosen.all():
         chosen[np.argmax(place)] = False
-    if len(names) and not chosen.any():
+    if share and len(names) > 1 and not chosen.any():
         chosen[np.argmin(place)] = True
     return chosen
 

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, Share, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
 from ldm.data.shard_index import Index, open_index, sample_hash
 from ldm.data.storage import Ranges
+from ldm.data.tags import affixed
 
 
 @config
@@ -28,7 +29,9 @@ class ShardsSource:
     kind: Literal["shards"] = "shards"
     path: PathText  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
     index: PathText | None = None  # the index file; null: ldm-index.parquet beside the shards, or in the cache
-    val_share: Share = 0.02  # share held out by a hash of shard and key; at least one
+    prefix: str = ""  # before every caption, such as "sks style,"
+    suffix: str = ""  # behind every caption
+    val_share: Fraction = 0.02  # share held out by a hash of shard and key, at least one of several; 0: none
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
@@ -43,6 +46,15 @@ class ShardsSource:
             UserError: if shards are missing, changed or unreadable, none has a usable sample, or too many are bad.
         """
         return ShardsData(self, split)
+
+
+def _whole(column: Any) -> Any:
+    """One array of a column, which may have no rows."""
+    import pyarrow as pa
+
+    return (
+        column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    )
 
 
 class _Hashes(Sequence[str]):
@@ -85,11 +97,12 @@ class ShardsData(Photos):
         self._table = table.take(rows).combine_chunks()
         self._shard, self._offset = self._table["shard"].to_numpy(), self._table["offset"].to_numpy()
         self._size, self._hash = self._table["size"].to_numpy(), self._table["hash"].to_numpy()
-        self._keys, self._texts = self._table["key"].chunk(0), self._table["captions"].chunk(0)
+        self._keys, self._texts = (_whole(self._table[name]) for name in ("key", "captions"))
         self._ranges, self._lost = Ranges(), dict[int, str]()
         self._contents = _Hashes(self._hash)
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
-        digest = hashlib.sha256(json.dumps(["shards", 1, *view_options]).encode())
+        affixes = [source.prefix, source.suffix] if source.prefix or source.suffix else []
+        digest = hashlib.sha256(json.dumps(["shards", 1, *view_options, *affixes]).encode())
         for record in shards:
             digest.update(json.dumps([record.name, record.sha256, record.samples]).encode())
         self._fingerprint = digest.hexdigest()
@@ -98,7 +111,7 @@ class ShardsData(Photos):
         shards = self.index.shards
         listed = [f"{k or s.name} in {s.name}: {r}" + (f": {d}" if d else "") for s in shards for k, r, d in s.examples]
         first = f"the first is {listed[0]}" if listed else ""
-        if self.total < 2:
+        if not self.total:
             damage = [f"{s.name} is damaged {s.damage[0]}" for s in shards if s.damage]
             said = "; ".join([*damage[:1], *([first] if first else [])]) or "they hold no image"
             raise UserError(f"{self.where}: {self.total} usable samples in {len(shards)} shards ({counted(self.rejected)}); {said}")
@@ -135,7 +148,9 @@ class ShardsData(Photos):
 
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
-        return [self._texts[int(i)].as_py() for i in index]
+        before, behind = self.source.prefix, self.source.suffix
+        found = [self._texts[int(i)].as_py() for i in index]
+        return [[affixed(text, before, behind) for text in texts] for texts in found] if before or behind else found
 
     def fields(self) -> Fields:
         """Sizes of the originals where the shards tell them, else of the images; scores as they tell."""

@@ -15,3 +15,12 @@ from ldm.data.shards import ShardsSource
 Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | ConcatenationSource, BY_KIND]
 
 __all__ = ["ConcatenationSource", "DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]
+
+
+def affixes(source: Source) -> list[tuple[str, str]]:
+    """Prefix and suffix of every source of photographs in one."""
+    if isinstance(source, ScenesSource):
+        return []
+    if isinstance(source, ConcatenationSource):
+        return [pair for part in source.parts for pair in affixes(part.source)]
+    return [(source.prefix, source.suffix)]

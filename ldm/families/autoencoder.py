@@ -54,7 +54,7 @@ class AutoencoderConfig(ModelConfig):
     """What the KL and the VQ autoencoder answer alike."""
 
     __slots__ = ()
-    refuses: ClassVar[Mapping[str, str]] = {name: ModelConfig.refuses[name] for name in ("latents", "caption_dropout", "compile")}
+    refuses: ClassVar[Mapping[str, str]] = {name: ModelConfig.refuses[name] for name in ("latents", "caption_dropout", "tags", "compile")}
     answers = frozenset({"reconstruct"})
     encodes = True
     requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text"}

@@ -39,7 +39,7 @@ class Clip(ModelConfig):
 
     encodes_text = True
     refuses: ClassVar[Mapping[str, str]] = {
-        **ModelConfig.refuses,
+        **{option: why for option, why in ModelConfig.refuses.items() if option != "tags"},
         "exact": "learns from pairs of the whole batch, which depend on how many processes there are",
     }
 
@@ -106,6 +106,8 @@ class ClipFamily(Family):
     def finish(self, context: Context) -> dict[str, Any]:
         """Image-to-caption retrieval among 100 held-out pairs (chance 0.01)."""
         count = min(100, len(context.val))
+        if not count:
+            return {}
         index = list(range(count))
         batch = context.val.load(index, index, context.resolution, context.seed, False).to(context.device)
         with torch.no_grad():

@@ -98,6 +98,7 @@ class ModelConfig:
         "latents": "reads images, not cached latents",
         "buckets": "reads squares",
         "caption_dropout": "drops no captions",
+        "tags": "reads no captions",
         "checkpointing": "has no blocks that can be recomputed",
         "compile": "has no network that torch.compile takes",
     }

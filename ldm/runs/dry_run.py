@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.families.family import Found
+from ldm.runs.changed_data import data_change
 from ldm.runs.extension import decide
-from ldm.runs.keys import Finished, check_filters, finished, hashes_of, identity, key_of
+from ldm.runs.keys import Finished, check_data, finished, hashes_of, identity, key_of
 from ldm.runs.run import Run
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def planned(run: Run, out: Path, data: DataSet, val: DataSet, elsewhere: Mapping
     Raises:
         UserError: for what a start would refuse.
     """
-    check_filters(run, data)
+    check_data(run, data, val)
     done: dict[str, Finished] = {}
     found: list[Planned] = []
     for name in run.stages:
@@ -49,5 +50,7 @@ def planned(run: Run, out: Path, data: DataSet, val: DataSet, elsewhere: Mapping
             done[name] = have
             found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
         else:
-            found.append(Planned(name, False, decide(folder, have, wanted, extend).why))
+            why = decide(folder, have, wanted, extend).why
+            change = data_change(out, data) if "data: " in why else None
+            found.append(Planned(name, False, f"{why}; data: {change}" if change else why))
     return found

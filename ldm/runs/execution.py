@@ -19,6 +19,8 @@ from ldm.config.schema import dump, plain
 from ldm.config.version import __version__
 from ldm.data.concatenation import Mixture
 from ldm.data.filter import filter_samples
+from ldm.data.sources import affixes
+from ldm.data.tags import TaggedSamples
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
 from ldm.distributed.launcher import about, record
@@ -27,8 +29,9 @@ from ldm.distributed.rank_checks import agree
 from ldm.families.family import ModelConfig, Product
 from ldm.formats import atomic
 from ldm.runs import extension, pretrained
+from ldm.runs.changed_data import data_change, remember
 from ldm.runs.evaluation import measure
-from ldm.runs.keys import DONE, IDENTITY, Finished, check_filters, finished, hashes_of, identity, key_of, plain_json
+from ldm.runs.keys import DONE, IDENTITY, Finished, check_data, finished, hashes_of, identity, key_of, plain_json
 from ldm.runs.launch_checks import missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
@@ -69,9 +72,13 @@ class Execution:
         """
         from ldm.runs.report import report
 
-        check_filters(self.run, self.data)
+        check_data(self.run, self.data, self.val)
         for line in _about(self.data.describe()):
             self.log.note(line)
+        if self.processes.main:
+            if change := data_change(self.out, self.data):
+                self.log.note(f"data: changed since the last start: {change}")
+            remember(self.out, self.data)
         if self.elsewhere:
             if self.processes.main:
                 pretrained.make(self.run, self.elsewhere, self.out, write=True)
@@ -212,6 +219,8 @@ class Execution:
             data = CachedLatents(cache or products["latents"].folder)
             if cache:
                 pretrained.check_cache(data, stage, products)
+        if stage.tags is not None:
+            data = TaggedSamples(data, stage.tags, affixes(self.run.data))
         before = self.run.carried_from(name)
         trainer = Trainer(
             stage,

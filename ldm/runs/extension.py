@@ -17,7 +17,11 @@ from ldm.training import checkpoint
 FILE = "extends.json"  # of a stage's folder: what it goes on from
 WORD = "--extend"
 SETTINGS = ("images", "batch", "micro_batch", "exact", "flip", "filter", "optim", "precision", "compile", "ema")
-FREE = ("data", *(f"settings.{name}" for name in SETTINGS))  # what may be changed: the weights stay those of the same model
+FREE = (
+    "data",
+    "inputs.latents",
+    *(f"settings.{name}" for name in SETTINGS),
+)  # what may be changed: the weights stay those of the same model
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,18 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
     return found
 
 
-def check_filters(run: Run, data: DataSet) -> None:
-    """Every stage's filter tried on the data, before any work.
+def check_data(run: Run, data: DataSet, val: DataSet) -> None:
+    """Every stage's filter tried on the data, and whether there is something to measure on, before any work.
 
     Raises:
-        UserError: for the first that asks for what the data does not know, or that nothing passes.
+        UserError: for the first that asks for what the data does not know or has not, or that nothing passes.
     """
+    measuring = [name for name, stage in run.stages.items() if isinstance(stage, Evaluate)]
+    if measuring and not len(val):
+        raise UserError(
+            f"stages.{measuring[0]}: no picture is held out to measure on; set data.val_share (one picture alone cannot be shared), or"
+            " leave this stage out"
+        )
     for name, stage in run.stages.items():
         if isinstance(stage, Train | Encode):
             filter_samples(data, stage.filter, f"stages.{name}.filter")

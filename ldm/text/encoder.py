@@ -284,7 +284,13 @@ class TextEncoder:
 
     def learn(self, captions: Sequence[str]) -> Text:
         """What `encode` gives, with gradients and without memory."""
-        ids, mask = self.tokens(captions)
+        return self._learn(*self.tokens(captions))
+
+    def learn_words(self, rows: Sequence[tuple[int, ...]]) -> Text:
+        """What `encode_words` gives, with gradients and without memory."""
+        return self._learn(*self._framed(rows))
+
+    def _learn(self, ids: Tensor, mask: Tensor) -> Text:
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             states, pooled = self._run(ids.to(device), mask.to(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,9 +57,26 @@ def encode(encoder: TextEncoder, prompts: Sequence[Sequence[Piece]], chunks: int
         weight = torch.stack([_weights(row, encoder, states.shape[1]) for row in rows]).to(states)  # (B chunks,L)
         # Only where it differs from 1, so that no other token's bits change.
         states = torch.where((weight == 1)[..., None], states, empty + weight[..., None] * (states - empty))
-    pooled = None if text.pooled is None else text.pooled[::chunks]
-    mask = text.mask.unflatten(0, (-1, chunks)).flatten(1, 2)  # (B,chunks L)
-    return Text(tokens=states.unflatten(0, (-1, chunks)).flatten(1, 2), mask=mask, pooled=pooled)
+    return _joined(replace(text, tokens=states), chunks)
+
+
+def encode_captions(encoder: TextEncoder, captions: Sequence[str], chunks: int, learn: bool = False) -> Text:
+    """States of captions as they stand, without any prompt syntax, each `chunks` calls of the encoder long, as `encode` gives them.
+
+    Args:
+        learn: with gradients.
+    """
+    rows: list[tuple[int, ...]] = []
+    for caption in captions:
+        ids = encoder.words(caption)[: chunks * encoder.room]
+        rows += [tuple(ids[at * encoder.room : (at + 1) * encoder.room]) for at in range(chunks)]
+    return _joined((encoder.learn_words if learn else encoder.encode_words)(rows), chunks)
+
+
+def _joined(text: Text, chunks: int) -> Text:
+    """The states of `chunks` calls in turn as those of one prompt; the pooled state is the first call's."""
+    tokens, mask = (value.unflatten(0, (-1, chunks)).flatten(1, 2) for value in (text.tokens, text.mask))
+    return Text(tokens=tokens, mask=mask, pooled=None if text.pooled is None else text.pooled[::chunks])
 
 
 def _weights(row: Chunk, encoder: TextEncoder, length: int) -> Tensor:

@@ -305,15 +305,15 @@ class Trainer:
         self.family.train()
 
     def _sample(self, log: StageLog) -> None:
-        count = len(self.stage.prompts) or self.stage.samples
-        count = min(count, len(self.context.val))
+        held_out = self.context.val if len(self.context.val) else self.context.data
+        count = len(self.stage.prompts) or min(self.stage.samples, len(held_out))
         if not count:
             return
         pictures = None
         with self._averaged(), self._autocast():
             if self.processes.main:
-                index = list(range(count))
-                batch = self.context.val.load(index, index, self.stage.resolution, 0, False).to(self.device)
+                index = [number % len(held_out) for number in range(count)]
+                batch = held_out.load(index, index, self.stage.resolution, 0, False).to(self.device)
                 if self.stage.prompts:
                     batch = replace(batch, caption=self.stage.prompts[:count])
                 pictures = self.family.preview(batch, seed=0)

@@ -12,6 +12,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathText, Positive, config, plain
 from ldm.data.buckets import Buckets
 from ldm.data.filter import Filter
+from ldm.data.tags import Tags
 from ldm.training.library_optimisers import ScheduleFree
 from ldm.training.optim import AdamW, Optim
 
@@ -34,6 +35,7 @@ class Train:
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
     caption_dropout: Fraction | None = None  # of this stage; null: as the model says
+    tags: Tags | None = None  # captions as tags, shuffled or in part left out each time; null: as they are
     latents: PathText = ""  # the encode stage whose cached latents are read instead of images
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
@@ -107,7 +109,7 @@ class Train:
             "checkpointing",
         }
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
-        elsewhere |= {name for name in ("buckets", "compile") if not getattr(self, name)}
+        elsewhere |= {name for name in ("buckets", "compile", "tags") if not getattr(self, name)}
         elsewhere |= {"carry"} if self.carry == "ema" else set()
         found = {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
         found["optim"] = {name: value for name, value in found["optim"].items() if value is not None}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
-from ldm.config.schema import Fraction, build, config, plain
+from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
@@ -48,7 +48,7 @@ from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import teach
-from ldm.text.weighted import chunks_of
+from ldm.text.weighted import chunks_of, encode_captions
 
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
 
@@ -62,6 +62,7 @@ class LatentDiffusion(ModelConfig):
     autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
     network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
+    caption_chunks: Positive = 1  # of CLIP's 75 tokens (or what the text encoder reads) that a caption may have: kohya's 225 are 3
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
@@ -141,7 +142,11 @@ class LatentDiffusion(ModelConfig):
     def identity(self) -> dict[str, Any]:
         """All but names, defaults of sampling, recomputing (which changes no bit), and what is switched off."""
         left_out = ("defaults", "text", "autoencoder")
-        found = {k: v for k, v in plain(self).items() if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None))}
+        found = {
+            k: v
+            for k, v in plain(self).items()
+            if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None), ("caption_chunks", 1))
+        }
         found["network"]["checkpointing"] = False
         if self.adapt is not None:
             found["adapt"] = self.adapt.identity()
@@ -330,7 +335,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         x0 = full(mean)
         if std is not None:
             x0 = x0 + full(std) * rng.normal("posterior", mean.shape[1:]).to(x0)
-        kept = batch.text if isinstance(batch, MomentBatch) and not self.text_learns else None
+        whole = self.text_learns or self.config.caption_chunks > 1  # states that are kept are one chunk's
+        kept = batch.text if isinstance(batch, MomentBatch) and not whole else None
         text = self._told(list(batch.caption)) if kept is None else kept
         return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
 
@@ -352,6 +358,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         return {"denoising": (noised.weight * error).mean()}, gauges
 
     def _told(self, captions: list[str]) -> Text:
+        if self.config.caption_chunks > 1:
+            return encode_captions(self.text, captions, self.config.caption_chunks, self.text_learns)
         return self.text.learn(captions) if self.text_learns else self.text.encode(captions)
 
     def _without_caption(self, cond: Cond) -> Cond:
@@ -368,7 +376,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads."""
-        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
+        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room * self.config.caption_chunks)
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
