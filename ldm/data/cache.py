@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Positive
@@ -230,8 +231,12 @@ def _encode_shard(
         rows: dict[str, Tensor | None] = {"size": images.size}
         with torch.no_grad():
             rows["mean"], rows["std"] = encode(images.image)
+            if images.mask is not None:
+                rows["mask"] = adaptive_avg_pool2d(images.mask, rows["mean"].shape[2:])
             if plan.flip:
                 rows["mirrored_size"] = mirrored(images.size)
+                if rows.get("mask") is not None:
+                    rows["mirrored_mask"] = rows["mask"].flip(-1)
                 rows["mirrored_mean"], rows["mirrored_std"] = encode(images.image.flip(-1))
         if read is not None:
             rows |= _states(data, read, cut)

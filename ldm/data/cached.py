@@ -193,6 +193,7 @@ class CachedLatents:
             caption=tuple(self.captions(index, position, seed)),
             size=self._gather("size", rows, mirror),
             text=self._text(rows) if self.plan.text else None,
+            mask=self._gather("mask", rows, mirror) if "mask" in self._names else None,
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
         )
 

@@ -148,7 +148,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole JSON file ({str(error)[:200]}); write it again") from None
+        raise UserError(f"{path}: not a whole JSON file ({tables.in_a_line(error)}); write it again") from None
 
 
 def _parquet(path: Path, name: str) -> list[Row]:
@@ -161,7 +161,7 @@ def _parquet(path: Path, name: str) -> list[Row]:
             columns = file.schema_arrow.names
             found = list(tables.rows(file, [c for c in columns if c.lower() in wanted] or columns))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({str(error)[:200]}); write it again") from None
+        raise UserError(f"{path}: not a whole parquet file ({tables.in_a_line(error)}); write it again") from None
     return [(f"{name}:{number}", row) for number, row in enumerate(found, 1)]
 
 
@@ -172,7 +172,7 @@ def _jsonl(text: str, name: str, table: CaptionTable) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            table.rejected.append((f"{name}:{number}", "bad metadata row", str(error)[:200]))
+            table.rejected.append((f"{name}:{number}", "bad metadata row", tables.in_a_line(error)))
             continue
         if isinstance(row, dict):
             yield f"{name}:{number}", row

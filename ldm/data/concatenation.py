@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
@@ -82,10 +83,16 @@ class Concatenation:
             order += rows
         if any(batch.image.dtype != torch.uint8 for batch in found):
             found = [batch.to("cpu") for batch in found]
+        if any(batch.mask is not None for batch in found):  # a part without masks counts whole
+            found = [batch if batch.mask is not None else replace(batch, mask=_all_of(batch.image)) for batch in found]
         whole = cat(found)
         back = torch.tensor(np.argsort(order))
         return ImageBatch(
-            image=whole.image[back], caption=tuple(whole.caption[i] for i in back), size=whole.size[back], position=whole.position[back]
+            image=whole.image[back],
+            caption=tuple(whole.caption[i] for i in back),
+            size=whole.size[back],
+            position=whole.position[back],
+            mask=None if whole.mask is None else whole.mask[back],
         )
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
@@ -141,6 +148,11 @@ class Concatenation:
         """Of the parts and how often they come."""
         said = ["joined", 1, *(part.fingerprint() for part in self.parts), *self.counts]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _all_of(image: torch.Tensor) -> torch.Tensor:
+    """A mask of images in which everything counts."""
+    return torch.full((len(image), 1, *image.shape[2:]), 255 if image.dtype == torch.uint8 else 1.0, dtype=image.dtype)
 
 
 def _list(value: object) -> list[object]:

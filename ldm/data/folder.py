@@ -50,6 +50,7 @@ class FolderSource:
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
+    masks: Literal["none", "beside", "alpha"] = "none"  # how much each pixel counts, for masked_loss; beside: x-masklabel.png and the like
     max_bad: Fraction = 0.1  # share of unusable files above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
     outside: bool = False  # also follow links that lead out of the folder
@@ -72,6 +73,7 @@ class _Entry:
     size: tuple[int, int]  # height, width by the header
     times: int  # that it is seen in an epoch
     rejection: Rejection | None
+    mask: str  # the file that is its mask; empty: none
 
 
 class FolderData(Photos):
@@ -100,11 +102,12 @@ class FolderData(Photos):
         self._sizes = np.array([e.size for e in kept], np.int32).reshape(-1, 2)
         digest = hashlib.sha256()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
-        digest.update(json.dumps(["folder", 2, *view_options]).encode())
+        digest.update(json.dumps(["folder", 2, *view_options, source.masks]).encode())
         for e in kept:
             digest.update(json.dumps([e.name, e.content, e.captions]).encode())
         self._fingerprint = digest.hexdigest()
         self._contents = [e.content for e in kept]
+        self._masks = [e.mask for e in kept]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,6 +123,13 @@ class FolderData(Photos):
         except OSError as error:
             raise Rejected("unreadable file", str(error.strerror)) from None
 
+    def read_mask(self, index: int) -> bytes | None:
+        """As `Photos.read_mask`."""
+        try:
+            return read_file(self.root / name) if (name := self._masks[index]) else None
+        except OSError as error:
+            raise Rejected("unreadable mask", str(error.strerror)) from None
+
     def describe(self) -> dict[str, object]:
         """Counts, rejections by reason with the first few names, files replaced so far, and the fingerprint."""
         return {
@@ -129,6 +139,7 @@ class FolderData(Photos):
             "images": self.distinct,
             **({"with_repeats": len(self)} if len(self) != self.distinct else {}),
             "images_in_both_parts": self.total,
+            **({"with_mask": sum(map(bool, self._masks))} if self.source.masks == "beside" else {}),
             "captions": sum(len(set(texts)) for texts in self._captions),
             "captions_from": self.tables or self.source.captions,
             "rejected": dict(Counter(r.reason for r in self.rejected)),
@@ -201,7 +212,14 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
     rejected += [Rejection(name, "listed but missing") for name in sorted(set(table.absent))]
     names = [name for name, _ in found.images]
     side = side_pictures(names, (name for name in names if table.captions.get(name) or found.text_of(name)))
-    rejected += [Rejection(name, "side picture", f"a {kept.kind}" + f" of {kept.of}" * bool(kept.of)) for name, kept in side.items()]
+    masks = {kept.of: name for name, kept in sorted(side.items(), reverse=True) if kept.kind == "mask" and kept.of}
+    masks = masks if source.masks == "beside" else {}
+    used = set(masks.values())
+    rejected += [
+        Rejection(name, "side picture", f"a {kept.kind}" + f" of {kept.of}" * bool(kept.of))
+        for name, kept in side.items()
+        if name not in used
+    ]
 
     hashes = ContentHashes(found.root)
 
@@ -221,15 +239,17 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
             if min(size) < source.min_side:
                 raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
             content = hashes.of(path, name, status)
+            if mask := masks.get(name, ""):
+                content += hashes.of(found.root / mask, mask, (found.root / mask).stat())
         except Rejected as error:
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, content, captions, told, size, times, rejection)
+        return _Entry(name, content, captions, told, size, times, rejection, masks.get(name, ""))
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         looked = list(pool.map(look, (item for item in found.images if item[0] not in side)))
-    hashes.save([e.name for e in looked])
+    hashes.save([*(e.name for e in looked), *used])
     rejected += [e.rejection for e in looked if e.rejection is not None]
     return [e for e in looked if e.rejection is None], rejected
 

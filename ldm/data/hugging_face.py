@@ -47,6 +47,7 @@ class DatasetsSource:
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
+    masks: Literal["none", "alpha"] = "none"  # how much each pixel counts, for masked_loss; alpha: by the picture's opacity
     max_bad: Fraction = 0.1  # share of unusable rows above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
     outside: bool = False  # also read files outside the data set that links lead to or rows name
@@ -104,7 +105,7 @@ class DatasetsData(Photos):
         self._contents = [content for content, here in zip(contents, mine, strict=True) if here]
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels, self.image_column, self.caption_column)
         # Not the library's own hash of the table, which follows the files' places and times.
-        digest = hashlib.sha256(json.dumps(["datasets", 2, *view_options]).encode())
+        digest = hashlib.sha256(json.dumps(["datasets", 2, *view_options, source.masks]).encode())
         for content, said in zip(self._contents, self._captions, strict=True):
             digest.update(json.dumps([content, said]).encode())
         self._fingerprint = digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,6 +61,7 @@ class View:
 
     pixels: np.ndarray  # (H,W,3) uint8
     size: tuple[int, int, int, int, int, int]  # px: original height, width; crop top, left; target height, width
+    mask: np.ndarray | None = None  # (H,W) uint8, the same part of the picture's mask; None: it has none
 
 
 def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -249,6 +250,41 @@ def view(data: bytes, shape: Shape, at: tuple[float, float] = (0.5, 0.5), flip: 
     else:
         pixels = _part(full, (rows, columns), (top, start), (high, wide))
     return View(pixels[:, ::-1] if flip else pixels, (height, width, top, left, high, wide))
+
+
+def mask_view(data: bytes, seen: View, flip: bool, alpha: bool, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The part of a mask (H,W) uint8 that belongs to a view of its picture: white counts whole, black not at all.
+
+    Args:
+        data: a mask's file, of the picture's aspect ratio and any size: its grey value, times its opacity where it has any; or the
+            picture's own file.
+        alpha: take the opacity of the picture instead; one without transparency counts whole.
+
+    Raises:
+        Rejected: if the bytes cannot be decoded completely.
+    """
+    _check_length(len(data))
+    with _open(io.BytesIO(data), max_pixels) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+            opacity = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+            if alpha:
+                grey = opacity or Image.new("L", upright.size, 255)
+            elif opacity is None:
+                grey = to_rgb(upright).convert("L")
+            else:
+                grey = ImageChops.multiply(upright.convert("RGBA").convert("RGB").convert("L"), opacity)
+        except Rejected:
+            raise
+        except Exception as error:  # as in _open
+            raise Rejected("damaged mask", f"{type(error).__name__}: {error}") from None
+    height, width, top, left, high, wide = seen.size
+    rows, columns = cover(height, width, (high, wide))
+    start = columns - wide - left if flip else left
+    down, across = grey.height / rows, grey.width / columns
+    box = (start * across, top * down, min((start + wide) * across, float(grey.width)), min((top + high) * down, float(grey.height)))
+    part = np.asarray(grey.resize((wide, high), Image.Resampling.BILINEAR, box=box))
+    return part[:, ::-1] if flip else part
 
 
 def _direct(image: Image.Image, data: bytes, size: tuple[int, int]) -> np.ndarray | None:

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from ldm.data.content import MOST, mark
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
 from ldm.data.file_names import printable
-from ldm.data.images import Rejected, Shape, View, sides, view
+from ldm.data.images import Rejected, Shape, View, mask_view, sides, view
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng, mix
 
@@ -47,6 +47,11 @@ class PhotoSource(Protocol):
     @property
     def max_bad(self) -> float:
         """The share of unusable samples above which a run stops."""
+        ...
+
+    @property
+    def masks(self) -> str:
+        """`none`, `beside` (a file of their own) or `alpha` (the picture's opacity)."""
         ...
 
     @property
@@ -119,6 +124,14 @@ class Photos(ABC):
             Rejected: if they cannot be read or are not what they were.
         """
 
+    def read_mask(self, index: int) -> bytes | None:
+        """The bytes of the file that is a sample's mask; None: it has none.
+
+        Raises:
+            Rejected: if they cannot be read.
+        """
+        return None
+
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
         return [list(self._captions[i]) for i in index]
@@ -159,11 +172,18 @@ class Photos(ABC):
         pixels = np.empty((len(index), 3, *sides(resolution)), np.uint8)
         for row, (_, seen) in enumerate(found):
             pixels[row] = seen.pixels.transpose(2, 0, 1)
+        masks = None
+        if self._look.masks != "none":
+            masks = np.full((len(index), 1, *sides(resolution)), 255, np.uint8)
+            for row, (_, seen) in enumerate(found):
+                if seen.mask is not None:
+                    masks[row, 0] = seen.mask
         return ImageBatch(
             image=torch.from_numpy(pixels),
             caption=tuple(self.captions([i for i, _ in found], position, seed)),
             size=torch.tensor([seen.size for _, seen in found], dtype=torch.float32).view(-1, 6),
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
+            mask=None if masks is None else torch.from_numpy(masks),
         )
 
     def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: Shape) -> list[tuple[int, View]]:
@@ -200,11 +220,18 @@ class Photos(ABC):
             if self.name(here) not in self.replaced:
                 work.under_way = here, time.monotonic()
                 try:
-                    return here, view(self.read(here), resolution, at, flip, self._look.max_pixels)
+                    return here, self._seen(here, resolution, at, flip)
                 except Rejected as error:
                     self._replace(here, error)
             i = self.after(i)
         raise UserError(f"{self.where}: none of its {len(self)} images can be decoded any more; was the data changed?")
+
+    def _seen(self, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> View:
+        """A sample's view, with the same part of its mask."""
+        data, most = self.read(index), self._look.max_pixels
+        seen = view(data, resolution, at, flip, most)
+        mask = data if self._look.masks == "alpha" else self.read_mask(index) if self._look.masks == "beside" else None
+        return seen if mask is None else replace(seen, mask=mask_view(mask, seen, flip, self._look.masks == "alpha", most))
 
     def after(self, index: int) -> int:
         """Which sample stands in for one that cannot be used; may run past the end, where the first follows the last."""

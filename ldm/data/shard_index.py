@@ -34,6 +34,7 @@ from ldm.data.file_names import hidden, is_text, printable, side_pictures, split
 from ldm.data.folder import OTHER_IMAGES, SUFFIXES, how_to_unpack
 from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
 from ldm.data.storage import Stat, stream
+from ldm.data.tables import in_a_line
 from ldm.data.tar import Damage, Member, members
 
 EXAMPLES = 20  # rejections that a record names
@@ -244,7 +245,7 @@ def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         pass
     except (pa.ArrowException, OSError) as error:
-        record.damage.append(f"the parquet file beside it cannot be read: {str(error)[:200]}")
+        record.damage.append(f"the parquet file beside it cannot be read: {in_a_line(error)}")
     try:
         with stream(f"{stem}_stats.json") as raw:
             record.listed = int(json.loads(raw.read(2**20))["successes"])
@@ -470,7 +471,7 @@ def _load(place: Path, root: str) -> tuple[dict[str, ShardRecord], dict[str, pa.
         if not pc.all(pc.greater(pc.list_value_length(table["captions"]), 0)).as_py() and table.num_rows:
             raise ValueError("samples have no captions")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: the index of {root} is damaged ({str(error)[:200]}); remove it, and it is built anew") from None
+        raise UserError(f"{place}: the index of {root} is damaged ({in_a_line(error)}); remove it, and it is built anew") from None
     tables, at = {}, 0
     for record in records:
         tables[record.name] = table.slice(at, record.samples)

@@ -35,6 +35,7 @@ class ShardsSource:
     min_side: Count = 32  # px; images with a shorter side are left out
     max_pixels: Positive = MAX_PIXELS  # images with more are left out; guards the memory
     crop: Literal["random", "centre"] = "random"  # where the training square lies; held-out images use the centre
+    masks: Literal["none", "alpha"] = "none"  # how much each pixel counts, for masked_loss; alpha: by the picture's opacity
     max_bad: Fraction = 0.1  # share of unusable samples above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
     outside: bool = False  # also follow links that lead out of the folder of shards
@@ -101,8 +102,8 @@ class ShardsData(Photos):
         self._ranges, self._lost = Ranges(), dict[int, str]()
         self._contents = _Hashes(self._hash)
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
-        affixes = [source.prefix, source.suffix] if source.prefix or source.suffix else []
-        digest = hashlib.sha256(json.dumps(["shards", 1, *view_options, *affixes]).encode())
+        more = [source.prefix, source.suffix, source.masks]
+        digest = hashlib.sha256(json.dumps(["shards", 1, *view_options, *(more if more != ["", "", "none"] else [])]).encode())
         for record in shards:
             digest.update(json.dumps([record.name, record.sha256, record.samples]).encode())
         self._fingerprint = digest.hexdigest()

@@ -24,3 +24,10 @@ def affixes(source: Source) -> list[tuple[str, str]]:
     if isinstance(source, ConcatenationSource):
         return [pair for part in source.parts for pair in affixes(part.source)]
     return [(source.prefix, source.suffix)]
+
+
+def has_masks(source: Source) -> bool:
+    """Whether a source, or a part of one of several, tells how much each pixel counts."""
+    if isinstance(source, ConcatenationSource):
+        return any(has_masks(part.source) for part in source.parts)
+    return not isinstance(source, ScenesSource) and source.masks != "none"

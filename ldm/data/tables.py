@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ldm.data.file_names import printable
 from ldm.data.storage import is_url
 
 LONGEST = 2**16  # characters of a text that are kept; a dictionary of parquet can make gigabytes of one value
@@ -52,7 +53,7 @@ def damage(files: Sequence[str]) -> str | None:
                     if said := _column(opened, column):
                         return f"{file}: column {column} is damaged ({said})"
         except (pa.ArrowException, OSError) as error:
-            return f"{file}: not a whole parquet file ({_short(error)})"
+            return f"{file}: not a whole parquet file ({in_a_line(error)})"
     return None
 
 
@@ -64,9 +65,10 @@ def _column(opened: Any, column: str) -> str | None:
             for part in opened.iter_batches(batch_size=4096, row_groups=[group], columns=[column]):
                 part.validate(full=True)
         except (pa.ArrowException, OSError) as error:
-            return f"row group {group}: {_short(error)}"
+            return f"row group {group}: {in_a_line(error)}"
     return None
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+def in_a_line(error: Exception) -> str:
+    """What a library said, on one line."""
+    return printable(" ".join(str(error).split())[:160])

@@ -52,10 +52,13 @@ class ImageBatch(Movable):
     caption: tuple[str, ...]
     size: Tensor  # (B,6) px: original height, width; crop top, left; target height, width
     position: Tensor  # (B,) int64, the global sample positions that address all randomness
+    mask: Tensor | None = None  # (B,1,H,W) in [0,1], how much each pixel counts; bytes on the way, as the image; None: all do
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same on `device`, where bytes become numbers: a quarter of these would have to travel."""
         moved = super(ImageBatch, self).to(device)  # slots give the class anew, which super() alone does not know
+        if moved.mask is not None and moved.mask.dtype == torch.uint8:
+            moved = replace(moved, mask=moved.mask.float() / 255)
         if moved.image.dtype != torch.uint8:
             return moved
         return replace(moved, image=to_unit(moved.image))
@@ -80,6 +83,7 @@ class MomentBatch(Movable):
     size: Tensor  # (B,6) px, as in ImageBatch
     position: Tensor  # (B,) int64
     text: Text | None = None  # the captions' states, where they are cached too
+    mask: Tensor | None = None  # (B,1,h,w) in [0,1], how much each latent pixel counts; None: all do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,6 +111,11 @@ class ModelConfig:
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
     beside: ClassVar[tuple[str, ...]] = ()  # folders of its product that an export puts beside the model
 
+    @property
+    def reads_masks(self) -> bool:
+        """Whether its loss weighs by the data's masks."""
+        return False
+
     def inputs(self) -> dict[str, str]:
         """The models of the run that this one reads: by role, the model's name."""
         return {}

@@ -13,7 +13,7 @@ from ldm.config.schema import BY_KIND, Count, PathText, Positive, config, plain
 from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
-from ldm.data.sources import ScenesSource, Source
+from ldm.data.sources import ScenesSource, Source, has_masks
 from ldm.families import registry
 from ldm.families.family import ModelConfig
 from ldm.metrics.evaluator import Evaluator
@@ -200,6 +200,10 @@ def problems(run: Run) -> Iterator[str]:
         yield "stages: none; a run needs at least one"
     if run.prior_preservation is not None and run.prior_preservation.prompts and not run.init:
         yield "prior_preservation.prompts: the base model draws them; name it by init, or give prior_preservation.path"
+    if (readers := [name for name, model in run.models.items() if model.reads_masks]) and not has_masks(run.data):
+        yield f"models.{readers[0]}.masked_loss: no picture has a mask, as data.masks is none; set it to beside or alpha"
+    if has_masks(run.data) and not readers:
+        yield "data.masks: no model of this run weighs its loss by masks; give one masked_loss: {}, or leave masks out"
     if unknown := list(_unknown_models(run)):
         yield from unknown
         return

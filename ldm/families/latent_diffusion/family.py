@@ -26,6 +26,7 @@ from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose,
 from ldm.families.latent_diffusion.export import exported
 from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
+from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
 from ldm.families.latent_diffusion.runtime import ready
@@ -65,6 +66,7 @@ class LatentDiffusion(ModelConfig):
     caption_chunks: Positive = 1  # of CLIP's 75 tokens (or what the text encoder reads) that a caption may have: kohya's 225 are 3
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
+    masked_loss: MaskedLoss | None = None  # weigh errors by the data's masks; null: all of a picture is learned
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
     adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the network
 
@@ -74,6 +76,11 @@ class LatentDiffusion(ModelConfig):
     exports = True
     continues = True
     beside = KEPT
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether its loss is masked."""
+        return self.masked_loss is not None
 
     def inputs(self) -> dict[str, str]:
         """The text encoder and the autoencoder."""
@@ -145,7 +152,7 @@ class LatentDiffusion(ModelConfig):
         found = {
             k: v
             for k, v in plain(self).items()
-            if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None), ("caption_chunks", 1))
+            if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None), ("masked_loss", None), ("caption_chunks", 1))
         }
         found["network"]["checkpointing"] = False
         if self.adapt is not None:
@@ -353,7 +360,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
             cond = replace(cond, image=told(self.codec, batch.image, mask).to(latents.x0))
         noised = self.process.noise(latents.x0, rng)
         output = full(self.denoiser(noised.x, noised.t, cond))
-        error = (output - noised.target).square().mean((1, 2, 3))  # (B,)
+        squares = (output - noised.target).square()
+        error = (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3))  # (B,)
         gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
         return {"denoising": (noised.weight * error).mean()}, gauges
 
