@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import MAX_CHARACTERS, from_folder
 from ldm.data.file_names import printable
-from ldm.data.folder import SUFFIXES, FolderSource
+from ldm.data.folder import ARCHIVES, SUFFIXES, FolderSource, how_to_unpack
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
@@ -70,6 +70,8 @@ def source_at(path: str, captions: str = "auto") -> FolderSource | ShardsSource 
         raise UserError(f"{path} does not exist; give a folder of images, of tar shards or of parquet files")
     if place.suffix == ".parquet" or (place.is_dir() and is_saved(place)):
         return DatasetsSource(path=path, max_bad=1.0)
+    if place.is_file() and place.suffix.lower() in ARCHIVES:
+        raise UserError(f"{path} is an archive; {how_to_unpack(path)}")
     if place.is_file():
         raise UserError(f"{path} is one file; give a folder of images, tar shards, or parquet with image bytes")
     if any(place.rglob("*.tar")):

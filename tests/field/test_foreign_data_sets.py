@@ -203,6 +203,7 @@ def test_what_macos_adds_to_tars_is_no_picture(tmp_path):
 def test_packed_folders_say_how_to_unpack(tmp_path):
     (tmp_path / "a b.tar.gz").write_bytes(b"\x1f\x8b")
     assert "gunzip -c 'a b.tar.gz' > 'a b.tar'" in told(tmp_path)
+    assert "a b.tar.gz is an archive; unpack it" in told(tmp_path / "a b.tar.gz")
     (tmp_path / "a b.tar.gz").rename(tmp_path / "x.zip")
     assert "1 archives (x.zip); unpack it to a folder of pictures first" in told(tmp_path)
 

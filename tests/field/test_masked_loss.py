@@ -144,7 +144,7 @@ def configuration(masks: str, loss: object) -> dict[str, Any]:
 
 
 def test_masks_without_their_loss_and_a_loss_without_masks_are_refused():
-    with pytest.raises(UserError, match="data.masks: no model of this run weighs its loss by masks"):
+    with pytest.raises(UserError, match=r"data\.masks: no model of this run weighs its loss by masks"):
         build(configuration("beside", None), Run, "run.yaml")
     with pytest.raises(UserError, match=r"models\.diffusion\.masked_loss: no picture has a mask"):
         build(configuration("none", {}), Run, "run.yaml")

@@ -21,8 +21,11 @@ from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
+from ldm.families.latent_diffusion.masked_loss import MaskedLoss
 from ldm.formats.latent_codec import autoencoder_folder
 from ldm.text.encoder import TextEncoder, small_clip_text
+from ldm.text.prompt_syntax import Piece
+from ldm.text.weighted import encode
 
 DEFAULTS = Defaults(steps=3, chunk=2)
 DATA = Pictures()
@@ -143,6 +146,41 @@ def test_cached_moments_teach_the_same(products: Path, autoencoder: str) -> None
         mean=mean.half(), std=None if std is None else std.half(), caption=data.caption, size=data.size, position=data.position
     )
     assert torch.isclose(loss(family, data), loss(family, halves), rtol=1e-2)
+
+
+def test_the_masked_loss_learns_what_the_mask_leaves(products: Path) -> None:
+    data, plain = batch(0, 1, 2), made(products, caption_dropout=0.0)
+    family = made(products, caption_dropout=0.0, masked_loss=MaskedLoss())
+    whole = torch.ones(3, 1, *data.image.shape[2:])
+    assert torch.equal(loss(family, replace(data, mask=whole)), loss(plain, data))
+    assert float(loss(family, replace(data, mask=0 * whole))) == 0
+    left, right = whole.clone(), whole.clone()
+    left[..., whole.shape[3] // 2 :], right[..., : whole.shape[3] // 2] = 0, 0
+    halves = loss(family, replace(data, mask=left)) + loss(family, replace(data, mask=right))
+    assert torch.isclose(halves, loss(plain, data), rtol=1e-5)
+    mean, std = family.codec.moments(data.image)
+    small = torch.nn.functional.avg_pool2d(left, family.factor)
+    cached = MomentBatch(mean=mean, std=std, caption=data.caption, size=data.size, position=data.position, mask=small)
+    assert torch.isclose(loss(family, cached), loss(family, replace(data, mask=left)), rtol=1e-5)
+    assert made(products).config.identity() == made(products, masked_loss=None, caption_chunks=1).config.identity()
+    assert family.config.identity()["masked_loss"] == {"unmasked": 0.0, "normalise": False}
+
+
+def test_captions_of_several_chunks_are_told_whole(products: Path) -> None:
+    family = made(products, caption_dropout=0.5, caption_chunks=3)
+    family.denoiser = Listener()
+    room = family.text.room
+    long = next(text for n in range(1, 40) if len(family.text.words(text := "red circle " * n)) > room)
+    data = replace(batch(*range(8)), caption=(long, "a red circle") * 4)
+    loss(family, data)
+    told = family.denoiser.told[-1][2].text
+    assert told.tokens.shape[1] == 3 * family.text.max_tokens
+    drawn = encode(family.text, [[Piece(text)] for text in (*data.caption, "")], 3).tokens
+    dropped = Rng(7, range(8)).uniform("caption_dropout") < 0.5
+    for row in range(8):
+        assert torch.equal(told.tokens[row], drawn[8] if dropped[row] else drawn[row])
+    assert len(family.text.words(long)) <= 3 * room and family.cut_captions([long]) is None
+    assert made(products).cut_captions([long]) is not None
 
 
 def test_only_the_unet_learns(products: Path) -> None:
