@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm.data.content import DataChange, HasMarks, compare
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
 MARKS = "data.npy"  # of the run folder: a hash of each sample's name, and one of its picture and captions
 
 
-def data_change(out: Path, data: DataSet) -> DataChange | None:
-    """What has changed in the data set since the run's last start; None: nothing, or nothing tells."""
-    new = data.marks() if isinstance(data, HasMarks) else None
+def marks_of(data: DataSet) -> NDArray[np.uint64] | None:
+    """What a data set is compared by; None: it is made by rule, or too large."""
+    return data.marks() if isinstance(data, HasMarks) else None
+
+
+def data_change(out: Path, new: NDArray[np.uint64] | None) -> DataChange | None:
+    """What has changed in the data set, whose marks are `new`, since the run's last start; None: nothing, or nothing tells."""
     if new is None:
         return None
     try:
@@ -30,9 +35,8 @@ def data_change(out: Path, data: DataSet) -> DataChange | None:
     return found if found.added or found.removed or found.altered else None
 
 
-def remember(out: Path, data: DataSet) -> None:
+def remember(out: Path, marks: NDArray[np.uint64] | None) -> None:
     """Keep what a later start compares with."""
-    marks = data.marks() if isinstance(data, HasMarks) else None
     if marks is not None:
         temporary = out / f".{MARKS}"
         with temporary.open("wb") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.families.family import Found
-from ldm.runs.changed_data import data_change
+from ldm.runs.changed_data import data_change, marks_of
 from ldm.runs.extension import decide
 from ldm.runs.keys import Finished, check_data, finished, hashes_of, identity, key_of
 from ldm.runs.run import Run
@@ -51,6 +51,6 @@ def planned(run: Run, out: Path, data: DataSet, val: DataSet, elsewhere: Mapping
             found.append(Planned(name, True, f"done, nothing it depends on has changed ({have.seconds:.0f} s saved)"))
         else:
             why = decide(folder, have, wanted, extend).why
-            change = data_change(out, data) if "data: " in why else None
+            change = data_change(out, marks_of(data)) if "data: " in why else None
             found.append(Planned(name, False, f"{why}; data: {change}" if change else why))
     return found

@@ -29,7 +29,7 @@ from ldm.distributed.rank_checks import agree
 from ldm.families.family import ModelConfig, Product
 from ldm.formats import atomic
 from ldm.runs import extension, pretrained
-from ldm.runs.changed_data import data_change, remember
+from ldm.runs.changed_data import data_change, marks_of, remember
 from ldm.runs.evaluation import measure
 from ldm.runs.keys import DONE, IDENTITY, Finished, check_data, finished, hashes_of, identity, key_of, plain_json
 from ldm.runs.launch_checks import missing, shares
@@ -76,9 +76,10 @@ class Execution:
         for line in _about(self.data.describe()):
             self.log.note(line)
         if self.processes.main:
-            if change := data_change(self.out, self.data):
+            marks = marks_of(self.data)
+            if change := data_change(self.out, marks):
                 self.log.note(f"data: changed since the last start: {change}")
-            remember(self.out, self.data)
+            remember(self.out, marks)
         if self.elsewhere:
             if self.processes.main:
                 pretrained.make(self.run, self.elsewhere, self.out, write=True)

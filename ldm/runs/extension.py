@@ -16,7 +16,7 @@ from ldm.training import checkpoint
 
 FILE = "extends.json"  # of a stage's folder: what it goes on from
 WORD = "--extend"
-SETTINGS = ("images", "batch", "micro_batch", "exact", "flip", "filter", "optim", "precision", "compile", "ema")
+SETTINGS = ("images", "batch", "micro_batch", "exact", "flip", "filter", "tags", "optim", "precision", "compile", "ema")
 FREE = (
     "data",
     "inputs.latents",

@@ -104,15 +104,16 @@ def test_cached_latents_keep_masks_at_their_size(tmp_path, buckets):
     options = CacheOptions(autoencoder="a", resolution=64, flip=True, buckets=buckets, shard_images=3)
     write_cache(tmp_path / "cache", data, lambda image: (F.avg_pool2d(image, 8), None), options)
     cached = CachedLatents(tmp_path / "cache")
-    shapes = [cached.plan.shapes[n] for n in cached.buckets()[1]] if buckets else [(64, 64)] * 4  # type: ignore[index]
+    shapes: list[Any] = [cached.plan.shapes[n] for n in cached.buckets()[1]] if buckets else [64] * 4  # type: ignore[index]
     flipped = 0
     for index, shape in enumerate(shapes):
+        high, wide = shape if buckets else (64, 64)
         for position in range(6):
             found = cached.load([index], [position], shape, 5, True)
             image = data.load([index], [position], shape, 5, False)
             mirror = not torch.allclose(found.mean, F.avg_pool2d(image.image, 8), atol=1e-2)
             flipped += mirror
-            assert image.mask is not None and found.mask is not None and found.mask.shape == (1, 1, shape[0] // 8, shape[1] // 8)
+            assert image.mask is not None and found.mask is not None and found.mask.shape == (1, 1, high // 8, wide // 8)
             wanted = F.avg_pool2d(image.mask, 8)
             assert torch.allclose(found.mask, wanted.flip(-1) if mirror else wanted, atol=1e-3)
     assert 4 < flipped < 20
