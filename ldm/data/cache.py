@@ -230,13 +230,13 @@ def _encode_shard(
     for (cut, shape), (images,) in zip(cuts, ordered(tasks, workers), strict=True):
         rows: dict[str, Tensor | None] = {"size": images.size}
         with torch.no_grad():
-            rows["mean"], rows["std"] = encode(images.image)
-            if images.mask is not None:
-                rows["mask"] = adaptive_avg_pool2d(images.mask, rows["mean"].shape[2:])
+            mean, rows["std"] = encode(images.image)
+            rows["mean"] = mean
+            mask = None if images.mask is None else adaptive_avg_pool2d(images.mask, (mean.shape[2], mean.shape[3]))
+            rows["mask"] = mask
             if plan.flip:
                 rows["mirrored_size"] = mirrored(images.size)
-                if rows.get("mask") is not None:
-                    rows["mirrored_mask"] = rows["mask"].flip(-1)
+                rows["mirrored_mask"] = None if mask is None else mask.flip(-1)
                 rows["mirrored_mean"], rows["mirrored_std"] = encode(images.image.flip(-1))
         if read is not None:
             rows |= _states(data, read, cut)

@@ -72,8 +72,8 @@ class DatasetsData(Photos):
         self.image_column = _image_column(table, source)
         self.caption_column = _caption_column(names, source)
         self._table = table.with_format("arrow")
-        texts = (caption_texts(value) for value in self._cells(self.caption_column))
-        captions = [tuple(affixed(said, source.prefix, source.suffix) for said in found) for found in texts]
+        before, behind = source.prefix, source.suffix
+        captions = [tuple(affixed(said, before, behind) for said in caption_texts(value)) for value in self._cells(self.caption_column)]
         wanted = [c for c in names if c.lower() in {a for n in ("width", "height", "aesthetic", "watermark") for a in ALIASES[n]}]
         columns = {c: list(self._cells(c)) for c in wanted if c not in (self.image_column, self.caption_column)}
         told = [known(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] or [Known()] * len(captions)

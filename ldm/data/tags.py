@@ -81,7 +81,8 @@ class TaggedSamples(Generic[B]):
     """
 
     def __init__(self, data: Samples[B], tags: Tags, fixed: Sequence[tuple[str, str]] = ()) -> None:
-        self.data, self.tags, self.fixed = data, tags, tuple(pair for pair in fixed if any(pair))
+        self.data: Samples[B] = data
+        self.tags, self.fixed = tags, tuple(pair for pair in fixed if any(pair))
 
     @property
     def mirrors(self) -> bool:

@@ -28,6 +28,6 @@ def weigh(asked: MaskedLoss, batch: ImageBatch | MomentBatch, error: Tensor) -> 
         raise UserError(
             "masked_loss: these latents were encoded without masks; encode them again with data.masks, or leave masked_loss out"
         )
-    weight = F.adaptive_avg_pool2d(batch.mask.to(error), error.shape[2:]).clamp(min=asked.unmasked)  # (B,1,h,w)
+    weight = F.adaptive_avg_pool2d(batch.mask.to(error), (error.shape[2], error.shape[3])).clamp(min=asked.unmasked)  # (B,1,h,w)
     found = error * weight
     return found / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-6) if asked.normalise else found
