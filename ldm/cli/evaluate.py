@@ -22,6 +22,9 @@ def main(words: Sequence[str]) -> int:
     return call(evaluate, words, "ldm evaluate")
 
 
+FEATURES = "inception=FILE, timm/MODEL=FILE, or the FOLDER of a vision model of transformers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Measurement: of what model, on what, how often."""
@@ -31,11 +34,13 @@ class Measurement:
     tier: str | None = option(None, "Of the scenes: one T0 T1 T2 T3; default: T0.")
     n: int | None = option(None, "Prompts of scenes: half with seen colour-shape pairs, half with held-out ones; default: 200.", low=2)
     seed: int = option(0, "Of prompts and pictures.", low=0)
-    guidance: str = option("", "Guidance scales to compare on scenes, such as 1,2,3,5; default: the model's.")
+    guidance: str = option("", "Guidance scales to compare, such as 1,2,3,5; default: the model's.")
     steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
-    sampler: str = option("", "Of the pictures of scenes; default: the model's.")
+    sampler: str = option("", "Default: the model's.")
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
+    features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
+    clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score.")
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
 
@@ -46,18 +51,23 @@ class Measurement:
             UserError: naming the option.
         """
         _numbers(self.guidance)
-        of_scenes = {"tier": self.tier, "n": self.n, "guidance": self.guidance, "sampler": self.sampler}
-        of_scenes["abilities"] = self.abilities or None
+        of_scenes = {"tier": self.tier, "n": self.n, "abilities": self.abilities or None}
         for name, value in of_scenes.items():
-            if self.on != "scenes" and value not in (None, ""):
+            if self.on != "scenes" and value is not None:
                 raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
 
     def metrics(self) -> list[Any]:
         """What is measured, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Abilities, Adherence, Frechet, Reconstruction
+        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Reconstruction
 
-        found: list[Any] = [Reconstruction(images=self.images), Frechet(images=self.images, steps=self.steps, seed=self.seed)]
+        found: list[Any] = [Reconstruction(images=self.images)]
+        by = {"features": _features(self.features)} if self.features else {}
+        for scale in _numbers(self.guidance) or [0.0]:
+            drawn = {"images": self.images, "steps": self.steps, "seed": self.seed, "sampler": self.sampler, "guidance": scale}
+            found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
+            if self.clip is not None:
+                found.append(build({"kind": "clip_score", "path": str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
         if self.on == "scenes":
             own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
             own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
@@ -80,9 +90,12 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     from ldm.data.scenes.source import ScenesSource
     from ldm.distributed.environment import calibrate
     from ldm.families.registry import open_finished
+    from ldm.metrics.evaluator import check_weights
     from ldm.training.log import Log
 
     calibrate()
+    metrics = wanted.metrics()
+    check_weights(metrics)
     if wanted.on == "scenes":
         source: Any = build({"kind": "scenes", "tier": wanted.tier or "T0", "val": 2 * wanted.images}, ScenesSource, "--tier")
     else:
@@ -92,7 +105,7 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     with log.stage("evaluate", 0, 0) as progress:
         found = measure(
             family,
-            wanted.metrics(),
+            metrics,
             data=source.build("val"),
             resolution=family.defaults["size"][0],
             seed=wanted.seed,
@@ -114,6 +127,17 @@ def _make_room(path: Path) -> None:
         raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from None
     if path.is_dir():
         raise UserError(f"--json {path}: is a folder; name a file in it, such as {path / 'result.json'}")
+
+
+def _features(text: str) -> dict[str, str]:
+    """`inception=FILE`, `timm/MODEL=FILE` or a folder, as a configuration says it."""
+    name, equals, file = text.partition("=")
+    if not equals:
+        return {"kind": "transformers", "path": text}
+    kind, _, model = name.partition("/")
+    if kind not in ("inception", "timm") or (kind == "timm") != bool(model):
+        raise UserError(f"features: got {text!r}; give {FEATURES}")
+    return {"kind": kind, "weights": file} | ({"model": model} if model else {})
 
 
 def _numbers(text: str) -> list[float]:
@@ -161,11 +185,23 @@ def table(result: dict[str, Any]) -> None:
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-    if "skipped" in result.get("frechet", {}):
-        console.print(f"fréchet distance: not measured, {terminal.shown(result['frechet']['skipped'])}")
-    elif "frechet" in result:
-        found = result["frechet"]
-        console.print(
-            f"fréchet distance {found['distance']:.2f}; between real images {found['real_real_floor']:.2f}"
-            f" ({found['protocol']['images']} images)"
-        )
+    for name, found in result.items():
+        if name.startswith("frechet"):
+            console.print(_distances(found))
+        elif name.startswith("clip_score"):
+            console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f}")
+
+
+def _scale(found: dict[str, Any]) -> str:
+    return f" at guidance {found['protocol']['guidance']:g}"
+
+
+def _distances(found: dict[str, Any]) -> str:
+    if "skipped" in found:
+        return f"fréchet distance: not measured, {terminal.shown(found['skipped'])}"
+    told = f"fréchet distance{_scale(found)} {found['distance']:.2f}; between real images {found['real_real_floor']:.2f}"
+    told += f" ({found['protocol']['images']} images, {found['protocol']['features']})"
+    if "kernel" in found:
+        shares = "".join(f", {name} {found[name]:.3f}" for name in ("precision", "recall") if name in found)
+        told += f"; kernel {found['kernel']:.5f} ({found['kernel_floor']:.5f}), gaussian {found['gaussian']:.3f}{shares}"
+    return told

@@ -22,8 +22,8 @@ from ldm.sampling.unheard import in_lines, in_words
 if TYPE_CHECKING:
     from ldm.distributed.processes import Processes
     from ldm.families.draws import Draws, Guide
+    from ldm.metrics.judges import Judge
     from ldm.sampling.init_images import InitImage
-    from ldm.sampling.judges import Judge
     from ldm.sampling.writing import PictureWriter
 
 
@@ -49,8 +49,8 @@ def sample(request: Request) -> int:
 
     from ldm.distributed.processes import processes
     from ldm.families.registry import open_finished
+    from ldm.metrics.judges import judge_of
     from ldm.sampling.adapters import add, decoded_by
-    from ldm.sampling.judges import judge_of
     from ldm.sampling.picture_files import read_pixels, save_sheet
 
     device = request.device.device

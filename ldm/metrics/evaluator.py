@@ -22,9 +22,12 @@ from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.families.draws import Wanted
 from ldm.metrics import abilities, adherence, frechet, shapes
+from ldm.metrics.extractors import Features, RandomFeatures, gaussian_distance, kernel_distance, precision_recall
+from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
 
 Values = dict[str, Any]
+NEIGHBOURS = 3  # of precision and recall
 PROMPTS = "prompts.json"  # beside example pictures: what each grid was asked for, by its name
 
 
@@ -246,21 +249,30 @@ class Reconstruction:
 
 @config
 class Frechet:
-    """Fréchet distance between pictures of validation captions and the validation images, in a fixed random feature space."""
+    """Distances between pictures of validation captions and the validation images, in a space of features.
+
+    With learned features: Fréchet and kernel distance (FID and KID where they are Inception's), Gaussian distance (CMMD
+    where they are CLIP's), precision and recall.
+    """
 
     kind: Literal["frechet"] = "frechet"
     images: Positive = 256  # pictures, and real images; fix it, the distance depends on it
     steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
     seed: Count = 0  # of the pictures
+    features: Features = RandomFeatures()  # what pictures are compared by
 
     asks = "sample"  # of the model
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""
-        return ("distance", "real_real_floor")
+        learned = () if isinstance(self.features, RandomFeatures) else ("kernel", "kernel_floor", "gaussian", "precision", "recall")
+        return ("distance", "real_real_floor", *learned)
 
     def run(self, bench: Bench) -> Values:
-        """The distance, and the floor: that between two sets of real images of the same number."""
+        """The distances, and their floor: those between two sets of real images of the same number."""
+        extractor = self.features.load(bench.device)
         real = bench.real(2 * self.images)
         half = len(real.image) // 2
         if half < 2:
@@ -269,15 +281,67 @@ class Frechet:
         def on_step(done: int, total: int) -> None:
             bench.progress(done, total, "frechet")
 
-        seeds, wanted = [self.seed + i for i in range(half)], Wanted(steps=self.steps or None)
+        seeds = [self.seed + i for i in range(half)]
+        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
         images = bench.model.sample(real.caption[:half], seeds, wanted, on_step=on_step)
-        a, b, c = (frechet.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
-        a, b, c = frechet.standardise(a, b, c)
-        return {
-            "distance": round(frechet.distance(b, c), 3),
-            "real_real_floor": round(frechet.distance(a, b), 3),
-            "protocol": {"images": half, "features": "3 random 3x3 convolutions, Philox key 0", "side": frechet.SIDE},
-        }
+        a, b, c = (extractor.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
+        found: Values = {}
+        if isinstance(self.features, RandomFeatures):
+            a, b, c = frechet.standardise(a, b, c)
+        else:
+            found = {"kernel": round(kernel_distance(b, c), 6), "kernel_floor": round(kernel_distance(a, b), 6)}
+            found["gaussian"] = round(gaussian_distance(b, c), 4)
+            if half > NEIGHBOURS:
+                found["precision"], found["recall"] = (round(share, 4) for share in precision_recall(c, b, NEIGHBOURS))
+        used = bench.model.settings(wanted)
+        protocol = {"images": half, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler, **extractor.protocol}
+        distances = {"distance": round(frechet.distance(b, c), 3), "real_real_floor": round(frechet.distance(a, b), 3)}
+        return {**distances, **found, "protocol": protocol}
 
 
-Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet, BY_KIND]
+@config
+class ClipScore:
+    """How well pictures show their captions, by a CLIP: 100 x the cosine similarity, mean over pictures (arXiv 2104.08718)."""
+
+    kind: Literal["clip_score"] = "clip_score"
+    path: Path  # a folder that transformers' CLIPModel opens
+    images: Positive = 256  # validation captions
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of the pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("score", "real")
+
+    def run(self, bench: Bench) -> Values:
+        """The mean score of pictures, and that of the validation images with the same captions."""
+        judge = ClipJudge.load(self.path.expanduser(), bench.device)
+        real = bench.real(self.images)
+        many = len(real.image)
+
+        def on_step(done: int, total: int) -> None:
+            bench.progress(done, total, "clip score")
+
+        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
+        images = bench.model.sample(real.caption, [self.seed + i for i in range(many)], wanted, on_step=on_step)
+        true = ((real.image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        score, best = (100 * sum(judge.scores(of, real.caption)) / many for of in (images, true))
+        used = bench.model.settings(wanted)
+        protocol = {"images": many, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler, "clip": self.path.name}
+        return {"score": round(score, 3), "real": round(best, 3), "protocol": protocol}
+
+
+def check_weights(metrics: Sequence[Any]) -> None:
+    """Raises UserError for weights that are not here, before anything is measured."""
+    for metric in metrics:
+        if isinstance(metric, Frechet):
+            metric.features.check()
+        if isinstance(metric, ClipScore):
+            ClipJudge.check(metric.path.expanduser())
+
+
+Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore, BY_KIND]

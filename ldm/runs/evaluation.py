@@ -27,7 +27,9 @@ def measure(
         pictures: folder for example pictures, or None.
         progress: called as progress(done, in all, what).
     """
-    from ldm.metrics.evaluator import Bench
+    from ldm.metrics.evaluator import Bench, check_weights
+
+    check_weights(metrics)
 
     bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress)
     found: dict[str, Any] = {}

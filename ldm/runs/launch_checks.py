@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from ldm.config.errors import UserError
 from ldm.distributed.launcher import Launched, Work
+from ldm.metrics.evaluator import check_weights
 from ldm.models.inference import check_compiler
-from ldm.runs.run import Run
+from ldm.runs.run import Evaluate, Run
 from ldm.training.library_optimisers import EXTRA
 from ldm.training.settings import Train
 
@@ -51,6 +52,12 @@ def missing(run: Run, device: torch.device) -> Iterator[str]:
                 check_compiler(device)
             except UserError as error:
                 yield f"stages.{name}.{error}"
+    for name, one in run.stages.items():
+        if isinstance(one, Evaluate):
+            try:
+                check_weights(one.metrics)
+            except UserError as error:
+                yield f"stages.{name}.metrics: {error}"
 
 
 def _trained(run: Run) -> Iterator[tuple[str, Train]]:

@@ -17,8 +17,8 @@ from ldm.sampling.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.metrics.judges import Judge
     from ldm.sampling.init_images import InitImage
-    from ldm.sampling.judges import Judge
     from ldm.sampling.safety import SafetyFilter
 
 

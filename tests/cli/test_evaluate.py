@@ -41,7 +41,8 @@ def test_the_verb_measures_everything_and_writes_it(painter, tmp_path, capsys):
     painter.__init__(seed=3)
     assert main([*words, "--json", str(target), "--pictures", str(tmp_path / "shown")]) == 0
     found = json.loads(target.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert list(found) == ["model", "model_hash", "version", "on", "adherence", "reconstruction", "frechet"]
+    assert list(found) == ["model", "model_hash", "version", "on", "adherence", "reconstruction", "frechet", "frechet_2"]
+    assert [found[name]["protocol"]["guidance"] for name in ("frechet", "frechet_2")] == [1, 2.5]
     assert (found["model"], found["model_hash"], found["version"], found["on"]) == ("MODEL", "hash", ldm.__version__, "scenes")
     assert found["adherence"]["seen"]["bind"] == found["adherence"]["held_out"]["bind"] == 1
     protocol = found["adherence"]["protocol"]
@@ -63,7 +64,7 @@ def test_a_folder_of_images_is_measured_without_adherence(painter, tmp_path, cap
     for i, (image, caption) in enumerate(zip(batch.image, batch.caption, strict=True)):
         Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(caption)
-    assert main(["MODEL", "--on", str(folder), "--images", "4", "--json", str(tmp_path / "r.json")]) == 0
+    assert main(["MODEL", "--on", str(folder), "--images", "4", "--guidance", "2", "--json", str(tmp_path / "r.json")]) == 0
     found = json.loads((tmp_path / "r.json").read_text())
     assert "adherence" not in found and found["on"] == str(folder) and found["reconstruction"]["psnr"] == 100
     assert "bind" not in found["reconstruction"] and "checker" not in capsys.readouterr().out
@@ -97,6 +98,10 @@ def test_a_whole_model_is_measured(kl_model, tmp_path, capsys):
         (["MODEL", "--on", "nowhere/at/all"], "nowhere/at/all"),
         (["MODEL", "--sampler", "ddmi"], "ddmi"),
         (["MODEL", "--nonsense"], "--nonsense"),
+        (["MODEL", "--features", "inception"], "inception has no config.json"),
+        (["MODEL", "--features", "timm=x.safetensors"], "timm/MODEL=FILE"),
+        (["MODEL", "--features", "inception=no.pth"], "no.pth is not here"),
+        (["MODEL", "--clip", "no/clip"], "no CLIP here"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, said, kl_model, capsys):

@@ -153,7 +153,7 @@ def clip(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_best_of_several_is_kept(model: list[str], clip: Path, tmp_path: Path) -> None:
-    from ldm.sampling.judges import ClipJudge
+    from ldm.metrics.judges import ClipJudge
 
     words = [*model, "a red circle", "a blue ring", "--n", "2", "--seed", "3"]
     every = draw(tmp_path / "all", *model, "a red circle", "a blue ring", "--n", "6", "--seed", "3")
@@ -185,7 +185,7 @@ def test_scenes_are_judged_by_their_checker(tmp_path: Path) -> None:
     from ldm.config.errors import UserError
     from ldm.data.scenes.render import render, to_bytes
     from ldm.data.scenes.source import prompts
-    from ldm.sampling.judges import judge_of
+    from ldm.metrics.judges import judge_of
 
     known = prompts("one", 4, 0)
     pictures = torch.tensor(np.concatenate([to_bytes(render(known.specs.take([i]), 64)) for i in range(4)]))

@@ -94,6 +94,12 @@ class ClipJudge:
         self.model = model.to(device).eval()
         self.tokenizer, self.processor = tokenizer, processor
 
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Raises UserError where no CLIPModel is."""
+        if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") != "clip":
+            raise UserError(f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or own or scenes")
+
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> ClipJudge:
         """A CLIPModel with its tokenizer in a folder; nothing is fetched.
@@ -101,8 +107,7 @@ class ClipJudge:
         Raises:
             UserError: if there is none, or it cannot be read.
         """
-        if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") != "clip":
-            raise UserError(f"judge: {folder}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or own or scenes")
+        cls.check(folder)
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         try:
