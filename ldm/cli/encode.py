@@ -134,12 +134,12 @@ def _model(name: str) -> Path:
 
 def _reader(folder: Path, device: str) -> tuple[Callable[..., Any], str]:
     """What reads captions, and the hash of what reads."""
-    from ldm.formats.part import content_hash
     from ldm.text.encoder import TextEncoder
+    from ldm.text.pretrained import text_hash
 
     text = TextEncoder.load(folder)
     text.model.to(device)
-    return text.encode, content_hash(folder / "text_encoder") + content_hash(folder / "tokenizer")
+    return text.encode, text_hash(folder)
 
 
 @contextmanager

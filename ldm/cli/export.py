@@ -61,7 +61,7 @@ def export(
         if not source.network.stock:
             own = source.network.to_diffusers()["_class_name"]
             notices.append(f"its {source.network.folder} is ldm's own ({own}), so only ldm opens this folder")
-        elif source.network.reads_size:
+        elif source.network.reads_size and not source.pair:
             notices.append("its network is told sizes, which StableDiffusionPipeline does not do; ldm does")
         elif not source.clip:
             notices.append("its text encoder is no CLIP, so no stock pipeline joins these parts; ldm does")

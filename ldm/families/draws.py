@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -45,6 +46,25 @@ class Settings:
     guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
     clip_skip: int = 1  # the text encoder's layer that is read, from the last one: 1 the last, 2 the one before (the web UI's count)
     guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
+    original_size: str = ""  # WIDTHxHEIGHT in px that a network which is told sizes (XL) is told of the original; empty: as drawn
+    crop: str = ""  # LEFT,TOP in px, of what was cut off it; empty: nothing
+    target_size: str = ""  # WIDTHxHEIGHT in px after the cut; empty: as drawn
+
+    def sizes(self, height: int, width: int) -> tuple[int, ...]:
+        """What such a network is told of a picture that is drawn with these sides, px: original height and width, top, left, height, width.
+
+        Raises:
+            UserError: for what is no size and no place.
+        """
+        found = {"original_size": (width, height), "crop": (0, 0), "target_size": (width, height)}
+        for name in found:
+            if told := getattr(self, name):
+                match = re.fullmatch(r"(\d{1,5}),(\d{1,5})" if name == "crop" else r"([1-9]\d{0,4})x([1-9]\d{0,4})", told)
+                if match is None:
+                    form = "LEFT,TOP in px, such as 0,0" if name == "crop" else "WIDTHxHEIGHT in px, such as 1024x1024"
+                    raise UserError(f"{name}: got {told!r}; write {form}")
+                found[name] = (int(match[1]), int(match[2]))
+        return tuple(side for pair in found.values() for side in reversed(pair))
 
     def guidance_at(self, i: int, steps: int) -> float:
         """The guidance of step i of `steps`."""
@@ -80,6 +100,9 @@ class Wanted:
     spacing: str | None = None
     eta: float | None = option(None, "Noise of ddim's steps; default: 0, none.", low=0, high=1)
     precision: str | None = option(None, f"Of matrix products and convolutions: {' '.join(PRECISIONS)}; default: the model's.")
+    original_size: str | None = option(None, "WIDTHxHEIGHT that a network which is told sizes (XL) is told of the original.")
+    crop: str | None = option(None, "LEFT,TOP in px that it is told were cut off; default: 0,0.")
+    target_size: str | None = option(None, "WIDTHxHEIGHT after the cut that it is told; default of both: as drawn.")
 
     def over(self, old: Mapping[str, Any]) -> Wanted:
         """The same with another's numbers, a recipe's for example, where nothing is asked for.

@@ -15,18 +15,23 @@ from ldm.config.schema import Count, PathText, Positive, config
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip
+from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip, whole_of
 from ldm.formats.part import PARTS, content_hash, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import Cost, TextShape
-from ldm.text.pretrained import load_pretrained, text_folder
+from ldm.text.pretrained import load_pretrained, text_folder, text_hash
 
 HALF, FLOAT = 2, 4  # bytes
 SIZES = 6  # numbers of ImageBatch.size
 # Text encoders by the width of their states, where the files are not here to tell.
-PUBLISHED = {768: TextShape("CLIP ViT-L/14", 768, 12), 1024: TextShape("OpenCLIP ViT-H/14 without its last layer", 1024, 23)}
+BIG = TextShape("OpenCLIP ViT-bigG/14", 1280, 32)
+PUBLISHED = {
+    768: TextShape("CLIP ViT-L/14", 768, 12),
+    1024: TextShape("OpenCLIP ViT-H/14 without its last layer", 1024, 23),
+    2048: TextShape("CLIP ViT-L/14 and OpenCLIP ViT-bigG/14", 768, 12, second=BIG),
+}
 
 
 @config
@@ -48,13 +53,11 @@ class PretrainedText(ModelConfig):
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The text encoder's folder, and a hash of its files and of how they are read."""
         folder = text_folder(str(model_folder(path, [], note)) if named(path) else path)
-        whole = (folder / "text_encoder").is_dir()
-        files = content_hash(folder / "text_encoder") + content_hash(folder / "tokenizer") if whole else content_hash(folder)
-        said = f"{files} {self.max_tokens} {self.skip_last}"
+        said = f"{text_hash(folder)} {self.max_tokens} {self.skip_last}"
         return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
 
     def adopt(self, found: Found, target: Path) -> None:
-        """text_encoder/ and tokenizer/, cut to the layers and tokens that are used; of a model with a CLIP of its run also that."""
+        """text_encoder/ and tokenizer/, cut to the layers and tokens that are used; of a pair also the second's; the CLIP of its run."""
         load_pretrained(str(found.folder), self.max_tokens, self.skip_last).save(target)
         if clip := own_clip(found.folder):
             check(clip)
@@ -66,8 +69,10 @@ class PretrainedText(ModelConfig):
 
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """From its config.json; where that is not here, the published encoder of that width."""
-        files = config_files(local_folder(self.path), "text_encoder")
-        found = next((shape for file in files if (shape := _clip_shape(file)) is not None), None)
+        folder = local_folder(self.path)
+        found = next((shape for file in config_files(folder, "text_encoder") if (shape := _clip_shape(file)) is not None), None)
+        if found is not None and (folder / "text_encoder_2" / "config.json").is_file():
+            found = replace(found, second=_clip_shape(folder / "text_encoder_2" / "config.json"))
         if found is None:
             found = PUBLISHED.get(width, PUBLISHED[768])
             note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
@@ -153,7 +158,7 @@ def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) ->
     if not folder.is_dir():
         folder = hub_folder(path, patterns)
     whole = any((folder / part).is_dir() for part in PARTS)
-    return folder / "model" if (folder / "model").is_dir() and not whole else folder
+    return whole_of(folder / "model" if (folder / "model").is_dir() and not whole else folder)
 
 
 def local_folder(path: str) -> Path:

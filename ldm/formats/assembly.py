@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from ldm.formats import atomic
 from ldm.formats.denoiser_folder import denoiser_folder
 from ldm.formats.latent_codec import STATISTICS, Statistics, autoencoder_folder
 from ldm.formats.model_card import model_card
-from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip
-from ldm.formats.part import content_hash, load_part, read_config, save_part
+from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip
+from ldm.formats.part import content_hash, load_part, read_config, read_json, save_part
+from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models.autoencoder import KLConfig, fold_latent_stats
 from ldm.models.denoiser import DenoiserConfig, config_of
 
@@ -44,8 +46,9 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
 
     def write(folder: Path) -> None:
         words = diffusion if (diffusion / "text_encoder").is_dir() else text  # one that has learned beside the UNet
-        for name in ("text_encoder", "tokenizer"):
-            shutil.copytree(words / name, folder / name)
+        for name in TEXT_PARTS:
+            if (words / name).is_dir():
+                shutil.copytree(words / name, folder / name)
         if clip := own_clip(text):  # as it was trained: a text encoder that has learned since no longer fits its image tower
             shutil.copytree(clip, folder / OWN_CLIP)
         if part == "vae":
@@ -62,8 +65,10 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         save_part({**config, "sample_size": size[0] // factor}, state, folder / network.folder)
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
-        index = model_index(part, record["scheduler"]["_class_name"], network, read_config(folder / "text_encoder"))
-        _write(folder / "model_index.json", index)
+        texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
+        index = model_index(part, record["scheduler"]["_class_name"], network, texts)
+        told = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
+        _write(folder / INDEX, index | told)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
         card = model_card(story, record, vq=part == "vqvae", stock=network.stock)
@@ -83,35 +88,36 @@ def _fold(source: Path, target: Path) -> None:
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
 
 
-def model_index(autoencoder: str, scheduler: str, network: DenoiserConfig, text: dict[str, Any]) -> dict[str, Any]:
+def model_index(autoencoder: str, scheduler: str, network: DenoiserConfig, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """model_index.json: which class of which library opens each part, and which pipeline joins them.
 
     Args:
         autoencoder: vae or vqvae.
         scheduler: the class name.
         network: the denoising network's configuration.
-        text: the text encoder's config.json.
+        texts: the text encoder's config.json, or of a pair both, by their folders.
     """
     import diffusers
 
     absent: list[None] = [None, None]
-    clip = text["model_type"] == "clip_text_model"
+    clip, pair = texts["text_encoder"]["model_type"] == "clip_text_model", len(texts) == 2
     inpaints = network.in_channels == 2 * network.out_channels + 1
+    named = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpaints else ''}Pipeline"
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
+        "_class_name": named,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", text["architectures"][0]],
-        "tokenizer": ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"],
+        **{name: ["transformers", text["architectures"][0]] for name, text in texts.items()},
+        **{name: ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"] for name in TEXT_PARTS[2 : 2 + len(texts)]},
         network.folder: ["diffusers" if network.stock else "ldm", network.to_diffusers()["_class_name"]],
         "vae": ["diffusers", "AutoencoderKL"],
-        "safety_checker": absent,
         "feature_extractor": absent,
         "image_encoder": absent,
-        "requires_safety_checker": False,
     }
-    if not clip or network.folder != "unet":
-        index["_class_name"] = "DiffusionPipeline"  # no stock pipeline hides the padding from a T5, or has such a network
+    index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
+    if not clip or network.folder != "unet" or pair != network.reads_size:
+        # No stock pipeline hides the padding from a T5, has such a network, or tells sizes and the text of two encoders apart.
+        index["_class_name"] = "DiffusionPipeline"
     if autoencoder == "vqvae":
         # No stock pipeline joins these parts; the card shows the lines that do.
         index["_class_name"] = "DiffusionPipeline"

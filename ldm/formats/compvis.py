@@ -1,4 +1,4 @@
-"""CompVis' checkpoint layout (latent diffusion, Stable Diffusion 1.x and 2.x, sgm): names both ways, configurations by shapes."""
+"""CompVis' checkpoint layout (latent diffusion, Stable Diffusion 1.x and 2.x, sgm's XL): names both ways, configurations by shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.config.foreign import typed
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
-Part = Literal["unet", "vae", "text", "open_clip"]
+Part = Literal["unet", "vae", "text", "open_clip", "xl_text", "xl_open_clip"]
 Config = UNetConfig | KLConfig | VQConfig | Mapping[str, Any]
 
 PREFIX: dict[Part, str] = {
@@ -22,7 +22,11 @@ PREFIX: dict[Part, str] = {
     "vae": "first_stage_model.",
     "text": "cond_stage_model.transformer.text_model.",
     "open_clip": "cond_stage_model.model.",
+    "xl_text": "conditioner.embedders.0.transformer.text_model.",
+    "xl_open_clip": "conditioner.embedders.1.model.",
 }
+OPEN_CLIPS = ("open_clip", "xl_open_clip")
+REFINER = "conditioner.embedders.0.model."  # what only Stable Diffusion XL's refiner has
 TEXT = "text_model."  # before the names of a CLIPTextModel's weights in a folder; some versions of transformers leave it out
 
 UNET_RESNET = {
@@ -47,8 +51,9 @@ OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-# In checkpoints, but in no text model of diffusers: constants, and what only the contrastive loss reads.
+# In checkpoints, but in no text model of diffusers: constants, and what only the contrastive loss reads, but for XL's projection.
 UNREAD = ("embeddings.position_ids", "attn_mask", "text_projection", "logit_scale")
+PROJECTION = ("text_projection.weight", "text_projection")  # ours and theirs, whose rows are our columns
 
 # A place where names change: ours, theirs, and which layers inside it have other names (all others keep theirs).
 Place = tuple[str, str, Mapping[str, str]]
@@ -58,7 +63,7 @@ def to_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dict[
     """A part's weights under their names in a CompVis checkpoint, each with the part's PREFIX.
 
     Args:
-        part: unet, vae, text (CLIP, as in Stable Diffusion 1) or open_clip (as in 2).
+        part: unet, vae, text (CLIP, as in Stable Diffusion 1) or open_clip (as in 2), xl_text or xl_open_clip (XL's two).
         config: of the network; of a text model the content of its config.json, of which num_hidden_layers is read.
         state: under diffusers' names; a text model's with or without "text_model." before them.
 
@@ -67,11 +72,14 @@ def to_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dict[
     """
     if isinstance(config, Mapping):
         state = {name.removeprefix(TEXT): value for name, value in state.items() if not name.endswith("position_ids")}
-    if part == "open_clip":
+    if part in OPEN_CLIPS:
         state = _joined(state, _layers(config))
     places = {ours: (theirs, inside) for ours, theirs, inside in places_of(part, config)}
     found: dict[str, Tensor] = {}
     for name, value in state.items():
+        if part == "xl_open_clip" and name == PROJECTION[0]:
+            found[PREFIX[part] + PROJECTION[1]] = value.T
+            continue
         renamed = _renamed(name, places)
         if renamed is None:
             raise UserError(f"{part}: CompVis' checkpoints have no name for {name}; keep this model as a diffusers folder")
@@ -95,6 +103,7 @@ def from_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dic
     """
     prefix = PREFIX[part]
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    projection = {PROJECTION[0]: inner[PROJECTION[1]].t()} if part == "xl_open_clip" and _matrix(inner.get(PROJECTION[1])) else {}
     if isinstance(config, Mapping):
         inner = {name: value for name, value in inner.items() if name not in UNREAD and not _beyond(name, config)}
     places = {theirs: (ours, inside) for ours, theirs, inside in places_of(part, config)}
@@ -105,9 +114,9 @@ def from_compvis(part: Part, config: Config, state: Mapping[str, Tensor]) -> dic
             name, place = renamed
             value = value[:, :, 0, 0] if place[1] is VAE_ATTENTION and value.shape[2:] == (1, 1) else value
         found[name] = value
-    if part == "open_clip":
+    if part in OPEN_CLIPS:
         found = _parted(found, _layers(config))
-    return {TEXT + name: value for name, value in found.items()} if isinstance(config, Mapping) else found
+    return ({TEXT + name: value for name, value in found.items()} | projection) if isinstance(config, Mapping) else found
 
 
 def places_of(part: Part, config: Config) -> Iterator[Place]:
@@ -116,9 +125,9 @@ def places_of(part: Part, config: Config) -> Iterator[Place]:
         return _unet(config)
     if part == "vae" and isinstance(config, KLConfig | VQConfig):
         return _vae(config)
-    if part == "open_clip" and isinstance(config, Mapping):
+    if part in OPEN_CLIPS and isinstance(config, Mapping):
         return _open_clip(config)
-    if part == "text" and isinstance(config, Mapping):
+    if part in ("text", "xl_text") and isinstance(config, Mapping):
         return iter([(name, name, {}) for name in ("embeddings", "encoder", "final_layer_norm")])
     raise TypeError(f"{part} has no {type(config).__name__}")
 
@@ -208,6 +217,10 @@ def _beyond(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a weight is of an OpenCLIP layer that is not read."""
     words = name.split(".")
     return words[:2] == ["transformer", "resblocks"] and len(words) > 2 and words[2].isdigit() and int(words[2]) >= _layers(config)
+
+
+def _matrix(value: Tensor | None) -> bool:
+    return value is not None and value.ndim == 2
 
 
 def _joined(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -361,25 +374,27 @@ def vae_config(state: Weights, scale: float | None = None) -> KLConfig | VQConfi
         own = {"latent_channels": width, "code_channels": code, "codes": codes, "scaling_factor": scale or 1.0}
         return typed({**own, **shared}, VQConfig, "autoencoder")
     convolutions: dict[str, Any] = {"quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
-    said = {"latent_channels": width // 2, "scaling_factor": scale or SD_SCALE, "force_upcast": True}
+    said = {"latent_channels": width // 2, "scaling_factor": scale or SD_SCALE, "force_upcast": scale == XL_SCALE}
     return typed({**said, **convolutions, **shared}, KLConfig, "autoencoder")
 
 
 def text_config(state: Weights, kind: Part) -> dict[str, Any]:
-    """The config.json of a CLIPTextModel, of weights without prefix: OpenAI's naming (text) or OpenCLIP's (open_clip).
+    """The config.json of a CLIPTextModel, of weights without prefix: OpenAI's naming (text, xl_text) or OpenCLIP's (the others).
 
     Raises:
         UserError: naming a weight that is missing.
     """
-    openai = kind == "text"
+    openai, projection = kind not in OPEN_CLIPS, state.get(PROJECTION[1]) if kind == "xl_open_clip" else None
     outer = "embeddings.token_embedding.weight" if openai else "token_embedding.weight"
     places = "embeddings.position_embedding.weight" if openai else "positional_embedding"
     layers = "encoder.layers" if openai else "transformer.resblocks"
     (vocabulary, width), (length, _) = _shape(state, outer, 2), _shape(state, places, 2)
     count = 1 + max(_numbers(state, layers), default=-1)
     huge = not openai and width == HUGE
+    if projection is not None and not _matrix(projection):
+        raise UserError(f"{PREFIX[kind]}{PROJECTION[1]}: has shape {list(projection.shape)}; a matrix is needed; the file is damaged")
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -388,7 +403,7 @@ def text_config(state: Weights, kind: Part) -> dict[str, Any]:
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": length,
         "hidden_act": "quick_gelu" if openai else "gelu",
-        "projection_dim": width,
+        "projection_dim": width if projection is None else projection.shape[1],
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1 if openai else 0,

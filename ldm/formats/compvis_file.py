@@ -17,7 +17,7 @@ from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear
 from ldm.formats.atomic import write_json, write_tensors
-from ldm.formats.compvis import Part, departures, from_compvis, head_width, to_compvis
+from ldm.formats.compvis import PREFIX, Part, departures, from_compvis, head_width, to_compvis
 from ldm.formats.export_source import ExportedModel, with_quant_convolutions
 from ldm.formats.modelspec import HASH, RECIPE, metadata, recipe, tensor_hash, write_hash
 from ldm.formats.part import CONFIG, WEIGHTS
@@ -65,6 +65,8 @@ def obstacles(source: ExportedModel, autoencoder: KLConfig | VQConfig) -> list[s
         found.append(f"unet: heads is {list(source.unet.level_heads)}, one number, or heads of one width, are needed")
     if isinstance(source.process.schedule, Flow):
         found.append("schedule: flow, which has no betas")
+    if source.pair:
+        found.append("unet: it is told sizes and two texts, which Stability's code for XL does")
     if source.statistics:
         found.append("vqvae: every channel of its latents has its own mean and deviation, one scale_factor cannot say them")
     return found
@@ -171,7 +173,7 @@ def _text(source: ExportedModel, tokenizer: str) -> dict[str, Any]:
         return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": params}
     found: dict[str, Any] = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
     if needs_folder(config):
-        found["params"] = {"version": tokenizer, "max_length": source.tokenizer.model_max_length}
+        found["params"] = {"version": tokenizer, "max_length": source.tokenizers["tokenizer"].model_max_length}
     return found
 
 
@@ -203,20 +205,23 @@ def sayable(source: ExportedModel) -> CompVisModel:
     if not source.network.stock:
         own = [name for name in ("coordinates", "pooled_text", "mask_padding") if getattr(source.network, name)]
         raise UserError(f"unet: {' and '.join(own)} make it ldm's own ({unet['_class_name']}), which no CompVis file can say; {FOLDER}")
-    if source.network.size_channels:
-        raise UserError(f"unet: size_channels is {source.network.size_channels}, but CompVis' LatentDiffusion is told no sizes; {FOLDER}")
+    if source.pair != source.network.reads_size:
+        said = f"size_channels is {source.network.size_channels} and there are {1 + source.pair} text encoders"
+        raise UserError(f"unet: {said}, but files know sizes and two text encoders together only (XL); {FOLDER}")
     if not source.clip:
         raise UserError(f"text_encoder: {text['model_type']} has no place in a CompVis file, only CLIP has; {FOLDER}")
     config, state = source.autoencoder, source.parts[source.codec].state
     if isinstance(config, KLConfig):
         config, state = with_quant_convolutions(config, state)
     names: dict[str, Part] = {"unet": "unet", source.codec: "vae", "text_encoder": "text"}
-    if text_kind(text) == "open_clip":
+    if source.pair:
+        names |= {"text_encoder": "xl_text", "text_encoder_2": "xl_open_clip"}
+    elif text_kind(text) == "open_clip":
         names["text_encoder"] = "open_clip"
     return CompVisModel(
         source=source,
         names=names,
-        configs={"unet": source.network, source.codec: config, "text_encoder": text},
+        configs={name: part.config for name, part in source.parts.items()} | {"unet": source.network, source.codec: config},
         states={name: part.state for name, part in source.parts.items()} | {source.codec: state},
         buffers={**schedule_buffers(source.process), "scale_factor": torch.tensor(float(config.scaling_factor))},
         obstacles=tuple(obstacles(source, config)),
@@ -271,7 +276,7 @@ def write_file(model: CompVisModel, file: Path, dtype: str, say: Callable[[str],
     """
     source = model.source
     tokenizer = file.with_name(f"{file.stem}.tokenizer")
-    write_tokenizer(source, tokenizer)
+    write_tokenizer(source.tokenizers["tokenizer"], source.name, tokenizer)
     text = source.parts["text_encoder"]
     write_json(tokenizer / CONFIG, text.config)
     if needs_folder(text.config) and not model.obstacles:
@@ -307,7 +312,8 @@ def _check(model: CompVisModel, back: dict[str, Tensor], dtype: str, where: str,
     for name, value in model.buffers.items():
         if name not in back or not torch.equal(back[name], value):
             raise UserError(f"{where}: {name} came back different; nothing was kept, export again")
-    known = len(model.buffers) + sum(name.startswith(("model.", "first_stage_model.", "cond_stage_model.")) for name in back)
+    prefixes = tuple(PREFIX[part] for part in model.names.values())
+    known = len(model.buffers) + sum(name.startswith(prefixes) for name in back)
     if known != len(back):
         raise UserError(f"{where}: {len(back) - known} tensors more than were written; nothing was kept, export again")
     return done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ class ExportedModel:
     """Exported text-to-image model: networks, tokenizer, schedule, sampling defaults and provenance."""
 
     name: str  # for titles: the run's or folder's
-    parts: dict[str, ExportedNetwork]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder
+    parts: dict[str, ExportedNetwork]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder, text_encoder_2 of a pair
     network: DenoiserConfig
     autoencoder: KLConfig | VQConfig
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
-    tokenizer: Any
+    tokenizers: dict[str, Any]  # by their folders: tokenizer, of a pair of text encoders also tokenizer_2
     process: Process
     scheduler: dict[str, Any]  # the content of scheduler_config.json
     defaults: dict[str, Any]  # how it wants to be sampled
@@ -44,6 +44,7 @@ class ExportedModel:
     notices: tuple[str, ...]  # what is not taken along
     hash: str
     own_clip: Path | None = None  # the folder of its run's own CLIP, where it has one
+    index: dict[str, Any] = field(default_factory=dict)  # what model_index.json says besides which class opens what
 
     @property
     def unet(self) -> UNetConfig:
@@ -60,6 +61,11 @@ class ExportedModel:
     def clip(self) -> bool:
         """Whether its text encoder is a CLIP's."""
         return str(self.parts["text_encoder"].config["model_type"]) == "clip_text_model"
+
+    @property
+    def pair(self) -> bool:
+        """Whether it has two text encoders."""
+        return "text_encoder_2" in self.parts
 
     @property
     def inpaints(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +93,8 @@ class LatentCodec(nn.Module):
         """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
         self.turn()
         way = self._way(image, image.shape[2] * image.shape[3])
-        parts = [self._moments(part, way) for part in (image.split(1) if way else (image,))]
+        with self._upcast():
+            parts = [self._moments(part, way) for part in (image.split(1) if way else (image,))]
         std = [part for _, part in parts if part is not None]
         return torch.cat([mean for mean, _ in parts]), torch.cat(std) if std else None
 
@@ -112,7 +115,14 @@ class LatentCodec(nn.Module):
         pixels = latent.shape[2] * latent.shape[3] * self.factor**2
         way, together = self._way(latent, pixels), max(1, self.tile**2 // pixels) if self.tile else len(latent)
         z = (latent * self.std + self.mean).to(next(self.network.parameters()).dtype)
-        return torch.cat([self.network.decode(part, way) for part in z.split(together)])
+        with self._upcast():
+            return torch.cat([self.network.decode(part, way) for part in z.split(together)])
+
+    def _upcast(self) -> AbstractContextManager[Any]:
+        """No autocast to float16 around a network that is said to overflow in it (`force_upcast`, as of Stable Diffusion XL's)."""
+        config, kind = self.network.config, self.mean.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return torch.autocast(kind, enabled=False) if half and isinstance(config, KLConfig) and config.force_upcast else nullcontext()
 
     def _way(self, x: Tensor, pixels: int) -> Stripes | None:
         """How pictures of so many pixels go through the network; None: at once."""

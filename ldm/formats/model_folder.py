@@ -14,7 +14,7 @@ from ldm.config.foreign import short
 from ldm.formats.denoiser_folder import denoiser_folder
 from ldm.formats.integrity import COUNTED
 from ldm.formats.part import AGAIN, PARTS, read_json
-from ldm.formats.single_file import named, open_single
+from ldm.formats.single_file import REFUSED, named, open_single
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,20 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
             held = ", ".join(_present(folder)) or "nothing that is known"
             raise UserError(f"{file[0]}: holds {held} alone; {', '.join(missing)} missing; give a whole checkpoint")
     elif not folder.is_dir():
-        folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + ["model_index.json", RECORD])
-    return folder / "model" if (folder / "model").is_dir() and not denoiser_folder(folder).is_dir() else folder
+        folder = hub_folder(str(name), [f"{part}/*" for part in (*PARTS, OWN_CLIP)] + [INDEX, RECORD])
+    return whole_of(folder / "model" if (folder / "model").is_dir() and not denoiser_folder(folder).is_dir() else folder)
+
+
+def whole_of(folder: Path) -> Path:
+    """A model folder, unless it is one that only draws on from another's pictures.
+
+    Raises:
+        UserError: for Stable Diffusion XL's refiner.
+    """
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder}: {REFUSED}")
+    return folder
 
 
 def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
@@ -70,7 +82,9 @@ def _present(folder: Path) -> tuple[str, ...]:
 
 def _missing(folder: Path) -> list[str]:
     """The parts that a model needs to draw, and that a folder has not."""
-    parts, wanted = _present(folder), (denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler")
+    parts, wanted = _present(folder), [denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler"]
+    if {"text_encoder_2", "tokenizer_2"} & {*parts}:
+        wanted += ["text_encoder_2", "tokenizer_2"]
     return [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
 
 
@@ -109,7 +123,7 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
         raise UserError(f"{name}: no such folder, and it could not be had from the hub ({lines[0][:200]})") from None
 
 
-RECORD = "ldm.json"
+RECORD, INDEX = "ldm.json", "model_index.json"
 OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it the image side
 
 

@@ -18,6 +18,8 @@ UNKNOWN = "0x" + "0" * 64  # in the hash's place until the file is written
 PREDICTION = {"epsilon": "epsilon", "v": "v", "x0": "sample", "flow": "flow"}
 STABLE = {"channels": (320, 640, 1280, 1280), "layers": 2, "attention": (True, True, True, False), "depth": 1}
 
+XL = {"channels": (320, 640, 1280), "attention": (False, True, True), "depth": (1, 2, 10), "context_width": 2048, "pooled_width": 1280}
+
 
 def recipe(source: ExportedModel, autoencoder: dict[str, Any]) -> dict[str, Any]:
     """Everything besides weights and tokenizer: configurations, latent statistics, scheduler, defaults and story.
@@ -28,7 +30,8 @@ def recipe(source: ExportedModel, autoencoder: dict[str, Any]) -> dict[str, Any]
     """
     configs = {name: part.config for name, part in source.parts.items()} | {source.codec: autoencoder}
     latents = source.statistics.to_dict() if source.statistics else None
-    return {"parts": configs, "latents": latents, "source_hash": source.hash, **source.record()}
+    pair = {"index": source.index, "padding": source.tokenizers["tokenizer_2"].pad_token} if source.pair else {}
+    return {"parts": configs, "latents": latents, "source_hash": source.hash, **source.record(), **pair}
 
 
 def metadata(source: ExportedModel, recipe: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -61,6 +64,8 @@ def architecture(source: ExportedModel) -> str:
             return "stable-diffusion-v1-inpainting" if source.inpaints else "stable-diffusion-v1"
         if network.context_width == 1024 and head_width(network) == 64:
             return "stable-diffusion-v2-768-v" if source.process.target == "v" else "stable-diffusion-v2-512"
+    if source.pair and source.codec == "vae" and all(getattr(network, name) == value for name, value in XL.items()):
+        return "stable-diffusion-xl-v1-inpainting" if source.inpaints else "stable-diffusion-xl-v1-base"
     return "latent-diffusion"
 
 

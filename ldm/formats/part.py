@@ -22,7 +22,7 @@ from ldm.formats.tensor_file import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
-PARTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 JSON_BYTES = 2**26  # at most; the tokenizer.json of a large vocabulary has 35 MB
 LFS = b"version https://git-lfs"  # how the note begins that git leaves where a large file was not fetched
 AGAIN = "copy the whole model folder again"

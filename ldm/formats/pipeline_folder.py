@@ -15,12 +15,13 @@ from ldm.formats.atomic import write_json, write_tensors
 from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
 from ldm.formats.latent_codec import STATISTICS
 from ldm.formats.model_card import model_card
-from ldm.formats.model_folder import OWN_CLIP, RECORD
+from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD
 from ldm.formats.part import CONFIG, WEIGHTS, content_hash, read_config
 from ldm.formats.rounding import DTYPES, Comparison, compared, mapped, rounded, stored_bytes
+from ldm.formats.text_folder import TEXT_PARTS
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 
-STEMS = {"text_encoder": WEIGHTS[1]}  # diffusers' file name for all others
+STEMS = dict.fromkeys(TEXT_PARTS[:2], WEIGHTS[1])  # diffusers' file name for all others
 
 
 def write_pipeline(
@@ -48,14 +49,15 @@ def write_pipeline(
         say(str(done[-1]))
     if source.statistics:
         write_json(folder / source.codec / STATISTICS, source.statistics.to_dict())
-    write_tokenizer(source, folder / "tokenizer")
+    for name, tokenizer in source.tokenizers.items():
+        write_tokenizer(tokenizer, source.name, folder / name)
     if source.own_clip:
         shutil.copytree(source.own_clip, folder / OWN_CLIP)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
-    text = read_config(folder / "text_encoder")
-    index = model_index(source.codec, source.scheduler["_class_name"], source.network, text)
-    write_json(folder / "model_index.json", index)
+    texts = {name: read_config(folder / name) for name in TEXT_PARTS if name in source.parts}
+    index = model_index(source.codec, source.scheduler["_class_name"], source.network, texts)
+    write_json(folder / INDEX, index | source.index)
     record = {**source.record(), "autoencoder": content_hash(folder / source.codec)}
     write_json(folder / RECORD, record)
     (folder / CARD).write_text(_card(source, record, dtype, variant), encoding="utf-8")
@@ -94,16 +96,16 @@ def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return shards
 
 
-def write_tokenizer(source: ExportedModel, folder: Path) -> None:
-    """The tokenizer in both layouts, checked to give the same words the same numbers when it is read back.
+def write_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
+    """A model's tokenizer in both layouts, checked to give the same words the same numbers when it is read back.
 
     Raises:
         UserError: if it does not.
     """
     folder.mkdir()
-    save_tokenizer(source.tokenizer, folder)
-    probe = ["", "a red circle!", "Ünïcode — 漢字 <|endoftext|> it's 12345", source.name]
-    back, given = (tokenizer(probe, truncation=True).input_ids for tokenizer in (load_tokenizer(folder), source.tokenizer))
+    save_tokenizer(tokenizer, folder)
+    probe = ["", "a red circle!", "Ünïcode — 漢字 <|endoftext|> it's 12345", name]
+    back, given = (one(probe, truncation=True).input_ids for one in (load_tokenizer(folder), tokenizer))
     if back != given:
         raise UserError(f"{folder}: the tokenizer came back different; nothing was kept, export again")
 
@@ -111,7 +113,7 @@ def write_tokenizer(source: ExportedModel, folder: Path) -> None:
 def _opening(name: str, part: ExportedNetwork) -> dict[str, Any]:
     """A part's config.json. A text model's asks for float32, which is what diffusers opens the other parts in unless told
     otherwise; transformers would follow the file, and the pipeline would stop at its first step."""
-    return {**part.config, "dtype": "float32"} if name == "text_encoder" else part.config
+    return {**part.config, "dtype": "float32"} if name in STEMS else part.config
 
 
 def _card(source: ExportedModel, record: dict[str, Any], dtype: str, variant: str) -> str:

@@ -19,6 +19,7 @@ from ldm.formats import atomic
 from ldm.formats.compvis import (
     HUGE,
     PREFIX,
+    REFINER,
     XL_SCALE,
     Part,
     from_compvis,
@@ -45,6 +46,7 @@ PREDICTIONS = {
     "sample": "sample",
     "x0": "sample",
 }
+REFUSED = "a refiner of Stable Diffusion XL (one text encoder, an aesthetic score), which is not known here; give the base model"
 SIZES = {768: 512, HUGE: 768}  # px, what Stable Diffusion 1 and 2 draw, by the width of their text
 BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
@@ -161,6 +163,8 @@ def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
         UserError: for an adapter, learned words, or weights under other names.
     """
     names = list(state)
+    if any(name.startswith(REFINER) for name in names):
+        raise UserError(f"{file}: {REFUSED}")
     if found := next((n for n in names if ".lora_" in n or "lora_unet" in n or "lora_te" in n or ".hada_" in n or ".lokr_" in n), None):
         raise UserError(f"{file}: an adapter (LoRA: {found}), not a model; give its base model, and this with --lora")
     if len(names) <= 2 and all(value.ndim <= 2 for value in state.values()):
@@ -187,15 +191,13 @@ def _write(
     known = _yaml(file)
     parts = recipe.get("parts", {})
     state = _averaged(state, choices.ema, note, file)
-    if any(name.startswith("conditioner.") for name in state):
-        note(f"{file}: of Stable Diffusion XL the unet and the autoencoder are opened; its two text encoders are not")
     unet: UNetConfig | None = None
     if weights := inner("unet", state):
         unet = UNetConfig.from_diffusers(parts["unet"]) if "unet" in parts else unet_config(weights)
         save_part(unet.to_diffusers() | {"sample_size": _side(unet, recipe)}, _whole("unet", unet, state, file), folder / "unet")
     if weights := inner("vae", state):
         _write_vae(weights, recipe, known, state, unet, folder, file)
-    _write_text(state, parts, folder, file)
+    _write_text(state, recipe, folder, file)
     if unet is not None:
         schedule = recipe.get("scheduler") or _schedule(state, said, known, unet, choices, note, file)
         (folder / "scheduler").mkdir()
@@ -293,36 +295,50 @@ def _write_vae(
         atomic.write_json(folder / name / "latents.json", recipe["latents"])
 
 
-def _write_text(state: Mapping[str, Tensor], parts: Mapping[str, Any], folder: Path, file: Path) -> None:
+def _write_text(state: Mapping[str, Tensor], recipe: Mapping[str, Any], folder: Path, file: Path) -> None:
+    """The text encoder and its tokenizer, or of XL both."""
     from ldm.formats.open_clip import open_clip_tokenizer
     from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 
-    kinds: tuple[Part, ...] = ("text", "open_clip")
-    kind = next((kind for kind in kinds if inner(kind, state)), None)
-    if kind is None:
-        return
-    config = parts.get("text_encoder") or text_config(inner(kind, state), kind)
-    found = {name: value for name, value in from_compvis(kind, config, state).items() if "visual." not in name}
-    _check_text(config, found, file)
-    save_part(config, found, folder / "text_encoder", "model")
+    alone: tuple[Part, ...] = ("text", "open_clip")
+    both: dict[str, Part] = {"text_encoder": "xl_text", "text_encoder_2": "xl_open_clip"}
+    there = {name: kind for name, kind in both.items() if inner(kind, state)}
+    if kind := next((kind for kind in alone if inner(kind, state)), None):
+        there = {"text_encoder": kind}
+    elif there and there != both:
+        raise UserError(f"{file}: has {PREFIX[min(there.values())]}*, one text encoder of two; copy the whole file again")
     own = file.with_name(f"{file.stem}.tokenizer")
-    if own.is_dir():
-        tokenizer = load_tokenizer(own)
-    else:
-        tokenizer = open_clip_tokenizer(padding_ends=kind == "text")
-        if len(tokenizer) != config["vocab_size"]:
-            raise UserError(f"{file}: its text encoder has {config['vocab_size']} words of its own; put their tokenizer into {own}")
-    save_tokenizer(tokenizer, folder / "tokenizer")
+    for name, kind in there.items():
+        config = recipe.get("parts", {}).get(name) or text_config(inner(kind, state), kind)
+        found = {key: value for key, value in from_compvis(kind, config, state).items() if "visual." not in key}
+        _check_text(config, found, kind == "xl_open_clip", file)
+        save_part(config, found, folder / name, "model")
+        ends = kind in ("text", "xl_text")
+        if own.is_dir():
+            tokenizer = load_tokenizer(own)
+            if name == "text_encoder_2":
+                tokenizer.add_special_tokens({"pad_token": str(recipe.get("padding", "!"))})
+        else:
+            tokenizer = open_clip_tokenizer(padding_ends=ends)
+            if len(tokenizer) != config["vocab_size"]:
+                raise UserError(f"{file}: its text encoder has {config['vocab_size']} words of its own; put their tokenizer into {own}")
+        save_tokenizer(tokenizer, folder / name.replace("text_encoder", "tokenizer"))
+    if isinstance(index := recipe.get("index"), dict) and index:
+        atomic.write_json(folder / "model_index.json", index)
 
 
-def _check_text(config: Mapping[str, Any], found: dict[str, Tensor], file: Path) -> None:
+def _check_text(config: Mapping[str, Any], found: dict[str, Tensor], projects: bool, file: Path) -> None:
     """Refuse a text model whose weights do not fit what their shapes or the file say of it."""
     from ldm.formats.text_folder import PREFIX as TEXT
+    from ldm.formats.text_folder import PROJECTION
     from ldm.models.text_tower import TextTower
 
     with torch.device("meta"):
-        wanted = TextTower(config).state_dict()
-    compare({TEXT + name: value for name, value in wanted.items()}, found, file)
+        tower = TextTower(config)
+        wanted = {TEXT + name: value for name, value in tower.state_dict().items()}
+        if projects:
+            wanted[PROJECTION] = torch.empty(tower.config.projection_dim, tower.config.hidden_size)
+    compare(wanted, found, file)
 
 
 def _side(unet: UNetConfig, recipe: Mapping[str, Any]) -> int:

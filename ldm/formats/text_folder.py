@@ -14,8 +14,9 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short, typed
 from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config, plain
 from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
-from ldm.models.text_tower import TextConfig, TextTower
+from ldm.models.text_tower import TextConfig, TextTower, TowerPair
 
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # of a model folder, those with _2 of a pair alone
 PROJECTING = "CLIPTextModelWithProjection"
 CLIPS = ("CLIPTextModel", PROJECTING, "CLIPModel")
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
@@ -115,30 +116,77 @@ def load_text_projection(part: Path) -> nn.Linear:
     Raises:
         UserError: naming what is missing or damaged.
     """
+    return _text_projection(part, load_weights(part))
+
+
+def _text_projection(part: Path, state: dict[str, Tensor]) -> nn.Linear:
     shape = TextConfig(read_config(part), str(part / CONFIG))
-    sides, state = (shape.hidden_size, shape.projection_dim), load_weights(part)
+    sides = (shape.hidden_size, shape.projection_dim)
     found = {name.removeprefix("text_projection."): value for name, value in state.items() if name == PROJECTION}
     return load_module(lambda: nn.Linear(*sides, bias=False), found, part).eval().requires_grad_(False)
 
 
+def load_pair(folder: Path, padding: int) -> TowerPair:
+    """The frozen text encoders of Stable Diffusion XL in text_encoder/ and text_encoder_2/, as one model.
+
+    Args:
+        padding: the id that the second one is padded with.
+
+    Raises:
+        UserError: naming what is missing, damaged or something else.
+    """
+    part = folder / "text_encoder_2"
+    first, state = load_text_model(folder / "text_encoder"), load_weights(part)
+    second = load_module(text_builder(part), _own_names(state), part).float().eval().requires_grad_(False)
+    for model, name in ((first, "text_encoder"), (second, part.name)):
+        if not isinstance(model, TextTower):
+            raise UserError(f"{folder / name}: of two text encoders both must be CLIP's, but this is a {model.config.model_type}")
+    return TowerPair(first, second, _text_projection(part, state), padding).eval().requires_grad_(False)
+
+
 def save_text_model(model: Any, part: Path, projection: nn.Linear | None = None) -> None:
     """Write a CLIPTextModel or T5EncoderModel as any version of transformers reads it; with a projection, a CLIPTextModelWithProjection."""
-    config, state = text_part(model)
-    if projection is not None:
-        config = {**config, "architectures": [PROJECTING], "projection_dim": projection.out_features}
-        state = {**state, PROJECTION: projection.weight}
-    save_part(config, state, part, "model")
+    save_part(*text_part(model, projection), part, "model")
 
 
-def text_part(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the weights of a CLIPTextModel or T5EncoderModel as any version of transformers reads them."""
+def text_parts(model: Any, state: dict[str, Tensor] | None = None) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The parts of a text model in a model folder, text_encoder and of a pair text_encoder_2 too, each as `text_part` has it.
+
+    Args:
+        state: other weights under the model's own names; None: its own.
+    """
+    if not isinstance(model, TowerPair):
+        return {"text_encoder": text_part(model, state=state)}
+    own = dict(model.state_dict()) if state is None else state
+    inner = [{n.removeprefix(f"{name}."): v for n, v in own.items() if n.startswith(f"{name}.")} for name in TEXT_PARTS[:2]]
+    projection = own[PROJECTION]
+    return {
+        "text_encoder": text_part(model.text_encoder, state=inner[0]),
+        "text_encoder_2": text_part(model.text_encoder_2, projection, inner[1]),
+    }
+
+
+def text_part(
+    model: Any, projection: nn.Linear | Tensor | None = None, state: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights of a CLIPTextModel or T5EncoderModel as any version of transformers reads them.
+
+    Args:
+        projection: of the pooled state, which makes it a CLIPTextModelWithProjection.
+        state: other weights; None: its own.
+    """
     name = "T5EncoderModel" if model.config.model_type == "t5" else "CLIPTextModel"
     config = {**json.loads(model.config.to_json_string()), "architectures": [name]}
-    state = dict(model.state_dict())
+    state = dict(model.state_dict() if state is None else state)
     if config["model_type"] == "t5":
         del state["encoder.embed_tokens.weight"]  # the same table as shared.weight
     else:
         state = {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
+        config["vocab_size"] = len(state[f"{PREFIX}embeddings.token_embedding.weight"])
+    if projection is not None:
+        weight = projection.weight if isinstance(projection, nn.Linear) else projection
+        config |= {"architectures": [PROJECTING], "projection_dim": len(weight)}
+        state[PROJECTION] = weight
     return config, state
 
 

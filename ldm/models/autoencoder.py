@@ -50,7 +50,7 @@ class KLConfig:
     post_quant_conv: bool = True  # a 1x1 convolution before the decoder
     scaling_factor: PositiveFloat = 1.0  # what diffusers' pipelines multiply latents by
     shift_factor: Finite | None = None  # what diffusers' pipelines subtract from latents before that
-    force_upcast: bool = False  # tells diffusers' XL pipelines to decode in float32
+    force_upcast: bool = False  # run it in float32 under float16, in which it overflows (XL's)
     sample_size: Positive = 32  # px, side of the images that diffusers' tiling assumes
     logvar_start: float = field(default=-6.0, compare=False)  # posterior log-variance of a fresh network
     zero_residuals: bool = field(default=False, compare=False)  # fresh residual blocks are the identity

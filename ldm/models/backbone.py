@@ -52,6 +52,15 @@ class DenoiserConfig:
         return 1
 
     @property
+    def reads_pooled(self) -> bool:
+        """Whether the network must be told the pooled text."""
+        return False
+
+    def told_pooled(self, width: int) -> Self:
+        """The configuration of a network whose pooled text has this width, where it reads one."""
+        return self
+
+    @property
     def reads_size(self) -> bool:
         """Whether the network must be told Cond.size (as Stable Diffusion XL's)."""
         return False

@@ -203,10 +203,30 @@ class TextShape:
     vocabulary: int = 49_408
     positions: int = 77
     inner: int = 0  # of its feed-forward layers; 0: four times the width
+    second: TextShape | None = None  # a tower beside it, whose states stand beside its own and whose pooled state, projected, is read
+
+    @property
+    def states(self) -> int:
+        """Width of what is read of a token."""
+        return self.width + (self.second.width if self.second else 0)
+
+    @property
+    def pooled(self) -> int:
+        """Width of what is read of a whole caption; projected, it is taken to be as wide as before."""
+        return self.second.width if self.second else self.width
+
+    @property
+    def towers(self) -> tuple[TextShape, ...]:
+        """Itself, and the one beside it."""
+        return (self, self.second) if self.second else (self,)
 
     @property
     def parameters(self) -> int:
-        """Embeddings, layers, last norm."""
+        """Embeddings, layers, last norm, and the projection of two."""
+        return sum(tower._own for tower in self.towers) + (self.pooled**2 if self.second else 0)
+
+    @property
+    def _own(self) -> int:
         w, m = self.width, self.inner or 4 * self.width
         layer = 4 * (w * w + w) + 2 * w * m + m + w + 4 * w
         return (self.vocabulary + self.positions) * w + self.layers * layer + 2 * w
@@ -214,6 +234,10 @@ class TextShape:
     @property
     def cost(self) -> Cost:
         """Of one caption; the backward pass is twice the forward one, and ten states per layer are kept besides the feed-forward's."""
+        return total(tower._cost for tower in self.towers)
+
+    @property
+    def _cost(self) -> Cost:
         w, m, n = self.width, self.inner or 4 * self.width, self.tokens
         forward = self.layers * (2 * n * (4 * w * w + 2 * w * m) + 4 * n * n * w)
         return Cost(forward, 2 * forward, 4 * self.layers * n * (10 * w + 2 * m))

@@ -82,7 +82,7 @@ KL_PLAIN: Plain = (
     ("use_post_quant_conv", "post_quant_conv", True),
     ("scaling_factor", "scaling_factor", 0.18215),
     ("shift_factor", "shift_factor", None),
-    ("force_upcast", "force_upcast", True),
+    ("force_upcast", "force_upcast", False),  # diffusers' class takes True, but its pipelines of files that do not say it never ask
     ("sample_size", "sample_size", 32),
 )
 VQ_FIXED: dict[str, object] = {"act_fn": "silu"}
@@ -161,7 +161,8 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
     said = f"{where} of {STOCK_UNET}"
     _check_fields(said, values, UNET_FIXED, UNET_PLAIN, special)
-    fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in UNET_PLAIN}
+    # XL's own file has null for what it leaves as usual.
+    fields = {ours: _tuple(default if values.get(theirs) is None else values[theirs]) for theirs, ours, default in UNET_PLAIN}
     for ours, theirs in (("layers", "layers_per_block"), ("context_width", "cross_attention_dim")):
         given = fields[ours]
         if isinstance(given, tuple):

@@ -23,10 +23,10 @@ OLD_EOS = 2  # what the first published configurations say of the end token, who
 
 
 class TextStates(NamedTuple):
-    """What the tower says of captions."""
+    """What a tower, or two of them, say of captions."""
 
-    last_hidden_state: Tensor  # (B,L,D), after the last norm
-    pooler_output: Tensor  # (B,D), of the end token
+    last_hidden_state: Tensor  # (B,L,D), after the last norm; of a pair before the last layer, both side by side
+    pooler_output: Tensor  # (B,P), of the end token; of a pair the second's, projected
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -169,16 +169,28 @@ class TextTower(nn.Module):
         Args:
             clip_skip: the layer whose states are told, counted from the last one, which is 1; the pooled state is always the last one's.
         """
-        x = self.embeddings(ids)
-        told = x
-        for number, layer in enumerate(self.encoder.layers, 1):
+        read = len(self.encoder.layers) + 1 - clip_skip
+        told = self.hidden(ids, read)
+        done = self.finished(self.further(told, read), ids)
+        return done if clip_skip == 1 else TextStates(self.final_layer_norm(told), done.pooler_output)
+
+    def hidden(self, ids: Tensor, layers: int | None = None) -> Tensor:
+        """States (B,L,D) of ids (B,L) after so many layers, without the last norm; None: after all."""
+        x: Tensor = self.embeddings(ids)
+        return self.further(x, 0, layers)
+
+    def further(self, x: Tensor, start: int, layers: int | None = None) -> Tensor:
+        """States (B,L,D) after layers `start` to `layers`."""
+        for layer in self.encoder.layers[start:layers]:
             x = layer(x)
-            told = x if number == len(self.encoder.layers) + 1 - clip_skip else told
-        told = self.final_layer_norm(told)
-        x = told if clip_skip == 1 else self.final_layer_norm(x)
+        return x
+
+    def finished(self, x: Tensor, ids: Tensor) -> TextStates:
+        """The last norm of states (B,L,D), and the one of the end token in ids (B,L)."""
+        x = self.final_layer_norm(x)
         # The first configurations name a wrong end token; the right one has the largest id there.
         end = ids.argmax(1) if self.config.eos_token_id == OLD_EOS else (ids == self.config.eos_token_id).int().argmax(1)
-        return TextStates(told, x[torch.arange(len(x), device=x.device), end.to(x.device)])
+        return TextStates(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
 
     def get_input_embeddings(self) -> nn.Module:
         """Of tokens."""
@@ -187,3 +199,57 @@ class TextTower(nn.Module):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Other ones."""
         self.embeddings.token_embedding = value
+
+
+class PairConfig:
+    """What others ask of two towers that are read as one."""
+
+    model_type = "clip_text_pair"
+
+    def __init__(self, first: TextConfig, second: TextConfig, pooled: int) -> None:
+        self.hidden_size = first.hidden_size + second.hidden_size
+        self.pooled_size = pooled
+        self.num_hidden_layers = min(first.num_hidden_layers, second.num_hidden_layers) - 1  # whose states are told
+        self.max_position_embeddings = min(first.max_position_embeddings, second.max_position_embeddings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same."""
+        return dict(vars(self))
+
+
+class TowerPair(nn.Module):
+    """The two text towers of Stable Diffusion XL (Podell 2023, arXiv 2307.01952), read as one.
+
+    Its states are those of both towers before their last layer, side by side, without a norm; its pooled state is the second tower's,
+    projected. Both know the same words; what stands behind a caption's end differs.
+
+    Args:
+        text_encoder: CLIP's, in the published model ViT-L/14.
+        text_encoder_2: OpenCLIP's, ViT-bigG/14.
+        text_projection: of the second tower's pooled state, without bias.
+        padding: the id that the second tower is padded with.
+    """
+
+    def __init__(self, text_encoder: TextTower, text_encoder_2: TextTower, text_projection: nn.Linear, padding: int) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2, self.text_projection = text_encoder, text_encoder_2, text_projection
+        self.padding = padding
+        self.config = PairConfig(text_encoder.config, text_encoder_2.config, text_projection.out_features)
+
+    def forward(self, ids: Tensor, mask: Tensor, clip_skip: int = 1) -> TextStates:
+        """(B,L) ids as the first tower has them, and which are no padding (B,L), to states.
+
+        Args:
+            clip_skip: the layer whose states are told, counted from the last but one, which is 1.
+        """
+        second, read = self.text_encoder_2, len(self.text_encoder_2.encoder.layers) - clip_skip
+        other = ids.masked_fill(~mask, self.padding)
+        states = second.hidden(other, read)
+        pooled = second.finished(second.further(states, read), other).pooler_output
+        first = self.text_encoder.hidden(ids, len(self.text_encoder.encoder.layers) - clip_skip)
+        return TextStates(torch.cat([first, states], dim=2), self.text_projection(pooled))
+
+
+def towers(model: nn.Module) -> tuple[Any, ...]:
+    """The towers of a text model: itself, or both of a pair."""
+    return (model.text_encoder, model.text_encoder_2) if isinstance(model, TowerPair) else (model,)

@@ -84,7 +84,7 @@ class UNetConfig(DenoiserConfig):
                 raise UserError(f"norm_groups {self.norm_groups} does not divide {channels} of channels")
             if attends and channels % self.level_heads[level]:
                 raise UserError(f"heads {self.level_heads[level]} does not divide {channels} of channels")
-        if self.pooled_channels and not (self.size_channels or self.pooled_text):
+        if self.pooled_channels and not self.reads_pooled:
             raise UserError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
         if self.size_channels and self.pooled_text:
             raise UserError("size_channels brings the pooled text along already; leave pooled_text off")
@@ -98,6 +98,17 @@ class UNetConfig(DenoiserConfig):
     def pooled_width(self) -> int:
         """Width of the pooled text, where it is read."""
         return self.pooled_channels or self.context_width
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether the pooled text is added to the time embedding."""
+        return self.size_channels > 0 or self.pooled_text
+
+    def told_pooled(self, width: int) -> UNetConfig:
+        """With this width of the pooled text, where it is read and not as wide as the states."""
+        if not self.reads_pooled or self.pooled_width == width:
+            return self
+        return replace(self, pooled_channels=0 if width == self.context_width else width)
 
     @property
     def reads_size(self) -> bool:

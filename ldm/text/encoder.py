@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +19,20 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.schema import Positive, config
 from ldm.diffusion.batch import Text
-from ldm.formats.text_folder import SPECIAL, load_text_model, save_text_model
+from ldm.formats.atomic import write_json
+from ldm.formats.model_folder import INDEX
+from ldm.formats.part import read_json, save_part
+from ldm.formats.text_folder import SPECIAL, load_pair, load_text_model, text_parts
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
+from ldm.models.text_tower import TowerPair, towers
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
 MOST = 16  # times as much as the encoder reads at once is looked at
+ZEROS = "force_zeros_for_empty_prompt"  # how the model_index.json of a pair says what no prompt is, as diffusers names it
 K = TypeVar("K", bound=Hashable)
+TextPart = Literal["text_encoder", "text_encoder_2"]
 
 
 @config
@@ -112,12 +119,13 @@ class TextEncoder:
     text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing.
 
     Args:
-        model: a transformers CLIPTextModel or T5EncoderModel.
-        tokenizer: its tokenizer, whose model_max_length is the number of tokens.
+        model: a transformers CLIPTextModel or T5EncoderModel, or a `TowerPair`, whose two towers read the same words.
+        tokenizer: its tokenizer, whose model_max_length is the number of tokens; of a pair the first tower's.
+        zeros: what the network is told where there is no prompt: zeros, as Stable Diffusion XL, or the empty prompt's states.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, zeros: bool = False) -> None:
+        self.model, self.tokenizer, self.zeros = model, tokenizer, zeros
         self.aliases: dict[str, str] = {}  # words of prompts that stand for an added one where they stand alone
         self.learned_words()
         self._memory: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
@@ -127,6 +135,16 @@ class TextEncoder:
     def width(self) -> int:
         """Channels of a token's state."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of a prompt's pooled state."""
+        return int(self.model.config.pooled_size) if isinstance(self.model, TowerPair) else self.width
+
+    @property
+    def networks(self) -> dict[TextPart, Any]:
+        """The text model, or of a pair both towers, by their folders' names."""
+        return dict(zip(get_args(TextPart), towers(self.model), strict=False))
 
     @property
     def max_tokens(self) -> int:
@@ -242,7 +260,8 @@ class TextEncoder:
         if self.model.config.model_type == "t5":
             # T5 looks both ways, so its words must not see the padding; CLIP's cannot.
             return self.model(ids, attention_mask=mask).last_hidden_state, None
-        out = self.model(ids) if clip_skip == 1 else self.model(ids, clip_skip)
+        told = (ids, mask) if isinstance(self.model, TowerPair) else (ids,)
+        out = self.model(*told) if clip_skip == 1 else self.model(*told, clip_skip)
         return out.last_hidden_state, out.pooler_output
 
     def _recall(self, key: Hashable) -> EncodedPrompt:
@@ -278,6 +297,13 @@ class TextEncoder:
             line = re.sub(rf"{re.escape(word)}(?!_\d)", words.replace("\\", r"\\"), line)
         return line
 
+    def unprompted(self, empty: Text) -> Text:
+        """What the network is told in place of a prompt, of the text of empty prompts."""
+        if not self.zeros:
+            return empty
+        pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
+        return replace(empty, tokens=torch.zeros_like(empty.tokens), pooled=pooled)
+
     def forget(self) -> None:
         """Encode every caption anew: the model's weights have changed."""
         self._memory.clear()
@@ -302,27 +328,57 @@ class TextEncoder:
         return self.model(ids.to(device)).pooler_output
 
     def save(self, folder: Path) -> None:
-        """text_encoder/ and tokenizer/ below `folder`, as any version of transformers reads them."""
-        save_text_model(self.model, folder / "text_encoder")
-        save_tokenizer(self.tokenizer, folder / "tokenizer")
+        """text_encoder/ and tokenizer/ below `folder`, as any version of transformers reads them; of a pair those of both towers."""
+        for name, part in text_parts(self.model).items():
+            save_part(*part, folder / name, "model")
+        self.save_words(folder)
+
+    def save_words(self, folder: Path) -> None:
+        """tokenizer/ below `folder`; of a pair also tokenizer_2/, and what the network is told where there is no prompt."""
+        for name, tokenizer in self.tokenizers().items():
+            save_tokenizer(tokenizer, folder / name)
+        if isinstance(self.model, TowerPair):
+            write_json(folder / INDEX, {ZEROS: self.zeros})
+
+    def tokenizers(self) -> dict[str, Any]:
+        """By their folders' names; the second one of a pair differs in its padding."""
+        if not isinstance(self.model, TowerPair):
+            return {"tokenizer": self.tokenizer}
+        other = copy.deepcopy(self.tokenizer)
+        other.add_special_tokens({"pad_token": other.convert_ids_to_tokens(self.model.padding)})
+        return {"tokenizer": self.tokenizer, "tokenizer_2": other}
 
     @staticmethod
     def load(folder: Path) -> TextEncoder:
-        """The encoder in text_encoder/ and tokenizer/ below `folder`, ready to use.
+        """The encoder in text_encoder/ and tokenizer/ below `folder`, ready to use; with text_encoder_2/ and tokenizer_2/ a pair.
 
         Raises:
             UserError: naming what is missing, damaged or neither CLIP's nor T5's.
         """
-        return TextEncoder.of(load_text_model(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"), folder)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if not (folder / "text_encoder_2").is_dir():
+            return TextEncoder.of(load_text_model(folder / "text_encoder"), tokenizer, folder)
+        other = load_tokenizer(folder / "tokenizer_2")
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{folder / 'tokenizer_2'}: its words are not those of tokenizer; both text encoders must read the same")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, other.model_max_length)
+        return TextEncoder.of(load_pair(folder, other.pad_token_id), tokenizer, folder, zeros_in(folder))
 
     @staticmethod
-    def of(model: Any, tokenizer: Any, where: Path) -> TextEncoder:
-        """The encoder of a text model and a tokenizer that were read from files.
+    def of(model: Any, tokenizer: Any, where: Path, zeros: bool = False) -> TextEncoder:
+        """The encoder of a text model and a tokenizer that were read from files; `zeros` as the class has it.
 
         Raises:
             UserError: if the tokenizer has words that the model does not know.
         """
-        known, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
-        if largest >= known:
-            raise UserError(f"{where}: its tokenizer has words up to number {largest}, but its text encoder knows {known} words")
-        return TextEncoder(model, tokenizer)
+        largest = max(tokenizer.get_vocab().values())
+        for tower in towers(model):
+            known = tower.get_input_embeddings().weight.shape[0]
+            if largest >= known:
+                raise UserError(f"{where}: its tokenizer has words up to number {largest}, but its text encoder knows {known} words")
+        return TextEncoder(model, tokenizer, zeros)
+
+
+def zeros_in(folder: Path) -> bool:
+    """Whether the network of a folder with two text encoders is told zeros where there is no prompt; it is, unless the folder denies it."""
+    return bool(read_json(folder / INDEX).get(ZEROS, True)) if (folder / INDEX).is_file() else True

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.formats.model_folder import OWN_CLIP, hub_folder
+from ldm.formats.model_folder import INDEX, OWN_CLIP, hub_folder
 from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
-from ldm.formats.part import load_module, read_json, read_safetensors
-from ldm.formats.text_folder import load_text_model, tower_state
+from ldm.formats.part import content_hash, load_module, read_json, read_safetensors
+from ldm.formats.text_folder import TEXT_PARTS, load_text_model, tower_state
 from ldm.formats.tokenizer_files import load_tokenizer
-from ldm.models.text_tower import TextTower
-from ldm.text.encoder import TextEncoder
+from ldm.models.text_tower import TextTower, TowerPair
+from ldm.text.encoder import TextEncoder, zeros_in
 
 OPEN_CLIP = "open_clip_config.json"
 WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
@@ -56,17 +56,28 @@ def text_folder(path: str) -> Path:
     return folder / "model" if (folder / "model" / "text_encoder").is_dir() else folder
 
 
+def text_hash(folder: Path) -> str:
+    """Of the files of a text encoder's own folder, or of those in a model's folder."""
+    if not (folder / "text_encoder").is_dir():
+        return content_hash(folder)
+    parts = [content_hash(folder / part) for part in ("text_encoder", "tokenizer")]
+    if (folder / "text_encoder_2").is_dir():
+        parts += [content_hash(folder / part) for part in ("text_encoder_2", "tokenizer_2")] + [str(zeros_in(folder))]
+    return "".join(parts)
+
+
 def _fetch(name: str) -> Path:
     folder = hub_folder(name, WORDS)
     if (folder / "text_encoder").is_dir():
-        return hub_folder(name, ["text_encoder/*", "tokenizer/*", f"{OWN_CLIP}/*"])
+        return hub_folder(name, [f"{part}/*" for part in (*TEXT_PARTS, OWN_CLIP)] + [INDEX])
     weights = "model*.safetensors" if (folder / "config.json").is_file() else "open_clip*.safetensors"
     return hub_folder(name, [*WORDS, weights])
 
 
 def _skip_last(model: Any, layers: int) -> None:
-    if model.config.model_type == "t5":
-        raise UserError(f"skip_last: got {layers}, but T5 is read after its last layer; write skip_last=0")
+    if not isinstance(model, TextTower):
+        how = "two text encoders are read before their last layer" if isinstance(model, TowerPair) else "T5 is read after its last layer"
+        raise UserError(f"skip_last: got {layers}, but {how}; write skip_last=0")
     if layers >= model.config.num_hidden_layers:
         raise UserError(f"skip_last: got {layers}, but this text encoder has only {model.config.num_hidden_layers} layers")
     model.config.num_hidden_layers -= layers

@@ -83,7 +83,7 @@ def source(network: UNetConfig, autoencoder: KLConfig | VQConfig, text: dict[str
         "network": network,
         "autoencoder": autoencoder,
         "statistics": None,
-        "tokenizer": None,
+        "tokenizers": {"tokenizer": None},
         "process": Process(),
         "scheduler": {},
         "defaults": {"size": (512, 512)},
@@ -332,7 +332,7 @@ def test_what_compvis_names_cannot_say_is_refused(tmp_path: Path, capsys: Any) -
     }
     with pytest.raises(UserError, match="text_encoder: t5 has no place in a CompVis file"):
         sayable(source(UNetConfig(), KLConfig(), {}, parts=parts))
-    with pytest.raises(UserError, match="size_channels is 256, but CompVis' LatentDiffusion is told no sizes"):
+    with pytest.raises(UserError, match="size_channels is 256 and there are 1 text encoders, but files know"):
         sayable(source(UNetConfig(size_channels=256), KLConfig(), {}, parts=parts))
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 

@@ -126,7 +126,7 @@ def test_a_published_vae_config_file_is_read():
         "norm_num_groups": 32,
         "sample_size": 512,
     }
-    expected = KLConfig(scaling_factor=0.18215, force_upcast=True, sample_size=512)
+    expected = KLConfig(scaling_factor=0.18215, sample_size=512)
     assert KLConfig.from_diffusers(values) == expected
 
 

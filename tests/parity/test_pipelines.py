@@ -1,4 +1,4 @@
-"""Text-to-image, image-to-image and inpainting, whole, against diffusers' pipelines on the same weights and noise.
+"""Text-to-image, image-to-image and inpainting, whole, against diffusers' pipelines on the same weights and noise; XL's too.
 
 The largest error of the pictures, and of the clean latents in units of the largest, is at most 1e-5 in float32 and 1e-12
 in float64. (The latents of random networks reach 60, where float32 has no 1e-5.) For float64, diffusers' schedulers run
@@ -22,7 +22,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pipelines import FACTOR, SIDE, Pair, as_image, bytes_of_pictures, pipeline_folder, scheduler_of, start_noise
+from pipelines import FACTOR, SIDE, Pair, as_image, bytes_of_pictures, pipeline_folder, scheduler_of, start_noise, xl_folder
 from torch import Tensor
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -66,7 +66,10 @@ def pairs(folders: dict[str, Path]) -> dict[tuple[str, torch.dtype], Pair]:
 def check(pair: Pair, ours: Tensor, theirs: Tensor, limit: float) -> None:
     assert ours.dtype == theirs.dtype == pair.dtype
     images = pair.pictures(ours, theirs)
-    errors = float((ours - theirs).abs().max() / theirs.abs().max()), float((images[0] - images[1]).abs().max())
+    errors = (
+        float((ours - theirs).abs().max() / theirs.abs().max()),
+        float((images[0] - images[1]).abs().max() / images[1].abs().max().clamp(min=1)),
+    )
     assert max(errors) <= limit, errors
     assert images[0].std() > 0.05
 
@@ -133,6 +136,72 @@ def test_inpainting_by_a_unet_that_is_told_the_mask(
     pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, strength: float, dtype: torch.dtype
 ) -> None:
     pair, pixels, mask = pairs["inpaint", dtype], black_and_white(), some_mask(cells=False)
+    edits = pair.family.edits(pixels, mask, strength)
+    image, hidden = as_image(pixels, dtype), mask[:, None].to(dtype)
+    both(pair, monkeypatch, name, "inpaint", edits=edits, image=image, mask_image=hidden, strength=strength, height=SIDE, width=SIDE)
+
+
+# Stable Diffusion XL: besides, the negative prompt that is none (zeros, where the model says so), and what is told of sizes.
+
+SIZES = {"original_size": "48x40", "crop": "3,5", "target_size": "30x34"}
+THEIRS = {"original_size": (40, 48), "crops_coords_top_left": (5, 3), "target_size": (34, 30)}
+
+
+@pytest.fixture(scope="module")
+def xl_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("xl")
+    return {"base": xl_folder(root / "base"), "told": xl_folder(root / "told", zeros=False), "inpaint": xl_folder(root / "inpaint", 9)}
+
+
+@pytest.fixture(scope="module")
+def xl_pairs(xl_folders: dict[str, Path]) -> dict[tuple[str, torch.dtype], Pair]:
+    return {(name, dtype): Pair(folder, dtype) for name, folder in xl_folders.items() for dtype in LIMIT}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["ddim", "ddim-leading", "euler", "dpmpp_2m"])
+def test_xl_text_to_image(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    both(xl_pairs["base", dtype], monkeypatch, name, "text", latents=start_noise(dtype), height=SIDE, width=SIDE)
+
+
+@DTYPES
+@pytest.mark.parametrize("model", ["base", "told"])
+def test_xl_no_negative_prompt(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, model: str, dtype: torch.dtype) -> None:
+    pair, noise = xl_pairs[model, dtype], start_noise(dtype)
+    made = scheduler_of(diffusers.DDIMScheduler, dtype, monkeypatch, timestep_spacing="trailing")
+    words = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "negative_prompt": None, "height": SIDE, "width": SIDE}
+    theirs = pair.theirs("text", made, monkeypatch, noise, latents=noise, **words)
+    monkeypatch.undo()
+    ours = pair.ours(noise, negative="", steps=STEPS, guidance=4.0, sampler="ddim", spacing="trailing")
+    check(pair, ours, theirs, LIMIT[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_xl_sizes(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, guidance: float, dtype: torch.dtype) -> None:
+    pair, noise = xl_pairs["base", dtype], start_noise(dtype)
+    made = scheduler_of(diffusers.DDIMScheduler, dtype, monkeypatch, timestep_spacing="trailing")
+    words = {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": SIDE, "width": SIDE, **THEIRS}
+    theirs = pair.theirs("text", made, monkeypatch, noise, latents=noise, **words)
+    monkeypatch.undo()
+    told = {"steps": STEPS, "guidance": guidance, "sampler": "ddim", "spacing": "trailing"}
+    check(pair, pair.ours(noise, **told, **SIZES), theirs, LIMIT[dtype])
+    assert not torch.equal(pair.ours(noise, **told), pair.ours(noise, **told, crop="7,0"))
+
+
+@DTYPES
+@pytest.mark.parametrize(("name", "strength"), [("ddim", 0.3), ("ddim", 0.8), ("euler", 0.8), ("dpmpp_2m", 0.8)])
+def test_xl_image_to_image(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, strength: float, dtype: torch.dtype) -> None:
+    pair, pixels = xl_pairs["base", dtype], bytes_of_pictures()
+    edits = pair.family.edits(pixels, strength=strength)
+    both(pair, monkeypatch, name, "image", edits=edits, image=as_image(pixels, dtype), strength=strength)
+
+
+@DTYPES
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize(("model", "name"), [("base", "ddim"), ("base", "euler"), ("inpaint", "ddim"), ("inpaint", "dpmpp_2m")])
+def test_xl_inpainting(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, model: str, name: str, strength: float, dtype: torch.dtype) -> None:
+    pair, pixels, mask = xl_pairs[model, dtype], black_and_white(), some_mask(cells=model == "base")
     edits = pair.family.edits(pixels, mask, strength)
     image, hidden = as_image(pixels, dtype), mask[:, None].to(dtype)
     both(pair, monkeypatch, name, "inpaint", edits=edits, image=image, mask_image=hidden, strength=strength, height=SIDE, width=SIDE)

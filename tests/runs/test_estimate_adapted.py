@@ -14,8 +14,6 @@ from ldm.runs.estimate import Needs, estimate
 from ldm.runs.run import Run
 from ldm.training.settings import Train
 
-SMALL = {"channels": [32, 64], "attention": [False, True], "layers": 1, "heads": 2, "norm_groups": 8}
-
 
 def test_adapters_are_counted_as_they_are_injected() -> None:
     made = UNetConfig(channels=(32, 64), attention=(False, True), layers=1, heads=2, norm_groups=8, context_width=32)
@@ -29,7 +27,7 @@ def frozen(needs: Needs) -> int:
 
 def run_of(adapt: dict[str, object] | None) -> Run:
     stage = {"kind": "train", "model": "diffusion", "images": 8, "resolution": 64, "batch": 2, "samples": 0}
-    diffusion: dict[str, object] = {"kind": "latent_diffusion", "network": SMALL} | ({"adapt": adapt} if adapt else {})
+    diffusion: dict[str, object] = {"kind": "latent_diffusion"} | ({"adapt": adapt} if adapt else {})
     return build(
         {"data": {"kind": "scenes"}, "init": "owner/name", "models": {"diffusion": diffusion}, "stages": {"tune": stage}}, Run, "run"
     )
@@ -65,6 +63,16 @@ def test_presets_keep_their_promise(file: Path) -> None:
     needs = estimate(run).training(stage)
     assert needs.parameters["unet"] == 859_520_964
     assert sum(needs.memory(stage.micro_batch).values()) < 0.9 * int(file.stem.split("-")[-1].removesuffix("gb")) * 1e9
+
+
+def test_stable_diffusion_xl_is_counted_whole_where_its_files_are_not_here() -> None:
+    run = load(PRESETS[0].parents[1] / "finetune-sdxl-lora.yaml", ["models.diffusion.adapt.text_rank=8"], Run)
+    stage = run.stages["lora"]
+    assert isinstance(stage, Train)
+    needs = estimate(run).training(stage)
+    assert needs.parameters["unet"] == 2_567_463_684
+    assert needs.parameters["text encoder"] == 123_060_480 + 694_659_840  # CLIP ViT-L/14's and OpenCLIP ViT-bigG/14's, which is projected
+    assert needs.footprint.learned["text adapters"] == 8 * 2 * 4 * (11 * 768 + 32 * 1280)  # the first one's last layer is not read
 
 
 def test_there_are_presets() -> None:

@@ -63,6 +63,7 @@ def choose(usual: Defaults, wanted: Wanted = OWN) -> Settings:
     for field, names in (("guidance_curve", tuple(CURVES)), ("precision", PRECISIONS), ("spacing", SPACINGS)):
         if (value := getattr(chosen, field)) not in names:
             raise UserError(f"{field}: got {value!r}; choose one of {', '.join(names)}")
+    chosen.sizes(1, 1)
     return chosen
 
 
@@ -208,7 +209,7 @@ class Engine:
         """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
         grid, device = canvas.grid, canvas.noise.device
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
-        size = torch.tensor([[height, width, 0, 0, height, width]]).float().expand(len(prompts), 6).to(device)
+        size = torch.tensor([settings.sizes(height, width)]).float().expand(len(prompts), 6).to(device)
 
         def about(text: Text) -> Cond:
             cond = Cond(text=text, size=size)

@@ -12,10 +12,10 @@ from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
 from ldm.formats.latent_codec import LatentCodec, Statistics
 from ldm.formats.model_folder import own_clip, read_record
 from ldm.formats.part import read_json
-from ldm.formats.text_folder import text_part
+from ldm.formats.text_folder import text_parts
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
 from ldm.models.denoiser import Denoiser
-from ldm.text.encoder import TextEncoder
+from ldm.text.encoder import ZEROS, TextEncoder
 
 
 class Exportable(Protocol):
@@ -50,7 +50,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
     parts = {
         family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
         "vae" if isinstance(autoencoder, KLConfig) else "vqvae": ExportedNetwork(autoencoder.to_diffusers(), state),
-        "text_encoder": ExportedNetwork(*text_part(family.text.model)),
+        **{name: ExportedNetwork(*part) for name, part in text_parts(family.text.model).items()},
     }
     # As it stands in the folder: how others like to sample it is said there too.
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
@@ -63,7 +63,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
         network=family.denoiser.config,
         autoencoder=autoencoder,
         statistics=statistics,
-        tokenizer=family.text.tokenizer,
+        tokenizers=family.text.tokenizers(),
         process=family.process,
         scheduler=scheduler,
         defaults=family.defaults,
@@ -72,6 +72,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
         notices=notices,
         hash=family.content_hash,
         own_clip=own_clip(root),
+        index={ZEROS: family.text.zeros} if len(family.text.tokenizers()) == 2 else {},
     )
 
 

@@ -192,6 +192,9 @@ class LatentDiffusion(ModelConfig):
         if not base:
             return self
         file = next(config_files(local_folder(base), *denoiser.FOLDERS), None)
+        if file is None and self.network != self.network.continuing(type(self.network)()):
+            note(f"unet of {base}: its config.json is not here; counted as models.diffusion.network says")
+            return self
         if file is None:
             note(f"unet of {base}: its config.json is not here; counted as Stable Diffusion 1's")
             return replace(self, network=replace(denoiser.DEFAULT, checkpointing=self.network.checkpointing))
@@ -201,7 +204,8 @@ class LatentDiffusion(ModelConfig):
         """The network as its autoencoder and its text encoder make it."""
         text = others["text"].text_shape(note, self.network.context_width)
         channels = latent_channels(others["autoencoder"].latent_network(note))
-        return replace(self.network, in_channels=channels, out_channels=channels, context_width=text.width), text
+        network = replace(self.network, in_channels=channels, out_channels=channels, context_width=text.states)
+        return network.told_pooled(text.pooled), text
 
     def text_width(self) -> int:
         """Width of the text states that its network expects."""
@@ -251,7 +255,7 @@ class LatentDiffusion(ModelConfig):
             in_channels=channels(codec) if self.inpaint else codec.channels,
             out_channels=codec.channels,
             context_width=text.width,
-        )
+        ).told_pooled(text.pooled_width)
         if context.init is None:
             built: denoiser.Denoiser = network.build()
         else:
@@ -373,7 +377,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def _without_caption(self, cond: Cond) -> Cond:
         assert cond.text is not None
         batch = len(cond.text.tokens)
-        empty = self._told([""])
+        empty = self.text.unprompted(self._told([""]))
         text = replace(
             empty,
             tokens=empty.tokens.expand(batch, -1, -1),
@@ -434,7 +438,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        chosen = choose(self.config.defaults, wanted)
+        chosen, network = choose(self.config.defaults, wanted), self.config.network
+        told = next((name for name in ("original_size", "crop", "target_size") if getattr(chosen, name)), "")
+        if told and not network.reads_size:
+            self.refuse(f"{told}: got {getattr(chosen, told)}", "has a network that is told no sizes; leave it out")
         self.text.check_skip(chosen.clip_skip)
         return chosen
 
@@ -559,8 +566,7 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     network, stored = load_denoiser(root, config)
     process = process_of(root)
     defaults, size = defaults_of(record, root)
-    if text.width != config.context_width:
-        raise UserError(f"{root}: the text encoder is {text.width} wide, but the UNet expects {config.context_width}")
+    fits(config, text, root)
     made = LatentDiffusion(network=config, process=process, defaults=defaults)
     family = LatentDiffusionFamily(made, network, codec, text)
     sample_size = stored.get("sample_size") or 64
@@ -570,6 +576,19 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     for module in (family, *family.frozen()):
         module.to(device)
     return family.eval()
+
+
+def fits(network: denoiser.Network, text: TextEncoder, where: Path) -> None:
+    """Refuse a text encoder whose states are not as wide as a network expects.
+
+    Raises:
+        UserError: naming both widths.
+    """
+    if text.width != network.context_width:
+        raise UserError(f"{where}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
+    if network.reads_pooled and text.pooled_width != network.pooled_width:
+        said = f"the text encoder's pooled state is {text.pooled_width} wide, but the UNet expects {network.pooled_width}"
+        raise UserError(f"{where}: {said}; a refiner, which is told an aesthetic score, is not known here")
 
 
 def process_of(root: Path) -> Process:

@@ -21,8 +21,7 @@ from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import read, write
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.part import save_part
-from ldm.formats.text_folder import text_part
-from ldm.formats.tokenizer_files import save_tokenizer
+from ldm.formats.text_folder import text_parts
 from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
 from ldm.models.layer_adapters import LayerAdapter
@@ -39,8 +38,10 @@ from ldm.models.lora import (
     injected,
     matched,
     merged_state,
+    targeted,
     weighted_modules,
 )
+from ldm.models.text_tower import TowerPair
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings
 
@@ -134,16 +135,15 @@ class AdaptedFamily(Family):
             "ss_seed": base["seed"],
             "ss_num_train_images": base["images"],
             "ss_v2": "False",
+            **({"ss_base_model_version": "sdxl_base_v1-0"} if len(self.inner.text.networks) > 1 else {}),
             "ss_noise_offset": str(self.inner.describe().get("offset_noise")),
         }
 
     def save_text(self, state: dict[str, Tensor], folder: Path) -> None:
-        """text_encoder/ with other weights, and tokenizer/."""
-        config, _ = text_part(self.inner.text.model)
-        table = next(value for name, value in state.items() if name.endswith("token_embedding.weight"))
-        state = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): value for name, value in state.items()}
-        save_part({**config, "vocab_size": len(table)}, state, folder / "text_encoder", "model")
-        save_tokenizer(self.inner.text.tokenizer, folder / "tokenizer")
+        """text_encoder/ with other weights, and tokenizer/; of a pair those of both."""
+        for name, part in text_parts(self.inner.text.model, state).items():
+            save_part(*part, folder / name, "model")
+        self.inner.text.save_words(folder)
 
 
 class LoraFamily(AdaptedFamily):
@@ -166,7 +166,9 @@ class LoraFamily(AdaptedFamily):
         self.unet.extend(inject(inner.denoiser, config.rank, config.alpha, targets, *how))
         if config.text_learns:
             scaled = config.alpha * config.text_rank / config.rank
-            self.text.extend(inject(inner.text.model, config.text_rank, scaled, config.text_targets, *how))
+            for network in inner.text.networks.values():
+                found = read_layers(inner.text.model, network, config.text_targets)
+                self.text.extend(inject(network, config.text_rank, scaled, found, *how))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The denoising network's adapters, and the text encoder's at their own rate."""
@@ -175,10 +177,10 @@ class LoraFamily(AdaptedFamily):
 
     def lora(self) -> Lora:
         """What has been learned."""
-        pairs = {"unet": injected(self.inner.denoiser)} if len(self.unet) else {}
-        if len(self.text):
-            pairs["text_encoder"] = {name.removeprefix(TEXT_PREFIX): pair for name, pair in injected(self.inner.text.model).items()}
-        return Lora(pairs=dict[Part, dict](pairs), metadata=self.metadata())  # type: ignore[type-arg, arg-type]
+        pairs: dict[Part, Any] = {"unet": injected(self.inner.denoiser)} if len(self.unet) else {}
+        for part, network in self.inner.text.networks.items() if len(self.text) else ():
+            pairs[part] = {name.removeprefix(TEXT_PREFIX): pair for name, pair in injected(network).items()}
+        return Lora(pairs=pairs, metadata=self.metadata())
 
     def save(self, folder: Path) -> None:
         """The merged network and text encoder as a model has them, and lora/ with peft's, diffusers' and kohya's files."""
@@ -188,6 +190,17 @@ class LoraFamily(AdaptedFamily):
         lora = replace(self.lora(), network=self.inner.denoiser.config.folder)
         for style in ("diffusers", "peft", "kohya"):
             write(lora, folder / LORA, style, self.metadata())  # type: ignore[arg-type]
+
+
+def read_layers(model: nn.Module, tower: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of a text tower's layers that adapters find by `targets`, without those after the states that are read.
+
+    Raises:
+        UserError: as `targeted`.
+    """
+    last = f"encoder.layers.{len(model.text_encoder.encoder.layers) - 1}." if isinstance(model, TowerPair) else None
+    unread = last is not None and tower is model.text_encoder
+    return [name for name in targeted(tower, targets) if not (unread and name.startswith(last))]
 
 
 class InvertedFamily(AdaptedFamily):
@@ -264,7 +277,8 @@ class LowRank:
         found = {"adapters": adapted_count(denoiser, self.rank, self.targets or denoiser.lora_targets, self.method, self.factor)}
         if self.text_rank:
             ends = [end for end in self.text_targets if end in TEXT_TARGETS]
-            found["text adapters"] = 2 * text.width * self.text_rank * text.layers * len(ends)
+            sides = sum(tower.width * tower.layers for tower in text.towers) - (text.width if text.second else 0)
+            found["text adapters"] = 2 * sides * self.text_rank * len(ends)
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -353,7 +367,7 @@ class TextualInversion:
 
     def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
         """Parameters that learn: the new word's embeddings."""
-        return {"word": self.vectors * text.width}
+        return {"word": self.vectors * text.states}
 
     def __post_init__(self) -> None:
         if len(self.token) < 3 or any(c.isspace() or c in "()[]:" for c in self.token):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.diffusion.batch import Cond, Text
+from ldm.diffusion.batch import Cond, Text, where
 from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Piece, Prompt
 from ldm.text.weighted import chunks_of, encode
@@ -61,6 +61,7 @@ class PromptSchedule:
     about: Callable[[Text], Cond]
     clip_skip: int = 1
     _made: dict[tuple[tuple[Pieces, ...], tuple[Pieces, ...]], Cond] = field(default_factory=dict)
+    _none: dict[tuple[Pieces, ...], Cond] = field(default_factory=dict)
 
     def weights(self) -> Tensor:
         """Of every part's guidance, (parts,B)."""
@@ -73,7 +74,17 @@ class PromptSchedule:
         now = [prompt.at(step, self.steps) for prompt in self.prompts]
         ends = [(prompt.end or prompt).at(step, self.steps) for prompt in self.prompts]
         parts = [[tuple(texts[k] for texts in all_of) for all_of in (now, ends)] for k in range(self.shape.parts)]
-        return (self._cond(tuple(without), tuple(without)), *(self._cond(begin, end) for begin, end in parts))
+        return (self._negative(tuple(without)), *(self._cond(begin, end) for begin, end in parts))
+
+    def _negative(self, without: tuple[Pieces, ...]) -> Cond:
+        """Of negative prompts; where there is none, of what the encoder takes for none."""
+        if not self.encoder.zeros:
+            return self._cond(without, without)
+        if without not in self._none:
+            text = encode(self.encoder, without, self.shape.chunks, self.clip_skip)
+            told = torch.tensor([any(piece.text.strip() for piece in pieces) for pieces in without], device=text.tokens.device)
+            self._none[without] = self.about(where(told, text, self.encoder.unprompted(text)))
+        return self._none[without]
 
     def _cond(self, begin: tuple[Pieces, ...], end: tuple[Pieces, ...]) -> Cond:
         if (begin, end) not in self._made:
