@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,11 +73,16 @@ def _rows(found: Tensor, token: str, where: str) -> Tensor:
     return rows
 
 
-def write_embedding(folder: Path, token: str, rows: Tensor, metadata: Mapping[str, str]) -> list[Path]:
-    """Write a word as diffusers' learned_embeds.safetensors and as WORD.safetensors for A1111's web UI; returns both files."""
+def write_embedding(folder: Path, token: str, rows: Sequence[Tensor], metadata: Mapping[str, str]) -> list[Path]:
+    """Write a word as diffusers' learned_embeds.safetensors and as WORD.safetensors for A1111's web UI; returns both files.
+
+    Args:
+        rows: (V,D), or one for each of two text encoders, which both files then have as `clip_l` and `clip_g`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     other = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '', token) or 'word'}.safetensors"
     texts = {**metadata, "format": "pt", "token": token}
-    write_tensors(folder / DIFFUSERS, {token: rows.contiguous()}, texts)
-    write_tensors(other, {A1111: rows.contiguous()}, texts)
+    for file, key in ((folder / DIFFUSERS, token), (other, A1111)):
+        names = (key,) if len(rows) == 1 else ("clip_l", "clip_g")
+        write_tensors(file, {name: own.contiguous() for name, own in zip(names, rows, strict=True)}, texts)
     return [folder / DIFFUSERS, other]

@@ -57,8 +57,10 @@ class DenoiserConfig:
         return False
 
     def told_pooled(self, width: int) -> Self:
-        """The configuration of a network whose pooled text has this width, where it reads one."""
-        return self
+        """With this width of the pooled text, where the network reads one, by its field `pooled_channels` (0: as the text states)."""
+        if not self.reads_pooled or self.pooled_width == width:
+            return self
+        return replace(self, pooled_channels=0 if width == self.context_width else width)  # type: ignore[type-var]
 
     @property
     def reads_size(self) -> bool:

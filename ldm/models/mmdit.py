@@ -78,6 +78,11 @@ class MMDiTConfig(DenoiserConfig):
         return self.patch
 
     @property
+    def reads_pooled(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def pooled_width(self) -> int:
         """Width of the pooled text."""
         return self.pooled_channels or self.context_width

@@ -104,12 +104,6 @@ class UNetConfig(DenoiserConfig):
         """Whether the pooled text is added to the time embedding."""
         return self.size_channels > 0 or self.pooled_text
 
-    def told_pooled(self, width: int) -> UNetConfig:
-        """With this width of the pooled text, where it is read and not as wide as the states."""
-        if not self.reads_pooled or self.pooled_width == width:
-            return self
-        return replace(self, pooled_channels=0 if width == self.context_width else width)
-
     @property
     def reads_size(self) -> bool:
         """Whether the network must be told Cond.size (as Stable Diffusion XL's)."""

@@ -16,8 +16,10 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
+from ldm.formats.embedding_files import read_embedding, write_embedding
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_part, read_safetensors
+from ldm.models.lora import LearnedEmbedding
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DRAWN: dict[str, Any] = {"settings": Wanted(steps=3, guidance=3.0), "size": (SIDE, SIDE)}
@@ -122,3 +124,23 @@ def test_weights_and_long_prompts_reach_both_encoders(folder: Path) -> None:
     assert changed[:64].any() and changed[64:].any() and torch.equal(plain.pooled, stronger.pooled)  # type: ignore[arg-type]
     long = encode(text, read("a small red circle " * 8).at(0, 1), 2)
     assert long.tokens.shape == (1, 2 * text.max_tokens, 192)
+
+
+def test_a_word_of_two_encoders_is_drawn_with_as_in_diffusers(folder: Path, tmp_path: Path) -> None:
+    """In the states; the pooled state is that of the end token here, whatever the largest id is."""
+    rows = [torch.randn(2, 64), torch.randn(2, 128)]
+    files = write_embedding(tmp_path, "<thing>", rows, {})
+    family, made = load(folder), diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    family.adapt([], [read_embedding(files[1])])
+    for number, part in enumerate(("", "_2")):
+        state = read_safetensors(files[0])["clip_l" if number == 0 else "clip_g"]
+        encoder, tokenizer = getattr(made, f"text_encoder{part}"), getattr(made, f"tokenizer{part}")
+        made.load_textual_inversion(state, token="<thing>", text_encoder=encoder, tokenizer=tokenizer)
+    with torch.no_grad():
+        tokens, _, pooled, _ = made.encode_prompt("a <thing>", device="cpu", do_classifier_free_guidance=False)
+    text = family.text.encode(["a <thing>"])
+    torch.testing.assert_close(text.tokens, tokens)
+    torch.testing.assert_close(text.pooled, pooled)
+    single = LearnedEmbedding("<other>", torch.zeros(1, 64))
+    with pytest.raises(UserError, match="made for a model with one text encoder; this one has two"):
+        family.adapt([], [single])

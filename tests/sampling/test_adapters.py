@@ -45,7 +45,7 @@ def here(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             out, inner = family.denoiser.get_submodule(layer).weight.shape  # type: ignore[union-attr, misc]
             pairs[layer] = Pair(torch.randn(2, inner), torch.randn(out, 2), 2.0)
         write(Lora(pairs={"unet": pairs}), tmp_path / name, "kohya")[0].rename(tmp_path / f"{name}.safetensors")
-    write_embedding(tmp_path / "words", "<thing>", torch.randn(2, family.text.width), {})
+    write_embedding(tmp_path / "words", "<thing>", [torch.randn(2, family.text.width)], {})
     return tmp_path
 
 
@@ -171,7 +171,7 @@ def test_the_page_draws_with_them(base: Path, here: Path) -> None:
 def test_what_is_refused(base: Path, here: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     pair = {"elsewhere.to_q": Pair(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
     write(Lora(pairs={"unet": pair}), here, "kohya")[0].rename(here / "foreign.safetensors")
-    write_embedding(here, "wide", torch.zeros(1, 7), {})
+    write_embedding(here, "wide", [torch.zeros(1, 7)], {})
     assert draw(base, "red", *words) == 2
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told

@@ -41,7 +41,7 @@ from ldm.models.lora import (
     targeted,
     weighted_modules,
 )
-from ldm.models.text_tower import TowerPair
+from ldm.models.text_tower import TowerPair, towers
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings
 
@@ -56,7 +56,7 @@ class Adaptable(Family):
     @property
     def networks(self) -> dict[Part, nn.Module]:
         """What adapters may learn beside, as files name it."""
-        return {"unet": self.denoiser, "text_encoder": self.text.model}
+        return {"unet": self.denoiser, **self.text.networks}
 
     @abstractmethod
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
@@ -211,9 +211,12 @@ class InvertedFamily(AdaptedFamily):
         self.config = config
         start = first_embeddings(inner.text, config.init, config.vectors)
         self.rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (config.vectors > 1))
-        table = add_word(inner.text, config.token, start)
+        tables = add_word(inner.text, config.token, start)
         inner.text.model.requires_grad_(False)
-        inner.text.model.set_input_embeddings(PartlyTrainedEmbedding(table, self.rows))
+        at = 0
+        for tower, table in zip(towers(inner.text.model), tables, strict=True):
+            tower.set_input_embeddings(PartlyTrainedEmbedding(table, self.rows, at))
+            at += table.shape[1]
         inner.text_learns = True
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
@@ -238,12 +241,13 @@ class InvertedFamily(AdaptedFamily):
         """The base with one word more, and embedding/ with diffusers' and A1111's files."""
         self.inner.save(folder)
         state = dict(self.inner.text.model.state_dict())
-        [name] = [name for name in state if name.endswith(".table")]
-        stem = name.removesuffix(".table")
-        table, rows = state.pop(name), state.pop(f"{stem}.rows")
-        state[f"{stem}.weight"] = torch.cat([table[: len(table) - len(rows)], rows])
+        for stem, module in self.inner.text.model.named_modules():
+            if isinstance(module, PartlyTrainedEmbedding):
+                del state[f"{stem}.table"], state[f"{stem}.rows"]
+                state[f"{stem}.weight"] = module.whole()
         self.save_text(state, folder)
-        write_embedding(folder / EMBEDDING, self.config.token, self.rows.detach(), self.metadata())
+        widths = [tower.config.hidden_size for tower in towers(self.inner.text.model)]
+        write_embedding(folder / EMBEDDING, self.config.token, self.rows.detach().split(widths, dim=1), self.metadata())
 
 
 LORA, EMBEDDING = "lora", "embedding"  # folders in a product, beside the model's parts
