@@ -174,12 +174,16 @@ def find(path: Path) -> Path:
 # Writing
 
 
-def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mapping[str, str] | None = None) -> list[Path]:
+def write(
+    lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mapping[str, str] | None = None, sgm: Mapping[str, str] | None = None
+) -> list[Path]:
     """Write adapters with dotted names into a folder in one of the styles; returns its files, none where the style has no such adapters.
 
     Args:
         metadata: texts for the header; kohya's style has `ss_*` besides.
+        sgm: the denoising network's layers by their flat names in sgm's code, which kohya's style then has, as of Stable Diffusion XL.
     """
+    theirs = {layer: name for name, layer in (sgm or {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
     texts = dict(metadata or {})
     if style == "peft":
@@ -190,16 +194,16 @@ def write(lora: Lora, folder: Path, style: Style = "diffusers", metadata: Mappin
     for part, pairs in lora.pairs.items():
         for name, pair in pairs.items():
             own = _in_kohya(pair) if style == "kohya" else _in_diffusers(pair)
-            head = _kohya_name(part, name, lora) if style == "kohya" else _diffusers_name(part, name, lora)
+            head = _kohya_name(part, name, lora, theirs) if style == "kohya" else _diffusers_name(part, name, lora)
             tensors |= {f"{head}.{end}": value for end, value in own.items()}
     file = folder / (KOHYA if style == "kohya" else DIFFUSERS)
     write_tensors(file, tensors, texts | (kohya_metadata(lora) if style == "kohya" else {}))
     return [file]
 
 
-def _kohya_name(part: Part, name: str, lora: Lora) -> str:
+def _kohya_name(part: Part, name: str, lora: Lora, theirs: Mapping[str, str]) -> str:
     if part == "unet":
-        return f"lora_unet_{flat(name)}"
+        return f"lora_unet_{theirs.get(name) or flat(name)}"
     number = "" if "text_encoder_2" not in lora.pairs else "2" if part == "text_encoder_2" else "1"
     return f"lora_te{number}_{flat_prefix()}{flat(name)}"
 

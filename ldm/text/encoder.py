@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ldm.formats.model_folder import INDEX
 from ldm.formats.part import read_json, save_part
 from ldm.formats.text_folder import SPECIAL, load_pair, load_text_model, text_parts
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
+from ldm.models.lora import Part
 from ldm.models.text_tower import TowerPair, towers
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
@@ -32,7 +33,6 @@ MEMORY_BYTES = 2**28  # of encoded captions that are remembered
 MOST = 16  # times as much as the encoder reads at once is looked at
 ZEROS = "force_zeros_for_empty_prompt"  # how the model_index.json of a pair says what no prompt is, as diffusers names it
 K = TypeVar("K", bound=Hashable)
-TextPart = Literal["text_encoder", "text_encoder_2"]
 
 
 @config
@@ -142,9 +142,10 @@ class TextEncoder:
         return int(self.model.config.pooled_size) if isinstance(self.model, TowerPair) else self.width
 
     @property
-    def networks(self) -> dict[TextPart, Any]:
+    def networks(self) -> dict[Part, Any]:
         """The text model, or of a pair both towers, by their folders' names."""
-        return dict(zip(get_args(TextPart), towers(self.model), strict=False))
+        names: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+        return dict(zip(names, towers(self.model), strict=False))
 
     @property
     def max_tokens(self) -> int:

@@ -17,6 +17,7 @@ from ldm.config.errors import UserError
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.embedding_files import read_embedding, write_embedding
+from ldm.formats.lora_files import read
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_part, read_safetensors
 from ldm.models.lora import LearnedEmbedding
@@ -144,3 +145,60 @@ def test_a_word_of_two_encoders_is_drawn_with_as_in_diffusers(folder: Path, tmp_
     single = LearnedEmbedding("<other>", torch.zeros(1, 64))
     with pytest.raises(UserError, match="made for a model with one text encoder; this one has two"):
         family.adapt([], [single])
+
+
+WORDS = [
+    "data={kind: scenes, tier: one, images: 4, val: 2, captions: 1}",
+    "models.diffusion.network.preset=null",
+    *(f"stages.{name}.resolution={SIDE}" for name in ("latents", "lora")),
+    *(f"stages.lora.{word}" for word in ("images=4", "batch=2", "precision=fp32", "optim.lr=0.05")),
+    "models.diffusion.adapt.rank=2",
+    "models.diffusion.adapt.text_rank=2",
+]
+
+
+@pytest.mark.slow
+def test_adapters_of_all_three_networks_are_read_by_diffusers_and_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(__file__).parents[2] / "configs" / "finetune-sdxl-lora.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config), f"init={folder}", "name=xl", *WORDS]) == 0
+    run = tmp_path / "runs" / "xl"
+    merged, plain = load(run), load(folder)
+    states = merged.text.encode(PROMPTS)
+    moved = (states.tokens - plain.text.encode(PROMPTS).tokens).abs().amax((0, 1))
+    assert moved[:64].max() > 1e-4 and moved[64:].max() > 1e-4
+    for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        base = load(folder)
+        base.adapt([(read(run / "lora" / name), 1.0)], [])
+        assert all(torch.equal(a, b) for a, b in zip(merged.denoiser.parameters(), base.denoiser.parameters(), strict=True))
+        assert torch.equal(base.text.encode(PROMPTS).tokens, states.tokens)
+    keys = read_safetensors(run / "lora" / "kohya.safetensors")
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.alpha" in keys
+    assert "lora_te2_text_model_encoder_layers_1_self_attn_q_proj.alpha" in keys
+    assert "lora_te1_text_model_encoder_layers_1_self_attn_q_proj.alpha" not in keys  # behind the states that are read
+
+    whole = diffusers.DiffusionPipeline.from_pretrained(run / "model", local_files_only=True)
+    for file in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        made = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        made.load_lora_weights(run / "lora", weight_name=file)
+        torch.testing.assert_close(theirs(made), theirs(whole), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_weights_of_the_unet_and_a_word_are_trained(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    monkeypatch.chdir(tmp_path)
+    tune = [word.replace("stages.lora.", "stages.tune.") for word in WORDS if "adapt" not in word]
+    assert main(["train", str(configs / "finetune-sdxl-full.yaml"), f"init={folder}", "name=full", *tune]) == 0
+    equal_text = [(load_part(root / part)[1]) for root in (folder, tmp_path / "runs" / "full" / "model") for part in PARTS[2:]]
+    assert all(torch.equal(equal_text[0][n], v) for n, v in equal_text[0].items()) and len(equal_text) == 4
+    assert not torch.equal(load(tmp_path / "runs" / "full").denoiser.conv_in.weight, load(folder).denoiser.conv_in.weight)  # type: ignore[union-attr]
+    word = [*(word for word in WORDS if "adapt" not in word), "models.diffusion.adapt={kind: textual_inversion, token: <thing>, init: red}"]
+    assert main(["train", str(configs / "finetune-sdxl-lora.yaml"), f"init={folder}", "name=word", *word]) == 0
+    run = tmp_path / "runs" / "word"
+    taught, base = load(run), load(folder)
+    base.adapt([], [read_embedding(run / "embedding")])
+    one, other = (family.text.encode(["a <thing>"]) for family in (taught, base))
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.pooled, other.pooled)  # type: ignore[arg-type]

@@ -192,7 +192,8 @@ class LatentDiffusion(ModelConfig):
         if not base:
             return self
         file = next(config_files(local_folder(base), *denoiser.FOLDERS), None)
-        if file is None and self.network != self.network.continuing(type(self.network)()):
+        own: Any = self.network
+        if file is None and own != own.continuing(type(own)()):  # it says what a base must have
             note(f"unet of {base}: its config.json is not here; counted as models.diffusion.network says")
             return self
         if file is None:

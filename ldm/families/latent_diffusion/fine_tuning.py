@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
 from ldm.formats.embedding_files import write_embedding
-from ldm.formats.lora_files import read, write
+from ldm.formats.lora_files import Style, read, write
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import text_parts
@@ -187,9 +187,11 @@ class LoraFamily(AdaptedFamily):
         self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, base=self.base["unet"])
         if len(self.text):
             self.save_text(merged_state(self.inner.text.model), folder)
+        unet: Any = self.inner.denoiser
         lora = replace(self.lora(), network=self.inner.denoiser.config.folder)
-        for style in ("diffusers", "peft", "kohya"):
-            write(lora, folder / LORA, style, self.metadata())  # type: ignore[arg-type]
+        sgm = sgm_names(unet.config, lora.pairs.get("unet", {})) if isinstance(self.inner.text.model, TowerPair) else None
+        for style in get_args(Style):
+            write(lora, folder / LORA, style, self.metadata(), sgm)
 
 
 def read_layers(model: nn.Module, tower: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -198,9 +200,11 @@ def read_layers(model: nn.Module, tower: nn.Module, targets: Sequence[str]) -> l
     Raises:
         UserError: as `targeted`.
     """
-    last = f"encoder.layers.{len(model.text_encoder.encoder.layers) - 1}." if isinstance(model, TowerPair) else None
-    unread = last is not None and tower is model.text_encoder
-    return [name for name in targeted(tower, targets) if not (unread and name.startswith(last))]
+    found = list(targeted(tower, targets))
+    if not isinstance(model, TowerPair) or tower is not model.text_encoder:
+        return found
+    unread = f"encoder.layers.{len(model.text_encoder.encoder.layers) - 1}."
+    return [name for name in found if not name.startswith(unread)]
 
 
 class InvertedFamily(AdaptedFamily):
