@@ -76,6 +76,7 @@ def test_without_a_folder_tags_are_told_and_no_words(base: Path, capsys: pytest.
     assert "left out" not in capsys.readouterr().err and drawn("d")[0][1].prompt.endswith("<lora:one:0.5>")
 
 
+@pytest.mark.slow
 def test_tables_and_films_draw_with_them_too(base: Path) -> None:
     tag = "a red circle <lora:one:0.5>"
     assert draw(base, tag, "--x", "seed=0,1", "--lora-dir", "loras", "--out", "g.png", "--pictures", "cells", verb="grid") == 0
