@@ -70,7 +70,7 @@ def check(
         from ldm.cli.data_page import data_page
 
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(data_page(found, parts), encoding="utf-8")
+        html.write_text(data_page(found, parts), encoding="utf-8", errors="backslashreplace")
     print(json.dumps(asdict(found), indent=1, ensure_ascii=False) if as_json else "\n".join(checking.lines(found)))
     if html is not None and not as_json:
         print(f"{html}: the page")

@@ -35,6 +35,7 @@ def expand(pattern: str) -> list[str]:
     Raises:
         UserError: for a range that runs backwards or gives too many names.
     """
+    pattern = os.path.expanduser(pattern)
     there, pattern = ("", pattern) if is_url(pattern) else _there(pattern)
     pieces: list[list[str]] = [[there]]
     for i, piece in enumerate(_RANGE.split(pattern)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import shutil
 import socket
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 LEAST_TOKEN = 12  # characters
 CONNECTIONS = 512
-END_S = 4.0  # from Ctrl+C to the end at the latest
+END_S = 1.5  # from Ctrl+C to the end at the latest
 MISSING = "demo: gradio is not installed; python -m pip install gradio"
 
 
@@ -76,6 +77,7 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
                 def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                     """Ctrl+C: what is being drawn may take minutes, and nobody waits for it."""
                     _end_soon(files)
+                    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of streams that are cut off
                     super().handle_exit(sig, frame)
 
             config = uvicorn.Config(
@@ -83,7 +85,7 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
                 log_level="warning",
                 access_log=False,
                 limit_concurrency=CONNECTIONS,
-                timeout_graceful_shutdown=2,
+                timeout_graceful_shutdown=1,
                 server_header=False,
                 timeout_keep_alive=30,
                 ws="none",

@@ -113,7 +113,7 @@ def test_joined_prompts_need_as_many_parts(words: list[str], tmp_path: Path, cap
         (["--clip", "none"], "clip: none: No such file"),
         (["--clip", "empty"], "clip: empty: no pictures in it"),
         (["--clip", "text.png"], "clip: text.png:"),
-        (["--to", "b", "--strength", "0.5"], "strength and source belong to --clip"),
+        (["--to", "b", "--strength", "0.5"], "strength: changes nothing without --clip"),
         (["--to", "b", "--out", "film.mp4"], "ends in .mp4; films are written as .webp"),
         (["--to", "b", "--sampler", "eulr"], "sampler: got 'eulr'"),
     ],

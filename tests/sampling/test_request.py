@@ -12,8 +12,8 @@ from ldm.cli.command import call
 from ldm.config.errors import UserError
 from ldm.config.options import bounds, option, options_of
 from ldm.families.draws import Running, Wanted
-from ldm.sampling.axes import LIMITS
-from ldm.sampling.request import BOUNDS, Adapters, Base, Choice, Editing, Guidance, PromptOptions, Request, SamplerOptions, size_of
+from ldm.sampling.recipe_values import LIMITS
+from ldm.sampling.request import Adapters, Base, Choice, Editing, Guidance, PromptOptions, Request, SamplerOptions, size_of
 
 
 def options(kind: type) -> list[str]:
@@ -31,8 +31,8 @@ def test_no_option_stands_twice() -> None:
 
 
 def test_bounds_are_those_of_the_axes_too() -> None:
-    assert bounds(Base)["seed"] == BOUNDS["seed"] == LIMITS["seed"]
-    assert all(BOUNDS[name] == LIMITS[name] for name in LIMITS if name in BOUNDS)
+    told = bounds(SamplerOptions, Base, Editing)
+    assert all(told[name] == LIMITS[name] for name in LIMITS if name in told) and told["seed"] == LIMITS["seed"]
 
 
 def test_what_is_asked_goes_before_a_recipe_and_that_before_what_is_usual() -> None:
