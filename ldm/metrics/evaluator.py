@@ -21,6 +21,7 @@ from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.families.draws import Wanted
+from ldm.formats.records import Damaged, read_object
 from ldm.metrics import abilities, adherence, frechet, shapes
 from ldm.metrics.extractors import Features, RandomFeatures, gaussian_distance, kernel_distance, precision_recall
 from ldm.metrics.judges import ClipJudge
@@ -71,10 +72,9 @@ class Bench:
         if prompts:
             path = self.pictures / PROMPTS
             try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                known = None
-            known = known if isinstance(known, dict) else {}
+                known = read_object(path)
+            except (OSError, Damaged):
+                known = {}
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 

@@ -124,7 +124,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for name in [*old, *(k for k in new if k not in old)]:
-            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
+            found += differences(old.get(name), new.get(name), f"{path}.{_short(name)}" if path else _short(name))
         return found
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         old, new = list(old), list(new)
@@ -133,6 +133,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _short(value: Any) -> str:
     text = str(value)
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return f"{text[:12]}…" if len(text) > 24 else text
 
 

@@ -144,7 +144,7 @@ class Log:
 
     def _cut(self, stage: str, start: int) -> None:
         kept, beyond = [], False
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        lines = [line + b"\n" for line in self.path.read_bytes().split(b"\n")[:-1]] if self.path.is_file() else []
         for one in lines:
             line = _parsed(one)
             if line.get("stage") == stage:
@@ -315,7 +315,7 @@ def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
     except OSError:
         return [], 0
     whole, _, begun = text.rpartition(b"\n")
-    found = [_parsed(raw) for raw in whole.splitlines() if raw.strip()]
+    found = [_parsed(raw) for raw in whole.split(b"\n") if raw.strip()]
     return [line for line in (*found, _parsed(begun)) if line], found.count({})
 
 

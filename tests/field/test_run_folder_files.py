@@ -21,7 +21,7 @@ from ldm.config.schema import build
 from ldm.data.cached import CachedLatents
 from ldm.formats import atomic, records
 from ldm.runs import execution
-from ldm.runs.keys import Finished, finished, key_of
+from ldm.runs.keys import Finished, differences, finished, key_of
 from ldm.runs.report import render
 from ldm.runs.run_folder import check_version, is_stage_name
 from ldm.runs.run_record import read_story
@@ -132,7 +132,7 @@ def judge_and_report(folder: Path, raw: bytes) -> None:
         check_version(folder)
         done = finished(file.parent)
     except UserError as error:
-        assert (str(file) in str(error) and "\n" not in str(error)) or "a run of ldm" in str(error)
+        assert str(folder) in str(error) and "\n" not in str(error)
     else:
         assert isinstance(done, Finished)
         assert done.images >= 0 and done.seconds >= 0 and isinstance(execution._headline(done.result), str)
@@ -337,6 +337,15 @@ def test_records_are_plain_and_bounded() -> None:
     for raw in (b"[" * 70 + b"]" * 70, DEEP, b"\xff", b"1" * 5000, b"{]", b""):
         with pytest.raises(ValueError):
             records.parse(raw)
+
+
+def test_a_line_ends_where_its_line_feed_stands(tmp_path: Path) -> None:
+    (tmp_path / LOG).write_bytes(b"\x00\r" + line(STEP))
+    assert read_counted(tmp_path / LOG) == ([], 1)
+
+
+def test_differences_are_one_line() -> None:
+    assert differences({"a\nb": "x\ny"}, {}) == ["a\\nb: x\\ny -> None"]
 
 
 def test_a_list_that_is_too_short_is_told() -> None:
