@@ -186,6 +186,7 @@ class Draws(Protocol):
 
     kind: str  # of its configuration, for messages
     content_hash: str = ""  # of its files; recipes remember it
+    merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already
 
     @property
     def factor(self) -> int:

@@ -97,6 +97,12 @@ def add(
     for lora, _ in found:
         for text in lora.notes:
             note(text)
+    for kind, given in (("lora", [lora for lora, _ in found]), ("embedding", words)):
+        for one in given:
+            if one.hash in family.merged:
+                raise UserError(
+                    f"{kind}: {one.name}: the model was made with it and has it already; leave it out, or give its base by --model"
+                )
     family.adapt([(lora, weight * factor) for lora, weight in found], words)
     fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}

@@ -24,7 +24,7 @@ from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.export import exported
-from ldm.families.latent_diffusion.fine_tuning import KEPT, Adapt, Adaptable, adapted
+from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adapt, Adaptable, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
@@ -572,6 +572,7 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     family = LatentDiffusionFamily(made, network, codec, text)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
+    family.merged = frozenset(str(record.get(MERGED, "")).split())
     if low_memory:
         rest(network)
     for module in (family, *family.frozen()):

@@ -17,9 +17,11 @@ from ldm.config.schema import BY_KIND, Count, NonNegative, PathText, Positive, P
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
+from ldm.formats.atomic import sha256, write_json
 from ldm.formats.embedding_files import write_embedding
 from ldm.formats.lora_files import Style, read, write
 from ldm.formats.lora_keys import sgm_names
+from ldm.formats.model_folder import RECORD, read_record
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import text_parts
 from ldm.models.cost import TextShape
@@ -184,14 +186,15 @@ class LoraFamily(AdaptedFamily):
 
     def save(self, folder: Path) -> None:
         """The merged network and text encoder as a model has them, and lora/ with peft's, diffusers' and kohya's files."""
-        self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, base=self.base["unet"])
-        if len(self.text):
-            self.save_text(merged_state(self.inner.text.model), folder)
         unet: Any = self.inner.denoiser
         lora = replace(self.lora(), network=self.inner.denoiser.config.folder)
         sgm = sgm_names(unet.config, lora.pairs.get("unet", {})) if isinstance(self.inner.text.model, TowerPair) else None
         for style in get_args(Style):
             write(lora, folder / LORA, style, self.metadata(), sgm)
+        said = {"base": self.base["unet"], MERGED: _hashes(folder / LORA)}
+        self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, **said)
+        if len(self.text):
+            self.save_text(merged_state(self.inner.text.model), folder)
 
 
 def read_layers(model: nn.Module, tower: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -252,10 +255,16 @@ class InvertedFamily(AdaptedFamily):
         self.save_text(state, folder)
         widths = [tower.config.hidden_size for tower in towers(self.inner.text.model)]
         write_embedding(folder / EMBEDDING, self.config.token, self.rows.detach().split(widths, dim=1), self.metadata())
+        write_json(folder / RECORD, {**read_record(folder), "base": self.base["unet"], MERGED: _hashes(folder / EMBEDDING)})
 
 
 LORA, EMBEDDING = "lora", "embedding"  # folders in a product, beside the model's parts
 KEPT = (LORA, EMBEDDING)  # what an export puts beside the model, too
+MERGED = "merged"  # in ldm.json: SHA-256 sums of these files, so that none is applied to the model twice
+
+
+def _hashes(folder: Path) -> str:
+    return " ".join(sorted(sha256(file) for file in folder.rglob("*.safetensors")))
 
 
 @config
