@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of
 from ldm.config.options import Option, options_of
+from ldm.config.synonyms import option_meant
 
 
 def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
@@ -37,7 +38,11 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     except typer.Exit as ending:
         return int(ending.exit_code)
     except mistake as error:
-        raise UserError(f"{error.format_message()} (`{name} --help` lists all options)") from None
+        said = error.format_message()
+        meant = option_meant(said, [known for one in command.params for known in one.opts]) if "o such option" in said else ""
+        raise UserError(
+            f"{said.partition(' (Possible')[0].rstrip('.') if meant else said}{meant} (`{name} --help` lists all options)"
+        ) from None
 
 
 def _check_needs(function: Callable[..., int], given: Callable[[str], bool]) -> None:

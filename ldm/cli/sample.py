@@ -13,6 +13,7 @@ from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell, tell_overlong
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
+from ldm.sampling import doubts
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
@@ -38,13 +39,15 @@ def sample(request: Request) -> int:
     adapters = request.adapters
     asked = tagged(request.prompts.read(old.get("prompt")), adapters.lora_dir, adapters.lora, tell, request.following.literal)
     request.choice.listed(request.base.seed)
-    for said in in_lines(request, asked):
+    for said in (*in_lines(request, asked), *doubts.unquoted(request.prompts.prompt)):
         tell(said)
     request.base.shape(old)
     rest = request.fields(old)
     folder, output, running = model_for(request.base.model), request.output, request.running
     output.out.mkdir(parents=True, exist_ok=True)
     if output.grid is not None:
+        if output.grid.exists():
+            raise UserError(f"grid: {output.grid} is there already; choose another name")
         output.grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.distributed.processes import processes
@@ -74,7 +77,7 @@ def sample(request: Request) -> int:
     if init_image is not None:
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
     made = _recipes(request, asked, family, old, rest, init_image)
-    for said in in_words(made):
+    for said in (*in_words(made), *doubts.of(made, family)):
         tell(said)
     if output.resume:
         made = _missing(request, made)

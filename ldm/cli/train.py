@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.synonyms import COUNTED, FIELDS
 from ldm.distributed.environment import keep_blocks
 from ldm.runs.run_folder import check_version
 
@@ -16,7 +17,7 @@ EXTEND = "--extend"
 USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--help]
 
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
-  key=value   change one field: seed=1, out=DIR, models.autoencoder.kind=vq, stages.diffusion.images=100000
+  key=value   change one field: seed=1, out=DIR, models.autoencoder.kind=vq, stages.diffusion-high.images=100000
   --extend    more images, another batch, optim, precision or data: go on from the state of the same stages with their former settings
   --plan      say what would be done, why, and what it would cost, and stop; with it
     --processes N   for so many processes instead of this launch's
@@ -107,9 +108,19 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
             options[word] = 0
         else:
             raise UserError(
-                f"{name}: no such option; there are {EXTEND}, --plan, with it --processes, --tflops, --json, --help and key=value words"
+                f"{name}: no such option{_field_of(name, value)}; there are {EXTEND}, --plan, with it --processes, --tflops, --json,"
+                " --help and key=value words"
             )
     return left, options
+
+
+def _field_of(name: str, value: str) -> str:
+    """What is meant by an option that other programs have: here fields are words."""
+    word = name.lstrip("-").replace("-", "_")
+    meant = FIELDS.get(word, word)
+    return (
+        f"; fields are words without dashes, such as stages.NAME.{meant}={value or '...'}{COUNTED.get(meant, '')}" if word in FIELDS else ""
+    )
 
 
 def _positive(name: str, text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -16,6 +17,7 @@ from io import StringIO
 from typing import Any, Literal, Union
 
 from ldm.config.introspection import PRESET, branches_of, default_of, hints_of, members_of, preset_names, without_annotation, without_null
+from ldm.config.synonyms import COUNTED, FIELDS, field_meant
 
 _WANTED = {
     "string_type": "a text, in quotes where it looks like something else",
@@ -38,7 +40,7 @@ _WANTED = {
 
 def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     """A pydantic validation error as one line: path, value, what is allowed."""
-    steps, tag, owner = [], problem["type"], kind
+    steps, tag, owner, root = [], problem["type"], kind, kind
     here: Any = data
     above: Any = None
     for step in problem["loc"]:
@@ -59,7 +61,10 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     entries = [n for n in above if n != steps[-1]] if typing.get_origin(owner) is dict and isinstance(above, Mapping) else []
     if tag in ("unexpected_keyword_argument", "extra_forbidden"):
         names = list(hints_of(owner)) if dataclasses.is_dataclass(owner) else []
-        return f"{path}: unknown field{_nearest(steps[-1], names, 'known are')}"
+        own = FIELDS.get(steps[-1], "")
+        elsewhere = "" if own in names else field_meant(steps[-1], [at for at in _paths(root) if at.count(".") + 1 != len(steps)])
+        here_too = f"; that is {own}{COUNTED.get(own, '')}" if own in names else _nearest(steps[-1], names, "known are")
+        return f"{path}: unknown field{elsewhere or here_too}"
     if said := getattr(problem["input"], "problem", ""):
         return f"{path}: got {_short(problem['input'])}: {said}"
     if entries and here is None:
@@ -88,6 +93,13 @@ def wanted(problem: Mapping[str, Any]) -> str:
     """What a value should be, of a pydantic validation error."""
     message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
     return f"be {_WANTED[problem['type']]}" if problem["type"] in _WANTED else message[0].lower() + message[1:]
+
+
+def _paths(kind: Any) -> list[str]:
+    """The paths of all fields below a configuration class; none of what is no class, or has no source."""
+    with contextlib.suppress(OSError, TypeError):
+        return [path for path, *_ in fields_of(kind)]
+    return []
 
 
 def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> str:

@@ -309,6 +309,10 @@ class Draws(Protocol):
         """What should be known of a prompt that is longer than is read at once; empty: nothing."""
         return ""
 
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that no caption can have had from which the model learned, as far as that can be told."""
+        return []
+
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Bring the networks into the form that only draws; they can neither learn nor be saved then.
 

@@ -116,6 +116,10 @@ class ModelConfig:
         """Whether its loss weighs by the data's masks."""
         return False
 
+    def example_of(self, caption: str) -> str:
+        """A prompt that shows what was learned, made of a caption of the run's data."""
+        return caption
+
     def inputs(self) -> dict[str, str]:
         """The models of the run that this one reads: by role, the model's name."""
         return {}

@@ -37,6 +37,9 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
         UserError: saying what was looked for and where.
     """
     folder = Path(name).expanduser()
+    if folder.suffix in (".yaml", ".yml"):
+        run = f"runs/{folder.stem}" if folder.name != "config.yaml" else str(folder.parent)
+        raise UserError(f"{folder}: a configuration, and no model; train it, and give its run folder, such as {run}")
     if file := named(str(name)):
         folder = open_single(*file, note=note)
         if missing := _missing(folder):

@@ -32,7 +32,7 @@ from ldm.runs import extension, pretrained
 from ldm.runs.changed_data import data_change, marks_of, remember
 from ldm.runs.evaluation import measure
 from ldm.runs.keys import DONE, IDENTITY, Finished, check_data, finished, hashes_of, identity, key_of, plain_json
-from ldm.runs.launch_checks import missing, shares
+from ldm.runs.launch_checks import by_heart, missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside, sweep
@@ -80,6 +80,8 @@ class Execution:
             if change := data_change(self.out, marks):
                 self.log.note(f"data: changed since the last start: {change}")
             remember(self.out, marks)
+        for line in by_heart(self.run, len(self.data)):
+            self.log.note(f"warning: {line}")
         if self.elsewhere:
             if self.processes.main:
                 pretrained.make(self.run, self.elsewhere, self.out, write=True)
@@ -306,9 +308,14 @@ class Execution:
         return {
             "name": self.run.name,
             "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
-            "prompt": caption.replace('"', ""),
+            "prompt": self._example_of(caption).replace('"', ""),
             "stages": stages,
         }
+
+    def _example_of(self, caption: str) -> str:
+        """A prompt that shows what was learned last."""
+        models = [self.run.models[stage.model] for stage in self.run.stages.values() if isinstance(stage, Train)]
+        return models[-1].example_of(caption) if models else caption
 
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
         of = self._measured(name)

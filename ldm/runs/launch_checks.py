@@ -17,6 +17,8 @@ from ldm.training.settings import Train
 if TYPE_CHECKING:
     import torch
 
+MANY = 200  # passes through the data
+
 
 def shares(run: Run, launch: Launched) -> dict[str, Work]:
     """What every training stage shares out.
@@ -58,6 +60,18 @@ def missing(run: Run, device: torch.device) -> Iterator[str]:
                 check_weights(one.metrics)
             except UserError as error:
                 yield f"stages.{name}.metrics: {error}"
+
+
+def by_heart(run: Run, samples: int) -> Iterator[str]:
+    """What from nothing learns so few pictures that it will know them by heart, and what suits them better; a line at most."""
+    passes = {name: stage.images / samples for name, stage in _trained(run) if samples and not run.init}
+    if passes and max(passes.values()) > MANY:
+        name = max(passes, key=lambda stage: passes[stage])
+        yield (
+            f"stages.{name} goes {passes[name]:,.0f} times through {samples:,} pictures, which networks that begin with nothing learn"
+            " by heart; with few pictures fine-tune a model:"
+            " python train.py configs/presets/lora-8gb.yaml data.path=DIR --hub (docs/finetune.md)"
+        )
 
 
 def _trained(run: Run) -> Iterator[tuple[str, Train]]:

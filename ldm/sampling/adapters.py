@@ -97,12 +97,10 @@ def add(
     for lora, _ in found:
         for text in lora.notes:
             note(text)
-    for kind, given in (("lora", [lora for lora, _ in found]), ("embedding", words)):
-        for one in given:
-            if one.hash in family.merged:
-                raise UserError(
-                    f"{kind}: {one.name}: the model was made with it and has it already; leave it out, or give its base by --model"
-                )
+    given_files = [("lora", lora.name, lora.hash) for lora, _ in found] + [("embedding", word.name, word.hash) for word in words]
+    for kind, file, own in given_files:
+        if own in family.merged:
+            raise UserError(f"{kind}: {file}: the model was made with it and has it already; leave it out, or give its base by --model")
     family.adapt([(lora, weight * factor) for lora, weight in found], words)
     fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}

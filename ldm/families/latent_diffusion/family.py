@@ -187,6 +187,10 @@ class LatentDiffusion(ModelConfig):
         """The autoencoder's, times what the network cuts latents into."""
         return self.network.multiple * (others["autoencoder"].step_px({}) if "autoencoder" in others else 1)
 
+    def example_of(self, caption: str) -> str:
+        """A caption; of textual inversion with the new word."""
+        return self.adapt.example_of(caption) if self.adapt else caption
+
     def counted(self, base: str, note: Callable[[str], None]) -> LatentDiffusion:
         """With the network of a base model, where its files are here, else Stable Diffusion 1's."""
         if not base:
@@ -524,6 +528,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
             return ""
         how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
         return f"is longer than the model's {self.text.max_tokens} tokens; it is read {how}"
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that a tokenizer of the run's own captions has never met."""
+        return self.text.unknown(prompt)
 
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Prepare the networks for inference: see `ldm.families.latent_diffusion.runtime.ready`."""

@@ -287,6 +287,10 @@ class LowRank:
         """Whether captions are encoded anew at every step."""
         return any(part != "unet" for part in continued(self.init).pairs) if self.init else self.text_rank > 0
 
+    def example_of(self, caption: str) -> str:
+        """A caption as it is: the adapters learned from it."""
+        return caption
+
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn, of a denoiser on any device and a text encoder."""
         if self.init:
@@ -381,6 +385,10 @@ class TextualInversion:
 
     def check(self) -> None:
         """Nothing: fields were looked at one by one."""
+
+    def example_of(self, caption: str) -> str:
+        """A caption with the new word."""
+        return caption if self.token in caption else self.templates[0].replace("{}", self.token)
 
     def count(self, denoiser: nn.Module, text: TextShape) -> dict[str, int]:
         """Parameters that learn: the new word's embeddings."""

@@ -1,0 +1,94 @@
+"""Words of other programs: what their options and fields are called here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Options of sampling programs (diffusers' scripts, web UI, ComfyUI), by what is left of them without dashes.
+OPTIONS = {
+    "width": "--size WIDTHxHEIGHT",
+    "height": "--size WIDTHxHEIGHT",
+    "resolution": "--size",
+    "cfg": "--guidance",
+    "cfg_scale": "--guidance",
+    "scale": "--guidance",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "denoising_strength": "--strength",
+    "denoise": "--strength",
+    "init_image": "--init",
+    "init_img": "--init",
+    "image": "--init",
+    "num_images": "--n",
+    "n_samples": "--n",
+    "num_images_per_prompt": "--n",
+    "num_inference_steps": "--steps",
+    "sampling_steps": "--steps",
+    "scheduler": "--sampler",
+    "sampling_method": "--sampler",
+    "ckpt": "--model",
+    "checkpoint": "--model",
+    "pretrained_model_name_or_path": "--model",
+    "output": "--out",
+    "output_dir": "--out",
+    "outdir": "--out",
+    "prompt": "the prompt itself, in quotation marks",
+    "prompt_file": "--prompts",
+    "from_file": "--prompts",
+    "textual_inversion": "--embedding",
+    "batch_size": "--batch",
+    "half": "--precision fp16",
+    "fp16": "--precision fp16",
+}
+# Fields of training programs.
+FIELDS = {
+    "batch_size": "batch",
+    "train_batch_size": "batch",
+    "learning_rate": "lr",
+    "epochs": "images",
+    "epoch": "images",
+    "num_epochs": "images",
+    "num_train_epochs": "images",
+    "max_train_epochs": "images",
+    "max_train_steps": "images",
+    "steps": "images",
+    "max_steps": "images",
+    "mixed_precision": "precision",
+    "lr_scheduler": "schedule",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "num_repeats": "repeats",
+    "gradient_checkpointing": "checkpointing",
+    "gradient_accumulation_steps": "micro_batch",
+    "save_every_n_steps": "save_every_images",
+    "num_workers": "workers",
+    "output_dir": "out",
+    "output_name": "name",
+    "pretrained_model_name_or_path": "init",
+    "train_data_dir": "data.path",
+}
+DEVICES = ("device", "gpu", "gpus", "cuda", "num_processes", "n_gpu")
+COUNTED = {"images": ", which counts pictures seen: epochs times pictures, or steps times batch"}
+
+
+def option_meant(message: str, known: Iterable[str]) -> str:
+    """What an unknown option is called here, as the end of a message that names it; empty where nobody knows."""
+    found = re.search(r"--([\w-]+)", message)
+    meant = OPTIONS.get(found[1].replace("-", "_").lower(), "") if found else ""
+    return f"; here that is {meant}" if meant and (not meant.startswith("--") or meant.split()[0] in set(known)) else ""
+
+
+def field_meant(name: str, paths: Iterable[str]) -> str:
+    """Where a field that does not stand here stands, under this or its own name, as the end of a message; empty where nobody knows.
+
+    Args:
+        name: as it was written.
+        paths: of all fields, such as stages.NAME.batch.
+    """
+    if name in DEVICES:
+        return "; there is no such field: a GPU is used where there is one, several with accelerate launch"
+    meant = FIELDS.get(name, name)
+    places = [path for path in paths if (path == meant or path.endswith(f".{meant}")) and "[]" not in path]
+    places.sort(key=lambda path: (not path.startswith("stages."), path.count("."), len(path)))
+    return f"; that is {places[0]}{COUNTED.get(meant, '')}" if places else ""

@@ -1,0 +1,34 @@
+"""What of a request is likely a mistake, though it can be drawn: a line each for whoever asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ldm.families.draws import Draws
+from ldm.sampling.recipe import Recipe
+
+FAR = 2.0  # times the side that a model was trained at
+
+
+def unquoted(prompts: Sequence[str]) -> Iterator[str]:
+    """Several prompts of a word each: most likely one prompt that the shell has split."""
+    if len(prompts) > 1 and all(len(one.split()) == 1 for one in prompts):
+        yield f'{len(prompts)} prompts of a word each; one prompt of several words needs quotation marks: "{" ".join(prompts)}"'
+
+
+def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
+    """Empty prompts, words that a model with a small vocabulary never learned, sizes far from the trained one."""
+    prompts = list(dict.fromkeys(one.prompt for one in recipes))
+    if any(not one.strip() for one in prompts):
+        yield "an empty prompt: what is drawn is whatever the model likes"
+    words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))
+    if words:
+        more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+        yield f"{', '.join(words[:5])}{more}: no caption that this model learned from had such a word"
+    height, width = family.defaults["size"]
+    far = {(one.width, one.height) for one in recipes if not 1 / FAR <= (one.width * one.height / (width * height)) ** 0.5 <= FAR}
+    for size in sorted(far):
+        fix = (
+            f"; draw near that size, and enlarge with --hires {max(2, round(max(size) / max(width, height)))}" if max(size) > width else ""
+        )
+        yield f"{size[0]}x{size[1]} px is far from the {width}x{height} px that the model was trained at{fix}"
