@@ -73,6 +73,7 @@ PICTURES = {
 }
 # Options of sampling whose effect other tests show.
 SAMPLING = {
+    **dict.fromkeys(("--original-size", "--crop", "--target-size"), "tests/field/test_xl.py"),
     "--model": "tests/cli/test_sample.py",
     "--vae": "tests/field/test_vae.py",
     "--strict": "tests/field/test_recipes_of_others.py",

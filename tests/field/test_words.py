@@ -21,6 +21,17 @@ from ldm.config.schema import PathText, config, dump, load
 
 # The text fields of a run that name no file, by class.
 NAMES = {
+    "Abilities.sampler",
+    "ClipScore.sampler",
+    "DatasetsSource.prefix",
+    "DatasetsSource.suffix",
+    "FolderSource.prefix",
+    "FolderSource.suffix",
+    "Frechet.sampler",
+    "ShardsSource.prefix",
+    "ShardsSource.suffix",
+    "Tags.separator",
+    "Timm.model",
     "Adherence.sampler",
     "DatasetsSource.caption",
     "DatasetsSource.image",
