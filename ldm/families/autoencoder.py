@@ -19,11 +19,12 @@ from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, ParameterGroup, Product, Terms, TrainingStage, agree
 from ldm.families.perceptual_loss import Perceptual, PerceptualClip, PerceptualLpips, PerceptualNone
 from ldm.families.pretrained import PretrainedAutoencoder, encoding_of, found_autoencoder
-from ldm.formats.latent_codec import KINDS, LatentCodec, Statistics, autoencoder_folder, load_codec, save_codec
+from ldm.formats.latent_codec import LatentCodec, Statistics, autoencoder_folder, codec_config, load_codec, save_codec
 from ldm.formats.part import CONFIG, load_module, load_part, load_weights, read_config, save_part
 from ldm.models import cost
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
 from ldm.models.cost import Cost
+from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
 
 DISCRIMINATOR = "discriminator"  # folder of a product
@@ -73,7 +74,8 @@ class AutoencoderConfig(ModelConfig):
 
     def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
         """With the network of a base model, where its files are here."""
-        return self.with_network(PretrainedAutoencoder(path=base).latent_network(note)) if base else self
+        network = PretrainedAutoencoder(path=base).latent_network(note) if base else self.network
+        return self if isinstance(network, DCConfig) else self.with_network(network)  # a DC does not learn here, which `continued` says
 
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The autoencoder of a model folder or file, to begin with."""
@@ -87,9 +89,8 @@ class AutoencoderConfig(ModelConfig):
         """
         folder = autoencoder_folder(base)
         values = read_config(folder)
-        kind = KLConfig if values.get("_class_name") == KINDS[0] else VQConfig
-        network: KLConfig | VQConfig = kind.from_diffusers(values, str(folder / CONFIG))
-        if type(network) is not type(self.network):
+        network = codec_config(values, folder)
+        if isinstance(network, DCConfig) or type(network) is not type(self.network):
             raise UserError(f"autoencoder: kind: got {self.kind}, but the base model {base} has the other kind; write that one")
         if self.network != type(self.network)():
             agree("models.autoencoder.network", self.network, network, (), base)
@@ -109,11 +110,13 @@ class AutoencoderConfig(ModelConfig):
         """All but recomputing, with and without which the result is the same to the bit."""
         found = plain(self)
         found["network"]["checkpointing"] = False
+        for name in ("latents_mean", "latents_std"):  # which no network that learns here has
+            found["network"].pop(name, None)
         return found
 
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
         """The downsampling factor."""
-        return 2 ** (len(self.network.channels) - 1)
+        return self.network.factor
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of encoder and decoder."""

@@ -20,8 +20,8 @@ from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
 from ldm.formats import atomic
 from ldm.formats.integrity import check
+from ldm.formats.latent_codec import Codec
 from ldm.formats.model_folder import RECORD, read_record
-from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import NOTHING, Cost, TextShape
 from ldm.text.lengths import CutCaptions
 
@@ -205,7 +205,7 @@ class ModelConfig:
         """What a training step on images of `side` x `side` px needs; `others` are its inputs by role."""
         return Footprint(learned={}, frozen={}, cost=NOTHING)
 
-    def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
+    def latent_network(self, note: Callable[[str], None]) -> Codec:
         """For an autoencoder: the configuration of its network; `note` is told what is assumed.
 
         Raises:

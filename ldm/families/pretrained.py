@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ldm.config.schema import Count, PathText, Positive, config
+from ldm.config.schema import Count, PathText, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
-from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
+from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
 from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip, whole_of
 from ldm.formats.part import PARTS, content_hash, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
-from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.autoencoder import KLConfig
 from ldm.models.cost import Cost, TextShape
-from ldm.text.pretrained import load_pretrained, text_folder, text_hash
+from ldm.text.pretrained import OPEN_CLIP, OpenClipShape, load_pretrained, open_clip_folder, text_folder, text_hash
 
 HALF, FLOAT = 2, 4  # bytes
 SIZES = 6  # numbers of ImageBatch.size
@@ -40,6 +40,7 @@ class PretrainedText(ModelConfig):
 
     kind: Literal["pretrained_text"] = "pretrained_text"
     path: PathText  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
+    architecture: str = ""  # OpenCLIP's name for it, such as ViT-H-14, where path is a file of its weights; empty: the folder says it
     max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
     skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
 
@@ -52,7 +53,10 @@ class PretrainedText(ModelConfig):
 
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The text encoder's folder, and a hash of its files and of how they are read."""
-        folder = text_folder(str(model_folder(path, [], note)) if named(path) else path)
+        if self.architecture:
+            folder = open_clip_folder(path, self.architecture)
+        else:
+            folder = text_folder(str(model_folder(path, [], note)) if named(path) else path)
         said = f"{text_hash(folder)} {self.max_tokens} {self.skip_last}"
         return Found(path, folder, hashlib.sha256(said.encode()).hexdigest())
 
@@ -63,14 +67,19 @@ class PretrainedText(ModelConfig):
             check(clip)
             shutil.copytree(clip, target / OWN_CLIP)
 
+    def identity(self) -> dict[str, Any]:
+        """As it is said; an architecture only where one is."""
+        return {name: value for name, value in plain(self).items() if (name, value) != ("architecture", "")}
+
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the text encoder, as far as it is used."""
         return self.text_shape(note, width).parameters
 
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """From its config.json; where that is not here, the published encoder of that width."""
-        folder = local_folder(self.path)
-        found = next((shape for file in config_files(folder, "text_encoder") if (shape := _clip_shape(file)) is not None), None)
+        folder = open_clip_folder(self.path, self.architecture) if self.architecture else local_folder(self.path)
+        files = iter([folder / OPEN_CLIP]) if self.architecture else config_files(folder, "text_encoder")
+        found = next((shape for file in files if (shape := _clip_shape(file)) is not None), None)
         if found is not None and (folder / "text_encoder_2" / "config.json").is_file():
             found = replace(found, second=_clip_shape(folder / "text_encoder_2" / "config.json"))
         if found is None:
@@ -104,15 +113,14 @@ class PretrainedAutoencoder(ModelConfig):
         with torch.device("meta"):
             return cost.count(self.latent_network(note).build())
 
-    def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
+    def latent_network(self, note: Callable[[str], None]) -> Codec:
         """From its config.json; where that is not here, Stable Diffusion's."""
         file = next(config_files(local_folder(self.path), "vae", "vqvae"), None)
         if file is None:
             note(f"autoencoder {self.path}: its config.json is not here; counted as kl-f8")
             return KLConfig()
         values = read_json(file)
-        kind = VQConfig if values.get("_class_name") == "VQModel" else KLConfig
-        return kind.from_diffusers(values, str(file))
+        return codec_config(values, file.parent)
 
     def encoding(self, side: int, note: Callable[[str], None]) -> tuple[Cost, int]:
         """Of the encoder, and the bytes of a cached image."""
@@ -137,17 +145,12 @@ def found_autoencoder(path: str, note: Callable[[str], None]) -> Found:
     return Found(path, folder, content_hash(autoencoder_folder(folder)))
 
 
-def encoding_of(network: KLConfig | VQConfig, side: int) -> tuple[Cost, int]:
+def encoding_of(network: Codec, side: int) -> tuple[Cost, int]:
     """What encoding one image of `side` x `side` px costs, and the bytes it leaves in a latent cache: mean, deviation, six sizes."""
     _, encode, _ = cost.autoencoder(network, side, side)
-    small = side // 2 ** (len(network.channels) - 1)
+    small = side // network.factor
     moments = 2 if isinstance(network, KLConfig) else 1
-    return encode, HALF * latent_channels(network) * small**2 * moments + FLOAT * SIZES
-
-
-def latent_channels(network: KLConfig | VQConfig) -> int:
-    """Channels of the latents that the diffusion sees."""
-    return network.latent_channels if isinstance(network, KLConfig) else network.code_width
+    return encode, HALF * network.latent_width * small**2 * moments + FLOAT * SIZES
 
 
 def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) -> Path:
@@ -176,6 +179,10 @@ def config_files(folder: Path, *parts: str) -> Iterator[Path]:
 
 def _clip_shape(file: Path) -> TextShape | None:
     values = read_json(file)
+    if isinstance(text := values.get("model_cfg", {}).get("text_cfg") if isinstance(values.get("model_cfg"), dict) else None, dict):
+        shape = OpenClipShape(**{f.name: text[f.name] for f in fields(OpenClipShape) if f.name in text})
+        inner = int(shape.width * shape.mlp_ratio)
+        return TextShape(file.parent.name, shape.width, shape.layers, shape.context_length, shape.vocab_size, shape.context_length, inner)
     values = values.get("text_config", values)
     names = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size", "intermediate_size")
     if not all(isinstance(values.get(name), int) for name in names):

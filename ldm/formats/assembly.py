@@ -12,12 +12,13 @@ from ldm.config.errors import UserError
 from ldm.config.version import __version__
 from ldm.formats import atomic
 from ldm.formats.denoiser_folder import denoiser_folder
-from ldm.formats.latent_codec import STATISTICS, Statistics, autoencoder_folder
+from ldm.formats.latent_codec import KINDS, STATISTICS, Codec, Statistics, autoencoder_folder, read_codec
 from ldm.formats.model_card import model_card
 from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip
 from ldm.formats.part import content_hash, load_part, read_config, read_json, save_part
 from ldm.formats.text_folder import TEXT_PARTS
-from ldm.models.autoencoder import KLConfig, fold_latent_stats
+from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
+from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.denoiser import DenoiserConfig, config_of
 
 
@@ -40,7 +41,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     """
     record = json.loads((diffusion / RECORD).read_text())
     source = autoencoder_folder(autoencoder)
-    part = "vae" if read_config(source)["_class_name"] == "AutoencoderKL" else "vqvae"  # a given one may lie in any folder
+    codec, statistics = read_codec(source)
+    part = "vqvae" if isinstance(codec, VQConfig) else "vae"  # a given one may lie in any folder
     if record["autoencoder"] != content_hash(source):
         raise UserError(f"{diffusion}: this UNet was trained on the latents of another autoencoder than {source}")
 
@@ -51,8 +53,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
                 shutil.copytree(words / name, folder / name)
         if clip := own_clip(text):  # as it was trained: a text encoder that has learned since no longer fits its image tower
             shutil.copytree(clip, folder / OWN_CLIP)
-        if part == "vae":
-            _fold(source, folder / part)
+        if isinstance(codec, KLConfig):
+            _fold(codec, statistics, source, folder / part)
         else:
             config, state = load_part(source)
             save_part(config, state, folder / part)
@@ -61,38 +63,38 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         size = tuple(record["defaults"]["size"])
         config, state = load_part(denoiser_folder(diffusion))
         network = config_of(config)
-        factor = 2 ** (len(json.loads((source / "config.json").read_text())["block_out_channels"]) - 1)
-        save_part({**config, "sample_size": size[0] // factor}, state, folder / network.folder)
+        save_part({**config, "sample_size": size[0] // codec.factor}, state, folder / network.folder)
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
         texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
-        index = model_index(part, record["scheduler"]["_class_name"], network, texts)
+        index = model_index(type(codec), record["scheduler"]["_class_name"], network, texts)
         told = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
         _write(folder / INDEX, index | told)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
-        card = model_card(story, record, vq=part == "vqvae", stock=network.stock)
+        card = model_card(story, record, vq=part == "vqvae", stock=network.stock and not isinstance(codec, DCConfig))
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     atomic.commit(target, write)
 
 
-def _fold(source: Path, target: Path) -> None:
+def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path) -> None:
     config, state = load_part(source)
-    made = KLConfig.from_diffusers(config)
-    if not (source / STATISTICS).exists():  # another's: its scaling factor stands for them
+    if not (statistics.images or made.shift_factor or made.latents_mean):  # another's: its scaling factor, which all pipelines read
         save_part(config, state, target)
         return
-    statistics = Statistics.read(source / STATISTICS, made.latent_channels)
     folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
     save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
 
 
-def model_index(autoencoder: str, scheduler: str, network: DenoiserConfig, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaTokenizer", "qwen": "Qwen2Tokenizer"}  # of text models
+
+
+def model_index(autoencoder: type[Codec], scheduler: str, network: DenoiserConfig, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """model_index.json: which class of which library opens each part, and which pipeline joins them.
 
     Args:
-        autoencoder: vae or vqvae.
+        autoencoder: the kind of its configuration.
         scheduler: the class name.
         network: the denoising network's configuration.
         texts: the text encoder's config.json, or of a pair both, by their folders.
@@ -103,26 +105,27 @@ def model_index(autoencoder: str, scheduler: str, network: DenoiserConfig, texts
     clip, pair = texts["text_encoder"]["model_type"] == "clip_text_model", len(texts) == 2
     inpaints = network.in_channels == 2 * network.out_channels + 1
     named = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpaints else ''}Pipeline"
+    kind = texts["text_encoder"]["model_type"]
+    tokenizer = next(found for name, found in TOKENIZERS.items() if kind.startswith(name))
     index: dict[str, Any] = {
         "_class_name": named,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler],
         **{name: ["transformers", text["architectures"][0]] for name, text in texts.items()},
-        **{name: ["transformers", "CLIPTokenizer" if clip else "T5Tokenizer"] for name in TEXT_PARTS[2 : 2 + len(texts)]},
+        **{name: ["transformers", tokenizer] for name in TEXT_PARTS[2 : 2 + len(texts)]},
         network.folder: ["diffusers" if network.stock else "ldm", network.to_diffusers()["_class_name"]],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", next(name for name, kind in KINDS.items() if kind is autoencoder)],
         "feature_extractor": absent,
         "image_encoder": absent,
     }
     index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
-    if not clip or network.folder != "unet" or pair != network.reads_size:
-        # No stock pipeline hides the padding from a T5, has such a network, or tells sizes and the text of two encoders apart.
+    if not clip or network.folder != "unet" or pair != network.reads_size or autoencoder is DCConfig:
+        # No stock pipeline hides the padding from a T5, has such networks, or tells sizes and the text of two encoders apart.
         index["_class_name"] = "DiffusionPipeline"
-    if autoencoder == "vqvae":
+    if autoencoder is VQConfig:
         # No stock pipeline joins these parts; the card shows the lines that do.
         index["_class_name"] = "DiffusionPipeline"
-        del index["vae"]
-        index["vqvae"] = ["diffusers", "VQModel"]
+        index["vqvae"] = index.pop("vae")
     return index
 
 

@@ -24,6 +24,7 @@ from ldm.formats.part import CONFIG, WEIGHTS
 from ldm.formats.pipeline_folder import write_tokenizer
 from ldm.formats.rounding import Comparison, compared, mapped, rounded
 from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.unet import UNetConfig
 
 BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # CompVis' names of the schedules
@@ -211,6 +212,8 @@ def sayable(source: ExportedModel) -> CompVisModel:
     if not source.clip:
         raise UserError(f"text_encoder: {text['model_type']} has no place in a CompVis file, only CLIP has; {FOLDER}")
     config, state = source.autoencoder, source.parts[source.codec].state
+    if isinstance(config, DCConfig):
+        raise UserError(f"vae: an AutoencoderDC has no place in a CompVis file; {FOLDER}")
     if isinstance(config, KLConfig):
         config, state = with_quant_convolutions(config, state)
     names: dict[str, Part] = {"unet": "unet", source.codec: "vae", "text_encoder": "text"}

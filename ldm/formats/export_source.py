@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.process import Process
-from ldm.formats.latent_codec import Statistics
+from ldm.formats.latent_codec import Codec, Statistics
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
 from ldm.models.backbone import DenoiserConfig
 from ldm.models.unet import UNetConfig
@@ -33,7 +33,7 @@ class ExportedModel:
     name: str  # for titles: the run's or folder's
     parts: dict[str, ExportedNetwork]  # the denoising network's (unet or transformer), vae or vqvae, text_encoder, text_encoder_2 of a pair
     network: DenoiserConfig
-    autoencoder: KLConfig | VQConfig
+    autoencoder: Codec
     statistics: Statistics | None  # of a VQ autoencoder's latents, where they were measured; a KL one has them folded in
     tokenizers: dict[str, Any]  # by their folders: tokenizer, of a pair of text encoders also tokenizer_2
     process: Process
@@ -55,7 +55,7 @@ class ExportedModel:
     @property
     def codec(self) -> str:
         """The folder name of its autoencoder."""
-        return "vae" if isinstance(self.autoencoder, KLConfig) else "vqvae"
+        return "vqvae" if isinstance(self.autoencoder, VQConfig) else "vae"
 
     @property
     def clip(self) -> bool:
@@ -86,9 +86,8 @@ def with_quant_convolutions(config: KLConfig, state: Mapping[str, Tensor]) -> tu
 
     Its scaling factor stays. Where nothing is to be done, the weights are the same tensors.
     """
-    shift = config.shift_factor or 0.0
-    if config.quant_conv and config.post_quant_conv and not shift:
+    mean, std = config.stated
+    if config.quant_conv and config.post_quant_conv and not any(mean) and config.latents_std is None:
         return replace(config, shift_factor=None), dict(state)
-    channels = config.latent_channels
-    folded, made = fold_latent_stats(config, state, (shift,) * channels, (1.0,) * channels)
+    folded, made = fold_latent_stats(config, state, mean, tuple(value * config.scaling_factor for value in std))
     return replace(folded, scaling_factor=config.scaling_factor), made

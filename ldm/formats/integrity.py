@@ -53,6 +53,15 @@ def check(path: Path) -> None:
             raise UserError(f"{root / name}: its bytes differ from what {root / MANIFEST} says; {AGAIN}")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is there and as it was committed."""
+    try:
+        check(folder)
+    except UserError:
+        return False
+    return folder.is_dir()
+
+
 def _sums(root: Path) -> dict[str, str]:
     """The sums in a manifest; none where the file is another program's."""
     file = root / MANIFEST

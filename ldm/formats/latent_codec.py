@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.formats.atomic import write_json
 from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_weights, read_config, read_json, save_part
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
+from ldm.models.dc_autoencoder import CLASS as DC
+from ldm.models.dc_autoencoder import DCAutoencoder, DCConfig
 from ldm.models.stripes import Stripes
 
 STATISTICS = "latents.json"
-KINDS = ("AutoencoderKL", "VQModel")  # diffusers' names
+Codec = KLConfig | VQConfig | DCConfig
+Network = KLAutoencoder | VQAutoencoder | DCAutoencoder
+KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig}  # by diffusers' names
 TILE = 512  # px
 
 
@@ -58,7 +63,7 @@ class LatentCodec(nn.Module):
     """Latent codec: encodes images to normalised latents and decodes them.
 
     Args:
-        network: KL or VQ.
+        network: KL, VQ or DC.
         statistics: of the raw latents.
         hash: of the autoencoder's folder; latents and diffusion models remember it and refuse any other.
 
@@ -71,7 +76,7 @@ class LatentCodec(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: KLAutoencoder | VQAutoencoder, statistics: Statistics, hash: str = "") -> None:
+    def __init__(self, network: Network, statistics: Statistics, hash: str = "") -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.statistics = statistics
@@ -99,7 +104,7 @@ class LatentCodec(nn.Module):
         return torch.cat([mean for mean, _ in parts]), torch.cat(std) if std else None
 
     def _moments(self, image: Tensor, way: Stripes | None) -> tuple[Tensor, Tensor | None]:
-        if isinstance(self.network, VQAutoencoder):
+        if not isinstance(self.network, KLAutoencoder):  # no posterior
             return (full(self.network.encode(image, way)) - self.mean) / self.std, None
         mean, logvar = self.network.encode(image, way)
         return (full(mean) - self.mean) / self.std, (0.5 * full(logvar)).exp() / self.std
@@ -135,7 +140,7 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def save_codec(folder: Path, network: KLAutoencoder | VQAutoencoder, statistics: Statistics) -> None:
+def save_codec(folder: Path, network: Network, statistics: Statistics) -> None:
     """Save the autoencoder in diffusers' layout, with latents.json beside it."""
     config = network.config.to_diffusers()
     save_part(config, dict(network.state_dict()), folder)
@@ -157,32 +162,42 @@ def autoencoder_folder(folder: Path) -> Path:
 
 
 def load_codec(folder: Path) -> LatentCodec:
-    """Load the autoencoder of a folder (AutoencoderKL or VQModel) with its latent statistics.
+    """Load the autoencoder of a folder (AutoencoderKL, VQModel or AutoencoderDC) with its latent statistics.
 
-    Without latents.json the folder's scaling_factor and shift_factor stand for them, as in Stable Diffusion.
+    Without latents.json the folder's scaling_factor, shift_factor, latents_mean and latents_std stand for them.
 
     Raises:
         UserError: if the folder holds something else, or its weights do not fit its configuration.
     """
     config, statistics = read_codec(folder)
-    build: Callable[[], KLAutoencoder | VQAutoencoder] = config.build
+    build: Callable[[], Network] = config.build
     return LatentCodec(load_module(build, load_weights(folder), folder), statistics, content_hash(folder))
 
 
-def read_codec(folder: Path) -> tuple[KLConfig | VQConfig, Statistics]:
+def read_codec(folder: Path) -> tuple[Codec, Statistics]:
     """What an autoencoder's folder says of it, weights aside.
 
     Raises:
         UserError: naming the field that has no value of a kind that is known here.
     """
     values = read_config(folder)
-    kind = values.get("_class_name")
-    if kind not in KINDS:
-        raise UserError(f"{folder}: an AutoencoderKL or VQModel was expected, but its config.json says {kind!r}")
-    file = str(folder / CONFIG)
-    config = KLConfig.from_diffusers(values, file) if kind == "AutoencoderKL" else VQConfig.from_diffusers(values, file)
-    channels = config.latent_channels if isinstance(config, KLConfig) else config.code_width
+    config = codec_config(values, folder)
+    channels = config.latent_width
     if (folder / STATISTICS).exists():
         return config, Statistics.read(folder / STATISTICS, channels)
-    shift = (config.shift_factor or 0.0) if isinstance(config, KLConfig) else 0.0
-    return config, Statistics((shift,) * channels, (1 / config.scaling_factor,) * channels, 0, 0)
+    if isinstance(config, KLConfig):
+        return config, Statistics(*config.stated, 0, 0)
+    return config, Statistics((0.0,) * channels, (1 / config.scaling_factor,) * channels, 0, 0)
+
+
+def codec_config(values: dict[str, Any], folder: Path) -> Codec:
+    """The configuration behind an autoencoder's config.json in a folder, by its `_class_name`.
+
+    Raises:
+        UserError: for another class, or naming the field that makes no sense.
+    """
+    kind = values.get("_class_name")
+    if not isinstance(kind, str) or kind not in KINDS:
+        *most, last = KINDS
+        raise UserError(f"{folder}: an {', '.join(most)} or {last} was expected, but its config.json says {short(kind)}")
+    return KINDS[kind].from_diffusers(values, str(folder / CONFIG))

@@ -169,7 +169,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 class SkipInit(TorchFunctionMode):
-    """Context that skips weight initialisation of meta tensors, whose values would be lost.
+    """Context that skips weight initialisation of meta tensors and parameters, whose values would be lost.
 
     On the meta device some of these functions are written in Python, and importing what they are written in takes seconds.
     """
@@ -180,7 +180,8 @@ class SkipInit(TorchFunctionMode):
         """The call, or the tensor as it is."""
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
-        if isinstance(tensor, Tensor) and tensor.is_meta and self.FILLS.fullmatch(getattr(func, "__name__", "")):
+        replaced = isinstance(tensor, nn.Parameter) or (isinstance(tensor, Tensor) and tensor.is_meta)
+        if replaced and self.FILLS.fullmatch(getattr(func, "__name__", "")):
             return tensor
         return func(*args, **kwargs)
 
@@ -200,7 +201,8 @@ def load_module(build: Callable[[], M], state: dict[str, Tensor], where: Path) -
         wanted = module.state_dict()
         compare(wanted, state, where)
         if {name for name, _ in module.named_buffers()} - wanted.keys():
-            module = build()  # buffers that are not stored exist only where they were computed
+            with SkipInit():
+                module = build()  # buffers that are not stored exist only where they were computed
     module.load_state_dict({name: _own(state[name], value.dtype) for name, value in wanted.items()}, assign=True)
     return module
 

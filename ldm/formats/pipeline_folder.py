@@ -20,6 +20,7 @@ from ldm.formats.part import CONFIG, WEIGHTS, content_hash, read_config
 from ldm.formats.rounding import DTYPES, Comparison, compared, mapped, rounded, stored_bytes
 from ldm.formats.text_folder import TEXT_PARTS
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
+from ldm.models.dc_autoencoder import DCConfig
 
 STEMS = dict.fromkeys(TEXT_PARTS[:2], WEIGHTS[1])  # diffusers' file name for all others
 
@@ -56,7 +57,7 @@ def write_pipeline(
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
     texts = {name: read_config(folder / name) for name in TEXT_PARTS if name in source.parts}
-    index = model_index(source.codec, source.scheduler["_class_name"], source.network, texts)
+    index = model_index(type(source.autoencoder), source.scheduler["_class_name"], source.network, texts)
     write_json(folder / INDEX, index | source.index)
     record = {**source.record(), "autoencoder": content_hash(folder / source.codec)}
     write_json(folder / RECORD, record)
@@ -117,7 +118,7 @@ def _opening(name: str, part: ExportedNetwork) -> dict[str, Any]:
 
 
 def _card(source: ExportedModel, record: dict[str, Any], dtype: str, variant: str) -> str:
-    stock = source.network.stock and source.clip
+    stock = source.network.stock and source.clip and not isinstance(source.autoencoder, DCConfig)
     if source.card:
         return source.card
     if not source.story:

@@ -30,7 +30,7 @@ from ldm.formats.compvis import (
     vae_config,
     with_dots,
 )
-from ldm.formats.integrity import cache_folder, check
+from ldm.formats.integrity import cache_folder, is_whole
 from ldm.formats.part import compare, content_hash, read_safetensors, save_part
 from ldm.formats.tensor_file import read_texts
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -99,7 +99,7 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
     sums = [atomic.sha256(path) for path in (file, *_beside(file))]
     key = hashlib.sha256(json.dumps([1, *sums, choices.ema, choices.prediction]).encode()).hexdigest()
     target = cache_folder() / "models" / f"{file.stem}-{key[:24]}"
-    if _whole_already(target):
+    if is_whole(target):
         return target
     state, said = read_file(file)
     state = usual_names(state)
@@ -114,15 +114,6 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic.commit(target, write)
     return target
-
-
-def _whole_already(folder: Path) -> bool:
-    """Whether a file was opened before, and what was made of it is as it was made."""
-    try:
-        check(folder)
-    except UserError:
-        return False
-    return folder.is_dir()
 
 
 def _beside(file: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers (CLIP, T5) in transformers' layout, read and written."""
+"""Text encoders (CLIP, T5, Gemma, Qwen) in transformers' layout, read and written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.foreign import short, typed
 from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config, plain
+from ldm.formats.causal_text import causal_builder, causal_state, model_class
 from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
 from ldm.models.text_tower import TextConfig, TextTower, TowerPair
 
@@ -51,7 +52,7 @@ class T5Shape:
 
 
 def load_text_model(part: Path) -> Any:
-    """The frozen CLIPTextModel or T5EncoderModel in a folder; of a whole CLIP or T5 its text encoder.
+    """The frozen CLIPTextModel, T5EncoderModel, Gemma or Qwen in a folder; of a whole CLIP or T5 its text encoder.
 
     Only named fields of config.json are read, and weights from safetensors alone, so that a stranger's folder is data.
 
@@ -77,6 +78,8 @@ def text_builder(part: Path) -> Callable[[], Any]:
             raise UserError(f"{file}: text_config is {short(inner)}; an object is needed; {AGAIN}")
         TextConfig(inner, file)
         return lambda: TextTower(inner, file)
+    if isinstance(kind, str) and (causal := model_class(kind)):
+        return causal_builder(causal, values, file)
     if kind not in T5S:
         raise UserError(f"{part}: a CLIPTextModel or T5EncoderModel was expected, but its config.json says {short(kind)}")
     shape = typed({f.name: values[f.name] for f in fields(T5Shape) if f.name in values}, T5Shape, file)
@@ -90,6 +93,8 @@ def text_builder(part: Path) -> Callable[[], Any]:
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if any(name.endswith("embed_tokens.weight") and not name.startswith("encoder.") for name in state) and "shared.weight" not in state:
+        return causal_state(state)
     return _t5_state(state) if "shared.weight" in state or "encoder.embed_tokens.weight" in state else tower_state(state)
 
 
@@ -175,12 +180,13 @@ def text_part(
         projection: of the pooled state, which makes it a CLIPTextModelWithProjection.
         state: other weights; None: its own.
     """
-    name = "T5EncoderModel" if model.config.model_type == "t5" else "CLIPTextModel"
+    clip = model.config.model_type == "clip_text_model"
+    name = "CLIPTextModel" if clip else type(model).__name__
     config = {**json.loads(model.config.to_json_string()), "architectures": [name]}
     state = dict(model.state_dict() if state is None else state)
     if config["model_type"] == "t5":
         del state["encoder.embed_tokens.weight"]  # the same table as shared.weight
-    else:
+    elif clip:
         state = {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
         config["vocab_size"] = len(state[f"{PREFIX}embeddings.token_embedding.weight"])
     if projection is not None:

@@ -41,10 +41,12 @@ class TokenizerData:
     added: dict[int, dict[str, Any]] = field(default_factory=dict)  # words found before all others: content and flags
     named: dict[str, str] = field(default_factory=dict)  # unk_token, bos_token, eos_token, pad_token
     length: int = 0  # tokens of a prompt; 0: not said
+    kind: str = ""  # the class that tokenizer_config.json names
+    ends: dict[str, bool] = field(default_factory=dict)  # add_bos_token, add_eos_token, where they are said
 
 
 def load_tokenizer(part: Path) -> Any:
-    """The tokenizer in a folder: CLIP's byte pairs, or T5's pieces.
+    """The tokenizer in a folder: CLIP's, Qwen's or Gemma's byte pairs, or T5's pieces.
 
     Raises:
         UserError: naming what is missing, damaged or out of range.
@@ -67,7 +69,7 @@ def load_tokenizer(part: Path) -> Any:
 
 def _made(part: Path, fast: bool, pairs: bool) -> Any:
     from tokenizers import AddedToken
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer
     from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
 
     made: Any
@@ -85,7 +87,13 @@ def _made(part: Path, fast: bool, pairs: bool) -> Any:
         words.pop("bos_token", None)  # T5 has none
         made = T5Tokenizer(vocab=data.scores, _spm_precompiled_charsmap=data.charsmap or None, **words)
     else:
-        made = CLIPTokenizer(vocab=data.words, merges=data.merges, **words)  # type: ignore[arg-type]
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {  # by a word in the name of the class
+            "Gemma": (GemmaTokenizer, {"padding_side": "right", "add_bos_token": True, **data.ends}),
+            "Qwen2": (Qwen2Tokenizer, {"padding_side": "right"}),
+            "": (CLIPTokenizer, {}),
+        }
+        made_by, own = next(found for word, found in kinds.items() if word in data.kind)
+        made = made_by(vocab=data.words, merges=data.merges, **words, **own)
     for number, token in data.added.items():
         if made.convert_tokens_to_ids(token["content"]) != number:
             raise UserError(f"{part}: added_tokens: {ascii(token['content'])[:100]} cannot have the number {number}; {AGAIN}")
@@ -120,7 +128,9 @@ def _settings(part: Path) -> dict[str, Any]:
     more = part / "added_tokens.json"
     if more.exists():
         listed += [{"id": number, "content": word} for word, number in read_json(more).items()]
-    return {"named": named, "added": _added(file, listed), "length": int(length)}
+    ends = {name: values[name] for name in ("add_bos_token", "add_eos_token") if isinstance(values.get(name), bool)}
+    said = {"kind": str(values.get("tokenizer_class"))[:80], "ends": ends}
+    return {"named": named, "added": _added(file, listed), "length": int(length), **said}
 
 
 def _number(text: str) -> int | str:

@@ -50,6 +50,8 @@ class KLConfig:
     post_quant_conv: bool = True  # a 1x1 convolution before the decoder
     scaling_factor: PositiveFloat = 1.0  # what diffusers' pipelines multiply latents by
     shift_factor: Finite | None = None  # what diffusers' pipelines subtract from latents before that
+    latents_mean: tuple[Finite, ...] | None = None  # what they subtract instead, for each channel
+    latents_std: tuple[PositiveFloat, ...] | None = None  # what they divide by then, for each channel, besides scaling_factor
     force_upcast: bool = False  # run it in float32 under float16, in which it overflows (XL's)
     sample_size: Positive = 32  # px, side of the images that diffusers' tiling assumes
     logvar_start: float = field(default=-6.0, compare=False)  # posterior log-variance of a fresh network
@@ -58,6 +60,29 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         _check(self.channels, self.attention, self.norm_groups, self.layers)
+        for name, other in (("latents_mean", "latents_std"), ("latents_std", "latents_mean")):
+            value = getattr(self, name)
+            if value is not None and (len(value) != self.latent_channels or getattr(self, other) is None or self.shift_factor):
+                raise UserError(
+                    f"{name} has {len(value)} numbers; it needs one for each of {self.latent_channels} latent channels, {other} beside it"
+                    " and no shift_factor"
+                )
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return 1 << (len(self.channels) - 1)
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of the latents."""
+        return self.latent_channels
+
+    @property
+    def stated(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that the configuration states of each latent channel: (z - mean) / std is what a diffusion sees."""
+        mean = self.latents_mean or (self.shift_factor or 0.0,) * self.latent_channels
+        return mean, tuple(std / self.scaling_factor for std in self.latents_std or (1.0,) * self.latent_channels)
 
     @property
     def levels(self) -> tuple[bool, ...]:
@@ -118,6 +143,16 @@ class VQConfig:
         return self.attention or (False,) * len(self.channels)
 
     @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return 1 << (len(self.channels) - 1)
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of the latents, that is of a code."""
+        return self.code_width
+
+    @property
     def code_width(self) -> int:
         """Channels of a code."""
         return self.code_channels or self.latent_channels
@@ -160,7 +195,7 @@ class KLAutoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Image pixels per latent pixel."""
-        return 2 ** (len(self.config.channels) - 1)
+        return self.config.factor
 
     @property
     def latent_channels(self) -> int:
@@ -203,7 +238,7 @@ class VQAutoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Image pixels per latent pixel."""
-        return 2 ** (len(self.config.channels) - 1)
+        return self.config.factor
 
     @property
     def latent_channels(self) -> int:
@@ -330,7 +365,8 @@ def fold_latent_stats(
 
     weight, bias = _one_by_one(state, "post_quant_conv", channels)  # (c,c), (c,)
     _put(made, "post_quant_conv", weight * scale, weight @ shift + bias, state)
-    return replace(config, quant_conv=True, post_quant_conv=True, scaling_factor=1.0, shift_factor=None), made
+    usual = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
+    return replace(config, quant_conv=True, post_quant_conv=True, **usual), made  # type: ignore[arg-type]
 
 
 def _one_by_one(state: Mapping[str, Tensor], name: str, channels: int) -> tuple[Tensor, Tensor]:

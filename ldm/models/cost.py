@@ -17,6 +17,7 @@ from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
 from ldm.models.backbone import DenoiserConfig
 from ldm.models.coder import Bottom, CoderStage
+from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
@@ -139,13 +140,13 @@ def _denoiser(config: DenoiserConfig, checkpointing: bool, height: int, width: i
         return count(network), found
 
 
-def autoencoder(config: KLConfig | VQConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
+def autoencoder(config: KLConfig | VQConfig | DCConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
     """Parameters of an autoencoder, its encoder's cost and its decoder's, for images of (height, width) px."""
     return _autoencoder(config, config.checkpointing, height, width)
 
 
 @lru_cache(maxsize=64)
-def _autoencoder(config: KLConfig | VQConfig, checkpointing: bool, height: int, width: int) -> tuple[int, Cost, Cost]:
+def _autoencoder(config: KLConfig | VQConfig | DCConfig, checkpointing: bool, height: int, width: int) -> tuple[int, Cost, Cost]:
     with torch.device("meta"):
         network = config.build()
         image = torch.empty(IMAGES, config.in_channels, height, width)

@@ -69,7 +69,7 @@ UNET_MIDDLES = {"attention": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D
 
 
 # The same for the autoencoders; diffusers' defaults are those of its classes, not of Stable Diffusion's files.
-KL_FIXED: dict[str, object] = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+KL_FIXED: dict[str, object] = {"act_fn": "silu"}
 KL_PLAIN: Plain = (
     ("in_channels", "in_channels", 3),
     ("out_channels", "out_channels", 3),
@@ -82,6 +82,8 @@ KL_PLAIN: Plain = (
     ("use_post_quant_conv", "post_quant_conv", True),
     ("scaling_factor", "scaling_factor", 0.18215),
     ("shift_factor", "shift_factor", None),
+    ("latents_mean", "latents_mean", None),
+    ("latents_std", "latents_std", None),
     ("force_upcast", "force_upcast", False),  # diffusers' class takes True, but its pipelines of files that do not say it never ask
     ("sample_size", "sample_size", 32),
 )

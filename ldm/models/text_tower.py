@@ -19,6 +19,7 @@ from ldm.config.foreign import typed
 from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config
 from ldm.models.diffusers_config import CONFIG
 
+CLIPS = ("clip_text_model", "clip_text_pair")  # model types of a `TextTower` and of a `TowerPair`
 OLD_EOS = 2  # what the first published configurations say of the end token, whose id it is not
 
 

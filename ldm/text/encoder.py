@@ -25,7 +25,7 @@ from ldm.formats.part import read_json, save_part
 from ldm.formats.text_folder import SPECIAL, load_pair, load_text_model, text_parts
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 from ldm.models.lora import Part
-from ldm.models.text_tower import TowerPair, towers
+from ldm.models.text_tower import CLIPS, TowerPair, towers
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
@@ -120,7 +120,7 @@ class TextEncoder:
     text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing.
 
     Args:
-        model: a transformers CLIPTextModel or T5EncoderModel, or a `TowerPair`, whose two towers read the same words.
+        model: a transformers CLIPTextModel, T5EncoderModel, Gemma or Qwen, or a `TowerPair`, whose two towers read the same words.
         tokenizer: its tokenizer, whose model_max_length is the number of tokens; of a pair the first tower's.
         zeros: what the network is told where there is no prompt: zeros, as Stable Diffusion XL, or the empty prompt's states.
     """
@@ -178,13 +178,14 @@ class TextEncoder:
     @cached_property
     def _special(self) -> tuple[list[int], list[int]]:
         """The ids before and after the words of every prompt."""
-        ids = self.tokenizer("")["input_ids"]
-        return ids[:-1], ids[-1:]
+        ids, words = (list(self.tokenizer("a", add_special_tokens=on)["input_ids"]) for on in (True, False))
+        start = next(i for i in range(len(ids)) if ids[i : i + len(words)] == words)
+        return ids[:start], ids[start + len(words) :]
 
     @property
     def room(self) -> int:
         """Tokens of words that one prompt may have."""
-        return self.max_tokens - self.words_start - 1
+        return self.max_tokens - self.words_start - len(self._special[1])
 
     @property
     def words_start(self) -> int:
@@ -222,7 +223,7 @@ class TextEncoder:
         Raises:
             UserError: naming how many there are.
         """
-        layers = 1 if self.model.config.model_type == "t5" else int(self.model.config.num_hidden_layers)
+        layers = 1 if self.model.config.model_type not in CLIPS else int(self.model.config.num_hidden_layers)
         if not 1 <= clip_skip <= layers:
             fix = f"from 1 to {layers} is possible" if layers > 1 else "it is read at its end alone; leave it out"
             raise UserError(f"clip_skip: got {clip_skip}, but this model's text encoder has {layers} layers to choose from: {fix}")
@@ -266,8 +267,8 @@ class TextEncoder:
         )
 
     def _run(self, ids: Tensor, mask: Tensor, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
-        if self.model.config.model_type == "t5":
-            # T5 looks both ways, so its words must not see the padding; CLIP's cannot.
+        if self.model.config.model_type not in CLIPS:
+            # T5 looks both ways, so its words must not see the padding; CLIP's cannot. None of these has a pooled state.
             return self.model(ids, attention_mask=mask).last_hidden_state, None
         told = (ids, mask) if isinstance(self.model, TowerPair) else (ids,)
         out = self.model(*told) if clip_skip == 1 else self.model(*told, clip_skip)

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.foreign import short, typed
+from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config
+from ldm.formats.atomic import commit, write_tensors
+from ldm.formats.integrity import cache_folder, check, checksums, is_whole
 from ldm.formats.model_folder import INDEX, OWN_CLIP, hub_folder
 from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
-from ldm.formats.part import content_hash, load_module, read_json, read_safetensors
+from ldm.formats.part import content_hash, load_module, read_json
 from ldm.formats.text_folder import TEXT_PARTS, load_text_model, tower_state
 from ldm.formats.tokenizer_files import load_tokenizer
+from ldm.formats.weights_file import read_weights
 from ldm.models.text_tower import TextTower, TowerPair
 from ldm.text.encoder import TextEncoder, zeros_in
 
 OPEN_CLIP = "open_clip_config.json"
+
+
+@config
+class OpenClipShape:
+    """What an open_clip_config.json says of a text tower, with OpenCLIP's defaults for what it does not."""
+
+    context_length: Codes = 77
+    vocab_size: Codes = 49408
+    width: Width = 512
+    heads: Width = 8
+    layers: Depth = 12
+    mlp_ratio: PositiveFloat = 4.0
+    embed_dim: Width | None = None
+
+
 WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
 
 
@@ -76,7 +98,9 @@ def _fetch(name: str) -> Path:
 
 def _skip_last(model: Any, layers: int) -> None:
     if not isinstance(model, TextTower):
-        how = "two text encoders are read before their last layer" if isinstance(model, TowerPair) else "T5 is read after its last layer"
+        kind = "T5" if model.config.model_type == "t5" else type(model).__name__
+        pair = isinstance(model, TowerPair)
+        how = "two text encoders are read before their last layer" if pair else f"{kind} is read after its last layer"
         raise UserError(f"skip_last: got {layers}, but {how}; write skip_last=0")
     if layers >= model.config.num_hidden_layers:
         raise UserError(f"skip_last: got {layers}, but this text encoder has only {model.config.num_hidden_layers} layers")
@@ -100,31 +124,74 @@ def load_open_clip(folder: Path) -> TextEncoder:
     foreign = [name for name, value in text.items() if name not in known and value not in (None, False, usual.get(name))]
     if foreign:
         raise UserError(f"{folder / OPEN_CLIP}: text_cfg.{foreign[0]} is not supported; only CLIP's own text towers are")
-    width, layers = int(text.get("width", 512)), int(text.get("layers", 12))
+    given = {name: value for name, value in text.items() if name in known} | (
+        {"embed_dim": values["embed_dim"]} if "embed_dim" in values else {}
+    )
+    shape = typed(given, OpenClipShape, str(folder / OPEN_CLIP))
     tokenizer = load_tokenizer(folder) if (folder / "vocab.json").is_file() else open_clip_tokenizer()
     made = dict(
-        vocab_size=int(text.get("vocab_size", 49408)),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=int(width * text.get("mlp_ratio", 4)),
-        num_attention_heads=int(text.get("heads", 8)),
-        max_position_embeddings=int(text.get("context_length", 77)),
-        projection_dim=int(values.get("embed_dim", width)),
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        intermediate_size=int(shape.width * shape.mlp_ratio),
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.context_length,
+        projection_dim=shape.embed_dim or shape.width,
         hidden_act="quick_gelu" if values.get("quick_gelu") else "gelu",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    state = from_open_clip(_weights(folder), layers)
-    model = load_module(lambda: TextTower(made), tower_state(state), folder)
+    state = from_open_clip(_weights(folder), shape.layers)
+    model = load_module(lambda: TextTower(made, str(folder / OPEN_CLIP)), tower_state(state), folder)
     return TextEncoder.of(model.float().eval().requires_grad_(False), tokenizer, folder)
 
 
+def open_clip_folder(path: str, architecture: str) -> Path:
+    """The folder, kept in the cache, of the text tower in a file of weights of one of OpenCLIP's architectures.
+
+    Args:
+        path: .safetensors, or a pickle (.bin, .pt), which a process of its own reads.
+        architecture: such as ViT-H-14.
+
+    Raises:
+        UserError: for a name that OpenCLIP has not, or naming what is wrong with the file.
+    """
+    import difflib
+
+    import open_clip
+
+    known = open_clip.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, 1)
+        raise UserError(f"architecture: {short(architecture)} is none of OpenCLIP's{f'; did you mean {near[0]}?' if near else ''}")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such file; beside architecture={architecture} path is a file of weights (.safetensors, .bin, .pt)")
+    said = json.dumps({"model_cfg": open_clip.get_model_config(architecture)}, sort_keys=True)
+    key = hashlib.sha256(f"{checksums([file])[0]} {said}".encode()).hexdigest()
+    target = cache_folder() / "models" / f"{file.stem}-{key[:24]}"
+    if is_whole(target):
+        return target
+
+    def write(folder: Path) -> None:
+        state = {name.removeprefix("module."): value for name, value in read_weights(file)[0].items()}
+        text = {name: value for name, value in state.items() if not name.startswith("visual.")}
+        if not any("token_embedding" in name for name in text):
+            raise UserError(f"{file}: holds {short(min(state, default='nothing'))} and no text tower of an OpenCLIP")
+        write_tensors(folder / "open_clip_model.safetensors", text)
+        (folder / OPEN_CLIP).write_text(said)
+
+    commit(target, write)
+    return target
+
+
 def _weights(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("open_clip*.safetensors"))
+    files = [*sorted(folder.glob("open_clip*.safetensors")), *sorted(folder.glob("open_clip*.bin"))]
     if not files:
-        raise UserError(f"{folder}: no open_clip_model.safetensors here; pickled weights (.bin, .pt) are not read, convert them")
-    state = read_safetensors(files[0])
+        raise UserError(f"{folder}: no open_clip_model.safetensors here, nor open_clip_pytorch_model.bin")
+    state = read_weights(files[0])[0]
+    check(folder)
     if any(name.startswith("text.transformer.") for name in state):  # OpenCLIP's towers apart
         return {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     return state

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.models.lora import LearnedEmbedding
-from ldm.models.text_tower import OLD_EOS, towers
+from ldm.models.text_tower import CLIPS, OLD_EOS, towers
 from ldm.text.encoder import TextEncoder
 
 
@@ -110,6 +110,6 @@ def teach(encoder: TextEncoder, word: LearnedEmbedding) -> None:
 def _tables(encoder: TextEncoder) -> list[Tensor]:
     """The table of an encoder's embeddings, or both of a pair."""
     found: list[Any] = [tower.get_input_embeddings() for tower in towers(encoder.model)]
-    if encoder.model.config.model_type == "t5" or not all(isinstance(table, nn.Embedding) for table in found):
+    if encoder.model.config.model_type not in CLIPS or not all(isinstance(table, nn.Embedding) for table in found):
         raise UserError("new words need a CLIP text encoder; this model has another kind")
     return [table.weight.detach() for table in found]

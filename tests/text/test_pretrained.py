@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.config.errors import UserError
+from ldm.formats.part import read_safetensors
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 from ldm.text.pretrained import load_pretrained
 
@@ -167,10 +168,37 @@ def test_what_open_clip_has_beyond_clip_is_refused(tmp_path: Path, change: dict[
         load_pretrained(str(tmp_path / "model"))
 
 
-def test_pickled_open_clip_weights_are_not_read(tmp_path: Path) -> None:
+def test_an_open_clip_by_its_architecture_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    from ldm.families.pretrained import PretrainedText
+
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     open_clip_folder(tmp_path / "model", False)
-    (tmp_path / "model" / "open_clip_model.safetensors").rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
-    with pytest.raises(UserError, match="not read"):
+    expected = load_pretrained(str(tmp_path / "model")).encode(PROMPTS).tokens
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-tiny"])
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG)
+    plain, pickled = tmp_path / "weights.safetensors", tmp_path / "weights.bin"
+    (tmp_path / "model" / "open_clip_model.safetensors").rename(plain)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in read_safetensors(plain).items()}}, pickled)
+    for file in (plain, pickled):
+        text = PretrainedText(path=str(file), architecture="ViT-tiny")
+        found = text.find(str(file), print)
+        text.adopt(found, tmp_path / "adopted")
+        assert torch.equal(TextEncoder.load(tmp_path / "adopted").encode(PROMPTS).tokens, expected)
+        assert text.text_shape(print).width == expected.shape[2] and text.find(str(file), print) == found
+    with pytest.raises(UserError, match=r"did you mean ViT-tiny\?"):
+        PretrainedText(path=str(plain), architecture="ViT-tini").find(str(plain), print)
+    with pytest.raises(UserError, match="no such file; beside architecture"):
+        PretrainedText(path="x", architecture="ViT-tiny").find("x", print)
+
+
+@pytest.mark.parametrize(("field", "value"), [("width", "x"), ("layers", 10**9), ("heads", 0), ("mlp_ratio", []), ("vocab_size", -1)])
+def test_an_open_clip_configuration_out_of_range_is_named(tmp_path: Path, field: str, value: Any) -> None:
+    open_clip_folder(tmp_path / "model", False)
+    text: dict[str, Any] = {**CONFIG["text_cfg"], field: value}  # type: ignore[dict-item]
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, "text_cfg": text}}))
+    with pytest.raises(UserError, match=rf"open_clip_config\.json: {field} is"):
         load_pretrained(str(tmp_path / "model"))
 
 

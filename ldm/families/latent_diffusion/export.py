@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.diffusion.process import Process
 from ldm.formats.export_source import CARD, ExportedModel, ExportedNetwork
-from ldm.formats.latent_codec import LatentCodec, Statistics
+from ldm.formats.latent_codec import Codec, LatentCodec, Statistics
 from ldm.formats.model_folder import own_clip, read_record
 from ldm.formats.part import read_json
 from ldm.formats.text_folder import text_parts
@@ -49,7 +49,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
         family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
-        "vae" if isinstance(autoencoder, KLConfig) else "vqvae": ExportedNetwork(autoencoder.to_diffusers(), state),
+        "vqvae" if isinstance(autoencoder, VQConfig) else "vae": ExportedNetwork(autoencoder.to_diffusers(), state),
         **{name: ExportedNetwork(*part) for name, part in text_parts(family.text.model).items()},
     }
     # As it stands in the folder: how others like to sample it is said there too.
@@ -86,12 +86,12 @@ def _network_config(family: Exportable) -> dict[str, Any]:
     return values | {"sample_size": values.get("sample_size") or family.resolution // family.codec.factor}
 
 
-def _autoencoder(family: Exportable) -> tuple[KLConfig | VQConfig, dict[str, Tensor], Statistics | None]:
+def _autoencoder(family: Exportable) -> tuple[Codec, dict[str, Tensor], Statistics | None]:
     """The autoencoder; statistics that were measured are folded into a KL one, and told beside a VQ one."""
     network, statistics = family.codec.network, family.codec.statistics
     config, state = network.config, dict(network.state_dict())
-    if not statistics.images:  # its own configuration says it all
+    if not isinstance(config, KLConfig):
+        return config, state, statistics if statistics.images else None
+    if not (statistics.images or config.shift_factor or config.latents_mean):  # a scaling factor, which every pipeline reads
         return config, state, None
-    if isinstance(config, VQConfig):
-        return config, state, statistics
     return *fold_latent_stats(config, state, statistics.mean, statistics.std), None

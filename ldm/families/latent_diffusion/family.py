@@ -31,7 +31,7 @@ from ldm.families.latent_diffusion.offload import rest
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
 from ldm.families.latent_diffusion.runtime import ready
 from ldm.families.latent_diffusion.video_editing import restyled
-from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, latent_channels, local_folder, model_folder
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, local_folder, model_folder
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
@@ -208,7 +208,7 @@ class LatentDiffusion(ModelConfig):
     def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
         text = others["text"].text_shape(note, self.network.context_width)
-        channels = latent_channels(others["autoencoder"].latent_network(note))
+        channels = others["autoencoder"].latent_network(note).latent_width
         network = replace(self.network, in_channels=channels, out_channels=channels, context_width=text.states)
         return network.told_pooled(text.pooled), text
 
@@ -225,7 +225,7 @@ class LatentDiffusion(ModelConfig):
         """The denoising network, or what is adapted of it; text encoder and autoencoder are frozen."""
         network, text = self.fitted(others, note)
         latent = others["autoencoder"].latent_network(note)
-        small = side // 2 ** (len(latent.channels) - 1)
+        small = side // latent.factor
         learned, spent = cost.denoiser(network, small, small, text.tokens)
         known, encode, _ = cost.autoencoder(latent, side, side)
         extra = text.cost.forward + (0 if stage.latents else encode.forward)

@@ -13,10 +13,9 @@ from ldm.families.draws import Running
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
 from ldm.formats.denoiser_folder import load_denoiser
-from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
+from ldm.formats.latent_codec import LatentCodec, Network, autoencoder_folder, load_codec
 from ldm.formats.model_folder import open_model
 from ldm.models.attention import Kind, set_attention
-from ldm.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldm.models.denoiser import Denoiser
 from ldm.models.inference import check_compiler, prepare
 from ldm.text.encoder import TextEncoder
@@ -75,7 +74,7 @@ def _take_turns(family: Parts, root: Path, device: torch.device, precision: str)
     def network() -> Denoiser:
         return load_denoiser(root)[0].for_inference(_cast(precision))
 
-    def autoencoder() -> KLAutoencoder | VQAutoencoder:
+    def autoencoder() -> Network:
         return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)
 
     def text() -> nn.Module:
