@@ -28,6 +28,7 @@ NEEDED = {
     "PIL": "images",
     "pydantic": "configuration",
     "yaml": "configuration",
+    "re2": "patterns of LoRA files",
     "typer": "commands",
     "rich": "progress",
     "safetensors": "weights",
@@ -46,8 +47,18 @@ OPTIONAL = {
     "duckdb": "ldm data curate",
     "gradio": "ldm demo",
     "tensorboard": "tracker=tensorboard",
+    "torch_fidelity": "FID",
+    "prodigyopt": "optim.kind=prodigy",
+    "material": "make docs",
 }
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "open_clip": "open_clip_torch"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "open_clip": "open_clip_torch",
+    "re2": "google-re2",
+    "torch_fidelity": "torch-fidelity",
+    "material": "mkdocs-material",
+}
 LEAST_DISK_GB, LEAST_MEMORY_GB = 4.0, 3.0  # of the quickstart: its run folder, its process
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 

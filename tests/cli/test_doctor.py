@@ -33,8 +33,9 @@ def test_the_packages_are_those_of_the_project() -> None:
     required = {re.split(r"[<>=;\[ ]", text)[0].lower() for text in project["dependencies"]}
     assert {fresh.DISTRIBUTIONS.get(name, name).lower() for name in fresh.NEEDED} == required
     extras = {k: {re.split(r"[<>=;\[ ]", t)[0] for t in v} for k, v in project["optional-dependencies"].items() if k != "test"}
-    assert all(packages & set(fresh.OPTIONAL) for packages in extras.values())  # one of each extra
-    assert set(fresh.OPTIONAL) <= set().union(*extras.values())
+    optional = {fresh.DISTRIBUTIONS.get(name, name) for name in fresh.OPTIONAL}
+    assert all(packages & optional for packages in extras.values())  # one of each extra
+    assert optional <= set().union(*extras.values())
 
 
 def test_a_sound_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
