@@ -13,21 +13,20 @@ from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
 
 Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | ConcatenationSource, BY_KIND]
+PHOTOGRAPHS = (FolderSource, ShardsSource, DatasetsSource)  # which share captions' affixes and masks
 
 __all__ = ["ConcatenationSource", "DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]
 
 
 def affixes(source: Source) -> list[tuple[str, str]]:
     """Prefix and suffix of every source of photographs in one."""
-    if isinstance(source, ScenesSource):
-        return []
     if isinstance(source, ConcatenationSource):
         return [pair for part in source.parts for pair in affixes(part.source)]
-    return [(source.prefix, source.suffix)]
+    return [(source.prefix, source.suffix)] if isinstance(source, PHOTOGRAPHS) else []
 
 
 def has_masks(source: Source) -> bool:
     """Whether a source, or a part of one of several, tells how much each pixel counts."""
     if isinstance(source, ConcatenationSource):
         return any(has_masks(part.source) for part in source.parts)
-    return not isinstance(source, ScenesSource) and source.masks != "none"
+    return isinstance(source, PHOTOGRAPHS) and source.masks != "none"
