@@ -48,6 +48,7 @@ NAMES = {
     "TextualInversion.init",
     "TextualInversion.token",
     "Train.model",
+    "PretrainedText.architecture",
 }
 ODD = [
     "/pics/set #2",
@@ -204,6 +205,6 @@ def test_fields_inside_what_may_be_null_are_told_and_taken(tmp_path: Path) -> No
     with pytest.raises(UserError) as raised:
         load(Path(__file__).parents[2] / "configs" / "quickstart.yaml", words, Run)
     said = str(raised.value)
-    assert "adapt.foo: unknown field; known are kind, rank, alpha, targets" in said
+    assert "adapt.foo: unknown field; known are kind, method, rank, alpha, targets" in said
     assert "stages.text.buckets.foo: unknown field; known are step, max_aspect" in said
     assert "prior_preservation" not in said and "known are \n" not in said
