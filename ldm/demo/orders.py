@@ -46,7 +46,8 @@ class Form(Settings):
     strength: float = 0.75  # with a picture to start from
 
 
-NAMES = tuple(f.name for f in fields(Form))
+TOLD = ("original_size", "crop", "target_size")  # what a network of XL's is told of sizes: on the page always those that are drawn
+NAMES = tuple(f.name for f in fields(Form) if f.name not in TOLD)
 
 
 def blank(family: Draws, precision: str = "") -> Form:
@@ -66,7 +67,7 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
         UserError: naming the field, the value and what is needed.
     """
     found: dict[str, Any] = {}
-    for f in fields(Form):
+    for f in (f for f in fields(Form) if f.name in NAMES):
         value = values.get(f.name)
         if value is None:
             continue

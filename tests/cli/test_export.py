@@ -172,11 +172,12 @@ def test_a_strangers_folder_keeps_its_scheduler_card_and_factor(kl_model: Path, 
 
 def test_an_inpainting_model_names_its_pipeline(tmp_path: Path) -> None:
     from ldm.formats.assembly import model_index
+    from ldm.models.autoencoder import KLConfig
 
     unet = replace(UNET, in_channels=9)
     text = {"text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}}
-    assert model_index("vae", "DDIMScheduler", unet, text)["_class_name"] == "StableDiffusionInpaintPipeline"
-    t5 = model_index("vae", "DDIMScheduler", UNET, {"text_encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]}})
+    assert model_index(KLConfig, "DDIMScheduler", unet, text)["_class_name"] == "StableDiffusionInpaintPipeline"
+    t5 = model_index(KLConfig, "DDIMScheduler", UNET, {"text_encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]}})
     assert t5["_class_name"] == "DiffusionPipeline" and t5["text_encoder"] == ["transformers", "T5EncoderModel"]
 
 
