@@ -69,9 +69,8 @@ def test_two_processes_learn_what_one_learns_and_a_stop_changes_nothing(photogra
     one, other = weights(alone), weights(two)
     assert max(float(abs(one[name] - other[name]).max()) for name in one) < 2e-5  # type: ignore[operator]
 
-    stopped = train(
-        1, *words, "stages.autoencoder.save_every_images=16", "stages.autoencoder.save_beside=false", f"out={cut}", fault="kill:0:7"
-    )
+    saved = ["stages.autoencoder.save_every_images=16", "stages.autoencoder.save_beside=false"]
+    stopped = train(1, *words, *saved, f"out={cut}", fault="kill:0:7")
     assert stopped.codes == [-9], stopped.said
     again = train(1, *words, f"out={cut}")
     assert again.codes == [0] and "going on from 48 of 96 images" in again.said[0], again.said
