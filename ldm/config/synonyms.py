@@ -58,7 +58,6 @@ FIELDS = {
     "lr_scheduler": "schedule",
     "network_dim": "rank",
     "network_alpha": "alpha",
-    "num_repeats": "repeats",
     "gradient_checkpointing": "checkpointing",
     "gradient_accumulation_steps": "micro_batch",
     "save_every_n_steps": "save_every_images",

@@ -136,6 +136,6 @@ def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None
     said = found.stderr
     assert f"launched by accelerate launch ({file}): 2 processes ({file}), device cpu (no accelerator was found)" in said
     assert "autoencoder: batch 8 = 2 x 4, precision fp32 (stages.autoencoder in configs/quickstart.yaml)" in said
-    assert said.count("says mixed_precision fp16; the stages' own precision and micro_batch count instead") == 1
+    assert said.count("says mixed_precision fp16; the stages' own precision, micro_batch, checkpointing and compile count instead") == 1
     (line,) = log(tmp_path, "launch")
     assert line["launch"]["world"] == 2 and line["launch"]["stages"]["autoencoder"]["per_process"] == 4
