@@ -80,7 +80,7 @@ def test_another_base_under_the_same_name_is_another_run(tmp_path: Path, base: P
 
     own = tmp_path / "own"
     shutil.copytree(base, own)
-    (own / "manifest.json").unlink()
+    (own / "manifest.json").unlink(missing_ok=True)
     run = {"data": SCENES, "init": str(own), "models": DIFFUSION, "stages": {"tune": stage()}}
     assert go(tmp_path, run) == 0
     file = own / "unet" / "diffusion_pytorch_model.safetensors"
