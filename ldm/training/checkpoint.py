@@ -392,7 +392,7 @@ def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
         try:
             tensors, meta = load_state(path)
         except atomic.Damaged as error:
-            say(f"checkpoint refused: {error}; trying the one before")
+            say(f"checkpoint {path.name} refused: {error}; trying the one before")
             continue
         return path, tensors, meta
     return None
