@@ -78,6 +78,7 @@ def test_from_a_table_of_links_to_a_lora_in_diffusers(
     assert [rule["removed"] for rule in audit["rules"]] == [1, 1, 1, 1, 4] and audit["kept"] == 32
 
     fetch = ["data", "fetch", "curated/train.parquet", "--out", "shards", "--img2dataset", "./img2dataset", "--shard", "12", "--json"]
+    fetch += ["--allow-private"]  # the links lead to a server of this machine
     assert main(fetch) == 0
     server.shutdown()
     told = json.loads(capsys.readouterr().out)
