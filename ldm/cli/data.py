@@ -93,7 +93,10 @@ def index(
     """Read tar shards once and keep where each sample lies; shards that have not changed are not read again."""
     from ldm.data.shard_index import ShardRecord, open_index
 
+    told: set[str] = set()
+
     def tell(record: ShardRecord, number: int, count: int) -> None:
+        told.add(record.name)
         left = sum(record.rejected.values())
         said = f"{record.name}: {record.samples:,} samples" + (f", {left} left out" if left else "")
         said += "".join(f"\n  damaged {place}" for place in record.damage[:5])
@@ -111,6 +114,10 @@ def index(
     print(f"{len(found):,} samples in {len(found.shards):,} shards, {sum(r.bytes for r in found.shards) / 2**20:,.1f} MiB")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"  {count:>9,}  left out: {reason}")
+    for record in found.shards:  # of shards that an earlier call read
+        if record.damage and record.name not in told:
+            more = f" and at {len(record.damage) - 1} more places" if len(record.damage) > 1 else ""
+            print(f"  {record.name}: damaged {record.damage[0]}{more}")
     return 0
 
 
