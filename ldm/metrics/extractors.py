@@ -218,12 +218,6 @@ def precision_recall(made: NDArray, real: NDArray, neighbours: int = 3) -> tuple
     return float((far <= reach_real[None]).any(1).mean()), float((far <= reach_made[:, None]).any(0).mean())
 
 
-def nearest(made: NDArray, real: NDArray, many: int = 1) -> NDArray[np.int64]:
-    """Of each made feature the `many` nearest real ones by cosine, nearest first, (N,many)."""
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (made, real))
-    return np.argsort(-(a @ b.T), axis=1, kind="stable")[:, :many]
-
-
 def _mmd(a: NDArray, b: NDArray, kernel: Callable[[NDArray, NDArray], NDArray]) -> float:
     m, n = len(a), len(b)
     aa, bb, ab = kernel(a, a), kernel(b, b), kernel(a, b)

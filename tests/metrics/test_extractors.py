@@ -24,7 +24,6 @@ from ldm.metrics.extractors import (
     VisionFolder,
     gaussian_distance,
     kernel_distance,
-    nearest,
     precision_recall,
 )
 
@@ -84,10 +83,6 @@ def test_gaussian_distance_in_closed_form() -> None:
     x, y = np.array([[3.0, 0.0]]), np.array([[0.0, 5.0]])
     assert gaussian_distance(x, y) == pytest.approx(1000 * 2 * (1 - np.exp(-2 / 200)), rel=1e-12)
     assert gaussian_distance(x, 7 * x) == pytest.approx(0, abs=1e-9)
-
-
-def test_nearest_is_by_cosine() -> None:
-    assert nearest(np.array([[1.0, 0.1], [0.0, -2.0]]), np.array([[0.0, -1.0], [9.0, 0.0], [1.0, 1.0]]), 2).tolist() == [[1, 2], [0, 1]]
 
 
 def test_real_features_of_timm(imagenet: Path) -> None:
