@@ -16,7 +16,7 @@ from ldm.config.schema import load
 from ldm.data.cache import DATA, CacheOptions, write_cache
 from ldm.data.scenes.source import ScenesSource
 from ldm.families.latent_diffusion.family import LatentDiffusion
-from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, latent_channels
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.formats.part import load_part
 from ldm.models.unet import UNetConfig
 from ldm.runs.estimate import estimate
@@ -80,7 +80,7 @@ def test_a_latent_cache_is_as_large_as_said(tmp_path: Path, flip: bool) -> None:
     parts = estimate(run)
 
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latent = torch.zeros(len(image), latent_channels(parts.models["autoencoder"].latent_network(print)), 4, 4)
+        latent = torch.zeros(len(image), parts.models["autoencoder"].latent_network(print).latent_width, 4, 4)
         return latent, latent
 
     write_cache(tmp_path / "cache", data, encode, CacheOptions(autoencoder="x", resolution=32, flip=flip))
