@@ -155,7 +155,11 @@ class Process:
         Args:
             x0: (B, ...) of unit variance.
         """
-        t = self.schedule.draw(self.density.warp(rng.uniform("t"))).to(x0.device, torch.float32)
+        return self.noise_at(x0, self.schedule.draw(self.density.warp(rng.uniform("t"))), rng)
+
+    def noise_at(self, x0: Tensor, t: Tensor, rng: Rng) -> Noised:
+        """As `noise`, at the given t (B,)."""
+        t = t.to(x0.device, torch.float32)
         eps = rng.normal("eps", x0.shape[1:]).to(x0)
         if self.offset_noise:
             whole = rng.normal("offset", x0.shape[1:2]).to(x0)

@@ -55,7 +55,9 @@ class AutoencoderConfig(ModelConfig):
     """What the KL and the VQ autoencoder answer alike."""
 
     __slots__ = ()
-    refuses: ClassVar[Mapping[str, str]] = {name: ModelConfig.refuses[name] for name in ("latents", "caption_dropout", "tags", "compile")}
+    refuses: ClassVar[Mapping[str, str]] = {
+        name: why for name, why in ModelConfig.refuses.items() if name not in ("buckets", "checkpointing")
+    }
     answers = frozenset({"reconstruct"})
     encodes = True
     requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text"}

@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import build, plain
 from ldm.config.version import __version__
 from ldm.data.sources import DataSet
-from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.formats import atomic
 from ldm.formats.integrity import check
@@ -101,6 +101,7 @@ class ModelConfig:
         "tags": "reads no captions",
         "checkpointing": "has no blocks that can be recomputed",
         "compile": "has no network that torch.compile takes",
+        **dict.fromkeys(("held_out", "held_out_every_images"), "has no noise levels, by which held-out loss is told"),
     }
     answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
@@ -288,6 +289,8 @@ class Context:
     resolution: int  # px
     seed: int
     total_images: int  # the length of the stage
+    held_out: DataSet | None = None  # of val, what training would see: the stage's filter and tags; None: val as it is
+    own: int = 0  # of the data's samples the first so many are the run's own, others preserve a prior; 0: all
     products: Mapping[str, Product] = field(default_factory=dict)  # by role, what the inputs of its configuration have left
     init: Product | None = None  # an earlier stage of the same model or a base model, to continue
     device: torch.device = torch.device("cpu")
@@ -310,6 +313,20 @@ class Family(nn.Module, ABC):
     def forward(self, batch: Any, rng: Rng) -> tuple[Terms, Terms]:
         """The loss."""
         return self.loss(batch, rng)
+
+    noised: bool = False  # whether it answers `loss_at`
+
+    def loss_at(self, batch: Any, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (B,) of each sample, and the share sigma (B,) of noise in it.
+
+        Args:
+            level: (B,) in [0,1), the noise level of each as a share of the schedule, from clean to noisy.
+        """
+        raise NotImplementedError
+
+    def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
+        """What frozen networks make of a batch, which `loss_at` takes in its place; None: nothing that may be kept."""
+        return None
 
     def frozen(self) -> list[nn.Module]:
         """Networks that are used but never trained."""

@@ -18,7 +18,7 @@ from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
 from ldm.config.version import __version__
 from ldm.data.concatenation import Mixture
-from ldm.data.filter import filter_samples
+from ldm.data.filter import Filter, filter_samples
 from ldm.data.sources import affixes
 from ldm.data.tags import TaggedSamples
 from ldm.diffusion.rng import mix
@@ -207,6 +207,8 @@ class Execution:
         context = Context(
             data=seen,
             val=self.val,
+            held_out=self._held_out(name, stage),
+            own=self._own(name, stage),
             resolution=stage.resolution,
             seed=self._seed(name),
             total_images=stage.images,
@@ -247,6 +249,28 @@ class Execution:
             if out_of_memory(error):
                 raise too_large(trainer, error) from None
             raise
+
+    def _filter(self, stage: Train) -> Filter:
+        """Of what a stage trains on: where it reads cached latents, the encode stage's."""
+        encode = self.run.stages.get(stage.latents)
+        return encode.filter if isinstance(encode, Encode) else stage.filter
+
+    def _held_out(self, name: str, stage: Train) -> Any:
+        """The held-out samples that training would see; where none passes its filter all of them, which is told."""
+        held_out: Any = self.val
+        if not len(held_out):
+            return held_out
+        try:
+            held_out = filter_samples(held_out, self._filter(stage), f"stages.{name}.filter")
+        except UserError:
+            self.log.note(f"{name}: no held-out sample passes the filter; loss is compared with all of them")
+        return held_out if stage.tags is None else TaggedSamples(held_out, stage.tags, affixes(self.run.data))
+
+    def _own(self, name: str, stage: Train) -> int:
+        """How many samples are the run's own, where others preserve a prior."""
+        if not isinstance(self.data, Mixture) or stage.cache:
+            return 0
+        return len(filter_samples(self.data.parts[0], self._filter(stage), f"stages.{name}.filter"))
 
     def _former(self, folder: Path) -> Former | None:
         """The stage of other settings that a stage goes on from."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ldm.config.secrets import redacted, unplaced
 from ldm.formats.records import mapping, number
 from ldm.runs import report_metrics
-from ldm.runs.report_curves import curve
+from ldm.runs.report_curves import curve, lines
 from ldm.runs.report_page import figure, folded, page, picture, prompt_list, table, tiles
 from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story, read_told
 
@@ -53,6 +54,7 @@ def render(story: Story) -> str:
         (
             ("pictures", "Pictures", _pictures(story)),
             ("measurements", "Measurements", report_metrics.measurements(results, required)),
+            ("held-out", "Held-out loss", _held_out(story)),
             ("curves", "Curves", _curves(story)),
             ("stages", "Stages", _timings(story)),
             ("again", "Do it again", _again(story)),
@@ -131,6 +133,30 @@ def _curves(story: Story) -> str:
         parts.append(f'<h3>{escape(stage.name)}</h3>{odd}<div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
     note = '<p class="note">Over images seen. Pale: as logged; strong: running mean.</p>' if parts else ""
     return note + "".join(parts)
+
+
+KINDS = {"train": "training samples", "held_out": "held-out samples"}
+
+
+def _held_out(story: Story) -> str:
+    """Loss of training and of held-out samples, over images and by noise level."""
+    parts = []
+    for stage in story.stages:
+        if not stage.levels:
+            continue
+        last = stage.levels[-1]
+        by_level = {said: list(zip(last.sigma, getattr(last, kind), strict=True)) for kind, said in KINDS.items()}
+        over = {said: [(at.images, fmean(getattr(at, kind))) for at in stage.levels] for kind, said in KINDS.items()}
+        train, held_out = (fmean(getattr(last, kind)) for kind in KINDS)
+        told = f"{train:.4g} of training samples, {held_out:.4g} of held-out ones at the end"
+        drawn = figure(lines(over) or "", f"over images: {told}")
+        drawn += figure(lines(by_level, log_y=True) or "", "over the share of noise, from clean (0) to noise alone (1)")
+        parts.append(f'<h3>{escape(stage.name)}</h3><div class="curves">{drawn}</div>')
+    note = (
+        '<p class="note">Loss of the averaged weights on samples that are trained on and on as many that are not, in noise that never'
+        " changes: where the first falls and the second does not follow, the model memorises.</p>"
+    )
+    return note + "".join(parts) if parts else ""
 
 
 Reader = Callable[[StepRecord], float | None]

@@ -71,6 +71,26 @@ def intervals(lines: Mapping[str, Mapping[float, Point]]) -> str | None:
     return _svg(figure)
 
 
+def lines(named: Mapping[str, Sequence[tuple[float, float]]], log_y: bool = False) -> str | None:
+    """Several quantities over one number, one line per name; None where none has two points."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, axes = _axes()
+    drawn = 0
+    for colour, (name, points) in zip(COLOURS * len(named), named.items(), strict=False):
+        a, b = thinned([x for x, _ in points], [y for _, y in points])
+        drawn = max(drawn, len(a))
+        axes.plot(a, b, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=name)
+    if drawn < 2:
+        return None
+    if log_y and all(y > 0 for points in named.values() for _, y in points):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.3g}"))
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
 def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

@@ -27,6 +27,16 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class LevelRecord:
+    """Losses by noise level after so many images, from clean to noisy."""
+
+    images: float
+    sigma: Sequence[float]
+    train: Sequence[float]
+    held_out: Sequence[float]
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What a run folder tells of one stage."""
 
@@ -37,6 +47,7 @@ class StageRecord:
     steps: Sequence[StepRecord]
     alarms: Sequence[str] = ()  # what was odd, in the order of time
     changes: Sequence[str] = ()  # of settings, where it went on from the state of others: after how many images, and what
+    levels: Sequence[LevelRecord] = ()  # of training and of held-out samples
     buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
 
     @property
@@ -134,7 +145,7 @@ def read_told(path: Path, damaged: list[str] | None = None) -> Mapping[str, Any]
 
 def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]], damaged: list[str]) -> StageRecord:
     done = read_told(folder / "done.json", damaged)
-    steps, buckets, alarms = [], [], []
+    steps, buckets, alarms, levels = [], [], [], []
     for line in lines:
         if line.get("stage") == name and isinstance(line.get("buckets"), list):
             buckets = [numbers(row) for row in line["buckets"]]
@@ -144,11 +155,13 @@ def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable
         if line.get("stage") == name and "step" in line and images is not None and images >= 0:
             values = numbers({key: line.get(key) for key in PLAIN})
             steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
+        if line.get("stage") == name and "loss_by_level" in line and images is not None:
+            levels.append(LevelRecord(images, **line["loss_by_level"]))
     steps.sort(key=lambda step: step.images)
     history = read_told(folder / "extends.json", damaged).get("changes")
     entries = [mapping(one) for one in history] if isinstance(history, list) else []
     changes = [f"after {number(one.get('images')) or 0:,.0f} images: {'; '.join(map(str, _listed(one.get('changed'))))}" for one in entries]
-    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, buckets)
+    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, levels, buckets)
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.config.secrets import cleaned, redacted
 from ldm.config.terminal import raw, shown
 from ldm.formats.records import number, parse
 from ldm.training.throughput import Expected, seconds_after
 from ldm.training.trackers import Background
+
+if TYPE_CHECKING:
+    from ldm.training.held_out import LossByLevel
 
 T = TypeVar("T")
 LOG = "log.jsonl"
@@ -242,6 +245,18 @@ class StageLog:
             said.insert(0, f"run left {_clock(later + (self.total - images) / rate)}")
         self._show(images, rate, "  ".join([*said, *(f"{name} {value:.4g}" for name, value in list(terms.items())[:4])]))
 
+    def levels(self, images: int, found: LossByLevel) -> None:
+        """Held-out loss was measured: a line in log.jsonl, and the tracker's point."""
+        values = {name: getattr(found, name) for name in ("sigma", "train", "held_out")}
+        self.log._write(
+            {"stage": self.name, "images": images, "loss_by_level": values, "samples": found.samples, "time": round(time.time(), 3)}
+        )
+        if self.log._tracker is not None:
+            points = {f"held_out/{name}": value for name, value in found.means().items()}
+            for kind in ("train", "held_out"):
+                points |= {f"held_out/{kind}_level_{i}": value for i, value in enumerate(values[kind], 1)}
+            self.log._tracker.numbers(self.name, images, points)
+
     def advance(self, images: int) -> None:
         """So many images more are done, without a line in the log."""
         self.images += images
@@ -335,12 +350,20 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _levels(value: Any) -> bool:
+    """Lists of as many numbers for the shares of noise and both losses."""
+    if not isinstance(value, dict) or set(value) != {"sigma", "train", "held_out"}:
+        return False
+    return all(isinstance(v, list) and v and len(v) == len(value["sigma"]) and all(map(_real, v)) for v in value.values())
+
+
 # What a line may say, and of what type: a line that says it otherwise is damaged, and nobody who reads the log need look again.
 FIELDS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("stage", "note", "alarm", "pictures", "failed"), _text),
     **dict.fromkeys(("step", "images", "seconds"), _count),
     **dict.fromkeys(("time", "loss", "lr", "images_per_s", "data_wait", "mfu", "peak_memory_mb", "saved", "stalled_s", "written_s"), _real),
     **dict.fromkeys(("terms", "gauges"), _reals),
+    "loss_by_level": _levels,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Former, States
 from ldm.training.ema import Ema
+from ldm.training.held_out import HeldOutLoss, LossByLevel
 from ldm.training.library_optimisers import evaluated
 from ldm.training.log import Log
 from ldm.training.settings import PRECISION, Train
@@ -112,6 +113,7 @@ class Trainer:
         elif handover.carried is not None and not self.step:
             self.states.take_over(handover.carried, optimiser=stage.carry == "all")
         self.skipped = 0
+        self.levels: LossByLevel | None = None  # as measured last, on the first process
 
     @cached_property
     def buckets(self) -> BucketedStage | None:
@@ -154,6 +156,7 @@ class Trainer:
             looked_at = [text for texts in self.data.all_captions(spread(len(self.data))) for text in texts]
             if cut := self.family.cut_captions(looked_at):
                 self.log.note(f"{name}: {cut}")
+        measuring = self._measuring()
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
             if self.buckets is not None:
                 preflight(self, model, self.buckets)
@@ -171,6 +174,8 @@ class Trainer:
                     self._report(log, terms, gauges, alarms)
                 self.processes.alone(name, self.step - 1, "saving or drawing")
                 self.states.settle(wait=False)
+                if measuring is not None and (last or self._due(stage.held_out_plan[1])):
+                    self._measure(measuring, log)  # before saving: what a checkpoint has seen is in the log, once
                 if not last and (stop or self._due(stage.save_every_images)):
                     self.states.save(self.step, must=stop)
                 if stop and not last:
@@ -181,6 +186,26 @@ class Trainer:
             self.processes.alone(name, self.step, "finishing")
             self.states.close()
             return self._finish()
+
+    def _measuring(self) -> HeldOutLoss | None:
+        """What measures held-out loss; None: nothing does, and where nothing can the reader is told."""
+        context, name = self.context, self.folder.name
+        samples, _ = self.stage.held_out_plan
+        if not samples or not self.family.noised:
+            return None
+        held_out = context.val if context.held_out is None else context.held_out
+        if not len(held_out):
+            self.log.note(f"{name}: no sample is held out, so nothing will tell what the model memorises; data.val_share holds some out")
+            return None
+        whole = not self.processes.sharded
+        options: dict[str, Any] = {"stage": self.stage, "seed": self.seed, "own": context.own, "processes": self.processes, "whole": whole}
+        return HeldOutLoss(self.family, self.data, held_out, **options)
+
+    def _measure(self, measuring: HeldOutLoss, log: StageLog) -> None:
+        with self._averaged():
+            self.levels = measuring.measure(self._autocast)
+        if self.levels is not None:
+            log.levels(self.step * self.stage.batch, self.levels)
 
     def _at(self, doing: str, part: int) -> None:
         self.processes.at(self.folder.name, self.step, doing, part)
@@ -336,6 +361,10 @@ class Trainer:
                 result = self.family.finish(self.context)
                 atomic.commit(self.folder / "model", self.family.save)
         self.processes.wait()
+        if self.levels is not None:
+            means = {name: round(value, 6) for name, value in self.levels.means().items()}
+            self.log.note(f"{self.folder.name}: loss {means['train']:.4g} of training samples, {means['held_out']:.4g} of held-out ones")
+            result = {**result, "loss": {**means, **asdict(self.levels)}}
         return result
 
 

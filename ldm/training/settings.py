@@ -16,6 +16,7 @@ from ldm.data.tags import Tags
 from ldm.training.library_optimisers import ScheduleFree
 from ldm.training.optim import AdamW, Optim
 
+BINS = 8  # of noise levels, by which held-out loss is told
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,12 +52,18 @@ class Train:
     sample_every_images: Count = 0  # between sample grids; 0: only at the end
     samples: Count = 8  # pictures in a grid, of the first validation captions
     prompts: tuple[str, ...] = ()  # pictures in a grid, of these prompts instead
+    held_out: Count | None = (
+        None  # held-out samples whose loss by noise level is measured, beside as many of training; 0: none; null: 1 % of the time
+    )
+    held_out_every_images: Count = 0  # between these; 0: as often as that allows, at most 20 times; at the end in any case
 
     def __post_init__(self) -> None:
         if self.micro_batch and self.batch % self.micro_batch:
             raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
         if self.ema and isinstance(self.optim, ScheduleFree):
             raise UserError(f"ema: {self.ema}, but optim.kind: schedule_free averages the weights itself; set ema=0")
+        if self.held_out is not None and 0 < self.held_out < BINS:
+            raise UserError(f"held_out: got {self.held_out}; give at least {BINS}, one for each noise level, or 0 for none")
         if self.exact and not self.micro_batch:
             raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
 
@@ -69,6 +76,20 @@ class Train:
     def cache(self) -> Path | None:
         """The latent cache that is read from elsewhere, as `ldm data encode` made it; None: none, or an encode stage's."""
         return Path(self.latents) if "/" in self.latents else None
+
+    @property
+    def held_out_plan(self) -> tuple[int, int]:
+        """How many held-out samples are measured at a time, as many of training besides, and after how many images each; 0: none.
+
+        A pair costs two forward passes, less than a training step's share of one sample; 1 % of a stage's images are the budget.
+        """
+        every = self.held_out_every_images
+        budget = self.images // 100
+        times = -(-self.images // every) if every else min(20, max(1, budget // 64))
+        if self.held_out is not None:
+            return self.held_out, every or -(-self.images // times)
+        samples = min(256, budget // times)
+        return (samples if samples >= 16 or every else 0), every or -(-self.images // times)
 
     def passes(self, world: int, where: str) -> int:
         """Forward passes of one update on each of `world` processes.
@@ -106,6 +127,8 @@ class Train:
             "sample_every_images",
             "samples",
             "prompts",
+            "held_out",
+            "held_out_every_images",
             "checkpointing",
         }
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
-from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Text, where
+from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
@@ -359,20 +359,39 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Weighted squared error of the network's prediction, mean over latent values."""
         latents = self.encode(batch, rng)
-        cond = latents.cond
         if self.config.caption_dropout:
             drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
-            cond = where(drop, self._without_caption(cond), cond)
+            latents = replace(latents, cond=where(drop, self._without_caption(latents.cond), latents.cond))
+        noised = self.process.noise(latents.x0, rng)
+        error = self._error(batch, latents, noised, rng)
+        gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
+        return {"denoising": (noised.weight * error).mean()}, gauges
+
+    def _error(self, batch: ImageBatch | MomentBatch, latents: LatentBatch, noised: Noised, rng: Rng) -> Tensor:
+        """Squared error (B,) of the network's prediction, mean over latent values."""
+        cond = latents.cond
         if self.config.inpaint is not None:
             assert isinstance(batch, ImageBatch), "ldm.runs.run refuses cached latents"
             mask = masks(self.config.inpaint, rng, (batch.image.shape[2], batch.image.shape[3]))
             cond = replace(cond, image=told(self.codec, batch.image, mask).to(latents.x0))
-        noised = self.process.noise(latents.x0, rng)
         output = full(self.denoiser(noised.x, noised.t, cond))
         squares = (output - noised.target).square()
-        error = (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3))  # (B,)
-        gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
-        return {"denoising": (noised.weight * error).mean()}, gauges
+        return (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3))
+
+    noised = True
+
+    def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted squared error (B,) of captioned samples, and sigma (B,)."""
+        latents = self.encode(batch, rng)
+        noised = self.process.noise_at(latents.x0, self.process.schedule.draw(level), rng)
+        return noised.weight * self._error(batch, latents, noised, rng), self.process.alpha_sigma(noised.t)[1]
+
+    def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
+        """Moments of latents, but where a loss needs the picture."""
+        if self.config.inpaint is not None or batch.mask is not None or isinstance(batch, MomentBatch):
+            return None
+        mean, std = self.codec.moments(batch.image)
+        return MomentBatch(mean=mean, std=std, caption=batch.caption, size=batch.size, position=batch.position)
 
     def _told(self, captions: list[str]) -> Text:
         if self.config.caption_chunks > 1:

@@ -116,6 +116,16 @@ class AdaptedFamily(Family):
         """The base's."""
         return self.inner.loss(batch, rng)
 
+    noised = True
+
+    def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The base's."""
+        return self.inner.loss_at(batch, rng, level)
+
+    def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
+        """As the base."""
+        return self.inner.known(batch)
+
     def averaged(self) -> list[nn.Parameter]:
         """Everything that learns."""
         return [p for group in self.parameter_groups() for p in group.parameters]
@@ -229,6 +239,10 @@ class InvertedFamily(AdaptedFamily):
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """The base's, of captions with the word in them."""
         return self.inner.loss(replace(batch, caption=tuple(self.captions(batch.caption, rng))), rng)
+
+    def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The base's, of captions with the word in them."""
+        return super().loss_at(replace(batch, caption=tuple(self.captions(batch.caption, rng))), rng, level)
 
     def captions(self, captions: Sequence[str], rng: Rng) -> list[str]:
         """Captions that have the word stay; others become one of the templates, by chance."""
