@@ -21,6 +21,7 @@ VERBS = {
     "data": ("ldm.cli.data", "look at data, index shards, curate tables: ldm data check PATH"),
     "classifier": ("ldm.cli.classifier", "train what guides drawing: ldm classifier CACHE --model DIR --words red,blue --out FILE"),
     "evaluate": ("ldm.cli.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
+    "ema": ("ldm.cli.ema", "an EMA of another length, chosen after training: ldm ema RUN --length 0.1"),
     "report": ("ldm.cli.report", "write the page of a run: ldm report RUN"),
     "watch": ("ldm.cli.watch", "look at a run while it trains: ldm watch RUN"),
     "bench": ("ldm.cli.bench", "measure ldm beside its peers on this machine: ldm bench B1 B14 --json FILE"),

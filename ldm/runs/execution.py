@@ -26,7 +26,7 @@ from ldm.distributed.environment import calibrate
 from ldm.distributed.launcher import about, record
 from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.distributed.rank_checks import agree
-from ldm.families.family import ModelConfig, Product
+from ldm.families.family import Context, Family, ModelConfig, Product
 from ldm.formats import atomic
 from ldm.runs import extension, pretrained
 from ldm.runs.changed_data import data_change, marks_of, remember
@@ -103,7 +103,7 @@ class Execution:
                 path = report(self.out)
                 self.log.note(f"report: {path}")
                 if (self.out / "model" / atomic.MANIFEST).is_file():
-                    self.log.note(f'model: try python sample.py "{self._story()["prompt"]}" --model {self.out}')
+                    self.log.note(f'model: try python sample.py "{self.story()["prompt"]}" --model {self.out}')
             self.log.close()
 
     def _stage(self, name: str) -> None:
@@ -126,7 +126,7 @@ class Execution:
             atomic.write_json(folder / IDENTITY, wanted | {"key": key})
         self.processes.wait()
         started = time.monotonic()
-        result, images = self._do(name, folder, key, self._products(name))
+        result, images = self._do(name, folder, key, self.products(name))
         if self.processes.main:
             product, carried = (atomic.folder_hash(folder / part) if (folder / part).is_dir() else "" for part in ("model", CARRIED))
             spent = time.monotonic() - started + self._earlier_seconds(folder)
@@ -176,7 +176,7 @@ class Execution:
     def _exported(self, have: Finished | None) -> bool:
         return have is not None and (self.out / "model" / atomic.MANIFEST).is_file()
 
-    def _products(self, name: str) -> dict[str, Product]:
+    def products(self, name: str) -> dict[str, Product]:
         """What a stage reads, by role: of earlier stages, and from elsewhere."""
         return {
             role: Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product)
@@ -200,8 +200,34 @@ class Execution:
         return mix(self.run.seed, name) % 2**63
 
     def _train(self, name: str, stage: Train, folder: Path, key: str, products: Mapping[str, Product]) -> dict[str, Any]:
+        family, context, data = self.begun(name, stage, products)
+        before = self.run.carried_from(name)
+        trainer = Trainer(
+            stage,
+            family,
+            context,
+            data=data,
+            folder=folder,
+            key=key,
+            workers=self.run.workers,
+            processes=self.processes,
+            log=self.log,
+            handover=Handover(
+                Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
+                stage.keep_state or self.run.carried_on(name),
+                self._former(folder),
+            ),
+        )
+        try:
+            return trainer.run()
+        except Exception as error:
+            if out_of_memory(error):
+                raise too_large(trainer, error) from None
+            raise
+
+    def begun(self, name: str, stage: Train, products: Mapping[str, Product]) -> tuple[Family, Context, Any]:
+        """The family of a training stage before its first step, what it was built from, and what it is trained on."""
         from ldm.data.cached import CachedLatents
-        from ldm.families.family import Context
 
         seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
         context = Context(
@@ -226,29 +252,7 @@ class Execution:
                 pretrained.check_cache(data, stage, products)
         if stage.tags is not None:
             data = TaggedSamples(data, stage.tags, affixes(self.run.data))
-        before = self.run.carried_from(name)
-        trainer = Trainer(
-            stage,
-            family,
-            context,
-            data=data,
-            folder=folder,
-            key=key,
-            workers=self.run.workers,
-            processes=self.processes,
-            log=self.log,
-            handover=Handover(
-                Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
-                stage.keep_state or self.run.carried_on(name),
-                self._former(folder),
-            ),
-        )
-        try:
-            return trainer.run()
-        except Exception as error:
-            if out_of_memory(error):
-                raise too_large(trainer, error) from None
-            raise
+        return family, context, data
 
     def _filter(self, stage: Train) -> Filter:
         """Of what a stage trains on: where it reads cached latents, the encode stage's."""
@@ -321,7 +325,7 @@ class Execution:
         self.processes.wait()
         return {"images": count}, count
 
-    def _story(self) -> dict[str, Any]:
+    def story(self) -> dict[str, Any]:
         stages = {
             name: f"{stage.images:,} images at {stage.resolution} px" if isinstance(stage, Train) else stage.kind
             for name, stage in self.run.stages.items()
@@ -344,7 +348,7 @@ class Execution:
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
         of = self._measured(name)
         scratch = folder / "assembled"
-        model = self.run.models[of.model].measured(products, scratch, self._story(), self.processes.device)
+        model = self.run.models[of.model].measured(products, scratch, self.story(), self.processes.device)
         shutil.rmtree(scratch, ignore_errors=True)
         with self.log.stage(name, 0, 0) as log:
             return measure(
@@ -359,7 +363,7 @@ class Execution:
 
     def _export(self, name: str, products: Mapping[str, Product]) -> dict[str, Any]:
         model = self.run.models[self._measured(name).model]
-        model.assemble(products, self.out / "model", self._story())
+        model.assemble(products, self.out / "model", self.story())
         for part in model.beside:
             if (learned := products["model"].folder / part).is_dir():
                 atomic.commit(self.out / part, partial(shutil.copytree, learned, dirs_exist_ok=True))

@@ -13,6 +13,7 @@ from ldm.config.schema import config, plain
 from ldm.formats import atomic, records
 from ldm.runs.keys import IDENTITY, Changed, Finished, differences, key_of, plain_json
 from ldm.training import checkpoint
+from ldm.training.post_hoc_ema import linked
 
 FILE = "extends.json"  # of a stage's folder: what it goes on from
 WORD = "--extend"
@@ -137,6 +138,7 @@ def begin(folder: Path, found: Changed, wanted: Mapping[str, Any]) -> None:
     temporary.mkdir(parents=True)
     if (place / "samples").is_dir():
         shutil.copytree(place / "samples", temporary / "samples")
+    linked(place, temporary)
     atomic.write_json(temporary / FILE, {"changes": plain([*history(place), found])})
     atomic.write_json(temporary / IDENTITY, {**wanted, "key": key_of(wanted)})
     temporary.rename(folder)

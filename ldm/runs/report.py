@@ -55,6 +55,7 @@ def render(story: Story) -> str:
             ("pictures", "Pictures", _pictures(story)),
             ("measurements", "Measurements", report_metrics.measurements(results, required)),
             ("held-out", "Held-out loss", _held_out(story)),
+            ("ema", "EMA length", _ema_lengths(story)),
             ("curves", "Curves", _curves(story)),
             ("stages", "Stages", _timings(story)),
             ("again", "Do it again", _again(story)),
@@ -156,6 +157,30 @@ def _held_out(story: Story) -> str:
         '<p class="note">Loss of the averaged weights on samples that are trained on and on as many that are not, in noise that never'
         " changes: where the first falls and the second does not follow, the model memorises.</p>"
     )
+    return note + "".join(parts) if parts else ""
+
+
+def _ema_lengths(story: Story) -> str:
+    """What a sweep over lengths of the EMA measured."""
+    parts = []
+    for stage in story.stages:
+        if not (rows := stage.sweep):
+            continue
+        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("length", "misfit")]
+        over = {name: [(row["length"], row[name]) for row in rows if name in row and "length" in row] for name in names}
+        groups: dict[str, list[str]] = {
+            "loss": [n for n in ("train", "held_out") if n in over],
+            "bind": [n for n in names if n.startswith("bind")],
+        }
+        drawn = "".join(
+            figure(drawing, f"{said} over the length of the EMA")
+            for said, own in groups.items()
+            if (drawing := lines({name.replace("_", " "): sorted(over[name]) for name in own}))
+        )
+        cells = [[f"{row.get('length', 0):g}", *(f"{row[n]:.4g}" if n in row else "" for n in names)] for row in rows]
+        parts.append(f'<h3>{escape(stage.name)}</h3><div class="curves">{drawn}</div>')
+        parts.append(table(["length (sigma_rel)", *(escape(n.replace("_", " ")) for n in names)], cells))
+    note = '<p class="note">Averages of other lengths, made after training (<code>ldm ema RUN --length X</code> writes the model).</p>'
     return note + "".join(parts) if parts else ""
 
 

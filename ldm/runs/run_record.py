@@ -48,6 +48,7 @@ class StageRecord:
     alarms: Sequence[str] = ()  # what was odd, in the order of time
     changes: Sequence[str] = ()  # of settings, where it went on from the state of others: after how many images, and what
     levels: Sequence[LevelRecord] = ()  # of training and of held-out samples
+    sweep: Sequence[Mapping[str, float]] = ()  # measures of EMAs of several lengths
     buckets: Sequence[Mapping[str, float]] = ()  # as the last start told them: width, height, images, cut, updates, missed
 
     @property
@@ -161,7 +162,9 @@ def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable
     history = read_told(folder / "extends.json", damaged).get("changes")
     entries = [mapping(one) for one in history] if isinstance(history, list) else []
     changes = [f"after {number(one.get('images')) or 0:,.0f} images: {'; '.join(map(str, _listed(one.get('changed'))))}" for one in entries]
-    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, levels, buckets)
+    told = read_told(folder / "ema-sweep.json", damaged).get("rows")
+    sweep = [found for row in _listed(told) if "length" in (found := numbers(row))]
+    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, levels, sweep, buckets)
 
 
 def _listed(value: Any) -> Sequence[Any]:

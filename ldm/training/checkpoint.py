@@ -25,6 +25,7 @@ from ldm.formats import atomic, records
 from ldm.formats.tensor_file import read_tensors
 from ldm.training import optim
 from ldm.training.ema import Ema
+from ldm.training.post_hoc_ema import PowerAverages
 from ldm.training.snapshot import BackgroundWriter, Snapshot
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Meta:
     step: Count
     images: Count
     ema_updates: Count = 0
+    power_updates: Count = 0  # of the averages for `ldm ema`
     scaler: dict[str, int | float] = field(default_factory=dict)  # of fp16's loss scale; empty: none
 
 
@@ -57,30 +59,31 @@ class Former:
     optimiser: bool  # whether its optimiser is of the same kind
 
 
+@dataclass(frozen=True)
+class Learning:
+    """What learns, and all that a state holds of it."""
+
+    family: Family
+    optimizers: Sequence[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    ema: Ema | None = None
+    power: PowerAverages | None = None  # for `ldm ema`
+
+
 class States:
     """The checkpoints of one stage, in its folder's `state`.
 
     Args:
+        learning: what they hold.
         stage: its settings.
         folder: stages/NAME.
         key: hash of everything the result depends on; a checkpoint of another key is not continued.
     """
 
-    def __init__(
-        self,
-        stage: Train,
-        folder: Path,
-        key: str,
-        *,
-        family: Family,
-        optimizers: Sequence[torch.optim.Optimizer],
-        ema: Ema | None,
-        scaler: torch.amp.GradScaler,
-        processes: Learners,
-        log: Log,
-    ) -> None:
+    def __init__(self, stage: Train, folder: Path, key: str, learning: Learning, *, processes: Learners, log: Log) -> None:
         self.stage, self.folder, self.key = stage, folder, key
-        self.family, self.optimizers, self.ema, self.scaler = family, optimizers, ema, scaler
+        self.family, self.optimizers, self.scaler = learning.family, learning.optimizers, learning.scaler
+        self.ema, self.power = learning.ema, learning.power
         self.processes, self.log = processes, log
         self.failed = 0  # saves in a row
         self._snapshot, self._writer = Snapshot(), BackgroundWriter()
@@ -95,9 +98,9 @@ class States:
         path, tensors, meta = found
         if meta.key != self.key:
             return 0
-        if wrong := self._unfit(tensors, optimiser=True):
+        if wrong := self._unfit(tensors, optimiser=True, power=True):
             raise UserError(f"{path}: {wrong}; move it away to go on from the one before")
-        self._take(tensors, meta, optimiser=True)
+        self._take(tensors, meta, optimiser=True, power=True)
         self.log.note(f"{self.folder.name}: going on from {meta.images} of {self.stage.images} images ({path.name})")
         return meta.step
 
@@ -109,9 +112,9 @@ class States:
         """
         path = left_in(former.folder)[0]
         tensors, meta = load_state(path)
-        if wrong := self._unfit(tensors, optimiser=former.optimiser):
+        if wrong := self._unfit(tensors, optimiser=former.optimiser, power=True):
             raise UserError(f"{path}: {wrong}; train this stage from the beginning, without --extend")
-        self._take(tensors, meta, optimiser=former.optimiser)
+        self._take(tensors, meta, optimiser=former.optimiser, power=True)
         step = step_after(meta.images, self.stage.batch)
         skipped = step * self.stage.batch - meta.images
         whole = f"; its batches of {self.stage.batch} begin at {step * self.stage.batch}" if skipped else ""
@@ -119,20 +122,23 @@ class States:
         self.log.note(f"{self.folder.name}: goes on from {meta.images} of {self.stage.images} images ({former.folder.name}){whole}{anew}")
         return step
 
-    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: Meta, *, optimiser: bool) -> None:
+    def _take(self, tensors: dict[str, dict[str, Tensor]], meta: Meta, *, optimiser: bool, power: bool = False) -> None:
         own = self.family.state_dict()
         self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
         if self.ema:
             self.ema.restore(tensors["ema"], meta.ema_updates)
+        if self.power and power:
+            self.power.restore(tensors["power"], meta.power_updates)
         if optimiser:
             optim.restore_tensors(self.optimizers, tensors["optimizer"])
             if self.scaler.is_enabled() and meta.scaler:
                 self.scaler.load_state_dict(meta.scaler)
 
-    def _unfit(self, tensors: Mapping[str, Mapping[str, Tensor]], *, optimiser: bool) -> str:
+    def _unfit(self, tensors: Mapping[str, Mapping[str, Tensor]], *, optimiser: bool, power: bool = False) -> str:
         """Why a state cannot be taken up by what learns here; empty: it can."""
         averages = self.ema.state() if self.ema else {}
-        for group, own in {"model": self.family.state_dict(), "ema": averages}.items():
+        powers = self.power.state() if self.power and power else {}
+        for group, own in {"model": self.family.state_dict(), "ema": averages, "power": powers}.items():
             theirs = tensors.get(group, {})
             for name in [*own, *theirs] if own else ():
                 if name not in theirs or name not in own or theirs[name].shape != own[name].shape:
@@ -171,7 +177,8 @@ class States:
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
-        return groups | ({"ema": self.ema.state()} if self.ema else {})
+        groups |= {"ema": self.ema.state()} if self.ema else {}
+        return groups | ({"power": self.power.state()} if self.power else {})
 
     def _meta(self, step: int) -> Meta:
         return Meta(
@@ -179,6 +186,7 @@ class States:
             step=step,
             images=step * self.stage.batch,
             ema_updates=self.ema.updates if self.ema else 0,
+            power_updates=self.power.updates if self.power else 0,
             scaler=self.scaler.state_dict(),
         )
 

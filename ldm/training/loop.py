@@ -24,18 +24,19 @@ from ldm.diffusion.batch import rows
 from ldm.diffusion.rng import Rng, mix
 from ldm.distributed.environment import computed_in
 from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
-from ldm.distributed.sharding import gathered
+from ldm.distributed.sharding import collected, gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
 from ldm.models.inference import check_compiler
 from ldm.text.lengths import spread
 from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
-from ldm.training.checkpoint import Former, States
+from ldm.training.checkpoint import Former, Learning, States
 from ldm.training.ema import Ema
 from ldm.training.held_out import HeldOutLoss, LossByLevel
 from ldm.training.library_optimisers import evaluated
 from ldm.training.log import Log
+from ldm.training.post_hoc_ema import SNAPSHOTS, PostHocEma, PowerAverages, drop_beyond, keep
 from ldm.training.settings import PRECISION, Train
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ class Trainer:
         if self.precision != stage.precision:
             log.note(f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.states = States(
-            stage, folder, key, family=family, optimizers=self.optimizers, ema=self.ema, scaler=self.scaler, processes=processes, log=log
-        )
+        self.power = PowerAverages(family.averaged(), stage.post_hoc_ema.lengths) if stage.post_hoc_ema else None
+        learning = Learning(family, self.optimizers, self.scaler, self.ema, self.power)
+        self.states = States(stage, folder, key, learning, processes=processes, log=log)
         self.step = self.states.restore()
         self.former = handover.former
         if self.former is not None and not self.step:
@@ -157,6 +158,11 @@ class Trainer:
             if cut := self.family.cut_captions(looked_at):
                 self.log.note(f"{name}: {cut}")
         measuring = self._measuring()
+        if self.power is not None and self.processes.main:
+            drop_beyond(self.folder, start)
+            each = sum(t.numel() * t.element_size() for t in self.power.state().values())
+            times = -(-stage.images // self._snapshot_images(stage.post_hoc_ema or PostHocEma()))
+            self.log.note(f"{name}: averages for ldm ema: {times} snapshots of {each / 1e6:,.0f} MB each")
         with stop_requests() as stopping, self.log.stage(name, stage.steps * stage.batch, start) as log, self.states.writing():
             if self.buckets is not None:
                 preflight(self, model, self.buckets)
@@ -176,6 +182,8 @@ class Trainer:
                 self.states.settle(wait=False)
                 if measuring is not None and (last or self._due(stage.held_out_plan[1])):
                     self._measure(measuring, log)  # before saving: what a checkpoint has seen is in the log, once
+                if stage.post_hoc_ema is not None and (last or self._due(self._snapshot_images(stage.post_hoc_ema))):
+                    self._keep_averages()
                 if not last and (stop or self._due(stage.save_every_images)):
                     self.states.save(self.step, must=stop)
                 if stop and not last:
@@ -186,6 +194,21 @@ class Trainer:
             self.processes.alone(name, self.step, "finishing")
             self.states.close()
             return self._finish()
+
+    def _snapshot_images(self, asked: PostHocEma) -> int:
+        """Images between two snapshots of the averages."""
+        return asked.every_images or -(-self.stage.images // SNAPSHOTS)
+
+    def _keep_averages(self) -> None:
+        """Leave a snapshot of the averages; one that fails is told, and training goes on."""
+        assert self.power is not None
+        averages = collected(self.power.state(), self.processes.main) if self.processes.sharded else self.power.state()
+        if not self.processes.main:
+            return
+        try:
+            keep(self.folder, self.step * self.stage.batch, averages, self.power.lengths, self.power.updates)
+        except OSError as error:
+            self.log.note(f"{self.folder.name}: snapshot of averages not written ({error.strerror or error}); training goes on")
 
     def _measuring(self) -> HeldOutLoss | None:
         """What measures held-out loss; None: nothing does, and where nothing can the reader is told."""
@@ -240,6 +263,8 @@ class Trainer:
                 self.scaler.step(optimizer)
             if self.ema:
                 self.ema.update()
+            if self.power:
+                self.power.update()
             gauges |= self.family.after_step(step, Rng(self.seed, [step]))
             self.skipped = 0
         else:

@@ -15,6 +15,7 @@ from ldm.data.filter import Filter
 from ldm.data.tags import Tags
 from ldm.training.library_optimisers import ScheduleFree
 from ldm.training.optim import AdamW, Optim
+from ldm.training.post_hoc_ema import PostHocEma
 
 BINS = 8  # of noise levels, by which held-out loss is told
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +41,7 @@ class Train:
     latents: PathText = ""  # the encode stage whose cached latents are read instead of images
     optim: Optim = AdamW()
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
+    post_hoc_ema: PostHocEma | None = None  # averages from which `ldm ema` makes an EMA of any length; null: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
     carry: Literal["ema", "weights", "all"] = "ema"  # what it begins with of the stage before it that trained this model
     checkpointing: bool | None = None  # recompute blocks in the backward pass; null: as the network says
@@ -132,7 +134,7 @@ class Train:
             "checkpointing",
         }
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
-        elsewhere |= {name for name in ("buckets", "compile", "tags") if not getattr(self, name)}
+        elsewhere |= {name for name in ("buckets", "compile", "post_hoc_ema", "tags") if not getattr(self, name)}
         elsewhere |= {"carry"} if self.carry == "ema" else set()
         found = {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
         found["optim"] = {name: value for name, value in found["optim"].items() if value is not None}
