@@ -30,6 +30,7 @@ VERBS = {
 }
 SMALLER = "choose a smaller --size, or --precision bf16"
 FITS = {"sample": f"{SMALLER}, or --low-memory", "grid": SMALLER, "animate": f"{SMALLER}, or --cells 1", "data": "choose a smaller --batch"}
+SHARED = {"train", "plan", "sample", "info", "doctor", "watch"}  # whose work is shared out to the processes of a launch, or only read
 HUB = "--hub"  # for every verb
 
 
@@ -85,6 +86,11 @@ def _call(verb: str, words: Sequence[str]) -> int:
         words.remove(HUB)
         os.environ["LDM_HUB"] = "1"
     try:
+        from ldm.distributed.launcher import adopt_slurm, works_alone
+
+        adopt_slurm(os.environ)
+        if verb not in SHARED and [verb, *words[:1]] != ["data", "encode"]:
+            works_alone(verb)
         return int(importlib.import_module(VERBS[verb][0]).main(words))
     except UserError as error:
         print(f"ldm {verb}: {error}", file=sys.stderr)

@@ -47,7 +47,8 @@ def device_for(wanted: str, local: int = 0) -> str:
     import torch
 
     if not wanted:
-        return f"cuda:{local}" if local and best_device() == "cuda" else best_device()
+        count = torch.cuda.device_count() if best_device() == "cuda" else 1  # a task may see its own GPU alone, as number 0
+        return f"cuda:{local % count}" if count > 1 and local else best_device()
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -120,6 +120,27 @@ def launched(environment: Mapping[str, str], parent: list[str] | None = None) ->
     return Launched(by=by, file=file, world=world, machines=machines, world_from=asked, sharded=sharded, overruled=tuple(overruled))
 
 
+def here() -> Launched:
+    """The launch that this process belongs to; every verb asks here who it is.
+
+    Raises:
+        UserError: as `adopt_slurm` and `launched`.
+    """
+    adopt_slurm(os.environ)
+    return launched(os.environ)
+
+
+def works_alone(verb: str) -> None:
+    """Refuse several processes for a verb whose work is not shared out: each would do all of it, and write over the others.
+
+    Raises:
+        UserError: naming the launcher.
+    """
+    found = here()
+    if found.world > 1:
+        raise UserError(f"{found.by} started {found.world} processes, and {verb} works as one; start it once, without {found.by}")
+
+
 def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
     text = environment.get(name) or str(otherwise)
     if not text.isdecimal():

@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ldm.config.errors import UserError
 from ldm.config.secrets import redacted
 from ldm.config.terminal import shown
-from ldm.distributed.launcher import adopt_slurm, launched
+from ldm.distributed.launcher import here
+from ldm.distributed.rendezvous import Arrival, Meeting, host
 from ldm.distributed.sharding import shard
 from ldm.distributed.watchdog import Place, Watchdog, broken, limit_s
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from torch import Tensor
+    from torch.distributed import Store
 
     from ldm.families.family import Family, Ranks
 
 
-LONG = timedelta(days=7)  # for the first process's work alone, an evaluation say
-STORE = timedelta(seconds=20)
+LONG = timedelta(days=7)  # for the first process's work alone, an evaluation say; who stands still is the watchdog's to find
 ALONE = 1 << 30  # behind every other part of a step
 
 
@@ -67,13 +69,44 @@ class Processes:
 
 
 def processes(cpu: bool) -> Processes:
-    """This process, connected to the others that `accelerate launch` or `torchrun` started with it, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process, connected to the others that `accelerate launch`, `torchrun` or `srun` started with it, if any.
+
+    Raises:
+        UserError: naming who did not come, or a variable of the launcher that is wrong.
+    """
+    if here().world == 1:
         return Processes()
+    state = _connected(Meeting.told(os.environ, limit_s()), cpu or not _accelerated())
+    return Processes(state.process_index, state.num_processes, state.local_process_index)
+
+
+def _accelerated() -> bool:
+    """Whether this machine has an accelerator that the launch may use."""
+    import torch
+
+    return torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+
+
+def _arrival(meeting: Meeting, cpu: bool) -> Arrival:
+    """This process and the device that will be its own."""
+    import torch
+
+    device = None if cpu else torch.accelerator.current_accelerator()
+    if device is None or device.type != "cuda":
+        return Arrival(rank=meeting.rank, host=host(), device="cpu" if device is None else device.type)
+    own = torch.cuda.get_device_properties(meeting.local % torch.cuda.device_count())
+    return Arrival(rank=meeting.rank, host=host(), device=device.type, unit=str(getattr(own, "uuid", "")))
+
+
+def _connected(meeting: Meeting, cpu: bool, store: Store | None = None) -> PartialState:
+    """Accelerate's state of this process, once all have met."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu)
-    return Processes(state.process_index, state.num_processes, state.local_process_index)
+    store = meeting.meet(_arrival(meeting, cpu)) if store is None else store
+    state = PartialState(cpu=cpu, store=store, rank=meeting.rank, world_size=meeting.world, timeout=LONG)
+    if state.num_processes != meeting.world:
+        raise UserError(f"WORLD_SIZE: {meeting.world}, but {state.num_processes} processes are connected; start with torchrun")
+    return state
 
 
 class Learners(Processes):
@@ -84,36 +117,27 @@ class Learners(Processes):
     """
 
     def __init__(self) -> None:
-        import torch
-
-        adopt_slurm(os.environ)
-        self.launch = launched(os.environ)
+        self.launch = here()
         limit = limit_s()
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND"):  # what they ask for is done or told of here
             os.environ.pop(name, None)
+        cpu = not _accelerated()
+        self.watchdog: Watchdog | None = None
+        if self.launch.world > 1:  # the watchdog stands before the processes are connected, and has them in sight from then on
+            meeting = Meeting.told(os.environ, limit)
+            store = meeting.meet(_arrival(meeting, cpu))
+            self.watchdog = Watchdog(meeting.connection("watchdog"), meeting.rank, meeting.world, limit)
+            _connected(meeting, cpu, store)
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate.utils import DistributedDataParallelKwargs
 
-        # Families keep their buffers equal themselves; and who waits too long is for the watchdog to say, which knows why.
-        keywords = [
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=LONG),
-        ]
-        # Precision is the stage's, not the launcher's: stages of one run may differ in it.
-        cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        # Families keep their buffers equal themselves. Precision is the stage's, not the launcher's: stages of one run may differ.
+        keywords = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=keywords)
         super().__init__(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.local_process_index)
-        if self.world != self.launch.world:
-            raise UserError(f"WORLD_SIZE: {self.launch.world}, but {self.world} processes are connected; start with torchrun")
         self.device: torch.device = self.accelerator.device
         self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
-        self.watchdog: Watchdog | None = None
         self._stages = 0  # of training that have begun
-        if self.world > 1:
-            from torch.distributed import PrefixStore, TCPStore
-
-            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timeout=STORE)
-            self.watchdog = Watchdog(PrefixStore("ldm", store), self.rank, self.world, limit)
 
     def at(self, stage: str, step: int, doing: str, part: int) -> None:
         """This process has come to that part of a training step, and should soon go on."""

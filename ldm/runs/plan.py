@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from ldm.config.errors import UserError
 from ldm.data.buckets import bucket_stage, lines
 from ldm.data.filter import filter_samples
 from ldm.distributed.environment import usable_cores
-from ldm.distributed.launcher import Launched, adopt_slurm, unheeded
-from ldm.distributed.launcher import launched as how
+from ldm.distributed.launcher import Launched, here, unheeded
 from ldm.families.family import Found
 from ldm.runs.dry_run import Planned, planned
 from ldm.runs.estimate import Estimate, estimate
@@ -80,8 +78,7 @@ class RunPlan:
 
 def launched(processes: int) -> Launched:
     """This launch, as launchers tell, or the same with so many processes (0: as many as it has)."""
-    adopt_slurm(os.environ)
-    found = how(os.environ)
+    found = here()
     return replace(found, world=processes) if processes else found
 
 

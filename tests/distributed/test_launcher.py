@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import several
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.distributed.launcher import accelerate_file, adopt_slurm, first_host, launched
 from ldm.distributed.rank_checks import code_hash, compare
@@ -176,3 +180,32 @@ def test_the_code_version_sees_every_source(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("2")
     after = code_hash(tmp_path)
     assert len({before, after, code_hash()}) == 3 and re.fullmatch("[0-9a-f]{12}", before)
+
+
+def test_what_is_not_shared_out_is_refused_to_several_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that what srun's tasks are called goes away again
+        monkeypatch.delenv(name)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    for verb in ("grid", "animate", "evaluate", "classifier", "export", "report", "demo", "bench", "data"):
+        assert main([verb, "check"]) == 2
+        said = capsys.readouterr().err
+        assert said == f"ldm {verb}: srun started 16 processes, and {verb} works as one; start it once, without srun\n"
+    assert main(["info", "nothing.png"]) == 2 and "srun" not in capsys.readouterr().err
+
+
+def test_the_tasks_of_srun_draw_each_picture_once(kl_model: Path, tmp_path: Path) -> None:
+    port = several.free_port()
+    command = [sys.executable, "-m", "ldm", "sample", "a", "b", "c", "--model", str(kl_model), "--out", str(tmp_path), "--json"]
+    running = []
+    for rank in range(2):
+        slurm = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment |= slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}_seed0.png" for i in range(3)]
+    drawn = [json.loads(line)["prompt"] for out, _ in said for line in out.splitlines()]
+    assert sorted(drawn) == ["a", "b", "c"]

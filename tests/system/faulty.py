@@ -25,7 +25,7 @@ from ldm.families.autoencoder import AutoencoderFamily
 BATCH = 8
 kinds, rank, steps = (os.environ.get("FAULT") or "none:0:0").split(":")
 at = dict(zip(steps.split("+"), kinds.split("+"), strict=True))  # by step, the fault
-mine = os.environ.get("RANK", "0") == rank
+mine = os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # a launcher's second try is sound
 words = sys.argv[1:]
 own_loss = AutoencoderFamily.loss
 

@@ -108,6 +108,20 @@ def test_what_is_not_finite_is_skipped_by_all_together_and_named(tmp_path: Path)
     assert all(bool((value == value).all()) for value in weights(tmp_path).values())
 
 
+def test_a_launcher_that_starts_all_again_brings_the_run_back(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "tests/system/faulty.py")
+    found = subprocess.run(
+        [sys.executable, *launcher, "configs/quickstart.yaml", *tiny.WORDS, *PLAIN, EVERY, f"out={tmp_path}"],
+        cwd=tiny.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": "kill:0:5"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "going on from 32 of 64 images" in found.stderr and weights(tmp_path)
+
+
 def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None:
     file, port = "configs/accelerate/one-machine.yaml", several.free_port()
     found = subprocess.run(
@@ -130,7 +144,7 @@ def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     said = found.stderr
