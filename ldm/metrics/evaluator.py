@@ -212,17 +212,22 @@ class Abilities:
 
 @config
 class Reconstruction:
-    """How faithful the autoencoder is: PSNR, SSIM and, on scenes, what the checker reads from its pictures."""
+    """How faithful the autoencoder is: PSNR, SSIM, Fréchet distance of reconstructions and, on scenes, what the checker reads from them.
+
+    PSNR and SSIM reward the mean of what may have been there; the distance of reconstructions from images (rFID where the
+    features are Inception's) is what a discriminator betters.
+    """
 
     kind: Literal["reconstruction"] = "reconstruction"
     images: Positive = 200  # validation images
     size: Count = 0  # px; 0: the stage's own
+    features: Features = RandomFeatures()  # what reconstructions and images are compared by
 
     asks = "reconstruct"  # of the model
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result; what the checker reads only on scenes."""
-        return ("psnr", "ssim", *(adherence.METRICS if scenes else ()))
+        return ("psnr", "ssim", "frechet", *((*adherence.METRICS, "iou", "iou_worst") if scenes else ()))
 
     def run(self, bench: Bench) -> Values:
         """Means over validation images."""
@@ -238,13 +243,21 @@ class Reconstruction:
         a, b = (images + 1) / 2, (real + 1) / 2
         # Equal images have infinite PSNR, which JSON does not know.
         found: Values = {"psnr": round(float(psnr(a, b).clamp(max=100).mean()), 3), "ssim": round(float(ssim(a, b).mean()), 4)}
+        extractor = self.features.load(bench.device)
+        if len(real) > 1:
+            sets = [extractor.features(x) for x in (real, images)]
+            if isinstance(self.features, RandomFeatures):
+                sets = frechet.standardise(*sets)
+            found["frechet"] = round(frechet.distance(*sets), 3)
         if isinstance(bench.data, Scenes):
-            targets = bench.data.targets(range(len(real)))
-            scores = adherence.score(a.permute(0, 2, 3, 1).double().numpy(), targets)
+            drawn = a.permute(0, 2, 3, 1).double().numpy()
+            reading = read(drawn)
+            scores = adherence.grade(reading, bench.data.targets(range(len(real))))
             found |= {name: round(value.mean, 4) for name, value in adherence.summary(scores).items()}
+            found |= shapes.summary(shapes.overlaps(drawn, reading))
         pairs = torch.stack([real[:16], images[:16]], 1).flatten(0, 1)
         bench.show(f"reconstruction-{bench.resolution}", pairs, 8)
-        return {**found, "protocol": {"images": len(real), "resolution": bench.resolution}}
+        return {**found, "protocol": {"images": len(real), "resolution": bench.resolution, **extractor.protocol}}
 
 
 @config
@@ -338,7 +351,7 @@ class ClipScore:
 def check_weights(metrics: Sequence[Any]) -> None:
     """Raises UserError for weights that are not here, before anything is measured."""
     for metric in metrics:
-        if isinstance(metric, Frechet):
+        if isinstance(metric, Frechet | Reconstruction):
             metric.features.check()
         if isinstance(metric, ClipScore):
             ClipJudge.check(metric.path.expanduser())
