@@ -20,6 +20,7 @@ from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.recipe_values import MAX_SEED
 from ldm.sampling.request import STRENGTH, Base, Device, NamedAdapters, SamplerOptions, clean
+from ldm.sampling.unheard import in_recipe, in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,10 +63,20 @@ class Film:
         if self.clip is not None and (self.frames is not None or self.loop):
             raise UserError("clip: not together with --frames or --loop; the film is as long as the clip")
 
+    def hears(self, seed: int | None) -> None:
+        """Refuse a seed that changes nothing.
+
+        Raises:
+            UserError: saying why.
+        """
+        if seed is not None and self.source is not None and self.cells == 1:
+            raise UserError("seed: changes nothing with --source and --cells 1, which start from the noise that the clip comes from")
+
 
 def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdapters, device: Device) -> int:
     """Make a film. Without CLIP, text and noise move from one prompt and seed to others."""
     film.check()
+    film.hears(base.seed)
     sampler.check()
     folder = model_for(base.model)
     ends = [Asked(prompt=clean(text)) for text in (film.prompt, film.to) if text is not None]
@@ -92,14 +103,16 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
         recipes = way(first, film.frames or 24, to, film.to_seed, film.loop)
         from ldm.cli.grid import draw_cells
 
-        _tell_words(recipes)
+        _tell_words(recipes, family)
         drawn: Sequence[Any] = draw_cells(family, recipes, note=tell)
         first = replace(recipes[0], to=to)
     else:
         usual = STRENGTH if film.source is None else 1.0
         strength = usual if film.strength is None else film.strength
         first = replace(first, strength=strength, invert=film.source is not None, source=clean(film.source or ""))
-        _tell_words([first])
+        _tell_words([first], family)
+        for said in in_recipe(replace(first, init="clip"), family.settings()):
+            tell(said)
         anew, first = draw_clip(family, film.clip, first, film.cells)
         drawn, recipes = list(anew), [first] * len(anew)
     save_clip(film.out, [frame.numpy() for frame in drawn], film.rate, first)
@@ -109,10 +122,8 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
     return 0
 
 
-def _tell_words(recipes: Sequence[Recipe]) -> None:
-    from ldm.sampling.unheard import in_words
-
-    for said in in_words(recipes):
+def _tell_words(recipes: Sequence[Recipe], family: Draws) -> None:
+    for said in in_words(recipes, family):
         tell(said)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import option, options_of
 from ldm.families.draws import Draws
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
@@ -79,6 +79,12 @@ def grid(
     if not edited and any(axis.name == "strength" for axis in axes):
         raise UserError("strength: changes nothing without a picture to start from; give it by --init")
     rest = {**edited, **editing.passes(old), **following.carried(old)}
+    replaced = {**{name: getattr(part, name) for part in (base, sampler, editing) for name in options_of(type(part))}, "seed": base.seed}
+    for axis in axes:
+        if axis.name != "prompt" and replaced.get(axis.name) not in (None, ""):
+            tell(f"{axis.name}: an axis goes through its values, so --{axis.name.replace('_', '-')} changes nothing")
+        if axis.name in ("seed", "variation") and editing.invert is not None:
+            raise UserError(f"{axis.name}: changes nothing with --invert, which starts from the noise that its picture comes from")
     if rest["hires"] == 1 and any(axis.name == "hires_strength" for axis in axes):
         raise UserError("hires_strength: changes nothing without a second pass; give --hires 2")
     folder, shape, place = model_for(base.model), base.shape(old), device.device
@@ -102,7 +108,7 @@ def grid(
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
     (first,) = jobs.recipes(family, [asked], common)
     made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
-    for said in in_words(made):
+    for said in in_words(made, family):
         tell(said)
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())

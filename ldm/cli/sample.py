@@ -77,7 +77,7 @@ def sample(request: Request) -> int:
     if init_image is not None:
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
     made = _recipes(request, asked, family, old, rest, init_image)
-    for said in (*in_words(made), *doubts.of(made, family)):
+    for said in (*in_words(made, family), *doubts.of(made, family)):
         tell(said)
     if output.resume:
         made = _missing(request, made)

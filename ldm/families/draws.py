@@ -31,6 +31,11 @@ CURVES: dict[str, Callable[[float], float]] = {
 See = Callable[[Sequence[int], int, "Tensor"], None]
 
 
+def steps_taken(steps: int, strength: float) -> int:
+    """How many of the steps an edit of this strength takes, rounded down."""
+    return int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Sampler settings: the numbers of one sampling call."""
@@ -66,10 +71,14 @@ class Settings:
                 found[name] = (int(match[1]), int(match[2]))
         return tuple(side for pair in found.values() for side in reversed(pair))
 
+    def guides(self, i: int, steps: int) -> bool:
+        """Whether step i of `steps` lies where there is guidance."""
+        return self.guidance_from <= min((i + 0.5) / steps, 1.0) <= self.guidance_to
+
     def guidance_at(self, i: int, steps: int) -> float:
         """The guidance of step i of `steps`."""
         share = min((i + 0.5) / steps, 1.0)
-        if not self.guidance_from <= share <= self.guidance_to:
+        if not self.guides(i, steps):
             return 1.0
         if self.guidance_curve == "constant":
             return self.guidance
@@ -308,6 +317,10 @@ class Draws(Protocol):
     def overlong(self, prompt: Prompt) -> str:
         """What should be known of a prompt that is longer than is read at once; empty: nothing."""
         return ""
+
+    def says(self, prompt: str, word: str) -> bool:
+        """Whether a prompt has a learned word in it."""
+        return word.casefold() in prompt.casefold()
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that no caption can have had from which the model learned, as far as that can be told."""

@@ -101,6 +101,9 @@ def add(
     for kind, file, own in given_files:
         if own in family.merged:
             raise UserError(f"{kind}: {file}: the model was made with it and has it already; leave it out, or give its base by --model")
+    for lora, weight in found:
+        if not weight:
+            note(f"lora: {lora.name} has the weight 0, so it changes nothing; leave it out, or give it another weight")
     family.adapt([(lora, weight * factor) for lora, weight in found], words)
     fields = {name: json.dumps(values, ensure_ascii=False) if values else "" for name, values in told.items()}
     return fields | {"loras": scaled(fields["loras"], factor) if fields["loras"] else ""}

@@ -172,6 +172,8 @@ class Choice:
             found = [-1]
         if min(found) < 0 or max(found) > MAX_SEED:
             raise UserError(f"seeds: got {self.seeds!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
+        if twice := [number for number in found if found.count(number) > 1]:
+            raise UserError(f"seeds: {twice[0]} stands there {found.count(twice[0])} times, and would draw the same again; each once")
         return found
 
     def check(self, inverted: bool) -> None:
@@ -185,6 +187,8 @@ class Choice:
         """
         if self.variation_strength is not None and not self.variations:
             raise UserError(f"variation_strength: got {self.variation_strength}, but no variations; give --variations 4")
+        if self.variation_strength == 0:
+            raise UserError("variation_strength: 0 draws the same picture again; give it more, or leave --variations out")
         if self.judge and self.best == 1:
             raise UserError(f"judge: got {self.judge}, but there is nothing to choose from; give --best 4")
         if inverted and (self.n > 1 or self.variations or self.best > 1 or "," in self.seeds):

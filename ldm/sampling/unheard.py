@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.families.draws import Settings
+from ldm.families.draws import Draws, Settings, steps_taken
 from ldm.sampling.adapters import remembered
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
@@ -35,6 +35,9 @@ def in_recipe(recipe: Recipe, usual: Settings) -> Iterator[str]:
     if recipe.eta and not SAMPLERS[recipe.sampler].stochastic_by_eta:
         readers = ", ".join(name for name, one in SAMPLERS.items() if one.stochastic_by_eta)
         yield f"eta: {recipe.sampler} does not read it; {readers} does"
+    yield from _without_steps(recipe)
+    if recipe.classifier and not recipe.classifier_scale:
+        yield "classifier_scale: 0 leaves the classifier out"
     if recipe.guidance == 0:
         yield "guidance: 0 leaves the prompt out; 1 is no guidance"
     elif recipe.guidance < 1:
@@ -50,13 +53,26 @@ def in_recipe(recipe: Recipe, usual: Settings) -> Iterator[str]:
         yield from (f"{name}: is not read without guidance; give --guidance above 1" for name, unused in unread.items() if unused)
 
 
-def in_words(recipes: Sequence[Recipe]) -> Iterator[str]:
+def _without_steps(recipe: Recipe) -> Iterator[str]:
+    """Strengths so small, and intervals so short, that no step is theirs."""
+    first, steps = recipe.steps, steps_taken(recipe.steps, recipe.strength) if recipe.init else recipe.steps
+    more = "give it more, or more --steps"
+    if not steps:
+        yield f"strength: {recipe.strength:g} of {first} steps is none, so nothing is drawn anew; {more}"
+    if recipe.hires != 1 and not steps_taken(first, recipe.hires_strength):
+        yield f"hires_strength: {recipe.hires_strength:g} of {first} steps is none, so the first picture is enlarged, and no more; {more}"
+    if steps and recipe.guidance != 1 and not any(recipe.guides(i, steps) for i in range(steps)):
+        interval = f"{recipe.guidance_from:g} to {recipe.guidance_to:g}"
+        yield f"guidance_interval: none of the {steps} steps lies in {interval}, so there is no guidance; widen it, or take more --steps"
+
+
+def in_words(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     """The learned words that are in no prompt."""
-    texts = {text.casefold() for one in recipes for text in (one.prompt, one.negative, one.to, one.source)}
+    texts = {text for one in recipes for text in (one.prompt, one.negative, one.to, one.source)}
     for token in dict.fromkeys(
         str(word["token"]) for one in recipes[:1] for word in remembered({"embeddings": one.embeddings}, "embeddings")
     ):
-        if not any(token.casefold() in text for text in texts):
+        if not any(family.says(text, token) for text in texts):
             yield f"embedding: {token} is in no prompt, so it changes nothing; write it there"
 
 

@@ -198,6 +198,10 @@ class TextEncoder:
         line = self._spelt(unicodedata.normalize("NFC", line.encode("utf-8", "replace").decode("utf-8")))
         return list(self.tokenizer(line, add_special_tokens=False, verbose=False, **self._how)["input_ids"])
 
+    def says(self, text: str, word: str) -> bool:
+        """Whether a text has a learned word in it, as prompts are read: another word that only contains it is not it."""
+        return set(self.words(word)[:1]) <= set(self.words(text))
+
     def unknown(self, text: str) -> list[str]:
         """Words that a tokenizer which was made of few captions never met: it has letters of them alone."""
         if len(self.tokenizer) > OWN:

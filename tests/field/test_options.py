@@ -193,9 +193,13 @@ REFUSED = [
     ("sample x --outpaint 8", "outpaint"),
     ("sample x --invert INIT --n 2", "invert: starts from the noise that its picture comes from"),
     ("sample x --invert INIT --variations 2", "invert: starts from the noise"),
+    ("sample x --seeds 1,2,1", "seeds: 1 stands there 2 times"),
+    ("sample x --variations 2 --variation-strength 0", "variation_strength: 0 draws the same picture again"),
     ("sample --prompts LIST --seeds 1,2", "seeds: the prompt 'a red circle' has a seed of its own"),
     ("grid x --x strength=0.1,0.2", "strength: changes nothing"),
     ("grid x --x hires_strength=0.1,0.2", "hires_strength: changes nothing"),
+    ("grid x --x seed=1,2 --invert INIT", "seed: changes nothing with --invert"),
+    ("animate x --clip INIT --source y --cells 1 --seed 2", "seed: changes nothing with --source"),
     ("animate x --to y --cells 1", "cells: changes nothing without --clip"),
     ("animate x --to y --strength 0.5", "strength: changes nothing without --clip"),
     ("animate x --clip INIT --frames 4", "clip: not together with --frames or --loop"),
@@ -226,6 +230,10 @@ TOLD = [
     ("--guidance 1 --guidance-curve linear", "guidance_curve: is not read"),
     ("--sampler ddim --invert INIT --seed 3", "seed: --invert starts from the noise"),
     ("--embedding WORD", "embedding: EasyNeg is in no prompt"),
+    ("--embedding PART", "embedding: e is in no prompt"),
+    ("--init INIT --strength 0.3", "strength: 0.3 of 2 steps is none"),
+    ("--hires 2 --size 64x64 --hires-strength 0.1", "hires_strength: 0.1 of 2 steps is none"),
+    ("--guidance 3 --guidance-interval 0.3,0.4", "guidance_interval: none of the 2 steps lies in 0.3 to 0.4"),
 ]
 
 
@@ -273,7 +281,9 @@ def files(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         main(["sample", "a green ring", "--model", str(kl_model), "--out", str(folder / "init"), "--steps", "1", "--sampler", "ddim"]) == 0
     )
     save_file({"EasyNeg": torch.ones(2, 32)}, folder / "EasyNeg.safetensors")
+    save_file({"e": torch.ones(2, 32)}, folder / "e.safetensors")  # stands alone nowhere, but within many words
     names = {"INIT": "init/00000_seed0.png", "DATA": "data", "SHARDS": "shards", "LIST": "list.txt", "WORD": "EasyNeg.safetensors"}
+    names |= {"PART": "e.safetensors"}
     return {"MODEL": str(kl_model), "OUT": str(folder / "out")} | {word: str(folder / name) for word, name in names.items()}
 
 
@@ -315,6 +325,13 @@ def test_a_setting_that_changes_nothing_is_told_once(
     assert capsys.readouterr().err.count(f"note: {said}") == 1
 
 
+def test_a_setting_that_an_axis_replaces_is_told(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = spelt("grid x --x guidance=1,2 --y seed=1,2 --seed 3 --guidance 4 --steps 1 --model MODEL", files)
+    assert main([*words, "--out", str(tmp_path / "grid.png")]) == 0
+    said = capsys.readouterr().err
+    assert [said.count(f"{name}: an axis goes through its values") for name in ("seed", "guidance", "steps")] == [1, 1, 0]
+
+
 def test_nothing_is_told_of_what_counts(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn(files, tmp_path, spelt("--guidance 3 --negative green --sampler ddim --eta 1 --rescale 0.3", files), "a red circle")
     assert "note" not in capsys.readouterr().err
@@ -345,6 +362,7 @@ def test_words_within_words_and_words_that_differ_in_case_alone(kl_model: Path) 
     for text, word in (("easyneg", "EasyNeg"), ("NEG", "Neg"), ("Foo", "Foo"), ("foo", "foo")):
         assert encoder.words(text) == [vocabulary[word]]
     assert encoder.words("FOO")[0] in (vocabulary["Foo"], vocabulary["foo"])
+    assert encoder.says("a (easyneg:1.2) ring", "EasyNeg") and not encoder.says("a ring", "EasyNeg")
 
 
 @pytest.mark.parametrize("option", ["--loop", "--rate 30"])

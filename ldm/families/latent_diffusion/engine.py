@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import composed
 from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, Denoise
-from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted
+from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted, steps_taken
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, PromptShape, shape_of
 from ldm.formats.latent_codec import LatentCodec
 from ldm.models.denoiser import Denoiser
@@ -294,8 +294,7 @@ def _read(prompt: str | Prompt) -> Prompt:
 
 def shortened(grid: Grid, strength: float) -> Grid:
     """The last `strength` of a grid's steps, rounded down."""
-    steps = len(grid.t)
-    left_out = steps - int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    left_out = len(grid.t) - steps_taken(len(grid.t), strength)
     return Grid(t=grid.t[left_out:], alpha=grid.alpha[left_out:], sigma=grid.sigma[left_out:])
 
 

@@ -548,6 +548,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
         how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
         return f"is longer than the model's {self.text.max_tokens} tokens; it is read {how}"
 
+    def says(self, prompt: str, word: str) -> bool:
+        """Whether a prompt has a learned word in it, as the text encoder reads it."""
+        return self.text.says(prompt, word)
+
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that a tokenizer of the run's own captions has never met."""
         return self.text.unknown(prompt)
