@@ -48,6 +48,7 @@ PREDICTIONS = {
 }
 REFUSED = "a refiner of Stable Diffusion XL (one text encoder, an aesthetic score), which is not known here; give the base model"
 SIZES = {768: 512, HUGE: 768}  # px, what Stable Diffusion 1 and 2 draw, by the width of their text
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which files of XL say what their network predicts, and its schedule
 BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
 
@@ -97,7 +98,7 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     sums = [atomic.sha256(path) for path in (file, *_beside(file))]
-    key = hashlib.sha256(json.dumps([1, *sums, choices.ema, choices.prediction]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([2, *sums, choices.ema, choices.prediction]).encode()).hexdigest()
     target = cache_folder() / "models" / f"{file.stem}-{key[:24]}"
     if is_whole(target):
         return target
@@ -350,7 +351,10 @@ def _schedule(
     file: Path,
 ) -> dict[str, Any]:
     """The scheduler_config.json of a checkpoint that does not carry one."""
-    told = choices.prediction or known.get("parameterization") or said.get("modelspec.prediction_type")
+    if strange := next((name for name in state if name.startswith("edm_")), None):
+        raise UserError(f"{file}: {strange} marks a network of EDM's noise levels (Karras 2022), which are not known here")
+    marked = "v" if V_MARK in state else None
+    told = choices.prediction or known.get("parameterization") or said.get("modelspec.prediction_type") or marked
     prediction = PREDICTIONS.get(str(told), "")
     if not prediction:
         prediction = "v_prediction" if unet.context_width == HUGE and unet.linear_projection else "epsilon"
@@ -372,5 +376,5 @@ def _schedule(
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "timestep_spacing": "leading",
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": ZERO_SNR_MARK in state,
     }

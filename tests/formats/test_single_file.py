@@ -143,6 +143,11 @@ def test_what_a_file_predicts_comes_from_beside_it(tmp_path: Path) -> None:
     assert read_json(chosen / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
     with pytest.raises(UserError, match="prediction: got 'vv'"):
         open_single(tmp_path / "b.safetensors", CheckpointChoices(prediction="vv"))
+    marked = written(state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "c.safetensors")  # as files of XL say it
+    scheduler, told = read_json(open_single(marked, note=(notes := []).append) / "scheduler" / "scheduler_config.json"), notes
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"], told) == ("v_prediction", True, [])
+    with pytest.raises(UserError, match="edm_mean marks a network of EDM's noise levels"):
+        open_single(written(state | {"edm_mean": torch.zeros(4)}, tmp_path / "d.safetensors"), note=quiet)
     (tmp_path / "b.yaml").write_text("model: 3")
     with pytest.raises(UserError, match=r"b\.yaml: no YAML of a CompVis model"):
         open_single(tmp_path / "b.safetensors", note=quiet)
