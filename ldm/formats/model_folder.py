@@ -86,8 +86,9 @@ def _present(folder: Path) -> tuple[str, ...]:
 def _missing(folder: Path) -> list[str]:
     """The parts that a model needs to draw, and that a folder has not."""
     parts, wanted = _present(folder), [denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler"]
-    if {"text_encoder_2", "tokenizer_2"} & {*parts}:
-        wanted += ["text_encoder_2", "tokenizer_2"]
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    if any(name in parts or (isinstance(index.get(name), list) and all(index[name])) for name in PAIRED):
+        wanted += PAIRED
     return [part for part in wanted if part not in parts and not (part == "vae" and "vqvae" in parts)]
 
 
@@ -126,6 +127,7 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
         raise UserError(f"{name}: no such folder, and it could not be had from the hub ({lines[0][:200]})") from None
 
 
+PAIRED = ("text_encoder_2", "tokenizer_2")  # of a model with two text encoders, besides those of one with one
 RECORD, INDEX = "ldm.json", "model_index.json"
 OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it the image side
 
