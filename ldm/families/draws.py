@@ -49,7 +49,9 @@ class Settings:
     precision: str = "fp32"  # of matrix products and convolutions
     guidance_from: float = 0.0  # the share of the steps after which guidance begins; before, it is 1
     guidance_to: float = 1.0  # and after which it ends (Kynkaanniemi 2024, arXiv 2404.07724)
-    clip_skip: int = 1  # the text encoder's layer that is read, from the last one: 1 the last, 2 the one before (the web UI's count)
+    clip_skip: int = (
+        1  # the text encoder's layer that is read, from the last one: 1 the last (of XL's as 2), 2 the one before (web UIs' count)
+    )
     guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
     original_size: str = ""  # WIDTHxHEIGHT in px that a network which is told sizes (XL) is told of the original; empty: as drawn
     crop: str = ""  # LEFT,TOP in px, of what was cut off it; empty: nothing

@@ -210,7 +210,7 @@ class PairConfig:
     def __init__(self, first: TextConfig, second: TextConfig, pooled: int) -> None:
         self.hidden_size = first.hidden_size + second.hidden_size
         self.pooled_size = pooled
-        self.num_hidden_layers = min(first.num_hidden_layers, second.num_hidden_layers) - 1  # whose states are told
+        self.num_hidden_layers = min(first.num_hidden_layers, second.num_hidden_layers)
         self.max_position_embeddings = min(first.max_position_embeddings, second.max_position_embeddings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,6 +231,8 @@ class TowerPair(nn.Module):
         padding: the id that the second tower is padded with.
     """
 
+    usual_skip = 2  # the layer that is read unless an earlier one is asked for, counted from the last one, which is 1
+
     def __init__(self, text_encoder: TextTower, text_encoder_2: TextTower, text_projection: nn.Linear, padding: int) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.text_projection = text_encoder, text_encoder_2, text_projection
@@ -241,13 +243,14 @@ class TowerPair(nn.Module):
         """(B,L) ids as the first tower has them, and which are no padding (B,L), to states.
 
         Args:
-            clip_skip: the layer whose states are told, counted from the last but one, which is 1.
+            clip_skip: the layer whose states are told, counted from the last one, which is 1 and is never read: 1 and 2 are the same.
         """
-        second, read = self.text_encoder_2, len(self.text_encoder_2.encoder.layers) - clip_skip
+        left_out = max(clip_skip, self.usual_skip) - 1
+        second, read = self.text_encoder_2, len(self.text_encoder_2.encoder.layers) - left_out
         other = ids.masked_fill(~mask, self.padding)
         states = second.hidden(other, read)
         pooled = second.finished(second.further(states, read), other).pooler_output
-        first = self.text_encoder.hidden(ids, len(self.text_encoder.encoder.layers) - clip_skip)
+        first = self.text_encoder.hidden(ids, len(self.text_encoder.encoder.layers) - left_out)
         return TextStates(torch.cat([first, states], dim=2), self.text_projection(pooled))
 
 

@@ -232,6 +232,11 @@ class TextEncoder:
             fix = f"from 1 to {layers} is possible" if layers > 1 else "it is read at its end alone; leave it out"
             raise UserError(f"clip_skip: got {clip_skip}, but this model's text encoder has {layers} layers to choose from: {fix}")
 
+    def unheard_skip(self, clip_skip: int) -> str:
+        """Why a layer that was asked for is the one that is read anyway, in a line; empty: it is another, or nothing was asked for."""
+        usual = clip_skip == self.model.usual_skip if isinstance(self.model, TowerPair) else False
+        return f"clip_skip: {clip_skip} is what this model's text encoders are read at anyway; 3 and more change it" if usual else ""
+
     def _framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Words' ids with start, end and padding (B,L), and which are no padding (B,L)."""
         before, after = self._special
