@@ -27,7 +27,8 @@ MAX_PICTURES = 64  # of one order
 MAX_BYTES = 2**25  # of an uploaded picture
 MAX_PIXELS = 2**24  # of one, before it is resized
 BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES)}
-FOREIGN = ("variation", "to", "outpaint", "invert", "watermark")  # fields of a recipe that the page has no place for
+TOLD = ("original_size", "crop", "target_size")  # what a network of XL's is told of sizes: on the page always those that are drawn
+FOREIGN = ("variation", "to", "outpaint", "invert", "watermark", *TOLD)  # fields of a recipe that the page has no place for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ class Form(Settings):
     strength: float = 0.75  # with a picture to start from
 
 
-TOLD = ("original_size", "crop", "target_size")  # what a network of XL's is told of sizes: on the page always those that are drawn
 NAMES = tuple(f.name for f in fields(Form) if f.name not in TOLD)
 
 
