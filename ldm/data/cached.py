@@ -171,9 +171,14 @@ class CachedLatents:
         Raises:
             UserError: where they are not.
         """
-        kept, own = self._text(np.zeros(1, np.int64)).tokens, read(self._captions[0]).tokens.cpu()
-        if kept.shape != own.shape or float((kept - own).abs().max()) > 0.01 * float(own.abs().max()):
-            raise UserError(f"{self.folder}: its text states are another text encoder's; encode again with --text, or without")
+        kept, own = self._text(np.zeros(1, np.int64)), read(self._captions[0])
+        for one, other in ((kept.tokens, own.tokens), (kept.pooled, own.pooled)):
+            if one is None or other is None or one.shape != other.shape:
+                alike = one is other
+            else:
+                alike = float((one - other.cpu()).abs().max()) <= 0.01 * float(other.abs().max())
+            if not alike:
+                raise UserError(f"{self.folder}: its text states are another text encoder's; encode again with --text, or without")
 
     def load(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> MomentBatch:
         """As `ldm.data.dataset.Samples.load`; the crop is the stored one, flip and caption are drawn by position.
