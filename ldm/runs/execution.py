@@ -83,6 +83,7 @@ class Execution:
         for line in by_heart(self.run, len(self.data)):
             self.log.note(f"warning: {line}")
         if self.elsewhere:
+            pretrained.check(self.run, self.elsewhere)
             if self.processes.main:
                 pretrained.make(self.run, self.elsewhere, self.out, write=True)
             self.processes.wait()
@@ -286,11 +287,7 @@ class Execution:
 
     def _config(self, name: str, stage: Train) -> ModelConfig:
         """The configuration of the model that a stage trains; where it continues a base model, that says what it does not."""
-        config = self.run.trained(stage)
-        begins = self.run.reads(name).get("init")
-        if stage.model not in self.elsewhere or begins is None:
-            return config
-        return config.continued(self.elsewhere[stage.model].folder)
+        return pretrained.continued(self.run, name, stage, self.elsewhere)
 
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         from ldm.data.cache import CacheOptions, seal, write_cache

@@ -19,7 +19,7 @@ from ldm.families.family import Found
 from ldm.runs.dry_run import Planned, planned
 from ldm.runs.estimate import Estimate, estimate
 from ldm.runs.launch_checks import by_heart, missing, shares
-from ldm.runs.pretrained import FOLDER, find
+from ldm.runs.pretrained import FOLDER, check, find
 from ldm.runs.prior_preservation import PRIOR
 from ldm.runs.run import Encode, Run, Stage
 from ldm.training.settings import Train
@@ -149,10 +149,12 @@ def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
 
 def _elsewhere(run: Run, notes: list[str]) -> dict[str, Found] | None:
     try:
-        return find(run, notes.append)
+        found = find(run, notes.append)
     except UserError as error:
         notes.append(f"planned without what it begins with ({str(error).splitlines()[0]})")
         return None
+    check(run, found)
+    return found
 
 
 def _unread(run: Run, what: str) -> list[Planned]:

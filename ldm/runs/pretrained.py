@@ -39,6 +39,29 @@ def find(run: Run, note: Callable[[str], None] = say) -> dict[str, Found]:
     return {name: every[name].find(path, note) for name, path in sources(run).items()}
 
 
+def continued(run: Run, name: str, stage: Train, found: Mapping[str, Found]) -> ModelConfig:
+    """The configuration of the model that a stage trains; where it continues a base model, that says what it does not.
+
+    Raises:
+        UserError: naming what does not suit the base.
+    """
+    config = run.trained(stage)
+    if stage.model not in found or run.reads(name).get("init") is None:
+        return config
+    return config.continued(found[stage.model].folder)
+
+
+def check(run: Run, found: Mapping[str, Found]) -> None:
+    """Refuse what does not suit a base model, before any work.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name, stage in run.stages.items():
+        if isinstance(stage, Train):
+            continued(run, name, stage, found)
+
+
 def make(run: Run, found: Mapping[str, Found], out: Path, write: bool) -> dict[str, Product]:
     """The models as stages read them; what is used in another form than it lies in is written to OUT/pretrained/NAME.
 
