@@ -139,7 +139,7 @@ class AutoencoderConfig(ModelConfig):
             judge.requires_grad_(False)
             frozen["perceptual"] = cost.count(judge)
             spent += cost.distance(judge, side, side)
-        return Footprint(learned=counts, frozen=frozen, cost=spent, averaged=learned)
+        return Footprint(learned=counts, frozen=frozen, cost=spent, averaged=learned, passed=sum(frozen.values()))
 
     def latent_network(self, note: Callable[[str], None]) -> KLConfig | VQConfig:
         """The network that makes latents."""

@@ -55,6 +55,8 @@ class Footprint:
     cost: Cost  # of one image through the networks that learn, forward and backward
     extra: int = 0  # FLOPs of one image in the frozen networks
     averaged: int = 0  # parameters with an EMA; 0: all that is learned
+    halved: int = 0  # of the frozen parameters, those that lie in the half type that is computed in
+    passed: int = 0  # frozen float32 parameters that gradients pass through, as many as the backward pass needs at a time
 
 
 class TrainingStage(Protocol):
@@ -354,6 +356,9 @@ class Family(nn.Module, ABC):
     def averaged(self) -> list[nn.Parameter]:
         """The parameters whose moving average is sampled and saved."""
         return [p for p in self.parameter_groups()[0].parameters]
+
+    def compute_in(self, kind: torch.dtype) -> None:
+        """Told the half type that autocast computes in, before the networks go to their device: frozen weights may lie in it."""
 
     def preview(self, batch: ImageBatch, seed: int) -> Tensor | None:
         """A few pictures (N,3,H,W) in [-1,1] for the eye, laid out in rows of `preview_columns`."""

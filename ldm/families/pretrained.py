@@ -188,4 +188,7 @@ def _clip_shape(file: Path) -> TextShape | None:
     if not all(isinstance(values.get(name), int) for name in names):
         return None
     width, layers, positions, vocabulary, inner = (int(values[name]) for name in names)
-    return TextShape(file.parent.name, width, layers, positions, vocabulary, positions, inner)
+    projected = values.get("projection_dim")
+    return TextShape(
+        file.parent.name, width, layers, positions, vocabulary, positions, inner, projected if isinstance(projected, int) else 0
+    )

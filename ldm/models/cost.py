@@ -19,6 +19,7 @@ from ldm.models.backbone import DenoiserConfig
 from ldm.models.coder import Bottom, CoderStage
 from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
+from ldm.models.text_tower import TextTower, TowerPair
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
 
@@ -204,6 +205,7 @@ class TextShape:
     vocabulary: int = 49_408
     positions: int = 77
     inner: int = 0  # of its feed-forward layers; 0: four times the width
+    projected: int = 0  # channels that its pooled state is projected to, where it is; 0: as wide
     second: TextShape | None = None  # a tower beside it, whose states stand beside its own and whose pooled state, projected, is read
 
     @property
@@ -213,8 +215,8 @@ class TextShape:
 
     @property
     def pooled(self) -> int:
-        """Width of what is read of a whole caption; projected, it is taken to be as wide as before."""
-        return self.second.width if self.second else self.width
+        """Width of what is read of a whole caption."""
+        return (self.second.projected or self.second.width) if self.second else self.width
 
     @property
     def towers(self) -> tuple[TextShape, ...]:
@@ -224,7 +226,17 @@ class TextShape:
     @property
     def parameters(self) -> int:
         """Embeddings, layers, last norm, and the projection of two."""
-        return sum(tower._own for tower in self.towers) + (self.pooled**2 if self.second else 0)
+        return sum(tower._own for tower in self.towers) + (self.second.width * self.pooled if self.second else 0)
+
+    def built(self) -> TextTower | TowerPair:
+        """The network, to count in; on torch's meta device, if that is chosen around the call."""
+        first, *others = (tower._tower() for tower in self.towers)
+        return TowerPair(first, others[0], nn.Linear(others[0].config.hidden_size, self.pooled, bias=False), 0) if others else first
+
+    def _tower(self) -> TextTower:
+        sides = {"hidden_size": self.width, "intermediate_size": self.inner or 4 * self.width, "num_attention_heads": 1}
+        known = {"vocab_size": self.vocabulary, "max_position_embeddings": self.positions, "num_hidden_layers": self.layers}
+        return TextTower({**sides, **known})
 
     @property
     def _own(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.models.blocks import Upsample
 from ldm.models.layer_adapters import Hadamard, Kronecker, LayerAdapter, Pair
 
 # As adapter files name them; "unet" is the denoising network, whatever its shape, and the second text encoder is SDXL's.
@@ -263,14 +264,34 @@ def _is_adapters(name: str) -> bool:
     return any(mark in name for mark in MARKS)
 
 
-def merged_state(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network with what `inject` put in added to its own, under the names that they had before; as `Merged` makes them."""
-    state = {name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if not _is_adapters(name)}
+def merged_state(network: nn.Module, base: nn.Module | None = None) -> dict[str, Tensor]:
+    """The weights of a network with what `inject` put in added to its own, under the names that they had before; as `Merged` makes them.
+
+    Args:
+        base: the network as it was before, whose weights count; None: its own.
+    """
+    state = own_state(network) if base is None else dict(base.state_dict())
     for name, pair in injected(network).items():
         weight = state[f"{name}.weight"]
         delta = pair.delta(weight)
         state[f"{name}.weight"] = (weight.to(delta) + delta).to(weight.dtype)
     return state
+
+
+def own_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network without what `inject` put in, under the names that they had before."""
+    return {name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if not _is_adapters(name)}
+
+
+def halvable(network: nn.Module) -> list[nn.Module]:
+    """The frozen layers that only ever compute in the type of autocast, in which their weights may lie: its numbers stay, to the bit.
+
+    None beside DoRA, which reads the weights. Not the convolutions of enlargements, of whose kernels sums are computed.
+    """
+    if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
+        return []
+    kept = {id(child) for module in network.modules() if isinstance(module, Upsample) for child in module.children()}
+    return [layer for _, layer in layers(network) if id(layer) not in kept and not any(p.requires_grad for p in layer.parameters())]
 
 
 def injected(network: nn.Module) -> dict[str, LayerAdapter]:

@@ -60,9 +60,11 @@ class Needs:
         """Bytes on each device while a micro-batch is trained on, by what for.
 
         Weights, gradients, moments and EMA are in float32 whatever the precision. Activations are what the forward pass keeps,
-        counted on the meta device; under bf16 or fp16 half of that, and a cast copy of the learned weights. The allocator's own
-        losses, workspaces and the frozen parts' passing activations are not in it. Over `shards` processes (FSDP2) gradients, moments
-        and EMA are split; the weights are whole within a step.
+        counted on the meta device. Under bf16 or fp16 they are half of that, frozen weights that are only computed with are of that type
+        themselves, and there is a cast copy of the learned weights and of the float32 frozen ones that gradients pass through, which
+        autocast makes anew at every use and the graph keeps. The allocator's own losses, workspaces and the frozen parts' passing
+        activations are not in it. Over `shards` processes (FSDP2) gradients, moments and EMA are split; the weights are whole within a
+        step.
         """
         full = self.stage.precision == "fp32"
         found = {
@@ -70,8 +72,8 @@ class Needs:
             "gradients": FLOAT * self.learned // shards,
             "optimiser": self.optimiser_bytes // shards,
             "EMA": FLOAT * self.averaged // shards,
-            "cast weights": 0 if full else HALF * self.learned,
-            "frozen parts": FLOAT * sum(self.footprint.frozen.values()),
+            "cast weights": 0 if full else HALF * (self.learned + self.footprint.passed),
+            "frozen parts": FLOAT * sum(self.footprint.frozen.values()) - (0 if full else HALF * self.footprint.halved),
             "activations": self.footprint.cost.activations * micro_batch // (1 if full else 2),
         }
         return {name: value for name, value in found.items() if value}

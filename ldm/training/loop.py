@@ -90,6 +90,9 @@ class Trainer:
         if processes.launch.splits(family.shardable) and (refused := list(stage.unshardable())):
             raise UserError(f"sharded weights (FSDP2): {'; '.join(refused)}")
         family.ranks = Ranks() if stage.exact else processes.ranks()
+        self.precision = computed_in(stage.precision, self.device.type)
+        if self.precision != "fp32":
+            family.compute_in(PRECISION[self.precision])
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()
@@ -100,7 +103,6 @@ class Trainer:
         self.groups = family.parameter_groups()
         self.optimizers = optim.build(stage.optim, self.groups)
         self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
-        self.precision = computed_in(stage.precision, self.device.type)
         if self.precision != stage.precision:
             log.note(f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from faults import child
+from PIL import Image
 from pipelines import NEGATIVE, PROMPTS, SIDE, xl_folder
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
+from ldm.data.cached import CachedLatents
+from ldm.demo.orders import blank, order_of, read_form
+from ldm.demo.studio import Studio
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.embedding_files import read_embedding, write_embedding
 from ldm.formats.lora_files import read
 from ldm.formats.model_folder import open_model
 from ldm.formats.part import load_part, read_safetensors
+from ldm.formats.text_folder import load_pair
 from ldm.models.lora import LearnedEmbedding
+from ldm.training.ema import Ema
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DRAWN: dict[str, Any] = {"settings": Wanted(steps=3, guidance=3.0), "size": (SIDE, SIDE)}
@@ -105,6 +117,9 @@ def test_a_refiner_and_half_a_model_are_refused_in_a_line(folder: Path, tmp_path
             (half / part.name).symlink_to(part)
     with pytest.raises(UserError, match="tokenizer_2 missing"):
         open_model(half)
+    (half / "text_encoder_2").unlink()
+    with pytest.raises(UserError, match="text_encoder_2, tokenizer_2 missing"):  # as model_index.json names them
+        open_model(half)
 
 
 def test_what_only_xl_is_told_is_refused_elsewhere_and_checked(folder: Path) -> None:
@@ -147,14 +162,59 @@ def test_a_word_of_two_encoders_is_drawn_with_as_in_diffusers(folder: Path, tmp_
         family.adapt([], [single])
 
 
+def test_clip_skip_counts_from_the_last_layer_as_web_uis_do(folder: Path, tmp_path: Path) -> None:
+    """The last layer but one is read anyway, so 2 is no change, and is told; transformers' states are the oracle."""
+    shape = {"vocab_size": 50, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 7, "eos_token_id": 49}
+    theirs = []
+    for name, kind, width in (("text_encoder", CLIPTextModel, 32), ("text_encoder_2", CLIPTextModelWithProjection, 64)):
+        made = kind(CLIPTextConfig(**shape, hidden_size=width, intermediate_size=width, projection_dim=width, bos_token_id=48)).eval()
+        made.save_pretrained(tmp_path / name)
+        theirs.append(made)
+    pair, ids = load_pair(tmp_path, 0), torch.randint(3, 48, (2, 7)).index_fill(1, torch.tensor([5]), 49)
+    with torch.no_grad():
+        states = [made(ids, output_hidden_states=True).hidden_states for made in theirs]
+        for skip in (1, 2, 3, 4):
+            wanted = torch.cat([each[-max(skip, 2)] for each in states], dim=2)
+            torch.testing.assert_close(pair(ids, torch.ones_like(ids).bool(), skip).last_hidden_state, wanted)
+    notes: list[str] = []
+    own, two = (load(folder).sample(["a"], settings=Wanted(steps=1, clip_skip=n), size=(16, 16), note=notes.append) for n in (None, 2))
+    assert torch.equal(own, two) and len(notes) == 1 and "clip_skip: 2 is what this model's text encoders are read at anyway" in notes[0]
+    with pytest.raises(UserError, match="clip_skip: got 3, but this model's text encoder has 2 layers"):
+        load(folder).settings(Wanted(clip_skip=3))
+
+
+def test_the_autoencoder_stays_in_float32_under_fp16_alone(folder: Path) -> None:
+    """As in diffusers' pipelines, where its config.json says `force_upcast`."""
+    codec = load(folder).codec
+    x0, image = torch.randn(1, 4, 8, 8), torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    whole = codec.decode(x0), codec.moments(image)[0]
+    for kind in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", kind):
+            found = codec.decode(x0), codec.moments(image)[0]
+        assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True)) == (kind == torch.float16)
+
+
 WORDS = [
     "data={kind: scenes, tier: one, images: 4, val: 2, captions: 1}",
     "models.diffusion.network.preset=null",
     *(f"stages.{name}.resolution={SIDE}" for name in ("latents", "lora")),
-    *(f"stages.lora.{word}" for word in ("images=4", "batch=2", "precision=fp32", "optim.lr=0.05")),
+    *(f"stages.lora.{word}" for word in ("images=4", "batch=2", "precision=fp32", "optim.lr=0.05", "save_every_images=2", "ema=0.5")),
     "models.diffusion.adapt.rank=2",
     "models.diffusion.adapt.text_rank=2",
 ]
+
+
+def _killed_at_the_last_step(words: list[str]) -> None:
+    """Train, and die after the second update."""
+    update, count = Ema.update, itertools.count(1)
+
+    def dying(ema: Ema) -> None:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(ema)
+
+    Ema.update = dying  # type: ignore[method-assign]
+    main(words)
 
 
 @pytest.mark.slow
@@ -165,6 +225,11 @@ def test_adapters_of_all_three_networks_are_read_by_diffusers_and_here(
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(config), f"init={folder}", "name=xl", *WORDS]) == 0
     run = tmp_path / "runs" / "xl"
+    assert not child(lambda: _killed_at_the_last_step(["train", str(config), f"init={folder}", "name=killed", *WORDS]))
+    assert (tmp_path / "runs" / "killed" / "stages" / "lora" / "state" / "images-000000000002").is_dir()
+    assert main(["train", str(config), f"init={folder}", "name=killed", *WORDS]) == 0
+    ends = [{file.relative_to(end): file.read_bytes() for file in end.rglob("*.safetensors")} for end in (run, run.with_name("killed"))]
+    assert ends[0] == ends[1] and len(ends[0]) > 10
     merged, plain = load(run), load(folder)
     states = merged.text.encode(PROMPTS)
     moved = (states.tokens - plain.text.encode(PROMPTS).tokens).abs().amax((0, 1))
@@ -194,7 +259,10 @@ def test_all_weights_of_the_unet_and_a_word_are_trained(folder: Path, tmp_path: 
     assert main(["train", str(configs / "finetune-sdxl-full.yaml"), f"init={folder}", "name=full", *tune]) == 0
     equal_text = [(load_part(root / part)[1]) for root in (folder, tmp_path / "runs" / "full" / "model") for part in PARTS[2:]]
     assert all(torch.equal(equal_text[0][n], v) for n, v in equal_text[0].items()) and len(equal_text) == 4
-    assert not torch.equal(load(tmp_path / "runs" / "full").denoiser.conv_in.weight, load(folder).denoiser.conv_in.weight)  # type: ignore[union-attr]
+    run = tmp_path / "runs" / "full"
+    assert not torch.equal(load(run).denoiser.conv_in.weight, load(folder).denoiser.conv_in.weight)  # type: ignore[union-attr]
+    for out in (export(run, "single-file", tmp_path / "full.safetensors"), export(run, "diffusers", tmp_path / "full")):
+        equal(open_model(str(out)).folder, run / "model")
     word = [*(word for word in WORDS if "adapt" not in word), "models.diffusion.adapt={kind: textual_inversion, token: <thing>, init: red}"]
     assert main(["train", str(configs / "finetune-sdxl-lora.yaml"), f"init={folder}", "name=word", *word]) == 0
     run = tmp_path / "runs" / "word"
@@ -202,3 +270,56 @@ def test_all_weights_of_the_unet_and_a_word_are_trained(folder: Path, tmp_path: 
     base.adapt([], [read_embedding(run / "embedding")])
     one, other = (family.text.encode(["a <thing>"]) for family in (taught, base))
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.pooled, other.pooled)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [4, 9])
+def test_painting_is_learned_from_any_base(tmp_path: Path, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = xl_folder(tmp_path / "base", channels)
+    monkeypatch.chdir(tmp_path)
+    shared = [word.replace("stages.lora.", "stages.paint.") for word in WORDS if "latents" not in word and "adapt" not in word]
+    words = [*shared, "stages.paint.samples=0"]
+    config = Path(__file__).parents[2] / "configs" / "finetune-inpaint.yaml"
+    assert main(["train", str(config), f"init={base}", "name=paint", *words]) == 0
+    made = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "runs" / "paint" / "model", local_files_only=True)
+    assert isinstance(made, diffusers.StableDiffusionXLInpaintPipeline) and made.unet.config.in_channels == 9
+
+
+def test_a_base_for_painting_is_refused_where_it_does_not_learn_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = xl_folder(tmp_path / "base", 9), tmp_path / "out"
+    config = Path(__file__).parents[2] / "configs" / "finetune-sdxl-lora.yaml"
+    assert main(["train", str(config), f"init={base}", f"out={out}", *WORDS]) == 2
+    assert "inpaint={}" in capsys.readouterr().err and not list(out.glob("stages/*/model"))
+
+
+@pytest.mark.slow
+def test_every_verb_takes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(folder), "--steps", "1"]
+    assert main(["evaluate", str(folder), "--n", "2", "--images", "4", "--steps", "1", "--json", "found.json"]) == 0
+    assert json.loads(Path("found.json").read_text())
+    assert main(["grid", "a red circle", *model, "--x", "guidance=1,3", "--out", "grid.png"]) == 0
+    assert main(["animate", "a red circle", "--to", "a blue ring", *model, "--frames", "2", "--out", "film.gif"]) == 0
+
+    Path("pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (48 + 8 * number, 40), (90, 10, 10 * number)).save(f"pictures/{number}.png")
+        Path(f"pictures/{number}.txt").write_text(PROMPTS[number])
+    assert main(["data", "encode", "pictures", "--model", str(folder), "--resolution", str(SIDE), "--out", "latents", "--text"]) == 0
+    cache = CachedLatents(Path("latents"))
+    kept, text = cache.load([0], [0], SIDE, 0, False), load(folder).text
+    told = text.encode(list(kept.caption))
+    assert kept.text is not None and kept.text.pooled is not None and told.pooled is not None
+    torch.testing.assert_close(kept.text.tokens, told.tokens, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(kept.text.pooled, told.pooled, atol=2e-3, rtol=2e-3)
+    assert kept.size[0, [0, 4, 5]].tolist() == [40, SIDE, SIDE] and kept.size[0, 1] in (48, 56)
+    cache.require_text(text.encode)
+    with pytest.raises(UserError, match="another text encoder's"):
+        cache.require_text(lambda captions: replace(text.encode(captions), pooled=-told.pooled))  # type: ignore[operator]
+
+    family = load(folder)
+    form = read_form({"prompt": "a red circle", "steps": 1, "pictures": 1}, 64, blank(family))
+    with Studio(family) as studio:
+        job = studio.submit("one", order_of(family, "xl", form))
+        assert studio.wait(job, 60) and job.state == "done", job.error
+    assert job.pictures[0].shape == (SIDE, SIDE, 3)

@@ -44,7 +44,7 @@ from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
 from ldm.formats.single_file import open_single
 from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
-from ldm.models.lora import LearnedEmbedding, Lora, Merged, weighted_modules
+from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Prompt
@@ -121,6 +121,11 @@ class LatentDiffusion(ModelConfig):
                 message = f"got {own.kind}, but the base model {base} has {network.kind}; leave network out"
                 raise UserError(f"models.diffusion.network.kind: {message}")
             agree("models.diffusion.network", own, network, FOLLOWS, base)
+        if network.in_channels == 2 * network.out_channels + 1 and self.inpaint is None:
+            raise UserError(f"{base}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
+        if self.adapt is not None:
+            with torch.device("meta"):
+                self.adapt.suits(network.build())
         usual = type(self.process)()
         for name in ("schedule", "target"):
             said, theirs = getattr(self.process, name), getattr(process, name)
@@ -238,9 +243,18 @@ class LatentDiffusion(ModelConfig):
             spent = spent + replace(text.cost, backward=text.cost.backward // 2)
             extra -= text.cost.forward
         with torch.device("meta"):
-            return Footprint(
-                learned=self.adapt.count(network.build(), text), frozen={network.folder: learned} | frozen, cost=spent, extra=extra
-            )
+            built = network.build().requires_grad_(False)
+            halved = sum(map(cost.count, halvable(built))) if self.adapt.halves else 0
+            learns, blocks = self.adapt.count(built, text), [cost.count(block) for block in built.recomputed()]
+        passed = learned - sum(blocks) + max(blocks, default=0) if network.checkpointing else learned  # recomputed: a block at a time
+        return Footprint(
+            learned=learns,
+            frozen={network.folder: learned} | frozen,
+            cost=spent,
+            extra=extra,
+            halved=halved,
+            passed=0 if halved else passed,
+        )
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
         """A diffusers pipeline folder with a model card."""
@@ -269,6 +283,8 @@ class LatentDiffusion(ModelConfig):
         family.resolution = context.resolution
         if self.adapt is None:
             return family
+        if (init := context.init) is not None:
+            family.anew = lambda: _continue(init, network, codec)
         return adapted(self.adapt, family, context)
 
 
@@ -280,8 +296,6 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> d
             f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
         )
     theirs = read_denoiser(init.folder)
-    if theirs.in_channels == channels(codec) != network.in_channels:
-        raise UserError(f"{init.folder}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
     wide = network.in_channels == channels(codec) != theirs.in_channels
     like = replace(network, in_channels=codec.channels) if wide else network
     shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
@@ -308,6 +322,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         self.content_hash = ""
         self.turn: Callable[[nn.Module], None] = stay
         self.text_learns = False
+        self.anew: Callable[[], denoiser.Denoiser] | None = None  # reads the denoising network's files again
+        self.computed: Literal["", "bf16", "fp16"] = ""  # what its frozen weights lie in; empty: float32
 
     @property
     def codec(self) -> LatentCodec:
@@ -418,18 +434,39 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)
         d = self.defaults
-        wanted = Wanted(steps=min(d["steps"], 20), guidance=d["guidance"], sampler=d["sampler"])
+        wanted = Wanted(steps=min(d["steps"], 20), guidance=d["guidance"], sampler=d["sampler"], precision=self.computed)
         images = self.sample(captions, list(range(seed, seed + len(captions))), wanted, size=(self.resolution, self.resolution))
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
         """The denoising network in diffusers' layout and ldm.json, which remembers the autoencoder."""
-        self.save_denoiser(dict(self.denoiser.state_dict()), folder)
+        self.save_denoiser(dict((self.base_denoiser() or self.denoiser).state_dict()), folder)
 
     def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: str) -> None:
         """The same with other weights of the denoising network; ldm.json remembers what is `said` besides."""
         save_part(self.config.network.to_diffusers(), state, folder / self.config.network.folder)
         write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe(), **said})
+
+    def halve(self, kind: torch.dtype) -> None:
+        """Put the denoising network's frozen weights, where they are only computed with, into a half type: previews compute in it, too."""
+        for layer in halvable(self.denoiser) if self.anew else ():
+            self.computed = "bf16" if kind == torch.bfloat16 else "fp16"
+            layer.to(kind)
+
+    def base_denoiser(self) -> denoiser.Denoiser | None:
+        """The denoising network as its files have it; None: nothing has been halved, so its own weights are those.
+
+        Raises:
+            UserError: if the files are no longer those that training began with.
+        """
+        if not self.computed or self.anew is None:
+            return None
+        found = self.anew()
+        own = own_state(self.denoiser)
+        for name, value in found.state_dict().items():
+            if not torch.equal(value.to(own[name].dtype), own[name].cpu()):
+                raise UserError(f"init: {name} of the base model has changed since the training began; put its files back, and start again")
+        return found
 
     def exported(self, root: Path, path: Path) -> ExportedModel:
         """Its networks and records, as files are written from."""
@@ -498,6 +535,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         if wants_mask(self.config.network, self.codec):
             edits = (all_new(self.codec, size), *edits)
         chosen, engine = self.settings(settings), self.engine(note or warn)
+        if unheard := self.text.unheard_skip(chosen.clip_skip):
+            engine.note(unheard)
         return engine.draw(prompts, seeds, chosen, size, negative=negative, latents=latents, edits=edits, on_step=on_step)[0]
 
     @torch.no_grad()
@@ -642,7 +681,7 @@ def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | Non
     """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
     values = record.get("defaults")
     if values is None:
-        return Defaults(guidance=7.5, chunk=1), None
+        return Defaults(guidance=5.0 if read_denoiser(root).reads_size else 7.5, chunk=1), None
     size = values.get("size") if isinstance(values, dict) else values
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
         raise UserError(f"{root / RECORD}: defaults.size: got {short(size)}, not [height, width] in px; {AGAIN}")

@@ -65,6 +65,18 @@ class Adaptable(Family):
         """Pictures of a batch's captions (N,3,H,W) in [-1,1]."""
 
     @abstractmethod
+    def halve(self, kind: torch.dtype) -> None:
+        """Put the denoising network's frozen weights, where they are only computed with, into a half type."""
+
+    @abstractmethod
+    def base_denoiser(self) -> Denoiser | None:
+        """The denoising network as its files have it; None: nothing has been halved, so its own weights are those.
+
+        Raises:
+            UserError: if the files are no longer those that training began with.
+        """
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a model folder must say besides the networks' own configurations."""
 
@@ -125,6 +137,10 @@ class AdaptedFamily(Family):
     def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
         """As the base."""
         return self.inner.known(batch)
+
+    def compute_in(self, kind: torch.dtype) -> None:
+        """The denoising network's frozen weights lie in that type, to which autocast would cast them at every use."""
+        self.inner.halve(kind)
 
     def averaged(self) -> list[nn.Parameter]:
         """Everything that learns."""
@@ -202,7 +218,7 @@ class LoraFamily(AdaptedFamily):
         for style in get_args(Style):
             write(lora, folder / LORA, style, self.metadata(), sgm)
         said = {"base": self.base["unet"], MERGED: _hashes(folder / LORA)}
-        self.inner.save_denoiser(merged_state(self.inner.denoiser), folder, **said)
+        self.inner.save_denoiser(merged_state(self.inner.denoiser, self.inner.base_denoiser()), folder, **said)
         if len(self.text):
             self.save_text(merged_state(self.inner.text.model), folder)
 
@@ -301,6 +317,13 @@ class LowRank:
         """Whether captions are encoded anew at every step."""
         return any(part != "unet" for part in continued(self.init).pairs) if self.init else self.text_rank > 0
 
+    @property
+    def halves(self) -> bool:
+        """Whether the frozen weights are only computed with, and so may lie in a half type; DoRA reads them."""
+        if self.init:
+            return all(getattr(pair, "magnitude", None) is None for pairs in continued(self.init).pairs.values() for pair in pairs.values())
+        return self.method != "dora"
+
     def example_of(self, caption: str) -> str:
         """A caption as it is: the adapters learned from it."""
         return caption
@@ -311,9 +334,11 @@ class LowRank:
             return {f"adapters of {part}": sum(pair.count for pair in pairs.values()) for part, pairs in continued(self.init).pairs.items()}
         found = {"adapters": adapted_count(denoiser, self.rank, self.targets or denoiser.lora_targets, self.method, self.factor)}
         if self.text_rank:
-            ends = [end for end in self.text_targets if end in TEXT_TARGETS]
-            sides = sum(tower.width * tower.layers for tower in text.towers) - (text.width if text.second else 0)
-            found["text adapters"] = 2 * sides * self.text_rank * len(ends)
+            with torch.device("meta"):
+                model = text.built()
+                learning = [(tower, read_layers(model, tower, self.text_targets)) for tower in towers(model)]
+                counts = [adapted_count(tower, self.text_rank, names, self.method, self.factor) for tower, names in learning]
+            found["text adapters"] = sum(counts)
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -346,6 +371,17 @@ class LowRank:
             if not any(flat(name).endswith(flat(target)) for target in self.targets):
                 raise UserError(f"targets: got {list(self.targets)}, but init continues {self.init}, which has {name}; leave them out")
 
+    def suits(self, denoiser: Denoiser) -> None:
+        """Refuse targets that a denoising network, on any device, has not, and a file to continue that is for another one.
+
+        Raises:
+            UserError: naming them.
+        """
+        if not self.init:
+            targeted(denoiser, self.targets or denoiser.lora_targets)
+        elif own := continued(self.init).pairs.get("unet"):
+            self._matched(replace(continued(self.init), pairs={"unet": own}), {"unet": denoiser})
+
     def continued_in(self, networks: Mapping[Part, nn.Module]) -> dict[Part, dict[str, LayerAdapter]]:
         """What is continued, by part and by the dotted names of the networks' layers.
 
@@ -353,10 +389,13 @@ class LowRank:
             UserError: for a file that is missing, damaged or for another model.
         """
         found: dict[Part, dict[str, LayerAdapter]] = {}
-        unet: Any = networks["unet"]
-        for (part, name), pair in matched(continued(self.init), networks, sgm_names(unet.config, weighted_modules(unet))).items():
+        for (part, name), pair in self._matched(continued(self.init), networks).items():
             found.setdefault(part, {})[name] = pair
         return found
+
+    def _matched(self, lora: Lora, networks: Mapping[Part, nn.Module]) -> dict[tuple[Part, str], LayerAdapter]:
+        unet: Any = networks["unet"]
+        return matched(lora, networks, sgm_names(unet.config, weighted_modules(unet)))
 
 
 USUAL = LowRank()
@@ -393,12 +432,20 @@ class TextualInversion:
         """Whether captions are encoded anew at every step."""
         return True
 
+    @property
+    def halves(self) -> bool:
+        """Whether the denoising network's frozen weights may lie in a half type."""
+        return True
+
     def identity(self) -> dict[str, Any]:
         """What the result depends on: all fields."""
         return plain(self)
 
     def check(self) -> None:
         """Nothing: fields were looked at one by one."""
+
+    def suits(self, denoiser: Denoiser) -> None:
+        """Any: the denoising network stays as it is."""
 
     def example_of(self, caption: str) -> str:
         """A caption with the new word."""

@@ -113,6 +113,30 @@ def test_the_product_of_lora_is_the_base_with_its_file_merged(base: Path, tmp_pa
     assert isinstance(read(tmp_path / "lora" / "unet"), Lora)
 
 
+@pytest.mark.parametrize("adapt", [BOTH, WORD], ids=["lora", "word"])
+def test_frozen_weights_in_a_half_type_leave_the_product_as_it_is(base: Path, tmp_path: Path, adapt: Any) -> None:
+    """To the bit; what it is made of is read again from the base's files, which must be those that training began with."""
+    from finished_model import Pictures
+
+    files = []
+    for half in (False, True):
+        family, folder = made(base, adapt), tmp_path / str(half)
+        if half:
+            family.compute_in(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            learn(family)
+        family.save(folder)
+        files.append({file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.safetensors")})
+    assert files[0] == files[1] and family.inner.denoiser.conv_in.weight.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert family.eval().preview(Pictures().load([0], [0], 32, 0, False), 0).shape == (1, 3, 32, 32)
+    other = load(base).denoiser
+    other.conv_in.weight.data[0] += 1  # type: ignore[union-attr, operator]
+    family.inner.anew = lambda: other
+    with pytest.raises(UserError, match=r"conv_in\.weight of the base model has changed since the training began"):
+        family.save(tmp_path / "changed")
+
+
 def test_only_a_word_learns_and_means_the_same_everywhere(base: Path, tmp_path: Path) -> None:
     family: InvertedFamily = made(base, WORD)
     [before] = learn(family)
