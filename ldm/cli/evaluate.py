@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ldm.config import terminal
 from ldm.config.errors import UserError
 from ldm.config.options import option
 from ldm.runs.evaluation import measure
+from ldm.runs.neighbours_page import neighbours_page
+from ldm.runs.tradeoff import check, write
 from ldm.sampling.request import Device
 
 
@@ -22,14 +24,16 @@ def main(words: Sequence[str]) -> int:
     return call(evaluate, words, "ldm evaluate")
 
 
-FEATURES = "inception=FILE, timm/MODEL=FILE, or the FOLDER of a vision model of transformers"
+LEARNED = 10_000  # training scenes that neighbours are looked for among
+SHOWN = 64  # pictures on the page of neighbours, at most
+FEATURES = "inception=FILE, timm/MODEL=FILE, own for the CLIP of the model's run, or the FOLDER of a vision model of transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Measurement: of what model, on what, how often."""
 
-    model: str = option(MISSING, "A folder or file of a model, or owner/name on the hub.", argument=True)
+    model: tuple[str, ...] = option((), "Folders or files of models, or owner/name on the hub; several share one plot.", argument=True)
     on: str = option("scenes", "What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")
     tier: str | None = option(None, "Of the scenes: one T0 T1 T2 T3; default: T0.")
     n: int | None = option(None, "Prompts of scenes: half with seen colour-shape pairs, half with held-out ones; default: 200.", low=2)
@@ -38,11 +42,18 @@ class Measurement:
     steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
     sampler: str = option("", "Default: the model's.")
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
+    split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
     clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score.")
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
+    neighbours: int = option(
+        0, "Nearest training pictures of each picture, on a page in the folder of --pictures; 0: none.", low=0, needs="pictures"
+    )
+    plot: tuple[Path, ...] = option(
+        (), "Distance against adherence or CLIP score over the guidance scales, one curve a model: a .png or .svg, or a .html page."
+    )
 
     def check(self) -> None:
         """Refuse what is of scenes alone where something else is measured on.
@@ -50,39 +61,63 @@ class Measurement:
         Raises:
             UserError: naming the option.
         """
-        _numbers(self.guidance)
+        scales = _numbers(self.guidance)
+        if 0 in scales:
+            raise UserError("guidance: 0 leaves the prompt out; measure from 1 on, which is no guidance")
+        if not self.model:
+            raise UserError("model: none; name a folder or file of a model")
+        if len(set(self.model)) < len(self.model):
+            raise UserError("model: the same is named twice; leave one out")
+        if self.features == "own" and len(self.model) > 1:
+            raise UserError("features: own is another space for each model, whose figures cannot be compared; measure each by itself")
+        if self.split not in ("val", "train"):
+            raise UserError(f"split: got {self.split}; there are val and train")
+        for path in self.plot:
+            check(path)
+            if len(set(scales)) < 2:
+                raise UserError("plot: a curve needs several scales, such as --guidance 1,2,3,5")
+            if self.on != "scenes" and self.clip is None:
+                raise UserError(f"plot: {self.on} has no prompts that can be read exactly; give --clip FOLDER, whose score is drawn then")
+        if len(self.model) > 1 and self.pictures is not None:
+            raise UserError("pictures: of one model at a time; leave --pictures out, or measure each by itself")
         of_scenes = {"tier": self.tier, "n": self.n, "abilities": self.abilities or None}
         for name, value in of_scenes.items():
             if self.on != "scenes" and value is not None:
                 raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
 
-    def metrics(self) -> list[Any]:
-        """What is measured, in order."""
+    def metrics(self, model: str) -> list[Any]:
+        """What is measured of a model, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Reconstruction
+        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Neighbours, Reconstruction
 
         found: list[Any] = [Reconstruction(images=self.images)]
-        by = {"features": _features(self.features)} if self.features else {}
+        by = {"features": _features(self.features, model)} if self.features else {}
         for scale in _numbers(self.guidance) or [0.0]:
             drawn = {"images": self.images, "steps": self.steps, "seed": self.seed, "sampler": self.sampler, "guidance": scale}
             found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
             if self.clip is not None:
                 found.append(build({"kind": "clip_score", "path": str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
+        if self.neighbours:
+            shown: dict[str, Any] = {"images": min(self.images, SHOWN), "nearest": self.neighbours, "steps": self.steps, "seed": self.seed}
+            shown |= {"sampler": self.sampler, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
+            seen = by or ({"features": {"kind": "own", "path": model}} if _has_own(model) else {})
+            found.append(build({"kind": "neighbours", **shown, **seen}, Neighbours, "ldm evaluate"))
         if self.on == "scenes":
             own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
             own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
             found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
-            if self.abilities:
-                own |= {"prompts": self.abilities, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
-                found.insert(1, build({"kind": "abilities", **own}, Abilities, "ldm evaluate"))
+            for place, scale in enumerate(_numbers(self.guidance) or [0.0], 1) if self.abilities else ():
+                own |= {"prompts": self.abilities, "guidance": scale}
+                found.insert(place, build({"kind": "abilities", **own}, Abilities, "ldm evaluate"))
         return found
 
 
 def evaluate(wanted: Measurement, device: Device) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
     wanted.check()
-    if wanted.as_json is not None:
-        _make_room(wanted.as_json)  # before the work, which may take hours
+    for name, path in (("json", wanted.as_json), *(("plot", path) for path in wanted.plot)):
+        if path is not None:
+            _make_room(name, path)  # before the work, which may take hours
     from ldm.cli.models import best_device
     from ldm.config.schema import build
     from ldm.config.version import __version__
@@ -94,43 +129,68 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     from ldm.training.log import Log
 
     calibrate()
-    metrics = wanted.metrics()
-    check_weights(metrics)
+    metrics = {name: wanted.metrics(name) for name in wanted.model}
+    for each in metrics.values():
+        check_weights(each)
     if wanted.on == "scenes":
-        source: Any = build({"kind": "scenes", "tier": wanted.tier or "T0", "val": 2 * wanted.images}, ScenesSource, "--tier")
+        trained = max(2 * wanted.images, LEARNED if wanted.neighbours else 0)
+        asked = {"kind": "scenes", "tier": wanted.tier or "T0", "val": 2 * wanted.images, "images": trained}
+        source: Any = build(asked, ScenesSource, "--tier")
     else:
         source = source_at(wanted.on)
-    family = open_finished(wanted.model, device.device or best_device())
+    data = source.build(wanted.split)
     log = Log(Path("."), console=True, write=False)
-    with log.stage("evaluate", 0, 0) as progress:
-        found = measure(
-            family,
-            metrics,
-            data=source.build("val"),
-            resolution=family.defaults["size"][0],
-            seed=wanted.seed,
-            pictures=wanted.pictures,
-            progress=progress.progress,
-        )
-    result = {"model": wanted.model, "model_hash": family.content_hash, "version": __version__, "on": wanted.on, **found}
-    table(result)
+    results: dict[str, dict[str, Any]] = {}
+    for name in wanted.model:
+        family = open_finished(name, device.device or best_device())
+        with log.stage("evaluate", 0, 0) as progress:
+            found = measure(
+                family,
+                metrics[name],
+                data=data,
+                resolution=family.defaults["size"][0],
+                seed=wanted.seed,
+                pictures=wanted.pictures,
+                progress=progress.progress,
+                train=source.build("train") if wanted.neighbours else None,
+            )
+        about = {"model": name, "model_hash": family.content_hash, "version": __version__, "on": wanted.on}
+        results[name] = {**about, **({"split": wanted.split} if wanted.split != "val" else {}), **found}
+        if len(wanted.model) > 1:
+            print(terminal.shown(name))
+        table(results[name])
     if wanted.as_json is not None:
-        wanted.as_json.write_text(json.dumps(result, indent=1))
+        told = list(results.values())
+        wanted.as_json.write_text(json.dumps(told[0] if len(told) == 1 else {"models": told}, indent=1))
         print(f"written to {wanted.as_json}", file=sys.stderr)
+    if wanted.pictures is not None and wanted.neighbours:
+        print(f"written to {neighbours_page(wanted.pictures, results[wanted.model[0]])}", file=sys.stderr)
+    for path in wanted.plot:
+        write(path, results)
+        print(f"written to {path}", file=sys.stderr)
     return 0
 
 
-def _make_room(path: Path) -> None:
+def _make_room(name: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from None
+        raise UserError(f"--{name} {path}: {error.strerror}; name a file that can be written") from None
     if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file in it, such as {path / 'result.json'}")
+        raise UserError(f"--{name} {path}: is a folder; name a file in it, such as {path / 'result'}{path.suffix or '.json'}")
 
 
-def _features(text: str) -> dict[str, str]:
-    """`inception=FILE`, `timm/MODEL=FILE` or a folder, as a configuration says it."""
+def _has_own(model: str) -> bool:
+    """Whether a model has a CLIP of its own run."""
+    from ldm.formats.model_folder import own_clip, root_of
+
+    return own_clip(root_of(model, note=lambda text: None)) is not None
+
+
+def _features(text: str, model: str) -> dict[str, str]:
+    """`inception=FILE`, `timm/MODEL=FILE`, `own` or a folder, as a configuration says it."""
+    if text == "own":
+        return {"kind": "own", "path": model}
     name, equals, file = text.partition("=")
     if not equals:
         return {"kind": "transformers", "path": text}
@@ -178,22 +238,30 @@ def table(result: dict[str, Any]) -> None:
             if outlines:
                 of = "perfect pictures" if pairs == "ideal" else f"{pairs.replace('_', '-')} pairs"
                 console.print(f"overlap with the ideal shape, {of}: median {outlines['iou']:.3f}, 5 % worst {outlines['iou_worst']:.3f}")
-    if "abilities" in result:
-        found = result["abilities"]
+    for found in (values for name, values in result.items() if name.startswith("abilities")):
         shares = ", ".join(f"{name.replace('_', ' ')} {found[name]:.2f}" for name in ("mean", *found["by_ability"]))
-        console.print(f"abilities, {found['protocol']['prompts']} prompts each: {shares}")
+        console.print(f"abilities{_scale(found)}, {found['protocol']['prompts']} prompts each: {shares}")
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
     for name, found in result.items():
         if name.startswith("frechet"):
             console.print(_distances(found))
+        elif name.startswith("neighbours") and "skipped" not in found:
+            console.print(_neighbours(found))
         elif name.startswith("clip_score"):
             console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f}")
 
 
 def _scale(found: dict[str, Any]) -> str:
     return f" at guidance {found['protocol']['guidance']:g}"
+
+
+def _neighbours(found: dict[str, Any]) -> str:
+    told = f"nearest of {found['protocol']['among']:,} training pictures: cosine distance {found['distance']:.4f} (median; least"
+    told += f" {found['closest']:.4f}), of held-out pictures {found['held_out']:.4f} ({found['closest_held_out']:.4f})"
+    by_chance = "are nearer than 95 % of held-out pictures, 5 % would be by chance"
+    return f"{told}; {found['closer']:.0%} {by_chance} ({found['protocol']['features']})"
 
 
 def _distances(found: dict[str, Any]) -> str:

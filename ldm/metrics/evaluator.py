@@ -23,7 +23,7 @@ from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
 from ldm.metrics import abilities, adherence, frechet, shapes
-from ldm.metrics.extractors import Features, RandomFeatures, gaussian_distance, kernel_distance, precision_recall
+from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
 
@@ -51,7 +51,9 @@ class Bench:
     device: torch.device
     pictures: Path | None  # folder for example pictures
     progress: Callable[[int, int, str], None]  # (done, in all, what)
+    train: DataSet | None = None  # what the model learned from
     shown: set[str] = field(default_factory=set)  # names of the pictures written so far
+    drawn: dict[Any, Tensor] = field(default_factory=dict)  # the pictures of the last captions, for the next metric that asks for the same
 
     def real(self, count: int) -> Any:
         """The first validation images, at most `count`."""
@@ -59,6 +61,16 @@ class Bench:
             raise UserError("this measurement needs images to compare with: give --on scenes or --on folder")
         index = list(range(min(count, len(self.data))))
         return self.data.load(index, index, self.resolution, 0, False)
+
+    def draw(self, captions: Sequence[str], seed: int, wanted: Wanted, what: str) -> Tensor:
+        """Pictures (N,H,W,3) of captions, uint8, with seeds from `seed` on."""
+        key = (tuple(captions), seed, wanted)
+        if key not in self.drawn:
+            seeds = [seed + i for i in range(len(captions))]
+            images = self.model.sample(captions, seeds, wanted, on_step=lambda done, total: self.progress(done, total, what))
+            self.drawn.clear()
+            self.drawn[key] = images
+        return self.drawn[key]
 
     def show(self, name: str, images: Tensor, columns: int, prompts: Sequence[str] = ()) -> None:
         """Write example pictures (N,3,H,W) in [-1,1], and the prompts they answer, where pictures are wanted."""
@@ -290,13 +302,8 @@ class Frechet:
         half = len(real.image) // 2
         if half < 2:
             return {"skipped": f"{len(real.image)} validation images; a distance needs 4 at least"}
-
-        def on_step(done: int, total: int) -> None:
-            bench.progress(done, total, "frechet")
-
-        seeds = [self.seed + i for i in range(half)]
         wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
-        images = bench.model.sample(real.caption[:half], seeds, wanted, on_step=on_step)
+        images = bench.draw(real.caption[:half], self.seed, wanted, "frechet")
         a, b, c = (extractor.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
         found: Values = {}
         if isinstance(self.features, RandomFeatures):
@@ -336,11 +343,8 @@ class ClipScore:
         real = bench.real(self.images)
         many = len(real.image)
 
-        def on_step(done: int, total: int) -> None:
-            bench.progress(done, total, "clip score")
-
         wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
-        images = bench.model.sample(real.caption, [self.seed + i for i in range(many)], wanted, on_step=on_step)
+        images = bench.draw(real.caption, self.seed, wanted, "clip score")
         true = ((real.image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         score, best = (100 * sum(judge.scores(of, real.caption)) / many for of in (images, true))
         used = bench.model.settings(wanted)
@@ -348,13 +352,76 @@ class ClipScore:
         return {"score": round(score, 3), "real": round(best, 3), "protocol": protocol}
 
 
+@config
+class Neighbours:
+    """Nearest training pictures of what a model draws, beside those of held-out pictures: copies are nearer than any of these."""
+
+    kind: Literal["neighbours"] = "neighbours"
+    images: Positive = 32  # pictures, of validation captions, and as many held-out ones beside them
+    nearest: Positive = 3  # training pictures of each
+    among: Count = 0  # of how many training pictures, spread evenly; 0: all
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of the pictures
+    features: Features = RandomFeatures()  # what pictures are compared by
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("distance", "held_out", "closest", "closest_held_out", "closer")
+
+    def run(self, bench: Bench) -> Values:
+        """Median and least cosine distance to the nearest training picture, of drawn and of held-out pictures, and every row.
+
+        `closer` is the share of drawn pictures that are nearer to one than all but 5 % of the held-out pictures are.
+        """
+        if bench.train is None or not len(bench.train):
+            raise UserError("neighbours: there are no training pictures to look among")
+        extractor, real = self.features.load(bench.device), bench.real(self.images)
+        many, train = len(real.image), bench.train
+        if not many:
+            return {"skipped": "no validation images; neighbours need some"}
+        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
+        images = _floats(bench.draw(real.caption, self.seed, wanted, "neighbours"))
+        side = images.shape[2]
+        count = min(self.among or len(train), len(train))
+        places = [i * len(train) // count for i in range(count)]
+        found = []
+        for start in range(0, count, BATCH):
+            part = places[start : start + BATCH]
+            found.append(extractor.features(train.load(part, part, side, 0, False).image))
+            bench.progress(start + len(part), count, "neighbours: training pictures")
+        learned = np.concatenate(found)
+        index, far = nearest(extractor.features(images), learned, self.nearest)
+        beside = nearest(extractor.features(real.image), learned)[1][:, 0]
+        rows = []
+        shown = []
+        for i in range(many):
+            samples = [places[k] for k in index[i]]
+            rows.append({"caption": real.caption[i], "samples": samples, "distances": [round(float(d), 5) for d in far[i]]})
+            shown += [images[i : i + 1].cpu(), train.load(samples, samples, side, 0, False).image]
+        bench.show(f"neighbours-{side}", torch.cat(shown), 1 + index.shape[1], real.caption)
+        used = bench.model.settings(wanted)
+        protocol = {"images": many, "among": count, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+        values = {
+            "distance": float(np.median(far[:, 0])),
+            "held_out": float(np.median(beside)),
+            "closest": float(far[:, 0].min()),
+            "closest_held_out": float(beside.min()),
+            "closer": float((far[:, 0] < np.quantile(beside, 0.05)).mean()),
+        }
+        return {**{k: round(v, 5) for k, v in values.items()}, "nearest": rows, "protocol": {**protocol, **extractor.protocol}}
+
+
 def check_weights(metrics: Sequence[Any]) -> None:
     """Raises UserError for weights that are not here, before anything is measured."""
     for metric in metrics:
-        if isinstance(metric, Frechet | Reconstruction):
+        if isinstance(metric, Frechet | Reconstruction | Neighbours):
             metric.features.check()
         if isinstance(metric, ClipScore):
             ClipJudge.check(metric.path.expanduser())
 
 
-Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore, BY_KIND]
+Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours, BY_KIND]

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, config
 from ldm.formats import pickles
+from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.part import read_safetensors
 from ldm.metrics import frechet
+from ldm.text.own_clip import OwnClip
 
 BATCH = 32
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth, of the releases of torch-fidelity"
@@ -182,7 +184,44 @@ class VisionFolder:
         return Extractor(_batched(features, device), told)
 
 
-Features = Annotated[RandomFeatures | Inception | Timm | VisionFolder, BY_KIND]
+@config
+class OwnFeatures:
+    """The image tower of the CLIP that a model's own run has trained; figures compare pictures of that run alone."""
+
+    kind: Literal["own"] = "own"
+    path: str  # a model or run folder
+
+    def check(self) -> None:
+        """Raises UserError if there is no such model, or it has no CLIP of its own."""
+        self._folder()
+
+    def _folder(self) -> Path:
+        root = root_of(self.path, note=lambda text: None)
+        if (folder := own_clip(root)) is None:
+            raise UserError(f"features: {root} has no clip/, no CLIP of its own run; name a folder or file of features")
+        return folder
+
+    def load(self, device: torch.device) -> Extractor:
+        """The extractor on a device.
+
+        Raises:
+            UserError: as `check`, or naming what is damaged.
+        """
+        folder = self._folder()
+        clip = OwnClip.load(folder, device)
+        told = {"features": "the run's own CLIP", "weights": _hash(*sorted(folder.rglob("*.safetensors"))), "side": clip.resolution}
+        return Extractor(_batched(clip.embed_images, device), told)
+
+
+Features = Annotated[RandomFeatures | Inception | Timm | VisionFolder | OwnFeatures, BY_KIND]
+
+
+def nearest(made: NDArray, real: NDArray, many: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of each made feature the `many` nearest real ones, nearest first (N,many), and their cosine distances, 1 - cos."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (made, real))
+    far = 1 - a @ b.T
+    index = np.argsort(far, axis=1, kind="stable")[:, :many]
+    return index, np.take_along_axis(far, index, 1).clip(0)
 
 
 def kernel_distance(a: NDArray, b: NDArray) -> float:

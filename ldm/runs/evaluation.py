@@ -16,6 +16,7 @@ def measure(
     seed: int,
     pictures: Path | None,
     progress: Callable[[int, int, str], None],
+    train: Any = None,
 ) -> dict[str, Any]:
     """The results of measurements by their kind; a kind that stands there twice gets a number behind it.
 
@@ -26,12 +27,13 @@ def measure(
         resolution: px, of reconstructions.
         pictures: folder for example pictures, or None.
         progress: called as progress(done, in all, what).
+        train: what the model learned from, or None.
     """
     from ldm.metrics.evaluator import Bench, check_weights
 
     check_weights(metrics)
 
-    bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress)
+    bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress, train)
     found: dict[str, Any] = {}
     for metric in metrics:
         name, number = metric.kind, 2

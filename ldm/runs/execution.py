@@ -356,6 +356,7 @@ class Execution:
                 seed=self.run.seed,
                 pictures=folder / "samples",
                 progress=log.progress,
+                train=self.data,
             )
 
     def _export(self, name: str, products: Mapping[str, Product]) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def caption_of(stem: str) -> str:
     kind, _, rest = stem.partition("-")
     if kind == "reconstruction":
         return f"originals, each with its reconstruction on the right, {rest} px"
+    if kind == "neighbours":
+        return f"drawn pictures, each with the training pictures nearest to it on the right, {rest} px"
     if kind == "adherence":
         *pairs, size = rest.split("-") if rest[-1:].isdigit() else [*rest.split("-"), ""]
         told = "seen in training" if pairs == ["seen"] else "never seen in training"

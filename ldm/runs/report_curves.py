@@ -91,11 +91,37 @@ def lines(named: Mapping[str, Sequence[tuple[float, float]]], log_y: bool = Fals
     return _svg(figure)
 
 
-def _axes() -> tuple[Any, Any]:
+def tradeoff(named: Mapping[str, Sequence[Point]], x: str, y: str, form: str = "") -> str | bytes:
+    """Curves of (x, y, label) points, one per name, each point with its number.
+
+    Args:
+        form: png or svg, a file of its own; empty: an <svg> for a page.
+    """
+    from io import BytesIO
+
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, axes = _axes(5.6, 3.6)
+    for colour, (name, points) in zip(COLOURS * len(named), named.items(), strict=False):
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=1.6, marker="o", markersize=3.5, label=name)
+        for a, b, number in points:
+            axes.annotate(f"{number:g}", (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
+    axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.set_xlabel(x, color=INK, fontsize=8)
+    axes.set_ylabel(y, color=INK, fontsize=8)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    if not form:
+        return _svg(figure)
+    target = BytesIO()
+    figure.savefig(target, format=form, dpi=200, facecolor="white")
+    return target.getvalue()
+
+
+def _axes(width: float = 3.5, height: float = 2.0) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(3.5, 2.0))
+    figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0.15, 0.14, 0.8, 0.82))
     axes.patch.set_alpha(0)
     for side in ("top", "right"):

@@ -9,6 +9,7 @@ from typing import Any
 from ldm.formats.records import mapping, number, numbers
 from ldm.runs.report_curves import Point, intervals
 from ldm.runs.report_page import figure, folded, share_cell, table
+from ldm.runs.tradeoff import curve_of, drawing
 
 Group = tuple[str, str, Mapping[str, Point]]  # guidance, pairs, shares by name
 Results = Mapping[str, Mapping[str, Any]]  # by stage: the results by metric
@@ -75,6 +76,8 @@ def measurements(results: Results, required: Mapping[str, Mapping[str, float]]) 
     parts = []
     for stage, result in results.items():
         shown = "".join(_one(name, values) for name, values in result.items() if isinstance(values, Mapping))
+        curve = curve_of(result)
+        shown += drawing({stage: curve}) if curve is not None else ""
         if shown:
             parts.append(f"<h3>{escape(stage)}</h3>{_required(result, required.get(stage, {}))}{shown}")
     return "".join(reversed(parts))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from finished_model import clip_product
 from painters import SIDE, Painter
 from PIL import Image
 
@@ -14,9 +18,16 @@ import ldm
 import ldm.families.registry
 from ldm.__main__ import main as ldm_main
 from ldm.cli.evaluate import main
+from ldm.config.errors import UserError
+from ldm.data.pictures import to_uint8
 from ldm.data.scenes.source import ScenesSource
-from ldm.metrics.evaluator import Adherence, Frechet, Reconstruction
+from ldm.metrics.evaluator import Adherence, Frechet, Neighbours, Reconstruction
+from ldm.metrics.extractors import OwnFeatures, nearest
 from ldm.runs.evaluation import measure
+from ldm.runs.neighbours_page import neighbours_page
+from ldm.runs.report_metrics import measurements
+from ldm.runs.tradeoff import curve_of
+from ldm.text.own_clip import OwnClip
 
 
 @pytest.fixture
@@ -80,7 +91,7 @@ def test_a_whole_model_is_measured(kl_model, tmp_path, capsys):
     assert found["abilities"]["protocol"]["prompts"] == 2 and found["abilities"]["protocol"]["guidance"] == 1
     assert {"mean", "object", "partial", "wording"} <= set(
         found["abilities"]
-    ) and "abilities, 2 prompts each: mean" in capsys.readouterr().out
+    ) and "abilities at guidance 2, 2 prompts each: mean" in capsys.readouterr().out
     assert found["adherence"]["protocol"]["size"] == SIDE and len(found["model_hash"]) == 64
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 
@@ -102,6 +113,15 @@ def test_a_whole_model_is_measured(kl_model, tmp_path, capsys):
         (["MODEL", "--features", "timm=x.safetensors"], "timm/MODEL=FILE"),
         (["MODEL", "--features", "inception=no.pth"], "no.pth is not here"),
         (["MODEL", "--clip", "no/clip"], "no CLIP here"),
+        (["MODEL", "--guidance", "0,2"], "0 leaves the prompt out"),
+        (["MODEL", "MODEL"], "named twice"),
+        (["MODEL", "--split", "test"], "split: got test; there are val and train"),
+        (["MODEL", "--plot", "x.png"], "plot: a curve needs several scales"),
+        (["MODEL", "--plot", "x.gif", "--guidance", "1,2"], "ends in .png, .svg, .html"),
+        (["MODEL", "--on", "DATA", "--plot", "x.png", "--guidance", "1,2"], "give --clip FOLDER"),
+        (["MODEL", "other", "--pictures", "x"], "of one model at a time"),
+        (["MODEL", "--neighbours", "2"], "neighbours: changes nothing without --pictures"),
+        (["MODEL", "--features", "own"], "no CLIP of its own run"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, said, kl_model, capsys):
@@ -135,3 +155,101 @@ def test_adherence_of_a_measurement_is_what_the_configuration_says(tmp_path: Pat
         progress=lambda *line: told.append(line),
     )
     assert found["adherence"]["seen"]["bind"] == 1 and told[-1][:2] == (4, 4) and len(list((tmp_path / "s").glob("*.png"))) == 2
+
+
+class Unsteady(Painter):
+    """Listens above guidance 2 and draws another's picture below."""
+
+    def __init__(self, listens_from: float = 2.0) -> None:
+        super().__init__(listens=lambda guidance, prompt: guidance >= listens_from)
+
+
+def test_several_models_share_one_plot_over_guidance(monkeypatch, tmp_path, capsys):
+    painters = {"A": Unsteady(2.0), "B": Unsteady(4.0)}
+    monkeypatch.setattr(ldm.families.registry, "open_finished", lambda folder, device: painters[folder])
+    files = [tmp_path / name for name in ("curve.png", "curve.svg", "curve.html")]
+    words = ["A", "B", "--tier", "one", "--n", "8", "--images", "8", "--guidance", "1,3,5", "--json", str(tmp_path / "r.json")]
+    assert main([*words, *(word for file in files for word in ("--plot", str(file)))]) == 0
+    told = json.loads((tmp_path / "r.json").read_text())["models"]
+    assert [one["model"] for one in told] == ["A", "B"]
+    for one, bind in zip(told, ([0, 1, 1], [0, 0, 1]), strict=True):
+        curve = curve_of(one)
+        assert curve is not None and [p.guidance for p in curve.points] == [1, 3, 5]
+        assert [p.score > 0.9 for p in curve.points] == [bool(b) for b in bind]
+        assert [p.distance for p in curve.points] == [one[name]["distance"] for name in ("frechet", "frechet_2", "frechet_3")]
+    Image.open(files[0]).load()
+    assert files[1].read_text().startswith("<?xml") and "<table" in files[2].read_text() and "Fréchet distance" in files[2].read_text()
+    assert "A\n" in capsys.readouterr().out
+    drawn = [call for call in painters["A"].calls if len(call["prompts"]) == 8]
+    assert [call["guidance"] for call in drawn] == [1, 3, 5]  # one set of pictures a scale
+
+
+def test_the_curve_is_over_clip_scores_where_there_are_any():
+    frechet = {"distance": 5.0, "protocol": {"guidance": 1.0, "features": "inception v3, 2048"}}
+    result = {
+        "frechet": frechet,
+        "frechet_2": {"distance": 4.0, "protocol": {**frechet["protocol"], "guidance": 3.0}},
+        "clip_score": {"score": 20.0, "protocol": {"guidance": 1.0}},
+        "clip_score_2": {"score": 25.0, "protocol": {"guidance": 3.0}},
+    }
+    curve = curve_of(result)
+    assert curve is not None and curve.distance == "FID" and curve.score == "CLIP score"
+    assert [(p.guidance, p.score, p.distance) for p in curve.points] == [(1, 20, 5), (3, 25, 4)]
+    assert "FID against CLIP score" in measurements({"evaluation": result}, {})
+    assert curve_of({"frechet": frechet}) is None and curve_of({"frechet": {"skipped": "x"}, "clip_score": 3, "adherence": {}}) is None
+
+
+def test_a_split_says_which_pictures_are_compared(painter, tmp_path):
+    found = {}
+    for split in ("val", "train"):
+        words = ["MODEL", "--tier", "one", "--n", "4", "--images", "8", "--split", split, "--json", str(tmp_path / f"{split}.json")]
+        assert main(words) == 0
+        found[split] = json.loads((tmp_path / f"{split}.json").read_text())
+    assert found["train"]["split"] == "train" and found["train"]["frechet"] != found["val"]["frechet"]
+    assert found["train"]["adherence"] == found["val"]["adherence"]  # of prompts that no part of the data has
+
+
+def test_copies_are_nearer_than_held_out_pictures(monkeypatch, tmp_path, capsys):
+    source = ScenesSource(tier="one", val=24, images=60)
+    train, val = source.build("train"), source.build("val")
+
+    class Copies(Painter):
+        def sample(self, prompts, seeds=None, settings=None, **rest):
+            many = list(range(len(prompts)))
+            return to_uint8(train.load([7 * i % 60 for i in many], many, SIDE, 0, False).image)
+
+    asked = Neighbours(images=8, nearest=2)
+    options = {"data": val, "resolution": SIDE, "seed": 0, "pictures": tmp_path, "progress": lambda *line: None, "train": train}
+    found = measure(Copies(), [asked], **options)["neighbours"]
+    assert found["distance"] == pytest.approx(0, abs=1e-4) and found["closer"] == 1 and found["held_out"] > 1e-4
+    assert [row["samples"][0] for row in found["nearest"]] == [7 * i for i in range(8)]
+    assert {name: found[name] for name in asked.names(True)} and len(found["nearest"][0]["distances"]) == 2
+    page = neighbours_page(tmp_path, {"model": "A", "neighbours": found}).read_text()
+    assert page.count("<img") == 8 * 3 and "sample 49: 0.0000" in page and "100% of the drawn ones" in page
+    faithful = measure(Painter(), [asked], **options)["neighbours"]
+    assert faithful["distance"] > 1e-4
+    monkeypatch.setattr(ldm.families.registry, "open_finished", lambda folder, device: Painter())
+    monkeypatch.setattr("ldm.cli.evaluate._has_own", lambda model: False)
+    monkeypatch.setattr("ldm.cli.evaluate.LEARNED", 40)
+    words = ["MODEL", "--tier", "one", "--n", "4", "--images", "8", "--neighbours", "2", "--pictures", str(tmp_path / "shown")]
+    assert main(words) == 0
+    assert "nearest of 40 training pictures" in capsys.readouterr().out and (tmp_path / "shown" / "neighbours.html").is_file()
+
+
+def test_own_features_are_those_of_the_runs_clip(kl_model, tmp_path):
+    shutil.copytree(kl_model, tmp_path / "model")
+    with pytest.raises(UserError, match=r"has no clip/, no CLIP of its own run"):
+        OwnFeatures(path=str(kl_model)).check()
+    clip_product(tmp_path / "clip")
+    clip = tmp_path / "clip" / "clip"
+    shutil.copytree(clip if clip.is_dir() else tmp_path / "clip", tmp_path / "model" / "clip")
+    extractor = OwnFeatures(path=str(tmp_path / "model")).load(torch.device("cpu"))
+    image = torch.rand(3, 3, SIDE, SIDE) * 2 - 1
+    wanted = OwnClip.load(tmp_path / "model" / "clip").embed_images(image)
+    assert torch.allclose(torch.from_numpy(extractor.features(image)).float(), wanted, atol=1e-6)
+    assert extractor.protocol["features"] == "the run's own CLIP"
+
+
+def test_nearest_is_by_cosine() -> None:
+    index, far = nearest(np.array([[1.0, 0.1], [0.0, -2.0]]), np.array([[0.0, -1.0], [9.0, 0.0], [1.0, 1.0]]), 2)
+    assert index.tolist() == [[1, 2], [0, 1]] and far[1].tolist() == pytest.approx([0, 1]) and far[0, 0] == pytest.approx(1 - 1 / 1.01**0.5)
