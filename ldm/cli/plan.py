@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.train import validated
 from ldm.config.errors import UserError
+from ldm.config.stand_ins import told
 
 if TYPE_CHECKING:
     from ldm.runs.plan import RunPlan
@@ -50,6 +53,7 @@ def plan(
         raise UserError("mfu: is a share of --peak, and changes nothing without it; give --peak, too")
     config = configuration(config)
     values = read(config, words or [])
+    told(partial(validated, values, config))
     from ldm.runs.plan import as_json as plain
     from ldm.runs.plan import make, show
     from ldm.runs.run import Run, place

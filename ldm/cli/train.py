@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
-from ldm.config.synonyms import COUNTED, FIELDS
+from ldm.config.stand_ins import told
+from ldm.config.synonyms import COUNTED, NEEDLESS, place_of
 from ldm.distributed.environment import keep_blocks
 from ldm.runs.run_folder import check_version
 
 EXTEND = "--extend"
-USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--help]
+PART = re.compile(r"(?!.*\.ya?ml$)[A-Za-z][\w.\[\]-]*")  # a path of fields, and no file
+USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--help [PART]]
 
   CONFIG      a YAML file, such as configs/quickstart.yaml, or the config.yaml of a run folder
   key=value   change one field: seed=1, out=DIR, models.autoencoder.kind=vq, stages.diffusion-high.images=100000
@@ -23,7 +27,9 @@ USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--
     --processes N   for so many processes instead of this launch's
     --tflops X      if each does 10^12 X floating-point operations a second
     --json          as JSON
-  --help      this text, and every field with its type, default and meaning
+  --hub       models and data named owner/name may be fetched; without it no network is used
+  --help      this text, and the fields of CONFIG's parts: type, value, default, meaning; without a CONFIG every field of every kind
+  --help PART a part alone, with every kind that it may be: --help data, --help models.autoencoder, --help stages.NAME.optim
 """
 
 
@@ -34,29 +40,27 @@ def main(words: Sequence[str]) -> int:
         UserError: on anything the user can mend.
     """
     keep_blocks()
-    words, options = _options(words)
-    if options.keys() & {"--help", "-h"}:
-        from ldm.config.messages import describe
-        from ldm.runs.run import Run
-
-        print(USAGE)
-        print(describe(Run))
+    words, part = _help(words)
+    if part is not None:
+        print(told(partial(_manual, [word for word in words if not word.startswith("-")], part)))
         return 0
+    words, options = _options(words)
     extend = options.pop(EXTEND, None) is not None
     if "--plan" not in options and options:
         raise UserError(f"{next(iter(options))}: only together with --plan")
-    # A field has no slash before its =, a file may have both: runs/lr=3e-4/config.yaml.
-    fields = [word for word in words if "/" not in word.partition("=")[0] and "=" in word]
-    files = [word for word in words if word not in fields]
+    fields, files = _told_apart(words)
     if len(files) != 1:
+        if torn := next((word for word in fields if any(word.count(a) != word.count(b) for a, b in ("{}", "[]"))), ""):
+            raise UserError(f'{torn}: put the whole word into quotation marks, as the shell splits it at spaces: "{torn} ..."')
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
     from ldm.config.schema import build, configuration, read
 
     file = configuration(files[0])
-    # The types of the fields stand beside the networks and load torch; what YAML and words have wrong is said before.
+    # The types of the fields stand beside the networks and load torch; what is wrong with the values is said before.
     check_version(file.parent)
     values = read(file, fields)
     _refuse_former(values, file)
+    told(partial(validated, values, file))
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place
 
@@ -74,6 +78,56 @@ def main(words: Sequence[str]) -> int:
     found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0), extend=extend)
     print(as_json(found) if "--json" in options else show(found))
     return 0
+
+
+def _told_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """key=value words, and files. A field has no slash before its =, a file may have both: runs/lr=3e-4/config.yaml."""
+    fields = [word for word in words if "/" not in word.partition("=")[0] and "=" in word]
+    return fields, [word for word in words if word not in fields]
+
+
+def _help(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words without --help and the PART after it; None: no help is asked for."""
+    left, part = [], None
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word.partition("=")[0] not in ("--help", "-h"):
+            left.append(word)
+            continue
+        part = part or word.partition("=")[2]
+        if not part and waiting and PART.fullmatch(waiting[0]) and not Path(waiting[0]).exists():
+            part = waiting.pop(0)
+    return left, part
+
+
+def _manual(words: Sequence[str], part: str) -> str:
+    """The help text, with the values of a CONFIG where one is named.
+
+    Raises:
+        UserError: for a file that cannot be read, or a part that is not there.
+    """
+    from ldm.config.manual import MISSING, describe
+    from ldm.config.schema import configuration, read, resolved
+    from ldm.runs.run import Run
+
+    fields, files = _told_apart(words)
+    given = resolved(read(configuration(files[0]), fields), Run) if files else MISSING
+    fields_said = describe(Run, given, part)
+    return fields_said if part else f"{USAGE}\n{fields_said}"
+
+
+def validated(values: Mapping[str, Any], file: Path) -> str:
+    """Nothing, of values that make a run.
+
+    Raises:
+        UserError: telling every mistake at once.
+    """
+    from ldm.config.schema import build
+    from ldm.runs.run import Run, place
+
+    place(build(values, Run, str(file)), file)
+    return ""
 
 
 def _refuse_former(values: Mapping[str, Any], file: Path) -> None:
@@ -117,10 +171,19 @@ def _options(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
 def _field_of(name: str, value: str) -> str:
     """What is meant by an option that other programs have: here fields are words."""
     word = name.lstrip("-").replace("-", "_")
-    meant = FIELDS.get(word, word)
+    if word in NEEDLESS:
+        return f"; {NEEDLESS[word]}"
+    place = told(partial(_place_of, word))
     return (
-        f"; fields are words without dashes, such as stages.NAME.{meant}={value or '...'}{COUNTED.get(meant, '')}" if word in FIELDS else ""
+        f"; fields are words without dashes, such as {place}={value or '...'}{COUNTED.get(place.rpartition('.')[2], '')}" if place else ""
     )
+
+
+def _place_of(word: str) -> str:
+    from ldm.config.manual import paths_of
+    from ldm.runs.run import Run
+
+    return place_of(word, paths_of(Run))
 
 
 def _positive(name: str, text: str) -> float:

@@ -53,6 +53,7 @@ __all__ = [
     "named",
     "plain",
     "read",
+    "resolved",
 ]
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     Raises:
         UserError: telling every mistake at once, each line beginning with `where`.
     """
-    data = _resolve(data, kind)
+    data = resolved(data, kind)
     try:
         return adapter(cast("type", kind)).validate_python(data)
     except pydantic.ValidationError as error:
@@ -214,7 +215,7 @@ class _Switched(str):
         return made
 
 
-def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
+def resolved(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     """The data with every preset spelt out and the kind of every union named, with what a changed kind takes over."""
     kind = without_null(kind)
     if isinstance(data, Written) and kind is str:
@@ -237,13 +238,13 @@ def _resolve(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
         hints = hints_of(kind)
         given = {n: v for n, v in data.items() if v is not None or n not in hints}  # null: as if it were not there
-        return {n: _resolve(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in given.items()}
+        return {n: resolved(v, hints[n], default_of(kind, n)) if n in hints else v for n, v in given.items()}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict and isinstance(data, Mapping):
         entries = _flat(data) if without_annotation(arguments[1]) in (int, float, str, bool) else data
-        return {name: _resolve(value, arguments[1]) for name, value in entries.items()}
+        return {name: resolved(value, arguments[1]) for name, value in entries.items()}
     if origin is tuple and isinstance(data, list | tuple) and len(arguments) == 2 and arguments[1] is ...:
-        return [_resolve(value, arguments[0]) for value in data]
+        return [resolved(value, arguments[0]) for value in data]
     if isinstance(data, Flag):
         return bool(data)
     return str(data) if isinstance(data, Text) and not data.problem else data

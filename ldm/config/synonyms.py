@@ -62,12 +62,24 @@ FIELDS = {
     "gradient_accumulation_steps": "micro_batch",
     "save_every_n_steps": "save_every_images",
     "num_workers": "workers",
+    "report_to": "tracker",
+    "log_with": "tracker",
     "output_dir": "out",
     "output_name": "name",
     "pretrained_model_name_or_path": "init",
     "train_data_dir": "data.path",
 }
-DEVICES = ("device", "gpu", "gpus", "cuda", "num_processes", "n_gpu")
+# And what other programs must be told and this one needs not.
+NEEDLESS = {
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "cuda", "num_processes", "n_gpu"),
+        "there is no such field: a GPU is used where there is one, several with accelerate launch",
+    ),
+    **dict.fromkeys(
+        ("resume", "resume_from_checkpoint", "resume_from", "save_state", "continue"),
+        "nothing needs to be said: the same command goes on from the last checkpoint",
+    ),
+}
 COUNTED = {"images": ", which counts pictures seen: epochs times pictures, or steps times batch"}
 
 
@@ -85,9 +97,18 @@ def field_meant(name: str, paths: Iterable[str]) -> str:
         name: as it was written.
         paths: of all fields, such as stages.NAME.batch.
     """
-    if name in DEVICES:
-        return "; there is no such field: a GPU is used where there is one, several with accelerate launch"
+    if name in NEEDLESS:
+        return f"; {NEEDLESS[name]}"
+    place = place_of(name, paths)
+    return f"; that is {place}{COUNTED.get(place.rpartition('.')[2], '')}" if place else ""
+
+
+def place_of(name: str, paths: Iterable[str]) -> str:
+    """The path of a field by the name that it has here or in another program; of several the first of a stage, of none an empty text.
+
+    Arguments as `field_meant`'s.
+    """
     meant = FIELDS.get(name, name)
     places = [path for path in paths if (path == meant or path.endswith(f".{meant}")) and "[]" not in path]
     places.sort(key=lambda path: (not path.startswith("stages."), path.count("."), len(path)))
-    return f"; that is {places[0]}{COUNTED.get(meant, '')}" if places else ""
+    return places[0] if places else ""

@@ -27,6 +27,14 @@ class Asked:
     score: str = "strict"
 
 
+def names(tier: TierName) -> tuple[str, ...]:
+    """The abilities that scenes of a tier can answer for."""
+    kind = TIERS[tier]
+    of_one = ("object", "colour", "position") if kind.least == 1 else ()
+    of_two = ("two_objects", "binding", "relation") if kind.most > 1 else ()
+    return (*of_one, *of_two, *(("counting",) if kind.most > 2 else ()), "background", "unseen_pair", "partial", "wording")
+
+
 def asked(tier: TierName, many: int, seed: int = 0) -> dict[str, Asked]:
     """Prompts by ability, those alone that scenes of the tier can answer.
 
@@ -39,21 +47,21 @@ def asked(tier: TierName, many: int, seed: int = 0) -> dict[str, Asked]:
         many: prompts of each ability.
         seed: other seeds give other prompts.
     """
-    kind = TIERS[tier]
+    able = names(tier)
     seen, unseen = prompts(tier, many, seed), prompts(tier, many, seed, "held-out")
     first = [replace(target.phrases[0], count=1) for target in seen.targets]
     found: dict[str, list[Target]] = {}
-    if kind.least == 1:
+    if "object" in able:
         found["object"] = [_one(Phrase(shape=p.shape)) for p in first]
         found["colour"] = [_one(Phrase(colour=p.colour)) for p in first]
         found["position"] = [_one(Phrase(colour=p.colour, shape=p.shape, cell=i % 9)) for i, p in enumerate(first)]
-    if kind.most > 1:
+    if "relation" in able:
         pairs = [target.phrases for target in prompts("T1", many, seed).targets]
         plain = [tuple(Phrase(colour=p.colour, shape=p.shape) for p in pair) for pair in pairs]
         found["two_objects"] = [Target(tuple(Phrase(shape=p.shape) for p in pair)) for pair in plain]
         found["binding"] = [Target(pair) for pair in plain]
         found["relation"] = [Target(pair, relation=i % 4) for i, pair in enumerate(plain)]
-    if kind.most > 2:
+    if "counting" in able:
         found["counting"] = [_one(Phrase(count=2 + i % 3, colour=p.colour, shape=p.shape)) for i, p in enumerate(first)]
     found["background"] = [replace(target, texture=-1) for target in seen.targets]
     found["unseen_pair"] = [

@@ -196,7 +196,7 @@ class Abilities:
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""
-        return ("mean", *abilities.asked(self.tier, 1))
+        return ("mean", *abilities.names(self.tier))
 
     def run(self, bench: Bench) -> Values:
         """The share of prompts whose every stated fact holds, by ability, the mean of them, and intervals."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config.errors import UserError
-from ldm.config.messages import describe, fields_of
+from ldm.config.manual import describe, fields_of
 from ldm.config.schema import BY_KIND, Count, Fraction, Positive, PositiveFloat, build, config, dump, load, read
 from ldm.config.yaml_reader import Written
 
@@ -285,7 +285,9 @@ def test_words_that_lead_nowhere(tmp_path: Path) -> None:
     [line] = mistakes(tmp_path, text, "stages.difusion=null")
     assert line.startswith("stages.difusion: null removes an entry, but there is none of this name; did you mean diffusion?")
     assert mistakes(tmp_path, text, "nett=null")[0].startswith("nett: unknown field; did you mean net?")
-    assert mistakes(tmp_path, text, "stages.last.images=8") == ["stages.last.images: unknown field; known are kind, require"]
+    assert mistakes(tmp_path, text, "stages.last.images=8") == [
+        "stages.last.images: unknown field of kind rest; known are kind, require; train has it"
+    ]
     assert "PATH=VALUE" in mistakes(tmp_path, text, "a" + ".b" * 3000 + "=1")[0]
 
 

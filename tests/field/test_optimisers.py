@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_snapshot import trainer
 
 from ldm.config.errors import UserError
-from ldm.config.messages import describe
+from ldm.config.manual import describe
 from ldm.config.schema import build, plain
 from ldm.distributed.launcher import Launched
 from ldm.families.family import ParameterGroup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,24 +17,28 @@ from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.config.files import isolated
 
 ROOT = Path(__file__).parents[3]
-# A field that is not there: found before anything heavy is loaded.
-MISTAKEN = "data:\n  kind: scenes\n  tier: one\nautoencoder: {kind: kl}\nstages:\n  text: {kind: train\n"
+# A value that cannot be, in a run that is right but for it: found before torch is loaded.
+MISTAKEN = (
+    "models: {text: {kind: clip}}\ndata: {kind: scenes}\nstages: {text: {kind: train, model: text, images: 64, resolution: 32, batch: 0}}\n"
+)
 
 
 def words(setup: Setup) -> Iterator[Case]:
-    """B17: the commands' exit codes are what is checked."""
+    """B17: checked are the commands' exit codes, that they say something, and that none loads torch."""
     config = setup.folder / "mistaken.yaml"
     config.write_text(MISTAKEN)
     peer = [sys.executable, "-c", "from diffusers import StableDiffusionPipeline"]
     ours = {
         "ldm --help": ([sys.executable, "-m", "ldm", "--help"], 0),
-        "ldm train with a mistake in the YAML": ([sys.executable, "-m", "ldm", "train", str(config)], 2),
+        "ldm train with a mistake in the configuration": ([sys.executable, "-m", "ldm", "train", str(config)], 2),
     }
     for name, (command, code) in list(ours.items())[: 1 if setup.tiny else None]:
 
         def check(command: list[str] = command, code: int = code) -> float:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
-            return float(abs(done.returncode - code) + (not (done.stdout or done.stderr)))
+            imports = {**_environment(), "PYTHONPROFILEIMPORTTIME": "1"}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=imports)
+            said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("import time:")]
+            return float(abs(done.returncode - code) + (not said) + bool(re.search(r"\| +torch$", done.stderr, re.MULTILINE)))
 
         yield Case(
             name=name,
@@ -42,7 +47,7 @@ def words(setup: Setup) -> Iterator[Case]:
             theirs=partial(_seconds_of, peer),
             check=check,
             tolerance=0.0,
-            error="difference of exit codes",
+            error="wrong exit codes, silence, or torch loaded",
             unit="start",
             returned="seconds",
         )
