@@ -31,13 +31,16 @@ VERBS = {
 SMALLER = "choose a smaller --size, or --precision bf16"
 FITS = {"sample": f"{SMALLER}, or --low-memory", "grid": SMALLER, "animate": f"{SMALLER}, or --cells 1", "data": "choose a smaller --batch"}
 SHARED = {"train", "plan", "sample", "info", "doctor", "watch"}  # whose work is shared out to the processes of a launch, or only read
-HUB = "--hub"  # for every verb
+HUB = "--hub"
 
 
 def usage() -> str:
     """The help text."""
     lines = "\n".join(f"  {verb:<10} {said}" for verb, (_, said) in VERBS.items())
-    about = "`ldm VERB --help` tells more. With --hub a verb may fetch models named owner/name; without it none uses the network."
+    about = (
+        "`ldm VERB --help` tells more. With --hub a verb that opens models may fetch those named owner/name;\n"
+        "without it none uses the network."
+    )
     return f"usage: ldm VERB ...\n\nLatent text-to-image diffusion for people who train.\n\n{lines}\n\n{about}"
 
 
@@ -83,8 +86,11 @@ def _call(verb: str, words: Sequence[str]) -> int:
     words = list(words)
     options = words[: words.index("--")] if "--" in words else words
     if HUB in options:
-        words.remove(HUB)
-        os.environ["LDM_HUB"] = "1"
+        from ldm.cli.command import FETCHES
+
+        if {verb, f"{verb} {words[0]}"} & FETCHES:
+            words.remove(HUB)
+            os.environ["LDM_HUB"] = "1"
     try:
         from ldm.distributed.launcher import adopt_slurm, works_alone
 
@@ -93,8 +99,7 @@ def _call(verb: str, words: Sequence[str]) -> int:
             works_alone(verb)
         return int(importlib.import_module(VERBS[verb][0]).main(words))
     except UserError as error:
-        print(f"ldm {verb}: {error}", file=sys.stderr)
-        return 2
+        return _refused(verb, str(error))
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name in ("", "ldm"):
@@ -113,14 +118,21 @@ def _call(verb: str, words: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room and run the same command again, what is finished is kept" if full else ""
-        print(f"ldm {verb}: {where}{error.strerror or error}{advice}", file=sys.stderr)
-        return 2
+        return _refused(verb, f"{where}{error.strerror or error}{advice}")
     except Exception as error:
         if not out_of_memory(error):
             raise
         advice = FITS.get(verb, "close other programs, or use a machine with more")
         print(f"ldm {verb}: too little memory ({str(error).splitlines()[0][:200]}); {advice}", file=sys.stderr)
         return 2
+
+
+def _refused(verb: str, said: str) -> int:
+    """Say in one line why not, and what may be meant instead; the exit code."""
+    from ldm.config.files import meant
+
+    print(f"ldm {verb}: {said}{meant(said)}", file=sys.stderr)
+    return 2
 
 
 def _way_in() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from ldm import __main__ as entry
 from ldm.config.errors import UserError
-from ldm.config.messages import fields_of
+from ldm.config.manual import fields_of
 from ldm.distributed import environment
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,8 @@ def test_help_of_train_prints_every_field(capsys: pytest.CaptureFixture[str]) ->
     assert entry.main(["train", "--help"]) == 0
     said = capsys.readouterr().out
     for path, _, _, meaning in fields_of(Run):
-        assert f"  {path} " in said and meaning in said
+        # The kind that a field belongs to is said by the heading above it.
+        assert f"  {path} " in said and re.sub(r"^\[\w+\] ", "", meaning) in said
     assert "--plan" in said and "key=value" in said
 
 
@@ -178,7 +180,9 @@ def test_the_hub_is_asked_only_when_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("LDM_HUB", raising=False)
     verb = SimpleNamespace(main=lambda words: seen.append((words, os.environ.get("LDM_HUB"))) or 0)
     monkeypatch.setitem(sys.modules, "verb", verb)  # type: ignore[arg-type]
-    monkeypatch.setitem(entry.VERBS, "verb", ("verb", "does"))
-    assert entry.main(["verb", "a", "--", "--hub"]) == 0 and entry.main(["verb", "--hub", "a"]) == 0
+    monkeypatch.setitem(entry.VERBS, "sample", ("verb", "does"))
+    monkeypatch.setitem(entry.VERBS, "report", ("verb", "does"))
+    assert entry.main(["sample", "a", "--", "--hub"]) == 0 and entry.main(["sample", "--hub", "a"]) == 0
     monkeypatch.delenv("LDM_HUB", raising=False)
-    assert seen == [(["a", "--", "--hub"], None), (["a"], "1")] and "--hub" in entry.usage()
+    assert entry.main(["report", "a", "--hub"]) == 0  # which opens no model, and so refuses the word
+    assert seen == [(["a", "--", "--hub"], None), (["a"], "1"), (["a", "--hub"], None)] and "--hub" in entry.usage()

@@ -41,7 +41,7 @@ class Film:
     frames: int | None = option(None, "How many; default: 24.", low=2, high=512)
     loop: bool = option(False, "And back again.")
     clip: Path | None = option(None, "Instead: a short film to draw anew (vid2vid); a folder of frames, or an animated file.")
-    strength: float | None = option(None, "How much of it; default: 0.75, with SOURCE 1.", low=0, high=1, needs="clip")
+    strength: float | None = option(None, "Denoising strength; default: 0.75, with SOURCE 1.", low=0, high=1, needs="clip")
     source: str | None = option(None, "What CLIP shows: start from the noise it comes from; guidance is 1 then by default.", needs="clip")
     cells: int = option(2, "Of CLIP: frames beside and above each other when drawn; 1: each alone.", low=1, high=8, needs="clip")
     rate: float = option(8.0, "Frames a second.", low=0.1, high=100)

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ldm.config.errors import UserError
-from ldm.config.introspection import default_of, hints_of
+from ldm.config.introspection import default_of, hints_of, without_null
 from ldm.config.options import Option, options_of
 from ldm.config.synonyms import option_meant
+
+# What may open models that are named owner/name, and so takes --hub (ldm.__main__ reads the word, before any module does).
+FETCHES = {"train", "plan", "sample", "demo", "grid", "animate", "classifier", "evaluate", "export", "data encode"}
+HUB = "Models named owner/name may be fetched; without it no network is used."
 
 
 def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
@@ -25,8 +29,12 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     import typer
     from typer.main import get_command
 
+    if not {"-h", "--help"}.isdisjoint(words):
+        import typer.rich_utils
+
+        typer.rich_utils.RANGE_STRING = "{:.0}"  # nothing: bounds stand in the placeholder
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    app.command()(expanded(function))
+    app.command()(expanded(function, hub=name.removeprefix("ldm ") in FETCHES))
     command: Any = get_command(app)
     # typer has its own copy of click in some versions, and click itself in others.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -66,12 +74,17 @@ def _options(kind: Any) -> dict[str, Option]:
     return options_of(kind) | {name: told for one in inner for name, told in one.items()}  # type: ignore[arg-type]
 
 
-def expanded(function: Callable[..., int]) -> Callable[..., int]:
+def expanded(function: Callable[..., int], hub: bool = False) -> Callable[..., int]:
     """A function whose parameters are plain options, that calls `function` with the dataclasses made of them.
 
     A parameter annotated as a dataclass stands for the options among its fields (`ldm.config.options.option`), and for those of
     the dataclasses in it.
+
+    Args:
+        hub: whether its help has --hub.
     """
+    import typer
+
     kinds = typing.get_type_hints(function, include_extras=True)
     plain: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -85,6 +98,9 @@ def expanded(function: Callable[..., int]) -> Callable[..., int]:
         return function(**{name: _built(kinds[name], words) if is_dataclass(kinds[name]) else words[name] for name in own})
 
     own = list(inspect.signature(function).parameters)
+    if hub:
+        shown = Annotated[bool, typer.Option("--hub", help=HUB)]
+        plain["hub"] = inspect.Parameter("hub", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=shown)
     run.__signature__ = inspect.Signature(list(plain.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in plain.items()}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -113,9 +129,19 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
             hint, default = list[typing.get_args(hint)[0]] | None, None  # type: ignore[misc]
         names = (told.name or f"--{name.replace('_', '-')}",)
         shown: Any = {"help": told.help, "min": told.low, "max": told.high, "rich_help_panel": panel, "envvar": told.variable or None}
+        if not told.argument and (placeholder := _placeholder(hint, told)):
+            shown["metavar"] = placeholder
         info = typer.Argument(help=told.help) if told.argument else typer.Option(*names, **shown)
         default = inspect.Parameter.empty if default is MISSING else default
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
+
+
+def _placeholder(hint: Any, told: Option) -> str:
+    """What stands for an option's value in the help: the bounds of a number, or what it is; empty for what is said or not."""
+    kind = without_null(hint)
+    if kind in (int, float):
+        return "NUMBER" if told.low is None else f"{told.low:g}..{'' if told.high is None or told.high > 2**31 else f'{told.high:g}'}"
+    return {str: "TEXT", list[str]: "TEXT", Path: "PATH"}.get(kind, "")
 
 
 def _built(kind: Any, words: Mapping[str, Any]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -34,6 +36,31 @@ def require_regular(file: Path) -> None:
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+LOST = re.compile(r"(?:^|: )(?P<path>[^:;]+?)(?:: no such f|: No such f|: there is no such f| does not exist)")
+
+
+def meant(said: str) -> str:
+    """What a message of a missing file or folder may add: the run of that name, or the file or folder whose name is nearest; else empty."""
+    found = LOST.search(said)
+    near = nearest(Path(found["path"]).expanduser()) if found and "did you mean" not in said else None
+    return f"; did you mean {near}?" if near else ""
+
+
+def nearest(path: Path) -> Path | None:
+    """What is most likely meant by a path that leads nowhere: a run of its name, or what is beside it under the nearest name."""
+    if not path.is_absolute() and (run := "runs" / path).exists():
+        return run
+    if path.parent != path and not path.parent.exists():
+        above = nearest(path.parent)
+        return above / path.name if above and (above / path.name).exists() else None
+    try:
+        beside = sorted(os.listdir(path.parent))
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, beside, 1, 0.6)
+    return path.parent / near[0] if near else None
 
 
 def isolated(module: str, *words: str) -> list[str]:

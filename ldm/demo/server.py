@@ -46,7 +46,7 @@ class Door:
     host: str = option("127.0.0.1", "The address to listen on; any but this machine's own needs a token.")
     port: int = option(7860, "0: any that is free.", low=0, high=65535)
     token: str = option("", "What visitors must show; better set in the environment.", variable="LDM_DEMO_TOKEN")
-    precision: str = option("", "Of matrix products and convolutions: fp32 bf16 fp16; default: the model's.")
+    precision: str = option("", "Precision: fp32 bf16 fp16; default: the model's.")
     largest: int = option(1024, "px: the longest side that may be asked for.", low=8, high=8192, name="--max-size")
     low_memory: bool = option(False, "One part of the model in memory at a time; no previews.")
 

@@ -100,17 +100,19 @@ DIRECT = Settings(steps=1, guidance=1.0, rescale=0.0, sampler="", spacing="")
 class Wanted:
     """Sampler settings as they are asked for: those of `Settings`, None for the model's own."""
 
-    steps: int | None = option(None, "Denoising steps; default: the model's.", low=1, high=1000)
-    guidance: float | None = option(None, "Classifier-free guidance; 1: none; default: the model's.", low=0, high=1000)
+    steps: int | None = option(None, "Denoising (sampling) steps; default: the model's.", low=1, high=1000)
+    guidance: float | None = option(None, "Classifier-free guidance (CFG scale); 1: none; default: the model's.", low=0, high=1000)
     guidance_from: float | None = None
     guidance_to: float | None = None
     guidance_curve: str | None = option(None, "Guidance over the steps: constant, or rising: linear cosine.")
-    clip_skip: int | None = option(None, "Read the text encoder's Nth layer from the last, as web UIs count; default: 1.", low=1, high=64)
-    rescale: float | None = option(None, "Guidance rescale (Lin 2023); default: the model's.", low=0, high=1)
+    clip_skip: int | None = option(
+        None, "Clip skip, as web UIs count: the text encoder's Nth layer from the last; default: 1.", low=1, high=64
+    )
+    rescale: float | None = option(None, "Guidance rescale (CFG rescale, Lin 2023); default: the model's.", low=0, high=1)
     sampler: str | None = None
     spacing: str | None = None
     eta: float | None = option(None, "Noise of ddim's steps; default: 0, none.", low=0, high=1)
-    precision: str | None = option(None, f"Of matrix products and convolutions: {' '.join(PRECISIONS)}; default: the model's.")
+    precision: str | None = option(None, f"Precision: {' '.join(PRECISIONS)}; default: the model's.")
     original_size: str | None = option(None, "WIDTHxHEIGHT that a network which is told sizes (XL) is told of the original.")
     crop: str | None = option(None, "LEFT,TOP in px that it is told were cut off; default: 0,0.")
     target_size: str | None = option(None, "WIDTHxHEIGHT after the cut that it is told; default of both: as drawn.")
@@ -133,9 +135,9 @@ class Running:
     """How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
 
     attention: str | None = option(None, "Kernel: auto sdpa plain xformers sliced; default: auto.")
-    compiled: bool = option(False, "Compile the network first: minutes, then faster steps.", name="--compile")
-    low_memory: bool = option(False, "One part of the model in memory at a time.")
-    tile: int = option(512, "Decode pictures larger than TILE x TILE px in stripes; 0: never.", low=0)
+    compiled: bool = option(False, "Compile the network first (torch.compile): minutes, then faster steps.", name="--compile")
+    low_memory: bool = option(False, "One part of the model in memory at a time (CPU offload).")
+    tile: int = option(512, "Decode pictures larger than TILE x TILE px in stripes (tiled VAE); 0: never.", low=0)
 
 
 PLAIN = Running()

@@ -64,8 +64,8 @@ class Base:
 
     model: str = option("", "A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.")
     seed: int | None = option(None, "Seed of each prompt's first picture; default: 0.", low=0, high=MAX_SEED)
-    negative: str | None = option(None, "What to stay away from (negative prompt); default: nothing.")
-    size: str = option("", "WIDTHxHEIGHT in px; default: the model's.")
+    negative: str | None = option(None, "Negative prompt: what to stay away from; default: nothing.")
+    size: str = option("", "WIDTHxHEIGHT in px, or one number for a square; default: the model's.")
 
     def first(self, old: Mapping[str, Any]) -> int:
         """The first seed."""
@@ -153,10 +153,10 @@ class Following:
 class Choice:
     """How many: pictures of a prompt, variations of them, and which are kept."""
 
-    n: int = option(1, "Pictures per prompt; picture k has the seed SEED + k.", low=1)
+    n: int = option(1, "Pictures per prompt (batch count); picture k has the seed SEED + k.", low=1)
     seeds: str = option("", "The seeds of every prompt, such as 1,5,9; in place of --seed and --n.")
-    variations: int = option(0, "So many pictures near each one, in its place.", low=0)
-    variation_strength: float | None = option(None, "How far away they are; default: 0.2.", low=0, high=1)
+    variations: int = option(0, "So many pictures near each one, in its place (variation seeds).", low=0)
+    variation_strength: float | None = option(None, "How far away they are (variation strength); default: 0.2.", low=0, high=1)
     best: int = option(1, "Draw so many for each picture and keep the one that JUDGE likes best.", low=1)
     judge: str = option("", "own: the model's CLIP; scenes: their checker; or a folder with a CLIP (transformers).")
 
@@ -208,8 +208,16 @@ class Choice:
 class SamplerOptions(Wanted):
     """Sampler: the numbers of denoising and of classifier-free guidance."""
 
-    sampler: str | None = option(None, f"{' '.join(NAMES)}; default: the model's, of films and with --invert ddim.")
-    spacing: str | None = option(None, f"Of the steps: {' '.join(SPACINGS)}; default: the sampler's.")
+    sampler: str | None = option(
+        None,
+        f"{', '.join(name if known.lower() == name else f'{name} ({known})' for name, known in NAMES.items())}; default: the model's,"
+        " of films and with --invert ddim.",
+    )
+    spacing: str | None = option(
+        None,
+        f"Of the steps (schedule type): {' '.join(SPACINGS)}; default: the sampler's."
+        " DPM++ 2M Karras is --sampler dpmpp_2m --spacing karras.",
+    )
     guidance_interval: str = option("", "Guide only from one share of the steps to another, such as 0.1,0.8.")
 
     def check(self) -> None:
@@ -249,13 +257,13 @@ class Editing:
     """Start from a picture: img2img (SDEdit), inpainting, outpainting and DDIM inversion; and hires fix, a second, larger pass."""
 
     init: Path | None = option(None, "A picture to start from (img2img); where it is transparent in parts, these are new.")
-    strength: float | None = option(None, "How much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")
-    mask: Path | None = option(None, "A picture as large as INIT, white or painted where it is to be new; the rest keeps its bytes.")
+    strength: float | None = option(None, "Denoising strength: how much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")
+    mask: Path | None = option(None, "Inpainting: as large as INIT, white or painted where it is to be new; the rest keeps its bytes.")
     outpaint: str = option("", "Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")
-    invert: Path | None = option(None, "A picture to edit by its prompt: start from the noise that it comes from.")
+    invert: Path | None = option(None, "A picture to edit by its prompt (DDIM inversion): start from the noise that it comes from.")
     source: str | None = option(None, "What the picture of --invert shows.")
-    hires: float | None = option(None, "Draw so many times smaller first, enlarge, and draw anew in part.", low=1, high=8)
-    hires_strength: float | None = option(None, "How much the second pass draws anew; default: 0.5.", low=0, high=1)
+    hires: float | None = option(None, "Hires fix: draw so many times smaller first, enlarge, and draw anew in part.", low=1, high=8)
+    hires_strength: float | None = option(None, "Its denoising strength: how much the second pass draws anew; default: 0.5.", low=0, high=1)
 
     @property
     def picture(self) -> Path | None:
@@ -371,8 +379,8 @@ class Adapters:
     """Adapters: LoRAs, words that textual inversion learned, and another autoencoder."""
 
     lora: tuple[str, ...] = option((), "FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.")
-    embedding: tuple[str, ...] = option((), "FILE of a word (textual inversion); may be repeated.")
-    vae: Path | None = option(None, "Another autoencoder than the model's: a folder (diffusers) or a file (CompVis).")
+    embedding: tuple[str, ...] = option((), "FILE of a textual inversion embedding; may be repeated.")
+    vae: Path | None = option(None, "Another VAE than the model's: a folder (diffusers) or a file (CompVis).")
 
     def check(self, low_memory: bool, old: Mapping[str, Any]) -> None:
         """Refuse them where weights are read again.
@@ -408,9 +416,9 @@ class Output:
 
     safety: Path | None = option(None, "A folder with a safety checker (diffusers' layout); what it flags is not written.")
     watermark: str | None = option(None, "A short text to hide in the pixels; ldm info reads it.")
-    batch: int = option(8, "Pictures between two writes to disk; never changes a picture.", low=1)
+    batch: int = option(8, "Batch size; never changes a picture.", low=1)
     out: Path = option(Path("outputs"), "Folder of the pictures.")
-    grid: Path | None = option(None, "Also one PNG of all, a row for each prompt.")
+    grid: Path | None = option(None, "Also one PNG of all (contact sheet), a row for each prompt.")
     save_steps: bool = option(False, "Beside each picture, a strip of what it was at every step.")
     resume: bool = option(False, "Leave out the pictures that OUT holds already.")
     as_json: bool = option(False, "Print one JSON object per picture.", name="--json")

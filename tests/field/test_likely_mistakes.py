@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ldm.__main__ import main
-from ldm.config import synonyms
-from ldm.config.messages import fields_of
+from ldm.cli.command import FETCHES
+from ldm.config import files, synonyms
+from ldm.config.manual import fields_of
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -58,6 +59,15 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
         ("device=cuda", "device: unknown field; there is no such field: a GPU is used where there is one"),
         ("--epochs", "--epochs: no such option; fields are words without dashes, such as stages.NAME.images=..., which counts"),
         ("--batch_size=4", "--batch_size: no such option; fields are words without dashes, such as stages.NAME.batch=4"),
+        ("--output_dir=x", "--output_dir: no such option; fields are words without dashes, such as out=x"),
+        ("--seed=1", "--seed: no such option; fields are words without dashes, such as seed=1"),
+        ("--report_to=wandb", "--report_to: no such option; fields are words without dashes, such as tracker=wandb"),
+        ("--resume", "--resume: no such option; nothing needs to be said: the same command goes on from the last checkpoint"),
+        ("--resume_from_checkpoint=latest", "nothing needs to be said: the same command goes on from the last checkpoint"),
+        ("--gpus=2", "--gpus: no such option; there is no such field: a GPU is used where there is one"),
+        ("resume=true", "resume: unknown field; nothing needs to be said: the same command goes on"),
+        ("data.path=pictures", "data.path: unknown field of kind scenes; "),
+        ("data.path=pictures", "; folder or shards or datasets has it"),
     ],
 )
 def test_a_field_of_another_program_is_told_by_its_name_here(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +91,60 @@ def test_configurations_and_folders_are_told_apart(
     run.mkdir()
     (run / "config.yaml").write_text("base: nowhere.yaml\n")
     assert f"{run / 'nowhere.yaml'}: No such file or directory" in fails(capsys, "train", str(run))
+
+
+def test_a_word_that_the_shell_has_split_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "train", QUICKSTART, "data={kind:", "folder,", "path:", "pictures}")
+    assert 'data={kind:: put the whole word into quotation marks, as the shell splits it at spaces: "data={kind: ..."' in said
+
+
+def test_a_path_that_leads_nowhere_gets_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/quickstart/model", "runs/mine/lora"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/mine/lora/kohya.safetensors").touch()
+    (tmp_path / "words.txt").write_text("a green ring")
+    for name, near in {
+        "runs/quickstrat": "runs/quickstart",
+        "quickstart": "runs/quickstart",
+        "runs/quikstart/model": "runs/quickstart/model",
+        str(tmp_path / "runs/quickstrat"): str(tmp_path / "runs/quickstart"),
+    }.items():
+        assert f"{name}: no such folder or file; " in (said := fails(capsys, "sample", "a green ring", "--model", name))
+        assert said.endswith(f"; did you mean {near}?\n")
+    assert fails(capsys, "sample", "--prompts", "word.txt").endswith("word.txt: No such file or directory; did you mean words.txt?\n")
+    assert "did you mean" not in fails(capsys, "sample", "a green ring", "--model", "/nowhere/at/all")
+    assert files.meant("lora: runs/mine/lora/koya.safetensors: no such file; give it") == "; did you mean runs/mine/lora/kohya.safetensors?"
+    assert files.meant("data.path: run does not exist; correct it") == "; did you mean runs?"
+    assert files.meant("a.yaml: No such file or directory; did you mean b.yaml?") == files.meant("seed: got x") == ""
+
+
+def test_the_hub_stands_in_the_help_of_what_takes_it_and_known_names_in_that_of_sample(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for verb in FETCHES - {"demo"}:
+        assert main([*verb.split(), "--help"]) == 0
+        assert "--hub" in capsys.readouterr().out, verb
+    assert "o such option: --hub" in fails(capsys, "report", "--hub", "runs/x")
+    for verb, known in {
+        "sample": [
+            "Denoising strength",
+            "Hires fix",
+            "Hires fix",
+            "DPM++ 2M Karras is --sampler dpmpp_2m --spacing karras",
+            "(CFG scale)",
+            "Negative prompt",
+        ],
+        "grid": ["Denoising strength", "Hires fix", "(CFG scale)", "Clip skip"],
+        "animate": ["Denoising strength", "(CFG scale)", "dpmpp_2m_sde (DPM++ 2M SDE)"],
+    }.items():
+        assert main([verb, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert [name for name in known if name not in said] == []
+        assert "<int range>" not in said and "[x>=" not in said
 
 
 def drawn(model: Path, out: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
