@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from ldm.config.errors import UserError
-from ldm.families.draws import Draws
 
 
 def model_for(name: str) -> str:
@@ -63,14 +62,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def tell_overlong(family: Draws, text: str, notation: bool) -> None:
-    """Say how a prompt is read that is longer than the model reads at once."""
-    from ldm.text.prompt_syntax import literal, read
-
-    if how := family.overlong((read if notation else literal)(text)):
-        tell(f"{text[:40]!r}... {how}")
 
 
 def tell(text: str) -> None:

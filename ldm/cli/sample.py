@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.models import device_for, model_for, name_of, tell, tell_overlong
+from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
@@ -18,13 +18,13 @@ from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.request import Request
-from ldm.sampling.unheard import in_lines, in_words
+from ldm.sampling.requested import init_image_for, recipes_of, told_by_loras
+from ldm.sampling.unheard import in_lines
 
 if TYPE_CHECKING:
     from ldm.distributed.processes import Processes
     from ldm.families.draws import Draws, Guide
     from ldm.metrics.judges import Judge
-    from ldm.sampling.init_images import InitImage
     from ldm.sampling.writing import PictureWriter
 
 
@@ -73,12 +73,10 @@ def sample(request: Request) -> int:
     guide = _guide(request, family, old)
     if guide is not None:
         rest["classifier"] = guide.hash
-    init_image = _init_image(request, asked, family, old)
+    init_image = init_image_for(request, asked, family, old, tell)
     if init_image is not None:
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-    made = _recipes(request, asked, family, old, rest, init_image)
-    for said in (*in_words(made, family), *doubts.of(made, family)):
-        tell(said)
+    made = recipes_of(request, asked, family, old, rest, init_image, tell)
     if output.resume:
         made = _missing(request, made)
     writer, started = _writer(request, guide, judge, team, place), time.monotonic()
@@ -105,57 +103,6 @@ def _guide(request: Request, family: Draws, old: Mapping[str, Any]) -> Guide | N
     if old.get("classifier") not in (None, "", guide.hash):
         tell(f"classifier: {file} is not the file that the recipe was made with: the picture will differ")
     return guide
-
-
-def _init_image(request: Request, asked: Sequence[Asked], family: Draws, old: dict[str, Any]) -> InitImage | None:
-    """The picture that is started from, as large as what is drawn."""
-    from ldm.sampling.init_images import init_image_of
-
-    editing = request.editing
-    if editing.picture is None:
-        return None
-    if sizes := [one for one in asked if one.width or one.height]:
-        raise UserError(f"init: the prompt {sizes[0].prompt[:40]!r} has a size of its own; leave out --w and --h, or use --size")
-    size = request.base.shape(old) or family.defaults["size"]
-    return init_image_of(editing.picture, editing.mask, editing.margins(old), size, old, tell)
-
-
-def _recipes(
-    request: Request, asked: Sequence[Asked], family: Draws, old: Mapping[str, Any], rest: Mapping[str, Any], init_image: InitImage | None
-) -> list[Recipe]:
-    """A recipe for each candidate of each picture; long prompts and watermarks are looked at here."""
-    from ldm.sampling import jobs
-
-    base, choice = request.base, request.choice
-    listed = choice.listed(base.seed)
-    common = jobs.Common(
-        seeds=[number + k for number in listed for k in range(choice.best)] if listed else None,
-        seed=base.first(old),
-        n=choice.n * choice.best,
-        wanted=request.sampler.chosen(old, request.editing.usual),
-        negative=base.avoided(old),
-        size=base.shape(old) if init_image is None else init_image.size,
-        variations=choice.variations,
-        rest=rest,
-        loras=told_by_loras(request, asked),
-    )
-    made = jobs.recipes(family, asked, common)
-    for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative, one.to, one.source)):
-        tell_overlong(family, text, rest["notation"])
-    if rest["watermark"]:
-        from ldm.sampling.watermark import check
-
-        for one in made:
-            check(rest["watermark"], (one.height, one.width))
-    return made
-
-
-def told_by_loras(request: Request, asked: Sequence[Asked]) -> dict[tuple[str, ...], str]:
-    """What recipes tell of LoRAs, by those that prompts name, where these differ."""
-    from ldm.sampling.adapters import told_of
-
-    sets = {one.loras for one in asked}
-    return {own: told_of((*request.adapters.lora, *own)) for own in sets} if len(sets) > 1 else {}
 
 
 def _by_loras(request: Request, asked: Sequence[Asked], family: Draws, loras: str, place: str) -> Callable[[Recipe], Draws]:

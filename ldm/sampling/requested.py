@@ -1,0 +1,79 @@
+"""A request becomes recipes: what is asked for, over what a followed picture says, over the model's own defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.errors import UserError
+from ldm.sampling import doubts, jobs
+from ldm.sampling.prompt_files import Asked
+from ldm.sampling.recipe import Recipe
+from ldm.sampling.request import Request
+from ldm.sampling.unheard import in_words
+
+if TYPE_CHECKING:
+    from ldm.families.draws import Draws
+    from ldm.sampling.init_images import InitImage
+
+
+def init_image_for(
+    request: Request, asked: Sequence[Asked], family: Draws, old: dict[str, Any], tell: Callable[[str], None]
+) -> InitImage | None:
+    """The picture that is started from, as large as what is drawn."""
+    from ldm.sampling.init_images import init_image_of
+
+    editing = request.editing
+    if editing.picture is None:
+        return None
+    if sizes := [one for one in asked if one.width or one.height]:
+        raise UserError(f"init: the prompt {sizes[0].prompt[:40]!r} has a size of its own; leave out --w and --h, or use --size")
+    size = request.base.shape(old) or family.defaults["size"]
+    return init_image_of(editing.picture, editing.mask, editing.margins(old), size, old, tell)
+
+
+def recipes_of(
+    request: Request,
+    asked: Sequence[Asked],
+    family: Draws,
+    old: Mapping[str, Any],
+    rest: Mapping[str, Any],
+    init_image: InitImage | None,
+    tell: Callable[[str], None],
+) -> list[Recipe]:
+    """A recipe for each candidate of each picture; what is told of is likely a mistake, or changes nothing."""
+    from ldm.text.prompt_syntax import literal, read
+
+    base, choice = request.base, request.choice
+    listed = choice.listed(base.seed)
+    common = jobs.Common(
+        seeds=[number + k for number in listed for k in range(choice.best)] if listed else None,
+        seed=base.first(old),
+        n=choice.n * choice.best,
+        wanted=request.sampler.chosen(old, request.editing.usual),
+        negative=base.avoided(old),
+        size=base.shape(old) if init_image is None else init_image.size,
+        variations=choice.variations,
+        rest=rest,
+        loras=told_by_loras(request, asked),
+    )
+    made = jobs.recipes(family, asked, common)
+    for text in dict.fromkeys(text for one in made for text in (one.prompt, one.negative, one.to, one.source)):
+        if how := family.overlong((read if rest["notation"] else literal)(text)):
+            tell(f"{text[:40]!r}... {how}")
+    for said in (*in_words(made, family), *doubts.of(made, family)):
+        tell(said)
+    if rest["watermark"]:
+        from ldm.sampling.watermark import check
+
+        for one in made:
+            check(rest["watermark"], (one.height, one.width))
+    return made
+
+
+def told_by_loras(request: Request, asked: Sequence[Asked]) -> dict[tuple[str, ...], str]:
+    """What recipes tell of LoRAs, by those that prompts name, where these differ."""
+    from ldm.sampling.adapters import told_of
+
+    sets = {one.loras for one in asked}
+    return {own: told_of((*request.adapters.lora, *own)) for own in sets} if len(sets) > 1 else {}
