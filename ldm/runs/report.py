@@ -13,6 +13,7 @@ from ldm.formats.records import mapping, number
 from ldm.runs import report_metrics
 from ldm.runs.report_curves import curve, lines
 from ldm.runs.report_page import figure, folded, page, picture, prompt_list, table, tiles
+from ldm.runs.report_words import explained
 from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story, read_told
 
 FILE = "report.html"
@@ -127,13 +128,15 @@ def _curves(story: Story) -> str:
             readers += [(name, _term(name)) for name in terms]
         readers += [("learning rate", _value("lr")), ("images/s", _value("images_per_s"))]
         readers += [("share waited for data", _value("data_wait")), ("MFU", _value("mfu"))]
-        first = "".join(_drawn(stage, name, of) for name, of in readers)
-        if not first:
+        shown = {name: drawing for name, of in readers if (drawing := _drawn(stage, name, of))}
+        if not shown:
             continue
-        more = "".join(_drawn(stage, name, _gauge(name)) for name in _names(step.gauges for step in stage.steps))
-        inside = f'<div class="curves">{more}</div>' if more else ""
+        gauges = _names(step.gauges for step in stage.steps)
+        more = "".join(_drawn(stage, name, _gauge(name)) for name in gauges)
+        inside = f'<div class="curves">{more}</div>{explained(gauges)}' if more else ""
+        first = f'<div class="curves">{"".join(shown.values())}</div>{explained(shown)}'
         odd = f'<p class="bad">{"<br>".join(escape(_private(text)) for text in stage.alarms[-ALARMS:])}</p>' if stage.alarms else ""
-        parts.append(f'<h3>{escape(stage.name)}</h3>{odd}<div class="curves">{first}</div>{folded(f"gauges of {stage.name}", inside)}')
+        parts.append(f"<h3>{escape(stage.name)}</h3>{odd}{first}{folded(f'gauges of {stage.name}', inside)}")
     note = '<p class="note">Over images seen. Pale: as logged; strong: running mean.</p>' if parts else ""
     return note + "".join(parts)
 

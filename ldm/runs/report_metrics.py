@@ -9,6 +9,7 @@ from typing import Any
 from ldm.formats.records import mapping, number, numbers
 from ldm.runs.report_curves import Point, intervals
 from ldm.runs.report_page import figure, folded, share_cell, table
+from ldm.runs.report_words import explained
 from ldm.runs.tradeoff import curve_of, drawing
 
 Group = tuple[str, str, Mapping[str, Point]]  # guidance, pairs, shares by name
@@ -110,7 +111,7 @@ def _one(name: str, values: Mapping[str, Any]) -> str:
         return f'<p class="note">{escape(name)}: not measured, {escape(str(values["skipped"]))}</p>'
     plain = numbers(values)
     cells = [share_cell(v) if k in SHARES else f"{v:.2f}" for k, v in plain.items()]
-    return table([escape(k.replace("_", " ")) for k in plain], [cells] if cells else []) + note
+    return table([escape(k.replace("_", " ")) for k in plain], [cells] if cells else []) + explained(plain) + note
 
 
 def _adherence(values: Mapping[str, Any], by_scale: Mapping[str, Any]) -> str:
@@ -127,7 +128,8 @@ def _adherence(values: Mapping[str, Any], by_scale: Mapping[str, Any]) -> str:
         rows.append([f"{escape(pairs)} pairs, guidance {escape(scale)}", *cells])
     best = ", ".join(f"{value:.3f} {escape(pairs.replace('_', '-'))}" for pairs, value in numbers(values.get("checker")).items())
     ceiling = f'<p class="note">The checker reads bind {best} from perfect pictures.</p>' if best else ""
-    return table(["", *names], rows) + _shapes(values) + _over_guidance(groups) + ceiling
+    pairs = [name.replace("-", "_") for _, name, _ in groups]
+    return table(["", *names], rows) + explained([*names, *pairs]) + _shapes(values) + _over_guidance(groups) + ceiling
 
 
 def _shapes(values: Mapping[str, Any]) -> str:
@@ -138,7 +140,7 @@ def _shapes(values: Mapping[str, Any]) -> str:
         for pairs, of in found.items()
         if of
     ]
-    return table(["overlap with the ideal shape", *OUTLINES.values()], rows) if rows else ""
+    return table(["overlap with the ideal shape", *OUTLINES.values()], rows) + explained(["iou"]) if rows else ""
 
 
 def _over_guidance(groups: list[Group]) -> str:

@@ -21,6 +21,7 @@ from ldm.__main__ import main as ldm_main
 from ldm.config.errors import UserError
 from ldm.runs.report import CHECKPOINTS, caption_of, duration, report, short
 from ldm.runs.report_curves import POINTS, curve, intervals, smoothed, thinned
+from ldm.runs.report_words import MEANINGS
 
 VOID = {"meta", "link", "img", "br", "input"}
 PROMPTS = ["a large red circle & <b>more</b>", "a small blue ring"]
@@ -385,3 +386,9 @@ def test_words_for_durations_counts_and_pictures():
     assert [short(n) for n in (999, 12_345, 2_500_000, 3e9)] == ["999", "12.3k", "2.5 M", "3 G"]
     assert "seen in training, 64 px" in caption_of("adherence-seen-64") and "never seen in training" in caption_of("adherence-held-out")
     assert "32 px" in caption_of("reconstruction-32") and caption_of("other") == "other"
+
+
+def test_a_page_says_what_its_figures_mean(tmp_path: Path) -> None:
+    text = Page(report(make_run(tmp_path / "run", steps=4)).read_text(encoding="utf-8")).text
+    for name in ("bind", "strict", "held_out", "psnr", "ssim", "distance", "real_real_floor", "iou", "loss", "images/s"):
+        assert MEANINGS[name] in text, name
