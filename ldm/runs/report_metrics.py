@@ -128,8 +128,8 @@ def _adherence(values: Mapping[str, Any], by_scale: Mapping[str, Any]) -> str:
         rows.append([f"{escape(pairs)} pairs, guidance {escape(scale)}", *cells])
     best = ", ".join(f"{value:.3f} {escape(pairs.replace('_', '-'))}" for pairs, value in numbers(values.get("checker")).items())
     ceiling = f'<p class="note">The checker reads bind {best} from perfect pictures.</p>' if best else ""
-    pairs = [name.replace("-", "_") for _, name, _ in groups]
-    return table(["", *names], rows) + explained([*names, *pairs]) + _shapes(values) + _over_guidance(groups) + ceiling
+    sets = [name.replace("-", "_") for _, name, _ in groups]
+    return table(["", *names], rows) + explained([*names, *sets]) + _shapes(values) + _over_guidance(groups) + ceiling
 
 
 def _shapes(values: Mapping[str, Any]) -> str:
