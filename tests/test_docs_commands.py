@@ -30,6 +30,7 @@ REASONS = {
     "installs": "changes the environment",
     "processes": "starts several processes: see tests/system/test_distributed.py",
     "minutes": "an experiment of minutes or hours",
+    "page": "asks a page that is open: see tests/demo/test_api.py",
     "size": "counts networks of published size: see test_docs_figures.py",
 }
 BLOCK = re.compile(

@@ -28,12 +28,13 @@ USER, ENTRANCE = "ldm_user", "ldm_entrance"  # cookies: who it is, and that they
 API = "/gradio_api/"
 # The only paths that exist, besides files. Gradio has more: proxies, URLs that the server fetches, calls past the queue.
 READ = re.compile(
-    r"/|/config/?|/theme\.css|/robots\.txt|/favicon\.ico|/manifest\.json|/(?:assets|static|svelte)/[\w./@+-]*|"
+    r"/|/api/(?:models|schema|gallery\.zip)|/config/?|/theme\.css|/robots\.txt|/favicon\.ico|/manifest\.json|/(?:assets|static|svelte)/[\w./@+-]*|"
     rf"{API}(?:theme\.css|info/?|app_id/?|startup-events|queue/data|upload_progress|login_check|heartbeat/[\w-]+)"
 )
-WRITE = re.compile(rf"{API}(?:queue/join/?|upload/?|component_server/?|cancel|reset/?)")
+WRITE = re.compile(rf"/api/draw|{API}(?:queue/join/?|upload/?|component_server/?|cancel|reset/?)")
 FILE = f"{API}file="
 BODY_BYTES = 2**20  # of a request that carries no picture
+CALL, CALL_BYTES, CALLS = "/api/draw", 2**24, 8  # a call may carry pictures; so many are read at a time
 JOIN = re.compile(rf"{API}queue/join/?")
 CARRIES = re.compile(rf"{API}(?:upload|component_server)/?")
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -94,6 +95,7 @@ class Guard:
     ) -> None:
         self.functions = functions
         self.app, self.files, self.token, self.largest, self.pixels = app, files.resolve(), token, largest, pixels
+        self._calls = asyncio.Semaphore(CALLS)
         self._entrance = secrets.token_urlsafe(24)  # what the cookie says of those who showed the token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +147,8 @@ class Guard:
             scope = {**scope, "headers": [*others, (b"cookie", told.encode("latin-1"))]}
         exchange = Exchange(receive, send, self._most(path, headers), cookie)
         if CARRIES.fullmatch(path) is None:
-            exchange.receive = await self._read(exchange.receive, path)
+            async with self._calls if path == CALL else contextlib.nullcontext():
+                exchange.receive = await self._read(exchange.receive, path)
         await exchange.through(self.app, scope)
 
     def _same_site(self, headers: dict[str, str]) -> None:
@@ -192,7 +195,7 @@ class Guard:
 
     def _most(self, path: str, headers: dict[str, str]) -> int:
         """Bytes that a body may have."""
-        most = self.largest if CARRIES.fullmatch(path) else BODY_BYTES
+        most = self.largest if CARRIES.fullmatch(path) else CALL_BYTES if path == CALL else BODY_BYTES
         told = headers.get("content-length", "0")
         if not (told.isascii() and told.isdigit() and len(told) < 20) or int(told) > most:
             raise Refused(413, f"too large: at most {most >> 20} MB")
@@ -306,7 +309,7 @@ class Exchange:
 
 
 def _cookie(name: str, value: str) -> bytes:
-    return f"{name}={quote(value)}; Path=/; HttpOnly; SameSite=Strict; Max-Age=2592000".encode()
+    return f"{name}={quote(value)}; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000".encode()
 
 
 def _cookies(text: str) -> dict[str, str]:

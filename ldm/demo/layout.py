@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
-from ldm.demo.page import OWN_SPACING, Blobs, Page, at_place, background, chosen_place, load_gradio
-from ldm.demo.status import heading, idle
+from ldm.demo.page import CHOSEN, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, load_gradio
+from ldm.demo.status import idle
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
-from ldm.sampling.recipe_values import MAX_SEED, SPACINGS
+from ldm.sampling.recipe_values import MAX_SEED, SCHEDULES, SPACINGS
+from ldm.sampling.recipe_values import NAMES as KNOWN_AS
 
 if TYPE_CHECKING:
     import gradio as gr
 
 ACTIVE = 64  # drawings that are followed at once
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": ACTIVE}
+SHARE: Any = {"minimum": 0, "maximum": 1, "step": 0.01}
 Box = dict[str, Any]  # components by the fields of the form
 
 
@@ -24,25 +26,32 @@ def build(page: Page) -> Any:
     """gradio's Blocks of a page."""
     global gr
     gr = load_gradio()
-    start, box = blank(page.family, page.precision), Box()
+    start, box = blank(page.studio.family, page.precision), Box()
     with gr.Blocks(title=f"{page.model} · ldm", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(heading(page.model, page.facts))
-        with gr.Row():
-            with gr.Column(scale=5, min_width=340):
-                _prompts(box)
-                with gr.Row():
-                    generate = gr.Button("Generate", variant="primary", elem_id="ldm-generate", scale=3)
-                    cancel = gr.Button("Cancel", variant="stop", elem_id="ldm-cancel", interactive=False, scale=1)
-                fresh = _numbers(box, start, page)
-                with gr.Accordion("Start from a picture", open=False, elem_id="ldm-start"):
-                    editor = _editor(start)
-                    box["strength"] = gr.Slider(0, 1, 0.75, step=0.01, label="How much is drawn anew", elem_id="ldm-strength")
-                with gr.Accordion("Read a picture's settings", open=False, elem_id="ldm-read"):
-                    label = "A PNG of ldm or of Stable Diffusion web UI"
-                    dropped = gr.File(label=label, file_types=[".png"], height=110, elem_id="ldm-drop")
-                with gr.Accordion("More settings", open=False, elem_id="ldm-more"):
-                    _more(box, start, page)
-            with gr.Column(scale=6, min_width=340):
+        head = gr.HTML(page.heading(page.opened(), page.model), padding=False)
+        with gr.Row(elem_id="ldm-halves"):
+            with gr.Column(scale=5, min_width=320, elem_id="ldm-left"):
+                with gr.Column(elem_id="ldm-ask"):
+                    loras = _models(box, page)
+                    tokens, examples = _prompts(box, page)
+                    with gr.Row(elem_id="ldm-go"):
+                        generate = gr.Button("Generate", variant="primary", elem_id="ldm-generate", scale=3, min_width=120)
+                        cancel = gr.Button("Cancel", variant="stop", elem_id="ldm-cancel", interactive=False, scale=1, min_width=90)
+                with gr.Column(elem_id="ldm-settings"):
+                    fresh = _numbers(box, start, page)
+                    with gr.Accordion("Start from a picture (img2img, inpainting)", open=False, elem_id="ldm-start"):
+                        editor = _editor(start)
+                        box["strength"] = gr.Slider(**SHARE, value=start.strength, label="Denoising strength", elem_id="ldm-strength")
+                    with gr.Accordion("Hires. fix", open=False, elem_id="ldm-second"), gr.Row():
+                        box["hires"] = gr.Slider(1, 8, 1, step=0.5, label="Upscale by (1: off)", elem_id="ldm-hires")
+                        box["hires_strength"] = gr.Slider(
+                            **SHARE, value=start.hires_strength, label="Denoising strength", elem_id="ldm-hires-strength"
+                        )
+                    with gr.Accordion("Variations, prompts from a file", open=False, elem_id="ldm-several"):
+                        listed = _several(box, start)
+                    with gr.Accordion("More settings", open=False, elem_id="ldm-more"):
+                        _more(box, start)
+            with gr.Column(scale=6, min_width=320, elem_id="ldm-right"):
                 live = gr.HTML(idle(), elem_id="ldm-live", padding=False)
                 with gr.Tab("Pictures"):
                     pictures = _album("ldm-pictures", columns=2)
@@ -50,7 +59,13 @@ def build(page: Page) -> Any:
                     sheet = _sheet()
                 with gr.Tab("History") as past:
                     history = _album("ldm-history", columns=4)
-                    forget = gr.Button("Remove all", size="sm", elem_id="ldm-forget")
+                    with gr.Row():
+                        drop = gr.Button("Delete", size="sm", elem_id="ldm-delete", min_width=90)
+                        forget = gr.Button("Delete all", size="sm", elem_id="ldm-forget", min_width=90)
+                        gr.Button("Download all", size="sm", link="/api/gallery.zip", elem_id="ldm-download", min_width=90)
+                dropped = gr.UploadButton(
+                    "Take the settings of a picture (or drop one anywhere)", size="sm", file_types=[".png"], elem_id="ldm-drop"
+                )
         inputs = [box[name] for name in NAMES]
         told = [live, pictures.gallery, box["seed"], generate, cancel, pictures.paths]
         generate.click(page.generate, [fresh, editor, *inputs], told, **QUIET)
@@ -61,10 +76,23 @@ def build(page: Page) -> Any:
             picked = album.reuse.click(at_place, [album.paths, album.chosen], album.picked, **QUIET)
             picked.then(page.read, [album.picked, *inputs], [live, *inputs, fresh], **QUIET)
             album.go_on.click(background, [album.paths, album.chosen], [editor, live], **QUIET)
+            for button, function in ((album.near, page.near), (album.enlarge, page.enlarged)):
+                picked = button.click(at_place, [album.paths, album.chosen], album.picked, **QUIET)
+                picked.then(function, [album.picked, *inputs], told, **QUIET)
         past.select(page.history, None, [history.gallery, history.paths], **QUIET)
+        picked = drop.click(at_place, [history.paths, history.chosen], history.picked, **QUIET)
+        picked.then(page.drop, history.picked, [history.gallery, history.paths], **QUIET)
         forget.click(page.forget, None, [history.gallery, history.paths], **QUIET)
         dropped.upload(page.read, [dropped, *inputs], [live, *inputs, fresh], **QUIET)
+        listed.upload(lambda data: (data or b"").decode("utf-8-sig", "replace"), listed, box["lines"], **QUIET)
+        examples.click(lambda sample: sample[0], examples, box["prompt"], **QUIET)
+        loras.input(add_tag, [box["prompt"], loras], [box["prompt"], loras], **QUIET)
+        box["model"].input(page.choose, box["model"], [live, head, examples, *(box[name] for name in CHOSEN)], **QUIET)
+        for one in (box["prompt"].change, box["model"].change, blocks.load):
+            one(page.tokens, [box["prompt"], box["notation"], box["model"]], tokens, trigger_mode="always_last", **QUIET)
+        blocks.load(page.choices, None, [box["model"], loras, box["vae"]], **QUIET)
         blocks.unload(page.leave)
+        gr.api(page.call, api_name="draw", concurrency_limit=ACTIVE)
     blocks.queue(max_size=4 * ACTIVE, default_concurrency_limit=ACTIVE, api_open=False)
     return blocks
 
@@ -76,6 +104,8 @@ class Album:
     gallery: Any
     reuse: Any
     go_on: Any
+    near: Any
+    enlarge: Any
     paths: Any
     chosen: Any
     picked: Any
@@ -93,10 +123,11 @@ def _album(name: str, columns: int) -> Album:
         buttons=["download", "fullscreen"],
         interactive=False,
     )
+    made: dict[str, Any] = {}
     with gr.Row():
-        reuse = gr.Button("Use its settings", size="sm", elem_id=f"{name}-reuse")
-        go_on = gr.Button("Start from it", size="sm", elem_id=f"{name}-go-on")
-    return Album(gallery, reuse, go_on, gr.State([]), gr.State(0), gr.State(None))
+        for what, text in (("reuse", "Use its settings"), ("go-on", "Start from it"), ("near", "Variations"), ("enlarge", "Enlarge x2")):
+            made[what.replace("-", "_")] = gr.Button(text, size="sm", elem_id=f"{name}-{what}", min_width=110)
+    return Album(gallery, **made, paths=gr.State([]), chosen=gr.State(0), picked=gr.State(None))
 
 
 @dataclass
@@ -121,29 +152,49 @@ def _sheet() -> Sheet:
     return Sheet(axes, draw, image)
 
 
-def _prompts(box: Box) -> None:
-    box["prompt"] = gr.Textbox(label="Prompt", lines=3, max_lines=12, max_length=MAX_PROMPT, elem_id="ldm-prompt")
+def _models(box: Box, page: Page) -> Any:
+    """The choosers of the model and of LoRAs, which a prompt names by tags."""
+    models, loras = list(page.catalogue.models()), list(page.catalogue.loras())
+    with gr.Row():
+        box["model"] = gr.Dropdown(models, value=models[0], label="Model", elem_id="ldm-model", min_width=140)
+        return gr.Dropdown(loras, value=None, label="Add a LoRA", elem_id="ldm-lora", min_width=140, visible=bool(loras))
+
+
+def _prompts(box: Box, page: Page) -> tuple[Any, Any]:
+    """The prompts; their length in tokens, and examples."""
+    samples = [[text] for text in page.opened().examples]
+    hint = f"such as: {samples[0][0]}" if samples else ""
+    box["prompt"] = gr.Textbox(
+        label="Prompt", lines=3, max_lines=12, max_length=MAX_PROMPT, placeholder=hint, elem_id="ldm-prompt", autofocus=True
+    )
+    tokens = gr.HTML("", elem_id="ldm-tokens", padding=False)
+    examples = gr.Dataset(
+        components=["textbox"], samples=samples, show_label=False, layout="gallery", elem_id="ldm-examples", container=False
+    )
     box["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=6, max_length=MAX_PROMPT, elem_id="ldm-negative")
+    return tokens, examples
 
 
 def _numbers(box: Box, start: Form, page: Page) -> Any:
-    """Seed, size and steps; whether every drawing has a seed of its own."""
-    whole: Any = {"precision": 0, "min_width": 100}
+    """Seed, size, steps and sampler; whether every drawing has a seed of its own."""
+    whole: Any = {"precision": 0, "min_width": 90}
     with gr.Row():
-        box["seed"] = gr.Number(label="Seed", value=0, minimum=0, maximum=MAX_SEED, elem_id="ldm-seed", scale=2, **whole)
-        fresh = gr.Checkbox(label="Random", value=True, elem_id="ldm-fresh", min_width=100, container=False)
+        box["seed"] = gr.Number(label="Seed", value=0, minimum=0, maximum=MAX_SEED, elem_id="ldm-seed", scale=2, precision=0, min_width=150)
+        fresh = gr.Checkbox(label="Random", value=True, elem_id="ldm-fresh", min_width=105, container=False)
         box["pictures"] = gr.Number(label="Pictures", value=1, minimum=1, maximum=MAX_PICTURES, elem_id="ldm-many", **whole)
-    factor = page.family.factor
-    side: Any = {"minimum": factor, "maximum": page.largest // factor * factor, "step": factor}
     with gr.Row():
-        box["width"] = gr.Slider(label="Width, px", value=start.width, **side, elem_id="ldm-width")
-        box["height"] = gr.Slider(label="Height, px", value=start.height, **side, elem_id="ldm-height")
+        for name, bounds in page.sides(page.studio.family).items():
+            box[name] = gr.Slider(value=getattr(start, name), elem_id=f"ldm-{name}", min_width=140, **bounds)
     with gr.Row():
-        box["steps"] = gr.Slider(1, 150, start.steps, step=1, label="Steps", elem_id="ldm-steps")
-        box["guidance"] = gr.Slider(1, 20, start.guidance, step=0.1, label="Guidance", elem_id="ldm-guidance")
+        box["steps"] = gr.Slider(1, 150, start.steps, step=1, label="Steps", elem_id="ldm-steps", min_width=140)
+        box["guidance"] = gr.Slider(1, 20, start.guidance, step=0.1, label="CFG scale", elem_id="ldm-guidance", min_width=140)
     from ldm.diffusion.samplers import SAMPLERS
 
-    box["sampler"] = gr.Dropdown(list(SAMPLERS), value=start.sampler, label="Sampler", elem_id="ldm-sampler")
+    samplers = [(KNOWN_AS.get(name, name), name) for name in SAMPLERS]
+    spacings = [("Automatic", ""), *((SCHEDULES.get(name, name.upper() if name == "lcm" else name.title()), name) for name in SPACINGS)]
+    with gr.Row():
+        box["sampler"] = gr.Dropdown(samplers, value=start.sampler, label="Sampler", elem_id="ldm-sampler", min_width=140)
+        box["spacing"] = gr.Dropdown(spacings, value="", label="Schedule type", elem_id="ldm-spacing", min_width=140)
     return fresh
 
 
@@ -168,23 +219,36 @@ def _editor(start: Form) -> Any:
     return made
 
 
-def _more(box: Box, start: Form, page: Page) -> None:
+def _several(box: Box, start: Form) -> Any:
+    """Variations, and several prompts; the button that loads these."""
+    with gr.Row():
+        box["variations"] = gr.Slider(0, 16, 0, step=1, label="Variations of each picture", elem_id="ldm-variations")
+        box["variation_strength"] = gr.Slider(
+            **SHARE, value=start.variation_strength, label="Variation strength", elem_id="ldm-variation-strength"
+        )
+    box["lines"] = gr.Textbox(
+        label="Prompts, one a line, in place of the one above",
+        placeholder="a green ring --d 5 --s 30 --w 64 --h 64",
+        lines=2,
+        max_lines=12,
+        elem_id="ldm-lines",
+    )
+    return gr.UploadButton("Load a file of prompts", size="sm", type="binary", file_types=[".txt", ".json", ".jsonl"], elem_id="ldm-load")
+
+
+def _more(box: Box, start: Form) -> None:
     """The settings that few change."""
-    share: Any = {"minimum": 0, "maximum": 1, "step": 0.01}
     with gr.Row():
-        box["spacing"] = gr.Dropdown([OWN_SPACING, *SPACINGS], value=OWN_SPACING, label="Spacing of the steps", elem_id="ldm-spacing")
+        box["vae"] = gr.Dropdown([(OWN_VAE, "")], value="", label="VAE", elem_id="ldm-vae", min_width=140)
+        box["clip_skip"] = gr.Number(start.clip_skip, precision=0, minimum=1, label="Clip skip", elem_id="ldm-clip-skip", min_width=100)
+    with gr.Row():
+        box["rescale"] = gr.Slider(**SHARE, value=start.rescale, label="CFG rescale", elem_id="ldm-rescale", min_width=140)
+        box["eta"] = gr.Slider(**SHARE, value=0, label="Eta", elem_id="ldm-eta", min_width=140)
+    with gr.Row():
+        box["guidance_from"] = gr.Slider(**SHARE, value=0, label="CFG from this share of the steps", elem_id="ldm-from", min_width=140)
+        box["guidance_to"] = gr.Slider(**SHARE, value=1, label="to this one", elem_id="ldm-to", min_width=140)
+    with gr.Row():
+        box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="CFG over the steps", elem_id="ldm-curve", min_width=140)
         kinds = list(PRECISIONS) if start.precision == "fp32" else [start.precision]  # weights in a half type stay there
-        box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision")
-    with gr.Row():
-        box["rescale"] = gr.Slider(**share, value=start.rescale, label="Guidance rescale", elem_id="ldm-rescale")
-        box["eta"] = gr.Slider(**share, value=0, label="Eta: noise of ddim's steps", elem_id="ldm-eta")
-    with gr.Row():
-        box["guidance_from"] = gr.Slider(**share, value=0, label="Guide from this share of the steps", elem_id="ldm-from")
-        box["guidance_to"] = gr.Slider(**share, value=1, label="to this one", elem_id="ldm-to")
-    with gr.Row():
-        box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="Guidance over the steps", elem_id="ldm-curve")
-        box["clip_skip"] = gr.Number(1, precision=0, minimum=1, label="Text encoder's layer, from the last", elem_id="ldm-clip-skip")
-    with gr.Row():
-        box["hires"] = gr.Slider(1, 8, 1, step=0.5, label="Draw so many times smaller first", elem_id="ldm-hires")
-        box["hires_strength"] = gr.Slider(**share, value=0.5, label="then so much of it anew", elem_id="ldm-hires-strength")
+        box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision", min_width=140)
     box["notation"] = gr.Checkbox(value=True, label="Brackets, BREAK and AND in prompts have a meaning", elem_id="ldm-notation")

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe
+from ldm.demo.catalogue import Catalogue
 from ldm.demo.studio import DrawOrder
 from ldm.families.draws import Draws, Settings, Wanted
-from ldm.sampling import jobs
-from ldm.sampling.adapters import differ, told_shortly
+from ldm.sampling.adapters import OPTIONS, differ, remembered, told_shortly, weighted
 from ldm.sampling.foreign_recipe import ForeignRecipe
-from ldm.sampling.init_images import InitImage, read_init_image
 from ldm.sampling.prompt_files import Asked
-from ldm.sampling.prompt_tags import parted
+from ldm.sampling.prompt_tags import Tag, parted
 from ldm.sampling.recipe import Recipe, writable
 from ldm.sampling.recipe_values import LIMITS
+from ldm.sampling.request import STRENGTH, Base, Choice, Editing, Following, NamedAdapters, PromptOptions, Request, SamplerOptions
+from ldm.sampling.requested import init_image_for, recipes_of
+from ldm.sampling.unheard import in_lines
 
 MAX_PROMPT = 10_000  # characters
 MAX_PICTURES = 64  # of one order
 MAX_BYTES = 2**25  # of an uploaded picture
 MAX_PIXELS = 2**24  # of one, before it is resized
-BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES)}
+BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES), "variations": (0, MAX_PICTURES), "variation_strength": LIMITS["variation"]}
+MAX_LINES = 100_000  # characters of a file of prompts
 TOLD = ("original_size", "crop", "target_size")  # what a network of XL's is told of sizes: on the page always those that are drawn
 FOREIGN = ("variation", "to", "outpaint", "invert", "watermark", *TOLD)  # fields of a recipe that the page has no place for
 
@@ -44,7 +48,31 @@ class Form(Settings):
     notation: bool = True
     hires: float = 1.0
     hires_strength: float = 0.5
-    strength: float = 0.75  # with a picture to start from
+    strength: float = STRENGTH  # with a picture to start from
+    variations: int = 0  # of every picture, in its place
+    variation_strength: float = 0.2
+    model: str = ""  # a name of the catalogue; empty: the first
+    vae: str = ""  # the same; empty: the model's own
+    lines: str = ""  # prompts, one a line, in place of `prompt`
+
+    def request(self, files: Mapping[str, Path]) -> Request:
+        """What `ldm sample` would be told.
+
+        Args:
+            files: picture files by `init` and `mask`, and a file of `prompts`.
+        """
+        second: dict[str, Any] = {"hires": self.hires, "hires_strength": self.hires_strength} if self.hires != 1 else {}
+        strength: dict[str, Any] = {"strength": self.strength} if "init" in files else {}
+        near: dict[str, Any] = {"variation_strength": self.variation_strength} if self.variations else {}
+        return Request(
+            prompts=PromptOptions(prompts=files["prompts"]) if "prompts" in files else PromptOptions(prompt=(self.prompt,)),
+            base=Base(model=self.model, seed=self.seed, negative=self.negative, size=f"{self.width}x{self.height}"),
+            following=Following(literal=not self.notation),
+            choice=Choice(n=self.pictures, variations=self.variations, **near),
+            sampler=SamplerOptions(**asdict(self.wanted())),
+            editing=Editing(init=files.get("init"), mask=files.get("mask"), **strength, **second),
+            adapters=NamedAdapters(vae=Path(self.vae) if self.vae else None),
+        )
 
 
 NAMES = tuple(f.name for f in fields(Form) if f.name not in TOLD)
@@ -74,8 +102,8 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
         kind = {"str": str, "int": int, "float": float, "bool": bool}[str(f.type)]
         low, high = (1, largest) if f.name in ("width", "height") else BOUNDS.get(f.name, (0, math.inf))
         if kind is str and isinstance(value, str):
-            if len(value) > MAX_PROMPT:
-                raise UserError(f"{f.name}: {len(value)} characters; at most {MAX_PROMPT}")
+            if len(value) > (most := MAX_LINES if f.name == "lines" else MAX_PROMPT):
+                raise UserError(f"{f.name}: {len(value)} characters; at most {most}")
             found[f.name] = writable(value).replace("\0", " ").replace("\r\n", "\n")
             continue
         if kind is bool and isinstance(value, bool):
@@ -89,52 +117,106 @@ def read_form(values: Mapping[str, Any], largest: int, form: Form) -> Form:
     return replace(form, **found)
 
 
-def order_of(
-    family: Draws, model: str, form: Form, init: bytes | None = None, mask: bytes | None = None, added: Mapping[str, str] | None = None
-) -> DrawOrder:
-    """An order by the same way that `sample.py` makes its recipes.
+def order_of(catalogue: Catalogue, request: Request, largest: int) -> DrawOrder:
+    """An order by the same way that `ldm sample` makes its recipes; LoRAs and autoencoders are names of the catalogue.
 
     Args:
-        model: its name, that pictures remember.
-        init: a picture file to start from.
-        mask: a picture file, white where it is to be new.
-        added: what recipes tell of the model's LoRAs and words.
+        largest: px, of a side.
 
     Raises:
-        UserError: as `sample.py` has it.
+        UserError: as `ldm sample` has it, and for more pictures or pixels than are drawn here.
     """
-    if form.notation and (tags := parted(form.prompt)[1]):
-        raise UserError(f"prompt: {tags[0].text}: this page draws with the LoRAs that it was started with; leave the tag out")
-    rest: dict[str, Any] = {"model": model, "model_hash": family.content_hash, "notation": form.notation, **(added or {})}
-    init_image = None
-    if init is not None:
-        init_image = read_uploaded(init, mask, (form.height, form.width))
-        rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash, "strength": form.strength}
-    elif form.hires != 1:
-        rest |= {"hires": form.hires, "hires_strength": form.hires_strength}
-    size = (form.height, form.width)
-    common = jobs.Common(seed=form.seed, n=form.pictures, wanted=form.wanted(), negative=form.negative, size=size, rest=rest)
-    return DrawOrder(tuple(jobs.recipes(family, [Asked(prompt=form.prompt)], common)), init_image)
+    notes: list[str] = []
+    tell = notes.append
+    old = request.following.old(request.parts, tell)
+    literal = request.following.literal
+    asked, tags = _untagged(request.prompts.read(old.get("prompt")), literal)
+    tags += tuple(Tag(f"<lora:{name}>", "lora", name, weight) for name, weight in map(weighted, request.adapters.lora))
+    if not tags:
+        tags = _told_tags(old)
+    many = len(asked) * len(request.choice.listed(request.base.seed) or range(request.choice.n)) * max(1, request.choice.variations)
+    if many > MAX_PICTURES:
+        raise UserError(f"n: {many} pictures; at most {MAX_PICTURES} at once")
+    for said in in_lines(request, asked):
+        tell(said)
+    outfit = catalogue.chosen(request.base.model, tags, str(request.adapters.vae or _told_vae(old)))
+    own = {name: value for name, value in old.items() if name not in OPTIONS}  # files that a client's picture names are not opened
+    rest = request.fields(own)
+    opened = catalogue.opened(outfit)
+    family = opened.family
+    rest |= {**opened.added, "model": outfit.model, "model_hash": family.content_hash}
+    if request.following.recipe is not None:
+        request.following.compare(own, outfit.model, family.content_hash, tell)
+        if differ(old, opened.added):
+            tell(f"drawn with {', '.join(told_shortly(opened.added)) or 'no LoRAs or new words'}, the picture was not: it will differ")
+    if (size := request.base.shape(own)) is not None and max(size) > largest:
+        raise UserError(f"size: got {size[1]}x{size[0]}; at most {largest} px a side here")
+    init_image = init_image_for(request, asked, family, own, tell)
+    if init_image is not None:
+        rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
+    made = recipes_of(request, asked, family, own, rest, init_image, tell)
+    if (side := max(max(one.width, one.height) for one in made)) > largest:
+        raise UserError(f"size: got {side} px; at most {largest} px a side here")
+    room = int(family.defaults["chunk"])
+    return DrawOrder(tuple(made), init_image, lambda: catalogue.opened(outfit).family, room, tuple(dict.fromkeys(notes)))
 
 
-def read_uploaded(init: bytes, mask: bytes | None, size: tuple[int, int]) -> InitImage:
-    """The picture and the mask that a client sent, as `sample.py` reads them from files.
+def _untagged(asked: Sequence[Asked], literal: bool) -> tuple[list[Asked], tuple[Tag, ...]]:
+    """Prompts without their tags, and the tags, which must be the same ones everywhere: one model draws an order."""
+    if literal:
+        return list(asked), ()
+    found = [parted(one.prompt) for one in asked]
+    for _, tags in found:
+        if [(tag.name, tag.weight) for tag in tags] != [(tag.name, tag.weight) for tag in found[0][1]]:
+            raise UserError("prompts: some name other LoRAs than the first; draw them one after the other")
+        for tag in tags:
+            if tag.kind == "hypernet":
+                raise UserError(f"prompt: {tag.text}: no hypernetworks are applied here; leave it out")
+    return [replace(one, prompt=words) for one, (words, _) in zip(asked, found, strict=True)], found[0][1]
+
+
+def _told_tags(old: Mapping[str, Any]) -> tuple[Tag, ...]:
+    """The LoRAs of a picture that is followed, as tags."""
+    told = [(Path(one["file"]).stem, float(one["weight"])) for one in remembered(old, "loras")]
+    return tuple(Tag(f"<lora:{name}:{weight:g}>", "lora", name, weight) for name, weight in told)
+
+
+def _told_vae(old: Mapping[str, Any]) -> str:
+    return "".join(Path(one["file"]).stem for one in remembered(old, "vae"))
+
+
+def order_of_form(catalogue: Catalogue, form: Form, largest: int, init: bytes | None = None, mask: bytes | None = None) -> DrawOrder:
+    """The order of a form, and of picture files that were sent with it.
 
     Raises:
-        UserError: for what is too large or no picture.
+        UserError: as `order_of`; for what is too large or no picture.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-demo-") as folder:
         paths: dict[str, Path] = {}
         for name, data in (("init", init), ("mask", mask)):
-            if data is None:
-                continue
-            check_upload(name, data)
-            paths[name] = Path(folder) / f"{name}.png"
-            paths[name].write_bytes(data)
-        try:
-            return read_init_image(paths["init"], paths.get("mask"), size)
-        except UserError as error:
-            raise UserError(str(error).replace(f"{folder}/", "")) from None
+            if data is not None:
+                check_upload(name, data)
+                paths[name] = Path(folder) / f"{name}.png"
+                paths[name].write_bytes(data)
+        if form.lines.strip():
+            paths["prompts"] = Path(folder) / "prompts"
+            paths["prompts"].write_text(form.lines, encoding="utf-8")
+        with without_place(folder):
+            made = order_of(catalogue, form.request(paths), largest)
+        return replace(made, notes=tuple(note.replace(f"{folder}/", "") for note in made.notes))
+
+
+@contextmanager
+def without_place(folder: str) -> Iterator[None]:
+    """Errors say nothing of a folder of this machine.
+
+    Raises:
+        UserError: those that are raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"{folder}/", "")) from None
 
 
 def check_upload(name: str, data: bytes) -> None:
@@ -152,25 +234,36 @@ def check_upload(name: str, data: bytes) -> None:
 
 
 def fill_in(
-    form: Form, found: Recipe | ForeignRecipe, model_hash: str, largest: int, added: Mapping[str, str] | None = None
+    form: Form, found: Recipe | ForeignRecipe, catalogue: Catalogue, model_hash: str, largest: int, added: Mapping[str, str] | None = None
 ) -> tuple[Form, list[str]]:
     """A form with the settings of a picture, and what should be known of those that it could not take.
 
     Args:
         found: as `ldm.sampling.recipe.read_recipe` gives it.
+        catalogue: where its model, LoRAs and autoencoder are looked for.
         model_hash: of the model at hand.
-        added: what recipes tell of its LoRAs and words.
+        added: what recipes tell of the LoRAs and words that every picture is drawn with.
     """
     told: dict[str, Any] = asdict(found) if isinstance(found, Recipe) else {"notation": True, **found.fields}
     notes = [] if isinstance(found, Recipe) else [f"Settings of {found.program}: a picture alike, not the same."]
     notes += [] if isinstance(found, Recipe) else [f"Not followed: {lost}." for lost in found.unfollowed]
     if not model_hash.startswith(str(told.get("model_hash", ""))):
-        notes.append(f"It was made by the model {told.get('model', '?')}, not by this one: the picture will differ.")
+        if told.get("model") in catalogue.models():
+            form = replace(form, model=told["model"])
+        else:
+            notes.append(f"It was made by the model {told.get('model', '?')}, which is not here: the picture will differ.")
     if told.get("init"):
         notes.append(f"It was drawn out of another picture (SHA-256 {told['init'][:12]}…): load that one below to repeat it.")
     own = {f.name: f.default for f in fields(Recipe)}
     if isinstance(found, Recipe) and differ(told, added or {}):
-        notes.append(f"This page draws with {', '.join(told_shortly(added or {})) or 'no LoRAs or new words'}: the picture will differ.")
+        tags, known = _told_tags(told), catalogue.loras()
+        named = [tag for tag in tags if tag.name in known]
+        told["prompt"] = " ".join([told["prompt"], *(tag.text for tag in named)])
+        form = replace(form, vae=name if (name := _told_vae(told)) in catalogue.vaes() else "")
+        here = {"vae": told["vae"] if form.vae else "", "loras": told["loras"] if len(named) == len(tags) else ""}
+        if differ(told, {**(added or {}), **{name: text for name, text in here.items() if text}}):
+            lost = ", ".join(told_shortly({name: told[name] for name in OPTIONS if told[name] and not here.get(name)}))
+            notes.append(f"It was drawn with {lost or 'no LoRAs or new words'}, which this page is not: the picture will differ.")
     if other := [name for name in FOREIGN if told.get(name, own[name]) != own[name]]:
         notes.append(f"It also used {', '.join(other)}, which this page does not have; `ldm sample --from` does.")
     wanted = {name: told[name] for name in NAMES if name in told and (name != "strength" or told.get("init"))}

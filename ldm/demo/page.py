@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.grid import sheet
 from ldm.config.errors import UserError
+from ldm.demo.api import answer_of, order_of_call
+from ldm.demo.catalogue import Catalogue, Opened, Outfit, fixed
 from ldm.demo.files import Shelf
 from ldm.demo.guard import USER
-from ldm.demo.orders import MAX_PICTURES, NAMES, Form, blank, check_upload, fill_in, order_of, read_form
-from ldm.demo.status import command, finished, panel, progress
+from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
+from ldm.demo.status import command, finished, heading, idle, panel, progress, token_count
 from ldm.demo.studio import DrawOrder, Job, Studio
 from ldm.families.draws import Draws
+from ldm.sampling.adapters import told_shortly
 from ldm.sampling.axes import Axis, cells, read_axis
+from ldm.sampling.prompt_tags import parted
 from ldm.sampling.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -29,7 +34,11 @@ if TYPE_CHECKING:
 EMPTY = Axis("", ("",))
 BLOBS = 2**28  # bytes
 PERIOD_S = 0.15  # between two looks at a drawing
-OWN_SPACING = "the sampler's own"
+OPENING_S = 0.4  # after which a user is told that a model is opened
+ENLARGED = 0.3  # the denoising strength of an enlarged picture
+OWN_VAE = "Automatic"  # the model's own
+# What begins anew with another model.
+CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip")
 
 
 def load_gradio() -> Any:
@@ -47,39 +56,91 @@ class Page:
     studio: Studio
     shelf: Shelf
     model: str  # its name
-    facts: str  # about it, a few words
     largest: int  # px, of a side
     precision: str = ""  # of the networks' weights; empty: the model's own
     added: dict[str, str] = field(default_factory=dict)  # what recipes tell of its LoRAs and words
+    given: Catalogue | None = None  # what can be chosen; None: the studio's model alone
     jobs: dict[str, set[Job]] = field(default_factory=dict)  # by browser tab
+
+    def __post_init__(self) -> None:
+        self.catalogue = self.given or fixed(self.model, Opened(self.studio.family, self.added))
 
     @property
     def family(self) -> Draws:
-        """The model."""
+        """The first model."""
         return self.studio.family
+
+    def opened(self, model: str = "") -> Opened:
+        """A model by its name, if it is open, else the first."""
+        outfit = Outfit(model or self.catalogue.first[0])
+        if self.catalogue.is_open(outfit):
+            return self.catalogue.opened(outfit)
+        return Opened(self.studio.family, self.added)
 
     def form(self, values: list[Any]) -> Form:
         """What the components say; `values` in the order of NAMES."""
         told = dict(zip(NAMES, values, strict=True))
-        if told["spacing"] == OWN_SPACING:
-            told["spacing"] = ""
-        return read_form(told, self.largest, blank(self.family, self.precision))
+        model = "" if told["model"] == self.catalogue.first[0] else told["model"]
+        start = blank(self.opened(str(model or "")).family, self.precision)
+        return read_form({**told, "model": model}, self.largest, start)
+
+    def shown(self, form: Form) -> list[Any]:
+        """What the components show; in the order of NAMES."""
+        return [getattr(form, name) or (self.catalogue.first[0] if name == "model" else getattr(form, name)) for name in NAMES]
 
     async def generate(self, request: gr.Request, fresh: bool, editor: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Draw what the form says: panel, pictures, seed, the two buttons, paths."""
+
+        def wanted() -> tuple[Form, bytes | None, bytes | None]:
+            form = self.form(list(values))
+            return (replace(form, seed=secrets.randbelow(2**32)) if fresh else form), *painted(editor)
+
+        async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
+            async for told in drawn:
+                yield told
+
+    async def near(self, request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        """Draw four variations of a picture: as `generate`."""
+
+        def wanted() -> tuple[Form, bytes | None, bytes | None]:
+            form, _ = self.of_picture(path, list(values))
+            return replace(form, variations=4), None, None
+
+        async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
+            async for told in drawn:
+                yield told
+
+    async def enlarged(self, request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        """Draw a picture out of itself at twice its size: as `generate`."""
+
+        def wanted() -> tuple[Form, bytes | None, bytes | None]:
+            form, _ = self.of_picture(path, list(values))
+            width, height = 2 * form.width, 2 * form.height
+            if max(width, height) > self.largest:
+                raise UserError(f"size: {width}x{height} px is beyond the {self.largest} px that are drawn here")
+            return replace(form, width=width, height=height, strength=ENLARGED, hires=1.0), Path(str(path)).read_bytes(), None
+
+        async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
+            async for told in drawn:
+                yield told
+
+    async def _drawn(
+        self, request: gr.Request, wanted: Callable[[], tuple[Form, bytes | None, bytes | None]]
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Draw a form out of files, a picture and a mask: panel, pictures, seed, the two buttons, paths."""
         same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            form = self.form(list(values))
-            if fresh:
-                form = replace(form, seed=secrets.randbelow(2**32))
-            files = await asyncio.to_thread(painted, editor)
-            order = await asyncio.to_thread(order_of, self.family, self.model, form, *files, added=self.added)
+            form, *files = await asyncio.to_thread(wanted)
+            making = asyncio.create_task(asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, *files))
+            if not (await asyncio.wait({making}, timeout=OPENING_S))[0]:
+                yield panel(f"Opening {form.model or self.model}…", 0.0), same, form.seed, off, off, same
+            order = await making
             async with self._drawing(order, request) as job:
-                yield progress(job, self.studio.ahead(job)), [], form.seed, off, on, []
+                yield progress(job, self.studio.ahead(job), self.studio.waiting()), [], form.seed, off, on, []
                 async for said, paths in self._follow(job, user_of(request)):
                     yield said, same if paths is None else shown(paths), same, same, same, same if paths is None else paths
             init_image = [self.shelf.put(f"{name}.png", data) for name, data in zip(("init", "mask"), files, strict=True) if data]
-            again = command(order.recipes[0], len(order.recipes), self.model, init_image) if job.state == "done" else ""
+            again = command(order.recipes, form, init_image) if job.state == "done" else ""
             paths = await asyncio.to_thread(self._kept, job, user_of(request))
             yield finished(job, again), shown(paths), same, on, off, paths
         except UserError as error:
@@ -91,12 +152,12 @@ class Page:
         """Draw a sheet of what the form says, varied along two axes: panel, sheet, the two buttons."""
         same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            form = replace(self.form(list(values)), pictures=1)
+            form = replace(self.form(list(values)), pictures=1, variations=0, lines="")
             files = await asyncio.to_thread(painted, editor)
-            base = await asyncio.to_thread(order_of, self.family, self.model, form, *files, added=self.added)
+            base = await asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, *files)
             axes, whole = varied(base, (y or "", ys or ""), (x or "", xs or ""), form.spacing)
             async with self._drawing(whole, request) as job:
-                yield progress(job, self.studio.ahead(job)), None, off, on
+                yield progress(job, self.studio.ahead(job), self.studio.waiting()), None, off, on
                 async for said, _ in self._follow(job, user_of(request)):
                     yield said, same, same, same
             await asyncio.to_thread(self._kept, job, user_of(request))
@@ -113,8 +174,6 @@ class Page:
         """A job of a browser tab, which ends with whoever waits for it."""
         tab = str(request.session_hash)
         job = self.studio.submit(user_of(request), order)
-        if order.init_image is not None:
-            job.notes.extend(order.init_image.notices)
         self.jobs.setdefault(tab, set()).add(job)
         try:
             yield job
@@ -127,7 +186,7 @@ class Page:
         said, count = "", 0
         while not job.over:
             await asyncio.sleep(PERIOD_S)
-            fresh, done = progress(job, self.studio.ahead(job)), len(job.pictures)
+            fresh, done = progress(job, self.studio.ahead(job), self.studio.waiting()), len(job.pictures)
             if fresh != said:
                 yield fresh, (await asyncio.to_thread(self._kept, job, user)) if done > count else None
                 said, count = fresh, done
@@ -150,29 +209,129 @@ class Page:
         for job in self.jobs.pop(str(request.session_hash), set()):
             self.studio.cancel(job)
 
+    def of_picture(self, path: str | None, values: list[Any]) -> tuple[Form, list[str]]:
+        """The form with a picture's settings, and what should be known of those that it could not take.
+
+        Args:
+            values: what the components say, in the order of NAMES; may be left out.
+
+        Raises:
+            UserError: where there is no picture, or none with settings.
+        """
+        if path is None:
+            raise UserError("choose a picture first")
+        try:
+            check_upload("picture", Path(path).read_bytes())
+            found = read_recipe(Path(path))
+        except UserError as error:
+            raise UserError(str(error).replace(f"{path}: ", "")) from None
+        except OSError:
+            raise UserError("the picture is gone") from None
+        now = str(dict(zip(NAMES, values, strict=False)).get("model") or "")
+        family, first = self.opened(now).family, blank(self.opened(now).family, self.precision)
+        form = replace(first, model="" if now == self.catalogue.first[0] else now)
+        return fill_in(form, found, self.catalogue, family.content_hash, self.largest, self.added)
+
     def read(self, path: str | None, *values: Any) -> tuple[Any, ...]:
         """The form with a picture's settings: the note, then `values` in the order of NAMES, then whether seeds are fresh."""
         try:
-            if path is None:
-                raise UserError("choose a picture first")
-            check_upload("picture", Path(path).read_bytes())
-            found = read_recipe(Path(path))
-            form, notes = fill_in(blank(self.family, self.precision), found, self.family.content_hash, self.largest, self.added)
-        except (UserError, OSError) as error:
-            said = str(error).replace(f"{path}: ", "") if isinstance(error, UserError) else "the picture is gone"
-            return panel(said, bad=True), *[gr.skip()] * len(NAMES), gr.skip()
-        filled = [getattr(form, name) or OWN_SPACING if name == "spacing" else getattr(form, name) for name in NAMES]
-        return panel(" ".join(["The picture's settings are filled in.", *notes])), *filled, False
+            form, notes = self.of_picture(path, list(values))
+        except UserError as error:
+            return panel(str(error), bad=True), *[gr.skip()] * len(NAMES), gr.skip()
+        return panel(" ".join(["The picture's settings are filled in.", *notes])), *self.shown(form), False
+
+    async def choose(self, model: str | None) -> AsyncIterator[tuple[Any, ...]]:
+        """Open a model: the panel, the heading, its examples, then the form's CHOSEN fields as it begins with them."""
+        none = [gr.skip()] * (2 + len(CHOSEN))
+        try:
+            outfit = self.catalogue.chosen(str(model or ""), (), "")
+            yield panel(f"Opening {outfit.model}…", 0.0), *none
+            opened = await asyncio.to_thread(self.catalogue.opened, outfit)
+        except UserError as error:
+            yield panel(str(error), bad=True), *none
+            return
+        start, sides = blank(opened.family, self.precision), self.sides(opened.family)
+        told = [gr.update(value=getattr(start, name), **sides.get(name, {})) for name in CHOSEN]
+        yield idle(), self.heading(opened, outfit.model), gr.Dataset(samples=[[text] for text in opened.examples]), *told
+
+    def heading(self, opened: Opened, model: str) -> str:
+        """The page's first line."""
+        height, width = opened.family.defaults["size"]
+        size = f"{width} px" if width == height else f"{width}x{height} px"
+        return heading(model, " · ".join([size, opened.family.device.type, *told_shortly(opened.added)]))
+
+    def sides(self, family: Draws) -> dict[str, dict[str, Any]]:
+        """Labels and bounds of the sliders of width and height."""
+        factor, (height, width) = family.factor, family.defaults["size"]
+        size = {"width": width, "height": height}
+        most = self.largest // factor * factor
+        return {n: {"label": f"{n.title()} (trained: {size[n]})", "minimum": factor, "maximum": most, "step": factor} for n in size}
+
+    def tokens(self, prompt: str | None, notation: bool, model: str | None) -> str:
+        """How long a prompt is, for whoever writes it."""
+        from ldm.text.prompt_syntax import literal, read
+
+        words = str(prompt or "")[:MAX_PROMPT]
+        found = None
+        with contextlib.suppress(UserError):
+            words = parted(words)[0] if notation else words
+            found = self.opened(str(model or "")).family.tokens((read if notation else literal)(words))
+        return token_count(found)
+
+    def choices(self) -> tuple[Any, Any, Any]:
+        """What models, LoRAs and autoencoders there are by now: updates of their choosers."""
+        loras, vaes = list(self.catalogue.loras()), list(self.catalogue.vaes())
+        models = list(self.catalogue.models())
+        return (
+            gr.update(choices=models),
+            gr.update(choices=loras, visible=bool(loras)),
+            gr.update(choices=[(OWN_VAE, ""), *((name, name) for name in vaes)]),
+        )
 
     def history(self, request: gr.Request) -> tuple[Any, list[str]]:
         """What this user drew: pictures with captions, and their paths."""
         found = self.shelf.history(user_of(request))
         return [(str(one.path), f"{one.recipe.prompt} · seed {one.recipe.seed}") for one in found], [str(one.path) for one in found]
 
+    def drop(self, request: gr.Request, path: str | None) -> tuple[Any, list[str]]:
+        """Remove one picture of this user: what is left, as `history`."""
+        if path is not None:
+            self.shelf.forget(user_of(request), Path(path))
+        return self.history(request)
+
     def forget(self, request: gr.Request) -> tuple[Any, list[str]]:
         """Remove what this user drew."""
         self.shelf.forget(user_of(request))
         return [], []
+
+    async def call(self, wanted: dict[str, Any], request: gr.Request) -> dict[str, Any]:
+        """Draw what a client of gradio asks for: the fields of /api/schema; answers as /api/draw does."""
+
+        async def gone() -> bool:
+            return False
+
+        try:
+            return await self.draw(wanted, user_of(request), gone)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    async def draw(self, values: Any, user: str, gone: Callable[[], Awaitable[bool]]) -> dict[str, Any]:
+        """Draw what a call of the API says: see `ldm.demo.api`.
+
+        Args:
+            gone: whether nobody waits for the answer any more.
+
+        Raises:
+            UserError: for whatever is wrong with the request; `Busy` if the queue is full.
+        """
+        order = await asyncio.to_thread(order_of_call, self.catalogue, values, self.largest)
+        job = self.studio.submit(user, order)
+        try:
+            while not job.over and not await gone():
+                await asyncio.sleep(PERIOD_S)
+        finally:
+            self.studio.cancel(job)
+        return await asyncio.to_thread(answer_of, job)
 
 
 class Blobs(dict[str, Any]):
@@ -211,6 +370,11 @@ def at_place(paths: list[str], place: int) -> str | None:
     return paths[place if 0 <= place < len(paths) else 0] if paths else None
 
 
+def add_tag(prompt: str | None, lora: str | None) -> tuple[str, None]:
+    """The prompt with a LoRA's tag, as other programs write it; nothing is chosen any more."""
+    return (f"{prompt or ''} <lora:{lora}:1>".strip() if lora else prompt or ""), None
+
+
 def background(paths: list[str], place: int) -> tuple[Any, str]:
     """What the editor shows, the chosen picture without paint; and the panel."""
     path = at_place(paths, place)
@@ -237,7 +401,7 @@ def varied(base: DrawOrder, down: tuple[str, str], across: tuple[str, str], spac
         raise UserError(f"grid: {' x '.join(str(len(axis.values)) for axis in axes)} pictures; at most {MAX_PICTURES}")
     for axis in axes:
         if axis.name == "lora":
-            raise UserError("lora: this page's LoRAs are merged into its model when it starts; `ldm grid` varies their weights")
+            raise UserError("lora: a grid is drawn with one set of LoRAs; `ldm grid` varies their weights")
         if axis.name == "strength" and base.init_image is None:
             raise UserError("strength: changes nothing without a picture to start from")
         if axis.name == "hires_strength" and base.recipes[0].hires == 1:

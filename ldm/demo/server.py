@@ -20,9 +20,11 @@ from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import option
+from ldm.sampling.adapters import weighted
 from ldm.sampling.request import Adapters, Device
 
 if TYPE_CHECKING:
+    from ldm.demo.catalogue import Catalogue
     from ldm.demo.guard import Guard
     from ldm.demo.studio import Studio
     from ldm.families.draws import Draws
@@ -49,6 +51,12 @@ class Door:
     precision: str = option("", "Precision: fp32 bf16 fp16; default: the model's.")
     largest: int = option(1024, "px: the longest side that may be asked for.", low=8, high=8192, name="--max-size")
     low_memory: bool = option(False, "One part of the model in memory at a time; no previews.")
+    models: tuple[Path, ...] = option((), "A folder of models to choose from, besides runs/*; may be repeated.")
+    lora_dir: tuple[Path, ...] = option((), "A folder of LoRAs to choose from, besides runs/*/lora; may be repeated.")
+    vae_dir: tuple[Path, ...] = option((), "A folder of autoencoders to choose from; may be repeated.")
+    keep: int = option(1, "Models that stay in memory; another one takes the place of the one unused for longest.", low=1)
+    gallery: Path = option(Path("outputs/demo"), "A folder where pictures stay, each user's in one of their own.")
+    no_gallery: bool = option(False, "No picture stays when the page ends.")
 
 
 def demo(door: Door, adapters: Adapters, device: Device) -> int:
@@ -61,15 +69,29 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
         import uvicorn
     except ImportError as error:
         raise UserError(MISSING if error.name in ("gradio", "uvicorn") else f"{MISSING} ({error})") from None
+    for name, folders in (("models", door.models), ("lora_dir", door.lora_dir), ("vae_dir", door.vae_dir)):
+        for one in folders:
+            if not one.is_dir():
+                raise UserError(f"{name}: {one} is not a folder; give the one that they are in")
     folder = model_for(door.model)
     listener = listen(door.host, door.port)
     from ldm.demo.studio import Studio
 
+    catalogue = catalogue_of(folder, door, adapters, device)
     with tempfile.TemporaryDirectory(prefix="ldm-demo-") as files, listener:
-        family, added = opened(folder, device.device, door.precision, door.low_memory, adapters)
-        with Studio(family, previews=not door.low_memory) as studio:
-            model, token = name_of(folder), door.token or None
-            guard = application(studio, Path(files), model, token=token, largest=door.largest, precision=door.precision, added=added)
+        first = catalogue.opened(catalogue.chosen("", (), ""))
+        with Studio(first.family, previews=not door.low_memory) as studio:
+            guard = application(
+                studio,
+                Path(files),
+                name_of(folder),
+                token=door.token or None,
+                largest=door.largest,
+                precision=door.precision,
+                added=dict(first.added),
+                catalogue=catalogue,
+                gallery=None if door.no_gallery else door.gallery,
+            )
             shown = f"[{door.host}]" if ":" in door.host else door.host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)
 
@@ -146,16 +168,39 @@ def quiet() -> None:
     os.environ.update(GRADIO_MCP_SERVER="False", GRADIO_SHARE="False", GRADIO_NUM_PORTS="1")
 
 
-def opened(folder: str, device: str, precision: str, low_memory: bool, adapters: Adapters) -> tuple[Draws, dict[str, str]]:
-    """The model, ready to draw, and what recipes tell of its LoRAs and words."""
-    from ldm.families.draws import Running, Wanted
-    from ldm.families.registry import open_finished
-    from ldm.sampling.adapters import add, decoded_by
+def catalogue_of(folder: str, door: Door, adapters: Adapters, device: Device) -> Catalogue:
+    """What can be chosen, and how it is opened."""
+    from ldm.demo.catalogue import Catalogue, Opened, Outfit
 
-    family = open_finished(folder, device_for(device), low_memory)
-    added = add(family, adapters.lora, adapters.embedding, {}, tell) | decoded_by(family, adapters.vae, {}, tell)
-    family.ready(Path(folder), Running(low_memory=low_memory), family.settings(Wanted(precision=precision)).precision)
-    return family, added
+    def open(outfit: Outfit) -> Opened:
+        from ldm.families.draws import Running, Wanted
+        from ldm.families.registry import open_finished
+        from ldm.sampling.adapters import add, decoded_by
+
+        place, vae = outfit.model, Path(outfit.vae) if outfit.vae else adapters.vae
+        family = open_finished(place, device_for(device.device), door.low_memory)
+        added = add(family, (*adapters.lora, *outfit.loras), adapters.embedding, {}, tell) | decoded_by(family, vae, {}, tell)
+        family.ready(Path(place), Running(low_memory=door.low_memory), family.settings(Wanted(precision=door.precision)).precision)
+        return Opened(family, added, examples_of(place, family))
+
+    return Catalogue(
+        (name_of(folder), folder),
+        open,
+        models=door.models,
+        loras=door.lora_dir,
+        vaes=door.vae_dir,
+        given=frozenset(Path(weighted(word)[0]).stem for word in adapters.lora),
+        kept=door.keep,
+    )
+
+
+def examples_of(folder: str, family: Draws) -> tuple[str, ...]:
+    """Prompts that a model was taught, as far as its record tells any, of words that it knows."""
+    from ldm.formats.model_folder import read_record, root_of
+
+    story = read_record(root_of(folder)).get("story", {})
+    told = [text for text in (story.get("prompt"), *(story.get("examples") or [])) if isinstance(text, str)]
+    return tuple(text for text in dict.fromkeys(told) if text.strip() and not family.unknown(text))
 
 
 def application(
@@ -167,6 +212,8 @@ def application(
     largest: int = 1024,
     precision: str = "",
     added: dict[str, str] | None = None,
+    catalogue: Catalogue | None = None,
+    gallery: Path | None = None,
 ) -> Guard:
     """The page behind its guard, as an ASGI application.
 
@@ -177,6 +224,8 @@ def application(
         largest: px, of a side.
         precision: of the networks' weights; empty: the model's own.
         added: what recipes tell of the model's LoRAs and words, as `ldm.sampling.adapters.add` gives it.
+        catalogue: what can be chosen; None: the studio's model alone.
+        gallery: where pictures stay; None: nowhere.
     """
     quiet()
     os.environ["GRADIO_TEMP_DIR"] = str(files.resolve())
@@ -188,12 +237,10 @@ def application(
     from ldm.demo.layout import build
     from ldm.demo.orders import MAX_BYTES, MAX_PIXELS
     from ldm.demo.page import Page
-    from ldm.demo.status import CSS, HEAD
-    from ldm.sampling.adapters import told_shortly
+    from ldm.demo.routes import add_routes
+    from ldm.demo.status import CSS, head
 
-    shelf = Shelf(files.resolve())
-    facts = " · ".join([f"{studio.family.defaults['size'][0]} px", studio.family.device.type, *told_shortly(added or {})])
-    page = Page(studio, shelf, model, facts, largest, precision, added or {})
+    page = Page(studio, Shelf(files.resolve(), gallery=gallery), model, largest, precision, added or {}, catalogue)
     blocks = build(page)
     blocks.has_launched = True  # gradio looks where a client's files lie only after its own launch()
     fonts = [gradio.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "sans-serif")]
@@ -211,12 +258,15 @@ def application(
         block_shadow="none",
         block_border_width="1px",
         input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
         input_shadow="none",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
     functions = {number: len(function.inputs) for number, function in blocks.fns.items()}
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_routes(outer, page)  # before gradio's, which answer to every path
     gradio.mount_gradio_app(
         outer,
         blocks,
@@ -230,6 +280,6 @@ def application(
         mcp_server=False,
         theme=theme,
         css=CSS,
-        head=HEAD,
+        head=head(),
     )
     return Guard(outer, files, token, largest=2 * MAX_BYTES, pixels=max(MAX_PIXELS, largest**2), functions=functions)

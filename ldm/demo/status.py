@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ldm.config.options import options_of
+from ldm.demo.orders import Form
 from ldm.demo.studio import Job
 from ldm.sampling.adapters import remembered
 from ldm.sampling.recipe import Recipe
+from ldm.sampling.request import Base, Choice, Editing, SamplerOptions
 
 JPEG = 85  # quality of previews
 
@@ -22,29 +26,117 @@ CSS = """
 .gradio-container { max-width: 1500px !important; width: 100% !important; margin: auto }
 #ldm-live, #ldm-live > * { padding: 0 !important }
 #ldm-pictures .grid-wrap, #ldm-history .grid-wrap { max-height: 78vh }
-.ldm-head { display: flex; align-items: baseline; gap: 14px; padding: 2px 4px }
-.ldm-head b { font-size: 20px; font-weight: 650; letter-spacing: -.01em }
+.ldm-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding: 2px 4px }
+.ldm-head b { font-size: 20px; font-weight: 650; letter-spacing: -.01em; overflow-wrap: anywhere }
 .ldm-head span, .ldm-quiet { color: var(--body-text-color-subdued); font-size: 13px }
 .ldm-live { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 12px;
   background: var(--block-background-fill) }
 .ldm-bar { height: 6px; border-radius: 3px; overflow: hidden; background: var(--border-color-primary); margin-bottom: 8px }
 .ldm-bar i { display: block; height: 100%; background: var(--color-accent); border-radius: 3px; transition: width .2s }
-.ldm-live p { margin: 0; font-size: 14px; font-variant-numeric: tabular-nums }
+.ldm-live p { margin: 0; font-size: 14px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .ldm-live img { display: block; margin: 10px auto 0; height: min(320px, 40vh); max-width: 100%; object-fit: contain; border-radius: 6px }
 .ldm-bad { border-color: #d9534f; background: color-mix(in srgb, #d9534f 9%, var(--block-background-fill)) }
 .ldm-code { font-family: var(--font-mono); font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 0;
   padding: 8px 10px; border-radius: 6px; background: var(--background-fill-secondary) }
+.ldm-tokens { margin: 0; padding: 0 4px; text-align: right; font-size: 12px; color: var(--body-text-color-subdued) }
+.ldm-many { color: var(--color-accent) }
 #ldm-prompt textarea { font-size: 16px }
-#ldm-fresh { align-self: end; padding-bottom: 10px }
+#ldm-fresh { align-self: end; padding-bottom: 10px; flex-shrink: 0; overflow: visible !important }
+#ldm-fresh label, #ldm-fresh .label-text { overflow: visible; white-space: nowrap }
+#ldm-tokens { min-height: 0 !important; margin: -8px 0 }
+.gradio-container .label-wrap { text-align: left }
+#ldm-examples .gallery { gap: 6px }
+#ldm-drop { white-space: normal }
+body.ldm-over::after { content: "Drop the picture to take its settings"; position: fixed; inset: 10px; z-index: 99; display: grid;
+  place-items: center; pointer-events: none; border: 3px dashed var(--color-accent); border-radius: 12px; font-size: 20px;
+  color: var(--body-text-color); background: color-mix(in srgb, var(--background-fill-primary) 85%, transparent) }
 footer { display: none !important }
+@media (max-width: 760px) {
+  #ldm-left { display: contents }
+  #ldm-halves { flex-direction: column; flex-wrap: nowrap }
+  #ldm-ask { order: 1 } #ldm-right { order: 2 } #ldm-settings { order: 3 }
+}
 """
-HEAD = """<script>
-document.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return
-  document.querySelector("#ldm-generate")?.click()
-  event.preventDefault()
-});
+SCRIPT = """<script>
+(() => {
+  const tips = TIPS, free = button => button && !button.disabled
+  document.addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      document.querySelector("#ldm-generate")?.click()
+      event.preventDefault()
+    } else if (event.key === "Escape") {
+      const stop = document.querySelector("#ldm-cancel")
+      if (free(stop)) stop.click()
+    }
+  })
+  document.addEventListener("mouseover", event => {
+    const part = event.target.closest?.('[id^="ldm-"]')
+    if (part && tips[part.id] && !part.title) part.title = tips[part.id]
+  })
+  const picture = event => [...(event.dataTransfer?.items ?? [])].some(one => one.kind === "file")
+    && !event.target.closest?.("#ldm-editor, #ldm-load")
+  let leaving
+  document.addEventListener("dragover", event => {
+    if (!picture(event)) return
+    event.preventDefault()
+    document.body.classList.add("ldm-over")
+    clearTimeout(leaving)
+    leaving = setTimeout(() => document.body.classList.remove("ldm-over"), 250)
+  }, true)
+  document.addEventListener("drop", event => {
+    if (!picture(event)) return
+    event.preventDefault()
+    event.stopPropagation()
+    document.body.classList.remove("ldm-over")
+    const input = document.querySelector("input#ldm-drop, #ldm-drop input[type=file], #ldm-drop ~ input[type=file]")
+      ?? document.querySelector("#ldm-drop")?.parentElement.querySelector("input[type=file]")
+    input.files = event.dataTransfer.files
+    input.dispatchEvent(new Event("change", {bubbles: true}))
+  }, true)
+})();
 </script>"""
+# What a part of the page says when the mouse rests on it; where it is an option of `ldm sample`, that option's help.
+TIPS = {
+    "ldm-model": "What draws: the runs here, and the folders that were given by --models.",
+    "ldm-lora": "Adds <lora:NAME:1> to the prompt; the number is its weight.",
+    "ldm-prompt": "What to draw. Ctrl+Enter draws, Esc stops.",
+    "ldm-width": "--size WIDTHxHEIGHT; far from the size that the model was trained at, pictures fall apart: enlarge them instead.",
+    "ldm-height": "--size WIDTHxHEIGHT; far from the size that the model was trained at, pictures fall apart: enlarge them instead.",
+    "ldm-fresh": "A new seed for every drawing; without it the seed stays.",
+    "ldm-many": "So many pictures at once; picture k has the seed + k.",
+    "ldm-vae": "Another autoencoder than the model's, out of a folder given by --vae-dir.",
+    "ldm-lines": "As --prompts FILE of ldm sample: a prompt a line, with flags such as --d 5 (seed), --s 30 (steps), --n blurry.",
+    "ldm-notation": "(word:1.3) is stronger, [word] weaker, [a:b:0.5] changes, BREAK and AND divide; without it all stand for themselves.",
+    "ldm-delete": "Delete the chosen picture, its file too.",
+    "ldm-forget": "Delete all of your pictures, their files too.",
+}
+OPTION_TIPS = {
+    "negative": "negative",
+    "seed": "seed",
+    "steps": "steps",
+    "guidance": "guidance",
+    "sampler": "sampler",
+    "spacing": "spacing",
+    "strength": "strength",
+    "hires": "hires",
+    "hires-strength": "hires_strength",
+    "variations": "variations",
+    "variation-strength": "variation_strength",
+    "clip-skip": "clip_skip",
+    "rescale": "rescale",
+    "eta": "eta",
+    "from": "guidance_interval",
+    "to": "guidance_interval",
+    "curve": "guidance_curve",
+    "precision": "precision",
+}
+
+
+def head() -> str:
+    """What the page's head has besides: keys, tooltips, and pictures that are dropped anywhere."""
+    told = {name: one.help for part in (Base, Choice, SamplerOptions, Editing) for name, one in options_of(part).items()}
+    tips = TIPS | {f"ldm-{name}": told[option] for name, option in OPTION_TIPS.items()}
+    return SCRIPT.replace("TIPS", json.dumps(tips).replace("<", "\\u003c"))
 
 
 def heading(model: str, facts: str) -> str:
@@ -64,15 +156,30 @@ def panel(text: str, share: float | None = None, preview: Any = None, bad: bool 
     return f'<div class="ldm-live{" ldm-bad" * bad}">{bar}<p>{escape(text)}</p>{image}</div>'
 
 
-def progress(job: Job, ahead: int) -> str:
-    """Where a job is by now."""
+def progress(job: Job, ahead: int, waiting: tuple[int, int] = (1, 0)) -> str:
+    """Where a job is by now.
+
+    Args:
+        waiting: the orders in the queue, this one included, and their pictures.
+    """
     many = len(job.order.recipes)
+    queue = f" In the queue: {waiting[0]} orders, {waiting[1]} pictures." if waiting[0] > 1 else ""
     if job.state == "waiting":
         before = f"{ahead} turn{'s' * (ahead != 1)} before yours" if ahead else "next"
-        return panel(f"Waiting: {before}.", 0.0)
+        return panel(f"Waiting: {before}.{queue}", 0.0)
     which = f"picture {min(len(job.pictures) + 1, many)} of {many}" if many > 1 else "the picture"
     step = f", step {job.steps} of {job.of}" if job.of else ""
-    return panel(f"Drawing {which}{step}", job.progress, job.preview)
+    return panel(f"Drawing {which}{step}.{queue}", job.progress, job.preview)
+
+
+def token_count(found: tuple[int, int] | None) -> str:
+    """How long a prompt is: its tokens, and how many are read at once."""
+    if found is None:
+        return ""
+    count, room = found
+    chunks = -(-count // room) if count > room else 1
+    more = f" · read in {chunks} parts" if chunks > 1 else ""
+    return f'<p class="ldm-tokens{" ldm-many" * (chunks > 1)}">{count} of {room} tokens{more}</p>'
 
 
 def finished(job: Job, extra: str = "") -> str:
@@ -87,13 +194,17 @@ def finished(job: Job, extra: str = "") -> str:
     return f'<div class="ldm-live"><p>{said}</p>{notes}{extra}</div>'
 
 
-def command(recipe: Recipe, many: int = 1, model: str = "MODEL", init_image: Sequence[Path] = ()) -> str:
+def command(recipes: Sequence[Recipe], form: Form, init_image: Sequence[Path] = ()) -> str:
     """The command that draws the same pictures, and where the files are that it needs."""
-    words = ["ldm", "sample", recipe.prompt, "--model", model, "--seed", str(recipe.seed), "--size", f"{recipe.width}x{recipe.height}"]
+    recipe, many = recipes[0], form.pictures
+    words = ["ldm", "sample", "--prompts", "prompts.txt"] if form.lines.strip() else ["ldm", "sample", recipe.prompt]
+    seed = form.seed if form.lines.strip() else recipe.seed
+    words += ["--model", recipe.model, "--seed", str(seed), "--size", f"{recipe.width}x{recipe.height}"]
     words += ["--steps", str(recipe.steps), "--guidance", f"{recipe.guidance:g}", "--sampler", recipe.sampler, "--spacing", recipe.spacing]
     words += ["--precision", recipe.precision]
     words += ["--n", str(many)] if many > 1 else []
     words += ["--negative", recipe.negative] if recipe.negative else []
+    words += ["--variations", str(form.variations), "--variation-strength", repr(form.variation_strength)] if form.variations else []
     words += [] if recipe.notation else ["--literal"]
     for name, usual in (("rescale", None), ("eta", 0.0), ("clip_skip", 1), ("guidance_curve", "constant")):
         if (value := getattr(recipe, name)) != usual:

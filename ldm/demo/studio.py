@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,9 @@ class DrawOrder:
 
     recipes: tuple[Recipe, ...]
     init_image: InitImage | None = None  # what all of them are drawn out of
+    family: Callable[[], Draws] | None = None  # opens the model that draws them; None: the studio's own
+    room: int = 0  # how many that model draws at once; 0: the studio's own number
+    notes: tuple[str, ...] = ()  # what whoever asked should know
 
 
 @dataclass(eq=False)
@@ -76,14 +79,14 @@ Unit = list[tuple[Job, int]]  # recipes, by job and place, that are drawn in one
 
 
 class Studio:
-    """One model and those who wait for it.
+    """A model, or several by turns, and those who wait for them.
 
     Users take turns, and a turn is what the network draws at once (`defaults.chunk` pictures): whoever wishes for a hundred
     pictures does not hold up whoever wishes for one. Where a turn has room left, it takes along other users' pictures of the
     same settings and size. None of this changes a picture, which depends on its recipe alone.
 
     Args:
-        family: ready to draw (`ldm.families.draws.Draws.ready`).
+        family: ready to draw (`ldm.families.draws.Draws.ready`); what draws orders that name no other.
         each: orders that one user may have in the queue.
         total: orders in the queue in all.
         previews: whether pictures are shown while they are drawn.
@@ -105,7 +108,7 @@ class Studio:
         Raises:
             Busy: if the queue is full.
         """
-        job = Job(user, order)
+        job = Job(user, order, notes=list(order.notes))
         if not order.recipes:
             job.state = "done"
             return job
@@ -132,6 +135,12 @@ class Studio:
             lengths = [len(self._queue[user]) for user in users]
             others = sum(min(length, place + (i < before)) for i, length in enumerate(lengths) if i != before)
             return others + place
+
+    def waiting(self) -> tuple[int, int]:
+        """The orders in the queue, those being drawn included, and their pictures that are still to be drawn."""
+        with self._changed:
+            jobs = [job for own in self._queue.values() for job in own]
+            return len(jobs), sum(len(job.order.recipes) - len(job.pictures) for job in jobs)
 
     def wait(self, job: Job, timeout: float | None = None) -> bool:
         """Wait until a job is over, or so many seconds; whether it is."""
@@ -194,8 +203,8 @@ class Studio:
 
     def _turn(self) -> Unit:
         """The next user's next recipes, with others' that are alike where there is room."""
-        room = int(self.family.defaults["chunk"])
         first = next(iter(self._queue.values()))[0]
+        room = first.order.room or int(self.family.defaults["chunk"])
         kind = _kind(first.order.recipes[first.taken])
         unit = self._take(first, room, kind)
         for job in [job for jobs in self._queue.values() for job in jobs if job is not first]:
@@ -260,10 +269,11 @@ class Studio:
 
         if all(job.over for job in jobs):
             raise Cancelled
-        watching = self._watching([job for job, _ in unit])
-        return drawing.draw(self.family, found, init_image=jobs[0].order.init_image, edits=watching, on_step=on_step, note=note)
+        family = jobs[0].order.family() if jobs[0].order.family is not None else self.family
+        watching = self._watching([job for job, _ in unit], family)
+        return drawing.draw(family, found, init_image=jobs[0].order.init_image, edits=watching, on_step=on_step, note=note)
 
-    def _watching(self, owners: Sequence[Job]) -> tuple[Any, ...]:
+    def _watching(self, owners: Sequence[Job], family: Draws) -> tuple[Any, ...]:
         """What changes nothing, shows what is drawn by now, and stops where nobody waits for it."""
         last = time.monotonic()
 
@@ -273,13 +283,13 @@ class Studio:
                 raise Cancelled
             if self.previews and time.monotonic() - last > max(0.2, self._cost / SHARE):
                 began = time.monotonic()
-                self._show(x0, [owners[row] for row in rows])
+                self._show(x0, [owners[row] for row in rows], family)
                 last = time.monotonic()
                 self._cost = last - began
 
-        return self.family.watch(see)
+        return family.watch(see)
 
-    def _show(self, x0: Tensor, owners: Sequence[Job]) -> None:
+    def _show(self, x0: Tensor, owners: Sequence[Job], family: Draws) -> None:
         """Decode the first picture of each job."""
         from ldm.data.pictures import to_uint8
 
@@ -288,7 +298,7 @@ class Studio:
             first.setdefault(job, place)
         shown = [(job, place) for job, place in first.items() if not job.over][:PREVIEWS]
         for job, place in shown:
-            image = self.family.decode(x0[place : place + 1].detach())
+            image = family.decode(x0[place : place + 1].detach())
             seen = to_uint8(image.nan_to_num())[0].numpy()
             with self._changed:
                 if not job.over:

@@ -326,6 +326,10 @@ class Draws(Protocol):
         """Whether a prompt has a learned word in it."""
         return word.casefold() in prompt.casefold()
 
+    def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
+        """The tokens of a prompt, and how many are read at once; None where there is no such number."""
+        return None
+
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that no caption can have had from which the model learned, as far as that can be told."""
         return []

@@ -36,10 +36,15 @@ from ldm.runs.launch_checks import by_heart, missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside, sweep
+from ldm.text.lengths import spread
 from ldm.training.checkpoint import CARRIED, Former
 from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
+
+EXAMPLES = 6  # captions that a model remembers, for whoever asks what it can draw
+
+EXAMPLES = 6  # captions that a model remembers, for whoever asks what it can draw
 
 
 class Execution:
@@ -330,10 +335,13 @@ class Execution:
         }
         caption = next(iter(self.val.captions([0], [0], 0)), "a picture") if len(self.val) else "a picture"
         described = self.data.describe()
+        chosen = list(spread(len(self.val), EXAMPLES))
+        captions = self.val.captions(chosen, chosen, 0) if chosen else []
         return {
             "name": self.run.name,
             "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
             "prompt": self._example_of(caption).replace('"', ""),
+            "examples": list(dict.fromkeys(self._example_of(text)[:200] for text in captions)),
             "stages": stages,
         }
 

@@ -49,7 +49,7 @@ def page(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     load_gradio()
     shelf = Shelf(tmp_path_factory.mktemp("shelf"))
     with Studio(load(kl_model)) as studio:
-        yield Page(studio, shelf, "tiny", "", 256)
+        yield Page(studio, shelf, "tiny", 256)
     shelf.close()
 
 
@@ -268,7 +268,7 @@ def test_other_programs_pictures_are_read_as_far_as_they_fit(page: Any, tmp_path
 
 def test_settings_that_the_page_lacks_are_told(page: Any) -> None:
     base = Recipe(**{**MADE, "model": "other"})
-    _, notes = fill_in(blank(page.family), replace(base, variation=0.5, init="f" * 64), page.family.content_hash, 256)
+    _, notes = fill_in(blank(page.family), replace(base, variation=0.5, init="f" * 64), page.catalogue, page.family.content_hash, 256)
     assert ["made by the model other" in notes[0], "drawn out of another picture" in notes[1], "variation" in notes[2]] == [True] * 3
     _, notes = fill_in(blank(page.family), replace(base, crop="8,0", original_size="64x64"), page.family.content_hash, 256)
     assert "It also used original_size, crop, which this page does not have" in notes[-1]

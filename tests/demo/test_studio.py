@@ -228,8 +228,8 @@ def test_previews_and_progress_are_seen_and_change_nothing(studio: Studio, famil
     shares: list[float] = []
     show = Studio._show
 
-    def spy(self: Studio, x0: Any, owners: list[Job]) -> None:
-        show(self, x0, owners)
+    def spy(self: Studio, x0: Any, owners: list[Job], family: Any) -> None:
+        show(self, x0, owners, family)
         seen.append(owners[0].preview)  # type: ignore[arg-type]
         shares.append(owners[0].progress)
 
@@ -251,5 +251,5 @@ def test_an_empty_order_is_done_and_notes_are_kept(studio: Studio, monkeypatch: 
 
 
 def test_a_watching_edit_is_all_that_is_added(studio: Studio) -> None:
-    (made,) = studio._watching([])
+    (made,) = studio._watching([], studio.family)
     assert replace(made, guide=None) == Edit()

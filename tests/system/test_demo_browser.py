@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import os
@@ -148,6 +149,20 @@ def settings(data: bytes, folder: Path) -> Recipe:
     return found
 
 
+DROP = "#ldm-drop input[type=file], #ldm-drop ~ input[type=file], :has(> #ldm-drop) > input[type=file]"
+
+
+def drop(page: Any, data: bytes, where: str) -> None:
+    """Drop a picture on a part of the page."""
+    script = """([data, where]) => {
+      const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0)), moved = new DataTransfer()
+      moved.items.add(new File([bytes], "dropped.png", {type: "image/png"}))
+      for (const type of ["dragover", "drop"])
+        document.querySelector(where).dispatchEvent(new DragEvent(type, {dataTransfer: moved, bubbles: true, cancelable: true}))
+    }"""
+    page.evaluate(script, [base64.b64encode(data).decode(), where])
+
+
 def test_typing_and_drawing_shows_the_picture_of_sample(ann: User, kl_model: Path, tmp_path: Path) -> None:
     drawn = ann.draw(prompt="a red circle", negative="blurry", many=2, steps=3)
     assert len(drawn) == 2 and settings(drawn[1], tmp_path).seed == settings(drawn[0], tmp_path).seed + 1
@@ -198,7 +213,8 @@ def test_painting_draws_anew_under_the_paint_alone(ann: User, tmp_path: Path) ->
 def test_cancelling_frees_the_place(bob: User, server: Served) -> None:
     bob.start(prompt="a ring", steps=150, many=64)
     bob.page.wait_for_selector("#ldm-live .ldm-bar")
-    bob.page.click("#ldm-cancel:not([disabled])")
+    bob.page.wait_for_selector("#ldm-cancel:not([disabled])")
+    bob.page.keyboard.press("Escape")
     bob.wait("Cancelled")
     assert len(bob.draw(many=1, steps=2)) == 1
     bob.start(steps=150, many=64)
@@ -229,8 +245,7 @@ def test_two_users_at_once_have_their_own_pictures(ann: User, bob: User, tmp_pat
 def test_a_dropped_picture_fills_in_its_settings(ann: User, bob: User, tmp_path: Path) -> None:
     (drawn,) = ann.draw(prompt="a (green:1.2) ring", steps=7, guidance=3.5, many=1)
     (tmp_path / "drawn.png").write_bytes(drawn)
-    bob.page.click("#ldm-read > button")
-    bob.page.set_input_files("#ldm-drop input[type=file]", tmp_path / "drawn.png")
+    drop(bob.page, drawn, "#ldm-pictures")
     bob.wait("settings are filled in")
     assert bob.page.input_value("#ldm-prompt textarea") == "a (green:1.2) ring"
     (again,) = bob.draw()
@@ -242,8 +257,7 @@ def test_a_gigabyte_is_refused_and_the_page_goes_on(ann: User, server: Served, t
     with huge.open("wb") as file:
         file.truncate(2**30)
     before = sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file())
-    ann.page.click("#ldm-read > button")
-    ann.page.set_input_files("#ldm-drop input[type=file]", huge)
+    ann.page.set_input_files(DROP, huge)
     ann.page.wait_for_selector("text=/exceeds|too large|maximum/i")
     assert sum(path.stat().st_size for path in server.files.rglob("*") if path.is_file()) == before
     ann.forgive()
@@ -275,3 +289,12 @@ def test_a_grid_is_shown(ann: User, server: Served) -> None:
     ann.wait("6 pictures in")
     address = ann.page.get_attribute("#ldm-grid img", "src")
     assert pixels(ann.context.request.get(address).body()).shape[0] > 3 * SIDE
+
+
+def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User) -> None:
+    ann.write(prompt="a red circle")
+    ann.page.wait_for_function("document.querySelector('#ldm-tokens').innerText.match(/^3 of [0-9]+ tokens/)")
+    ann.page.click("#ldm-examples button")
+    ann.page.wait_for_function("document.querySelector('#ldm-prompt textarea').value === 'a small red circle'")
+    ann.page.hover("#ldm-steps")
+    assert "Denoising steps" in str(ann.page.get_attribute("#ldm-steps", "title"))

@@ -591,6 +591,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """Whether a prompt has a learned word in it, as the text encoder reads it."""
         return self.text.says(prompt, word)
 
+    def tokens(self, prompt: Prompt) -> tuple[int, int]:
+        """Of the words, without the special tokens; of several prompts joined by AND the longest."""
+        counts = [sum(len(chunk.ids) for chunk in chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1)]
+        return max(counts), self.text.room
+
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that a tokenizer of the run's own captions has never met."""
         return self.text.unknown(prompt)
