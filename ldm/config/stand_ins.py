@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import json
@@ -48,6 +49,7 @@ def _answer(work: Callable[[], str], writing: int) -> None:
     from ldm.config.errors import UserError
 
     try:
+        gc.disable()  # this process ends before it would pay
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # whatever is said in passing will be said by who does the work in earnest
         sys.meta_path.insert(0, _Finder())
         try:

@@ -25,6 +25,7 @@ def prepare() -> None:
     # Torch's own words on a broken connection to another process are some twenty lines; ldm says it in one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look through every package that is installed
 
 
 def keep_blocks() -> None:
