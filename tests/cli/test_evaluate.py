@@ -58,7 +58,8 @@ def test_the_verb_measures_everything_and_writes_it(painter, tmp_path, capsys):
     assert found["adherence"]["seen"]["bind"] == found["adherence"]["held_out"]["bind"] == 1
     protocol = found["adherence"]["protocol"]
     assert (protocol["prompts"], protocol["guidance"], protocol["steps"], protocol["seed"]) == (6, [1, 2.5], 5, 3)
-    assert found["reconstruction"]["protocol"] == {"images": 8, "resolution": SIDE} and found["frechet"]["protocol"]["images"] == 8
+    assert found["reconstruction"]["protocol"].items() >= {"images": 8, "resolution": SIDE}.items()
+    assert found["frechet"]["protocol"]["images"] == 8
     assert math.isfinite(found["frechet"]["distance"])
     for path in (tmp_path / "shown").glob("*.png"):
         Image.open(path).load()
