@@ -165,7 +165,8 @@ def _check_betas(start: float, end: float) -> None:
 
 
 def precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    """The finest floating point of a device: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @lru_cache(maxsize=32)

@@ -424,10 +424,10 @@ def measure(
         index = list(range(start, min(start + 64, count)))
         image = data.load(index, index, resolution, seed, False).image.to(device)
         if isinstance(network, VQAutoencoder):
-            mean, extra = network.encode(image).double(), 0.0
+            mean, extra = network.encode(image).cpu().double(), 0.0
         else:
             posterior, logvar = network.encode(image)
-            mean, extra = posterior.double(), logvar.double().exp().sum((0, 2, 3))
+            mean, extra = posterior.cpu().double(), logvar.cpu().double().exp().sum((0, 2, 3))
         first = first + mean.sum((0, 2, 3))
         second = second + mean.square().sum((0, 2, 3)) + extra
         total += mean.shape[0] * mean.shape[2] * mean.shape[3]

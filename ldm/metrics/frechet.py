@@ -32,7 +32,7 @@ def features(images: Tensor) -> NDArray[np.float64]:
     """Mean and deviation of every filter of three 3x3 stride-2 layers, (N,192), of images (N,3,H,W) in [-1,1]."""
     layers, rows = weights(), []
     for part in images.split(256):
-        x = part.double().cpu()
+        x = part.cpu().double()
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
         columns = []

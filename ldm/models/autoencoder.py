@@ -14,6 +14,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import typed
 from ldm.config.schema import Codes, Count, Depth, Finite, Positive, PositiveFloat, Width, config, named
 from ldm.diffusion.rng import Rng
+from ldm.diffusion.schedules import precise
 from ldm.models.blocks import start_as_identity
 from ldm.models.coder import CoderShape, Decoder, Encoder
 from ldm.models.diffusers_config import (
@@ -308,7 +309,7 @@ class Codebook(nn.Module):
 def code_use(usage: Tensor) -> tuple[Tensor, Tensor]:
     """Share of codes in use, and perplexity exp(entropy), of how often each code is used (codes,)."""
     share = (usage >= DEAD * usage.mean()).float().mean()
-    chance = usage.double() / usage.sum().clamp_min(1e-12)
+    chance = usage.to(precise(usage.device)) / usage.sum().clamp_min(1e-12)
     return share, torch.special.entr(chance).sum().exp().float()
 
 
@@ -373,7 +374,7 @@ def _one_by_one(state: Mapping[str, Tensor], name: str, channels: int) -> tuple[
     """Weight matrix and bias of a 1x1 convolution in float64; the identity where there is none."""
     if f"{name}.weight" not in state:
         return torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    return state[f"{name}.weight"].double().flatten(1).cpu(), state[f"{name}.bias"].double().cpu()
+    return state[f"{name}.weight"].cpu().double().flatten(1), state[f"{name}.bias"].cpu().double()
 
 
 def _put(made: dict[str, Tensor], name: str, weight: Tensor, bias: Tensor, state: Mapping[str, Tensor]) -> None:

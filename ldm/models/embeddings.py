@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.diffusion.schedules import precise
 
 COORDINATES = 6  # x, y and the cosine and sine of each
 
@@ -106,7 +107,7 @@ def unpatch(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 
 def places(channels: int, height: int, width: int, base: int, scale: float, device: torch.device | None = None) -> Tensor:
     """Sines and cosines of x, then of y, of every place of a grid, (height*width,channels), float64 where the device has it."""
-    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    dtype = torch.float64 if device is None else precise(device)
     frequency = 1.0 / 10000 ** (torch.arange(channels // 4, dtype=dtype, device=device) / (channels / 4))
     y, x = (torch.arange(n, dtype=torch.float32, device=device) / (n / base) / scale for n in (height, width))
     grids = torch.meshgrid(y, x, indexing="ij")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.schedules import precise
 from ldm.models.blocks import CodeNorm, Downsample, ResnetBlock, Upsample, normed
 from ldm.models.coder import Bottom, CoderStage, Decoder, Encoder
 
@@ -132,10 +133,10 @@ class Stripes:
         means, spreads, counts = [], [], []
         for rows in x.split(step, dim=2):
             variance, mean = torch.var_mean(rows.unflatten(1, (groups, -1)).to(kind), dim=(2, 3, 4), correction=0)
-            means.append(mean.double())
-            spreads.append(variance.double())
+            means.append(mean.to(precise(x.device)))
+            spreads.append(variance.to(precise(x.device)))
             counts.append(rows.shape[2])
-        share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None, None] / x.shape[2]
+        share = torch.tensor(counts, dtype=precise(x.device), device=x.device)[:, None, None] / x.shape[2]
         mean = (share * torch.stack(means)).sum(0)
         variance = (share * (torch.stack(spreads) + (torch.stack(means) - mean).square())).sum(0)
         return mean.to(kind), variance.to(kind)

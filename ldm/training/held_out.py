@@ -130,5 +130,5 @@ class HeldOutLoss:
         bins = [k % BINS for k in numbers]
         level = (torch.tensor(bins) + rng.uniform("level")) / BINS
         loss, sigma = self.family.loss_at(batch.to(self.processes.device), rng, level)
-        rows = zip(numbers, bins, sigma.double().tolist(), loss.double().tolist(), strict=True)
+        rows = zip(numbers, bins, sigma.tolist(), loss.tolist(), strict=True)
         return ((kind, *row) for row in rows)
