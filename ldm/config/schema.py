@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
@@ -311,6 +311,18 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 # Writing
+
+
+def refuse_unread(tree: Any, names: Iterable[str], why: str) -> None:
+    """Refuse fields that say something although nothing reads them; those that say the default are nobody's wish.
+
+    Raises:
+        UserError: naming the field, what it says and why that has no effect.
+    """
+    for name in names:
+        if (value := getattr(tree, name)) != tree.__dataclass_fields__[name].default:
+            said = plain(value)
+            raise UserError(f"{name}: {said!r} has no effect {why}")
 
 
 def plain(tree: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
+from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config, refuse_unread
 from ldm.data.caption_tables import NEAR, TABLES, CaptionTable, is_table, read_tables
 from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes
@@ -54,6 +54,10 @@ class FolderSource:
     max_bad: Fraction = 0.1  # share of unusable files above which the run stops; ten are always tolerated
     max_seconds: PositiveFloat = 20.0  # for reading and decoding one image; a slower one is replaced by the next
     outside: bool = False  # also follow links that lead out of the folder
+
+    def __post_init__(self) -> None:
+        if self.caption and self.captions in ("txt", "filename"):
+            refuse_unread(self, ("captions",), "beside caption, which every picture has; leave one of the two out")
 
     def build(self, split: Split) -> FolderData:
         """The training or the held-out part.

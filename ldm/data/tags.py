@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, config
+from ldm.config.schema import Count, Fraction, config, refuse_unread
 from ldm.data.buckets import HasBuckets, sizes_of
 from ldm.data.dataset import B, Samples, loaded
 from ldm.data.images import Shape
@@ -30,6 +30,8 @@ class Tags:
     def __post_init__(self) -> None:
         if not self.separator:
             raise UserError("separator: empty; give what stands between tags, such as ','")
+        if not self.shuffle and not self.dropout:
+            refuse_unread(self, ("keep", "separator"), "where tags stay as they are; set shuffle=true or dropout, or leave tags out")
 
 
 def affixed(caption: str, prefix: str, suffix: str) -> str:

@@ -101,6 +101,7 @@ class ModelConfig:
         "buckets": "reads squares",
         "caption_dropout": "drops no captions",
         "tags": "reads no captions",
+        "prompts": "draws nothing of prompts",
         "checkpointing": "has no blocks that can be recomputed",
         "compile": "has no network that torch.compile takes",
         **dict.fromkeys(("held_out", "held_out_every_images"), "has no noise levels, by which held-out loss is told"),

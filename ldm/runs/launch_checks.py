@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ldm.config.errors import UserError
+from ldm.data.sources import ScenesSource
 from ldm.distributed.launcher import Launched, Work
 from ldm.metrics.evaluator import check_weights
 from ldm.models.inference import check_compiler
@@ -60,6 +61,24 @@ def missing(run: Run, device: torch.device) -> Iterator[str]:
                 check_weights(one.metrics)
             except UserError as error:
                 yield f"stages.{name}.metrics: {error}"
+
+
+def idle(run: Run) -> Iterator[str]:
+    """What a run says that changes nothing, though it may do so in another one that is made of the same file; a line each."""
+    trained = {stage.model for _, stage in _trained(run)}
+    read = trained | {source.model for name in run.stages for source in run.reads(name).values()}
+    used = run.everything()
+    for name, model in run.models.items():
+        if name not in read:
+            yield f"models.{name}: no stage of this run trains it or reads it, so it changes nothing"
+        elif used[name] is not model:
+            yield f"models.{name}: the base model {run.init} brings its own, which is read in its place; leave it out, or give it a path"
+    for name, stage in _trained(run):
+        rate = stage.optim.warmup_images
+        if rate >= stage.images:
+            yield f"stages.{name}.optim.warmup_images: {rate:,} of {stage.images:,} images, so the rate never reaches lr"
+        if stage.flip and isinstance(run.data, ScenesSource):
+            yield f"stages.{name}.flip: captions of scenes name sides, so they are not mirrored"
 
 
 def by_heart(run: Run, samples: int) -> Iterator[str]:

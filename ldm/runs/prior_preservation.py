@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm.config.errors import UserError
-from ldm.config.schema import PathText, Positive, PositiveFloat, config
+from ldm.config.schema import PathText, Positive, PositiveFloat, config, refuse_unread
 from ldm.data.concatenation import Mixture
 from ldm.data.dataset import DataSet
 from ldm.data.folder import FolderSource
@@ -27,6 +27,8 @@ class PriorPreservation:
     def __post_init__(self) -> None:
         if bool(self.prompts) == bool(self.path):
             raise UserError("prompts and path: give one of them, what the base draws or a folder of pictures")
+        if self.path:
+            refuse_unread(self, ("images",), "with path, all of whose pictures are learned; leave it out")
 
     @property
     def share(self) -> float:

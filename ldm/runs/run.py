@@ -274,7 +274,7 @@ def _untrainable(run: Run, name: str, stage: Train, where: str) -> Iterator[str]
     yield from _missing(run, name, list(model.inputs().values()), where)
     yield from _wrong_sides(run, stage.model, (stage.resolution, *stage.also), stage.buckets, where)
     for option, why in model.refuses.items():
-        if getattr(stage, option) not in (None, False, ""):
+        if getattr(stage, option) not in (None, False, "", ()):
             yield f"{where}.{option}: a model of kind {model.kind} {why}; leave it out"
     if stage.buckets and stage.also:
         yield f"{where}.buckets: also (further resolutions) cannot be had beside it"

@@ -6,7 +6,7 @@ import math
 from typing import ClassVar, Literal
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config
+from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config, refuse_unread
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
 
@@ -31,6 +31,10 @@ class Rate:
             if (getattr(self, name) is not None) != (self.schedule == schedule):
                 given = "has no effect" if getattr(self, name) is not None else "is needed"
                 raise UserError(f"{name}: {given} with schedule {self.schedule}; it is of {schedule}")
+        if self.schedule == "constant":
+            refuse_unread(
+                self, ("decay_from", "final_lr"), "with schedule constant, which never falls; leave it out, or set schedule=linear"
+            )
 
 
 def lr_factor(rate: Rate, images: int, total_images: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Count, NonNegative, PathText, Positive, PositiveFloat, config, plain
+from ldm.config.schema import BY_KIND, Count, NonNegative, PathText, Positive, PositiveFloat, config, plain, refuse_unread
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
@@ -356,6 +356,10 @@ class LowRank:
         """
         if self.factor is not None and self.method != "lokr":
             raise UserError(f"factor: got {self.factor}, which only LoKr has; say method: lokr, or leave it out")
+        if not self.text_learns:
+            refuse_unread(self, ("text_lr", "text_targets"), "where the text encoder learns nothing; set text_rank, or leave it out")
+        elif self.init:
+            refuse_unread(self, ("text_targets",), "with init, whose own layers go on learning; leave it out")
         if not self.init:
             return
         pairs: Mapping[Part, Mapping[str, Any]] = continued(self.init).pairs
