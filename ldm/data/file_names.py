@@ -16,6 +16,7 @@ _MARKS = (
     *("seg", "segmentation", "lineart", "scribble", "softedge", "hed", "mlsd"),
 )
 _MARK = re.compile(rf"(.+)[-_.]({'|'.join(_MARKS)})", re.IGNORECASE)
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # @eaDir: Synology's thumbnails, which are pictures
 _MASK_FOLDERS = ("mask", "masks", "alpha_masks")
 _FOLDERS = (*_MASK_FOLDERS, "_controls", "control", "controls", "condition", "conditioning", "conditioning_images")  # _controls: ai-toolkit
 
@@ -35,8 +36,9 @@ def printable(text: str) -> str:
 
 
 def hidden(name: str) -> bool:
-    """Whether a path is one of those that systems put beside people's files: hidden ones, AppleDouble's `._x`, `__MACOSX/`."""
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+    """Whether a path is one of those that systems put beside people's files: hidden ones, AppleDouble's `._x`, `__MACOSX/`, thumbnails
+    and bins of network drives."""
+    return any((part.startswith(".") and part not in (".", "..")) or part in _OF_SYSTEMS for part in name.split("/"))
 
 
 def split(name: str) -> tuple[str, str]:

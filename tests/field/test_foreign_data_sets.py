@@ -192,6 +192,14 @@ def test_a_large_float_picture_has_one_range(monkeypatch):
 # Archives
 
 
+def test_thumbnails_of_a_network_drive_are_no_pictures(tmp_path):
+    plain = [f"{i}.jpg" for i in range(4)]
+    found, _ = words(
+        pictures(tmp_path, *plain, "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/old.jpg", "$RECYCLE.BIN/x.png"), caption="a dog"
+    )
+    assert set(found) == set(plain)
+
+
 def test_what_macos_adds_to_tars_is_no_picture(tmp_path):
     resource = b"\0\5\x16\7" + bytes(150)
     members = [m for i in range(12) for m in (*sample(f"{i:04d}", i), (f"._{i:04d}.jpg", resource), (f"__MACOSX/._{i:04d}.txt", resource))]
