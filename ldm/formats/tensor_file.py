@@ -111,7 +111,7 @@ def _readable(text: str) -> str:
 
 def _empty(shape: list[int], kind: torch.dtype) -> Tensor:
     try:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     except (RuntimeError, MemoryError):
         raise OSError(errno.ENOMEM, f"no memory for a tensor of shape {shape} ({math.prod(shape) * kind.itemsize:,} bytes)") from None
 

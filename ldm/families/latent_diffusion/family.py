@@ -125,7 +125,8 @@ class LatentDiffusion(ModelConfig):
             raise UserError(f"{base}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
         if self.adapt is not None:
             with torch.device("meta"):
-                self.adapt.suits(network.build())
+                shapes = network.build()
+            self.adapt.suits(shapes)
         usual = type(self.process)()
         for name in ("schedule", "target"):
             said, theirs = getattr(self.process, name), getattr(process, name)
