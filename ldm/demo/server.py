@@ -58,6 +58,11 @@ class Door:
     gallery: Path = option(Path("outputs/demo"), "A folder where pictures stay, each user's in one of their own.")
     no_gallery: bool = option(False, "No picture stays when the page ends.")
 
+    @property
+    def stays(self) -> Path | None:
+        """Where pictures stay; None: nowhere."""
+        return None if self.no_gallery else self.gallery
+
 
 def demo(door: Door, adapters: Adapters, device: Device) -> int:
     """Open a page to draw on with a model. Every picture is the one that `ldm sample` draws with the same settings."""
@@ -90,7 +95,7 @@ def demo(door: Door, adapters: Adapters, device: Device) -> int:
                 precision=door.precision,
                 added=dict(first.added),
                 catalogue=catalogue,
-                gallery=None if door.no_gallery else door.gallery,
+                gallery=door.stays,
             )
             shown = f"[{door.host}]" if ":" in door.host else door.host
             print(f"http://{shown}:{listener.getsockname()[1]}/ (Ctrl+C ends it)", file=sys.stderr, flush=True)

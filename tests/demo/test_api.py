@@ -216,6 +216,15 @@ def test_the_catalogue_finds_runs_and_folders_and_keeps_few_open(tmp_path: Path)
     assert [Path(one.model).parent.name for one in opened][1:] == ["two", "runs"] and len(opened) == 3
 
 
+def test_the_doors_folders_are_those_of_the_catalogue(kl_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "single.safetensors").touch()
+    found = catalogue_of(str(kl_model), Door(models=(tmp_path / "more",), vae_dir=(tmp_path / "more",)), Adapters(), Device(device="cpu"))
+    assert "single" in found.models() and found.chosen("", (), "single").vae == str(tmp_path / "more/single.safetensors")
+    door = Door(gallery=tmp_path / "stays")
+    assert door.stays == tmp_path / "stays" and replace(door, no_gallery=True).stays is None
+
+
 def test_the_gallery_stays_until_it_is_deleted(tmp_path: Path) -> None:
     told = {"negative": "", "steps": 4, "guidance": 1.0, "rescale": 0.0, "sampler": "ddim", "spacing": "trailing"}
     base = Recipe(prompt="p", seed=0, width=SIDE, height=SIDE, model="m", model_hash="h", **told)  # type: ignore[arg-type]

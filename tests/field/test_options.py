@@ -110,6 +110,7 @@ OTHERS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("--host", "--port", "--token", "--precision", "--max-size", "--low-memory"), "tests/demo/test_server.py"),
         **dict.fromkeys(("--lora", "--embedding"), "tests/sampling/test_adapters.py"),
         "--vae": "tests/field/test_vae.py",
+        **dict.fromkeys(("--models", "--lora-dir", "--vae-dir", "--keep", "--gallery", "--no-gallery"), "tests/demo/test_api.py"),
     },
     "evaluate": dict.fromkeys(
         (
