@@ -263,7 +263,9 @@ def fill_in(
         here = {"vae": told["vae"] if form.vae else "", "loras": told["loras"] if len(named) == len(tags) else ""}
         if differ(told, {**(added or {}), **{name: text for name, text in here.items() if text}}):
             lost = ", ".join(told_shortly({name: told[name] for name in OPTIONS if told[name] and not here.get(name)}))
-            notes.append(f"It was drawn with {lost or 'no LoRAs or new words'}, which this page is not: the picture will differ.")
+            notes.append(
+                f"It was drawn with {lost or 'no LoRAs or new words'}, and this page draws with others or none: the picture will differ."
+            )
     if other := [name for name in FOREIGN if told.get(name, own[name]) != own[name]]:
         notes.append(f"It also used {', '.join(other)}, which this page does not have; `ldm sample --from` does.")
     wanted = {name: told[name] for name in NAMES if name in told and (name != "strength" or told.get("init"))}

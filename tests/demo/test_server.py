@@ -270,7 +270,7 @@ def test_settings_that_the_page_lacks_are_told(page: Any) -> None:
     base = Recipe(**{**MADE, "model": "other"})
     _, notes = fill_in(blank(page.family), replace(base, variation=0.5, init="f" * 64), page.catalogue, page.family.content_hash, 256)
     assert ["made by the model other" in notes[0], "drawn out of another picture" in notes[1], "variation" in notes[2]] == [True] * 3
-    _, notes = fill_in(blank(page.family), replace(base, crop="8,0", original_size="64x64"), page.family.content_hash, 256)
+    _, notes = fill_in(blank(page.family), replace(base, crop="8,0", original_size="64x64"), page.catalogue, page.family.content_hash, 256)
     assert "It also used original_size, crop, which this page does not have" in notes[-1]
 
 

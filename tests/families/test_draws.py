@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import ldm.families.registry
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.demo.orders import blank, order_of
+from ldm.demo.catalogue import Catalogue, Opened
+from ldm.demo.orders import blank, order_of_form
 from ldm.demo.studio import Studio
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import NUMBERS, OWN, Draws, GuideTraining, Settings, VideoEdit, Wanted
@@ -107,7 +108,8 @@ def test_it_stands_in_tables_and_on_the_page(stranger: Path) -> None:
     assert Path("grid.png").exists() and len(list(Path("cells").glob("*.png"))) == 2
     family = Translation().eval()
     with Studio(family) as studio:
-        job = studio.submit("ann", order_of(family, "model", blank(family), Path("in.png").read_bytes()))
+        catalogue = Catalogue(("model", str(Path("model").resolve())), lambda outfit: Opened(family, {}), runs=None)
+        job = studio.submit("ann", order_of_form(catalogue, blank(family), 64, Path("in.png").read_bytes()))
         (drawn,) = studio.result(job)
     assert np.abs(drawn.astype(float) - expected(stranger)).max() <= 1
 

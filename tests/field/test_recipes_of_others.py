@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
+from ldm.demo.catalogue import Catalogue, Opened, Outfit
 from ldm.demo.orders import Form, fill_in
 from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.picture_texts import exif_text
@@ -177,7 +178,11 @@ def test_the_page_tells_the_same() -> None:
     form = Form(steps=3, guidance=1.0, rescale=0.0, sampler="ddim", spacing="", width=32, height=32)
     found = read_parameters(HIRES)
     assert found is not None
-    filled, notes = fill_in(form, found, "0" * 64, 512)
+
+    def unopened(outfit: Outfit) -> Opened:
+        raise AssertionError(outfit)
+
+    filled, notes = fill_in(form, found, Catalogue(("m", "m"), unopened, runs=None), "0" * 64, 512)
     assert (filled.width, filled.hires, filled.hires_strength, filled.clip_skip, filled.sampler) == (64, 2.0, 0.6, 2, "dpmpp_2m")
     assert [note for note in notes if "Hires" in note] == ["Not followed: Hires steps: 8.", "Not followed: Hires upscaler: Latent."]
 

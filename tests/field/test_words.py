@@ -22,6 +22,7 @@ from ldm.config.schema import PathText, config, dump, load
 # The text fields of a run that name no file, by class.
 NAMES = {
     "Abilities.sampler",
+    "Neighbours.sampler",
     "ClipScore.sampler",
     "DatasetsSource.prefix",
     "DatasetsSource.suffix",

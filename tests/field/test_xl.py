@@ -23,7 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.data.cached import CachedLatents
-from ldm.demo.orders import blank, order_of, read_form
+from ldm.demo.catalogue import Catalogue, Opened
+from ldm.demo.orders import blank, order_of_form, read_form
 from ldm.demo.studio import Studio
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
@@ -322,6 +323,7 @@ def test_every_verb_takes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     family = load(folder)
     form = read_form({"prompt": "a red circle", "steps": 1, "pictures": 1}, 64, blank(family))
     with Studio(family) as studio:
-        job = studio.submit("one", order_of(family, "xl", form))
+        catalogue = Catalogue(("xl", str(folder)), lambda outfit: Opened(family, {}), runs=None)
+        job = studio.submit("one", order_of_form(catalogue, form, 64))
         assert studio.wait(job, 60) and job.state == "done", job.error
     assert job.pictures[0].shape == (SIDE, SIDE, 3)

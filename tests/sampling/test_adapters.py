@@ -22,7 +22,7 @@ from ldm.models.lora import Lora, Pair
 from ldm.sampling.adapters import add, scaled, weighted
 from ldm.sampling.picture_texts import read_chunks
 from ldm.sampling.recipe import Recipe, read_recipe
-from ldm.sampling.request import Adapters
+from ldm.sampling.request import Adapters, Device
 from ldm.sampling.webui_text import read_parameters
 
 
@@ -134,27 +134,31 @@ def test_films_are_drawn_with_them(base: Path, here: Path) -> None:
 
 def test_the_page_draws_with_them(base: Path, here: Path) -> None:
     pytest.importorskip("gradio", reason="the page needs gradio")
-    from ldm.demo.orders import blank, fill_in, order_of
-    from ldm.demo.server import opened
+    from ldm.demo.orders import blank, fill_in, order_of_form
+    from ldm.demo.server import Door, catalogue_of
     from ldm.demo.status import command
     from ldm.demo.studio import Studio
 
-    family, added = opened(str(base), "cpu", "", False, Adapters(lora=("one.safetensors:0.5",), embedding=("words/thing.safetensors",)))
+    adapters = Adapters(lora=("one.safetensors:0.5",), embedding=("words/thing.safetensors",))
+    catalogue = catalogue_of(str(base), Door(), adapters, Device(device="cpu"))
+    first = catalogue.opened(catalogue.chosen("", (), ""))
+    family, added = first.family, first.added
     form = replace(blank(family), prompt="a <thing>", steps=2, seed=3)
-    order = order_of(family, "base", form, added=added)
+    order = order_of_form(catalogue, form, 256)
     with Studio(family) as studio:
         [picture] = studio.result(studio.submit("ann", order))
-    said = html.unescape(command(order.recipes[0]).removeprefix('<pre class="ldm-code">').removesuffix("</pre>"))
-    words = shlex.split(said.replace("MODEL", str(base)))
+    said = html.unescape(command(order.recipes, form).removeprefix('<pre class="ldm-code">').removesuffix("</pre>"))
+    words = shlex.split(said)
+    words[words.index("--model") + 1] = str(base)  # the page tells the model's name, not where it lies
     assert main([*words[1:], "--device", "cpu", "--out", "a"]) == 0
     [file] = (here / "a").glob("*.png")
     assert (pixels(file) == picture).all()
     found = read_recipe(file)
-    assert fill_in(blank(family), found, family.content_hash, 256, added)[1] == []
-    [note] = fill_in(blank(family), found, family.content_hash, 256)[1]
-    assert note == "This page draws with no LoRAs or new words: the picture will differ."
-    [note] = fill_in(blank(family), found, family.content_hash, 256, {**added, "loras": scaled(added["loras"], 2)})[1]
-    assert note == "This page draws with one 1, <thing>: the picture will differ."
+    assert fill_in(blank(family), found, catalogue, family.content_hash, 256, added)[1] == []
+    [note] = fill_in(blank(family), found, catalogue, family.content_hash, 256)[1]
+    assert note == "It was drawn with one 0.5, <thing>, and this page draws with others or none: the picture will differ."
+    [note] = fill_in(blank(family), found, catalogue, family.content_hash, 256, {**added, "loras": scaled(added["loras"], 2)})[1]
+    assert note.startswith("It was drawn with one 0.5, <thing>, and")
 
 
 @pytest.mark.parametrize(

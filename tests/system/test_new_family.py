@@ -232,7 +232,7 @@ def test_it_draws_on_the_page(trained: Path, tmp_path: Path, monkeypatch: pytest
     register()
     editor = {"background": Image.new("RGB", (32, 32), (200, 200, 200)), "layers": [Image.new("RGBA", (32, 32))]}
     with Studio(registry.load(trained / "whole")) as studio:
-        page = Page(studio, Shelf(tmp_path), "tiny", "", 64)
+        page = Page(studio, Shelf(tmp_path), "tiny", 64)
         form = replace(blank(page.family), prompt="colours", strength=1.0)
 
         async def through() -> list[Any]:
