@@ -50,9 +50,9 @@ def init(tmp_path: Path) -> Path:
 def test_variations_lie_between_seeds(model: list[str], tmp_path: Path) -> None:
     three = draw(tmp_path / "v", *model, "a red circle", "--seed", "5", "--variations", "3", "--variation-strength", "0.3")
     assert len({image.tobytes() for image in three}) == 3
-    same = draw(tmp_path / "none", *model, "a red circle", "--seed", "5", "--variations", "2", "--variation-strength", "0")
+    near = draw(tmp_path / "near", *model, "a red circle", "--seed", "5", "--variations", "2", "--variation-strength", "1e-4")
     own = draw(tmp_path / "own", *model, "a red circle", "--seed", "5", "--n", "2")
-    assert all(np.array_equal(image, own[0]) for image in same)
+    assert all(np.abs(image.astype(int) - own[0]).max() <= 1 for image in near)
     whole = draw(tmp_path / "whole", *model, "a red circle", "--seed", "5", "--variations", "1", "--variation-strength", "1")
     assert np.array_equal(whole[0], own[1])  # all the way is the next seed's picture
     made = recipe(tmp_path / "v", 2)
