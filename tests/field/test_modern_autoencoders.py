@@ -152,6 +152,53 @@ def test_a_model_on_it_is_written_and_opens_again(peers: dict[str, tuple[Any, Pa
     assert index["_class_name"] == ("DiffusionPipeline" if name == "dc" else "StableDiffusionPipeline")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "stated", "dc"])
+def test_a_diffusion_model_trains_on_its_latents(peers: dict[str, tuple[Any, Path]], kl_model: Path, tmp_path: Path, name: str) -> None:
+    from ldm.__main__ import main
+
+    peer, folder = peers[name]
+    channels = peer.config.latent_channels
+    run = {
+        "data": {"kind": "scenes", "tier": "one", "images": 16, "val": 4},
+        "out": str(tmp_path / "run"),
+        "workers": 0,
+        "models": {
+            "text": {"kind": "pretrained_text", "path": str(kl_model)},
+            "autoencoder": {"kind": "pretrained_autoencoder", "path": str(folder)},
+            "diffusion": {
+                "kind": "latent_diffusion",
+                "network": {"channels": [16, 32], "layers": 1, "attention": [False, True], "heads": 2, "norm_groups": 8},
+                "process": {"target": "flow", "schedule": {"kind": "flow"}},
+            },
+        },
+        "stages": {
+            "latents": {"kind": "encode", "resolution": 32},
+            "train": {
+                "kind": "train",
+                "model": "diffusion",
+                "latents": "latents",
+                "resolution": 32,
+                "images": 16,
+                "batch": 8,
+                "samples": 2,
+            },
+            "export": {"kind": "export"},
+        },
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    model = tmp_path / "run" / "model"
+    family = load(model)
+    with torch.no_grad():
+        latent = normalised(peer, IMAGE.double())
+        torch.testing.assert_close(family.decode(latent.float()), pictures(peer, latent).float(), rtol=1e-3, atol=1e-3)
+    assert family.denoiser.config.in_channels == channels
+    assert main(["sample", "a blue ring", "--model", str(model), "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
+    [picture] = (tmp_path / "drawn").glob("*.png")
+    assert picture.stat().st_size > 100
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
