@@ -240,6 +240,7 @@ def test_it_draws_on_the_page(trained: Path, tmp_path: Path, monkeypatch: pytest
             return [told async for told in page.generate(user, False, editor, *[getattr(form, name) for name in NAMES])]
 
         told = asyncio.run(through())
+    assert isinstance(told[-1][5], list), told[-1][0]
     [path] = told[-1][5]
     grey = torch.full((1, 3, 32, 32), 200 / 127.5 - 1)
     own = page.family.reconstruct(grey)[0].clamp(-1, 1)
