@@ -49,7 +49,12 @@ def nothing_wanting() -> None:
 
 @pytest.fixture(scope="module")
 def server(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(kl_model, tmp_path_factory.mktemp("files")) as made:
+    from ldm.demo.server import Door, catalogue_of
+    from ldm.sampling.request import Adapters, Device
+
+    catalogue = catalogue_of(str(kl_model), Door(), Adapters(), Device(device="cpu"))
+    catalogue.opened(catalogue.chosen("", (), ""))  # as the command does before it listens
+    with served(kl_model, tmp_path_factory.mktemp("files"), catalogue=catalogue) as made:
         yield made
 
 
@@ -291,7 +296,8 @@ def test_a_grid_is_shown(ann: User, server: Served) -> None:
     assert pixels(ann.context.request.get(address).body()).shape[0] > 3 * SIDE
 
 
-def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User) -> None:
+def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: Served) -> None:
+    ann.come(server)
     ann.write(prompt="a red circle")
     ann.page.wait_for_function("document.querySelector('#ldm-tokens').innerText.match(/^3 of [0-9]+ tokens/)")
     ann.page.click("#ldm-examples button")

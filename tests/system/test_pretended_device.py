@@ -46,6 +46,7 @@ def test_everything_runs(found: dict[str, Any]) -> None:
 
 
 def test_a_step_reads_back_once_and_copies_little(found: dict[str, Any]) -> None:
+    assert [found["codes"][name] for name in ("eight steps", "sixteen steps")] == [0, 0], found["said"][-6000:]
     short, long = (found["counts"][name] for name in ("eight steps", "sixteen steps"))
     each = {name: (long.get(name, 0) - short.get(name, 0)) / STEPS for name in ("read back", "device to host", "host to device")}
     # Whether loss and gradients are finite is read once; picture, noise, posterior's noise, time, dropout, size and words are sent.
