@@ -303,4 +303,4 @@ def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: S
     ann.page.click("#ldm-examples button")
     ann.page.wait_for_function("document.querySelector('#ldm-prompt textarea').value === 'a small red circle'")
     ann.page.hover("#ldm-steps")
-    assert "Denoising steps" in str(ann.page.get_attribute("#ldm-steps", "title"))
+    assert "Denoising (sampling) steps" in str(ann.page.get_attribute("#ldm-steps", "title"))
