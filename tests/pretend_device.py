@@ -222,8 +222,6 @@ class Functions(TorchFunctionMode):
             target = CPU if func is T.cpu else _norm(kwargs.get("device", args[1] if len(args) > 1 else _kind))
             moved = move(t, target)
             return t if moved is None else moved
-        if func is T.type and (len(args) > 1 or kwargs):
-            pass
         if func in (T.numpy, T.__array__) and tag_of(t).type != "cpu":
             raise TypeError(
                 f"can't convert {tag_of(t)} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."

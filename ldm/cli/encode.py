@@ -59,57 +59,57 @@ def encode(
     from ldm.data.cache import CacheOptions, seal, write_cache
     from ldm.data.cached import CachedLatents
     from ldm.distributed.processes import processes
+    from ldm.distributed.watchdog import Verb
     from ldm.formats.latent_codec import autoencoder_folder, load_codec
 
-    team = processes(cpu=device == "cpu")
-    where = device_for(device, team.local)
-    codec = load_codec(autoencoder_folder(place)).to(where)
-    if options.resolution % codec.factor:
-        raise UserError(f"resolution: got {options.resolution}; this autoencoder needs a multiple of {codec.factor}")
-    chosen = Buckets(step=options.bucket_step, max_aspect=options.max_aspect) if options.buckets else None
-    if chosen and (wrong := list(wrong_step(chosen, options.resolution, codec.factor, "buckets"))):
-        raise UserError("; ".join(wrong))
-    if chosen and sizes_of(seen) is None:
-        raise UserError(f"--buckets: the pictures of {data} all have one size, or do not tell theirs; leave it out")
-    read, text_hash = _reader(place, where) if options.text else (None, "")
-    count = min(options.images or len(seen), len(seen))
-    started = time.monotonic()
-    with _bar(count, team.main and sys.stderr.isatty()) as advance:
-        write_cache(
-            out,
-            seen,
-            lambda image: codec.moments(image.to(where)),
-            CacheOptions(
-                autoencoder=codec.hash,
-                normalisation=codec.statistics.to_dict(),
-                resolution=options.resolution,
-                images=count,
-                seed=options.seed,
-                flip=options.flip,
-                shard_images=options.shard,
-                text=text_hash,
-                buckets=chosen,
-            ),
-            batch=options.batch,
-            workers=options.workers,
-            rank=team.rank,
-            world=team.world,
-            on_images=advance,
-            read=read,
-        )
-    team.wait()
-    if team.main:
-        if team.world > 1:
-            seal(out)
-        described = CachedLatents(out).describe()
-        if as_json:
-            print(json.dumps({"folder": str(out), **described}, indent=1))
-        else:
-            seconds = time.monotonic() - started
-            size = int(str(described["bytes"])) / 2**20
-            shapes = f" in up to {len(chosen.shapes(options.resolution))} shapes" if chosen else ""
-            print(f"{out}: latents of {count:,} pictures at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
-    team.wait()
+    with processes(device == "cpu", Verb("data encode", "The same command goes on")) as team:
+        where = device_for(device, team.local)
+        codec = load_codec(autoencoder_folder(place)).to(where)
+        if options.resolution % codec.factor:
+            raise UserError(f"resolution: got {options.resolution}; this autoencoder needs a multiple of {codec.factor}")
+        chosen = Buckets(step=options.bucket_step, max_aspect=options.max_aspect) if options.buckets else None
+        if chosen and (wrong := list(wrong_step(chosen, options.resolution, codec.factor, "buckets"))):
+            raise UserError("; ".join(wrong))
+        if chosen and sizes_of(seen) is None:
+            raise UserError(f"--buckets: the pictures of {data} all have one size, or do not tell theirs; leave it out")
+        read, text_hash = _reader(place, where) if options.text else (None, "")
+        count = min(options.images or len(seen), len(seen))
+        started = time.monotonic()
+        with _bar(count, team.main and sys.stderr.isatty()) as advance:
+            write_cache(
+                out,
+                seen,
+                lambda image: codec.moments(image.to(where)),
+                CacheOptions(
+                    autoencoder=codec.hash,
+                    normalisation=codec.statistics.to_dict(),
+                    resolution=options.resolution,
+                    images=count,
+                    seed=options.seed,
+                    flip=options.flip,
+                    shard_images=options.shard,
+                    text=text_hash,
+                    buckets=chosen,
+                ),
+                batch=options.batch,
+                workers=options.workers,
+                rank=team.rank,
+                world=team.world,
+                on_images=advance,
+                read=read,
+            )
+        team.wait()
+        if team.main:
+            if team.world > 1:
+                seal(out)
+            described = CachedLatents(out).describe()
+            if as_json:
+                print(json.dumps({"folder": str(out), **described}, indent=1))
+            else:
+                seconds = time.monotonic() - started
+                size = int(str(described["bytes"])) / 2**20
+                shapes = f" in up to {len(chosen.shapes(options.resolution))} shapes" if chosen else ""
+                print(f"{out}: latents of {count:,} pictures at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     return 0
 
 

@@ -51,46 +51,47 @@ def sample(request: Request) -> int:
         output.grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.distributed.processes import processes
+    from ldm.distributed.watchdog import Verb
     from ldm.families.registry import open_finished
     from ldm.metrics.judges import judge_of
     from ldm.sampling.adapters import add, decoded_by
     from ldm.sampling.picture_files import read_pixels, save_sheet
 
     device = request.device.device
-    team = processes(cpu=device == "cpu")
-    place = device_for(device, team.local)
-    judge = judge_of(request.choice.judge, folder, place) if request.choice.best > 1 else None
-    # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
-    if running.low_memory:
-        return_blocks()
-    family = open_finished(folder, place, running.low_memory)
-    rest |= add(family, (*adapters.lora, *asked[0].loras), adapters.embedding, old, tell)
-    rest |= decoded_by(family, adapters.vae, old, tell)
-    chosen = request.sampler.chosen(old, request.editing.usual)
-    family.ready(Path(folder), running, family.settings(chosen).precision)
-    rest |= {"model": name_of(folder), "model_hash": family.content_hash}
-    request.following.compare(old, folder, family.content_hash, tell)
-    guide = _guide(request, family, old)
-    if guide is not None:
-        rest["classifier"] = guide.hash
-    init_image = init_image_for(request, asked, family, old, tell)
-    if init_image is not None:
-        rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-    made = recipes_of(request, asked, family, old, rest, init_image, tell)
-    if output.resume:
-        made = _missing(request, made)
-    writer, started = _writer(request, guide, judge, team, place), time.monotonic()
-    if len({one.loras for one in asked}) > 1:
-        writer = replace(writer, drawing=_by_loras(request, asked, family, rest["loras"], place))
-    paths = writer.write(family, made, init_image)
-    if team.rank == 0:
-        if output.grid is not None and paths:
-            each = len(request.choice.listed(request.base.seed) or range(request.choice.n)) * max(1, request.choice.variations)
-            columns = each if each > 1 or len(asked) > 8 else min(len(asked), 8)
-            save_sheet([read_pixels(paths[number]) for number in sorted(paths)], output.grid, columns)
-        where = f"{output.out}/{f', all on {output.grid}' if output.grid else ''}"
-        said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"
-        print(said, file=sys.stderr)
+    with processes(device == "cpu", Verb("sample", "The same command with --resume draws the rest")) as team:
+        place = device_for(device, team.local)
+        judge = judge_of(request.choice.judge, folder, place) if request.choice.best > 1 else None
+        # As many threads as torch finds by itself: a number found by timing would change the last bits from run to run.
+        if running.low_memory:
+            return_blocks()
+        family = open_finished(folder, place, running.low_memory)
+        rest |= add(family, (*adapters.lora, *asked[0].loras), adapters.embedding, old, tell)
+        rest |= decoded_by(family, adapters.vae, old, tell)
+        chosen = request.sampler.chosen(old, request.editing.usual)
+        family.ready(Path(folder), running, family.settings(chosen).precision)
+        rest |= {"model": name_of(folder), "model_hash": family.content_hash}
+        request.following.compare(old, folder, family.content_hash, tell)
+        guide = _guide(request, family, old)
+        if guide is not None:
+            rest["classifier"] = guide.hash
+        init_image = init_image_for(request, asked, family, old, tell)
+        if init_image is not None:
+            rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
+        made = recipes_of(request, asked, family, old, rest, init_image, tell)
+        if output.resume:
+            made = _missing(request, made)
+        writer, started = _writer(request, guide, judge, team, place), time.monotonic()
+        if len({one.loras for one in asked}) > 1:
+            writer = replace(writer, drawing=_by_loras(request, asked, family, rest["loras"], place))
+        paths = writer.write(family, made, init_image)
+        if team.rank == 0:
+            if output.grid is not None and paths:
+                each = len(request.choice.listed(request.base.seed) or range(request.choice.n)) * max(1, request.choice.variations)
+                columns = each if each > 1 or len(asked) > 8 else min(len(asked), 8)
+                save_sheet([read_pixels(paths[number]) for number in sorted(paths)], output.grid, columns)
+            where = f"{output.out}/{f', all on {output.grid}' if output.grid else ''}"
+            said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"
+            print(said, file=sys.stderr)
     return 0
 
 

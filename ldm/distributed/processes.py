@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,13 +19,12 @@ from ldm.config.terminal import shown
 from ldm.distributed.launcher import here
 from ldm.distributed.rendezvous import Arrival, Meeting, host
 from ldm.distributed.sharding import shard
-from ldm.distributed.watchdog import Place, Watchdog, broken, limit_s
+from ldm.distributed.watchdog import TRAINING, Place, Verb, Watchdog, broken, limit_s
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from torch import Tensor
-    from torch.distributed import Store
 
     from ldm.families.family import Family, Ranks
 
@@ -41,6 +40,7 @@ class Processes:
     rank: int = 0
     world: int = 1
     local: int = 0  # among those of this machine
+    watchdog: Watchdog | None = field(default=None, kw_only=True)
 
     @property
     def main(self) -> bool:
@@ -67,17 +67,42 @@ class Processes:
 
         return list(gather_object(values))
 
+    def ended(self, error: BaseException) -> int:
+        """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
+        assert self.watchdog is not None
+        if not isinstance(error, UserError) and not broken(error):
+            print(shown(redacted("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
+        return self.watchdog.failed(error)
 
-def processes(cpu: bool) -> Processes:
+    def close(self) -> None:
+        """All have come to the end."""
+        if self.watchdog is not None:
+            self.wait()
+            self.watchdog.close()
+            self.wait()
+            self.watchdog = None
+
+
+@contextmanager
+def processes(cpu: bool, verb: Verb) -> Iterator[Processes]:
     """This process, connected to the others that `accelerate launch`, `torchrun` or `srun` started with it, if any.
+
+    Within it the watchdog ends all processes when one of them is killed or stopped, and says why.
 
     Raises:
         UserError: naming who did not come, or a variable of the launcher that is wrong.
     """
     if here().world == 1:
-        return Processes()
-    state = _connected(Meeting.told(os.environ, limit_s()), cpu or not _accelerated())
-    return Processes(state.process_index, state.num_processes, state.local_process_index)
+        yield Processes()
+        return
+    state, watchdog = _connected(cpu or not _accelerated(), limit_s(), verb)
+    found = Processes(state.process_index, state.num_processes, state.local_process_index, watchdog=watchdog)
+    watchdog.at(Place(doing="working"))
+    try:
+        yield found
+        found.close()
+    except Exception as error:
+        leave(found.ended(error))
 
 
 def _accelerated() -> bool:
@@ -98,15 +123,17 @@ def _arrival(meeting: Meeting, cpu: bool) -> Arrival:
     return Arrival(rank=meeting.rank, host=host(), device=device.type, unit=str(getattr(own, "uuid", "")))
 
 
-def _connected(meeting: Meeting, cpu: bool, store: Store | None = None) -> PartialState:
-    """Accelerate's state of this process, once all have met."""
+def _connected(cpu: bool, limit: float, verb: Verb) -> tuple[PartialState, Watchdog]:
+    """Accelerate's state of this process, once all have met, and the watchdog, which has them in sight before they are connected."""
     from accelerate import PartialState
 
-    store = meeting.meet(_arrival(meeting, cpu)) if store is None else store
+    meeting = Meeting.told(os.environ, limit)
+    store = meeting.meet(_arrival(meeting, cpu))
+    watchdog = Watchdog(meeting.connection("watchdog"), meeting.rank, meeting.world, limit, verb)
     state = PartialState(cpu=cpu, store=store, rank=meeting.rank, world_size=meeting.world, timeout=LONG)
     if state.num_processes != meeting.world:
         raise UserError(f"WORLD_SIZE: {meeting.world}, but {state.num_processes} processes are connected; start with torchrun")
-    return state
+    return state, watchdog
 
 
 class Learners(Processes):
@@ -122,19 +149,15 @@ class Learners(Processes):
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND"):  # what they ask for is done or told of here
             os.environ.pop(name, None)
         cpu = not _accelerated()
-        self.watchdog: Watchdog | None = None
-        if self.launch.world > 1:  # the watchdog stands before the processes are connected, and has them in sight from then on
-            meeting = Meeting.told(os.environ, limit)
-            store = meeting.meet(_arrival(meeting, cpu))
-            self.watchdog = Watchdog(meeting.connection("watchdog"), meeting.rank, meeting.world, limit)
-            _connected(meeting, cpu, store)
+        watchdog = _connected(cpu, limit, TRAINING)[1] if self.launch.world > 1 else None
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
         # Families keep their buffers equal themselves. Precision is the stage's, not the launcher's: stages of one run may differ.
         keywords = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=keywords)
-        super().__init__(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.local_process_index)
+        own = self.accelerator
+        super().__init__(own.process_index, own.num_processes, own.local_process_index, watchdog=watchdog)
         self.device: torch.device = self.accelerator.device
         self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
         self._stages = 0  # of training that have begun
@@ -218,21 +241,6 @@ class Learners(Processes):
 
         found = self.accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=self.device), "sum")
         return tuple(bool(value) for value in found.tolist())
-
-    def ended(self, error: BaseException) -> int:
-        """After a failure that leaves the others waiting: says what was its first cause, and gives the exit code."""
-        assert self.watchdog is not None
-        if not isinstance(error, UserError) and not broken(error):
-            print(shown(redacted("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
-        return self.watchdog.failed(error)
-
-    def close(self) -> None:
-        """All have come to the end."""
-        if self.watchdog is not None:
-            self.wait()
-            self.watchdog.close()
-            self.wait()
-            self.watchdog = None
 
 
 def leave(code: int) -> NoReturn:

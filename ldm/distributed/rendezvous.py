@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 10.0  # between two words on who is awaited
 TRY_S = 5.0  # of one try to reach the store
+ANSWER_S = 20.0  # until a store that was reached must have answered
 LOOK_S = 0.1  # between two looks at who has come
 
 
@@ -76,11 +77,16 @@ class Meeting:
         local = numbers["LOCAL_RANK"]
         return cls(rank=rank, world=world, local=local, address=address, port=port, attempt=attempt, kept=kept, limit=limit)
 
+    @property
+    def keeper(self) -> str:
+        """Who keeps the store, in words."""
+        return "the launcher" if self.kept else "rank 0"
+
     def connection(self, purpose: str) -> Store:
         """A further connection to the store, for keys of that purpose alone."""
         from torch.distributed import PrefixStore, TCPStore
 
-        store = TCPStore(self.address, self.port, None, False, timeout=timedelta(seconds=max(20.0, TRY_S)))
+        store = TCPStore(self.address, self.port, None, False, timeout=timedelta(seconds=ANSWER_S))
         return PrefixStore(f"ldm/{self.attempt}/{purpose}", store)
 
     def meet(self, arrival: Arrival) -> Store:
@@ -101,11 +107,10 @@ class Meeting:
             first = str(store.compare_set("first", "", str(self.rank)), "utf-8") == str(self.rank)
             store.set(f"here/{self.rank}", json.dumps(asdict(arrival)))
             said = self._look(store, begun) if first else self._verdict(store, begun)
-        except UserError:
-            raise
         except Exception as error:  # the store is gone, with whoever kept it
-            keeper = "the launcher" if self.kept else "rank 0"
-            raise UserError(f"{keeper} ended while rank {self.rank} waited for the others ({str(error).splitlines()[0][:120]})") from None
+            raise UserError(
+                f"{self.keeper} ended while rank {self.rank} waited for the others ({str(error).splitlines()[0][:120]})"
+            ) from None
         if said:
             self._heard(store)
             raise UserError(said)
@@ -142,34 +147,33 @@ class Meeting:
             except Exception as error:
                 why = str(error).splitlines()[0][:120]
             now = time.monotonic()
-            keeper = "the launcher" if self.kept else "rank 0"
             if now - begun > self.limit:
                 raise UserError(
-                    f"{keeper} was not reached at {where} within {self.limit:.0f} s (LDM_TIMEOUT_S): {why};"
+                    f"{self.keeper} was not reached at {where} within {self.limit:.0f} s (LDM_TIMEOUT_S): {why};"
                     " is it started, and may this machine connect to that port?"
                 )
             if now - told > EVERY_S and self.local < 2:  # one of this machine's, or two, not all of them
                 told = now
-                _tell(f"rank {self.rank} waits for {keeper} at {where}", now - begun, self.limit)
+                _tell(f"rank {self.rank} waits for {self.keeper} at {where}", now - begun, self.limit)
             time.sleep(min(1.0, self.limit / 10))
 
     def _look(self, store: Store, begun: float) -> str:
         """Wait for all; tells the others what is wrong, empty where nothing is."""
-        told, there = begun, {self.rank}
-        while len(there) < self.world:
-            there |= {rank for rank in range(self.world) if rank not in there and store.check([f"here/{rank}"])}
+        told, keys = begun, [f"here/{rank}" for rank in range(self.world)]
+        while not store.check(keys):
+            time.sleep(LOOK_S)
             now = time.monotonic()
-            missing = _ranks(sorted(set(range(self.world)) - there))
-            if len(there) == self.world:
-                break
-            if now - begun > self.limit:
-                said = f"{missing} did not come within {self.limit:.0f} s (LDM_TIMEOUT_S): {len(there)} of {self.world} processes were here"
+            if now - told < EVERY_S and now - begun <= self.limit:
+                continue
+            absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            missing, there = _ranks(absent), self.world - len(absent)
+            if absent and now - begun > self.limit:
+                said = f"{missing} did not come within {self.limit:.0f} s (LDM_TIMEOUT_S): {there} of {self.world} processes were here"
                 store.set("verdict", said)
                 return said
-            if now - told > EVERY_S:
+            if absent:
                 told = now
-                _tell(f"{len(there)} of {self.world} processes are here; waiting for {missing}", now - begun, self.limit)
-            time.sleep(LOOK_S)
+                _tell(f"{there} of {self.world} processes are here; waiting for {missing}", now - begun, self.limit)
         arrivals = [Arrival(**json.loads(store.get(f"here/{rank}"))) for rank in range(self.world)]
         said = together(arrivals)
         store.set("verdict", said)

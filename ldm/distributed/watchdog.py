@@ -39,6 +39,17 @@ def limit_s() -> float:
 
 
 @dataclass(frozen=True)
+class Verb:
+    """What the processes do together."""
+
+    name: str  # of ldm's verb
+    again: str  # how to go on after a failure
+
+
+TRAINING = Verb("train", "The same command goes on from the last checkpoint")
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a process is: equal places are reached in the same order by all."""
 
@@ -82,8 +93,8 @@ class Watchdog:
         limit: seconds that a process may stand still within a step.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, limit: float) -> None:
-        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+    def __init__(self, store: Any, rank: int, world: int, limit: float, verb: Verb = TRAINING) -> None:
+        self.store, self.rank, self.world, self.limit, self.verb = store, rank, world, limit, verb
         self.silent = min(SILENT_S, limit)
         self.period = min(0.5, self.silent / 10)
         self.folder: Path | None = None  # of the run, for stacks and the log
@@ -210,7 +221,7 @@ class Watchdog:
         if verdict["hung"]:
             stacks = f"; stacks in {self.folder / 'stacks'}" if self.folder else ""
             self._stacks()
-        text = f"{verdict['text']}; all processes end{stacks}. The same command goes on from the last checkpoint"
+        text = f"{verdict['text']}; all processes end{stacks}. {self.verb.again}"
         self._speak(self._elected(text))
         sys.stderr.flush()
         self._bye()
@@ -291,7 +302,7 @@ class Watchdog:
         """To the console, the log and the launcher, if there is something to say and this process has not had its last word."""
         with self._word:
             if text and not self._told:
-                say(text, self.folder, self.place)
+                say(text, self.folder, self.place, self.verb.name)
             self._told = True
 
     def _elected(self, text: str) -> str:
@@ -326,9 +337,9 @@ def broken(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
-def say(text: str, folder: Path | None, place: Place) -> None:
+def say(text: str, folder: Path | None, place: Place, verb: str = TRAINING.name) -> None:
     """One line on standard error, one in the log, and one for torchrun's summary."""
-    print(f"ldm train: {text}", file=sys.stderr, flush=True)
+    print(f"ldm {verb}: {text}", file=sys.stderr, flush=True)
     if folder is not None:
         line = {"failed": text, "place": asdict(place), "time": round(time.time(), 3)}
         with suppress(OSError), (folder / "log.jsonl").open("ab", buffering=0) as file:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import demo_server
 import pytest
 import several
 
@@ -195,17 +196,40 @@ def test_what_is_not_shared_out_is_refused_to_several_tasks(monkeypatch: pytest.
     assert main(["info", "nothing.png"]) == 2 and "srun" not in capsys.readouterr().err
 
 
-def test_the_tasks_of_srun_draw_each_picture_once(kl_model: Path, tmp_path: Path) -> None:
-    port = several.free_port()
-    command = [sys.executable, "-m", "ldm", "sample", "a", "b", "c", "--model", str(kl_model), "--out", str(tmp_path), "--json"]
-    running = []
+def tasks(*words: str, **more: str) -> list[subprocess.Popen[str]]:
+    """Two tasks of `ldm sample`, as srun starts them."""
+    port, running = several.free_port(), []
     for rank in range(2):
         slurm = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment |= slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, "-m", "ldm", "sample", *words]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment | more, text=True, **pipes))
+    return running
+
+
+def test_the_tasks_of_srun_draw_each_picture_once(kl_model: Path, tmp_path: Path) -> None:
+    running = tasks("a", "b", "c", "--model", str(kl_model), "--out", str(tmp_path), "--json")
     said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}_seed0.png" for i in range(3)]
     drawn = [json.loads(line)["prompt"] for out, _ in said for line in out.splitlines()]
     assert sorted(drawn) == ["a", "b", "c"]
+
+
+def test_a_killed_task_of_sample_ends_the_other_with_its_name(kl_model: Path, tmp_path: Path) -> None:
+    running = tasks("a", "--n", "4000", "--model", str(kl_model), "--out", str(tmp_path), LDM_TIMEOUT_S="20")
+    try:
+        demo_server.until(lambda: any(tmp_path.glob("*.png")), 300)
+        running[1].kill()
+        assert running[0].wait(120) == 1
+        said = running[0].communicate()[1].strip().splitlines()
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert re.fullmatch(
+        r"ldm sample: rank 1 (is gone, killed|gives no sign of life any more, killed) or .*rank 0 waits in working.*", said[-1]
+    )
+    assert not any("Traceback" in line for line in said)
