@@ -324,6 +324,9 @@ class Family(nn.Module, ABC):
 
         Args:
             level: (B,) in [0,1), the noise level of each as a share of the schedule, from clean to noisy.
+
+        Raises:
+            NotImplementedError: where the family is not `noised`.
         """
         raise NotImplementedError
 

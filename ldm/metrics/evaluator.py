@@ -90,6 +90,17 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
+def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours) -> Wanted:
+    """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
+    return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
+
+
+def _used(bench: Bench, wanted: Wanted) -> Values:
+    """The settings that pictures were drawn with, for the protocol."""
+    used = bench.model.settings(wanted)
+    return {"guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+
+
 def _floats(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -200,7 +211,7 @@ class Abilities:
 
     def run(self, bench: Bench) -> Values:
         """The share of prompts whose every stated fact holds, by ability, the mean of them, and intervals."""
-        wanted = Wanted(steps=self.steps or None, sampler=self.sampler or None, guidance=self.guidance or None)
+        wanted = _wanted(self)
         size = (self.size, self.size) if self.size else None
         groups = abilities.asked(self.tier, self.prompts, self.seed)
         found: Values = {}
@@ -302,7 +313,7 @@ class Frechet:
         half = len(real.image) // 2
         if half < 2:
             return {"skipped": f"{len(real.image)} validation images; a distance needs 4 at least"}
-        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
+        wanted = _wanted(self)
         images = bench.draw(real.caption[:half], self.seed, wanted, "frechet")
         a, b, c = (extractor.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
         found: Values = {}
@@ -313,8 +324,7 @@ class Frechet:
             found["gaussian"] = round(gaussian_distance(b, c), 4)
             if half > NEIGHBOURS:
                 found["precision"], found["recall"] = (round(share, 4) for share in precision_recall(c, b, NEIGHBOURS))
-        used = bench.model.settings(wanted)
-        protocol = {"images": half, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler, **extractor.protocol}
+        protocol = {"images": half, **_used(bench, wanted), **extractor.protocol}
         distances = {"distance": round(frechet.distance(b, c), 3), "real_real_floor": round(frechet.distance(a, b), 3)}
         return {**distances, **found, "protocol": protocol}
 
@@ -343,12 +353,11 @@ class ClipScore:
         real = bench.real(self.images)
         many = len(real.image)
 
-        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
+        wanted = _wanted(self)
         images = bench.draw(real.caption, self.seed, wanted, "clip score")
         true = ((real.image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         score, best = (100 * sum(judge.scores(of, real.caption)) / many for of in (images, true))
-        used = bench.model.settings(wanted)
-        protocol = {"images": many, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler, "clip": self.path.name}
+        protocol = {"images": many, **_used(bench, wanted), "clip": self.path.name}
         return {"score": round(score, 3), "real": round(best, 3), "protocol": protocol}
 
 
@@ -383,7 +392,7 @@ class Neighbours:
         many, train = len(real.image), bench.train
         if not many:
             return {"skipped": "no validation images; neighbours need some"}
-        wanted = Wanted(steps=self.steps or None, guidance=self.guidance or None, sampler=self.sampler or None)
+        wanted = _wanted(self)
         images = _floats(bench.draw(real.caption, self.seed, wanted, "neighbours"))
         side = images.shape[2]
         count = min(self.among or len(train), len(train))
@@ -403,8 +412,7 @@ class Neighbours:
             rows.append({"caption": real.caption[i], "samples": samples, "distances": [round(float(d), 5) for d in far[i]]})
             shown += [images[i : i + 1].cpu(), train.load(samples, samples, side, 0, False).image]
         bench.show(f"neighbours-{side}", torch.cat(shown), 1 + index.shape[1], real.caption)
-        used = bench.model.settings(wanted)
-        protocol = {"images": many, "among": count, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+        protocol = {"images": many, "among": count, **_used(bench, wanted)}
         values = {
             "distance": float(np.median(far[:, 0])),
             "held_out": float(np.median(beside)),

@@ -130,13 +130,14 @@ class Stripes:
         """Mean and variance of each group of channels, (B,G) each, in float32 at least."""
         step = max(1, self.places // 4 // x.shape[3])
         kind = torch.promote_types(x.dtype, torch.float32)
+        fine = precise(x.device)
         means, spreads, counts = [], [], []
         for rows in x.split(step, dim=2):
             variance, mean = torch.var_mean(rows.unflatten(1, (groups, -1)).to(kind), dim=(2, 3, 4), correction=0)
-            means.append(mean.to(precise(x.device)))
-            spreads.append(variance.to(precise(x.device)))
+            means.append(mean.to(fine))
+            spreads.append(variance.to(fine))
             counts.append(rows.shape[2])
-        share = torch.tensor(counts, dtype=precise(x.device), device=x.device)[:, None, None] / x.shape[2]
+        share = torch.tensor(counts, dtype=fine, device=x.device)[:, None, None] / x.shape[2]
         mean = (share * torch.stack(means)).sum(0)
         variance = (share * (torch.stack(spreads) + (torch.stack(means) - mean).square())).sum(0)
         return mean.to(kind), variance.to(kind)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_loop import products, trainer  # noqa: F401  # a fixture
+from test_loop import trainer
 
 from ldm.cli.watch import lines
 from ldm.runs.report import report
@@ -120,7 +120,7 @@ def test_weights_that_stand_still_are_not_their_averages_fault() -> None:
     assert not any(alarms.look(step * BATCH, {}, {}, 1e-3) for step in range(1, 30))
 
 
-def test_training_tells_the_log_the_report_and_who_watches(tmp_path: Path, products: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_training_tells_the_log_the_report_and_who_watches(tmp_path: Path, products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, products, log_every_steps=1, samples=0)
     monkeypatch.setattr(Ema, "update", lambda self: None)
     made.run()

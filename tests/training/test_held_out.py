@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finished_model import SIDE, UNET, Pictures, autoencoder_product, text_product
+from finished_model import SIDE, UNET, Pictures
 from safetensors.torch import load_file
 
 from ldm.config.errors import UserError
@@ -40,14 +40,6 @@ class HeldOut(Pictures):
     def load(self, index: Any, position: Any, resolution: int, seed: int, flip: bool) -> Any:
         """As `Pictures.load`."""
         return super().load([i + 1000 for i in index], position, resolution, seed, flip)
-
-
-@pytest.fixture(scope="module")
-def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
-    root = tmp_path_factory.mktemp("products")
-    text_product(root / "text")
-    autoencoder_product(root / "autoencoder")
-    return {name: Product(root / name, "") for name in ("text", "autoencoder")}
 
 
 def trainer(folder: Path, products: dict[str, Product], process: Process = FLOW, *, val: int = 5, **fields: Any) -> Trainer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from finished_model import SIDE, UNET, Pictures, autoencoder_product, text_product
+from finished_model import SIDE, UNET, Pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.config.errors import UserError
@@ -22,14 +22,6 @@ from ldm.training.settings import Train
 
 BATCH = 4
 DATA = Pictures()
-
-
-@pytest.fixture(scope="module")
-def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
-    root = tmp_path_factory.mktemp("products")
-    text_product(root / "text")
-    autoencoder_product(root / "autoencoder")
-    return {name: Product(root / name, "") for name in ("text", "autoencoder")}
 
 
 def trainer(folder: Path, products: dict[str, Product], **fields: Any) -> Trainer:
