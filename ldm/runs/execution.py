@@ -44,8 +44,6 @@ from ldm.training.settings import Train
 
 EXAMPLES = 6  # captions that a model remembers, for whoever asks what it can draw
 
-EXAMPLES = 6  # captions that a model remembers, for whoever asks what it can draw
-
 
 class Execution:
     """One start of a run: it goes through the stages, skips what is done and does the rest."""
