@@ -93,7 +93,7 @@ class Cond(Movable):
     text: Text | None = None
     size: Tensor | None = None  # (B,6) px
     image: Tensor | None = None  # (B,C,h,w)
-    label: Tensor | None = None  # (B,)
+    guidance: Tensor | None = None  # (B,) the guidance scale, for networks that were distilled from guided steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -243,9 +243,9 @@ class Process:
             ratio = (top ** (1 / 7) * (1 - ramp) + bottom ** (1 / 7) * ramp) ** 7
         return np.concatenate([ends[:1], self.schedule.time_at(ratio)] if beyond else [self.schedule.time_at(ratio)])
 
-    def scheduler_config(self) -> dict[str, Any]:
-        """What diffusers' scheduler_config.json must say so that its pipelines sample this process."""
-        return to_scheduler_config(self.schedule, self.target)
+    def scheduler_config(self, distilled: bool = False) -> dict[str, Any]:
+        """What diffusers' scheduler_config.json must say so that its pipelines sample this process, `distilled` for few steps or not."""
+        return to_scheduler_config(self.schedule, self.target, distilled)
 
     @classmethod
     def from_scheduler_config(cls, values: Mapping[str, Any], where: str = "scheduler_config.json") -> Process:

@@ -16,6 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short, typed
 from ldm.config.schema import PositiveFloat, Steps, config
 
+DISTILLED = "LCMScheduler"  # diffusers' class for models that were distilled for few steps
 FLOW_STEPS = 1000  # a flow's sigma in [0,1] is told to the network as t = 1000 sigma, as diffusers does
 
 
@@ -187,11 +188,11 @@ _PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample", "flow"
 _LATENT_BETAS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
 
-def to_scheduler_config(schedule: Linear | ScaledLinear | Cosine | Flow, target: str) -> dict[str, Any]:
+def to_scheduler_config(schedule: Linear | ScaledLinear | Cosine | Flow, target: str, distilled: bool = False) -> dict[str, Any]:
     """A scheduler_config.json with which StableDiffusionPipeline samples a model of this schedule and target.
 
-    DDIM for the discrete schedules; UniPC on flow sigmas for the flow, because FlowMatchEulerDiscreteScheduler lacks
-    the scale_model_input and init_noise_sigma that this pipeline calls.
+    DDIM for the discrete schedules, or LCM where the model was `distilled` for few steps; UniPC on flow sigmas for the flow, because
+    FlowMatchEulerDiscreteScheduler lacks the scale_model_input and init_noise_sigma that this pipeline calls.
     """
     if isinstance(schedule, Flow):
         return {
@@ -203,7 +204,7 @@ def to_scheduler_config(schedule: Linear | ScaledLinear | Cosine | Flow, target:
         }
     betas = {} if isinstance(schedule, Cosine) else {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": DISTILLED if distilled else "DDIMScheduler",
         "num_train_timesteps": schedule.steps,
         "beta_schedule": _BETA_SCHEDULE[schedule.kind],
         **betas,

@@ -83,6 +83,11 @@ class TrainingStage(Protocol):
         ...
 
     @property
+    def held_out(self) -> int | None:
+        """Samples of which the held-out loss is measured; None: a number that suits."""
+        ...
+
+    @property
     def checkpointing(self) -> bool | None:
         """Whether blocks are recomputed in the backward pass; None: as the network says."""
         ...

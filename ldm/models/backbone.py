@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.schema import plain
 from ldm.diffusion.batch import Cond, Text
 
 
@@ -25,6 +26,7 @@ class DenoiserConfig:
 
     folder: ClassVar[Literal["unet", "transformer"]] = "transformer"  # where a pipeline folder keeps it
     class_names: ClassVar[tuple[str, ...]]  # what config.json may call it, the one that is written first
+    later: ClassVar[tuple[str, ...]] = ()  # fields that a model trained before there were any has at their default
 
     kind: str  # its name in the union
     in_channels: int  # channels of x and Cond.image together
@@ -66,6 +68,17 @@ class DenoiserConfig:
     def reads_size(self) -> bool:
         """Whether the network must be told Cond.size (as Stable Diffusion XL's)."""
         return False
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the network must be told Cond.guidance, as one that was distilled from guided steps (Meng 2023, arXiv 2210.03142)."""
+        return False
+
+    def identity(self) -> dict[str, Any]:
+        """What a trained network depends on, as plain values: all fields but what changes no bit, and later ones at their default."""
+        usual = type(self)()
+        unsaid = {name for name in self.later if getattr(self, name) == getattr(usual, name)}
+        return {**{k: v for k, v in plain(self).items() if k not in unsaid}, "checkpointing": False}
 
     def continuing(self, base: Self) -> Self:
         """The configuration of a network that goes on from `base`: its shape is the base's, what concerns training alone is as here."""
@@ -143,6 +156,15 @@ class Denoiser(nn.Module):
             dtype: the type that it will be called under autocast with, which must not change its numbers; None: as it is.
         """
         return self.eval().requires_grad_(False)
+
+    def told_guidance(self, channels: int) -> Self:
+        """The same function, told the guidance scale as waves of so many channels, to which new weights of zero listen.
+
+        Raises:
+            UserError: for a network that cannot be.
+        """
+        name = self.config.class_names[0]
+        raise UserError(f"distill.guidance: {name} cannot be told a scale; give one scale twice, such as [3, 3], which it learns alone")
 
     def widened(self, in_channels: int) -> Self:
         """The same function with more input channels, to which new weights of zero listen.

@@ -40,7 +40,6 @@ UNET_FIXED: dict[str, object] = {
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
@@ -62,6 +61,7 @@ UNET_PLAIN: Plain = (
     ("dropout", "dropout", 0.0),
     ("flip_sin_to_cos", "flip_sin_to_cos", True),
     ("freq_shift", "freq_shift", 0),
+    ("time_cond_proj_dim", "guidance_channels", 0),
     ("sample_size", "sample_size", None),
 )
 UNET_OWN = ("coordinates", "pooled_text", "mask_padding", "pooled_channels")
@@ -115,6 +115,7 @@ def unet_to_diffusers(config: Any) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in config.attention],
         "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)],
         "mid_block_type": UNET_MIDDLES[config.middle],
+        "time_cond_proj_dim": config.guidance_channels or None,
         "addition_embed_type": "text_time" if config.size_channels else None,
         "addition_time_embed_dim": config.size_channels or None,
         "projection_class_embeddings_input_dim": 6 * config.size_channels + config.pooled_width if config.size_channels else None,

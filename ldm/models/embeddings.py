@@ -15,16 +15,22 @@ COORDINATES = 6  # x, y and the cosine and sine of each
 
 
 class TimeEmbedding(nn.Module):
-    """Linear, SiLU, linear."""
+    """Linear, SiLU, linear; with `channels_told` also a linear layer for what is added to the times before them."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, channels_told: int = 0) -> None:
         super().__init__()
+        self.cond_proj = nn.Linear(channels_told, channels_in, bias=False) if channels_told else None
         self.linear_1 = nn.Linear(channels_in, channels_out)
         self.linear_2 = nn.Linear(channels_out, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C) -> (B,T)."""
         return self.linear_2(F.silu(self.linear_1(x)))
+
+    def told(self, x: Tensor) -> Tensor:
+        """(B,K) -> (B,C), to be added to the times."""
+        assert self.cond_proj is not None
+        return self.cond_proj(x)
 
 
 def waves(values: Tensor, channels: int, cosine_first: bool = True, shift: int = 0) -> Tensor:

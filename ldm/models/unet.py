@@ -44,6 +44,7 @@ class UNetConfig(DenoiserConfig):
 
     folder: ClassVar[Literal["unet", "transformer"]] = "unet"
     class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET)
+    later: ClassVar[tuple[str, ...]] = ("guidance_channels",)
 
     kind: Literal["unet"] = "unet"
     in_channels: Width = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
@@ -59,6 +60,7 @@ class UNetConfig(DenoiserConfig):
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows in float16)
     size_channels: Count = 0  # channels for each number of Cond.size (XL: 256); 0: neither sizes nor pooled text
     pooled_channels: Count = 0  # width of the pooled text (XL: 1280); 0: as the text states
+    guidance_channels: Count = 0  # width of the guidance scale's waves (latent consistency models: 256); 0: the network is not told it
     norm_groups: Width = 32  # groups of every GroupNorm
     norm_eps: PositiveFloat = 1e-5  # added to the variance in the residual blocks
     dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
@@ -110,6 +112,11 @@ class UNetConfig(DenoiserConfig):
         return self.size_channels > 0
 
     @property
+    def reads_guidance(self) -> bool:
+        """Whether the network must be told Cond.guidance, as one that was distilled from guided steps."""
+        return self.guidance_channels > 0
+
+    @property
     def level_heads(self) -> tuple[int, ...]:
         """Heads at each level."""
         return self.heads if isinstance(self.heads, tuple) else (self.heads,) * len(self.channels)
@@ -157,7 +164,7 @@ class UNet(Denoiser):
         last = len(channels) - 1
 
         self.conv_in = nn.Conv2d(config.in_channels + COORDINATES * config.coordinates, channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0], time)
+        self.time_embedding = TimeEmbedding(channels[0], time, config.guidance_channels)
         self.add_embedding = TimeEmbedding(SIZES * config.size_channels + config.pooled_width, time) if config.size_channels else None
         self.pooled_embedding = TimeEmbedding(config.pooled_width, time) if config.pooled_text else None
 
@@ -256,6 +263,15 @@ class UNet(Denoiser):
         made.conv_in.weight = nn.Parameter(torch.cat([old[:, :have], zeros, old[:, have:]], dim=1))
         return made
 
+    def told_guidance(self, channels: int) -> UNet:
+        """The same function, told the guidance scale as waves of so many channels, to which new weights of zero listen."""
+        made = shared_copy(self)
+        made.config = replace(self.config, guidance_channels=channels)
+        fresh = nn.Linear(channels, self.config.channels[0], bias=False)
+        zero(fresh)
+        made.time_embedding.cond_proj = fresh.to(self.conv_in.weight)
+        return made
+
     def remember(self, text: Text) -> Memory:
         """The keys and values of every cross-attention: they depend on the prompt alone, so once serves all steps."""
         memory = self._memory(text, self.conv_in.weight.dtype)
@@ -278,13 +294,13 @@ class UNet(Denoiser):
 
     @property
     def told_more(self) -> bool:
-        """Whether the time embedding has sizes or pooled text in it, which differ from prompt to prompt."""
-        return self.add_embedding is not None or self.pooled_embedding is not None
+        """Whether the time embedding has sizes, pooled text or a guidance scale in it, which differ from prompt to prompt."""
+        return self.add_embedding is not None or self.pooled_embedding is not None or self.config.reads_guidance
 
     def schedule(self, t: Tensor, cond: Cond) -> list[TimeShifts]:
         """What the residual blocks add at each of the times t (S,): the embeddings of a whole schedule in one call.
 
-        With sizes or pooled text it holds for the batch of `cond`, else for any.
+        With sizes, pooled text or a guidance scale it holds for the batch of `cond`, else for any.
         """
         time = F.silu(self._time(t, cond, self.conv_in.weight.dtype, every=True))  # (S,B or 1,T)
         blocks = [module for module in self.modules() if isinstance(module, ResnetBlock)]
@@ -294,9 +310,15 @@ class UNet(Denoiser):
     def _time(self, t: Tensor, cond: Cond, dtype: torch.dtype, every: bool = False) -> Tensor:
         """The time embedding with all that is added to it: (B,T), or of `every` time for each of the batch (S,B or 1,T)."""
         c = self.config
-        time = self.time_embedding(waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(dtype))
-        time = time[:, None] if every else time
-        if not self.told_more:
+        times = waves(t, c.channels[0], c.flip_sin_to_cos, c.freq_shift).to(dtype)
+        times = times[:, None] if every else times
+        if c.reads_guidance:
+            if cond.guidance is None:
+                raise ValueError("this U-Net is told the guidance scale, but Cond.guidance is None")
+            scales = waves((cond.guidance - 1) * 1000, c.guidance_channels, cosine_first=False, shift=1)
+            times = times + self.time_embedding.told(scales.to(dtype))
+        time = self.time_embedding(times)
+        if self.add_embedding is None and self.pooled_embedding is None:
             return time
         if cond.text is None or cond.text.pooled is None:
             raise ValueError("this U-Net is told the pooled text, but Cond.text.pooled is None")

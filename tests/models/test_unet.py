@@ -36,6 +36,7 @@ PEERS = {
     "plain middle": {**TWO, "mid_block_type": "UNetMidBlock2D", "layers_per_block": 1},
     "no middle": {**TWO, "mid_block_type": None, "layers_per_block": [1, 1], "cross_attention_dim": [12, 12]},
     "sines first": {**TWO, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-4, "dropout": 0.3},
+    "told the guidance": {**TWO, "time_cond_proj_dim": 6},
     "no attention": {**TWO, "down_block_types": (PLAIN, PLAIN), "up_block_types": (PLAIN_UP, PLAIN_UP)},
 }
 SMALL = UNetConfig(channels=(16, 32), attention=(True, False), heads=2, norm_groups=8, context_width=12, layers=1)
@@ -57,6 +58,34 @@ def build(**changes: object) -> UNet:
     return replace(SMALL, **changes).build().double()
 
 
+def guidance_of_diffusers(scales: Tensor, channels: int) -> Tensor:
+    from diffusers import StableDiffusionPipeline
+
+    told: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, channels)  # reads nothing of the pipeline
+    return told.double()
+
+
+def test_a_network_that_comes_to_be_told_the_guidance_is_the_same_function():
+    network = build()
+    told = network.told_guidance(6)
+    x, t, scales = draw(2, 4, 8, 8), torch.tensor([3, 901]), torch.tensor([1.0, 7.5])
+    assert torch.equal(network(x, t, condition(2)), told(x, t, condition(2, guidance=scales)))
+    assert told.config.reads_guidance and told.told_more and not network.config.reads_guidance
+    with pytest.raises(ValueError, match=r"Cond\.guidance is None"):
+        told(x, t, condition(2))
+    torch.nn.init.normal_(told.time_embedding.cond_proj.weight)
+    x0 = told(x, t, condition(2, guidance=scales))
+    steps = told.schedule(t, condition(2, guidance=scales))
+    assert not torch.equal(x0, network(x, t, condition(2)))
+    for i in range(2):
+        torch.testing.assert_close(told(x, t, condition(2, guidance=scales), None, steps[i])[i], x0[i], rtol=1e-9, atol=1e-9)
+
+
+def test_a_field_that_came_later_is_no_part_of_what_older_networks_are_known_by():
+    assert "guidance_channels" not in SMALL.identity()
+    assert replace(SMALL, guidance_channels=6).identity()["guidance_channels"] == 6
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_weights_and_outputs_are_those_of_diffusers(name):
     from diffusers import UNet2DConditionModel
@@ -67,11 +96,13 @@ def test_weights_and_outputs_are_those_of_diffusers(name):
     ours = config.build().double().eval()
     ours.load_state_dict(peer.state_dict(), strict=True)
     for height, width in ((8, 8), (9, 7)):
-        x, t, cond = draw(2, config.in_channels, height, width), torch.tensor([3, 901]), condition(2)
+        scales = torch.tensor([1.0, 7.5])
+        x, t, cond = draw(2, config.in_channels, height, width), torch.tensor([3, 901]), condition(2, guidance=scales)
         assert cond.text is not None
         added = {"text_embeds": cond.text.pooled, "time_ids": cond.size} if config.size_channels else None
         with torch.no_grad():
-            wanted = peer(x, t, cond.text.tokens, added_cond_kwargs=added).sample
+            told = guidance_of_diffusers(scales, config.guidance_channels) if config.guidance_channels else None
+            wanted = peer(x, t, cond.text.tokens, timestep_cond=told, added_cond_kwargs=added).sample
             torch.testing.assert_close(ours(x, t, cond), wanted, rtol=1e-10, atol=1e-10)
 
     saved = config.to_diffusers()

@@ -211,8 +211,11 @@ class Engine:
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
         size = torch.tensor([settings.sizes(height, width)]).float().expand(len(prompts), 6).to(device)
 
+        # A network that is told the scale draws as if guided by it in one call, so nothing is left to guide.
+        told = torch.full((len(prompts),), settings.guidance, device=device) if self.denoiser.config.reads_guidance else None
+
         def about(text: Text) -> Cond:
-            cond = Cond(text=text, size=size)
+            cond = Cond(text=text, size=size, guidance=told)
             for edit in edits:
                 cond = cond if edit.condition is None else edit.condition(cond, canvas)
             return cond
@@ -237,7 +240,9 @@ class Engine:
 
         steps = len(grid.t)
         weights = script.weights().to(device)
-        denoise = composed(predict, script.told, weights, lambda i: settings.guidance_at(i, steps), settings.rescale)
+        denoise = composed(
+            predict, script.told, weights, lambda i: settings.guidance_at(i, steps) if told is None else 1.0, settings.rescale
+        )
         for edit in edits:
             denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
         return denoise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
+from ldm.diffusion.schedules import DISTILLED
 from ldm.families.draws import OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
+from ldm.families.latent_diffusion.distillation import SAMPLER, STEPS, Consistency, errors
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.export import exported
-from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adapt, Adaptable, adapted
+from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adapt, Adaptable, TextualInversion, adapted
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
@@ -69,6 +72,7 @@ class LatentDiffusion(ModelConfig):
     masked_loss: MaskedLoss | None = None  # weigh errors by the data's masks; null: all of a picture is learned
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
     adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the network
+    distill: Consistency | None = None  # learn to draw in a few steps what the model given by init draws in many; null: learn from the data
 
     refuses: ClassVar[Mapping[str, str]] = {}
     answers = frozenset({"sample", "reconstruct"})
@@ -127,6 +131,8 @@ class LatentDiffusion(ModelConfig):
             with torch.device("meta"):
                 shapes = network.build()
             self.adapt.suits(shapes)
+        if self.distill is not None:
+            self.distill.suits(network)
         usual = type(self.process)()
         for name in ("schedule", "target"):
             said, theirs = getattr(self.process, name), getattr(process, name)
@@ -137,7 +143,8 @@ class LatentDiffusion(ModelConfig):
         offset = process.offset_noise if own_offset is None else own_offset
         defaults = self.defaults
         if defaults == Defaults():
-            defaults = defaults_of(read_record(base), base)[0]
+            found = defaults_of(read_record(base), base)[0]
+            defaults = found if self.distill is None else replace(self.distill.drawn(), chunk=found.chunk, precision=found.precision)
         process = replace(self.process, schedule=process.schedule, target=process.target, offset_noise=offset)
         return replace(self, network=network, process=process, defaults=defaults)
 
@@ -158,9 +165,10 @@ class LatentDiffusion(ModelConfig):
         found = {
             k: v
             for k, v in plain(self).items()
-            if k not in left_out and (k, v) not in (("adapt", None), ("inpaint", None), ("masked_loss", None), ("caption_chunks", 1))
+            if k not in left_out
+            and (k, v) not in (("adapt", None), ("inpaint", None), ("masked_loss", None), ("caption_chunks", 1), ("distill", None))
         }
-        found["network"]["checkpointing"] = False
+        found["network"] = self.network.identity()
         if self.adapt is not None:
             found["adapt"] = self.adapt.identity()
         if found["process"]["offset_noise"] is None:
@@ -179,6 +187,8 @@ class LatentDiffusion(ModelConfig):
             yield f"{own}.network: has {network.in_channels} input channels, as for inpainting; set {own}.inpaint={{}} too"
         if stage.latents and self.inpaint is not None:
             yield f"{where}.latents: {own}.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
+        if self.distill is not None:
+            yield from self._distilled(stage, own, where, begins)
         if self.adapt is not None and not begins:
             yield f"{own}.adapt: there is no model to adapt; give one by init, or leave adapt out"
         elif self.adapt is not None and begins.startswith("stages."):
@@ -188,6 +198,22 @@ class LatentDiffusion(ModelConfig):
                 self.adapt.check()
             except UserError as error:
                 yield f"{own}.adapt.{error}"
+
+    def _distilled(self, stage: TrainingStage, own: str, where: str, begins: str) -> Iterator[str]:
+        """What a distillation cannot have: no base, and what only learning from data reads."""
+        assert self.distill is not None
+        if not begins or begins.startswith("stages."):
+            yield f"{own}.distill: there is no finished model to distill; give one by init, or leave distill out"
+        if self.adapt is not None and (self.distill.told or isinstance(self.adapt, TextualInversion)):
+            yield f"{own}.distill: adapters are not told the guidance scale; give one scale twice, as guidance=[3, 3], and adapt.kind=lora"
+        idle: dict[str, Any] = {"inpaint": self.inpaint, "masked_loss": self.masked_loss}
+        usual = type(self.process)()
+        idle |= {f"process.{name}": getattr(self.process, name) != getattr(usual, name) for name in ("weighting", "density")}
+        yield from (f"{own}.{name}: has no effect with {own}.distill; leave it out" for name, said in idle.items() if said)
+        if stage.caption_dropout:
+            yield f"{where}.caption_dropout: {own}.distill drops no captions; leave it out"
+        if stage.held_out:
+            yield f"{where}.held_out: {own}.distill has no loss by noise level; leave it out"
 
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
         """The autoencoder's, times what the network cuts latents into."""
@@ -232,10 +258,15 @@ class LatentDiffusion(ModelConfig):
         network, text = self.fitted(others, note)
         latent = others["autoencoder"].latent_network(note)
         small = side // latent.factor
+        if self.distill is not None:
+            with torch.device("meta"):
+                network = cast("denoiser.Network", self.distill.told_by(network.build()).config)
         learned, spent = cost.denoiser(network, small, small, text.tokens)
         known, encode, _ = cost.autoencoder(latent, side, side)
         extra = text.cost.forward + (0 if stage.latents else encode.forward)
         frozen = {"autoencoder": known, "text encoder": text.parameters}
+        if self.distill is not None:  # guided, with and without the prompt, and the target
+            frozen["distilled network"], extra = learned, extra + 3 * spent.forward
         if self.adapt is None:
             return Footprint(learned={network.folder: learned}, frozen=frozen, cost=spent, extra=extra)
         # Gradients of the base's weights are not made; where captions are learned, the text encoder's are.
@@ -280,7 +311,12 @@ class LatentDiffusion(ModelConfig):
             built: denoiser.Denoiser = network.build()
         else:
             built = _continue(context.init, network, codec)
-        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text)
+        teacher = None
+        if self.distill is not None:
+            teacher = copy.deepcopy(built).requires_grad_(False).eval()
+            built = self.distill.told_by(built)
+            network = cast("denoiser.Network", built.config)
+        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, teacher)
         family.resolution = context.resolution
         if self.adapt is None:
             return family
@@ -312,11 +348,20 @@ class LatentDiffusionFamily(Adaptable, Draws):
     shardable = True
     kind = "latent_diffusion"
 
-    def __init__(self, config: LatentDiffusion, network: denoiser.Denoiser, codec: LatentCodec, text: TextEncoder) -> None:
+    def __init__(
+        self,
+        config: LatentDiffusion,
+        network: denoiser.Denoiser,
+        codec: LatentCodec,
+        text: TextEncoder,
+        teacher: denoiser.Denoiser | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.denoiser = network
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
+        self._teacher: tuple[denoiser.Denoiser, ...] = () if teacher is None else (teacher,)  # whose guided steps are distilled
+        self.noised = teacher is None
         self.text = text
         self.process = config.process
         self.resolution = 0
@@ -352,8 +397,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         }
 
     def frozen(self) -> list[nn.Module]:
-        """The autoencoder and the text encoder."""
-        return list(self._frozen)
+        """The autoencoder, the text encoder, and the network that is distilled."""
+        return [*self._frozen, *self._teacher]
 
     # Training
 
@@ -376,6 +421,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Weighted squared error of the network's prediction, mean over latent values."""
         latents = self.encode(batch, rng)
+        if self.config.distill is not None:
+            return self._distilled(self.config.distill, latents, rng)
         if self.config.caption_dropout:
             drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
             latents = replace(latents, cond=where(drop, self._without_caption(latents.cond), latents.cond))
@@ -383,6 +430,12 @@ class LatentDiffusionFamily(Adaptable, Draws):
         error = self._error(batch, latents, noised, rng)
         gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
         return {"denoising": (noised.weight * error).mean()}, gauges
+
+    def _distilled(self, asked: Consistency, latents: LatentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """The distance of the network's answers one noise level apart."""
+        unprompted = self._without_caption(latents.cond)
+        found = errors(asked, self.denoiser, self._teacher[0], self.process, latents, unprompted, rng).mean()
+        return {"consistency": found}, {"latent_std": latents.x0.std()}
 
     def _error(self, batch: ImageBatch | MomentBatch, latents: LatentBatch, noised: Noised, rng: Rng) -> Tensor:
         """Squared error (B,) of the network's prediction, mean over latent values."""
@@ -394,8 +447,6 @@ class LatentDiffusionFamily(Adaptable, Draws):
         output = full(self.denoiser(noised.x, noised.t, cond))
         squares = (output - noised.target).square()
         return (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3))
-
-    noised = True
 
     def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted squared error (B,) of captioned samples, and sigma (B,)."""
@@ -476,7 +527,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def describe(self) -> dict[str, Any]:
         """What a model folder must say besides the networks' own configurations."""
         offset = {"offset_noise": self.process.offset_noise} if self.process.offset_noise else {}
-        return {"defaults": {**self.defaults}, "scheduler": self.process.scheduler_config(), **offset}
+        scheduler = self.process.scheduler_config(distilled=self.config.distill is not None)
+        return {"defaults": {**self.defaults}, "scheduler": scheduler, **offset}
 
     # Sampling
 
@@ -505,6 +557,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
         if told and not network.reads_size:
             self.refuse(f"{told}: got {getattr(chosen, told)}", "has a network that is told no sizes; leave it out")
         self.text.check_skip(chosen.clip_skip)
+        if network.reads_guidance:
+            usual = choose(self.config.defaults)
+            for name in ("guidance_from", "guidance_to", "guidance_curve", "rescale"):
+                if getattr(chosen, name) != getattr(usual, name):
+                    self.refuse(f"{name}: got {getattr(chosen, name)}", "is told one guidance scale for all steps; leave it out")
         return chosen
 
     @torch.no_grad()
@@ -538,6 +595,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
         chosen, engine = self.settings(settings), self.engine(note or warn)
         if unheard := self.text.unheard_skip(chosen.clip_skip):
             engine.note(unheard)
+        if self.config.network.reads_guidance:
+            if str(negative):
+                engine.note("negative: this model is told the guidance scale, and draws without a negative prompt; it changes nothing")
+            if chosen.sampler != SAMPLER:
+                engine.note(f"sampler: this model is made for {SAMPLER}; {chosen.sampler} takes its answers for a denoiser's")
         return engine.draw(prompts, seeds, chosen, size, negative=negative, latents=latents, edits=edits, on_step=on_step)[0]
 
     @torch.no_grad()
@@ -686,6 +748,9 @@ def process_of(root: Path) -> Process:
 def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
     """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
     values = record.get("defaults")
+    if values is None and str(read_json(root / "scheduler" / "scheduler_config.json").get("_class_name")) == DISTILLED:
+        told = read_denoiser(root).reads_guidance
+        return Defaults(steps=STEPS, guidance=8.0 if told else 1.0, sampler=SAMPLER, chunk=1), None
     if values is None:
         return Defaults(guidance=5.0 if read_denoiser(root).reads_size else 7.5, chunk=1), None
     size = values.get("size") if isinstance(values, dict) else values

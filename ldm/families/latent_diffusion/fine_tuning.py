@@ -108,6 +108,7 @@ class AdaptedFamily(Family):
     def __init__(self, inner: Adaptable, context: Context) -> None:
         super().__init__()
         self._inner = (inner,)  # a tuple, so that it stays out of the module tree
+        self.noised = inner.noised
         self.base = {"unet": "" if context.init is None else context.init.hash, "resolution": str(context.resolution)}
         self.base |= {"seed": str(context.seed), "images": str(context.total_images)}
 
@@ -127,8 +128,6 @@ class AdaptedFamily(Family):
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """The base's."""
         return self.inner.loss(batch, rng)
-
-    noised = True
 
     def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
         """The base's."""
