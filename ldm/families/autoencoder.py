@@ -16,7 +16,9 @@ from ldm.config.schema import Count, Fraction, NonNegative, PositiveFloat, confi
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
+from ldm.families import game
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, ParameterGroup, Product, Terms, TrainingStage, agree
+from ldm.families.game import GameLoss, full
 from ldm.families.perceptual_loss import Perceptual, PerceptualClip, PerceptualLpips, PerceptualNone
 from ldm.families.pretrained import PretrainedAutoencoder, encoding_of, found_autoencoder
 from ldm.formats.latent_codec import LatentCodec, Statistics, autoencoder_folder, codec_config, load_codec, save_codec
@@ -45,7 +47,7 @@ class Adversarial:
 
     weight: NonNegative = 0.5  # factor on the adaptive weight; 0: no discriminator at all
     start: Fraction = 0.5  # share of the stage before which the discriminator neither learns nor is heard
-    loss: Literal["hinge", "non_saturating"] = "hinge"  # of autoencoder and discriminator
+    loss: GameLoss = "hinge"  # of autoencoder and discriminator
     max_weight: PositiveFloat = 1e4  # clamp of the adaptive weight before the factor
     lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the autoencoder's
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -195,11 +197,6 @@ class VQ(AutoencoderConfig):
     }
 
 
-def _full(x: Tensor) -> Tensor:
-    """In float32 at least: what autocast computed in half precision is summed in full."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _continued(config: KL | VQ, init: Product) -> KLAutoencoder | VQAutoencoder:
     folder = autoencoder_folder(init.folder)
     theirs = (KLConfig if isinstance(config, KL) else VQConfig).from_diffusers(read_config(folder), str(folder / CONFIG))
@@ -283,20 +280,16 @@ class AutoencoderFamily(Family):
         gauges["psnr"] = -10 * torch.log10(F.mse_loss(recon.detach(), image) / 4)
 
         if self.discriminator is not None and self.discriminator_active:
-            opinion, opinion_slope = self._opinion(leaf)
-            weight, game = self._adaptive_weight(recon, slope, opinion_slope)
-            gauges |= game
+            opinion, opinion_slope = game.opinion(self.discriminator, self.config.adversarial.loss, leaf, image)
+            weight, balance = self._adaptive_weight(recon, slope, opinion_slope)
+            gauges |= balance
             slope = slope + weight * opinion_slope
             terms["adversarial"] = (weight * opinion).detach()
-            terms["discriminator"], logits = self._discriminator_loss(image, leaf.detach())
+            terms["discriminator"], logits = game.lesson(self.discriminator, self.config.adversarial.loss, image, leaf.detach())
             gauges |= logits
         elif self.discriminator is not None:
-            # Every parameter takes part in every backward pass, so no wrapper need search for unused ones.
-            terms["discriminator"] = torch.stack([p.sum() * 0 for p in self.discriminator.parameters()]).sum()
-
-        # A term whose value is the loss and whose gradient is `slope`, already computed.
-        carried = (recon * slope).sum()
-        terms["reconstruction"] = judged.detach() + carried - carried.detach()
+            terms["discriminator"] = game.silent(self.discriminator)
+        terms["reconstruction"] = game.through(recon, slope, judged)
         for name, value in seen.items():
             gauges[name] = value.detach()
         return terms, gauges
@@ -304,18 +297,18 @@ class AutoencoderFamily(Family):
     def _kl(self, image: Tensor, rng: Rng) -> tuple[Tensor, Terms, Terms]:
         assert isinstance(self.config, KL) and isinstance(self.network, KLAutoencoder)
         mean, logvar = self.network.encode(image)
-        mean, logvar = _full(mean), _full(logvar)
+        mean, logvar = full(mean), full(logvar)
         noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)
-        recon = _full(self.network.decode(mean + (0.5 * logvar).exp() * noise))
+        recon = full(self.network.decode(mean + (0.5 * logvar).exp() * noise))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)  # eq. 10 of Kingma and Welling 2013, per latent value
         terms = {"kl": self.config.weight * kl.sum() / image.numel()}
         return recon, terms, {"kl_nats": kl.detach().mean(), "posterior_std": (0.5 * logvar.detach()).exp().mean()}
 
     def _vq(self, image: Tensor) -> tuple[Tensor, Terms, Terms]:
         assert isinstance(self.config, VQ) and isinstance(self.network, VQAutoencoder)
-        z = _full(self.network.encode(image))
+        z = full(self.network.encode(image))
         quantised, codes, distance = self.network.quantize(z)
-        recon = _full(self.network.decode(quantised, quantise=False))
+        recon = full(self.network.decode(quantised, quantise=False))
         counts = torch.bincount(codes.flatten(), minlength=len(self.usage)).to(self.usage.dtype)
         if self.training:
             self._seen.append((z.detach().permute(0, 2, 3, 1).flatten(0, 2), counts))
@@ -334,16 +327,6 @@ class AutoencoderFamily(Family):
             found["gradient"] = weights.gradient * (across + down)
         return found
 
-    def _opinion(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.discriminator is not None
-        parameters = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        with torch.enable_grad():
-            logits = _full(torch.func.functional_call(self.discriminator, parameters, (leaf,)))
-            hinge = self.config.adversarial.loss == "hinge"
-            opinion = -logits.mean() if hinge else F.softplus(-logits).mean()
-        (slope,) = torch.autograd.grad(opinion, leaf)
-        return opinion, slope
-
     def _adaptive_weight(self, recon: Tensor, slope: Tensor, opinion_slope: Tensor) -> tuple[Tensor, Terms]:
         """lambda = |grad rec| / (|grad gan| + 1e-4) at the last layer, over all ranks, clamped (Esser 2021, eq. 7)."""
         last = self.network.last_layer
@@ -352,19 +335,6 @@ class AutoencoderFamily(Family):
         limit = self.config.adversarial.max_weight
         weight = free.clamp(0, limit) * self.config.adversarial.weight
         return weight.detach(), {"lambda": weight.detach(), "lambda_clamped": (free >= limit).float()}
-
-    def _discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, Terms]:
-        assert self.discriminator is not None
-        real, fake = _full(self.discriminator(torch.cat([image, recon]))).chunk(2)
-        if self.config.adversarial.loss == "hinge":
-            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-        else:
-            loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-        return loss, {
-            "logits_real": real.detach().mean(),
-            "logits_fake": fake.detach().mean(),
-            "logit_margin": (real.detach().mean() - fake.detach().mean()),
-        }
 
     def after_step(self, step: int, rng: Rng) -> Terms:
         """Count how often codes are used, over the whole batch, and re-draw those that hardly are from its encoder outputs.
