@@ -34,10 +34,13 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file, or the config.yaml of a run folder.")],
     words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Fields that are otherwise.")] = None,
     processes: Annotated[int | None, Option(min=1, help="How many share the work; default: as many as this launch has.")] = None,
+    device: Annotated[str, Option(help="A graphics card that this machine need not have, such as h200, a100-40gb, 4090.")] = "",
+    nodes: Annotated[int | None, Option(min=1, help="With --device, in place of --processes: machines of --gpus cards.")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="With --nodes: cards of each machine; default: 8.")] = None,
     samples: Annotated[str, Option(help="How many samples the data would have, such as 2e9; default: as many as it has.")] = "",
     tflops: Annotated[float, Option(min=0, help="What a process does, 10^12 operations a second; default: assumed.")] = 0.0,
-    peak: Annotated[float, Option(min=0, help="In place of --tflops: the most a device does; 989 for an H100 in bf16.")] = 0.0,
-    mfu: Annotated[float | None, Option(min=0.01, max=1, help="The share of --peak that training reaches; default: 0.35.")] = None,
+    peak: Annotated[float, Option(min=0, help="In place of --tflops and --device: the most a device does; 989 for an H100 in bf16.")] = 0.0,
+    mfu: Annotated[float | None, Option(min=0.01, max=1, help="The share of --peak or --device that is reached; default: 0.35.")] = None,
     price: Annotated[float, Option(min=0, help="Of a device for an hour, in any money.")] = 0.0,
     disk: Annotated[float, Option(min=0.001, help="What storage writes and reads, GB a second.")] = 1.0,
     extend: Annotated[bool, Option("--extend", help="As train's: go on from the state of stages with other settings.")] = False,
@@ -49,8 +52,14 @@ def plan(
     count = _count(samples)
     if tflops and peak:
         raise UserError("tflops: not together with --peak, which gives the same by --mfu")
-    if mfu is not None and not peak:
-        raise UserError("mfu: is a share of --peak, and changes nothing without it; give --peak, too")
+    if device and (tflops or peak):
+        raise UserError("device: says how fast it is; leave --tflops and --peak out, or --device")
+    if mfu is not None and not peak and not device:
+        raise UserError("mfu: is a share of --peak or --device, and changes nothing without; give one of them, too")
+    if nodes and (processes or not device):
+        raise UserError("nodes: machines of a --device, in place of --processes; " + ("leave one out" if processes else "give --device"))
+    if gpus and not nodes:
+        raise UserError("gpus: cards of each of --nodes; give --nodes, too, or --processes")
     config = configuration(config)
     values = read(config, words or [])
     told(partial(validated, values, config))
@@ -58,10 +67,13 @@ def plan(
     from ldm.runs.plan import make, show
     from ldm.runs.run import Run, place
     from ldm.runs.simulation import simulate
+    from ldm.training.throughput import card
 
     run, out = place(build(values, Run, str(config)), config)
-    speed = tflops or peak * (0.35 if mfu is None else mfu)
-    found = make(run, out, processes=processes or 0, tflops=speed, samples=count, extend=extend)
+    share = 0.35 if mfu is None else mfu
+    chosen = card(device) if device else None
+    work = processes or (nodes or 0) * (gpus or 8)
+    found = make(run, out, processes=work, tflops=tflops or peak * share, samples=count, extend=extend, card=chosen, mfu=share)
     trained = [stage for stage in found.stages if stage.kind == "train"]
     tried: dict[tuple[int, int], Simulated] = {}
     for stage in trained:

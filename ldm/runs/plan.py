@@ -23,7 +23,7 @@ from ldm.runs.pretrained import FOLDER, check, find
 from ldm.runs.prior_preservation import PRIOR
 from ldm.runs.run import Encode, Run, Stage
 from ldm.training.settings import Train
-from ldm.training.throughput import Expected, peak
+from ldm.training.throughput import Card, Expected, peak
 
 if TYPE_CHECKING:
     from ldm.data.sources import DataSet
@@ -50,6 +50,7 @@ class StagePlan:
     buckets: list[dict[str, Any]] = field(default_factory=list)  # width, height, images, cut, enlarged, updates, missed
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)  # bytes on each device
+    memory_of_device: int = 0  # bytes that a named device has; 0: none is named
     flops_forward: int = 0  # of one image through the part that learns, or through the encoder
     flops: int = 0  # of one image in all, backward pass and frozen parts included
     checkpoint_bytes: int = 0
@@ -90,7 +91,17 @@ def assumed_tflops() -> tuple[float, str]:
     return CORE_TFLOPS * cores, f"assumed for {cores} CPU cores; --tflops X says better"
 
 
-def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, samples: int = 0, extend: bool = False) -> RunPlan:
+def make(
+    run: Run,
+    out: Path,
+    *,
+    processes: int = 0,
+    tflops: float = 0.0,
+    samples: int = 0,
+    extend: bool = False,
+    card: Card | None = None,
+    mfu: float = 0.35,
+) -> RunPlan:
     """The plan of a placed run; nothing is trained, downloaded or written.
 
     Args:
@@ -98,6 +109,8 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
         tflops: what one of them does, 10^12 floating-point operations a second; 0: assumed.
         samples: how many the data would have, filters passed; 0: as many as it has.
         extend: whether stages with other settings go on from their state.
+        card: whose speed in each stage's precision and whose memory count, wherever this is asked; None: as `tflops` says.
+        mfu: the share of a card's peak that training reaches.
 
     Raises:
         UserError: for what `shares` refuses, or where a filter asks for what the data does not know.
@@ -105,6 +118,8 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
     launch = launched(processes)
     processes, work = launch.world, shares(run, launch)
     speed, said = (tflops, "as told") if tflops else assumed_tflops()
+    if card is not None:
+        speed, said = mfu * card.half / 1e12, f"{mfu:.0%} of the {card.name}'s peak in bf16 or fp16, of fp32 where a stage is in that"
     notes = [*unheeded(launch, work), *missing(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))]
     data, val = _data(run, notes)
     if run.prior_preservation is not None and data is not None:
@@ -124,7 +139,12 @@ def make(run: Run, out: Path, *, processes: int = 0, tflops: float = 0.0, sample
         doings = planned(run, out, data, val, elsewhere, extend)
     whole = estimate(run)
     split = {name for name, each in work.items() if launch.splits(each.shardable)}
-    stages = [_stage(run, doing, data, whole, speed, samples, (processes, doing.name in split)) for doing in doings]
+    stages = []
+    for doing in doings:
+        precision = getattr(run.stages[doing.name], "precision", "bf16")
+        own = speed if card is None else mfu * card.peak(precision) / 1e12
+        one = _stage(run, doing, data, whole, own, samples, (processes, doing.name in split))
+        stages.append(replace(one, memory_of_device=int(card.memory) if card is not None and one.memory else 0))
     return RunPlan(
         run=run.name,
         out=str(out),
@@ -277,10 +297,25 @@ def _details(stage: StagePlan) -> Iterator[str]:
     yield from (f"bucket {line}" for line in lines(stage.buckets))
     yield f"{operations(stage.flops_forward)} forward, {operations(stage.flops)} in all an image: {duration(stage.seconds)}"
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
-    yield f"memory of each device, estimated: {size_of(sum(stage.memory.values()))} ({parts})"
+    needs, room = sum(stage.memory.values()), stage.memory_of_device
+    yield f"memory of each device, estimated: {size_of(needs)} ({parts})"
+    if room:
+        yield _verdict(stage, needs, room)
     yield f"checkpoint {size_of(stage.checkpoint_bytes)}, {size_of(stage.kept_bytes)} kept at most"
     if stage.carried_bytes:
         yield f"its state at the end, {size_of(stage.carried_bytes)}, is kept to go on from (keep_state)"
+
+
+def _verdict(stage: StagePlan, needs: int, room: int) -> str:
+    """Whether a stage fits a device, with a tenth of it left for what the estimate does not count, and the micro-batch that does."""
+    usable, each = 0.9 * room, stage.memory.get("activations", 0) / max(1, stage.micro_batch)
+    said = f"of the device's {size_of(room)}"
+    if needs <= usable:
+        return f"fits: {needs / room:.0%} {said}"
+    fitting = int((usable - (needs - stage.memory.get("activations", 0))) // each) if each else 0
+    if fitting >= 1:
+        return f"does not fit: {needs / room:.0%} {said}; a micro_batch of {fitting} or less does"
+    return f"does not fit: {needs / room:.0%} {said}; recompute blocks (checkpointing), shard (FSDP2), or learn a LoRA"
 
 
 def operations(flops: float) -> str:

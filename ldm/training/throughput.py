@@ -5,25 +5,43 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Dense peaks in TFLOP/s of bfloat16 or float16 (of matrix units, sums in float32) and of float32 without TF32, by makers' data sheets;
-# names as torch.cuda.get_device_name gives them, the more special ones first.
-PEAKS: tuple[tuple[str, float, float], ...] = (
-    (r"B200", 2250, 75),
-    (r"H200", 989, 67),
-    (r"H100 PCIe", 756, 51),
-    (r"H100 NVL", 835, 60),
-    (r"H100|GH200", 989, 67),
-    (r"A100", 312, 19.5),
-    (r"L40S", 362, 91.6),
-    (r"L40", 181, 90.5),
-    (r"L4", 121, 30.3),
-    (r"A10", 125, 31.2),
-    (r"A40", 150, 37.4),
-    (r"RTX 4090", 165, 82.6),
-    (r"RTX 3090", 71, 35.6),
-    (r"V100", 125, 15.7),
-    (r"T4", 65, 8.1),
+from ldm.config.errors import UserError
+
+# Dense peaks in TFLOP/s of bfloat16 or float16 (of matrix units, sums in float32) and of float32 without TF32, and memory in GB,
+# by makers' data sheets; names as torch.cuda.get_device_name gives them, the more special ones first.
+PEAKS: tuple[tuple[str, float, float, float], ...] = (
+    (r"B200", 2250, 75, 180),
+    (r"H200", 989, 67, 141),
+    (r"H100 PCIe", 756, 51, 80),
+    (r"H100 NVL", 835, 60, 94),
+    (r"H100|GH200", 989, 67, 80),
+    (r"A100.40GB|A100 40GB", 312, 19.5, 40),
+    (r"A100", 312, 19.5, 80),
+    (r"L40S", 362, 91.6, 48),
+    (r"L40", 181, 90.5, 48),
+    (r"L4", 121, 30.3, 24),
+    (r"A10G?", 125, 31.2, 24),
+    (r"A40", 150, 37.4, 48),
+    (r"RTX 4090", 165, 82.6, 24),
+    (r"RTX 3090", 71, 35.6, 24),
+    (r"V100.32GB|V100 32GB", 125, 15.7, 32),
+    (r"V100", 125, 15.7, 16),
+    (r"T4", 65, 8.1, 16),
 )
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card by its maker's data sheet."""
+
+    name: str
+    half: float  # FLOP/s in bf16 or fp16
+    single: float  # FLOP/s in fp32
+    memory: float  # bytes
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in `fp32`, `bf16` or `fp16`."""
+        return self.single if precision == "fp32" else self.half
 
 
 @dataclass(frozen=True)
@@ -37,10 +55,30 @@ class Expected:
 
 def peak(device: str, precision: str) -> float:
     """FLOP/s of a device in `fp32`, `bf16` or `fp16`; 0 for one that is not in the table."""
-    for name, half, single in PEAKS:
-        if re.search(rf"\b({name})\b", device):
-            return 1e12 * (single if precision == "fp32" else half)
-    return 0.0
+    found = _card(device, device)
+    return 0.0 if found is None else found.peak(precision)
+
+
+def card(name: str) -> Card:
+    """The card that someone calls so, in any case and with or without what its maker adds: h200, "RTX 4090", a100-40gb.
+
+    Raises:
+        UserError: for one that is not in the table.
+    """
+    said = re.sub(r"[\s_-]+", " ", name.upper()).strip()
+    said = re.sub(r"^(NVIDIA |GEFORCE |TESLA )+", "", said)
+    found = _card(f"RTX {said}" if re.fullmatch(r"[345]0\d0", said) else said, name)
+    if found is None:
+        known = ", ".join(pattern.split("|")[-1].replace("?", "") for pattern, *_ in PEAKS)
+        raise UserError(f"device: got {name!r}; known are {known}; of others say --peak, or --tflops")
+    return found
+
+
+def _card(device: str, name: str) -> Card | None:
+    for pattern, half, single, memory in PEAKS:
+        if re.search(rf"\b({pattern})\b", device, re.IGNORECASE):
+            return Card(name, 1e12 * half, 1e12 * single, 1e9 * memory)
+    return None
 
 
 def seconds_after(stage: str, images_per_s: float, expected: dict[str, Expected]) -> float:

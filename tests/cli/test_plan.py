@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -14,6 +15,7 @@ from ldm.config.errors import UserError
 from ldm.data.order import ShuffledBatches
 from ldm.runs import simulation
 from ldm.runs.simulation import simulate
+from ldm.training.throughput import card
 
 
 def test_two_thousand_million_samples_on_256_processes() -> None:
@@ -76,9 +78,42 @@ def test_as_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert "order of 100 samples" in capsys.readouterr().out
 
 
+def test_a_card_that_is_not_here_gives_speed_and_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "DRAWN", 2000)
+    monkeypatch.setattr(simulation, "SMALL", 2000)
+    words = ["plan", "configs/quickstart.yaml", "data.images=100", "stages.text.precision=fp32", "--mfu", "0.5", "--json"]
+    assert main([*words, "--device", "NVIDIA h100", "--nodes", "2", "--gpus", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    by_name = {stage["name"]: stage for stage in found["stages"]}
+    assert found["processes"] == 8 and found["tflops"] == pytest.approx(0.5 * 989)
+    for name, peak in (("text", 67e12), ("diffusion-low", 989e12)):
+        stage = by_name[name]
+        assert stage["seconds"] == pytest.approx(stage["flops"] * stage["images"] / (8 * 0.5 * peak))
+        assert stage["memory_of_device"] == 80e9
+    words = ["plan", "configs/quickstart.yaml", "data.images=100", "stages.diffusion-high.batch=32768"]
+    assert main([*words, "--device", "t4"]) == 0
+    said = capsys.readouterr().out
+    assert "fits: " in said
+    limit = int(re.search(r"does not fit: .* a micro_batch of (\d+) or less does", said)[1])  # type: ignore[index]
+    while 32768 % limit:
+        limit -= 1
+    assert main([*words, f"stages.diffusion-high.micro_batch={limit}", "--device", "t4"]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["h200", "RTX 4090", "4090", "A100-40GB", "NVIDIA A100-SXM4-80GB", "nvidia_l40s"])
+def test_cards_are_known_as_people_and_drivers_call_them(name: str) -> None:
+    assert card(name).memory == {"h200": 141e9, "A100-40GB": 40e9, "nvidia_l40s": 48e9}.get(name, 80e9 if "80GB" in name else 24e9)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--device", "voodoo"], "device: got 'voodoo'; known are"),
+        (["--device", "h100", "--peak", "989"], "device: says how fast it is"),
+        (["--nodes", "2"], "give --device"),
+        (["--device", "h100", "--nodes", "2", "--processes", "2"], "in place of --processes"),
+        (["--gpus", "2"], "give --nodes, too"),
         (["--samples", "many"], "samples: got 'many'"),
         (["--samples", "2.5"], "samples: got '2.5'"),
         (["--tflops", "1", "--peak", "2"], "not together"),
