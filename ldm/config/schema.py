@@ -226,6 +226,8 @@ def resolved(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
         same = {name: beside[name] for name in ("kind",) if name in beside}
         data = merge({name: value for name, value in _read(file, ()).items() if name != "of"} | same, beside)
     members = members_of(kind)
+    if isinstance(data, str) and (data in members or data == _only_kind(kind)):  # a kind's name alone: all its fields as usual
+        data = {"kind": str(data)}
     if members and isinstance(data, Mapping):
         usual = getattr(default, "kind", None)
         chosen = data.get("kind", usual)
@@ -248,6 +250,11 @@ def resolved(data: Any, kind: Any, default: Any = dataclasses.MISSING) -> Any:
     if isinstance(data, Flag):
         return bool(data)
     return str(data) if isinstance(data, Text) and not data.problem else data
+
+
+def _only_kind(kind: Any) -> Any:
+    """The kind of a configuration class that has one; None: it has none."""
+    return default_of(kind, "kind") if dataclasses.is_dataclass(kind) and "kind" in hints_of(kind) else None
 
 
 def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:

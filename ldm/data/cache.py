@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ldm.data.buckets import Buckets, assign, sizes_of
 from ldm.data.dataset import DataSet
 from ldm.data.images import Shape, mirrored
 from ldm.data.loader import ordered
-from ldm.diffusion.batch import ImageBatch, Text
+from ldm.diffusion.batch import Boxes, Graph, ImageBatch, Points, Text, View, cat
 from ldm.formats.atomic import MANIFEST, commit, sha256, verify, write_json
 from ldm.formats.records import Damaged, read_as, read_object
 
@@ -30,6 +30,7 @@ PLAN = "cache.json"
 DATA = "moments.safetensors"
 RECORD = "record.json"
 FORMAT = 1
+VIEW_PARTS = ("", "-box", "-there", "-point", "-part")  # ends of the columns of a view
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 Read = Callable[[Sequence[str]], Text]
@@ -51,11 +52,12 @@ class Plan:
     format: int = FORMAT
     text: str = ""  # hash of the text encoder whose states of the captions are kept; empty: none are
     shapes: tuple[tuple[Positive, Positive], ...] = ()  # height and width, px, of the buckets by number; empty: all are squares
+    views: tuple[str, ...] = ()  # what else is kept of the pictures
 
     @property
     def hash(self) -> str:
         """Of everything above."""
-        said = {name: value for name, value in asdict(self).items() if name not in ("text", "shapes") or value}
+        said = {name: value for name, value in asdict(self).items() if name not in ("text", "shapes", "views") or value}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -71,6 +73,7 @@ class ShardRecord:
     plan: str  # hash of the plan that it was made under
     captions: list[list[str]]  # all of each sample
     buckets: list[Count] = field(default_factory=list)  # the number of each sample's shape; empty: squares
+    words: dict[str, list[Any]] = field(default_factory=dict)  # by view, what of it is no number, of each sample
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -95,6 +98,7 @@ class CacheOptions:
     shard_images: int = 4096
     text: str = ""  # hash of the text encoder that reads
     buckets: Buckets | None = None  # keep each picture in the shape that fits it best; None, or data of one size: squares
+    views: tuple[str, ...] = ()  # kept too; the data must have been asked for them
 
 
 def write_cache(
@@ -141,6 +145,7 @@ def write_cache(
         shard_images=options.shard_images,
         text=options.text,
         shapes=tuple(choices),
+        views=options.views,
     )
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
@@ -158,7 +163,9 @@ def write_cache(
             record: dict[str, Any] = {"plan": plan.hash, "captions": data.all_captions(list(members))}
             if sizes is not None:
                 record["buckets"] = assign(sizes[members.start : members.stop], choices).tolist()
-            tensors = _encode_shard(data, encode, read, _cuts(members, record.get("buckets"), plan, batch), plan, workers, tell)
+            cuts = _cuts(members, record.get("buckets"), plan, batch)
+            tensors, words = _encode_shard(data, encode, read, cuts, plan, workers, tell)
+            record |= {"words": words} if words else {}
             commit(shard_folder(folder, number), _writer(tensors, record))
         if world == 1:
             seal(folder)
@@ -219,14 +226,15 @@ def _cuts(members: range, bucket: list[int] | None, plan: Plan, batch: int) -> l
 
 def _encode_shard(
     data: DataSet, encode: Encode, read: Read | None, cuts: list[Cut], plan: Plan, workers: int, tell: Callable[[int], None]
-) -> dict[str, np.ndarray]:
-    """The arrays of one shard."""
+) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+    """The arrays of one shard, and by view what of it is no number."""
 
     def load(index: list[int], shape: Shape) -> Callable[[], ImageBatch]:
         return lambda: data.load(index, index, shape, plan.seed, False)
 
     tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(cut, shape or plan.resolution)] for cut, shape in cuts)
     columns: dict[str, list[np.ndarray]] = {}
+    views: dict[tuple[int, int] | None, list[dict[str, View]]] = {}
     for (cut, shape), (images,) in zip(cuts, ordered(tasks, workers), strict=True):
         rows: dict[str, Tensor | None] = {"size": images.size}
         with torch.no_grad():
@@ -249,8 +257,53 @@ def _encode_shard(
                 wrong = data.origin(cut[int((~finite).nonzero()[0])])
                 raise UserError(f"{wrong}: its latent {name} is not finite in float16; encode in float32 instead")
             columns.setdefault(column(name, shape), []).append(value.numpy())
+        if plan.views:
+            views.setdefault(shape, []).append({name: _kept(view) for name, view in (images.views or {}).items()})
         tell(len(cut))
-    return {name: np.concatenate(parts) for name, parts in columns.items()}
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    words: dict[str, dict[int, Any]] = {}
+    for shape, parts in views.items():
+        numbers = [i for cut, own in cuts if own == shape for i in cut]
+        for name in plan.views:
+            tensors, said = split_view(joined([part[name] for part in parts]))
+            arrays |= {column(f"view-{name}{part}", shape): tensor.numpy() for part, tensor in tensors.items()}
+            if said is not None:
+                words.setdefault(name, {}).update(zip(numbers, said, strict=True))
+    return arrays, {name: [said for _, said in sorted(of.items())] for name, of in words.items()}
+
+
+def _kept(view: View) -> View:
+    """A view as it is kept: maps of shares as bytes."""
+    return (view * 255).round().to(torch.uint8) if isinstance(view, Tensor) and view.is_floating_point() else view
+
+
+def joined(parts: Sequence[View]) -> View:
+    """Views of several batches as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return cat(parts)  # type: ignore[type-var,return-value]
+
+
+def split_view(view: View) -> tuple[dict[str, Tensor], Sequence[Any] | None]:
+    """The tensors of a view by the ends of their columns' names, and what is no number, one entry a sample."""
+    if isinstance(view, Tensor):
+        return {"": view}, None
+    if isinstance(view, Boxes):
+        return {"-box": view.box, "-there": view.there.to(torch.uint8)}, view.phrases
+    if isinstance(view, Points):
+        return {"-point": view.point, "-there": view.there.to(torch.uint8), "-part": view.part.to(torch.int16)}, None
+    return {}, view.triples
+
+
+def rebuilt(tensors: Mapping[str, Tensor], words: Sequence[Any]) -> View:
+    """The view that `split_view` took apart; `words` as they are read back from JSON."""
+    if "" in tensors:
+        return tensors[""]
+    if "-box" in tensors:
+        return Boxes(box=tensors["-box"], there=tensors["-there"].bool(), phrases=tuple(map(tuple, words)))
+    if "-point" in tensors:
+        return Points(point=tensors["-point"], there=tensors["-there"].bool(), part=tensors["-part"].long())
+    return Graph(triples=tuple(tuple((a, b, c) for a, b, c in row) for row in words))
 
 
 def _states(data: DataSet, read: Read, index: list[int]) -> dict[str, Tensor | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.data.cache import DATA, RECORD, Read, ShardRecord, column, read_plan, shard_folder
+from ldm.data.cache import DATA, RECORD, VIEW_PARTS, Read, ShardRecord, column, joined, read_plan, rebuilt, shard_folder
 from ldm.data.dataset import draw_captions, draw_flips
 from ldm.data.images import Shape
-from ldm.diffusion.batch import MomentBatch, Text
+from ldm.data.views import mirrored_view
+from ldm.diffusion.batch import MomentBatch, Text, View
 from ldm.formats.atomic import MANIFEST, sha256, verify
 from ldm.formats.records import read_as
 
@@ -30,7 +33,7 @@ def _arrays(file: Path, in_memory: bool) -> dict[str, Tensor]:
     raw: np.ndarray = np.fromfile(file, np.uint8) if in_memory else np.memmap(file, np.uint8, mode="c")
     length = int(raw[:8].view(np.uint64)[0])
     header = json.loads(raw[8 : 8 + length].tobytes())
-    kinds = {"F16": np.float16, "F32": np.float32}
+    kinds = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I16": np.int16}
     found: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -71,6 +74,8 @@ class CachedLatents:
         self.bytes = sum((s / DATA).stat().st_size for s in shards)
         self.in_memory = self.bytes <= in_memory_bytes
         self._captions: list[list[str]] = []
+        self._words: dict[str, list[Any]] = {}
+        self._asked: tuple[str, ...] = ()
         self._shards: list[dict[str, Tensor]] = []
         rows, numbers = [], []
         digest = hashlib.sha256(self.plan.hash.encode())
@@ -86,6 +91,8 @@ class CachedLatents:
             if record.plan != self.plan.hash:
                 raise UserError(f"{shard}: made for another autoencoder, data set or size; encode again")
             self._captions += record.captions
+            for name, said in record.words.items():
+                self._words.setdefault(name, []).extend(said)
             if self.plan.shapes:
                 numbers.append(np.array(record.buckets, np.int64))
                 rows.append(_places(numbers[-1]))
@@ -130,6 +137,19 @@ class CachedLatents:
                 f"{self.folder}: its latents are kept in {own}, not {other}; encode again {'with' if wanted else 'without'} buckets,"
                 " or set the stage's buckets alike"
             )
+
+    def with_views(self, names: tuple[str, ...]) -> CachedLatents:
+        """The same latents, whose batches have these views.
+
+        Raises:
+            UserError: naming those that are not kept.
+        """
+        if absent := [name for name in names if name not in self.plan.views]:
+            kept = ", ".join(self.plan.views) or "no views"
+            raise UserError(f"{self.folder}: keeps {kept}, but {', '.join(absent)} is asked for; encode again for this model")
+        found = copy.copy(self)
+        found._asked = names
+        return found
 
     def buckets(self) -> tuple[Sequence[tuple[int, int]], NDArray[np.int64]] | None:
         """Height and width of the buckets, px, and the number (N,) of each sample's; None: squares."""
@@ -200,7 +220,21 @@ class CachedLatents:
             text=self._text(rows) if self.plan.text else None,
             mask=self._gather("mask", rows, mirror) if "mask" in self._names else None,
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
+            views={name: self._view(name, rows, mirror) for name in self._asked} or None,
         )
+
+    def _view(self, name: str, rows: np.ndarray, mirror: np.ndarray) -> View:
+        """One view of samples, turned with their pictures."""
+        found: list[View] = []
+        for i, turned in zip(rows.tolist(), mirror.tolist(), strict=True):
+            number, local = divmod(i, self.plan.shard_images)
+            shape, row = self._shape(np.array([i])), local if self._row is None else int(self._row[i])
+            shard = self._shards[number]
+            columns = {part: column(f"view-{name}{part}", shape) for part in VIEW_PARTS}
+            parts = {part: shard[key][row : row + 1] for part, key in columns.items() if key in shard}
+            view = rebuilt(parts, [self._words[name][i]] if name in self._words else [])
+            found.append(mirrored_view(view) if turned else view)
+        return joined(found)
 
     def _text(self, rows: np.ndarray) -> Text:
         """The kept states of the samples' captions."""

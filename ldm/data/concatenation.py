@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Positive, config
 from ldm.data.buckets import sizes_of
 from ldm.data.content import HasMarks, mark
-from ldm.data.dataset import DataSet, Split, loaded
+from ldm.data.dataset import DataSet, HasViews, Split, asked, loaded
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.filter import HasFields
 from ldm.data.folder import FolderSource
@@ -26,7 +27,8 @@ from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
 from ldm.data.photos import LISTED
 from ldm.data.shards import ShardsSource
-from ldm.diffusion.batch import ImageBatch, cat
+from ldm.data.views import ViewKind
+from ldm.diffusion.batch import ImageBatch, cat, taken
 
 R = TypeVar("R")
 
@@ -85,15 +87,18 @@ class Concatenation:
             found = [batch.to("cpu") for batch in found]
         if any(batch.mask is not None for batch in found):  # a part without masks counts whole
             found = [batch if batch.mask is not None else replace(batch, mask=_all_of(batch.image)) for batch in found]
-        whole = cat(found)
-        back = torch.tensor(np.argsort(order))
-        return ImageBatch(
-            image=whole.image[back],
-            caption=tuple(whole.caption[i] for i in back),
-            size=whole.size[back],
-            position=whole.position[back],
-            mask=None if whole.mask is None else whole.mask[back],
-        )
+        return taken(cat(found), np.argsort(order).tolist())
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """What all parts offer alike."""
+        every = [part.views() if isinstance(part, HasViews) else {} for part in self.parts]
+        return {name: kind for name, kind in every[0].items() if all(other.get(name) == kind for other in every)}
+
+    def with_views(self, names: tuple[str, ...]) -> Self:
+        """As `ldm.data.dataset.HasViews.with_views`, of every part."""
+        found = copy.copy(self)
+        found.parts = tuple(asked(part, names) for part in self.parts)
+        return found
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """As `ldm.data.dataset.Samples.captions`."""

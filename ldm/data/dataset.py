@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, Self, TypeVar, runtime_checkable
 
+from ldm.config.errors import UserError
 from ldm.data.images import Shape
+from ldm.data.views import ViewKind, kind_of
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 
@@ -78,6 +80,44 @@ def loaded(data: Samples[B], index: Sequence[int], position: Sequence[int], reso
     if isinstance(data, Decoded):
         return data.load_bytes(index, position, resolution, seed, flip)  # type: ignore[return-value]
     return data.load(index, position, resolution, seed, flip)
+
+
+@runtime_checkable
+class HasViews(Protocol):
+    """Data set that knows more of its pictures than captions, and tells it where it is asked."""
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """What it offers by name, besides what any picture gives (`ldm.data.views.ANY`)."""
+        ...
+
+    def with_views(self, names: tuple[str, ...]) -> Self:
+        """The same samples, whose batches have these views; they are in its fingerprint, too."""
+        ...
+
+
+def offered(data: object, names: Sequence[str]) -> dict[str, ViewKind]:
+    """The kinds of the views that a model asks of a data set, by name.
+
+    Raises:
+        UserError: naming the first that it does not offer, what it has, and the fix.
+    """
+    own = data.views() if isinstance(data, HasViews) else {}
+    return {name: kind_of(own, name) for name in names}
+
+
+def asked(data: Samples[B], names: Sequence[str]) -> Samples[B]:
+    """A data set asked for views; without names as it is.
+
+    Raises:
+        UserError: as `offered`, or where it tells no views at all.
+    """
+    if not names:
+        return data
+    offered(data, names)
+    if not isinstance(data, HasViews):
+        raise UserError(f"views {', '.join(names)}: this data ({data.describe().get('kind', 'data')}) tells none of its pictures")
+    found: Samples[B] = data.with_views(tuple(names))
+    return found
 
 
 def draw_flips(seed: int, position: Sequence[int], flip: bool) -> list[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, config, plain
-from ldm.data.dataset import DataSet, loaded
+from ldm.data.dataset import DataSet, HasViews, asked, loaded
 from ldm.data.fields import Fields
 from ldm.data.images import Shape
+from ldm.data.views import ViewKind
 from ldm.diffusion.batch import ImageBatch
 
 
@@ -121,6 +122,14 @@ class FilteredSamples:
     def origin(self, index: int) -> str:
         """As the data's."""
         return self.data.origin(int(self.kept[index]))
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """As the data's."""
+        return self.data.views() if isinstance(self.data, HasViews) else {}
+
+    def with_views(self, names: tuple[str, ...]) -> FilteredSamples:
+        """Of the samples that passed."""
+        return FilteredSamples(asked(self.data, names), self.kept, self.chosen)
 
     def fields(self) -> Fields:
         """Of the samples that passed."""

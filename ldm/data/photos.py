@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
 from ldm.data.file_names import printable
 from ldm.data.images import Rejected, Shape, View, mask_view, sides, view
+from ldm.data.views import VERSION as VIEWS
+from ldm.data.views import ViewKind, with_views
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng, mix
 
@@ -102,6 +105,7 @@ class Photos(ABC):
     _sizes: np.ndarray  # (N,2)
     _fingerprint: str
     _contents: Sequence[str]  # of each sample a hash of its picture
+    _asked: tuple[str, ...] = ()  # views
 
     def __init__(self, where: str, source: PhotoSource, split: Split, tolerated: int) -> None:
         self.where, self.split = where, split
@@ -145,8 +149,18 @@ class Photos(ABC):
         return self._sizes
 
     def fingerprint(self) -> str:
-        """Hash of what the samples are and of the options that change a view."""
-        return self._fingerprint
+        """Hash of what the samples are, of the options that change a view, and of what else is told of them."""
+        return self._fingerprint if not self._asked else f"{mix(self._fingerprint, 'views', VIEWS, *self._asked):016x}"
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """As `ldm.data.dataset.HasViews.views`: none but those that any picture gives."""
+        return {}
+
+    def with_views(self, names: tuple[str, ...]) -> Self:
+        """As `ldm.data.dataset.HasViews.with_views`."""
+        found = copy.copy(self)
+        found._asked = names
+        return found
 
     def marks(self) -> np.ndarray | None:
         """As `ldm.data.content.HasMarks.marks`."""
@@ -178,13 +192,14 @@ class Photos(ABC):
             for row, (_, seen) in enumerate(found):
                 if seen.mask is not None:
                     masks[row, 0] = seen.mask
-        return ImageBatch(
+        batch = ImageBatch(
             image=torch.from_numpy(pixels),
             caption=tuple(self.captions([i for i, _ in found], position, seed)),
             size=torch.tensor([seen.size for _, seen in found], dtype=torch.float32).view(-1, 6),
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
             mask=None if masks is None else torch.from_numpy(masks),
         )
+        return with_views(batch, {}, self._asked, seed)
 
     def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: Shape) -> list[tuple[int, View]]:
         """The views of all rows; one thread for them all, another after each sample that took too long."""

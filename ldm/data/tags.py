@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Generic
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, config, refuse_unread
 from ldm.data.buckets import HasBuckets, sizes_of
-from ldm.data.dataset import B, Samples, loaded
+from ldm.data.dataset import B, HasViews, Samples, asked, loaded
 from ldm.data.images import Shape
+from ldm.data.views import ViewKind
 from ldm.diffusion.batch import MomentBatch
 from ldm.diffusion.rng import Rng
 
@@ -124,6 +125,14 @@ class TaggedSamples(Generic[B]):
     def origin(self, index: int) -> str:
         """As the data's."""
         return self.data.origin(index)
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """As the data's."""
+        return self.data.views() if isinstance(self.data, HasViews) else {}
+
+    def with_views(self, names: tuple[str, ...]) -> TaggedSamples[B]:
+        """As the data's, with the captions as they are said here."""
+        return TaggedSamples(asked(self.data, names), self.tags, self.fixed)
 
     def sizes(self) -> NDArray[np.int32] | None:
         """As the data's, where it knows them."""

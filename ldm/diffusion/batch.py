@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T", bound="Movable")
@@ -14,15 +15,24 @@ IN_CACHE = 2**16  # numbers, in float32
 
 
 class Movable:
-    """A frozen dataclass whose tensors move together."""
+    """A frozen dataclass whose tensors, alone or in mappings and further ones of its kind, move together."""
 
     __slots__ = ()
 
     def to(self: T, device: torch.device | str) -> T:
         """The same values with every tensor on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Movable)}
-        return replace(self, **moved)  # type: ignore[type-var]
+        return type(self)(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[arg-type]
+
+    @classmethod
+    def alike(cls, parts: Sequence[Self]) -> Sequence[Self]:
+        """The same parts in shapes that can be joined along the first axis."""
+        return parts
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor | Movable) else value
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -45,6 +55,64 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Boxes(Movable):
+    """Up to K boxes of each picture, with what is in them."""
+
+    box: Tensor  # (B,K,4) left, top, right, bottom, as shares of the picture's sides
+    there: Tensor  # (B,K) bool, False on padding
+    phrases: tuple[tuple[str, ...], ...]  # B of them, K each; empty on padding
+
+    @classmethod
+    def alike(cls, parts: Sequence[Boxes]) -> Sequence[Boxes]:
+        """With as many boxes as the part that has most."""
+        most = max(part.box.shape[1] for part in parts)
+        return [part.padded(most) for part in parts]
+
+    def padded(self, most: int) -> Boxes:
+        """With `most` places, the last ones empty; boxes beyond are left out."""
+        more = most - self.box.shape[1]
+        phrases = tuple((row + ("",) * max(more, 0))[:most] for row in self.phrases)
+        return Boxes(box=F.pad(self.box, (0, 0, 0, more)), there=F.pad(self.there, (0, more)), phrases=phrases)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points(Movable):
+    """Up to K named points of each picture."""
+
+    point: Tensor  # (B,K,2) across and down, as shares of the picture's sides
+    there: Tensor  # (B,K) bool, False on padding
+    part: Tensor  # (B,K) int64, which point it is: the number of its name
+
+    @classmethod
+    def alike(cls, parts: Sequence[Points]) -> Sequence[Points]:
+        """With as many points as the part that has most."""
+        most = max(part.point.shape[1] for part in parts)
+        more = [most - part.point.shape[1] for part in parts]
+        return [
+            Points(point=F.pad(p.point, (0, 0, 0, m)), there=F.pad(p.there, (0, m)), part=F.pad(p.part, (0, m)))
+            for p, m in zip(parts, more, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph(Movable):
+    """Scene graphs."""
+
+    triples: tuple[tuple[tuple[str, str, str], ...], ...]  # of each picture: subject, relation, object
+
+
+View = Tensor | Boxes | Points | Graph
+Views = Mapping[str, View]  # by name; maps (B,C,H,W): float in [0,1], as bytes on the way; class numbers int16, -1 unknown
+
+
+def _numbers(views: Views | None) -> Views | None:
+    """Views whose maps of bytes have become numbers in [0,1]."""
+    if views is None:
+        return None
+    return {name: v.float() / 255 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for name, v in views.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageBatch(Movable):
     """Decoded images and what is known about them."""
 
@@ -53,10 +121,12 @@ class ImageBatch(Movable):
     size: Tensor  # (B,6) px: original height, width; crop top, left; target height, width
     position: Tensor  # (B,) int64, the global sample positions that address all randomness
     mask: Tensor | None = None  # (B,1,H,W) in [0,1], how much each pixel counts; bytes on the way, as the image; None: all do
+    views: Views | None = None  # what else is known of the pictures, as asked for; None: nothing is
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same on `device`, where bytes become numbers: a quarter of these would have to travel."""
         moved = super(ImageBatch, self).to(device)  # slots give the class anew, which super() alone does not know
+        moved = replace(moved, views=_numbers(moved.views))
         if moved.mask is not None and moved.mask.dtype == torch.uint8:
             moved = replace(moved, mask=moved.mask.float() / 255)
         if moved.image.dtype != torch.uint8:
@@ -84,6 +154,20 @@ class MomentBatch(Movable):
     position: Tensor  # (B,) int64
     text: Text | None = None  # the captions' states, where they are cached too
     mask: Tensor | None = None  # (B,1,h,w) in [0,1], how much each latent pixel counts; None: all do
+    views: Views | None = None  # as in ImageBatch, at the pictures' own size
+
+    def to(self, device: torch.device | str) -> MomentBatch:
+        """The same on `device`, where bytes become numbers."""
+        moved = super(MomentBatch, self).to(device)
+        return replace(moved, views=_numbers(moved.views))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told(Movable):
+    """What a network is told of one view."""
+
+    value: Any  # a tensor (B,...) or a Movable, as the view's encoder made it
+    strength: Tensor  # (B,), 1: as it is; 0: not told, as samples are at times in training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +178,7 @@ class Cond(Movable):
     size: Tensor | None = None  # (B,6) px
     image: Tensor | None = None  # (B,C,h,w)
     guidance: Tensor | None = None  # (B,) the guidance scale, for networks that were distilled from guided steps
+    given: Mapping[str, Told] | None = None  # by view; one that is not there is not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,47 +207,75 @@ def cat(parts: Sequence[C]) -> C:
     """Join batches along their first axis, field by field; a field must be set in all parts or in none.
 
     Raises:
-        ValueError: if a field is None in some parts only.
+        ValueError: if a field, or an entry of a mapping, is set in some parts only.
     """
-    first = parts[0]
-    values: dict[str, object] = {}
-    for field in fields(first):  # type: ignore[arg-type]
-        column = [getattr(part, field.name) for part in parts]
-        if any(v is None for v in column) and not all(v is None for v in column):
-            raise ValueError(f"{type(first).__name__}.{field.name} is set in some parts and missing in others")
-        if column[0] is None:
-            values[field.name] = None
-        elif isinstance(column[0], Tensor):
-            values[field.name] = torch.cat(column)
-        elif isinstance(column[0], Movable):
-            values[field.name] = cat(column)
-        else:
-            values[field.name] = tuple(item for v in column for item in v)
-    return type(first)(**values)
+    parts = type(parts[0]).alike(parts)
+    kind = type(parts[0])
+    return kind(**{f.name: _cat([getattr(p, f.name) for p in parts], f"{kind.__name__}.{f.name}") for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _cat(column: list[Any], name: str) -> Any:
+    first = column[0]
+    if any(v is None for v in column):
+        if not all(v is None for v in column):
+            raise ValueError(f"{name} is set in some parts and missing in others")
+        return None
+    if isinstance(first, Mapping):
+        names = dict.fromkeys(key for each in column for key in each)
+        return {key: _cat([each.get(key) for each in column], f"{name}[{key}]") for key in names}
+    if isinstance(first, Tensor):
+        return torch.cat(column)
+    if isinstance(first, Movable):
+        return cat(column)
+    return tuple(item for v in column for item in v)
 
 
 def where(choose: Tensor, yes: C, no: C) -> C:
     """Per sample `yes` where `choose` (B,) bool is True, else `no`; used by caption dropout for every field alike."""
-    values: dict[str, object] = {}
-    for field in fields(yes):  # type: ignore[arg-type]
-        a, b = getattr(yes, field.name), getattr(no, field.name)
-        if a is None or b is None:
-            values[field.name] = a
-        elif isinstance(a, Tensor):
-            values[field.name] = torch.where(choose.view(-1, *[1] * (a.dim() - 1)), a, b)
-        elif isinstance(a, Movable):
-            values[field.name] = where(choose, a, b)
-        else:
-            values[field.name] = tuple(x if c else y for c, x, y in zip(choose.tolist(), a, b, strict=True))
-    return type(yes)(**values)
+    return type(yes)(**{f.name: _where(choose, getattr(yes, f.name), getattr(no, f.name)) for f in fields(yes)})  # type: ignore[arg-type]
+
+
+def _where(choose: Tensor, a: Any, b: Any) -> Any:
+    if a is None or b is None or a is b:
+        return a
+    if isinstance(a, Mapping):
+        return {key: _where(choose, value, b.get(key)) for key, value in a.items()}
+    if isinstance(a, Tensor):
+        return torch.where(choose.view(-1, *[1] * (a.dim() - 1)), a, b)
+    if isinstance(a, Movable):
+        return where(choose, a, b)
+    return tuple(x if c else y for c, x, y in zip(choose.tolist(), a, b, strict=True))
 
 
 def rows(batch: C, start: int, stop: int) -> C:
     """Samples `start` to `stop` of a batch, field by field."""
-    values: dict[str, object] = {}
-    for field in fields(batch):  # type: ignore[arg-type]
-        value = getattr(batch, field.name)
-        values[field.name] = rows(value, start, stop) if isinstance(value, Movable) else value
-        if isinstance(value, Tensor | tuple):
-            values[field.name] = value[start:stop]
-    return type(batch)(**values)
+    return _each(batch, lambda value: value[start:stop])
+
+
+def taken(batch: C, index: Sequence[int]) -> C:
+    """The samples `index` of a batch in that order, field by field."""
+    numbers = torch.as_tensor(list(index), dtype=torch.int64)
+
+    def take(value: Any) -> Any:
+        return value[numbers.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
+
+    return _each(batch, take)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors of a batch, at any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    for one in value.values() if isinstance(value, Mapping) else ():
+        yield from tensors_of(one)
+    for field in fields(value) if isinstance(value, Movable) else ():  # type: ignore[arg-type]
+        yield from tensors_of(getattr(value, field.name))
+
+
+def _each(value: Any, take: Callable[[Any], Any]) -> Any:
+    """A batch whose tensors and tuples, at any depth of fields and mappings, are what `take` makes of them."""
+    if isinstance(value, Mapping):
+        return {key: _each(one, take) for key, one in value.items()}
+    if isinstance(value, Movable):
+        return type(value)(**{f.name: _each(getattr(value, f.name), take) for f in fields(value)})  # type: ignore[arg-type]
+    return take(value) if isinstance(value, Tensor | tuple) else value

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ldm.data.views import ViewKind
+    from ldm.diffusion.batch import Views
     from ldm.formats.export_source import ExportedModel
     from ldm.models.lora import LearnedEmbedding, Lora
     from ldm.text.prompt_syntax import Prompt
@@ -260,6 +262,21 @@ class Draws(Protocol):
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Any, ...]:
         """What `sample` is told to draw out of pictures (1 or N,H,W,3) uint8, of which `mask` (1 or N,H,W) or all is to be new."""
         self.refuse("init", "starts from no picture; leave --init out")
+
+    @property
+    def told(self) -> Mapping[str, ViewKind]:
+        """The views of pictures that it reads when it draws, by name."""
+        return {}
+
+    def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[Any, ...]:
+        """What `sample` is told to draw by views of pictures of `size`, of one picture for all of a call or of each its own.
+
+        Args:
+            given: by name, those of `told` or some of them.
+            strength: how much each counts, 1 where it is not named.
+            size: (height, width) in px.
+        """
+        self.refuse("given", "is told no views of pictures; leave --given out")
 
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Any, ...]:
         """What `sample` is told to start from the noise that pictures (1 or N,H,W,3) come from, told `source` (DDIM inversion)."""

@@ -125,6 +125,10 @@ class ModelConfig:
         """Whether its loss weighs by the data's masks."""
         return False
 
+    def views(self) -> tuple[str, ...]:
+        """The views of pictures that it learns from, by name; data that has not one of them is refused."""
+        return ()
+
     def example_of(self, caption: str) -> str:
         """A prompt that shows what was learned, made of a caption of the run's data."""
         return caption

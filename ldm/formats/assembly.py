@@ -66,10 +66,13 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         save_part({**config, "sample_size": size[0] // codec.factor}, state, folder / network.folder)
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", record["scheduler"])
+        told = record.get("pipeline")
+        for name in told["parts"] if told else ():  # of the conditions
+            shutil.copytree(diffusion / name, folder / name)
         texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
-        index = model_index(type(codec), record["scheduler"]["_class_name"], network, texts)
-        told = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
-        _write(folder / INDEX, index | told)
+        index = model_index(type(codec), record["scheduler"]["_class_name"], network, texts, told)
+        zeros = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
+        _write(folder / INDEX, index | zeros)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
         card = model_card(story, record, vq=part == "vqvae", stock=network.stock and not isinstance(codec, DCConfig))
@@ -90,7 +93,13 @@ def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path) ->
 TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaTokenizer", "qwen": "Qwen2Tokenizer"}  # of text models
 
 
-def model_index(autoencoder: type[Codec], scheduler: str, network: DenoiserConfig, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def model_index(
+    autoencoder: type[Codec],
+    scheduler: str,
+    network: DenoiserConfig,
+    texts: Mapping[str, dict[str, Any]],
+    told: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """model_index.json: which class of which library opens each part, and which pipeline joins them.
 
     Args:
@@ -98,12 +107,14 @@ def model_index(autoencoder: type[Codec], scheduler: str, network: DenoiserConfi
         scheduler: the class name.
         network: the denoising network's configuration.
         texts: the text encoder's config.json, or of a pair both, by their folders.
+        told: of a network with conditions, `parts`, the classes of their networks by folder, and `name`, what their pipelines are
+            called: StableDiffusion...Pipeline; empty: no stock pipeline tells them all.
     """
     import diffusers
 
     absent: list[None] = [None, None]
     clip, pair = texts["text_encoder"]["model_type"] == "clip_text_model", len(texts) == 2
-    inpaints = network.in_channels == 2 * network.out_channels + 1
+    inpaints = not told and network.in_channels == 2 * network.out_channels + 1
     named = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpaints else ''}Pipeline"
     kind = texts["text_encoder"]["model_type"]
     tokenizer = next(found for name, found in TOKENIZERS.items() if kind.startswith(name))
@@ -118,6 +129,9 @@ def model_index(autoencoder: type[Codec], scheduler: str, network: DenoiserConfi
         "feature_extractor": absent,
         "image_encoder": absent,
     }
+    if told:
+        index |= {name: ["diffusers" if kind else "ldm", kind or "ConditionNetwork"] for name, kind in told["parts"].items()}
+        index["_class_name"] = named.replace("Pipeline", f"{told['name']}Pipeline") if told["name"] else "DiffusionPipeline"
     index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
     if not clip or network.folder != "unet" or pair != network.reads_size or autoencoder is DCConfig:
         # No stock pipeline hides the padding from a T5, has such networks, or tells sizes and the text of two encoders apart.

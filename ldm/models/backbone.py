@@ -112,6 +112,8 @@ class Denoiser(nn.Module):
         "to_out.0",
     )  # ends of layers' names that LoRA adapts by default, as diffusers' scripts do
 
+    joins: int = 0  # channels of x that are views, where it is told any
+
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
@@ -172,4 +174,5 @@ class Denoiser(nn.Module):
         Raises:
             UserError: for a network that cannot be.
         """
-        raise UserError(f"diffusion.inpaint: {self.config.class_names[0]} cannot be widened; train it with inpaint from the start")
+        name = self.config.class_names[0]
+        raise UserError(f"init: {name} cannot be widened; train it with inpaint, or with its conditions, from the start")

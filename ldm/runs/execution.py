@@ -18,6 +18,7 @@ from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
 from ldm.config.version import __version__
 from ldm.data.concatenation import Mixture
+from ldm.data.dataset import asked
 from ldm.data.filter import Filter, filter_samples
 from ldm.data.sources import affixes
 from ldm.data.tags import TaggedSamples
@@ -233,10 +234,11 @@ class Execution:
         """The family of a training stage before its first step, what it was built from, and what it is trained on."""
         from ldm.data.cached import CachedLatents
 
-        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
+        config = self._config(name, stage)
+        seen = asked(filter_samples(self.data, stage.filter, f"stages.{name}.filter"), config.views())
         context = Context(
             data=seen,
-            val=self.val,
+            val=asked(self.val, config.views()),
             held_out=self._held_out(name, stage),
             own=self._own(name, stage),
             resolution=stage.resolution,
@@ -247,11 +249,11 @@ class Execution:
             device=self.processes.device,
         )
         torch.manual_seed(context.seed)
-        family = self._config(name, stage).build(context)
+        family = config.build(context)
         data: Any = seen
         if stage.latents:
             cache = stage.cache
-            data = CachedLatents(cache or products["latents"].folder)
+            data = CachedLatents(cache or products["latents"].folder).with_views(config.views())
             if cache:
                 pretrained.check_cache(data, stage, products)
         if stage.tags is not None:
@@ -265,7 +267,7 @@ class Execution:
 
     def _held_out(self, name: str, stage: Train) -> Any:
         """The held-out samples that training would see; where none passes its filter all of them, which is told."""
-        held_out: Any = self.val
+        held_out: Any = asked(self.val, self.run.models[stage.model].views())
         if not len(held_out):
             return held_out
         try:
@@ -295,7 +297,8 @@ class Execution:
     def _encode(self, name: str, stage: Encode, folder: Path, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         from ldm.data.cache import CacheOptions, seal, write_cache
 
-        seen = filter_samples(self.data, stage.filter, f"stages.{name}.filter")
+        views = self.run.views_kept(name)
+        seen = asked(filter_samples(self.data, stage.filter, f"stages.{name}.filter"), views)
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
@@ -312,6 +315,7 @@ class Execution:
                     seed=self._seed(name),
                     flip=stage.flip,
                     buckets=stage.buckets,
+                    views=views,
                 ),
                 batch=stage.batch,
                 workers=self.run.workers,
@@ -357,7 +361,7 @@ class Execution:
             return measure(
                 model,
                 stage.metrics,
-                data=self.val,
+                data=asked(self.val, self.run.models[of.model].views()),
                 resolution=of.resolution,
                 seed=self.run.seed,
                 pictures=folder / "samples",

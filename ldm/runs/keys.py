@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, NonNegative, config
 from ldm.data.cached import cache_hash
+from ldm.data.dataset import asked
 from ldm.data.filter import filter_samples
 from ldm.families.family import Found
 from ldm.formats import atomic, records
@@ -86,7 +87,8 @@ def identity(run: Run, name: str, data: DataSet, val: DataSet, hashes: Mapping[s
         if stage.cache:
             found["latents"] = cache_hash(stage.cache)
     if isinstance(stage, Train | Encode):
-        found["data"] = filter_samples(data, stage.filter, f"stages.{name}.filter").fingerprint()
+        views = run.models[stage.model].views() if isinstance(stage, Train) else run.views_kept(name)
+        found["data"] = asked(filter_samples(data, stage.filter, f"stages.{name}.filter"), views).fingerprint()
     if isinstance(stage, Evaluate):
         found["val"] = val.fingerprint()
     if isinstance(stage, Evaluate | Export):
@@ -111,6 +113,9 @@ def check_data(run: Run, data: DataSet, val: DataSet) -> None:
     for name, stage in run.stages.items():
         if isinstance(stage, Train | Encode):
             filter_samples(data, stage.filter, f"stages.{name}.filter")
+        if isinstance(stage, Train):
+            for each in (data, val) if len(val) else (data,):
+                asked(each, run.models[stage.model].views())
 
 
 def key_of(found: Mapping[str, Any]) -> str:

@@ -163,6 +163,11 @@ class Run:
         assert isinstance(train, Train)
         return {role: read(other) for role, other in self.models[train.model].assembled_from().items()} | {"model": Read(stage=of)}
 
+    def views_kept(self, name: str) -> tuple[str, ...]:
+        """The views that an encode stage keeps: those of the models that read its latents."""
+        readers = [self.models[stage.model] for stage in self.stages.values() if isinstance(stage, Train) and stage.latents == name]
+        return tuple(dict.fromkeys(view for model in readers for view in model.views()))
+
     def carried_from(self, name: str) -> str:
         """The earlier stage whose state at its end a stage begins with; empty: none."""
         stage = self.stages[name]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -23,8 +24,12 @@ from ldm.data.scenes.checker import reads_back
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.spec import TIERS, VERSION, Specs, TierName, UniformDraws, addresses, draw_specs, pairs_of
 from ldm.data.scenes.spec import Pairs as PairNumbers
+from ldm.data.scenes.views import KINDS, SceneViews, by_day, by_night
 from ldm.data.scenes.web import WebFields, corrupt, draw_web
+from ldm.data.views import VERSION as VIEWS
+from ldm.data.views import ViewKind, parted, with_views
 from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.rng import Rng
 
 Pairs = Literal["seen", "held-out", "pair_dev", "pair_test", "count_test", "rel_test", "long_test"]
 SHEET = 256  # scenes certified at a time
@@ -44,6 +49,7 @@ class ScenesSource:
     synonyms: bool = False  # whether wordings take synonyms at random: big, disc, hoop
     web: bool = False  # whether training scenes are spoilt as pictures on the web are, for curation
     pairs: tuple[str, ...] = ()  # only such objects, as in [cyan cross, blue ring]; empty: all but the twelve withheld pairs
+    time: Literal["any", "day", "night"] = "any"  # day: white, plain backgrounds; night: black, striped ones, lit from the right
     certified: bool = False  # whether training scenes must be read back perfectly, too: about 1 ms each at the start
 
     def __post_init__(self) -> None:
@@ -67,6 +73,7 @@ class Scenes:
     """
 
     mirrors = False  # captions name places and sides
+    _asked: tuple[str, ...] = ()  # views
 
     def __init__(self, source: ScenesSource, split: Split) -> None:
         self.source = source
@@ -76,7 +83,7 @@ class Scenes:
         self._only = pairs_of(source.pairs)
         self._attempt: NDArray[np.int64] | None = None
         if split == "val" or source.certified:
-            self._attempt = certified(source.tier, split, source.seed, np.arange(self._n), self._only)
+            self._attempt = certified(source.tier, split, source.seed, np.arange(self._n), self._only, self._timed)
 
     def __len__(self) -> int:
         return self._n
@@ -85,7 +92,21 @@ class Scenes:
         """The scenes themselves."""
         rows = np.asarray(index, np.int64)
         attempt = None if self._attempt is None else self._attempt[rows]
-        return draw_specs(self.source.tier, self.split, self.source.seed, rows, attempt, self._only)
+        found = draw_specs(self.source.tier, self.split, self.source.seed, rows, attempt, self._only)
+        return self._timed(found)
+
+    def _timed(self, specs: Specs) -> Specs:
+        return specs if self.source.time == "any" else by_day(specs) if self.source.time == "day" else by_night(specs)
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """All exact views of scenes; where these are spoilt as on the web, none."""
+        return {} if self._web else KINDS
+
+    def with_views(self, names: tuple[str, ...]) -> Scenes:
+        """As `ldm.data.dataset.HasViews.with_views`."""
+        found = copy.copy(self)
+        found._asked = names
+        return found
 
     def targets(self, index: Sequence[int]) -> list[Target]:
         """All facts of scenes: what their pictures and reconstructions must show."""
@@ -120,12 +141,18 @@ class Scenes:
         size[:, :2] = original[:, None]
         images *= 2
         images -= 1
-        return ImageBatch(
+        batch = ImageBatch(
             image=torch.from_numpy(images),
             caption=tuple(self.captions(index, position, seed) if self._web else self._drawn(specs, index, position, seed)),
             size=torch.from_numpy(size).float(),
             position=torch.tensor(list(position), dtype=torch.int64),
         )
+        if not self._asked:
+            return batch
+        next_ones = (np.asarray(index, np.int64) + 1) % self._n
+        exact = SceneViews(specs, lambda: self.specs(next_ones), resolution, Rng(seed, position))
+        own = {name: exact.view(name) for name in self._asked if parted(name)[0] in self.views()}
+        return with_views(batch, own, self._asked, seed).to("cpu")
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """The captions that `load` gives: one of each scene's wordings, drawn by its global position."""
@@ -171,6 +198,8 @@ class Scenes:
         facts: list[object] = [s.kind, s.tier, VERSION, self.split, self._n, s.seed, s.captions, s.drop, s.synonyms]
         facts += [self._web, self._attempt is not None]
         facts += [list(s.pairs)] if s.pairs else []
+        facts += [s.time] if s.time != "any" else []
+        facts += [["views", VIEWS, *self._asked]] if self._asked else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @cached_property
@@ -203,15 +232,26 @@ class Scenes:
         return said
 
 
-def certified(tier: str, split: str, seed: int, index: NDArray[np.int64], only: PairNumbers = ()) -> NDArray[np.int64]:
-    """For each scene number the first attempt whose picture, in 8 bits at the tier's size, is read back perfectly, (N,)."""
+def certified(
+    tier: str,
+    split: str,
+    seed: int,
+    index: NDArray[np.int64],
+    only: PairNumbers = (),
+    timed: Callable[[Specs], Specs] = lambda specs: specs,
+) -> NDArray[np.int64]:
+    """For each scene number the first attempt whose picture, in 8 bits at the tier's size, is read back perfectly, (N,).
+
+    Args:
+        timed: what is done to scenes before they are drawn.
+    """
     attempt = np.zeros(len(index), np.int64)
     left = np.arange(len(index))
     while len(left):
         good = []
         for start in range(0, len(left), SHEET):
             rows = left[start : start + SHEET]
-            specs = draw_specs(tier, split, seed, index[rows], attempt[rows], only)
+            specs = timed(draw_specs(tier, split, seed, index[rows], attempt[rows], only))
             good.append(reads_back(specs, to_bytes(render(specs, TIERS[tier].pixels))))
         left = left[~np.concatenate(good)]
         attempt[left] += 1

@@ -17,7 +17,7 @@ from ldm.families.draws import Settings
 from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine
 from ldm.families.latent_diffusion.prompt_schedule import shape_of
 from ldm.formats.latent_codec import LatentCodec
-from ldm.models.denoiser import DenoiserConfig
+from ldm.models.denoiser import Denoiser
 from ldm.text.prompt_syntax import Prompt, literal
 
 INVERTIBLE = ("ddim", "euler")
@@ -25,7 +25,7 @@ ROUNDS = 4  # network calls for each step of an inversion
 
 
 def from_picture(
-    network: DenoiserConfig, codec: LatentCodec, image: Tensor, mask: Tensor | None = None, strength: float | None = None
+    network: Denoiser, codec: LatentCodec, image: Tensor, mask: Tensor | None = None, strength: float | None = None
 ) -> tuple[Edit, ...]:
     """The edits that draw anew what `mask` shows of a picture, or all of it, and keep the other pixels to the byte.
 
@@ -58,9 +58,9 @@ def strength_of(strength: float | None, masked: bool) -> float:
     return float(strength)
 
 
-def wants_mask(network: DenoiserConfig, codec: LatentCodec) -> bool:
+def wants_mask(network: Denoiser, codec: LatentCodec) -> bool:
     """Whether a network is made for inpainting: told, besides x, a mask and the latents of the picture without what it hides."""
-    return network.in_channels == 2 * codec.channels + 1
+    return network.config.in_channels - network.joins == 2 * codec.channels + 1
 
 
 def encoded(codec: LatentCodec, image: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,7 +104,7 @@ def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Setti
     if settings.sampler not in INVERTIBLE or settings.eta:
         used = f"{settings.sampler}{f' with eta {settings.eta:g}' if settings.eta else ''}"
         raise UserError(f"invert: {used} does not go back the way it came; choose {' or '.join(INVERTIBLE)}, without eta")
-    if wants_mask(engine.denoiser.config, engine.codec):
+    if wants_mask(engine.denoiser, engine.codec):
         raise UserError("invert: this UNet is made for inpainting; give --mask, or take another model")
     x0, plain = encoded(engine.codec, image), replace(settings, guidance=1.0, rescale=0.0)
 

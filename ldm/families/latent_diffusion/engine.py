@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, NonNegative, Positive, config
 from ldm.data.pictures import to_uint8
-from ldm.diffusion.batch import Cond, Text
+from ldm.diffusion.batch import Cond, Movable, Text, taken, tensors_of
 from ldm.diffusion.guidance import composed
 from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
@@ -26,6 +26,7 @@ from ldm.text.encoder import TextEncoder
 from ldm.text.prompt_syntax import Prompt, literal
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M = TypeVar("M", bound=Movable)
 REMEMBERED = 4  # conditions whose keys and values are kept
 
 
@@ -80,6 +81,11 @@ class Canvas:
         """These pictures' rows of a tensor with one row for each picture of the call, or one for all, where noise lies."""
         found = values[list(self.rows)] if len(values) > 1 else values.expand(len(self.rows), *values.shape[1:])
         return found.to(self.noise) if found.is_floating_point() else found.to(self.noise.device)
+
+    def own_of(self, values: M) -> M:
+        """The same of a batch with one row for each picture of the call, or one for all, moved to where noise lies."""
+        many = max(len(tensor) for tensor in tensors_of(values))
+        return taken(values, self.rows if many > 1 else [0] * len(self.rows)).to(self.noise.device)
 
     def noised(self, x0: Tensor, i: int) -> Tensor:
         """Latents x0 (B,c,h,w) at level i of the grid, with the pictures' own noise."""

@@ -14,6 +14,7 @@ from ldm.formats.model_folder import own_clip, read_record
 from ldm.formats.part import read_json
 from ldm.formats.text_folder import text_parts
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
+from ldm.models.conditioned import base_of
 from ldm.models.denoiser import Denoiser
 from ldm.text.encoder import ZEROS, TextEncoder
 
@@ -48,7 +49,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
     record = read_record(root)
     autoencoder, state, statistics = _autoencoder(family)
     parts = {
-        family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(family.denoiser.state_dict())),
+        family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(base_of(family.denoiser).state_dict())),
         "vqvae" if isinstance(autoencoder, VQConfig) else "vae": ExportedNetwork(autoencoder.to_diffusers(), state),
         **{name: ExportedNetwork(*part) for name, part in text_parts(family.text.model).items()},
     }

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
-from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, where
+from ldm.data.dataset import offered
+from ldm.data.views import ViewKind
+from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, Views, where
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
 from ldm.families.draws import OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
+from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
+from ldm.families.latent_diffusion.conditions import Condition, Read
 from ldm.families.latent_diffusion.distillation import SAMPLER, STEPS, Consistency, errors
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
@@ -46,6 +50,7 @@ from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
 from ldm.formats.single_file import open_single
 from ldm.models import cost, denoiser
+from ldm.models.conditioned import Conditioned, base_of
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
 from ldm.text.encoder import TextEncoder
@@ -54,6 +59,15 @@ from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import teach
 from ldm.text.weighted import chunks_of, encode_captions
 
+OFF: tuple[tuple[str, Any], ...] = (  # fields that say nothing in an identity
+    ("adapt", None),
+    ("inpaint", None),
+    ("masked_loss", None),
+    ("caption_chunks", 1),
+    ("conditions", []),
+    ("learn", "all"),
+    ("distill", None),
+)
 FOLLOWS = ("in_channels", "out_channels", "context_width")  # of a denoising network: these the other models decide
 
 
@@ -71,6 +85,8 @@ class LatentDiffusion(ModelConfig):
     defaults: Defaults = Defaults()  # how the finished model is sampled
     masked_loss: MaskedLoss | None = None  # weigh errors by the data's masks; null: all of a picture is learned
     inpaint: Inpainting | None = None  # learn to paint into pictures, told a mask and what is known; null: to draw from prompts alone
+    conditions: tuple[Condition, ...] = ()  # what the network is told besides the caption: views of pictures, each by a port
+    learn: Literal["all", "new"] = "all"  # new: only what the conditions bring; the base given by init stays as it is
     adapt: Adapt | None = None  # what alone learns of the model given by init; null: all weights of the network
     distill: Consistency | None = None  # learn to draw in a few steps what the model given by init draws in many; null: learn from the data
 
@@ -85,6 +101,10 @@ class LatentDiffusion(ModelConfig):
     def reads_masks(self) -> bool:
         """Whether its loss is masked."""
         return self.masked_loss is not None
+
+    def views(self) -> tuple[str, ...]:
+        """Those of its conditions."""
+        return tuple(each.view for each in self.conditions)
 
     def inputs(self) -> dict[str, str]:
         """The text encoder and the autoencoder."""
@@ -125,7 +145,7 @@ class LatentDiffusion(ModelConfig):
                 message = f"got {own.kind}, but the base model {base} has {network.kind}; leave network out"
                 raise UserError(f"models.diffusion.network.kind: {message}")
             agree("models.diffusion.network", own, network, FOLLOWS, base)
-        if network.in_channels == 2 * network.out_channels + 1 and self.inpaint is None:
+        if network.in_channels == 2 * network.out_channels + 1 and self.inpaint is None and not self.conditions:
             raise UserError(f"{base}: this UNet is made for inpainting; set models.diffusion.inpaint={{}} to continue it as such")
         if self.adapt is not None:
             with torch.device("meta"):
@@ -162,12 +182,7 @@ class LatentDiffusion(ModelConfig):
     def identity(self) -> dict[str, Any]:
         """All but names, defaults of sampling, recomputing (which changes no bit), and what is switched off."""
         left_out = ("defaults", "text", "autoencoder")
-        found = {
-            k: v
-            for k, v in plain(self).items()
-            if k not in left_out
-            and (k, v) not in (("adapt", None), ("inpaint", None), ("masked_loss", None), ("caption_chunks", 1), ("distill", None))
-        }
+        found = {k: v for k, v in plain(self).items() if k not in left_out and (k, v) not in OFF}
         found["network"] = self.network.identity()
         if self.adapt is not None:
             found["adapt"] = self.adapt.identity()
@@ -183,7 +198,14 @@ class LatentDiffusion(ModelConfig):
         """Inpainting and its channels, adapters and their base."""
         own = f"models.{stage.model}"
         network = self.network
-        if self.inpaint is None and network.in_channels == 2 * network.out_channels + 1:
+        yield from conditions.problems(self.conditions, self.learn, begins, own)
+        if self.inpaint is not None and conditions.joined_channels(conditions.assumed(self.conditions), network.out_channels):
+            yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
+        if self.distill is not None and self.conditions:
+            yield f"{own}.distill: cannot be had beside conditions yet; leave one of the two out"
+        if self.adapt is not None and self.conditions:
+            yield f"{own}.adapt: cannot be had beside conditions yet; learn one after the other, or leave one of the two out"
+        if self.inpaint is None and not self.conditions and network.in_channels == 2 * network.out_channels + 1:
             yield f"{own}.network: has {network.in_channels} input channels, as for inpainting; set {own}.inpaint={{}} too"
         if stage.latents and self.inpaint is not None:
             yield f"{where}.latents: {own}.inpaint hides parts of pictures, which cached latents do not have; leave latents out"
@@ -241,7 +263,8 @@ class LatentDiffusion(ModelConfig):
         """The network as its autoencoder and its text encoder make it."""
         text = others["text"].text_shape(note, self.network.context_width)
         channels = others["autoencoder"].latent_network(note).latent_width
-        network = replace(self.network, in_channels=channels, out_channels=channels, context_width=text.states)
+        inputs = channels + conditions.joined_channels(conditions.assumed(self.conditions), channels)
+        network = replace(self.network, in_channels=inputs, out_channels=channels, context_width=text.states)
         return network.told_pooled(text.pooled), text
 
     def text_width(self) -> int:
@@ -301,31 +324,34 @@ class LatentDiffusion(ModelConfig):
         """The family, ready to train, on the earlier products; an earlier stage's network is continued."""
         text = TextEncoder.load(context.products["text"].folder)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
+        reads = conditions.kinds_for(self.conditions, offered(context.data, self.views()), "models.diffusion")
         network = replace(
             self.network,
-            in_channels=channels(codec) if self.inpaint else codec.channels,
+            in_channels=(channels(codec) if self.inpaint else codec.channels) + conditions.joined_channels(reads, codec.channels),
             out_channels=codec.channels,
             context_width=text.width,
         ).told_pooled(text.pooled_width)
         if context.init is None:
-            built: denoiser.Denoiser = network.build()
+            built = conditions.conditioned(network.build(), reads, codec)
         else:
-            built = _continue(context.init, network, codec)
+            built = _continue(context.init, network, codec, reads)
+        if self.learn == "new":
+            base_of(built).requires_grad_(False)
         teacher = None
         if self.distill is not None:
             teacher = copy.deepcopy(built).requires_grad_(False).eval()
             built = self.distill.told_by(built)
             network = cast("denoiser.Network", built.config)
-        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, teacher)
+        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, reads, teacher)
         family.resolution = context.resolution
         if self.adapt is None:
             return family
         if (init := context.init) is not None:
-            family.anew = lambda: _continue(init, network, codec)
+            family.anew = lambda: _continue(init, network, codec, ())
         return adapted(self.adapt, family, context)
 
 
-def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> denoiser.Denoiser:
+def _continue(init: Product, network: denoiser.Network, codec: LatentCodec, reads: Sequence[Read]) -> denoiser.Denoiser:
     record = read_record(init.folder)
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(
@@ -333,13 +359,17 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec) -> d
             f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
         )
     theirs = read_denoiser(init.folder)
-    wide = network.in_channels == channels(codec) != theirs.in_channels
-    like = replace(network, in_channels=codec.channels) if wide else network
+    had = conditions.reads_of(record, init.folder / RECORD)
+    if list(had) != list(reads[: len(had)]):
+        told = ", ".join(f"{{view: {read.view}, port: {read.condition.port.kind}}}" for read in had)
+        raise UserError(f"init: {init.folder} was trained with the conditions [{told}]; name these first, as they are, then further ones")
+    wide = theirs.in_channels < network.in_channels and (theirs.in_channels == codec.channels or bool(had))
+    like = replace(network, in_channels=theirs.in_channels) if wide else network
     shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
     if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
     found, _ = load_denoiser(init.folder, like)
-    return found.widened(network.in_channels) if wide else found
+    return conditions.conditioned(found.widened(network.in_channels) if wide else found, reads, codec, record, init.folder)
 
 
 class LatentDiffusionFamily(Adaptable, Draws):
@@ -354,10 +384,12 @@ class LatentDiffusionFamily(Adaptable, Draws):
         network: denoiser.Denoiser,
         codec: LatentCodec,
         text: TextEncoder,
+        reads: tuple[Read, ...] = (),
         teacher: denoiser.Denoiser | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.reads = reads  # its conditions
         self.denoiser = network
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
         self._teacher: tuple[denoiser.Denoiser, ...] = () if teacher is None else (teacher,)  # whose guided steps are distilled
@@ -375,6 +407,16 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def codec(self) -> LatentCodec:
         """The frozen autoencoder."""
         return self._frozen[0]
+
+    @property
+    def base(self) -> denoiser.Denoiser:
+        """The denoising network without the networks of its conditions."""
+        return base_of(self.denoiser)
+
+    @property
+    def told(self) -> dict[str, ViewKind]:
+        """The views that it reads, by name."""
+        return {read.view: read.kind for read in self.reads}
 
     @property
     def factor(self) -> int:
@@ -418,6 +460,18 @@ class LatentDiffusionFamily(Adaptable, Draws):
         text = self._told(list(batch.caption)) if kept is None else kept
         return LatentBatch(x0=x0, cond=Cond(text=text, size=batch.size.to(x0.device)), position=batch.position)
 
+    def _given(self, batch: ImageBatch | MomentBatch, latents: LatentBatch, rng: Rng | None) -> LatentBatch:
+        """Latents with the batch's views among what the network is told; `rng` draws which samples are not told which."""
+        if not self.reads:
+            return latents
+        height, width = latents.x0.shape[2:]
+        given = conditions.told(self.reads, batch.views, self._views_by, (height, width), rng)
+        return replace(latents, cond=replace(latents.cond, given=given))
+
+    @property
+    def _views_by(self) -> conditions.Frozen:
+        return conditions.Frozen(self.codec, self.text)
+
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Weighted squared error of the network's prediction, mean over latent values."""
         latents = self.encode(batch, rng)
@@ -426,6 +480,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         if self.config.caption_dropout:
             drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
             latents = replace(latents, cond=where(drop, self._without_caption(latents.cond), latents.cond))
+        latents = self._given(batch, latents, rng)
         noised = self.process.noise(latents.x0, rng)
         error = self._error(batch, latents, noised, rng)
         gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
@@ -450,7 +505,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted squared error (B,) of captioned samples, and sigma (B,)."""
-        latents = self.encode(batch, rng)
+        latents = self._given(batch, self.encode(batch, rng), None)
         noised = self.process.noise_at(latents.x0, self.process.schedule.draw(level), rng)
         return noised.weight * self._error(batch, latents, noised, rng), self.process.alpha_sigma(noised.t)[1]
 
@@ -459,7 +514,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         if self.config.inpaint is not None or batch.mask is not None or isinstance(batch, MomentBatch):
             return None
         mean, std = self.codec.moments(batch.image)
-        return MomentBatch(mean=mean, std=std, caption=batch.caption, size=batch.size, position=batch.position)
+        return MomentBatch(mean=mean, std=std, caption=batch.caption, size=batch.size, position=batch.position, views=batch.views)
 
     def _told(self, captions: list[str]) -> Text:
         if self.config.caption_chunks > 1:
@@ -487,14 +542,17 @@ class LatentDiffusionFamily(Adaptable, Draws):
         captions = list(batch.caption)
         d = self.defaults
         wanted = Wanted(steps=min(d["steps"], 20), guidance=d["guidance"], sampler=d["sampler"], precision=self.computed)
-        images = self.sample(captions, list(range(seed, seed + len(captions))), wanted, size=(self.resolution, self.resolution))
+        size = (self.resolution, self.resolution)
+        edits = self.tell(batch.views, {}, size) if batch.views else ()
+        images = self.sample(captions, list(range(seed, seed + len(captions))), wanted, size=size, edits=edits)
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
         """The denoising network in diffusers' layout and ldm.json, which remembers the autoencoder."""
-        self.save_denoiser(dict((self.base_denoiser() or self.denoiser).state_dict()), folder)
+        said = conditions.save(self.reads, self.denoiser, folder) if isinstance(self.denoiser, Conditioned) else {}
+        self.save_denoiser(dict((self.base_denoiser() or self.base).state_dict()), folder, **said)
 
-    def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: str) -> None:
+    def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: Any) -> None:
         """The same with other weights of the denoising network; ldm.json remembers what is `said` besides."""
         save_part(self.config.network.to_diffusers(), state, folder / self.config.network.folder)
         write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe(), **said})
@@ -590,7 +648,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
         seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
-        if wants_mask(self.config.network, self.codec):
+        if wants_mask(self.denoiser, self.codec):
             edits = (all_new(self.codec, size), *edits)
         chosen, engine = self.settings(settings), self.engine(note or warn)
         if unheard := self.text.unheard_skip(chosen.clip_skip):
@@ -605,7 +663,13 @@ class LatentDiffusionFamily(Adaptable, Draws):
     @torch.no_grad()
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Edit, ...]:
         """Image-to-image and inpainting: see `ldm.families.latent_diffusion.edits.from_picture`."""
-        return from_picture(self.config.network, self.codec, image, mask, strength)
+        return from_picture(self.denoiser, self.codec, image, mask, strength)
+
+    @torch.no_grad()
+    def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[Edit, ...]:
+        """Views: see `ldm.families.latent_diffusion.conditions.tell`."""
+        latents = (size[0] // self.codec.factor, size[1] // self.codec.factor)
+        return (conditions.tell(self.reads, given, strength, self._views_by, latents),)
 
     @torch.no_grad()
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Edit, ...]:
@@ -638,7 +702,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         for word in (*words, *(word for lora, _ in loras for word in lora.words)):
             teach(self.text, word)
         if loras:
-            names = sgm_names(self.denoiser.config, weighted_modules(self.denoiser))
+            names = sgm_names(self.base.config, weighted_modules(self.base))
             Merged(self.networks, loras, names)
         self.text.forget()
 
@@ -702,12 +766,14 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
         rest(codec.network)
         rest(text.model)
     config = read_denoiser(root)
-    network, stored = load_denoiser(root, config)
+    base, stored = load_denoiser(root, config)
+    reads = conditions.reads_of(record, root / RECORD)
+    network = conditions.conditioned(base, reads, codec, record, root)
     process = process_of(root)
     defaults, size = defaults_of(record, root)
     fits(config, text, root)
-    made = LatentDiffusion(network=config, process=process, defaults=defaults)
-    family = LatentDiffusionFamily(made, network, codec, text)
+    made = LatentDiffusion(network=config, process=process, defaults=defaults, conditions=tuple(read.condition for read in reads))
+    family = LatentDiffusionFamily(made, network, codec, text, reads)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
     family.merged = frozenset(str(record.get(MERGED, "")).split())

@@ -24,6 +24,7 @@ from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, read_record
 from ldm.formats.part import save_part
 from ldm.formats.text_folder import text_parts
+from ldm.models.conditioned import base_of
 from ldm.models.cost import TextShape
 from ldm.models.denoiser import Denoiser
 from ldm.models.layer_adapters import LayerAdapter
@@ -58,7 +59,7 @@ class Adaptable(Family):
     @property
     def networks(self) -> dict[Part, nn.Module]:
         """What adapters may learn beside, as files name it."""
-        return {"unet": self.denoiser, **self.text.networks}
+        return {"unet": base_of(self.denoiser), **self.text.networks}
 
     @abstractmethod
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
@@ -81,7 +82,7 @@ class Adaptable(Family):
         """What a model folder must say besides the networks' own configurations."""
 
     @abstractmethod
-    def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: str) -> None:
+    def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: Any) -> None:
         """Write the denoising network with other weights below `folder`, and what it was trained with."""
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ldm.families.draws import Running
+from ldm.families.latent_diffusion.conditions import conditioned, reads_of
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
 from ldm.formats.denoiser_folder import load_denoiser
 from ldm.formats.latent_codec import LatentCodec, Network, autoencoder_folder, load_codec
-from ldm.formats.model_folder import open_model
+from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.models.attention import Kind, set_attention
 from ldm.models.denoiser import Denoiser
 from ldm.models.inference import check_compiler, prepare
@@ -72,7 +73,9 @@ def _take_turns(family: Parts, root: Path, device: torch.device, precision: str)
     codec, model = family.codec, family.text.model
 
     def network() -> Denoiser:
-        return load_denoiser(root)[0].for_inference(_cast(precision))
+        record = read_record(root)
+        reads = reads_of(record, root / RECORD)
+        return conditioned(load_denoiser(root)[0], reads, codec, record, root).for_inference(_cast(precision))
 
     def autoencoder() -> Network:
         return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)

@@ -1,0 +1,312 @@
+"""Conditions of latent diffusion: a view, the port by which the network is told it, and how often in training it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.config.errors import UserError
+from ldm.config.schema import Fraction, build, config, plain
+from ldm.data.views import ANY, ViewKind, parted
+from ldm.diffusion.batch import Cond, Movable, Told, View, Views, cat, taken
+from ldm.diffusion.rng import Rng
+from ldm.families.latent_diffusion.engine import Canvas, Edit
+from ldm.formats.latent_codec import LatentCodec, full
+from ldm.formats.part import load_module, load_weights, save_part
+from ldm.models.conditioned import Conditioned, ConditionNetwork, Joined
+from ldm.models.denoiser import Denoiser
+from ldm.text.encoder import TextEncoder
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Frozen networks that encoders of views may use."""
+
+    codec: LatentCodec
+    text: TextEncoder
+
+
+class PortConfig:
+    """What a member of `Port` answers."""
+
+    __slots__ = ()
+    kind: str
+    forms: ClassVar[tuple[str, ...]] = ("map", "classes")  # of views that it takes
+    pipeline: ClassVar[str] = ""  # what diffusers' pipelines of it are named: StableDiffusion...Pipeline; empty: there are none
+
+    def joins(self, kind: ViewKind, channels: int) -> int:
+        """Channels of x that it needs, beside latents of so many `channels`."""
+        return 0
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Movable:
+        """What its network is told of a view, without gradients: a function of each picture's own.
+
+        Args:
+            view: of B pictures, on the networks' device.
+            size: height and width of the latents.
+        """
+        raise NotImplementedError
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Its network beside a base, which leaves that as it is until it has learned."""
+        raise NotImplementedError
+
+
+@config
+class Concat(PortConfig):
+    """Concat port: the view joins the input channels; all of the network learns."""
+
+    kind: Literal["concat"] = "concat"
+    # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes and of `small`, latents of others.
+    encoder: Literal["auto", "latents", "pixels"] = "auto"
+
+    pipeline: ClassVar[str] = "InstructPix2Pix"
+
+    def pixels(self, kind: ViewKind) -> bool:
+        """Whether the map itself is told, not its latents."""
+        return self.encoder == "pixels" or (self.encoder == "auto" and (kind.form == "classes" or kind.divide > 1))
+
+    def joins(self, kind: ViewKind, channels: int) -> int:
+        """The map's channels, or those of its latents."""
+        return kind.channels if self.pixels(kind) else channels
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor:
+        """Maps (B,C,h,w)."""
+        assert isinstance(view, Tensor)
+        image = as_map(view, kind)
+        if self.pixels(kind):
+            return resized(image, size) if kind.form == "classes" else 2 * resized(image, size) - 1
+        picture = 2 * image.expand(-1, 3, -1, -1) - 1
+        whole = (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor)
+        return full(frozen.codec.moments(resized(picture, whole).to(next(frozen.codec.network.parameters())))[0])
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Nothing but the joining."""
+        return Joined(self.joins(kind, codec.channels))
+
+
+def as_map(view: Tensor, kind: ViewKind) -> Tensor:
+    """A map (B,C,H,W) in [0,1]; class numbers as one channel for each class, none where they are unknown."""
+    if kind.form != "classes":
+        return view.float()
+    return (view == torch.arange(kind.channels, device=view.device).view(1, -1, 1, 1)).float()
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B,C,H,W) in another size: the mean of what falls together, or enlarged."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if x.shape[2] >= size[0] and x.shape[3] >= size[1]:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+Port = Concat  # a union of kinds: a new port is a class here and its network in ldm.models
+
+
+@config
+class Condition:
+    """One view that the network is told."""
+
+    view: str  # labels, edges, sketch, grey, small:4, source, boxes, ... (docs/conditions.md)
+    port: Port  # how the network is told it
+    drop: Fraction = 0.1  # share of samples in training that are not told it, so that it may be left out when drawing
+
+
+@dataclass(frozen=True)
+class Read:
+    """A condition with the kind of its view, as the data had it."""
+
+    condition: Condition
+    kind: ViewKind
+
+    @property
+    def view(self) -> str:
+        """Its name."""
+        return self.condition.view
+
+    def record(self) -> dict[str, Any]:
+        """As ldm.json holds it."""
+        return {"condition": plain(self.condition), "kind": plain(self.kind)}
+
+
+def assumed(conditions: Sequence[Condition]) -> list[Read]:
+    """Conditions as a plan counts them, before the data is known."""
+    usual = ViewKind(form="map", channels=3)
+    return [Read(each, ANY[name][1] if (name := parted(each.view)[0]) in ANY else usual) for each in conditions]
+
+
+def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str) -> list[str]:
+    """What is wrong between conditions, and with what learns.
+
+    Args:
+        begins: what the weights begin with; empty: nothing.
+        own: the path of the model in the configuration.
+    """
+    found = []
+    views = [each.view for each in conditions]
+    for view in {view for view in views if views.count(view) > 1}:
+        found.append(f"{own}.conditions: the view {view} is told twice; leave one of the two out")
+    if learn == "new":
+        if not conditions:
+            found.append(f"{own}.learn: got new, but there are no conditions that bring something new; leave it out")
+        elif not begins:
+            found.append(f"{own}.learn: got new, but there is no model whose weights stay; give one by init, or set learn=all")
+        for each in conditions:
+            if each.port.joins(ViewKind(form="map", channels=1), 1):
+                found.append(f"{own}.learn: got new, but port {each.port.kind} changes the base's own first layer; set learn=all")
+    return found
+
+
+def kinds_for(conditions: Sequence[Condition], offered: Mapping[str, ViewKind], own: str) -> tuple[Read, ...]:
+    """Conditions with their views' kinds.
+
+    Raises:
+        UserError: for a view of a form that its port does not take.
+    """
+    for each in conditions:
+        if offered[each.view].form not in each.port.forms:
+            takes = ", ".join(each.port.forms)
+            raise UserError(f"{own}.conditions: view {each.view} is of form {offered[each.view].form}; port {each.port.kind} takes {takes}")
+    return tuple(Read(each, offered[each.view]) for each in conditions)
+
+
+def joined_channels(reads: Sequence[Read], channels: int) -> int:
+    """Channels of x that views need, beside latents of so many."""
+    return sum(read.condition.port.joins(read.kind, channels) for read in reads)
+
+
+# Training
+
+
+def told(reads: Sequence[Read], views: Views | None, frozen: Frozen, size: tuple[int, int], rng: Rng | None) -> dict[str, Told]:
+    """What a network is told of a batch's views.
+
+    Args:
+        size: height and width of the latents.
+        rng: draws the samples that are not told, each view by itself; None: all are.
+
+    Raises:
+        UserError: naming a view that the batch has not.
+    """
+    found = {}
+    for read in reads:
+        if views is None or read.view not in views:
+            raise UserError(f"conditions: these samples have no view {read.view}; encode latents again for this model")
+        with torch.no_grad():
+            value = read.condition.port.encode(views[read.view], read.kind, frozen, size)
+        device = frozen.codec.mean.device
+        strength = torch.ones(length(views[read.view]), device=device)
+        if rng is not None and read.condition.drop:
+            strength = (rng.uniform(f"told {read.view}") >= read.condition.drop).float().to(device)
+        found[read.view] = Told(value=value, strength=strength)
+    return found
+
+
+def length(view: View) -> int:
+    """Of how many pictures a view is."""
+    if isinstance(view, Tensor):
+        return len(view)
+    first = next(iter(getattr(view, name) for name in view.__dataclass_fields__))
+    return len(first)
+
+
+# Drawing
+
+
+def tell(reads: Sequence[Read], given: Views, strength: Mapping[str, float], frozen: Frozen, size: tuple[int, int]) -> Edit:
+    """The edit that tells a network views, of one picture for all of a call or of each its own; the others it is not told.
+
+    Args:
+        given: by view, on any device; each picture's is encoded alone, so that none depends on the others.
+        strength: by view; 1 where it is not named.
+        size: height and width of the latents.
+
+    Raises:
+        UserError: for a view that the model does not read.
+    """
+    by_name = {read.view: read for read in reads}
+    found: dict[str, Told] = {}
+    for name, view in given.items():
+        if name not in by_name:
+            known = ", ".join(by_name) or "none"
+            raise UserError(f"given: this model reads no view {name!r}; it reads {known}")
+        read, device = by_name[name], frozen.codec.mean.device
+        many = length(view)
+        with torch.no_grad():
+            parts = [_encoded(read, _one(view, i), frozen, size, device) for i in range(many)]
+        value = torch.cat(parts) if isinstance(parts[0], Tensor) else cat(parts)
+        found[name] = Told(value=value, strength=torch.full((many,), float(strength.get(name, 1.0)), device=device))
+
+    def condition(cond: Cond, canvas: Canvas) -> Cond:
+        return replace(cond, given={name: canvas.own_of(each) for name, each in found.items()})
+
+    return Edit(condition=condition)
+
+
+def _encoded(read: Read, view: View, frozen: Frozen, size: tuple[int, int], device: torch.device) -> Any:
+    return read.condition.port.encode(view.to(device), read.kind, frozen, size)
+
+
+def _one(view: View, i: int) -> View:
+    return view[i : i + 1] if isinstance(view, Tensor) else taken(view, [i])
+
+
+# Files
+
+
+def folders(reads: Sequence[Read], networks: Mapping[str, Any]) -> dict[str, str]:
+    """Where a model folder keeps each condition's network, by view; those without weights are left out."""
+    found: dict[str, str] = {}
+    for read in reads:
+        if name := networks[read.view].folder:
+            many = sum(other == name or other.startswith(f"{name}_") for other in found.values())
+            found[read.view] = f"{name}_{many}" if many else name
+    return found
+
+
+def save(reads: Sequence[Read], denoiser: Conditioned, folder: Path) -> dict[str, Any]:
+    """Write the conditions' networks below a folder; returns what ldm.json says of them."""
+    networks: Mapping[str, Any] = dict(denoiser.networks.items())
+    where = folders(reads, networks)
+    for view, name in where.items():
+        save_part(networks[view].to_diffusers(), dict(networks[view].state_dict()), folder / name)
+    names = {read.condition.port.pipeline for read in reads}
+    return {
+        "conditions": [{**read.record(), "folder": where.get(read.view, "")} for read in reads],
+        "pipeline": {"name": names.pop() if len(names) == 1 else "", "parts": {n: networks[v].class_name for v, n in where.items()}},
+    }
+
+
+def reads_of(record: Mapping[str, Any], where: Path) -> tuple[Read, ...]:
+    """The conditions that a model's ldm.json tells of.
+
+    Raises:
+        UserError: for what is not known here.
+    """
+    found = []
+    for entry in record.get("conditions", ()):
+        found.append(Read(build(entry["condition"], Condition, str(where)), build(entry["kind"], ViewKind, str(where))))
+    return tuple(found)
+
+
+def conditioned(
+    base: Denoiser, reads: Sequence[Read], codec: LatentCodec, record: Mapping[str, Any] | None = None, root: Path | None = None
+) -> Denoiser:
+    """A base with its conditions' networks; those that `record` tells of have the weights in the folder `root`, others are fresh."""
+    if not reads:
+        return base
+    kept = {entry["condition"]["view"]: entry["folder"] for entry in (record or {}).get("conditions", ())}
+    networks: dict[str, ConditionNetwork] = {}
+    for read in reads:
+        make = partial(read.condition.port.network, read.kind, base, codec)
+        where = root / kept[read.view] if root is not None and kept.get(read.view) else None
+        networks[read.view] = make() if where is None else load_module(make, load_weights(where), where)
+    return Conditioned(base, networks)

@@ -1,0 +1,105 @@
+"""Conditioned denoising network: a base, and what makes of each view that it is told something that the base takes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.batch import Cond, Text, Told
+from ldm.models.backbone import Denoiser
+
+
+class ConditionNetwork(nn.Module):
+    """Network of one condition. A fresh one must leave what the base computes as it is, to the bit."""
+
+    folder: ClassVar[str] = ""  # where a pipeline folder keeps it, a second one with _1 behind; empty: it has no weights of its own
+    class_name: ClassVar[str] = ""  # diffusers' name of it; empty: diffusers has none
+    joins: int = 0  # channels that it adds to Cond.image
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` with what the base is to take.
+
+        Args:
+            x: (B,C,h,w), the noised latents.
+            t: (B,).
+            cond: what the base is told already, by earlier conditions too.
+            told: of the view; None: nothing is, for no sample. Where its strength is 0, the result must be as if nothing were.
+        """
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of its config.json, where it has a folder."""
+        return {}
+
+
+class Joined(ConditionNetwork):
+    """Concat port: a map of the latents' size joins the channels of x; zeros where nothing is told."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.joins = channels
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` with the map behind what Cond.image has already."""
+        if told is None:
+            here = x.new_zeros(len(x), self.joins, *x.shape[2:])
+        else:
+            here = told.value.to(x) * told.strength.to(x).view(-1, 1, 1, 1)
+        return replace(cond, image=here if cond.image is None else torch.cat([cond.image, here], dim=1))
+
+
+class Conditioned(Denoiser):
+    """A denoising network that is told views: loop, engine and guidance take it for its base.
+
+    Args:
+        base: the network that denoises.
+        networks: by view, in the order in which channels join x.
+    """
+
+    def __init__(self, base: Denoiser, networks: Mapping[str, ConditionNetwork]) -> None:
+        super().__init__(base.config)
+        self.base = base
+        self.networks = nn.ModuleDict(dict(networks))
+        self.joins = sum(network.joins for network in networks.values())
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Any = None, step: Any = None) -> Tensor:
+        """As the base's, told what each view's network makes of `cond.given`."""
+        given = cond.given or {}
+        told = replace(cond, given=None)
+        for view, network in self.networks.items():
+            told = network(x, t, told, given.get(view))
+        found: Tensor = self.base(x, t, told, memory, step)
+        return found
+
+    def remember(self, text: Text) -> Any:
+        """As the base's."""
+        return self.base.remember(text)
+
+    def schedule(self, t: Tensor, cond: Cond) -> list[Any]:
+        """As the base's."""
+        return self.base.schedule(t, cond)
+
+    @property
+    def told_more(self) -> bool:
+        """As the base's."""
+        return self.base.told_more
+
+    def recomputed(self) -> Iterable[nn.Module]:
+        """As the base's."""
+        return self.base.recomputed()
+
+    def for_inference(self, dtype: torch.dtype | None = None) -> Self:
+        """The base in the form that only draws; conditions' networks as they are."""
+        self.base = self.base.for_inference(dtype)
+        self.networks.eval().requires_grad_(False)
+        return self
+
+
+def base_of(network: Denoiser) -> Denoiser:
+    """The network without its conditions."""
+    return network.base if isinstance(network, Conditioned) else network
