@@ -21,7 +21,7 @@ from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe, save_picture
-from ldm.sampling.request import Base, Device, Editing, Following, NamedAdapters, SamplerOptions, clean
+from ldm.sampling.request import REPLACED, Base, Device, Editing, Following, NamedAdapters, SamplerOptions, clean
 from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def grid(
     loras = (*adapters.lora, *asked.loras)
     sampler.check()
     edited = editing.edited(base.size, old)
-    if not edited and any(axis.name == "strength" for axis in axes):
+    if "strength" not in edited and any(axis.name == "strength" for axis in axes):
         raise UserError("strength: changes nothing without a picture to start from; give it by --init")
+    if not edited.get("source") and (taken := next((axis.name for axis in axes if axis.name in REPLACED), "")):
+        raise UserError(f"{taken}: changes nothing without a prompt to take attention from; give --source")
     rest = {**edited, **editing.passes(old), **following.carried(old)}
     replaced = {**{name: getattr(part, name) for part in (base, sampler, editing) for name in options_of(type(part))}, "seed": base.seed}
     for axis in axes:

@@ -32,7 +32,16 @@ MAX_PIXELS = 2**24  # of one, before it is resized
 BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES), "variations": (0, MAX_PICTURES), "variation_strength": LIMITS["variation"]}
 MAX_LINES = 100_000  # characters of a file of prompts
 TOLD = ("original_size", "crop", "target_size")  # what a network of XL's is told of sizes: on the page always those that are drawn
-FOREIGN = ("variation", "to", "outpaint", "invert", "watermark", *TOLD)  # fields of a recipe that the page has no place for
+FOREIGN = (
+    "variation",
+    "to",
+    "outpaint",
+    "invert",
+    "cross_replace",
+    "self_replace",
+    "watermark",
+    *TOLD,
+)  # fields of a recipe that the page has no place for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,7 +254,7 @@ class Draws(Protocol):
             seeds: N integers; by default 0, 1, 2, ...
             size: (height, width) in px, multiples of `factor`; None: `defaults["size"]`.
             latents: noise as `noise` makes it, in place of the seeds' own.
-            edits: what `edits`, `inverted`, `watch` and a guide gave.
+            edits: what `edits`, `inverted`, `exchanged`, `watch` and a guide gave.
             on_step: called as on_step(steps done, steps in all) over the whole call.
             note: told what a user should know, one line each; None: a warning.
         """
@@ -281,6 +281,15 @@ class Draws(Protocol):
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Any, ...]:
         """What `sample` is told to start from the noise that pictures (1 or N,H,W,3) come from, told `source` (DDIM inversion)."""
         self.refuse("invert", "does not go back from a picture to its noise; leave --invert out")
+
+    def exchanged(self, source: Prompt, cross: float, inward: float) -> tuple[Any, ...]:
+        """What `sample` is told to take the attention of pictures of `source` in these shares of the steps (prompt-to-prompt).
+
+        Args:
+            cross: of words.
+            inward: of places, to each other.
+        """
+        self.refuse("source", "has no attention to exchange; leave --source out")
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """The noise of unit variance that pictures of `size` begin with, one for each seed."""

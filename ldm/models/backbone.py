@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import plain
 from ldm.diffusion.batch import Cond, Text
+from ldm.models.attention_exchange import AttentionExchange
 
 
 class DenoiserConfig:
@@ -137,6 +138,14 @@ class Denoiser(nn.Module):
     def remember(self, text: Text) -> Any:
         """What depends on the prompt alone (such as keys and values), computed once for all steps."""
         return None
+
+    def exchanging(self, memory: Any, exchange: AttentionExchange) -> Any:
+        """What `remember` made, with an exchange of attention between rows of the batch.
+
+        Raises:
+            UserError: for a network that has no attention to the text alone.
+        """
+        raise UserError(f"source: attention is exchanged in U-Nets, not in {self.config.class_names[0]}; leave it out")
 
     def schedule(self, t: Tensor, cond: Cond) -> list[Any]:
         """What depends on the times t (S,) alone, and with `told_more` on `cond`, computed once for each step: S of it."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import attention
+from ldm.models.attention_exchange import AttentionExchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Memory:
     tokens: Tensor | None  # (B,L,D)
     mask: Tensor | None  # (B,1,1,L) bool
     keys_values: dict[CrossAttention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    exchange: AttentionExchange | None = None  # what rows of the batch take of others' attention
 
 
 class Transformer(nn.Module):
@@ -64,8 +66,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
-        x = x + self.attn1(self.norm1(x), None)
-        x = x + self.attn2(self.norm2(x), memory)
+        x = x + self.attn1(self.norm1(x), None, memory.exchange)
+        x = x + self.attn2(self.norm2(x), memory, memory.exchange)
         return x + self.ff(self.norm3(x))
 
 
@@ -80,23 +82,30 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(source_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None, exchange: AttentionExchange | None = None) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
         mask = None
         if memory is None:
             q, k, v = self._inward(x)  # (B,heads,L,D)
+            q, k = (q, k) if exchange is None else exchange.to_places(q, k)
         else:
             q = self._split(self.to_q(x))  # (B,heads,L,D)
             assert memory.tokens is not None, "there is no text to attend to"
             k, v = memory.keys_values.get(self) or self.keys_values(memory.tokens)
             mask = memory.mask
-        if self.upcast:
-            with torch.autocast(x.device.type, enabled=False):
-                fine = [y if y.dtype == torch.float64 else y.float() for y in (q, k, v)]
-                out = attention(fine[0], fine[1], fine[2], mask).to(q.dtype)
+        if memory is None or exchange is None:
+            out = self._attend(q, k, v, mask)
         else:
-            out = attention(q, k, v, mask)
+            out = exchange.to_text(self._attend, q, k, v, mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B,heads,L,D)."""
+        if not self.upcast:
+            return attention(q, k, v, mask)
+        with torch.autocast(q.device.type, enabled=False):
+            fine = [y if y.dtype == torch.float64 else y.float() for y in (q, k, v)]
+            return attention(fine[0], fine[1], fine[2], mask).to(q.dtype)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """(B,S,C') -> two of (B,heads,S,D)."""

@@ -14,6 +14,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import typed
 from ldm.config.schema import Count, Depth, Fraction, Positive, PositiveFloat, Width, config, named
 from ldm.diffusion.batch import Cond, Text
+from ldm.models.attention_exchange import AttentionExchange
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
 from ldm.models.diffusers_config import (
@@ -280,6 +281,10 @@ class UNet(Denoiser):
                 if isinstance(module, CrossAttention) and not module.looks_inward:
                     memory.keys_values[module] = module.keys_values(memory.tokens)
         return memory
+
+    def exchanging(self, memory: Memory, exchange: AttentionExchange) -> Memory:
+        """The same keys and values, with an exchange of attention."""
+        return replace(memory, exchange=exchange)
 
     @staticmethod
     def _levels(blocks: nn.ModuleList) -> list[Level]:

@@ -26,6 +26,8 @@ KINDS: dict[str, type] = {
     "prompt": str,
     "variation": float,
     "hires_strength": float,
+    "cross_replace": float,
+    "self_replace": float,
     "lora": float,
 }
 SHORT = {"cfg": "guidance", "seeds": "seed", "samplers": "sampler"}

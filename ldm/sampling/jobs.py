@@ -136,6 +136,8 @@ def draw(
         image = torch.tensor(init_image.pixels)[None]
         new = None if init_image.mask is None else torch.tensor(init_image.mask)[None]
         edits = (*edits_of(family, first, image, new), *edits)
+    if first.cross_replace or first.self_replace:
+        edits = (*family.exchanged(meant(first.source), first.cross_replace, first.self_replace), *edits)
     if classifier is not None and first.classifier_scale:
         edits = (classifier.edit([recipe.prompt for recipe in found], first.classifier_scale), *edits)
     if passes == 2:

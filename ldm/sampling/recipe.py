@@ -53,7 +53,9 @@ class Recipe(Settings):
     share: float = 0.0  # how far the text's states are on the way to that one
     outpaint: str = ""  # px added around `init`: left,top,right,bottom
     invert: bool = False  # whether it started from the noise that ddim gives `init` back from, instead of fresh noise
-    source: str = ""  # what that picture was said to show then
+    source: str = ""  # what that picture was said to show then; without one what was drawn beside, for its attention (prompt-to-prompt)
+    cross_replace: float = 0.0  # the share of the steps in which its words took the attention of the source's
+    self_replace: float = 0.0  # and in which its places did
     watermark: str = ""  # text hidden in the pixels
     loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
     embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught

@@ -33,6 +33,8 @@ LIMITS: dict[str, tuple[float, float]] = bounds(Wanted) | {  # of a recipe's num
     "width": (1, MAX_SIDE),
     "height": (1, MAX_SIDE),
     "strength": (0, 1),
+    "cross_replace": (0, 1),
+    "self_replace": (0, 1),
     "hires": (1, 8),
     "hires_strength": (0, 1),
     "classifier_scale": (0, 1000),

@@ -26,6 +26,7 @@ from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 MAX_MARGIN = 4096  # px
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
+REPLACED = {"cross_replace": 0.8, "self_replace": 0.4}  # shares of the steps in which attention is taken, unless they are told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,13 @@ class Editing:
     mask: Path | None = option(None, "Inpainting: as large as INIT, white or painted where it is to be new; the rest keeps its bytes.")
     outpaint: str = option("", "Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")
     invert: Path | None = option(None, "A picture to edit by its prompt (DDIM inversion): start from the noise that it comes from.")
-    source: str | None = option(None, "What the picture of --invert shows.")
+    source: str | None = option(None, "The prompt of the picture as it was: INVERT's, or the one that the seed draws (prompt-to-prompt).")
+    cross_replace: float | None = option(
+        None, "Share of the steps in which words attend as SOURCE's (cross_replace_steps); default: 0.8, with INVERT 0.", low=0, high=1
+    )
+    self_replace: float | None = option(
+        None, "And in which places attend to each other so (self_replace_steps); default: 0.4, with INVERT 0.", low=0, high=1
+    )
     hires: float | None = option(None, "Hires fix: draw so many times smaller first, enlarge, and draw anew in part.", low=1, high=8)
     hires_strength: float | None = option(None, "Its denoising strength: how much the second pass draws anew; default: 0.5.", low=0, high=1)
 
@@ -310,8 +317,8 @@ class Editing:
         margins = self.margins(old)
         if self.picture is None:
             self._without(margins, old)
-        if self.source is not None and self.invert is None:
-            raise UserError("source: says what the picture of --invert shows; give that, too")
+        if self.source is not None and (self.init or margins):
+            raise UserError("source: says what the picture of --invert shows, or what the seed draws; leave --init and --outpaint out")
         if self.invert is not None and (self.init or self.mask or margins):
             raise UserError("invert: not together with --init, --mask or --outpaint")
         if margins and (self.mask or size):
@@ -322,14 +329,32 @@ class Editing:
             if path is not None and not path.exists():
                 raise UserError(f"{name}: {path}: No such file or directory")
         if self.picture is None:
-            return {}
+            return self._exchanged(old, REPLACED)
         usual = 1.0 if self.mask or margins or self.invert or self._own_mask() else STRENGTH
         return {
             "strength": float(old.get("strength", usual) if self.strength is None else self.strength),
             "invert": self.invert is not None,
-            "source": str(old.get("source", "") if self.source is None else self.source),
             "outpaint": ",".join(map(str, margins or ())),
+            "source": "",
+            **(self._exchanged(old, dict.fromkeys(REPLACED, 0.0)) if self.invert else {}),
         }
+
+    def _exchanged(self, old: Mapping[str, Any], usual: Mapping[str, float]) -> dict[str, Any]:
+        """What a recipe says of the picture as it was, and of its attention; empty where there is none."""
+        source = clean(str(old.get("source", "") if self.source is None else self.source))
+        given = {name: value for name in REPLACED if (value := getattr(self, name)) is not None}
+        if self.invert is None and not source:
+            if given:
+                name = min(given)
+                raise UserError(f"{name}: got {given[name]:g}, but nothing to take attention from; give --source PROMPT")
+            return {}
+        if self.invert is None and (self.hires or old.get("hires", 1)) != 1:
+            raise UserError("source: not together with --hires; draw the picture first, and enlarge it by --init and a larger --size")
+        before = {name: float(old[name]) for name in REPLACED if name in old} if old.get("source") == source else {}
+        told = {**usual, **before, **given}
+        if self.invert is None and not any(told.values()):
+            raise UserError("source: no step takes anything of it with cross_replace and self_replace at 0; give one of them more")
+        return {"source": source, **told}
 
     def _own_mask(self) -> bool:
         """Whether INIT is transparent in parts, which are new then."""

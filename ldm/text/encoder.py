@@ -219,7 +219,7 @@ class TextEncoder:
 
     def encode_words(self, rows: Sequence[tuple[int, ...]], clip_skip: int = 1) -> Text:
         """The same for token ids of words, at most `room` a row."""
-        return self._encode(rows, self._framed, clip_skip)
+        return self._encode(rows, self.framed, clip_skip)
 
     def check_skip(self, clip_skip: int) -> None:
         """Refuse a layer that is not there.
@@ -237,7 +237,7 @@ class TextEncoder:
         usual = clip_skip == self.model.usual_skip if isinstance(self.model, TowerPair) else False
         return f"clip_skip: {clip_skip} is what this model's text encoders are read at anyway; 3 and more change it" if usual else ""
 
-    def _framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def framed(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Words' ids with start, end and padding (B,L), and which are no padding (B,L)."""
         before, after = self._special
         ids = torch.full((len(rows), self.max_tokens), self.tokenizer.pad_token_id)
@@ -333,7 +333,7 @@ class TextEncoder:
 
     def learn_words(self, rows: Sequence[tuple[int, ...]]) -> Text:
         """What `encode_words` gives, with gradients and without memory."""
-        return self._learn(*self._framed(rows))
+        return self._learn(*self.framed(rows))
 
     def _learn(self, ids: Tensor, mask: Tensor) -> Text:
         device = next(self.model.parameters()).device

@@ -124,6 +124,25 @@ def literal(text: str) -> Prompt:
     return Prompt((Subprompt((Words(text),)),))
 
 
+def unweighted(prompt: Prompt) -> Prompt:
+    """A prompt without the weights of its words."""
+    return replace(prompt, parts=tuple(replace(part, nodes=_unweighted(part.nodes)) for part in prompt.parts))
+
+
+def _unweighted(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    found: list[Node] = []
+    for node in nodes:
+        if isinstance(node, Weighted):
+            found += _unweighted(node.inside)
+        elif isinstance(node, Switch):
+            found.append(replace(node, before=_unweighted(node.before), after=_unweighted(node.after)))
+        elif isinstance(node, Alternation):
+            found.append(Alternation(tuple(map(_unweighted, node.options))))
+        else:
+            found.append(node)
+    return tuple(found)
+
+
 def _depth(text: str) -> tuple[int, int]:
     """How many brackets of a text are open at its end, and at most."""
     depth = most = 0

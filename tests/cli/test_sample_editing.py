@@ -127,6 +127,27 @@ def test_a_picture_is_edited_by_its_prompt(model: list[str], init: Path, tmp_pat
     assert np.array_equal(part, rebuilt)
 
 
+def test_prompt_to_prompt(model: list[str], init: Path, tmp_path: Path) -> None:
+    words = [*model, "a blue ring", "--source", "a red ring", "--seed", "5"]
+    one = draw(tmp_path / "one", *words)[0]
+    made = recipe(tmp_path / "one")
+    assert (made.source, made.cross_replace, made.self_replace, made.invert, made.seed) == ("a red ring", 0.8, 0.4, False, 5)
+    picture = str(tmp_path / "one" / "00000_seed5.png")
+    assert np.array_equal(draw(tmp_path / "again", *model, "--from", picture)[0], one)
+    less = draw(tmp_path / "less", *model, "--from", picture, "--cross-replace", "0.5")[0]
+    assert (
+        recipe(tmp_path / "less").cross_replace == 0.5 and recipe(tmp_path / "less").self_replace == 0.4 and not np.array_equal(less, one)
+    )
+    inverted = [*model, "a blue ring", "--invert", str(init), "--source", "a red ring"]
+    plain, taken = (
+        draw(tmp_path / "plain", *inverted)[0],
+        draw(tmp_path / "taken", *inverted, "--cross-replace", "0.8", "--self-replace", "1")[0],
+    )
+    assert recipe(tmp_path / "plain").cross_replace == 0 and not np.array_equal(plain, taken)
+    again = draw(tmp_path / "again2", *model, "--from", str(tmp_path / "taken" / "00000_seed0.png"), "--invert", str(init))[0]
+    assert np.array_equal(again, taken)
+
+
 # The best of several
 
 
@@ -276,7 +297,11 @@ def test_a_mark_is_hidden_and_a_recipe_remembers_it(model: list[str], tmp_path: 
         (["--invert", "init.png", "--init", "init.png"], "not together with --init"),
         (["--invert", "init.png", "--sampler", "euler_a"], "invert: euler_a does not go back the way it came; choose ddim or euler"),
         (["--invert", "init.png", "--eta", "0.5"], "ddim with eta 0.5 does not go back"),
-        (["--source", "a ring"], "source: says what the picture of --invert shows"),
+        (["--source", "a ring", "--init", "init.png"], "source: says what the picture of --invert shows, or what the seed draws"),
+        (["--source", "a ring", "--hires", "2"], "source: not together with --hires"),
+        (["--source", "a ring", "--cross-replace", "0", "--self-replace", "0"], "source: no step takes anything of it"),
+        (["--source", "a ring AND a circle"], "source: attention is exchanged between two prompts without AND"),
+        (["--cross-replace", "0.5"], "cross_replace: got 0.5, but nothing to take attention from; give --source PROMPT"),
         (["--variation-strength", "0.5"], "no variations; give --variations 4"),
         (["--best", "2"], "best: who chooses? Give --judge own, scenes or"),
         (["--best", "2", "--judge", "own"], "model has no clip/, no CLIP of its own run; give --judge scenes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, Denoise
 from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted, steps_taken
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, PromptShape, shape_of
+from ldm.families.latent_diffusion.prompt_to_prompt import Exchange, of_targets
 from ldm.formats.latent_codec import LatentCodec
 from ldm.models.denoiser import Denoiser
 from ldm.text.encoder import TextEncoder
@@ -87,6 +89,11 @@ class Canvas:
         many = max(len(tensor) for tensor in tensors_of(values))
         return taken(values, self.rows if many > 1 else [0] * len(self.rows)).to(self.noise.device)
 
+    def twice(self) -> Canvas:
+        """The same pictures twice, one half of the batch after the other."""
+        rng = Rng(self.rng.seed, self.rng.positions * 2)
+        return Canvas(self.rows * 2, self.grid, torch.cat([self.noise, self.noise]), rng)
+
     def noised(self, x0: Tensor, i: int) -> Tensor:
         """Latents x0 (B,c,h,w) at level i of the grid, with the pictures' own noise."""
         return float(self.grid.alpha[i]) * x0 + float(self.grid.sigma[i]) * self.noise
@@ -101,6 +108,7 @@ class Edit:
     condition: Callable[[Cond, Canvas], Cond] | None = None  # what the network is told; with and without the prompt alike
     guide: Callable[[Denoise, Canvas], Denoise] | None = None  # the denoiser (x, i) -> x0, from the guided one
     after_step: Callable[[Tensor, int, Canvas], Tensor] | None = None  # x at level i, that a step has just reached
+    exchange: Exchange | None = None  # a prompt that is drawn beside every picture, whose attention is taken
     finish: Callable[[Tensor, Canvas], Tensor] | None = None  # the picture (B,H,W,3) uint8, from the decoded one
 
 
@@ -171,9 +179,11 @@ class Engine:
         shape = (self.codec.channels, height // factor, width // factor)
         grid = shortened(self.process.grid(settings.steps, settings.spacing), min((e.strength for e in edits), default=1.0))
         read, avoided = [_read(prompt) for prompt in prompts], _read(negative)
+        exchange = next((edit.exchange for edit in edits if edit.exchange is not None), None)
+        shaped = partial(shape_of if exchange is None else exchange.shape, self.text)
         alike: dict[PromptShape, list[int]] = {}
         for row, prompt in enumerate(read):
-            alike.setdefault(shape_of(self.text, prompt, avoided, len(grid.t)), []).append(row)
+            alike.setdefault(shaped(prompt, avoided, len(grid.t)), []).append(row)
         chunks = [(kind, rows[i : i + self.chunk]) for kind, rows in alike.items() for i in range(0, len(rows), self.chunk)]
         image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
         x0 = torch.empty(len(prompts), *shape, dtype=self._place()[1])
@@ -212,8 +222,15 @@ class Engine:
         settings: Settings,
         edits: Sequence[Edit] = (),
     ) -> Denoise:
-        """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further."""
+        """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further.
+
+        With an exchange x has 2B rows: what is drawn beside the pictures, and then these.
+        """
         grid, device = canvas.grid, canvas.noise.device
+        exchange, own = next((edit.exchange for edit in edits if edit.exchange is not None), None), canvas
+        exchanged = None if exchange is None else exchange.between(self.text, prompts, shape, len(grid.t))
+        if exchanged is not None:
+            prompts, canvas = exchanged.prompts, canvas.twice()
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
         size = torch.tensor([settings.sizes(height, width)]).float().expand(len(prompts), 6).to(device)
 
@@ -240,8 +257,11 @@ class Engine:
                 steps = remembered[0][2] if remembered and not self.denoiser.told_more else self.denoiser.schedule(times, c)
                 found = (c, self.denoiser.remember(c.text), steps)
                 remembered[:] = [*remembered[1 - REMEMBERED :], found]
-            t = times[i].expand(len(x))
-            output = self.denoiser(x, t, c, found[1], found[2][i]).to(x.dtype)
+            t, memory = times[i].expand(len(x)), found[1]
+            taken = None if exchanged is None else exchanged.at(i)
+            if taken is not None:
+                memory = self.denoiser.exchanging(memory, taken.to(x.device))
+            output = self.denoiser(x, t, c, memory, found[2][i]).to(x.dtype)
             return self.process.x0_from(output, x, t)
 
         steps = len(grid.t)
@@ -250,7 +270,8 @@ class Engine:
             predict, script.told, weights, lambda i: settings.guidance_at(i, steps) if told is None else 1.0, settings.rescale
         )
         for edit in edits:
-            denoise = denoise if edit.guide is None else edit.guide(denoise, canvas)
+            if edit.guide is not None:
+                denoise = edit.guide(denoise, own) if exchanged is None else of_targets(edit.guide, denoise, own)
         return denoise
 
     def _denoise(
@@ -268,7 +289,8 @@ class Engine:
 
         def after_step(x: Tensor, i: int) -> Tensor:
             for edit in edits:
-                x = x if edit.after_step is None else edit.after_step(x, i, canvas)
+                if edit.after_step is not None:
+                    x = torch.cat([x[: -len(canvas.rows)], edit.after_step(x[-len(canvas.rows) :], i, canvas)])
             if report is not None and i not in told_of:
                 told_of.add(i)
                 report(i)
@@ -279,8 +301,10 @@ class Engine:
             x = entry.start(canvas.noise, grid)
             for edit in edits:
                 x = x if edit.start is None else edit.start(x, canvas)
-            denoise = self.guided_denoiser(prompts, negative, shape, canvas, settings, edits)
-            x = entry.run(denoise, x, grid.alpha, grid.sigma, canvas.rng, eta=settings.eta, after_step=after_step)
+            denoise, rng = self.guided_denoiser(prompts, negative, shape, canvas, settings, edits), canvas.rng
+            if any(edit.exchange is not None for edit in edits):
+                x, rng = torch.cat([x, x]), canvas.twice().rng
+            x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, after_step=after_step)[-len(canvas.rows) :]
         if not x.isfinite().all():
             cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"
             raise UserError(f"precision: with {settings.precision} the network's numbers are not finite; {cure}")

@@ -36,6 +36,7 @@ from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
+from ldm.families.latent_diffusion.prompt_to_prompt import Exchange
 from ldm.families.latent_diffusion.runtime import ready
 from ldm.families.latent_diffusion.video_editing import restyled
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, local_folder, model_folder
@@ -675,6 +676,10 @@ class LatentDiffusionFamily(Adaptable, Draws):
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Edit, ...]:
         """DDIM inversion: see `ldm.families.latent_diffusion.edits.from_inverted`."""
         return (from_inverted(self.engine(), image, source, settings, strength),)
+
+    def exchanged(self, source: Prompt, cross: float, inward: float) -> tuple[Edit, ...]:
+        """Prompt-to-prompt: see `ldm.families.latent_diffusion.prompt_to_prompt.Exchange`."""
+        return (Edit(exchange=Exchange(source, cross, inward)),)
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """The noise (N,c,h,w) that pictures begin with."""
