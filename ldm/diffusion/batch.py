@@ -170,6 +170,39 @@ class Told(Movable):
     strength: Tensor  # (B,), 1: as it is; 0: not told, as samples are at times in training
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedTokens(Movable):
+    """Tokens of a condition beside the text, and how much of what they change is added."""
+
+    tokens: Tensor  # (B,S,D)
+    weight: Tensor  # (B,), 0: nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected(Movable):
+    """What conditions beside the text add inside a U-Net; with nothing of it the U-Net is what it is without, to the bit."""
+
+    skips: tuple[Tensor, ...] = ()  # (B,C,h,w) to every map that the way up meets again, the full resolution first (ControlNet)
+    middle: Tensor | None = None  # (B,C,h,w) to the output of the middle (ControlNet)
+    levels: tuple[Tensor, ...] = ()  # (B,C,h,w) to what leaves the last layer of each level on the way down (T2I-Adapter)
+    objects: WeightedTokens | None = None  # to every map, by gated self-attention (GLIGEN)
+    prompts: tuple[WeightedTokens, ...] = ()  # to what is read of the text, by cross-attention (IP-Adapter)
+
+    def __add__(self, other: Injected) -> Injected:
+        """Both; maps are added up, and at most one of the two has objects."""
+        return Injected(
+            skips=_sums(self.skips, other.skips),
+            middle=other.middle if self.middle is None else self.middle if other.middle is None else self.middle + other.middle,
+            levels=_sums(self.levels, other.levels),
+            objects=self.objects or other.objects,
+            prompts=self.prompts + other.prompts,
+        )
+
+
+def _sums(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(some, others, strict=True)) if some and others else some or others
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cond(Movable):
     """All that a network may be told besides x and t."""
@@ -179,6 +212,7 @@ class Cond(Movable):
     image: Tensor | None = None  # (B,C,h,w)
     guidance: Tensor | None = None  # (B,) the guidance scale, for networks that were distilled from guided steps
     given: Mapping[str, Told] | None = None  # by view; one that is not there is not told
+    injected: Injected | None = None  # what conditions' networks made for a U-Net, within one call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

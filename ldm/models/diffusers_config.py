@@ -20,7 +20,6 @@ OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
 UNET_FIXED: dict[str, object] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
-    "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -116,6 +115,7 @@ def unet_to_diffusers(config: Any) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)],
         "mid_block_type": UNET_MIDDLES[config.middle],
         "time_cond_proj_dim": config.guidance_channels or None,
+        "attention_type": "gated" if config.gated else "default",
         "addition_embed_type": "text_time" if config.size_channels else None,
         "addition_time_embed_dim": config.size_channels or None,
         "projection_class_embeddings_input_dim": 6 * config.size_channels + config.pooled_width if config.size_channels else None,
@@ -160,7 +160,7 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     """
     own = values.get("_class_name") == OWN_UNET
     _check_class(values, (STOCK_UNET, OWN_UNET), where)
-    special = {"down_block_types", "up_block_types", "mid_block_type", "addition_embed_type", "addition_time_embed_dim"}
+    special = {"down_block_types", "up_block_types", "mid_block_type", "attention_type", "addition_embed_type", "addition_time_embed_dim"}
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
     said = f"{where} of {STOCK_UNET}"
     _check_fields(said, values, UNET_FIXED, UNET_PLAIN, special)
@@ -184,6 +184,10 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     if not isinstance(middle, str | None) or middle not in middles:
         raise _refusal(said, "mid_block_type", middle, ", ".join(map(str, middles)))
     fields["middle"] = middles[middle]
+    kind = values.get("attention_type", "default")
+    if kind not in ("default", "gated"):
+        raise _refusal(said, "attention_type", kind, "default or gated")
+    fields["gated"] = kind == "gated"
     fields |= _added(said, values)
     if own:
         fields |= {name: values[name] for name in UNET_OWN if name in values}

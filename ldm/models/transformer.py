@@ -8,31 +8,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.batch import WeightedTokens
 from ldm.models.attention import attention
 from ldm.models.attention_exchange import AttentionExchange
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the cross-attentions see of a prompt; `UNet.remember` fills in the keys and values once for all steps."""
+    """What the transformers see beside the map; `UNet.remember` fills in the text's keys and values once for all steps."""
 
-    tokens: Tensor | None  # (B,L,D)
+    tokens: Tensor | None  # (B,L,D) of the prompt
     mask: Tensor | None  # (B,1,1,L) bool
     keys_values: dict[CrossAttention, tuple[Tensor, Tensor]] = field(default_factory=dict)
     exchange: AttentionExchange | None = None  # what rows of the batch take of others' attention
+    objects: WeightedTokens | None = None  # what the gated self-attention of every block sees besides the map
+    prompts: tuple[WeightedTokens, ...] = ()  # what attention to the text reads besides, each by its own keys and values
 
 
 class Transformer(nn.Module):
     """Transformer blocks over the places of a map, beside a shortcut."""
 
     def __init__(
-        self, channels: int, *, heads: int, depth: int, context_width: int, groups: int, linear: bool, upcast: bool, dropout: float
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        context_width: int,
+        groups: int,
+        linear: bool,
+        upcast: bool,
+        dropout: float,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width, upcast, dropout) for _ in range(depth))
+        blocks = (TransformerBlock(channels, heads, context_width, upcast, dropout, gated) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
@@ -53,12 +67,13 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, and a gated feed-forward layer, each normalised and beside a shortcut."""
+    """Self-attention, to objects too where it is `gated`; attention to the text; a gated feed-forward layer; each beside a shortcut."""
 
-    def __init__(self, channels: int, heads: int, context_width: int, upcast: bool, dropout: float) -> None:
+    def __init__(self, channels: int, heads: int, context_width: int, upcast: bool, dropout: float, gated: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = CrossAttention(channels, channels, heads, upcast, looks_inward=True)
+        self.fuser = GatedSelfAttention(channels, context_width, heads, upcast) if gated else None
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = CrossAttention(channels, context_width, heads, upcast, looks_inward=False)
         self.norm3 = nn.LayerNorm(channels)
@@ -67,12 +82,17 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
         x = x + self.attn1(self.norm1(x), None, memory.exchange)
+        if self.fuser is not None and memory.objects is not None:
+            x = self.fuser(x, memory.objects)
         x = x + self.attn2(self.norm2(x), memory, memory.exchange)
         return x + self.ff(self.norm3(x))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to themselves (`looks_inward`) or to a text."""
+    """Multi-head attention of tokens to themselves (`looks_inward`) or to a text.
+
+    To further prompts it attends apart, with the same queries, and adds what it finds (IP-Adapter, arXiv 2308.06721, equation 5).
+    """
 
     def __init__(self, channels: int, source_channels: int, heads: int, upcast: bool, looks_inward: bool) -> None:
         super().__init__()
@@ -81,6 +101,17 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(source_channels, channels, bias=False)
         self.to_v = nn.Linear(source_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_k_ip: nn.ModuleList | None = None
+        self.to_v_ip: nn.ModuleList | None = None
+
+    def listen(self, prompts: int) -> None:
+        """Make keys and values for so many further prompts; the values are zero, so that nothing changes at first."""
+        channels, width = self.to_k.weight.shape
+        self.to_k_ip = nn.ModuleList(nn.Linear(width, channels, bias=False) for _ in range(prompts))
+        values = [nn.Linear(width, channels, bias=False) for _ in range(prompts)]
+        for layer in values:
+            nn.init.zeros_(layer.weight)
+        self.to_v_ip = nn.ModuleList(values)
 
     def forward(self, x: Tensor, memory: Memory | None, exchange: AttentionExchange | None = None) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
@@ -97,10 +128,14 @@ class CrossAttention(nn.Module):
             out = self._attend(q, k, v, mask)
         else:
             out = exchange.to_text(self._attend, q, k, v, mask)
+        if memory is not None and memory.prompts and self.to_k_ip is not None and self.to_v_ip is not None:
+            for told, to_k, to_v in zip(memory.prompts, self.to_k_ip, self.to_v_ip, strict=True):
+                seen = self._attend(q, self._split(to_k(told.tokens)), self._split(to_v(told.tokens)), None)
+                out = out + told.weight.to(out)[:, None, None, None] * seen
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(B,heads,L,D)."""
+        """(B,heads,L,D), of whatever type the network computes in."""
         if not self.upcast:
             return attention(q, k, v, mask)
         with torch.autocast(q.device.type, enabled=False):
@@ -117,6 +152,27 @@ class CrossAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class GatedSelfAttention(nn.Module):
+    """Self-attention of a map and objects together, and a feed-forward layer, behind gates that start shut (GLIGEN, arXiv 2301.07093)."""
+
+    def __init__(self, channels: int, context_width: int, heads: int, upcast: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context_width, channels)
+        self.attn = CrossAttention(channels, channels, heads, upcast, looks_inward=True)
+        self.ff = FeedForward(channels, 0.0)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.alpha_attn = nn.Parameter(torch.zeros(()))
+        self.alpha_dense = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, objects: WeightedTokens) -> Tensor:
+        """(B,L,C) -> (B,L,C)."""
+        weight = objects.weight.to(x)[:, None, None]
+        both = torch.cat([x, self.linear(objects.tokens)], dim=1)  # (B,L+S,C)
+        x = x + weight * self.alpha_attn.tanh() * self.attn(self.norm1(both), None)[:, : x.shape[1]]
+        return x + weight * self.alpha_dense.tanh() * self.ff(self.norm2(x))
 
 
 class FeedForward(nn.Module):
