@@ -58,6 +58,31 @@ def ddpm(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *,
     return ddim(denoise, x, alpha, sigma, rng, eta=1.0, after_step=after_step)
 
 
+def ancestral(share: Callable[[], Tensor]) -> SamplerFunction:
+    """ddpm with a variance that the network has learned.
+
+    Args:
+        share: (B, ...) how far, after `denoise` was called, the variance is on the way from the posterior's to the step's, in the
+            logarithm (Nichol 2021, arXiv 2102.09672, eq. 15).
+    """
+
+    def run(
+        denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None
+    ) -> Tensor:
+        a, s = alpha.tolist(), sigma.tolist()
+        for i in range(len(a) - 1):
+            x0 = denoise(x, i)
+            shrink = s[i + 1] * a[i] / (s[i] * a[i + 1])
+            x = a[i + 1] * x0 + s[i + 1] * shrink / s[i] * (x - a[i] * x0)
+            if s[i + 1] > 0:
+                least = s[i + 1] * math.sqrt(max(1 - shrink**2, 0.0))  # the posterior's deviation; the step's is s/s' times that
+                x = x + least * (s[i] / s[i + 1]) ** share() * _noise(rng, i, x)
+            x = _reached(after_step, x, i + 1)
+        return x
+
+    return run
+
+
 def euler(denoise: Denoise, x: Tensor, alpha: Tensor, sigma: Tensor, rng: Rng, *, eta: float = 0.0, after_step: AfterStep = None) -> Tensor:
     """Euler steps of d(x/alpha) = eps d(sigma/alpha) (Karras 2022, arXiv 2206.00364): written out, ddim at eta = 0.
 

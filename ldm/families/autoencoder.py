@@ -26,7 +26,6 @@ from ldm.formats.part import CONFIG, load_module, load_part, load_weights, read_
 from ldm.models import cost
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
 from ldm.models.cost import Cost
-from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
 
 DISCRIMINATOR = "discriminator"  # folder of a product
@@ -79,7 +78,8 @@ class AutoencoderConfig(ModelConfig):
     def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
         """With the network of a base model, where its files are here."""
         network = PretrainedAutoencoder(path=base).latent_network(note) if base else self.network
-        return self if isinstance(network, DCConfig) else self.with_network(network)  # a DC does not learn here, which `continued` says
+        # Others do not learn here, which `continued` says.
+        return self.with_network(network) if isinstance(network, KLConfig | VQConfig) else self
 
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The autoencoder of a model folder or file, to begin with."""
@@ -94,7 +94,7 @@ class AutoencoderConfig(ModelConfig):
         folder = autoencoder_folder(base)
         values = read_config(folder)
         network = codec_config(values, folder)
-        if isinstance(network, DCConfig) or type(network) is not type(self.network):
+        if not isinstance(network, KLConfig | VQConfig) or type(network) is not type(self.network):
             raise UserError(f"autoencoder: kind: got {self.kind}, but the base model {base} has the other kind; write that one")
         if self.network != type(self.network)():
             agree("models.autoencoder.network", self.network, network, (), base)

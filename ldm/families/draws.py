@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.text.prompt_syntax import Prompt
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+THRESHOLDS = ("none", "static", "dynamic")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
 CURVES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
@@ -54,6 +55,7 @@ class Settings:
     clip_skip: int = (
         1  # the text encoder's layer that is read, from the last one: 1 the last (of XL's as 2), 2 the one before (web UIs' count)
     )
+    threshold: str = ""  # of x0 at every step, where data has a range: none static dynamic; empty: it has none
     guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
     original_size: str = ""  # WIDTHxHEIGHT in px that a network which is told sizes (XL) is told of the original; empty: as drawn
     crop: str = ""  # LEFT,TOP in px, of what was cut off it; empty: nothing
@@ -110,6 +112,7 @@ class Wanted:
     clip_skip: int | None = option(
         None, "Clip skip, as web UIs count: the text encoder's Nth layer from the last; default: 1.", low=1, high=64
     )
+    threshold: str | None = option(None, f"Of pixel models, at every step: {' '.join(THRESHOLDS)} (Imagen's); default: the model's.")
     rescale: float | None = option(None, "Guidance rescale (CFG rescale, Lin 2023); default: the model's.", low=0, high=1)
     sampler: str | None = None
     spacing: str | None = None

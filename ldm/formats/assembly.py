@@ -20,6 +20,7 @@ from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models.autoencoder import KLConfig, VQConfig, fold_latent_stats
 from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.denoiser import DenoiserConfig, config_of
+from ldm.models.pixels import PixelsConfig
 
 
 def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
@@ -70,12 +71,18 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         for name in told["parts"] if told else ():  # of the conditions
             shutil.copytree(diffusion / name, folder / name)
         texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
-        index = model_index(type(codec), record["scheduler"]["_class_name"], network, texts, told)
+        index = model_index(codec, record["scheduler"]["_class_name"], network, texts, told)
         zeros = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
         _write(folder / INDEX, index | zeros)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
-        card = model_card(story, record, vq=part == "vqvae", stock=network.stock and not isinstance(codec, DCConfig))
+        card = model_card(
+            story,
+            record,
+            vq=part == "vqvae",
+            pipeline=index["_class_name"],
+            stock=network.stock and not isinstance(codec, DCConfig | PixelsConfig),
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     atomic.commit(target, write)
@@ -94,16 +101,12 @@ TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaToken
 
 
 def model_index(
-    autoencoder: type[Codec],
-    scheduler: str,
-    network: DenoiserConfig,
-    texts: Mapping[str, dict[str, Any]],
-    told: Mapping[str, Any] | None = None,
+    autoencoder: Codec, scheduler: str, network: DenoiserConfig, texts: Mapping[str, dict[str, Any]], told: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """model_index.json: which class of which library opens each part, and which pipeline joins them.
 
     Args:
-        autoencoder: the kind of its configuration.
+        autoencoder: its configuration.
         scheduler: the class name.
         network: the denoising network's configuration.
         texts: the text encoder's config.json, or of a pair both, by their folders.
@@ -125,7 +128,7 @@ def model_index(
         **{name: ["transformers", text["architectures"][0]] for name, text in texts.items()},
         **{name: ["transformers", tokenizer] for name in TEXT_PARTS[2 : 2 + len(texts)]},
         network.folder: ["diffusers" if network.stock else "ldm", network.to_diffusers()["_class_name"]],
-        "vae": ["diffusers", next(name for name, kind in KINDS.items() if kind is autoencoder)],
+        "vae": ["diffusers", next(name for name, kind in KINDS.items() if isinstance(autoencoder, kind))],
         "feature_extractor": absent,
         "image_encoder": absent,
     }
@@ -133,14 +136,26 @@ def model_index(
         index |= {name: ["diffusers" if kind else "ldm", kind or "ConditionNetwork"] for name, kind in told["parts"].items()}
         index["_class_name"] = named.replace("Pipeline", f"{told['name']}Pipeline") if told["name"] else "DiffusionPipeline"
     index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
-    if not clip or network.folder != "unet" or pair != network.reads_size or autoencoder is DCConfig:
+    if not clip or network.folder != "unet" or pair != network.reads_size or isinstance(autoencoder, DCConfig):
         # No stock pipeline hides the padding from a T5, has such networks, or tells sizes and the text of two encoders apart.
         index["_class_name"] = "DiffusionPipeline"
-    if autoencoder is VQConfig:
+    if isinstance(autoencoder, PixelsConfig):
+        return _of_pixels(index, autoencoder, network)
+    if isinstance(autoencoder, VQConfig):
         # No stock pipeline joins these parts; the card shows the lines that do.
         index["_class_name"] = "DiffusionPipeline"
         index["vqvae"] = index.pop("vae")
     return index
+
+
+def _of_pixels(index: dict[str, Any], pixels: PixelsConfig, network: DenoiserConfig) -> dict[str, Any]:
+    """The same of a model in pixels: IFPipeline, which splits a variance off what the network says, and knows the usual scale alone."""
+    ways = (network.in_channels, network.out_channels) == (3, 6)
+    fits = network.stock and ways and pixels.scaling_factor == 1 and index["scheduler"][1] == "DDPMScheduler"
+    found = {name: value for name, value in index.items() if name not in ("vae", "image_encoder", "requires_safety_checker")}
+    absent: list[None] = [None, None]
+    own = {"watermarker": absent, "requires_safety_checker": False}
+    return found | {"_class_name": "IFPipeline", **own} if fits else found | {"_class_name": "DiffusionPipeline"}
 
 
 def _write(path: Path, value: Any) -> None:

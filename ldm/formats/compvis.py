@@ -12,7 +12,6 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.foreign import typed
 from ldm.models.autoencoder import KLConfig, VQConfig
-from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.unet import UNetConfig
 
 Part = Literal["unet", "vae", "text", "open_clip", "xl_text", "xl_open_clip"]
@@ -270,10 +269,8 @@ def head_width(network: UNetConfig) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def departures(config: UNetConfig | KLConfig | VQConfig | DCConfig) -> list[str]:
+def departures(config: UNetConfig | KLConfig | VQConfig) -> list[str]:
     """What CompVis' code would compute otherwise, whatever the weights, as `field is value`; empty where it can run the network."""
-    if isinstance(config, DCConfig):
-        return ["its autoencoder is an AutoencoderDC"]
     usual: dict[str, object] = {"norm_groups": 32}
     if isinstance(config, UNetConfig):
         usual |= {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "middle": "attention"}

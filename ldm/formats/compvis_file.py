@@ -24,7 +24,6 @@ from ldm.formats.part import CONFIG, WEIGHTS
 from ldm.formats.pipeline_folder import write_tokenizer
 from ldm.formats.rounding import Comparison, compared, mapped, rounded
 from ldm.models.autoencoder import KLConfig, VQConfig
-from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.unet import UNetConfig
 
 BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # CompVis' names of the schedules
@@ -64,6 +63,8 @@ def obstacles(source: ExportedModel, autoencoder: KLConfig | VQConfig) -> list[s
         found.append(f"unet: depth is {list(source.unet.level_depth)}, one number for all levels is needed")
     if len(set(source.unet.level_heads)) > 1 and head_width(source.unet) is None:
         found.append(f"unet: heads is {list(source.unet.level_heads)}, one number, or heads of one width, are needed")
+    if source.unet.out_channels != autoencoder.latent_width:
+        found.append("unet: it says the variance of the steps, too")
     if isinstance(source.process.schedule, Flow):
         found.append("schedule: flow, which has no betas")
     if source.pair:
@@ -212,8 +213,8 @@ def sayable(source: ExportedModel) -> CompVisModel:
     if not source.clip:
         raise UserError(f"text_encoder: {text['model_type']} has no place in a CompVis file, only CLIP has; {FOLDER}")
     config, state = source.autoencoder, source.parts[source.codec].state
-    if isinstance(config, DCConfig):
-        raise UserError(f"vae: an AutoencoderDC has no place in a CompVis file; {FOLDER}")
+    if not isinstance(config, KLConfig | VQConfig):
+        raise UserError(f"vae: {config.to_diffusers()['_class_name']} has no place in a CompVis file; {FOLDER}")
     if isinstance(config, KLConfig):
         config, state = with_quant_convolutions(config, state)
     names: dict[str, Part] = {"unet": "unet", source.codec: "vae", "text_encoder": "text"}

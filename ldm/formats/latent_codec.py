@@ -19,12 +19,15 @@ from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_weig
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
 from ldm.models.dc_autoencoder import CLASS as DC
 from ldm.models.dc_autoencoder import DCAutoencoder, DCConfig
+from ldm.models.pixels import CLASS as PIXELS
+from ldm.models.pixels import Pixels, PixelsConfig
 from ldm.models.stripes import Stripes
 
 STATISTICS = "latents.json"
-Codec = KLConfig | VQConfig | DCConfig
-Network = KLAutoencoder | VQAutoencoder | DCAutoencoder
-KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig}  # by diffusers' names
+Codec = KLConfig | VQConfig | DCConfig | PixelsConfig
+Network = KLAutoencoder | VQAutoencoder | DCAutoencoder | Pixels
+# By diffusers' names, which has none for pixels.
+KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig, PIXELS: PixelsConfig}
 TILE = 512  # px
 
 
@@ -63,7 +66,7 @@ class LatentCodec(nn.Module):
     """Latent codec: encodes images to normalised latents and decodes them.
 
     Args:
-        network: KL, VQ or DC.
+        network: KL, VQ, DC, or pixels as they are.
         statistics: of the raw latents.
         hash: of the autoencoder's folder; latents and diffusion models remember it and refuse any other.
 
@@ -94,6 +97,16 @@ class LatentCodec(nn.Module):
         """Latent channels."""
         return self.network.latent_channels
 
+    @property
+    def bound(self) -> float | None:
+        """No value of a picture's latents lies further from 0; None: there is no such number."""
+        return self.network.config.scaling_factor if isinstance(self.network, Pixels) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights."""
+        return next(self.network.parameters(), self.mean).dtype
+
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised posterior mean and deviation (B,c,h,w) of images (B,3,H,W) in [-1,1]; no deviation for VQ."""
         self.turn()
@@ -119,7 +132,7 @@ class LatentCodec(nn.Module):
         self.turn()
         pixels = latent.shape[2] * latent.shape[3] * self.factor**2
         way, together = self._way(latent, pixels), max(1, self.tile**2 // pixels) if self.tile else len(latent)
-        z = (latent * self.std + self.mean).to(next(self.network.parameters()).dtype)
+        z = (latent * self.std + self.mean).to(self.dtype)
         with self._upcast():
             return torch.cat([self.network.decode(part, way) for part in z.split(together)])
 

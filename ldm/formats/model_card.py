@@ -34,18 +34,31 @@ with torch.no_grad():
     image = vqvae.decode(x * std + mean).sample  # (1,3,H,W) in [-1,1]"""
 
 
-def model_card(story: dict[str, Any], record: dict[str, Any], *, vq: bool, stock: bool = True) -> str:
+IF = """import torch
+from diffusers import IFPipeline
+
+pipeline = IFPipeline.from_pretrained("MODEL")
+ids = pipeline.tokenizer(["", {prompt}], padding="max_length", truncation=True, return_tensors="pt").input_ids
+with torch.no_grad():
+    without, told = pipeline.text_encoder(ids)[0].split(1)
+words = {{"prompt_embeds": told, "negative_prompt_embeds": without}}
+image = pipeline(**words, num_inference_steps={steps}, guidance_scale={guidance}).images[0]"""
+
+
+def model_card(story: dict[str, Any], record: dict[str, Any], *, vq: bool, pipeline: str, stock: bool = True) -> str:
     """README.md of a model folder, in the form the Hugging Face Hub reads.
 
     Args:
         story: the run's name, data, stages and a prompt that suits it.
         record: what ldm.json says.
         vq: whether the autoencoder is a VQModel, which no stock pipeline takes.
-        stock: whether diffusers has this UNet.
+        pipeline: the name of diffusers' class in model_index.json.
+        stock: whether diffusers has these networks.
     """
     defaults = record["defaults"]
     prompt = story.get("prompt", "a picture")
-    elsewhere = _elsewhere(prompt, record, vq) if stock else "Its UNet is ldm's own, so no other program opens it."
+    known = stock or pipeline == "IFPipeline"
+    elsewhere = _elsewhere(prompt, record, vq, pipeline) if known else "Its UNet is ldm's own, so no other program opens it."
     width, height = defaults["size"][1], defaults["size"][0]
     stages = "\n".join(f"| {name} | {text} |" for name, text in story.get("stages", {}).items())
     return f"""---
@@ -82,9 +95,9 @@ trained it, within the rights to the training data.
 """
 
 
-def _elsewhere(prompt: str, record: dict[str, Any], vq: bool) -> str:
+def _elsewhere(prompt: str, record: dict[str, Any], vq: bool, pipeline: str) -> str:
     defaults = record["defaults"]
-    lines = (PARTS if vq else PIPELINE).format(
+    lines = (PARTS if vq else IF if pipeline == "IFPipeline" else PIPELINE).format(
         prompt=json.dumps(prompt, ensure_ascii=False),
         steps=defaults["steps"],
         guidance=defaults["guidance"],

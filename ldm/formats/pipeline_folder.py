@@ -21,6 +21,7 @@ from ldm.formats.rounding import DTYPES, Comparison, compared, mapped, rounded, 
 from ldm.formats.text_folder import TEXT_PARTS
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 from ldm.models.dc_autoencoder import DCConfig
+from ldm.models.pixels import PixelsConfig
 
 STEMS = dict.fromkeys(TEXT_PARTS[:2], WEIGHTS[1])  # diffusers' file name for all others
 
@@ -57,11 +58,11 @@ def write_pipeline(
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
     texts = {name: read_config(folder / name) for name in TEXT_PARTS if name in source.parts}
-    index = model_index(type(source.autoencoder), source.scheduler["_class_name"], source.network, texts)
+    index = model_index(source.autoencoder, source.scheduler["_class_name"], source.network, texts)
     write_json(folder / INDEX, index | source.index)
     record = {**source.record(), "autoencoder": content_hash(folder / source.codec)}
     write_json(folder / RECORD, record)
-    (folder / CARD).write_text(_card(source, record, dtype, variant), encoding="utf-8")
+    (folder / CARD).write_text(_card(source, record | {"pipeline": index["_class_name"]}, dtype, variant), encoding="utf-8")
     return done
 
 
@@ -118,13 +119,13 @@ def _opening(name: str, part: ExportedNetwork) -> dict[str, Any]:
 
 
 def _card(source: ExportedModel, record: dict[str, Any], dtype: str, variant: str) -> str:
-    stock = source.network.stock and source.clip and not isinstance(source.autoencoder, DCConfig)
+    stock = source.network.stock and source.clip and not isinstance(source.autoencoder, DCConfig | PixelsConfig)
     if source.card:
         return source.card
     if not source.story:
         said = "A latent text-to-image diffusion model that ldm has not trained, only written anew."
         return f"# {source.name}\n\n{said}\n{_copy(dtype, variant)}"
-    return model_card(source.story, record, vq=source.codec == "vqvae", stock=stock) + _copy(dtype, variant)
+    return model_card(source.story, record, vq=source.codec == "vqvae", pipeline=record["pipeline"], stock=stock) + _copy(dtype, variant)
 
 
 def _copy(dtype: str, variant: str) -> str:

@@ -19,6 +19,7 @@ from ldm.models.backbone import DenoiserConfig
 from ldm.models.coder import Bottom, CoderStage
 from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
+from ldm.models.pixels import Pixels, PixelsConfig
 from ldm.models.text_tower import TextTower, TowerPair
 
 IMAGES = 2  # of a measured call: PyTorch's norms refuse a single value per channel, which one image may have at the lowest level
@@ -92,7 +93,8 @@ def measure(network: nn.Module, call: Callable[[], Tensor]) -> Cost:
         with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             out = call()
         forward = counter.get_total_flops()
-        out.sum().backward()
+        if out.requires_grad:  # not where a network has no weights, and nothing learns through it
+            out.sum().backward()
         both = counter.get_total_flops()
     return Cost(forward, both - forward, ledger.bytes) * (1 / IMAGES)
 
@@ -141,13 +143,15 @@ def _denoiser(config: DenoiserConfig, checkpointing: bool, height: int, width: i
         return count(network), found
 
 
-def autoencoder(config: KLConfig | VQConfig | DCConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
+def autoencoder(config: KLConfig | VQConfig | DCConfig | PixelsConfig, height: int, width: int) -> tuple[int, Cost, Cost]:
     """Parameters of an autoencoder, its encoder's cost and its decoder's, for images of (height, width) px."""
     return _autoencoder(config, config.checkpointing, height, width)
 
 
 @lru_cache(maxsize=64)
-def _autoencoder(config: KLConfig | VQConfig | DCConfig, checkpointing: bool, height: int, width: int) -> tuple[int, Cost, Cost]:
+def _autoencoder(
+    config: KLConfig | VQConfig | DCConfig | PixelsConfig, checkpointing: bool, height: int, width: int
+) -> tuple[int, Cost, Cost]:
     with torch.device("meta"):
         network = config.build()
         image = torch.empty(IMAGES, config.in_channels, height, width)
@@ -162,6 +166,7 @@ def _autoencoder(config: KLConfig | VQConfig | DCConfig, checkpointing: bool, he
 
         costs = measure(network, encode), measure(network, decode)
         if checkpointing:
+            assert not isinstance(network, Pixels), "which has no blocks"
             network.encoder.checkpointing = network.decoder.checkpointing = False
             blocks = [module for module in network.modules() if isinstance(module, CoderStage | Bottom)]
             most = max(largest_block(network, blocks, call) for call in (encode, decode))

@@ -17,7 +17,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of
 from ldm.config.options import option, options_of
-from ldm.families.draws import CURVES, PRECISIONS, Running, Wanted
+from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Wanted
 from ldm.sampling.foreign_recipe import shown
 from ldm.sampling.prompt_files import Asked, read_prompts
 from ldm.sampling.recipe import Recipe, read_recipe, writable
@@ -231,7 +231,13 @@ class SamplerOptions(Wanted):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name}: got {value}; a finite number is needed")
-        for name, known in (("sampler", NAMES), ("spacing", SPACINGS), ("precision", PRECISIONS), ("guidance_curve", CURVES)):
+        for name, known in (
+            ("sampler", NAMES),
+            ("spacing", SPACINGS),
+            ("precision", PRECISIONS),
+            ("guidance_curve", CURVES),
+            ("threshold", THRESHOLDS),
+        ):
             value = getattr(self, name)
             if value and value not in known:
                 raise UserError(f"{name}: got {value!r}; choose one of {', '.join(known)}")

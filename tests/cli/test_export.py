@@ -176,8 +176,8 @@ def test_an_inpainting_model_names_its_pipeline(tmp_path: Path) -> None:
 
     unet = replace(UNET, in_channels=9)
     text = {"text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}}
-    assert model_index(KLConfig, "DDIMScheduler", unet, text)["_class_name"] == "StableDiffusionInpaintPipeline"
-    t5 = model_index(KLConfig, "DDIMScheduler", UNET, {"text_encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]}})
+    assert model_index(KLConfig(), "DDIMScheduler", unet, text)["_class_name"] == "StableDiffusionInpaintPipeline"
+    t5 = model_index(KLConfig(), "DDIMScheduler", UNET, {"text_encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]}})
     assert t5["_class_name"] == "DiffusionPipeline" and t5["text_encoder"] == ["transformers", "T5EncoderModel"]
 
 

@@ -85,7 +85,7 @@ class Concat(PortConfig):
             return resized(image, size) if kind.form == "classes" else 2 * resized(image, size) - 1
         picture = 2 * image.expand(-1, 3, -1, -1) - 1
         whole = (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor)
-        return full(frozen.codec.moments(resized(picture, whole).to(next(frozen.codec.network.parameters())))[0])
+        return full(frozen.codec.moments(resized(picture, whole).to(frozen.codec.mean.device, frozen.codec.dtype))[0])
 
     def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
         """Nothing but the joining."""

@@ -68,10 +68,9 @@ def encoded(codec: LatentCodec, image: Tensor, mask: Tensor | None = None) -> Te
 
     Each picture is encoded alone, so that none depends on the others.
     """
-    weight = next(codec.network.parameters())
-    values = image.permute(0, 3, 1, 2).to(weight) / 127.5 - 1
+    values = image.permute(0, 3, 1, 2).to(codec.mean.device, codec.dtype) / 127.5 - 1
     if mask is not None:
-        values = values.masked_fill(mask[:, None].to(weight.device), 0)
+        values = values.masked_fill(mask[:, None].to(values.device), 0)
     return torch.cat([codec.moments(one[None])[0] for one in values])
 
 

@@ -16,10 +16,12 @@ from ldm.config.schema import Fraction, NonNegative, Positive, config
 from ldm.data.pictures import to_uint8
 from ldm.diffusion.batch import Cond, Movable, Text, taken, tensors_of
 from ldm.diffusion.guidance import composed
+from ldm.diffusion.learned_variance import share_of
 from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
-from ldm.diffusion.samplers import SAMPLERS, Denoise
-from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, See, Settings, Wanted, steps_taken
+from ldm.diffusion.samplers import SAMPLERS, Denoise, ancestral
+from ldm.diffusion.thresholding import thresholded
+from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, THRESHOLDS, See, Settings, Wanted, steps_taken
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, PromptShape, shape_of
 from ldm.families.latent_diffusion.prompt_to_prompt import Exchange, of_targets
 from ldm.formats.latent_codec import LatentCodec
@@ -40,6 +42,7 @@ class Defaults:
     guidance: NonNegative = 5.0  # classifier-free guidance scale; 1: none
     rescale: Fraction = 0.0  # guidance rescale (Lin 2023, arXiv 2305.08891, eq. 16)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    threshold: Literal["", "none", "static", "dynamic"] = ""  # of x0 at every step; empty: static of pixels, latents have no range
     sampler: str = "dpmpp_2m"  # a name of ldm.diffusion.samplers.SAMPLERS
     chunk: Positive = 8  # images per network call; a part of the model's numerics, so that batch size is not
 
@@ -58,12 +61,19 @@ def choose(usual: Defaults, wanted: Wanted = OWN) -> Settings:
     if name not in SAMPLERS:
         raise UserError(f"sampler: got {name!r}; choose one of {', '.join(SAMPLERS)}")
     own = {name: value for name in NUMBERS if (value := getattr(wanted, name)) not in (None, "")}
-    model = {"steps": SAMPLERS[name].steps or usual.steps, "guidance": usual.guidance, "rescale": usual.rescale}
-    chosen = Settings(**{**model, "precision": usual.precision, "spacing": SAMPLERS[name].spacing, **own, "sampler": name})
+    model: dict[str, Any] = {"steps": SAMPLERS[name].steps or usual.steps, "guidance": usual.guidance, "rescale": usual.rescale}
+    chosen = Settings(
+        **{**model, "precision": usual.precision, "threshold": usual.threshold, "spacing": SAMPLERS[name].spacing, **own, "sampler": name}
+    )
     if not 0 <= chosen.guidance_from < chosen.guidance_to <= 1:
         interval = f"{chosen.guidance_from:g} to {chosen.guidance_to:g}"
         raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
-    for field, names in (("guidance_curve", tuple(CURVES)), ("precision", PRECISIONS), ("spacing", SPACINGS)):
+    for field, names in (
+        ("guidance_curve", tuple(CURVES)),
+        ("precision", PRECISIONS),
+        ("spacing", SPACINGS),
+        ("threshold", ("", *THRESHOLDS)),
+    ):
         if (value := getattr(chosen, field)) not in names:
             raise UserError(f"{field}: got {value!r}; choose one of {', '.join(names)}")
     chosen.sizes(1, 1)
@@ -208,6 +218,11 @@ class Engine:
             self.denoiser.train(was_training)
         return image, x0
 
+    @property
+    def variance_told(self) -> bool:
+        """Whether the network says the variance of ddpm's steps too."""
+        return self.denoiser.config.out_channels == 2 * self.codec.channels
+
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where the network lies, and the type that x is kept in: at least float32, whatever the network's own."""
         weight = next(self.denoiser.parameters())
@@ -221,10 +236,12 @@ class Engine:
         canvas: Canvas,
         settings: Settings,
         edits: Sequence[Edit] = (),
+        hear: Callable[[Tensor], None] = lambda said: None,
     ) -> Denoise:
         """What tells x0 (B,c,h,w) of x at each level of a canvas' grid: the guided network, and whatever guides it further.
 
         With an exchange x has 2B rows: what is drawn beside the pictures, and then these.
+        `hear` is told what the network says of the variance (B,c,h,w), told the prompts, where it says something.
         """
         grid, device = canvas.grid, canvas.noise.device
         exchange, own = next((edit.exchange for edit in edits if edit.exchange is not None), None), canvas
@@ -262,6 +279,9 @@ class Engine:
             if taken is not None:
                 memory = self.denoiser.exchanging(memory, taken.to(x.device))
             output = self.denoiser(x, t, c, memory, found[2][i]).to(x.dtype)
+            if self.variance_told:
+                output, said = output.chunk(2, dim=1)
+                hear(said[-len(prompts) :])
             return self.process.x0_from(output, x, t)
 
         steps = len(grid.t)
@@ -269,6 +289,9 @@ class Engine:
         denoise = composed(
             predict, script.told, weights, lambda i: settings.guidance_at(i, steps) if told is None else 1.0, settings.rescale
         )
+        if settings.threshold in ("static", "dynamic"):
+            assert self.codec.bound is not None, "settings() refuses it"
+            denoise = thresholded(denoise, settings.threshold, self.codec.bound)
         for edit in edits:
             if edit.guide is not None:
                 denoise = edit.guide(denoise, own) if exchanged is None else of_targets(edit.guide, denoise, own)
@@ -301,10 +324,13 @@ class Engine:
             x = entry.start(canvas.noise, grid)
             for edit in edits:
                 x = x if edit.start is None else edit.start(x, canvas)
-            denoise, rng = self.guided_denoiser(prompts, negative, shape, canvas, settings, edits), canvas.rng
+            said: list[Tensor] = []  # of the variance, at the last call
+            hear = lambda value: said.__setitem__(slice(None), [value])  # noqa: E731
+            denoise, rng = self.guided_denoiser(prompts, negative, shape, canvas, settings, edits, hear), canvas.rng
             if any(edit.exchange is not None for edit in edits):
                 x, rng = torch.cat([x, x]), canvas.twice().rng
-            x = entry.run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, after_step=after_step)[-len(canvas.rows) :]
+            run = ancestral(lambda: share_of(said[0])) if self.variance_told and settings.sampler == "ddpm" else entry.run
+            x = run(denoise, x, grid.alpha, grid.sigma, rng, eta=settings.eta, after_step=after_step)[-len(canvas.rows) :]
         if not x.isfinite().all():
             cure = "its weights may be damaged" if kind == torch.float32 else "choose bf16 or fp32"
             raise UserError(f"precision: with {settings.precision} the network's numbers are not finite; {cure}")

@@ -18,10 +18,13 @@ from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.data.dataset import offered
 from ldm.data.views import ViewKind
+from ldm.diffusion import learned_variance
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, Views, where
+from ldm.diffusion.learned_variance import LearnedVariance
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
+from ldm.diffusion.thresholding import RATIO
 from ldm.families.draws import OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
@@ -64,6 +67,7 @@ OFF: tuple[tuple[str, Any], ...] = (  # fields that say nothing in an identity
     ("adapt", None),
     ("inpaint", None),
     ("masked_loss", None),
+    ("variance", None),
     ("caption_chunks", 1),
     ("conditions", []),
     ("learn", "all"),
@@ -81,6 +85,7 @@ class LatentDiffusion(ModelConfig):
     autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
     network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
+    variance: LearnedVariance | None = None  # learn the variance of ddpm's steps too (IDDPM, ADM, Imagen); null: it is the posterior's
     caption_chunks: Positive = 1  # of CLIP's 75 tokens (or what the text encoder reads) that a caption may have: kohya's 225 are 3
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
@@ -167,7 +172,12 @@ class LatentDiffusion(ModelConfig):
             found = defaults_of(read_record(base), base)[0]
             defaults = found if self.distill is None else replace(self.distill.drawn(), chunk=found.chunk, precision=found.precision)
         process = replace(self.process, schedule=process.schedule, target=process.target, offset_noise=offset)
-        return replace(self, network=network, process=process, defaults=defaults)
+        variance = self.variance or variance_of(base)
+        if variance is not None and self.distill is not None:
+            raise UserError("models.diffusion.distill: a model that has learned a variance cannot be distilled; give one without by init")
+        if variance is not None and variance_of(base) is None:
+            raise UserError(f"models.diffusion.variance: the base model {base} has learned none; leave it out")
+        return replace(self, network=network, process=process, defaults=defaults, variance=variance)
 
     def for_stage(self, stage: TrainingStage) -> LatentDiffusion:
         """With what the stage says of recomputing and of caption dropout."""
@@ -193,12 +203,15 @@ class LatentDiffusion(ModelConfig):
 
     def shown(self) -> dict[str, Any]:
         """How the finished model is sampled."""
-        return {"defaults": plain(self.defaults)}
+        said = plain(self.defaults)
+        return {"defaults": said if said["threshold"] else {name: value for name, value in said.items() if name != "threshold"}}
 
     def check(self, stage: TrainingStage, where: str, begins: str) -> Iterator[str]:
         """Inpainting and its channels, adapters and their base."""
         own = f"models.{stage.model}"
         network = self.network
+        if self.variance is not None and (why := learned_variance.refusal(self.process)):
+            yield f"{own}.variance: {why}"
         yield from conditions.problems(self.conditions, self.learn, begins, own)
         if self.inpaint is not None and conditions.joined_channels(conditions.assumed(self.conditions), network.out_channels):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
@@ -265,7 +278,8 @@ class LatentDiffusion(ModelConfig):
         text = others["text"].text_shape(note, self.network.context_width)
         channels = others["autoencoder"].latent_network(note).latent_width
         inputs = channels + conditions.joined_channels(conditions.assumed(self.conditions), channels)
-        network = replace(self.network, in_channels=inputs, out_channels=channels, context_width=text.states)
+        outputs = channels if self.variance is None else 2 * channels
+        network = replace(self.network, in_channels=inputs, out_channels=outputs, context_width=text.states)
         return network.told_pooled(text.pooled), text
 
     def text_width(self) -> int:
@@ -329,7 +343,7 @@ class LatentDiffusion(ModelConfig):
         network = replace(
             self.network,
             in_channels=(channels(codec) if self.inpaint else codec.channels) + conditions.joined_channels(reads, codec.channels),
-            out_channels=codec.channels,
+            out_channels=codec.channels if self.variance is None else 2 * codec.channels,
             context_width=text.width,
         ).told_pooled(text.pooled_width)
         if context.init is None:
@@ -437,6 +451,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
             "precision": d.precision,
             "sampler": d.sampler,
             "chunk": d.chunk,
+            **({"threshold": d.threshold} if d.threshold else {}),
         }
 
     def frozen(self) -> list[nn.Module]:
@@ -483,9 +498,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
             latents = replace(latents, cond=where(drop, self._without_caption(latents.cond), latents.cond))
         latents = self._given(batch, latents, rng)
         noised = self.process.noise(latents.x0, rng)
-        error = self._error(batch, latents, noised, rng)
-        gauges = {"error": error.detach().mean(), "latent_std": latents.x0.std()}
-        return {"denoising": (noised.weight * error).mean()}, gauges
+        error, bound = self._error(batch, latents, noised, rng)
+        terms, gauges = {"denoising": (noised.weight * error).mean()}, {"error": error.detach().mean(), "latent_std": latents.x0.std()}
+        if self.config.variance is not None:
+            terms["variance"] = learned_variance.bits(self.process, self.config.variance.weight) * bound.mean()
+        return terms, gauges
 
     def _distilled(self, asked: Consistency, latents: LatentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """The distance of the network's answers one noise level apart."""
@@ -493,22 +510,28 @@ class LatentDiffusionFamily(Adaptable, Draws):
         found = errors(asked, self.denoiser, self._teacher[0], self.process, latents, unprompted, rng).mean()
         return {"consistency": found}, {"latent_std": latents.x0.std()}
 
-    def _error(self, batch: ImageBatch | MomentBatch, latents: LatentBatch, noised: Noised, rng: Rng) -> Tensor:
-        """Squared error (B,) of the network's prediction, mean over latent values."""
+    def _error(self, batch: ImageBatch | MomentBatch, latents: LatentBatch, noised: Noised, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Squared error (B,) of the network's prediction, mean over latent values; and of a learned variance the bound (B,), in nats."""
         cond = latents.cond
         if self.config.inpaint is not None:
             assert isinstance(batch, ImageBatch), "ldm.runs.run refuses cached latents"
             mask = masks(self.config.inpaint, rng, (batch.image.shape[2], batch.image.shape[3]))
             cond = replace(cond, image=told(self.codec, batch.image, mask).to(latents.x0))
         output = full(self.denoiser(noised.x, noised.t, cond))
+        bound = output.new_zeros(len(output))
+        if self.config.variance is not None:
+            output, said = output.chunk(2, dim=1)
+            x0, share = self.process.x0_from(output, noised.x, noised.t), learned_variance.share_of(said)
+            half_bin = None if self.codec.bound is None else self.codec.bound / 255
+            bound = learned_variance.variational(self.process, latents.x0, x0, noised.t, share, half_bin)
         squares = (output - noised.target).square()
-        return (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3))
+        return (squares if self.config.masked_loss is None else weigh(self.config.masked_loss, batch, squares)).mean((1, 2, 3)), bound
 
     def loss_at(self, batch: ImageBatch | MomentBatch, rng: Rng, level: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted squared error (B,) of captioned samples, and sigma (B,)."""
         latents = self._given(batch, self.encode(batch, rng), None)
         noised = self.process.noise_at(latents.x0, self.process.schedule.draw(level), rng)
-        return noised.weight * self._error(batch, latents, noised, rng), self.process.alpha_sigma(noised.t)[1]
+        return noised.weight * self._error(batch, latents, noised, rng)[0], self.process.alpha_sigma(noised.t)[1]
 
     def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
         """Moments of latents, but where a loss needs the picture."""
@@ -587,6 +610,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         """What a model folder must say besides the networks' own configurations."""
         offset = {"offset_noise": self.process.offset_noise} if self.process.offset_noise else {}
         scheduler = self.process.scheduler_config(distilled=self.config.distill is not None)
+        scheduler |= pixel_scheduling(self.config, self.codec.bound)
         return {"defaults": {**self.defaults}, "scheduler": scheduler, **offset}
 
     # Sampling
@@ -621,7 +645,11 @@ class LatentDiffusionFamily(Adaptable, Draws):
             for name in ("guidance_from", "guidance_to", "guidance_curve", "rescale"):
                 if getattr(chosen, name) != getattr(usual, name):
                     self.refuse(f"{name}: got {getattr(chosen, name)}", "is told one guidance scale for all steps; leave it out")
-        return chosen
+        if self.codec.bound is not None:
+            return replace(chosen, threshold=chosen.threshold or "static")
+        if chosen.threshold not in ("", "none"):
+            self.refuse(f"threshold: got {chosen.threshold}", "draws in latents, which have no range; leave it out")
+        return replace(chosen, threshold="")
 
     @torch.no_grad()
     def sample(
@@ -777,7 +805,8 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     process = process_of(root)
     defaults, size = defaults_of(record, root)
     fits(config, text, root)
-    made = LatentDiffusion(network=config, process=process, defaults=defaults, conditions=tuple(read.condition for read in reads))
+    said = tuple(read.condition for read in reads)
+    made = LatentDiffusion(network=config, process=process, defaults=defaults, conditions=said, variance=variance_of(root))
     family = LatentDiffusionFamily(made, network, codec, text, reads)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
@@ -814,6 +843,28 @@ def process_of(root: Path) -> Process:
     if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < float("inf")):
         raise UserError(f"{root / RECORD}: offset_noise: got {offset!r}, not a number from 0 on; {AGAIN}")
     return replace(Process.from_scheduler_config(values, str(file)), offset_noise=offset)
+
+
+def variance_of(root: Path) -> LearnedVariance | None:
+    """Whether the network of a model folder says the variance of ddpm's steps, by its scheduler's configuration."""
+    said = read_json(root / "scheduler" / "scheduler_config.json").get("variance_type")
+    return LearnedVariance() if said == "learned_range" else None
+
+
+def pixel_scheduling(config: LatentDiffusion, bound: float | None) -> dict[str, Any]:
+    """What scheduler_config.json of a model in pixels says more, as IFPipeline reads it; of one in latents nothing."""
+    if bound is None or config.distill is not None or learned_variance.flows(config.process):
+        return {"variance_type": "learned_range"} if config.variance else {}
+    how = config.defaults.threshold or "static"
+    return {
+        "_class_name": "DDPMScheduler",
+        "variance_type": "learned_range" if config.variance else "fixed_small",
+        "clip_sample": how == "static",
+        "clip_sample_range": bound,
+        "thresholding": how == "dynamic",
+        "dynamic_thresholding_ratio": RATIO,
+        "sample_max_value": 1000.0,  # above it diffusers would cut; Imagen does not
+    }
 
 
 def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
