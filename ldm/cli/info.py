@@ -1,9 +1,9 @@
-"""The info verb: the metadata of pictures, and whether a model at hand is the one that drew them."""
+"""The info verb: the metadata of pictures, whether a model at hand is the one that drew them, and what models are told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +23,11 @@ def main(words: Sequence[str]) -> int:
 
 
 def info(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of models.")],
     model: Annotated[str, Option(help="A model to compare with; default: the newest of runs/*, if any.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per picture.")] = False,
 ) -> int:
-    """Say what pictures remember: recipe, model, other programs' settings, watermarks. The exit code is 2 where one cannot be read."""
+    """Say what pictures and models tell: recipe, model, others' settings, watermarks. The exit code is 2 where one is unreadable."""
     import sys
 
     failed = False
@@ -54,6 +54,8 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
     """
     from PIL import Image
 
+    if path.is_dir():
+        return about_model(path)
     chunks = read_chunks(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -82,8 +84,34 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
     return found
 
 
+def about_model(path: Path) -> dict[str, Any]:
+    """What a model folder, or a run folder with one, says of itself: how it was made, and what it is told when it draws.
+
+    Raises:
+        UserError: if there is no model in it.
+    """
+    from ldm.formats.model_folder import open_model, read_record
+
+    record = read_record(open_model(path).folder)
+    story = record.get("story", {})
+    views = {
+        each["condition"]["view"]: {"port": each["condition"]["port"]["kind"], **{k: v for k, v in each["kind"].items() if v}}
+        for each in record.get("conditions", ())
+    }
+    return {
+        "file": str(path),
+        "model": story.get("name", path.name),
+        "kind": record.get("kind", "latent_diffusion"),
+        "data": story.get("data", ""),
+        "defaults": record.get("defaults", {}),
+        "told": views,
+    }
+
+
 def told(found: dict[str, Any]) -> str:
     """The same for people."""
+    if "model" in found:
+        return "\n".join(_model_lines(found))
     lines = [f"{found['file']}: {found['format']}, {found['width']}x{found['height']} px"]
     if "made_by" in found:
         lines.append(f"  made by {found['made_by']}")
@@ -105,6 +133,19 @@ def told(found: dict[str, Any]) -> str:
     if found["says_made_by_a_model"]:
         lines.append("  says that a model made it (IPTC digital source type)")
     return "\n".join(lines)
+
+
+def _model_lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{found['file']}: model {found['model']} of kind {found['kind']}"
+    if found["data"]:
+        yield f"  trained on {found['data']}"
+    if found["defaults"]:
+        yield "  drawn with " + ", ".join(f"{name} {value}" for name, value in found["defaults"].items())
+    for view, kind in found["told"].items():
+        what = {"classes": f"{kind.get('channels')} classes: {', '.join(kind.get('names', []))}"}.get(kind["form"], kind["form"])
+        yield f"  is told {view} ({what}) by port {kind['port']}: --given {view}=FILE"
+    if not found["told"]:
+        yield "  is told nothing but prompts"
 
 
 def _at_hand(model: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
+from ldm.sampling.given import Files
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
@@ -71,16 +72,18 @@ def sample(request: Request) -> int:
         family.ready(Path(folder), running, family.settings(chosen).precision)
         rest |= {"model": name_of(folder), "model_hash": family.content_hash}
         request.following.compare(old, folder, family.content_hash, tell)
+        given = Files(family.told)
+        rest["given"] = given.field(request.views.given, old, tell)
         guide = _guide(request, family, old)
         if guide is not None:
             rest["classifier"] = guide.hash
         init_image = init_image_for(request, asked, family, old, tell)
         if init_image is not None:
             rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
-        made = recipes_of(request, asked, family, old, rest, init_image, tell)
+        made = recipes_of(request, asked, family, old, rest, init_image, tell, given)
         if output.resume:
             made = _missing(request, made)
-        writer, started = _writer(request, guide, judge, team, place), time.monotonic()
+        writer, started = replace(_writer(request, guide, judge, team, place), given=given), time.monotonic()
         if len({one.loras for one in asked}) > 1:
             writer = replace(writer, drawing=_by_loras(request, asked, family, rest["loras"], place))
         paths = writer.write(family, made, init_image)

@@ -14,7 +14,12 @@ from ldm.families.draws import PLAIN, Draws
 LONGEST = 100_000  # characters of what a recipe tells of LoRAs or words
 MOST_WEIGHT = 1e6
 FIELDS = ("loras", "embeddings")  # of a Recipe: JSON, a list of {file, weight, hash} and of {file, token, hash}
-OPTIONS = {"loras": "lora", "embeddings": "embedding", "vae": "vae"}  # that give what a recipe's field tells of, also JSON
+OPTIONS = {
+    "loras": "lora",
+    "embeddings": "embedding",
+    "vae": "vae",
+    "given": "given",
+}  # that give what a recipe's field tells of, also JSON
 
 
 def weighted(word: str) -> tuple[str, float]:
@@ -83,8 +88,8 @@ def add(
     found = [(read(file), weight) for file, weight in wanted]
     words = [read_embedding(Path(file)) for file in embeddings or [_again(one, "embedding") for one in before["embeddings"]]]
     told: dict[str, list[dict[str, Any]]] = {
-        "loras": [{"file": _shown(file), "weight": w, "hash": lora.hash} for (lora, w), (file, _) in zip(found, wanted, strict=True)],
-        "embeddings": [{"file": _shown(word.name), "token": word.token, "hash": word.hash} for word in words],
+        "loras": [{"file": shown_path(file), "weight": w, "hash": lora.hash} for (lora, w), (file, _) in zip(found, wanted, strict=True)],
+        "embeddings": [{"file": shown_path(word.name), "token": word.token, "hash": word.hash} for word in words],
     }
     for name in FIELDS:
         kept = [{**one, "file": ""} for one in before[name]]
@@ -119,7 +124,7 @@ def told_of(loras: Sequence[str]) -> str:
     from ldm.formats.lora_files import find
 
     parts = [weighted(word) for word in loras]
-    told = [{"file": _shown(file), "weight": w, "hash": sha256(find(Path(file).expanduser()))} for file, w in parts]
+    told = [{"file": shown_path(file), "weight": w, "hash": sha256(find(Path(file).expanduser()))} for file, w in parts]
     return json.dumps(told, ensure_ascii=False) if told else ""
 
 
@@ -143,7 +148,7 @@ def decoded_by(family: Draws, vae: Path | None, old: Mapping[str, Any], note: Ca
         if vae is None:
             raise UserError(f"from: {path} is not the autoencoder that the picture was drawn with; give that one by --vae")
         note("the picture was drawn with another autoencoder: it will differ")
-    return {"vae": json.dumps([{"file": _shown(str(vae or before[0]["file"])), "hash": said}], ensure_ascii=False)}
+    return {"vae": json.dumps([{"file": shown_path(str(vae or before[0]["file"])), "hash": said}], ensure_ascii=False)}
 
 
 def told_shortly(fields: Mapping[str, str]) -> list[str]:
@@ -170,7 +175,7 @@ def remembered(old: Mapping[str, Any], name: str, given: bool = False) -> list[d
         values = json.loads(text) if len(text) <= LONGEST else None
     except (ValueError, TypeError, RecursionError):
         values = None
-    own = {"loras": "weight", "embeddings": "token", "vae": "file"}[name]
+    own = {"loras": "weight", "embeddings": "token", "vae": "file", "given": "weight"}[name]
     if isinstance(values, list) and all(isinstance(one, dict) and _told_of(one, own) for one in values):
         return [{**one, own: float(one[own])} if own == "weight" else one for one in values]
     if given:
@@ -180,7 +185,7 @@ def remembered(old: Mapping[str, Any], name: str, given: bool = False) -> list[d
 
 def _told_of(one: Mapping[str, Any], own: str) -> bool:
     """Whether a recipe's entry has the fields that it should, each of its type."""
-    if not all(isinstance(one.get(key), str) and "\0" not in one[key] for key in ("file", "hash")):
+    if not all(isinstance(one.get(key), str) and "\0" not in one[key] for key in ("file", "hash", *(("view",) if "view" in one else ()))):
         return False
     value = one.get(own)
     if own != "weight":
@@ -189,13 +194,15 @@ def _told_of(one: Mapping[str, Any], own: str) -> bool:
 
 
 def refuse(old: Mapping[str, Any], verb: str) -> None:
-    """Say of a recipe with a classifier that a verb cannot follow it.
+    """Say of a recipe with a classifier, or with views given, that a verb cannot follow it.
 
     Raises:
         UserError: if it has one.
     """
     if old.get("classifier"):
         raise UserError(f"from: this picture was drawn with a classifier, which {verb} does not take; ldm sample does")
+    if old.get("given"):
+        raise UserError(f"from: this picture was drawn with views given, which {verb} does not take; ldm sample does")
 
 
 def _again(one: Mapping[str, Any], option: str) -> str:
@@ -209,7 +216,7 @@ def _again(one: Mapping[str, Any], option: str) -> str:
     return str(one["file"])
 
 
-def _shown(file: str) -> str:
+def shown_path(file: str) -> str:
     """A path as a picture may tell it: nothing of where this machine keeps its files."""
     path = Path(file)
     return path.name if path.is_absolute() or str(path).startswith("~") else str(path)

@@ -16,6 +16,7 @@ from ldm.sampling.unheard import in_recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.sampling.given import Files
     from ldm.sampling.init_images import InitImage
     from ldm.text.prompt_syntax import Prompt
 
@@ -32,6 +33,7 @@ class Common:
         size: (height, width) px; None: the model's own.
         variations: of every picture, in its place: with the noise of seed + 1, seed + 2, ... mixed into its own; 0: the picture.
         rest: other fields of every recipe.
+        given: what recipes tell of views, by those that a prompt's own line names; where it says nothing, `rest` does.
         loras: what recipes tell of LoRAs, by those that a prompt's own tags name; where it says nothing, `rest` does.
     """
 
@@ -43,6 +45,7 @@ class Common:
     size: tuple[int, int] | None = None
     variations: int = 0
     rest: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     loras: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
 
@@ -54,6 +57,8 @@ def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recip
         told: dict[str, Any] = {**asdict(family.settings(replace(common.wanted, **own))), **common.rest, "prompt": one.prompt}
         if one.loras in common.loras:
             told["loras"] = common.loras[one.loras]
+        if one.given:
+            told["given"] = common.given[one.given]
         height, width = common.size or family.defaults["size"]
         told |= {"height": one.height or height, "width": one.width or width}
         told["negative"] = common.negative if one.negative is None else one.negative
@@ -102,6 +107,7 @@ def draw(
     init_image: InitImage | None = None,
     edits: Sequence[Any] = (),
     classifier: Guide | None = None,
+    given: Files | None = None,
     on_step: Callable[[int, int], None] | None = None,
     note: Callable[[str], None],
 ) -> Tensor:
@@ -113,6 +119,7 @@ def draw(
         init_image: the picture that the recipes start from, as large as they say.
         edits: further methods, of both passes.
         classifier: what guides recipes with a `classifier_scale`.
+        given: the files of recipes that tell of views.
         note: told what a user should know, one line each.
     """
     import torch
@@ -130,6 +137,7 @@ def draw(
 
     def drawn(number: int, size: tuple[int, int], edits: Sequence[Any]) -> Tensor:
         latents, tell = noise_of(family, found, size), in_pass(number)
+        edits = (*(given.edits(family, first.given, size) if given is not None else ()), *edits)
         return family.sample(prompts, seeds, wanted, size=size, negative=negative, latents=latents, edits=edits, on_step=tell, note=note)
 
     if init_image is not None:

@@ -17,6 +17,7 @@ from ldm.sampling.recipe_values import LIMITS
 # A word that begins with -- is a flag: its name, and its value if that stands in quotation marks.
 FLAG = re.compile(r"""(?:^|(?<=\s))--(?P<name>[^\W_][\w-]*)(?:=|(?=\s|$))(?:\s*(?P<quoted>"(?:[^"\\]|\\.)*"|'[^']*')(?=\s|$))?""")
 LINE = re.compile(r"\r\n|\n|\r")  # str.splitlines also takes U+2028 and others, which are parts of a text
+LISTS = ("given",)  # fields that are lists of words; flags may be repeated
 FLAGS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
 NAMES = {
     "prompt": "prompt",
@@ -33,6 +34,7 @@ NAMES = {
     "guidance_scale": "guidance",
     "cfg_scale": "guidance",
     "scale": "guidance",
+    "given": "given",
 }
 WHOLE = ("width", "height", "seed", "steps")
 
@@ -52,6 +54,7 @@ class Asked:
     seed: int | None = None
     guidance: float | None = None
     steps: int | None = None
+    given: tuple[str, ...] = ()  # VIEW=FILE[@WEIGHT]
     loras: tuple[str, ...] = ()  # FILE:WEIGHT of each LoRA that its tags name
 
 
@@ -133,6 +136,9 @@ def _asked(given: Sequence[tuple[str, Any]], where: str) -> Asked:
             near = difflib.get_close_matches(key, NAMES, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(set(NAMES.values())))}"
             raise UserError(f"{where}: {key!r} is not known; {hint}")
+        if name in LISTS:
+            values[name] = (*values.get(name, ()), *_words(value, f"{where}: {key}"))
+            continue
         if name in values:
             raise UserError(f"{where}: {key} says {name}, which stands there twice; keep one")
         if name in ("prompt", "negative"):
@@ -144,6 +150,16 @@ def _asked(given: Sequence[tuple[str, Any]], where: str) -> Asked:
     if "prompt" not in values:
         raise UserError(f'{where}: no prompt; write {{"prompt": "a green ring"}}, or words before the flags')
     return Asked(**values)
+
+
+def _words(value: Any, where: str) -> list[str]:
+    """Words of a list: one, several, or an object's names and values as NAME=VALUE."""
+    if isinstance(value, Pairs) and all(isinstance(one, str) for _, one in value):
+        return [f"{name}={one}" for name, one in value]
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"{where} is {str(value)[:40]!r}; VIEW=FILE is needed, or a list of these")
+    return found
 
 
 def _number(value: Any, name: str, where: str) -> int | float:

@@ -60,6 +60,7 @@ class Recipe(Settings):
     loras: str = ""  # JSON: a list of {file, weight, hash}, merged into the model in this order
     embeddings: str = ""  # JSON: a list of {file, token, hash}, words that the model was taught
     vae: str = ""  # JSON: a list of one {file, hash}, the autoencoder that took the place of the model's own
+    given: str = ""  # JSON: a list of {view, file, weight, hash, of}, views of the picture that the model was told
     classifier: str = ""  # SHA-256 of the file that guided it besides the prompt
     classifier_scale: float = 0.0  # and how strongly
 

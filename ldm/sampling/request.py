@@ -381,6 +381,13 @@ class Editing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Views:
+    """Views: what else than its prompt a picture is drawn by, where the model reads it (ControlNet, colourisation, boxes)."""
+
+    given: tuple[str, ...] = option((), "VIEW=FILE[@WEIGHT], or VIEW=of:PICTURE, which it is made of; may be repeated.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Classifier guidance: what draws towards the words of a prompt besides classifier-free guidance."""
 
@@ -472,6 +479,7 @@ class Request:
     choice: Choice = field(default_factory=Choice)
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     editing: Editing = field(default_factory=Editing)
+    views: Views = field(default_factory=Views)
     guidance: Guidance = field(default_factory=Guidance)
     adapters: NamedAdapters = field(default_factory=NamedAdapters)
     output: Output = field(default_factory=Output)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
 from ldm.sampling import doubts, jobs
+from ldm.sampling.given import parse
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.request import Request
@@ -14,6 +15,7 @@ from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
     from ldm.families.draws import Draws
+    from ldm.sampling.given import Files
     from ldm.sampling.init_images import InitImage
 
 
@@ -40,6 +42,7 @@ def recipes_of(
     rest: Mapping[str, Any],
     init_image: InitImage | None,
     tell: Callable[[str], None],
+    given: Files | None = None,
 ) -> list[Recipe]:
     """A recipe for each candidate of each picture; what is told of is likely a mistake, or changes nothing."""
     from ldm.text.prompt_syntax import literal, read
@@ -55,6 +58,7 @@ def recipes_of(
         size=base.shape(old) if init_image is None else init_image.size,
         variations=choice.variations,
         rest=rest,
+        given=told_by_lines(request, asked, given, tell),
         loras=told_by_loras(request, asked),
     )
     made = jobs.recipes(family, asked, common)
@@ -69,6 +73,18 @@ def recipes_of(
         for one in made:
             check(rest["watermark"], (one.height, one.width))
     return made
+
+
+def told_by_lines(request: Request, asked: Sequence[Asked], given: Files | None, tell: Callable[[str], None]) -> dict[tuple[str, ...], str]:
+    """What recipes tell of views, by those that prompts' own lines name; the request's count where a line does not tell the same view."""
+    found = {}
+    for own in {one.given for one in asked if one.given}:
+        if given is None:
+            raise UserError("given: views are not read here; leave them out of the prompts")
+        views = {given.named(parse(word).view) for word in own}
+        others = [word for word in request.views.given if given.named(parse(word).view) not in views]
+        found[own] = given.field((*others, *own), {}, tell)
+    return found
 
 
 def told_by_loras(request: Request, asked: Sequence[Asked]) -> dict[tuple[str, ...], str]:

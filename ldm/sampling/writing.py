@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.metrics.judges import Judge
+    from ldm.sampling.given import Files
     from ldm.sampling.init_images import InitImage
     from ldm.sampling.safety import SafetyFilter
 
@@ -33,6 +34,7 @@ class PictureWriter:
         judge: who chooses then.
         safety: who withholds pictures, or None.
         classifier: what guides recipes that ask for it.
+        given: the files of recipes that tell of views.
         drawing: the model with what a recipe has of adapters; None: it is the same for all.
         save_steps: whether a strip of its steps lies beside each.
         tell: told what a user should know.
@@ -46,6 +48,7 @@ class PictureWriter:
     judge: Judge | None = None
     safety: SafetyFilter | None = None
     classifier: Guide | None = None
+    given: Files | None = None
     drawing: Callable[[Recipe], Draws] | None = None
     save_steps: bool = False
     tell: Callable[[str], None] = print
@@ -77,7 +80,14 @@ class PictureWriter:
                 if self.save_steps and not watching:
                     raise UserError(f"save_steps: this model of kind {family.kind} draws at once; leave --save-steps out")
                 images = jobs.draw(
-                    family, part, init_image=init_image, edits=watching, classifier=self.classifier, on_step=on_step, note=note
+                    family,
+                    part,
+                    init_image=init_image,
+                    edits=watching,
+                    classifier=self.classifier,
+                    given=self.given,
+                    on_step=on_step,
+                    note=note,
                 )
                 done += len(part)
                 for row, place in enumerate(places):

@@ -70,6 +70,7 @@ class Listener(nn.Module):
         self.told: list[tuple[Tensor, Tensor, Cond]] = []
 
     told_more = False
+    config, joins = UNET, 0
 
     def remember(self, text: Any) -> None:
         return None

@@ -1,0 +1,151 @@
+"""Given views: files that tell a model more of a picture than its prompt does, as requests name them and recipes remember them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.errors import UserError
+from ldm.families.draws import Draws
+from ldm.sampling.adapters import remembered, shown_path
+
+if TYPE_CHECKING:
+    from ldm.data.views import ViewKind
+    from ldm.diffusion.batch import View
+
+OF = "of:"  # before a file: the view is made of this picture
+FORM = "VIEW=FILE, VIEW=FILE@WEIGHT or VIEW=of:PICTURE are needed, such as edges=lines.png@0.7"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One view of a request."""
+
+    view: str
+    file: str
+    weight: float = 1.0
+    of: bool = False  # whether the view is made of the picture in the file
+
+
+def parse(word: str) -> Given:
+    """What VIEW=FILE[@WEIGHT] names.
+
+    Raises:
+        UserError: for anything else.
+    """
+    view, equals, file = word.partition("=")
+    path, at, number = file.rpartition("@")
+    weight = 1.0
+    if at and path:
+        with contextlib.suppress(ValueError):  # an @ of the file's name
+            weight, file = float(number), path
+    if not equals or not view or not file.removeprefix(OF) or not math.isfinite(weight) or not 0 <= weight <= 10:
+        raise UserError(f"given: got {word!r}; {FORM}, with a weight from 0 to 10")
+    return Given(view, file.removeprefix(OF), weight, file.startswith(OF))
+
+
+@dataclass
+class Files:
+    """The files that recipes tell of, by their hashes, as this machine has them.
+
+    Args:
+        told: the views that the model reads.
+    """
+
+    told: Mapping[str, ViewKind]
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def field(self, words: Sequence[str], old: Mapping[str, Any], tell: Callable[[str], None]) -> str:
+        """The field `given` of a recipe.
+
+        Args:
+            words: VIEW=FILE[@WEIGHT].
+            old: a recipe that is followed where no words are given; its files must be where they were, with the same content.
+            tell: told where what is given is not what the recipe had.
+
+        Raises:
+            UserError: naming what is missing, has changed, or is not read by the model.
+        """
+        from ldm.formats.atomic import sha256
+
+        before = remembered(old, "given", bool(words))
+        entries: list[dict[str, Any]] = []
+        for given in [parse(word) for word in words] or [Given(e["view"], e["file"], e["weight"], bool(e.get("of"))) for e in before]:
+            path = Path(given.file).expanduser()
+            if not path.is_file():
+                fix = "" if words else f": this picture was drawn with it; give it by --given {given.view}=FILE"
+                raise UserError(f"given: {given.view}={given.file}: no such file{fix}")
+            view, own = self.named(given.view), sha256(path)
+            if twice := [one for one in entries if one["view"] == view]:
+                raise UserError(f"given: {view} is told twice, by {twice[0]['file']} and {given.file}; keep one")
+            self.paths[own] = path
+            entries.append({"view": view, "file": shown_path(given.file), "weight": given.weight, "hash": own, "of": given.of})
+            self.view(entries[-1], (64, 64))  # what cannot be read is told before anything is drawn
+        for one, other in zip(before, entries, strict=False) if not words else ():
+            if one["hash"] != other["hash"]:
+                raise UserError(
+                    f"from: {one['file']} is not the file that the picture was drawn with; give that by --given {one['view']}=FILE"
+                )
+        if words and [{**one, "file": ""} for one in before] not in ([], [{**one, "file": ""} for one in entries]):
+            tell("the picture was drawn with other views given: it will differ")
+        return json.dumps(entries, ensure_ascii=False) if entries else ""
+
+    def named(self, name: str) -> str:
+        """The view of the model that a name means, with or without what stands behind its colon.
+
+        Raises:
+            UserError: where it reads none of that name.
+        """
+        if not self.told:
+            raise UserError(f"given: got {name}, but this model reads no views of pictures; leave --given out, or choose one that does")
+        near = [view for view in self.told if name in (view, view.partition(":")[0])]
+        if len(near) != 1:
+            raise UserError(f"given: this model reads no view {name!r}; it reads {', '.join(self.told)}")
+        return near[0]
+
+    def view(self, entry: Mapping[str, Any], size: tuple[int, int]) -> View:
+        """The view of one entry of a recipe, for a picture of `size` (height, width) px.
+
+        Raises:
+            UserError: naming the file and what is wrong with it.
+        """
+        import torch
+
+        from ldm.data.images import Rejected
+        from ldm.data.images import view as picture_view
+        from ldm.data.view_files import map_view, words_view
+        from ldm.data.views import ANY, from_picture, parted
+        from ldm.diffusion.rng import Rng
+
+        name, path = str(entry["view"]), self.paths[entry["hash"]]
+        kind = self.told[name]
+        try:
+            data = path.read_bytes()
+            if entry.get("of"):
+                if parted(name)[0] not in ANY:
+                    raise Rejected(f"no {name} can be made of a picture", f"only {', '.join(ANY)}; give the view itself")
+                pixels = torch.from_numpy(picture_view(data, size).pixels.transpose(2, 0, 1).copy())[None]
+                found = from_picture([name], pixels, Rng(0, [0]))[name]
+                assert isinstance(found, torch.Tensor)
+                return found.float() / 255
+            if kind.form not in ("map", "classes"):
+                return words_view(data, kind)
+            values = torch.from_numpy(map_view(data, kind, size).copy())[None]
+            return values if kind.form == "classes" else values.float() / 255
+        except Rejected as error:
+            raise UserError(f"given: {name}={entry['file']}: {error}") from None
+        except OSError as error:
+            raise UserError(f"given: {name}={entry['file']}: {error.strerror or error}") from None
+
+    def edits(self, family: Draws, told: str, size: tuple[int, int]) -> tuple[Any, ...]:
+        """What a model is told to draw by a recipe's `given`."""
+        entries = remembered({"given": told}, "given")
+        if not entries:
+            return ()
+        views = {str(one["view"]): self.view(one, size) for one in entries}
+        return family.tell(views, {str(one["view"]): float(one["weight"]) for one in entries}, size)
