@@ -17,15 +17,17 @@ from ldm.formats.lora_keys import BUNDLED, LONGEST, PARTS, place_of
 from ldm.formats.lora_scales import Stated, in_header
 from ldm.formats.part import read_json
 from ldm.formats.weights_file import read_weights
-from ldm.models.layer_adapters import Difference, Hadamard, Kronecker, LayerAdapter, Pair
+from ldm.models.layer_adapters import Difference, Hadamard, Kronecker, LayerAdapter, Pair, Whole
 from ldm.models.lora import TEXT_PREFIX, Lora, Part, exact, flat, flat_prefix
 
 Style = Literal["diffusers", "peft", "kohya"]
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KOHYA = "kohya.safetensors"
+CUSTOM, CUSTOM_BIN = "pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin"
+UNCHANGED = ".processor"  # the end of a key, and an empty tensor: an attention that Custom Diffusion has not changed
 ENDINGS = (".safetensors", ".pt", ".bin")
-KNOWN = "LoRA, LoCon, LoHa, LoKr, DoRA and whole differences are"
+KNOWN = "LoRA, LoCon, LoHa, LoKr, DoRA, whole differences and Custom Diffusion's keys and values are"
 
 
 def read(path: str | Path) -> Lora:
@@ -45,6 +47,8 @@ def read(path: str | Path) -> Lora:
     bundled: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in state.items():
+        if key.endswith(UNCHANGED) and not value.numel():
+            continue
         if key.startswith(BUNDLED) and len(key) <= LONGEST:
             word, _, rest = key.removeprefix(BUNDLED).partition(".")
             bundled.setdefault(word, {})[rest] = value
@@ -120,6 +124,8 @@ def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where
                 return Kronecker(one, other, scale(rank) if by_peft else 1.0, rank, kernel, **more)
             rank = len(other[1] if len(other) == 2 else one[1])
             return Kronecker(one, other, scale(rank), rank, kernel, **more)
+        case roles if roles == {"whole"} and bias is None and magnitude is None:
+            return Whole(weights["whole"])
         case roles if roles == {"diff"} or (not roles and bias is not None):
             return Difference(weight=weights.get("diff"), **more)
     return None
@@ -161,7 +167,7 @@ def find(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: no such file; give a LoRA's .safetensors file or its folder")
     for folder in (path, path / "model"):
-        for name in (DIFFUSERS, PEFT):
+        for name in (DIFFUSERS, PEFT, CUSTOM, CUSTOM_BIN):
             if (folder / name).is_file():
                 return folder / name
     files = sorted(path.glob("*.safetensors"))
@@ -199,6 +205,22 @@ def write(
     file = folder / (KOHYA if style == "kohya" else DIFFUSERS)
     write_tensors(file, tensors, texts | (kohya_metadata(lora) if style == "kohya" else {}))
     return [file]
+
+
+def write_custom(lora: Lora, folder: Path, metadata: Mapping[str, str]) -> Path:
+    """Write whole keys and values of the text as diffusers' `load_attn_procs` reads Custom Diffusion's; returns the file.
+
+    Each attention to places has an empty tensor, by which that knows that it stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, pair in lora.pairs["unet"].items():
+        assert isinstance(pair, Whole)
+        layer, _, projection = name.rpartition(".")
+        tensors[f"{layer}.processor.{projection}_custom_diffusion.weight"] = pair.weight
+        tensors[f"{layer.removesuffix('attn2')}attn1{UNCHANGED}"] = torch.empty(0)
+    write_tensors(folder / CUSTOM, tensors, dict(metadata))
+    return folder / CUSTOM
 
 
 def _kohya_name(part: Part, name: str, lora: Lora, theirs: Mapping[str, str]) -> str:

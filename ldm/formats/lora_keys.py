@@ -54,6 +54,7 @@ ENDS = {  # of a key, after the layer's name: what the weight is to its layer
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }
 PROCESSOR = re.compile(r"(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")  # diffusers' of 2023, after LAYER.processor.
+CUSTOM = re.compile(r"(to_k|to_v)_custom_diffusion\.weight")  # Custom Diffusion's, likewise
 TEXT_STARTS = (TEXT_PREFIX, flat_prefix(), "encoder.", "encoder_layers", "embeddings", "final_layer_norm", "text_projection")
 LONGEST = 1000  # characters of a key
 
@@ -80,6 +81,8 @@ def place_of(key: str, usual: Part | None = None) -> Place | None:
     head, marked, end = key.partition(".processor.")
     if words and marked and (found := PROCESSOR.fullmatch(end)):
         return _placed(f"{head}.{found[1].replace('to_out', 'to_out.0')}", found[2], usual)
+    if words and marked and (found := CUSTOM.fullmatch(end)):
+        return _placed(f"{head}.{found[1]}", "whole", usual)
     return None
 
 

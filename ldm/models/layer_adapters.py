@@ -204,6 +204,32 @@ class Difference(LayerAdapter):
         return super().delta(weight) if self.weight is not None else torch.zeros_like(weight, dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class Whole(LayerAdapter):
+    """A weight in the place of the layer's own (Custom Diffusion)."""
+
+    weight: Tensor  # (out,in)
+
+    @property
+    def scale(self) -> float:
+        """1."""
+        return 1.0
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Its own."""
+        return (len(self.weight), prod(self.weight.shape[1:]))
+
+    def product(self, ready: Ready) -> Tensor:
+        """Itself."""
+        return ready(self.weight)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What it differs by from the layer's."""
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        return self.weight.to(weight.device, kind).reshape(weight.shape) - weight.to(kind)
+
+
 def tucker(kernel: Tensor, outward: Tensor, inward: Tensor) -> Tensor:
     """The kernel (r,s,kh,kw) between `outward` (r,out) and `inward` (s,in): (out,in,kh,kw)."""
     return torch.einsum("abhw,ao,bi->oihw", kernel, outward, inward)

@@ -291,7 +291,8 @@ def halvable(network: nn.Module) -> list[nn.Module]:
     if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
         return []
     kept = {id(child) for module in network.modules() if isinstance(module, Upsample) for child in module.children()}
-    return [layer for _, layer in layers(network) if id(layer) not in kept and not any(p.requires_grad for p in layer.parameters())]
+    frozen = [layer for name, layer in layers(network) if not _is_adapters(name) and not any(p.requires_grad for p in layer.parameters())]
+    return [layer for layer in frozen if id(layer) not in kept]
 
 
 def injected(network: nn.Module) -> dict[str, LayerAdapter]:

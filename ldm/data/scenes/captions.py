@@ -32,6 +32,7 @@ SYNONYMS = {
     "center": "middle",
     "purple": "violet",
 }
+NAMED = re.compile(rf"\ban? ((?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(FILLS)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)})\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,11 @@ def say(target: Target) -> str:
         return text
     texture = f"{TEXTURES[target.texture]} " if target.texture >= 0 else ""
     return f"{text} on a {texture}{TONES[target.tone]} background"
+
+
+def called(caption: str, name: str) -> str:
+    """A caption of one object with a name in the place of its colour and shape."""
+    return NAMED.sub(lambda found: f"a {found[1] or ''}{name}", caption)
 
 
 def reword(caption: str, key: int) -> str:

@@ -19,7 +19,7 @@ from ldm.config.schema import Count, Fraction, Positive, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import Shape
-from ldm.data.scenes.captions import Target, reword, say, stated
+from ldm.data.scenes.captions import Target, called, reword, say, stated
 from ldm.data.scenes.checker import reads_back
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.spec import TIERS, VERSION, Specs, TierName, UniformDraws, addresses, draw_specs, pairs_of
@@ -49,6 +49,7 @@ class ScenesSource:
     synonyms: bool = False  # whether wordings take synonyms at random: big, disc, hoop
     web: bool = False  # whether training scenes are spoilt as pictures on the web are, for curation
     pairs: tuple[str, ...] = ()  # only such objects, as in [cyan cross, blue ring]; empty: all but the twelve withheld pairs
+    called: str = ""  # what captions call the object in place of its colour and shape, such as <thing>; empty: by these
     time: Literal["any", "day", "night"] = "any"  # day: white, plain backgrounds; night: black, striped ones, lit from the right
     certified: bool = False  # whether training scenes must be read back perfectly, too: about 1 ms each at the start
 
@@ -59,6 +60,8 @@ class ScenesSource:
             raise UserError(f"pairs: {error}") from None
         if self.pairs and TIERS[self.tier].most > 1:
             raise UserError(f"pairs: scenes of tier {self.tier} have several objects; choose them in tier one or T0")
+        if self.called and TIERS[self.tier].most > 1:
+            raise UserError(f"called: scenes of tier {self.tier} have several objects; choose tier one or T0")
 
     def build(self, split: Split) -> Scenes:
         """The training scenes, or as many validation scenes as `val` says."""
@@ -198,6 +201,7 @@ class Scenes:
         facts: list[object] = [s.kind, s.tier, VERSION, self.split, self._n, s.seed, s.captions, s.drop, s.synonyms]
         facts += [self._web, self._attempt is not None]
         facts += [list(s.pairs)] if s.pairs else []
+        facts += [["called", s.called]] if s.called else []
         facts += [s.time] if s.time != "any" else []
         facts += [["views", VIEWS, *self._asked]] if self._asked else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -227,6 +231,8 @@ class Scenes:
     def _say(self, specs: Specs, index: NDArray[np.int64], wording: int) -> list[str]:
         keys = addresses(index, "wording", wording, self.source.seed)
         said = [say(target) for target in stated(specs, self.source.tier, keys, self.source.drop if wording else 0.0)]
+        if self.source.called:
+            said = [called(caption, self.source.called) for caption in said]
         if self.source.synonyms and wording:
             return [reword(caption, key) for caption, key in zip(said, keys.tolist(), strict=True)]
         return said

@@ -34,10 +34,11 @@ from ldm.families.latent_diffusion.distillation import SAMPLER, STEPS, Consisten
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.export import exported
-from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adapt, Adaptable, TextualInversion, adapted
+from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adaptable, LowRank
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
+from ldm.families.latent_diffusion.personalisation import Adapt, adapted
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
 from ldm.families.latent_diffusion.prompt_to_prompt import Exchange
 from ldm.families.latent_diffusion.runtime import ready
@@ -240,7 +241,7 @@ class LatentDiffusion(ModelConfig):
         assert self.distill is not None
         if not begins or begins.startswith("stages."):
             yield f"{own}.distill: there is no finished model to distill; give one by init, or leave distill out"
-        if self.adapt is not None and (self.distill.told or isinstance(self.adapt, TextualInversion)):
+        if self.adapt is not None and (self.distill.told or not isinstance(self.adapt, LowRank)):
             yield f"{own}.distill: adapters are not told the guidance scale; give one scale twice, as guidance=[3, 3], and adapt.kind=lora"
         idle: dict[str, Any] = {"inpaint": self.inpaint, "masked_loss": self.masked_loss}
         usual = type(self.process)()
@@ -597,8 +598,9 @@ class LatentDiffusionFamily(Adaptable, Draws):
             return None
         found = self.anew()
         own = own_state(self.denoiser)
+        learned = {name for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
         for name, value in found.state_dict().items():
-            if not torch.equal(value.to(own[name].dtype), own[name].cpu()):
+            if name not in learned and not torch.equal(value.to(own[name].dtype), own[name].cpu()):
                 raise UserError(f"init: {name} of the base model has changed since the training began; put its files back, and start again")
         return found
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Count, NonNegative, PathText, Positive, PositiveFloat, config, plain, refuse_unread
+from ldm.config.schema import Count, NonNegative, PathText, Positive, PositiveFloat, config, plain, refuse_unread
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, ParameterGroup, Terms
@@ -84,20 +84,6 @@ class Adaptable(Family):
     @abstractmethod
     def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: Any) -> None:
         """Write the denoising network with other weights below `folder`, and what it was trained with."""
-
-
-def adapted(adapt: LowRank | TextualInversion, inner: Adaptable, context: Context) -> AdaptedFamily:
-    """The family of which only what `adapt` names learns.
-
-    Raises:
-        UserError: if there is no base, or naming the setting that does not suit it.
-    """
-    if context.init is None:
-        raise UserError("models.diffusion.adapt: there is no model to adapt; give one by init, or leave adapt out")
-    inner.requires_grad_(False)
-    if isinstance(adapt, LowRank):
-        return LoraFamily(adapt, inner, context)
-    return InvertedFamily(adapt, inner, context)
 
 
 class AdaptedFamily(Family):
@@ -179,7 +165,7 @@ class LoraFamily(AdaptedFamily):
 
     def __init__(self, config: LowRank, inner: Adaptable, context: Context) -> None:
         super().__init__(inner, context)
-        self.config = config
+        self.text_lr = config.text_lr
         self.unet, self.text = nn.ParameterList(), nn.ParameterList()
         inner.text_learns = config.text_learns
         if config.init:
@@ -201,7 +187,7 @@ class LoraFamily(AdaptedFamily):
     def parameter_groups(self) -> list[ParameterGroup]:
         """The denoising network's adapters, and the text encoder's at their own rate."""
         found = [ParameterGroup(name="model", parameters=list(self.unet))] if len(self.unet) else []
-        return found + ([ParameterGroup(name="text", parameters=list(self.text), lr_scale=self.config.text_lr)] if len(self.text) else [])
+        return found + ([ParameterGroup(name="text", parameters=list(self.text), lr_scale=self.text_lr)] if len(self.text) else [])
 
     def lora(self) -> Lora:
         """What has been learned."""
@@ -217,7 +203,7 @@ class LoraFamily(AdaptedFamily):
         sgm = sgm_names(unet.config, lora.pairs.get("unet", {})) if isinstance(self.inner.text.model, TowerPair) else None
         for style in get_args(Style):
             write(lora, folder / LORA, style, self.metadata(), sgm)
-        said = {"base": self.base["unet"], MERGED: _hashes(folder / LORA)}
+        said = {"base": self.base["unet"], MERGED: hashes(folder / LORA)}
         self.inner.save_denoiser(merged_state(self.inner.denoiser, self.inner.base_denoiser()), folder, **said)
         if len(self.text):
             self.save_text(merged_state(self.inner.text.model), folder)
@@ -242,15 +228,7 @@ class InvertedFamily(AdaptedFamily):
     def __init__(self, config: TextualInversion, inner: Adaptable, context: Context) -> None:
         super().__init__(inner, context)
         self.config = config
-        start = first_embeddings(inner.text, config.init, config.vectors)
-        self.rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (config.vectors > 1))
-        tables = add_word(inner.text, config.token, start)
-        inner.text.model.requires_grad_(False)
-        at = 0
-        for tower, table in zip(towers(inner.text.model), tables, strict=True):
-            tower.set_input_embeddings(PartlyTrainedEmbedding(table, self.rows, at))
-            at += table.shape[1]
-        inner.text_learns = True
+        self.rows = new_word(inner, config)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """The base's, of captions with the word in them."""
@@ -277,23 +255,67 @@ class InvertedFamily(AdaptedFamily):
     def save(self, folder: Path) -> None:
         """The base with one word more, and embedding/ with diffusers' and A1111's files."""
         self.inner.save(folder)
-        state = dict(self.inner.text.model.state_dict())
-        for stem, module in self.inner.text.model.named_modules():
-            if isinstance(module, PartlyTrainedEmbedding):
-                del state[f"{stem}.table"], state[f"{stem}.rows"]
-                state[f"{stem}.weight"] = module.whole()
-        self.save_text(state, folder)
-        widths = [tower.config.hidden_size for tower in towers(self.inner.text.model)]
-        write_embedding(folder / EMBEDDING, self.config.token, self.rows.detach().split(widths, dim=1), self.metadata())
-        write_json(folder / RECORD, {**read_record(folder), "base": self.base["unet"], MERGED: _hashes(folder / EMBEDDING)})
+        save_word(self, self.config.token, self.rows, folder, EMBEDDING)
 
 
-LORA, EMBEDDING = "lora", "embedding"  # folders in a product, beside the model's parts
-KEPT = (LORA, EMBEDDING)  # what an export puts beside the model, too
+class NewWord(Protocol):
+    """A word that an embedding is learned for."""
+
+    @property
+    def token(self) -> str:
+        """It."""
+        ...
+
+    @property
+    def init(self) -> str:
+        """What it means at first."""
+        ...
+
+    @property
+    def vectors(self) -> int:
+        """How many embeddings it has."""
+        ...
+
+
+def new_word(inner: Adaptable, word: NewWord) -> nn.Parameter:
+    """Teach a base a word, and return its embeddings (V,D), which learn.
+
+    Raises:
+        UserError: as `add_word`.
+    """
+    start = first_embeddings(inner.text, word.init, word.vectors)
+    rows = nn.Parameter(start + start.std() * 0.01 * torch.randn_like(start) * (word.vectors > 1))
+    tables = add_word(inner.text, word.token, start)
+    inner.text.model.requires_grad_(False)
+    at = 0
+    for tower, table in zip(towers(inner.text.model), tables, strict=True):
+        tower.set_input_embeddings(PartlyTrainedEmbedding(table, rows, at))
+        at += table.shape[1]
+    inner.text_learns = True
+    return rows
+
+
+def save_word(family: AdaptedFamily, token: str, rows: Tensor, folder: Path, name: str) -> None:
+    """The text encoder with a word more, and NAME/ with diffusers' and A1111's files of it, which ldm.json remembers."""
+    model = family.inner.text.model
+    state = dict(model.state_dict())
+    for stem, module in model.named_modules():
+        if isinstance(module, PartlyTrainedEmbedding):
+            del state[f"{stem}.table"], state[f"{stem}.rows"]
+            state[f"{stem}.weight"] = module.whole()
+    family.save_text(state, folder)
+    widths = [tower.config.hidden_size for tower in towers(model)]
+    write_embedding(folder / name, token, rows.detach().split(widths, dim=1), family.metadata())
+    write_json(folder / RECORD, {**read_record(folder), "base": family.base["unet"], MERGED: hashes(folder / name)})
+
+
+LORA, EMBEDDING, CUSTOM = "lora", "embedding", "custom"  # folders in a product, beside the model's parts
+KEPT = (LORA, EMBEDDING, CUSTOM)  # what an export puts beside the model, too
 MERGED = "merged"  # in ldm.json: SHA-256 sums of these files, so that none is applied to the model twice
 
 
-def _hashes(folder: Path) -> str:
+def hashes(folder: Path) -> str:
+    """SHA-256 sums of a folder's files."""
     return " ".join(sorted(sha256(file) for file in folder.rglob("*.safetensors")))
 
 
@@ -460,12 +482,18 @@ class TextualInversion:
         return {"word": self.vectors * text.states}
 
     def __post_init__(self) -> None:
-        if len(self.token) < 3 or any(c.isspace() or c in "()[]:" for c in self.token):
-            raise UserError(f"token: got {self.token!r}; one word of three characters or more without brackets or colons, such as <thing>")
-        if not self.init.strip():
-            raise UserError("init: empty; say what the new word means at first, in words the base knows, such as 'ball'")
+        check_word(self)
         if not self.templates or any(text.count("{}") != 1 for text in self.templates):
             raise UserError(f"templates: got {list(self.templates)}; each needs {{}} once, where the word stands")
 
 
-Adapt = Annotated[LowRank | TextualInversion, BY_KIND]
+def check_word(word: NewWord) -> None:
+    """Refuse what prompts cannot have as a word, and one that means nothing at first.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if len(word.token) < 3 or any(c.isspace() or c in "()[]:" for c in word.token):
+        raise UserError(f"token: got {word.token!r}; one word of three characters or more without brackets or colons, such as <thing>")
+    if not word.init.strip():
+        raise UserError("init: empty; say what the new word means at first, in words the base knows, such as 'ball'")

@@ -20,7 +20,8 @@ from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import LatentDiffusion, load
-from ldm.families.latent_diffusion.fine_tuning import Adapt, AdaptedFamily, InvertedFamily, LoraFamily, LowRank, TextualInversion
+from ldm.families.latent_diffusion.fine_tuning import AdaptedFamily, InvertedFamily, LoraFamily, LowRank, TextualInversion
+from ldm.families.latent_diffusion.personalisation import Adapt
 from ldm.formats.embedding_files import DIFFUSERS, read_embedding
 from ldm.formats.lora_files import read
 from ldm.formats.part import load_part
