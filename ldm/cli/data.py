@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
 def check(
     path: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL.")],
     resolution: Annotated[int, typer.Option(help="px; for the table of buckets.", min=8, max=8192)] = 512,
-    captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename or kohya.")] = "auto",
+    captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename, kohya or none.")] = "auto",
     outside: Annotated[bool, typer.Option("--outside", help="Also read what links and rows name outside the data set.")] = False,
     decode: Annotated[int, typer.Option(help="How many images are decoded to see whether they can be; -1: all.", min=-1)] = 200,
     model: Annotated[str, typer.Option(help="Whose text encoder reads the captions; default: as Stable Diffusion's.")] = "",
@@ -57,8 +57,8 @@ def check(
     from ldm.data import check as checking
     from ldm.data.folder import FolderSource
 
-    if captions not in ("auto", "txt", "metadata", "filename", "kohya"):
-        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya")
+    if captions not in ("auto", "txt", "metadata", "filename", "kohya", "none"):
+        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya, none")
     source = checking.source_at(path, captions)
     if captions != "auto" and not isinstance(source, FolderSource):
         raise UserError(f"--captions: is of a folder of images, and changes nothing with {path}; leave it out")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.config.errors import UserError
 from ldm.runs.report_page import page
 
 if TYPE_CHECKING:
     from ldm.data.check import DataReport
+    from ldm.data.images import View
     from ldm.data.photos import Photos
 
 SAMPLES, SIDE = 48, 160  # pictures of the grid, px
@@ -58,11 +63,40 @@ def _bars(bars: Mapping[str, int]) -> str:
     return f"<div class=panel><table>{rows}</table></div>"
 
 
-def _grid(parts: list[Photos]) -> str:
-    """Samples spread evenly over the training part, as they lie in the training square's middle."""
-    import numpy as np
+def _data(pixels: NDArray[np.uint8]) -> str:
+    """A picture (H,W,3) as an address that holds it."""
     from PIL import Image
 
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(out, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _maps(part: Photos, index: int, seen: View) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The maps of a sample by view, as pictures (H,W,3) of the part of it that is seen; classes in their colours, or in greys."""
+    from ldm.data.images import Rejected
+    from ldm.data.view_files import map_view
+
+    try:
+        kinds = part.views()
+    except UserError:  # the check tells it
+        return
+    for name, kind in kinds.items():
+        if kind.form not in ("map", "classes"):
+            continue
+        try:
+            values = map_view(part.read_view(index, name), kind, seen.size)
+        except (Rejected, KeyError):
+            continue
+        if kind.form == "classes":
+            greys = [(255 * n // max(kind.channels - 1, 1),) * 3 for n in range(kind.channels)]
+            yield name, np.array([*(kind.colours or greys), (255, 0, 255)], np.uint8)[values[0]]
+        else:
+            yield name, np.broadcast_to(values.transpose(1, 2, 0), (*values.shape[1:], 3))
+
+
+def _grid(parts: list[Photos]) -> str:
+    """Samples spread evenly over the training part, as they lie in the training square's middle."""
     from ldm.data.images import Rejected, view
 
     part = parts[0]
@@ -72,12 +106,11 @@ def _grid(parts: list[Photos]) -> str:
             seen = view(part.read(index), SIDE)
         except Rejected:
             continue
-        out = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(seen.pixels)).save(out, "JPEG", quality=82)
-        source = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        source = _data(seen.pixels)
         caption = escape(part.all_captions([index])[0][0][:200])
         size = f"{seen.size[1]} x {seen.size[0]}"
         title = escape(part.name(index))
-        said = f"{caption}<br><small>{size}</small>"
+        maps = [f'<img alt="{name}" title="{name}" src="{_data(picture)}">' for name, picture in _maps(part, index, seen)]
+        said = f"{''.join(maps)}{caption}<br><small>{size}</small>"
         figures.append(f'<figure title="{title}"><img alt="" src="{source}"><figcaption>{said}</figcaption></figure>')
     return f'<div style="{GRID}">{"".join(figures)}</div>'

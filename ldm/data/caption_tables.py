@@ -16,6 +16,7 @@ from ldm.data import tables
 from ldm.data.captions import COLUMNS, clean, decoded
 from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.file_names import Names, is_text, printable
+from ldm.data.folder_views import COLUMNS as VIEWS
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
 KOHYA = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")  # each holds what the ones behind it do, and more
@@ -35,6 +36,7 @@ class CaptionTable:
     spare: dict[str, list[str]] = field(default_factory=dict)  # of kohya's files, which were made from .txt files that may still be there
     known: dict[str, Known] = field(default_factory=dict)  # sizes and scores by file name
     weights: dict[str, list[float]] = field(default_factory=dict)  # of the captions, where column caption_weight tells them
+    views: dict[str, dict[str, tuple[str, object]]] = field(default_factory=dict)  # by view and file name: the table's folder, the cell
     rejected: list[tuple[str, str, str]] = field(default_factory=list)  # row, reason, detail
     files: list[str] = field(default_factory=list)  # the metadata files that were read
     rows: int = 0
@@ -121,6 +123,9 @@ def _read(table: CaptionTable, root: Path, name: str, there: Names) -> None:
             before = len(captions)
             _add(captions, row.get(caption or ""), table, where)
             _weigh(table, where, found, row.get(WEIGHT), len(captions) - before)
+            for column, view in VIEWS.items():
+                if (cell := row.get(column)) not in (None, ""):
+                    table.views.setdefault(view, {})[found] = (name.rpartition("/")[0], cell)
             table.known[found] = known(row).over(table.known.get(found, Known()))
 
 
@@ -155,7 +160,7 @@ def _parquet(path: Path, name: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {*FILES, WEIGHT, *(c.lower() for c in COLUMNS)}
+    wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {*FILES, WEIGHT, *VIEWS, *(c.lower() for c in COLUMNS)}
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names

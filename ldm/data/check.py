@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import MAX_CHARACTERS, from_folder
 from ldm.data.file_names import printable
-from ldm.data.folder import ARCHIVES, SUFFIXES, FolderSource, how_to_unpack
+from ldm.data.folder import ARCHIVES, SUFFIXES, FolderData, FolderSource, how_to_unpack
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
 from ldm.data.shards import ShardsSource
 from ldm.data.storage import is_url
+from ldm.data.views import ViewKind
 from ldm.text.lengths import cut_captions
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # px, the lower ends of the histogram's bars
@@ -130,6 +131,8 @@ def check(
     plain = isinstance(source, FolderSource) and source.captions != "kohya"
     if plain and any(from_folder(part.name(i)) for part in parts for i in range(len(part))):
         found.notes.append("folders are named as kohya's scripts have them; captions=kohya reads repeats and words from the names")
+    if isinstance(source, FolderSource):
+        found.notes += _views(parts)
     if "with_repeats" in described:
         distinct = len({part.name(i) for part in parts for i in range(len(part))})
         found.notes.append(f"{distinct:,} pictures, counted as often as an epoch has them")
@@ -145,6 +148,29 @@ def check(
         top, times = counted.most_common(1)[0]
         found.notes.append(f"{found.repeated_captions} captions are not unique; the most frequent stands {times} times: {top[:80]!r}")
     return found, parts
+
+
+def _views(parts: list[Photos]) -> Iterator[str]:
+    """How many pictures have each view that their folder tells, and which have not."""
+    folder = parts[0]
+    assert isinstance(folder, FolderData)
+    names = list(dict.fromkeys(part.name(i) for part in parts for i in range(len(part))))
+    found = folder.found_views
+    kinds: Mapping[str, ViewKind] = {}
+    try:
+        kinds = folder.views()
+    except UserError as error:
+        yield str(error)
+    told: dict[str, Mapping[str, Any]] = {**found.maps, **found.words}
+    for name, there in told.items():
+        missing = [picture for picture in names if picture not in there]
+        lacking = f", missing of {len(missing)}, such as {missing[0]}" if missing else ""
+        kind = kinds.get(name)
+        classes = f" ({kind.channels} classes)" if kind and kind.form == "classes" else ""
+        yield f"view {name}{classes}: of {len(names) - len(missing)} pictures{lacking}"
+        if broken := found.broken.get(name):
+            picture = next(iter(broken))
+            yield f"view {name}: of {len(broken)} pictures it cannot be read, such as {picture}: {broken[picture]}"
 
 
 def _usual_tokenizer() -> Any:

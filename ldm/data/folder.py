@@ -8,9 +8,9 @@ import logging
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +24,12 @@ from ldm.data.content import ContentHashes
 from ldm.data.dataset import Split
 from ldm.data.fields import Known, gather
 from ldm.data.file_names import Names, hidden, is_text, leads_out, side_pictures, split
+from ldm.data.folder_views import MAPS, FolderViews, Layout, find_views, half
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, probe, read_file
 from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
 from ldm.data.tags import affixed
+from ldm.data.views import ViewKind
+from ldm.diffusion.batch import View
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
@@ -42,7 +45,11 @@ class FolderSource:
 
     kind: Literal["folder"] = "folder"
     path: PathText  # the folder; folders inside it are read too
-    captions: Literal["auto", "txt", "metadata", "filename", "kohya"] = "auto"  # auto: metadata, else .txt; kohya: 10_sks dog/x.png
+    # auto: metadata, else .txt; kohya: 10_sks dog/x.png; none: no words at all
+    captions: Literal["auto", "txt", "metadata", "filename", "kohya", "none"] = "auto"
+    # Where views lie: labels: maps/, boxes: instances.json (COCO), edges: auto (made of the pictures); others in folders of their names.
+    views: dict[str, str] = field(default_factory=dict)
+    layout: Layout = "plain"  # pairs: ab, pictures beside each other, the left one is the view `source`; A_B, in folders A and B
     caption: str = ""  # of every picture, such as "a photo of sks dog", in place of captions that lie beside them
     prefix: str = ""  # before every caption, such as "sks style,"
     suffix: str = ""  # behind every caption
@@ -56,7 +63,9 @@ class FolderSource:
     outside: bool = False  # also follow links that lead out of the folder
 
     def __post_init__(self) -> None:
-        if self.caption and self.captions in ("txt", "filename"):
+        if self.layout == "ab" and "source" in self.views:
+            raise UserError("views.source: layout ab has it in the pictures' left halves; leave one of the two out")
+        if self.caption and self.captions in ("txt", "filename", "none"):
             refuse_unread(self, ("captions",), "beside caption, which every picture has; leave one of the two out")
 
     def build(self, split: Split) -> FolderData:
@@ -78,6 +87,7 @@ class _Entry:
     times: int  # that it is seen in an epoch
     rejection: Rejection | None
     mask: str  # the file that is its mask; empty: none
+    words: Mapping[str, View]  # boxes, points and graph that tables tell
 
 
 class FolderData(Photos):
@@ -91,7 +101,8 @@ class FolderData(Photos):
         self.source, self.root = source, Path(source.path)
         found = Listing(self.root, source.outside)
         table = found.tables(source)
-        entries, self.rejected = scan(found, source, table)
+        self.found_views = found.views(source, table)
+        entries, self.rejected = scan(found, source, table, self.found_views)
         self.tables = table.files
         self.total = len(entries)  # usable images in both parts
         _refuse_empty(found, source, self.total, self.rejected, table)
@@ -107,11 +118,13 @@ class FolderData(Photos):
         digest = hashlib.sha256()
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         digest.update(json.dumps(["folder", 2, *view_options, source.masks]).encode())
+        digest.update(json.dumps(source.layout).encode() if source.layout == "ab" else b"")
         for e in kept:
             digest.update(json.dumps([e.name, e.content, e.captions]).encode())
         self._fingerprint = digest.hexdigest()
         self._contents = [e.content for e in kept]
         self._masks = [e.mask for e in kept]
+        self._words = [e.words for e in kept]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -123,9 +136,59 @@ class FolderData(Photos):
     def read(self, index: int) -> bytes:
         """As `Photos.read`."""
         try:
-            return read_file(self.root / self.names[index])
+            data = read_file(self.root / self.names[index])
+            return half(data, right=True) if self.source.layout == "ab" else data
         except OSError as error:
             raise Rejected("unreadable file", str(error.strerror)) from None
+
+    def views(self) -> Mapping[str, ViewKind]:
+        """As `ldm.data.dataset.HasViews.views`: what lies in the folder."""
+        pairs = {"source": MAPS["source"]} if self.source.layout == "ab" else {}
+        return pairs | {name: kind for name, kind in self.found_views.kinds.items() if self.source.views.get(name) != "auto"}
+
+    def with_views(self, names: tuple[str, ...]) -> FolderData:
+        """As `ldm.data.dataset.HasViews.with_views`.
+
+        Raises:
+            UserError: where pictures lack a map.
+        """
+        found = super().with_views(names)
+        for name in names:
+            files = self.found_views.maps.get(name)
+            if files is None or name not in self.views():
+                continue
+            if lacking := [picture for picture in self.names if picture not in files]:
+                raise UserError(
+                    f"view {name}: {len(set(lacking))} of {self.distinct} pictures have none, such as {lacking[0]}; add them, or set"
+                    f" data.views.{name}={self.found_views.places.get(name, name)} to leave these pictures out"
+                )
+            hashes, digest = ContentHashes(self.root), hashlib.sha256(found._fingerprint.encode())
+            for file in dict.fromkeys(files[picture] for picture in self.names):
+                digest.update(hashes.of(self.root / file, file, (self.root / file).stat()).encode())
+            digest.update(repr(self.views()[name]).encode())
+            found._fingerprint = digest.hexdigest()
+            hashes.save(list(files.values()))
+        for name in names:
+            if broken := self.found_views.broken.get(name):
+                picture, why = next(iter(broken.items()))
+                raise UserError(f"view {name}: what is told of {len(broken)} pictures cannot be read, such as {picture}: {why}")
+        if any(name in self.found_views.words for name in names):
+            said = [[repr(words.get(name)) for name in names] for words in self._words]
+            found._fingerprint = hashlib.sha256(json.dumps([found._fingerprint, said]).encode()).hexdigest()
+        return found
+
+    def read_view(self, index: int, name: str) -> bytes:
+        """As `Photos.read_view`."""
+        try:
+            if self.source.layout == "ab":
+                return half(read_file(self.root / self.names[index]), right=False)
+            return read_file(self.root / self.found_views.maps[name][self.names[index]])
+        except OSError as error:
+            raise Rejected(f"unreadable {name}", str(error.strerror)) from None
+
+    def words_of(self, index: int, name: str) -> View | None:
+        """As `Photos.words_of`."""
+        return self._words[index].get(name)
 
     def read_mask(self, index: int) -> bytes | None:
         """As `Photos.read_mask`."""
@@ -143,6 +206,8 @@ class FolderData(Photos):
             "images": self.distinct,
             **({"with_repeats": len(self)} if len(self) != self.distinct else {}),
             "images_in_both_parts": self.total,
+            **{f"with_{name}": sum(picture in files for picture in set(self.names)) for name, files in self.found_views.maps.items()},
+            **{f"with_{name}": sum(bool(words.get(name)) for words in self._words) for name in self.found_views.words},
             **({"with_mask": sum(map(bool, self._masks))} if self.source.masks == "beside" else {}),
             "captions": sum(len(set(texts)) for texts in self._captions),
             "captions_from": self.tables or self.source.captions,
@@ -204,17 +269,31 @@ class Listing:
         asked = source.captions in ("auto", "metadata")
         return read_tables(self.root, sorted(self.tables_found), [name for name, _ in self.images]) if asked else CaptionTable()
 
+    def views(self, source: FolderSource, table: CaptionTable) -> FolderViews:
+        """Maps and annotations among the files and in tables.
+
+        Raises:
+            UserError: for what the source names and is not there.
+        """
+        names = [name for name, _ in self.images]
+
+        def captioned(name: str) -> bool:
+            return bool(table.captions.get(name) or self.text_of(name))
+
+        alike = bool(source.caption) or source.captions in ("filename", "none")
+        return find_views(self.root, names, source.views, source.layout, table.views, None if alike else captioned)
+
     def text_of(self, name: str) -> str | None:
         """The text file beside an image, in letters of any case."""
         stem = split(name)[0]
         return next((found for texts in self._texts if (found := texts.find(stem))), None)
 
 
-def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[list[_Entry], list[Rejection]]:
+def scan(found: Listing, source: FolderSource, table: CaptionTable, views: FolderViews) -> tuple[list[_Entry], list[Rejection]]:
     """Usable images sorted by name, and everything rejected; headers are checked in threads, and files that are new here are hashed."""
     rejected = [*found.rejected, *(Rejection(*row) for row in table.rejected)]
     rejected += [Rejection(name, "listed but missing") for name in sorted(set(table.absent))]
-    names = [name for name, _ in found.images]
+    names = [name for name, _ in found.images if name not in views.files]
     side = side_pictures(names, (name for name in names if table.captions.get(name) or found.text_of(name)))
     masks = {kept.of: name for name, kept in sorted(side.items(), reverse=True) if kept.kind == "mask" and kept.of}
     masks = masks if source.masks == "beside" else {}
@@ -230,6 +309,7 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
     def look(item: tuple[str, os.stat_result]) -> _Entry:
         name, status = item
         captions: tuple[str, ...] = ()
+        words: Mapping[str, View] = {}
         content = ""
         rejection = None
         told, size, times = table.known.get(name, Known()), (0, 0), 1
@@ -240,6 +320,8 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
             captions = tuple(affixed(said, source.prefix, source.suffix) for said in _captions(found, name, source, table))
             size = probe(path, source.max_pixels)
             told = told.over(Known(*size))
+            size = (size[0], size[1] // 2) if source.layout == "ab" else size
+            words = views.entries(name, size)
             if min(size) < source.min_side:
                 raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
             content = hashes.of(path, name, status)
@@ -249,17 +331,17 @@ def scan(found: Listing, source: FolderSource, table: CaptionTable) -> tuple[lis
             rejection = Rejection(name, error.reason, error.detail)
         except OSError as error:
             rejection = Rejection(name, "unreadable file", str(error.strerror))
-        return _Entry(name, content, captions, told, size, times, rejection, masks.get(name, ""))
+        return _Entry(name, content, captions, told, size, times, rejection, masks.get(name, ""), words)
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        looked = list(pool.map(look, (item for item in found.images if item[0] not in side)))
+        looked = list(pool.map(look, (item for item in found.images if item[0] not in side and item[0] not in views.files)))
     hashes.save([*(e.name for e in looked), *used])
     rejected += [e.rejection for e in looked if e.rejection is not None]
     return [e for e in looked if e.rejection is None], rejected
 
 
 def _captions(found: Listing, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
-    if source.caption:
+    if source.caption or source.captions == "none":
         return (source.caption,)
     said: tuple[str, ...] = ()
     if source.captions in ("auto", "metadata"):

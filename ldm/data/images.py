@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -62,6 +62,7 @@ class View:
     pixels: np.ndarray  # (H,W,3) uint8
     size: tuple[int, int, int, int, int, int]  # px: original height, width; crop top, left; target height, width
     mask: np.ndarray | None = None  # (H,W) uint8, the same part of the picture's mask; None: it has none
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)  # (C,h,w), the same part of its maps, by view
 
 
 def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -21,15 +21,19 @@ from ldm.data.content import MOST, mark
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
 from ldm.data.file_names import printable
-from ldm.data.images import Rejected, Shape, View, mask_view, sides, view
+from ldm.data.folder_views import MAPS, WORDS
+from ldm.data.images import Rejected, Shape, mask_view, sides, view
+from ldm.data.images import View as SeenView
+from ldm.data.view_files import EMPTY, map_view, part_of
 from ldm.data.views import VERSION as VIEWS
 from ldm.data.views import ViewKind, with_views
-from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.batch import ImageBatch, View, cat
 from ldm.diffusion.rng import Rng, mix
 
 LISTED = 20  # rejected files that describe() names; `rejected` has all
 TOLERATED = 10  # bad files that never stop a run, however small the data
-HARMLESS = ("too small", "format not supported", "no caption", "side picture")  # left out by a rule, not because they are broken
+# Left out by a rule, not because they are broken.
+HARMLESS = ("too small", "format not supported", "no caption", "side picture", *(f"no {name}" for name in (*MAPS, *WORDS)))
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ class _Work:
 
     rows: list[tuple[int, tuple[float, float], bool]]  # sample, place of the crop, mirrored
     under_way: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # sample, since when
-    done: list[tuple[int, View]] = field(default_factory=list)
+    done: list[tuple[int, SeenView]] = field(default_factory=list)
     error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -156,6 +160,30 @@ class Photos(ABC):
         """As `ldm.data.dataset.HasViews.views`: none but those that any picture gives."""
         return {}
 
+    def read_view(self, index: int, name: str) -> bytes:
+        """The bytes of the file that is a sample's map.
+
+        Raises:
+            Rejected: if they cannot be read.
+        """
+        raise NotImplementedError
+
+    def words_of(self, index: int, name: str) -> View | None:
+        """Boxes, points or a graph of a whole picture; None: nothing is told of it."""
+        return None
+
+    def own_view(self, name: str, seen: Sequence[tuple[int, SeenView]], flips: Sequence[bool]) -> View:
+        """A view that the data has itself, of samples as they are seen."""
+        kind = self.views()[name]
+        if kind.form in ("map", "classes"):
+            return torch.from_numpy(np.stack([one.views[name] for _, one in seen]))
+        words = [self.words_of(index, name) for index, _ in seen]
+        parts = [
+            part_of(EMPTY[kind.form] if one is None else one, there.size, flip)
+            for one, (_, there), flip in zip(words, seen, flips, strict=True)
+        ]
+        return cat(parts)  # type: ignore[type-var]
+
     def with_views(self, names: tuple[str, ...]) -> Self:
         """As `ldm.data.dataset.HasViews.with_views`."""
         found = copy.copy(self)
@@ -199,11 +227,12 @@ class Photos(ABC):
             position=torch.tensor([int(p) for p in position], dtype=torch.int64),
             mask=None if masks is None else torch.from_numpy(masks),
         )
-        return with_views(batch, {}, self._asked, seed)
+        own = {name: self.own_view(name, found, flips) for name in self._asked if name in self.views()} if self._asked else {}
+        return with_views(batch, own, self._asked, seed)
 
-    def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: Shape) -> list[tuple[int, View]]:
+    def _in_time(self, rows: list[tuple[int, tuple[float, float], bool]], resolution: Shape) -> list[tuple[int, SeenView]]:
         """The views of all rows; one thread for them all, another after each sample that took too long."""
-        found: list[tuple[int, View]] = []
+        found: list[tuple[int, SeenView]] = []
         while len(found) < len(rows):
             work = _Work(rows[len(found) :])
             threads.start(self._work, "decode", work, resolution)
@@ -228,7 +257,7 @@ class Photos(ABC):
         finally:
             work.ended.set()
 
-    def _view(self, work: _Work, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> tuple[int, View]:
+    def _view(self, work: _Work, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> tuple[int, SeenView]:
         last, i = index + len(self), index
         while i < last:
             here = i % len(self)
@@ -241,10 +270,13 @@ class Photos(ABC):
             i = self.after(i)
         raise UserError(f"{self.where}: none of its {len(self)} images can be decoded any more; was the data changed?")
 
-    def _seen(self, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> View:
+    def _seen(self, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> SeenView:
         """A sample's view, with the same part of its mask."""
         data, most = self.read(index), self._look.max_pixels
         seen = view(data, resolution, at, flip, most)
+        if maps := [name for name in self._asked if (kind := self.views().get(name)) and kind.form in ("map", "classes")]:
+            views = {name: map_view(self.read_view(index, name), self.views()[name], seen.size, flip, most) for name in maps}
+            seen = replace(seen, views=views)
         mask = data if self._look.masks == "alpha" else self.read_mask(index) if self._look.masks == "beside" else None
         return seen if mask is None else replace(seen, mask=mask_view(mask, seen, flip, self._look.masks == "alpha", most))
 

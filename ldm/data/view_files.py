@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ldm.data.images import MAX_PIXELS, Rejected, Shape, cover, probe, sides, to_rgb
-from ldm.data.views import ViewKind, grey
+from ldm.data.views import ViewKind, grey, mirrored_view
 from ldm.diffusion.batch import Boxes, Graph, Points, View
 
 Size = tuple[int, int, int, int, int, int]  # px, of a picture's view: original height, width; crop top, left; target height, width
@@ -126,6 +126,36 @@ def words_view(text: str | bytes | list[Any], kind: ViewKind) -> View:
             raise Rejected("no triple", f"{str(one)[:60]}; subject, relation and object are needed")
         triples.append((one[0], one[1], one[2]))
     return Graph(triples=(tuple(triples),))
+
+
+NONE = torch.zeros(1, 0, dtype=torch.bool)
+EMPTY: Mapping[str, View] = {  # of a picture of which nothing is told
+    "boxes": Boxes(box=torch.zeros(1, 0, 4), there=NONE, phrases=((),)),
+    "points": Points(point=torch.zeros(1, 0, 2), there=NONE, part=torch.zeros(1, 0, dtype=torch.int64)),
+    "graph": Graph(triples=((),)),
+}
+SHOWN = 0.2  # share of a box that a view must show
+
+
+def part_of(view: View, size: Size, flip: bool) -> View:
+    """Boxes and points of one whole picture as those of a view of it, mirrored with it; what it does not show is left out."""
+    height, width, top, left, high, wide = size
+    rows, columns = cover(height, width, (high, wide))
+    if not isinstance(view, Boxes | Points):
+        return view
+    whole = mirrored_view(view) if flip else view
+    if isinstance(whole, Points):
+        at = (whole.point * torch.tensor([columns, rows]) - torch.tensor([left, top])) / torch.tensor([wide, high])
+        kept = ((at >= 0) & (at <= 1)).all(-1)[0] & whole.there[0]
+        return Points(point=at[:, kept], there=whole.there[:, kept], part=whole.part[:, kept])
+    assert isinstance(whole, Boxes)
+    scale, shift = torch.tensor([columns, rows, columns, rows]), torch.tensor([left, top, left, top])
+    moved = (whole.box * scale - shift) / torch.tensor([wide, high, wide, high])
+    cut = moved.clamp(0, 1)
+    areas = [(box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) for box in (cut, moved)]
+    kept = (areas[0] >= SHOWN * areas[1])[0] & (areas[0] > 0)[0] & whole.there[0]
+    phrases = tuple(text for text, k in zip(whole.phrases[0], kept.tolist(), strict=True) if k)
+    return Boxes(box=cut[:, kept], there=whole.there[:, kept], phrases=(phrases,))
 
 
 def _numbers(one: Any, name: str, many: int) -> list[float]:
