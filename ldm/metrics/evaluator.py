@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
+from ldm.data.dataset import asked as viewed
 from ldm.data.pictures import save_grid
 from ldm.data.scenes.checker import read
 from ldm.data.scenes.render import render, to_bytes
@@ -22,7 +23,7 @@ from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, frechet, shapes
+from ldm.metrics import abilities, adherence, frechet, shapes, told
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -90,7 +91,7 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
-def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours) -> Wanted:
+def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours | ToldViews) -> Wanted:
     """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
     return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
 
@@ -284,6 +285,60 @@ class Reconstruction:
 
 
 @config
+class ToldViews:
+    """Whether pictures agree with the views that the model is told of validation images: the same views taken of what it draws.
+
+    On scenes also what the checker reads, and the entropy of colours, which tells whether a model that is told no colour varies it.
+    """
+
+    kind: Literal["told"] = "told"
+    images: Positive = 64  # validation images whose views are told
+    views: tuple[str, ...] = ()  # those that are told; none: all that the model reads
+    captions: bool = True  # tell the images' captions, too
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of the pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result; what the checker reads only on scenes."""
+        return ("error", *(f"errors.{view}" for view in self.views), *((*adherence.METRICS, "colour_bits") if scenes else ()))
+
+    def run(self, bench: Bench) -> Values:
+        """The mean difference of views told and drawn, by view."""
+        reads = bench.model.told
+        views = self.views or tuple(reads)
+        if not views or (unknown := [view for view in views if view not in reads]):
+            known = ", ".join(reads) or "none"
+            raise UserError(f"told: {', '.join(unknown) if views else 'nothing'} is no view that it reads; it reads {known}")
+        if bench.data is None:
+            raise UserError("told: needs images whose views are told: give --on scenes or --on folder")
+        real = replace(bench, data=viewed(bench.data, views)).real(self.images)
+        many, side = len(real.image), bench.resolution
+        wanted, captions = _wanted(self), real.caption if self.captions else ("",) * many
+        edits = bench.model.tell(real.views, {}, (side, side))
+        seeds = [self.seed * 1_000_003 + i for i in range(many)]
+
+        def on_step(done: int, total: int) -> None:
+            bench.progress(done, total, "told")
+
+        images = bench.model.sample(captions, seeds, wanted, size=(side, side), edits=edits, on_step=on_step)
+        each = {view: told.error(images, view, real.views[view], reads[view]) for view in views}
+        errors = {view: round(value, 5) for view, value in each.items() if value is not None}
+        found: Values = {"error": round(sum(errors.values()) / len(errors), 5)} if errors else {}
+        if isinstance(bench.data, Scenes):
+            reading = read(images.numpy())
+            scores = adherence.grade(reading, bench.data.targets(range(many)))
+            found |= {name: round(value.mean, 4) for name, value in adherence.summary(scores).items()}
+            found["colour_bits"] = round(told.bits(reading.colour), 3)
+        bench.show("told", torch.stack([real.image[:16], _floats(images[:16])], 1).flatten(0, 1), 8, captions[:16])
+        protocol = {"images": many, "views": list(views), "captions": self.captions, "resolution": side, **_used(bench, wanted)}
+        return {**found, "errors": errors, "protocol": protocol}
+
+
+@config
 class Frechet:
     """Distances between pictures of validation captions and the validation images, in a space of features.
 
@@ -432,4 +487,4 @@ def check_weights(metrics: Sequence[Any]) -> None:
             ClipJudge.check(metric.path.expanduser())
 
 
-Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours, BY_KIND]
+Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours | ToldViews, BY_KIND]
