@@ -26,6 +26,7 @@ class Encoding:
     """Encoding: what the cache holds, and how it is made."""
 
     resolution: int = option(512, "px, height and width.", low=8, high=8192)
+    codes: bool = option(False, "Keep the numbers of a VQ autoencoder's codes, for token models; else latents.")
     flip: bool = option(False, "Keep mirrored latents too, for training with flip (twice the size).")
     text: bool = option(False, "Keep the text encoder's states of the captions too.")
     buckets: bool = option(False, "Pictures in shapes near their own, for stages with buckets; else squares.")
@@ -67,6 +68,8 @@ def encode(
         codec = load_codec(autoencoder_folder(place)).to(where)
         if options.resolution % codec.factor:
             raise UserError(f"resolution: got {options.resolution}; this autoencoder needs a multiple of {codec.factor}")
+        if options.codes and not codec.codes:
+            raise UserError(f"--codes: the autoencoder of {model} has no codebook; leave it out")
         chosen = Buckets(step=options.bucket_step, max_aspect=options.max_aspect) if options.buckets else None
         if chosen and (wrong := list(wrong_step(chosen, options.resolution, codec.factor, "buckets"))):
             raise UserError("; ".join(wrong))
@@ -79,7 +82,7 @@ def encode(
             write_cache(
                 out,
                 seen,
-                lambda image: codec.moments(image.to(where)),
+                lambda image: (codec.encode_codes(image.to(where)), None) if options.codes else codec.moments(image.to(where)),
                 CacheOptions(
                     autoencoder=codec.hash,
                     normalisation=codec.statistics.to_dict(),
@@ -90,6 +93,7 @@ def encode(
                     shard_images=options.shard,
                     text=text_hash,
                     buckets=chosen,
+                    codes=codec.codes if options.codes else 0,
                 ),
                 batch=options.batch,
                 workers=options.workers,
@@ -109,7 +113,8 @@ def encode(
                 seconds = time.monotonic() - started
                 size = int(str(described["bytes"])) / 2**20
                 shapes = f" in up to {len(chosen.shapes(options.resolution))} shapes" if chosen else ""
-                print(f"{out}: latents of {count:,} pictures at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
+                what = f"{'codes' if options.codes else 'latents'} of {count:,} pictures"
+                print(f"{out}: {what} at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     return 0
 
 

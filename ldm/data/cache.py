@@ -53,11 +53,12 @@ class Plan:
     text: str = ""  # hash of the text encoder whose states of the captions are kept; empty: none are
     shapes: tuple[tuple[Positive, Positive], ...] = ()  # height and width, px, of the buckets by number; empty: all are squares
     views: tuple[str, ...] = ()  # what else is kept of the pictures
+    codes: Count = 0  # entries of the codebook whose numbers are kept in place of latents; 0: latents are
 
     @property
     def hash(self) -> str:
         """Of everything above."""
-        said = {name: value for name, value in asdict(self).items() if name not in ("text", "shapes", "views") or value}
+        said = {name: value for name, value in asdict(self).items() if name not in ("text", "shapes", "views", "codes") or value}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -99,6 +100,7 @@ class CacheOptions:
     text: str = ""  # hash of the text encoder that reads
     buckets: Buckets | None = None  # keep each picture in the shape that fits it best; None, or data of one size: squares
     views: tuple[str, ...] = ()  # kept too; the data must have been asked for them
+    codes: int = 0  # entries of the codebook whose numbers `encode` gives in place of a mean; 0: it gives latents
 
 
 def write_cache(
@@ -120,7 +122,8 @@ def write_cache(
     less than one part in 2000), with all captions. Several ranks take shards in turn, and one calls `seal` afterwards.
 
     Args:
-        encode: images (B,3,R,R) in [-1,1] on the CPU to normalised mean and deviation (B,c,h,w), no deviation for VQ.
+        encode: images (B,3,R,R) in [-1,1] on the CPU to normalised mean and deviation (B,c,h,w), no deviation for VQ; or, of an
+            autoencoder that is read as codes, to their numbers (B,h,w), which are kept as integers, and None.
         read: captions to their states, which are kept too, as float16; each sample must have one caption.
         batch: images per call of `encode`.
         workers: threads that decode ahead.
@@ -146,6 +149,7 @@ def write_cache(
         text=options.text,
         shapes=tuple(choices),
         views=options.views,
+        codes=options.codes,
     )
     if plan.images == 0:
         raise UserError("the data set is empty: there is nothing to encode")
@@ -240,7 +244,7 @@ def _encode_shard(
         with torch.no_grad():
             mean, rows["std"] = encode(images.image)
             rows["mean"] = mean
-            mask = None if images.mask is None else adaptive_avg_pool2d(images.mask, (mean.shape[2], mean.shape[3]))
+            mask = None if images.mask is None else adaptive_avg_pool2d(images.mask, (mean.shape[-2], mean.shape[-1]))
             rows["mask"] = mask
             if plan.flip:
                 rows["mirrored_size"] = mirrored(images.size)
@@ -251,7 +255,9 @@ def _encode_shard(
         for name, value in rows.items():
             if value is None:
                 continue
-            value = value.detach().to("cpu", torch.float32 if name.endswith("size") else torch.float16)
+            whole = torch.int16 if plan.codes <= 2**15 else torch.int32
+            kind = torch.float32 if name.endswith("size") else torch.float16 if value.is_floating_point() else whole
+            value = value.detach().to("cpu", kind)
             finite = value.flatten(1).isfinite().all(1)
             if not finite.all():
                 wrong = data.origin(cut[int((~finite).nonzero()[0])])

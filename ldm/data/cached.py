@@ -33,7 +33,7 @@ def _arrays(file: Path, in_memory: bool) -> dict[str, Tensor]:
     raw: np.ndarray = np.fromfile(file, np.uint8) if in_memory else np.memmap(file, np.uint8, mode="c")
     length = int(raw[:8].view(np.uint64)[0])
     header = json.loads(raw[8 : 8 + length].tobytes())
-    kinds = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I16": np.int16}
+    kinds = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I16": np.int16, "I32": np.int32}
     found: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -243,7 +243,7 @@ class CachedLatents:
         return Text(tokens=self._gather("text_tokens", rows, plain), mask=self._gather("text_mask", rows, plain).bool(), pooled=pooled)
 
     def _gather(self, name: str, rows: np.ndarray, mirror: np.ndarray) -> Tensor:
-        """Rows of one column in float32."""
+        """Rows of one column in float32; of codes int64."""
         shard, local = np.divmod(rows, self.plan.shard_images)
         shape = self._shape(rows)
         local = local if self._row is None else self._row[rows]
@@ -251,7 +251,8 @@ class CachedLatents:
         # Joined from views and converted at once: three times as fast as an index array, which gathers value by value.
         plain, other = column(name, shape), column(f"mirrored_{name}", shape)
         found = [self._shards[s][other if m else plain][r] for s, r, m in places]
-        return torch.stack(found).float() if found else torch.empty(0, *self._like(name).shape[1:])
+        rows_found = torch.stack(found) if found else self._like(name)[:0]
+        return rows_found.float() if rows_found.is_floating_point() else rows_found.long()
 
     def _like(self, name: str) -> Tensor:
         """Any shard's rows of a column."""

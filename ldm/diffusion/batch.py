@@ -147,7 +147,7 @@ class Text(Movable):
 class MomentBatch(Movable):
     """Cached encodings of images: what ImageBatch is before the frozen autoencoder."""
 
-    mean: Tensor  # (B,c,h,w) posterior mean, normalised to unit variance
+    mean: Tensor  # (B,c,h,w) posterior mean, normalised to unit variance; where codes are kept, their numbers (B,h,w) int64
     std: Tensor | None  # (B,c,h,w) posterior deviation on the same scale; None for VQ
     caption: tuple[str, ...]
     size: Tensor  # (B,6) px, as in ImageBatch

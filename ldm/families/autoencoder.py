@@ -191,6 +191,7 @@ class VQ(AutoencoderConfig):
     perceptual: Perceptual = PerceptualNone()
     adversarial: Adversarial = Adversarial()
 
+    has_codes = True
     refuses: ClassVar[Mapping[str, str]] = {
         **AutoencoderConfig.refuses,
         "exact": "learns from codes of the whole batch, which depend on how many processes there are",

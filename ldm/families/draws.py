@@ -60,6 +60,9 @@ class Settings:
     original_size: str = ""  # WIDTHxHEIGHT in px that a network which is told sizes (XL) is told of the original; empty: as drawn
     crop: str = ""  # LEFT,TOP in px, of what was cut off it; empty: nothing
     target_size: str = ""  # WIDTHxHEIGHT in px after the cut; empty: as drawn
+    temperature: float = 1.0  # of the codes that are drawn (logits are divided by it); 0: the likeliest
+    top_k: int = 0  # so many likeliest codes are drawn from; 0: all
+    top_p: float = 1.0  # the likeliest codes that have this much probability together are drawn from
 
     def sizes(self, height: int, width: int) -> tuple[int, ...]:
         """What such a network is told of a picture that is drawn with these sides, px: original height and width, top, left, height, width.
@@ -76,6 +79,21 @@ class Settings:
                     raise UserError(f"{name}: got {told!r}; write {form}")
                 found[name] = (int(match[1]), int(match[2]))
         return tuple(side for pair in found.values() for side in reversed(pair))
+
+    def checked(self) -> Settings:
+        """The same.
+
+        Raises:
+            UserError: on an interval of guidance that is none, or an unknown precision, curve or threshold.
+        """
+        if not 0 <= self.guidance_from < self.guidance_to <= 1:
+            interval = f"{self.guidance_from:g} to {self.guidance_to:g}"
+            raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
+        for field, names in (("guidance_curve", tuple(CURVES)), ("precision", PRECISIONS), ("threshold", ("", *THRESHOLDS))):
+            if (value := getattr(self, field)) not in names:
+                raise UserError(f"{field}: got {value!r}; choose one of {', '.join(names)}")
+        self.sizes(1, 1)
+        return self
 
     def guides(self, i: int, steps: int) -> bool:
         """Whether step i of `steps` lies where there is guidance."""
@@ -96,6 +114,7 @@ class Settings:
 
 
 NUMBERS = tuple(f.name for f in fields(Settings))
+OF_CODES = ("temperature", "top_k", "top_p")  # those of models that draw codes
 # A model without a sampler has these, and no others.
 DIRECT = Settings(steps=1, guidance=1.0, rescale=0.0, sampler="", spacing="")
 
@@ -121,6 +140,9 @@ class Wanted:
     original_size: str | None = option(None, "WIDTHxHEIGHT that a network which is told sizes (XL) is told of the original.")
     crop: str | None = option(None, "LEFT,TOP in px that it is told were cut off; default: 0,0.")
     target_size: str | None = option(None, "WIDTHxHEIGHT after the cut that it is told; default of both: as drawn.")
+    temperature: float | None = option(None, "Of drawn codes (token models); 0: the likeliest; default: the model's.", low=0, high=100)
+    top_k: int | None = option(None, "Draw from so many likeliest codes (token models); 0: all.", low=0, high=2**20)
+    top_p: float | None = option(None, "Draw from the likeliest codes of so much probability together (token models).", low=0, high=1)
 
     def over(self, old: Mapping[str, Any]) -> Wanted:
         """The same with another's numbers, a recipe's for example, where nothing is asked for.

@@ -73,6 +73,11 @@ class TrainingStage(Protocol):
         ...
 
     @property
+    def also(self) -> tuple[int, ...]:
+        """px, further resolutions, taken in turn."""
+        ...
+
+    @property
     def latents(self) -> str:
         """The encode stage or cache whose latents are read; empty: images."""
         ...
@@ -114,6 +119,8 @@ class ModelConfig:
     answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
     encodes_text: ClassVar[bool] = False  # whether others can read its text encoder
+    has_codes: ClassVar[bool] = False  # whether it encodes by a codebook, as far as its configuration tells
+    reads_codes: ClassVar[bool] = False  # whether it reads numbers of codes where others read latents
     requires: ClassVar[Mapping[str, str]] = {}  # by role of an input, which of these two that must be
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
     adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in

@@ -99,6 +99,7 @@ class PretrainedAutoencoder(ModelConfig):
 
     answers = frozenset({"reconstruct"})
     encodes = True
+    has_codes = True  # if it is a VQ, which its files say
 
     def elsewhere(self) -> str:
         """Its path."""

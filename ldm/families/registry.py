@@ -17,11 +17,12 @@ from ldm.families.family import ModelConfig
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
+from ldm.families.tokens.family import Tokens
 from ldm.formats.export_source import ExportedModel
 from ldm.formats.model_folder import read_record, root_of
 
 # A new system is one file in this room and one name here.
-Model = Annotated[Clip | PretrainedText | KL | VQ | PixelAutoencoder | PretrainedAutoencoder | LatentDiffusion, BY_KIND]
+Model = Annotated[Clip | PretrainedText | KL | VQ | PixelAutoencoder | PretrainedAutoencoder | LatentDiffusion | Tokens, BY_KIND]
 USUAL = "latent_diffusion"  # the kind of a model folder that names none
 
 

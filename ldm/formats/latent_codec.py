@@ -122,6 +122,25 @@ class LatentCodec(nn.Module):
         mean, logvar = self.network.encode(image, way)
         return (full(mean) - self.mean) / self.std, (0.5 * full(logvar)).exp() / self.std
 
+    @property
+    def codes(self) -> int:
+        """Entries of its codebook; 0: it has none."""
+        return self.network.config.codes if isinstance(self.network, VQAutoencoder) else 0
+
+    @torch.no_grad()
+    def encode_codes(self, image: Tensor) -> Tensor:
+        """Numbers (B,h,w) int64 of the codes of images (B,3,H,W) in [-1,1]."""
+        assert isinstance(self.network, VQAutoencoder), "only a VQ autoencoder has codes"
+        return self.network.quantize.nearest(self.moments(image)[0] * self.std + self.mean)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Images (B,3,H,W), about [-1,1], of codes' numbers (B,h,w)."""
+        assert isinstance(self.network, VQAutoencoder), "only a VQ autoencoder has codes"
+        z = nn.functional.embedding(codes, self.network.codebook).permute(0, 3, 1, 2)
+        self.turn()
+        return self.network.decode(z, self._way(z, codes[0].numel() * self.factor**2), quantise=False)
+
     @torch.no_grad()
     def reconstruct(self, image: Tensor) -> Tensor:
         """Reconstruction, in [-1,1], of images (B,3,H,W) in [-1,1]."""

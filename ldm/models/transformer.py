@@ -176,11 +176,12 @@ class GatedSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (arXiv 2002.05202) of four times the width, and back."""
+    """GEGLU (arXiv 2002.05202) of `inner` channels, four times the width where it says nothing, and back."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, inner: int = 0, bias: bool = True) -> None:
         super().__init__()
-        self.net = nn.ModuleList([Gate(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)])
+        inner = inner or 4 * channels
+        self.net = nn.ModuleList([Gate(channels, inner, bias), nn.Dropout(dropout), nn.Linear(inner, channels, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
@@ -192,9 +193,9 @@ class FeedForward(nn.Module):
 class Gate(nn.Module):
     """One half of a projection times the GELU of the other."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, inner: int, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * inner)
+        self.proj = nn.Linear(channels, 2 * inner, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,L,C) -> (B,L,4C)."""

@@ -255,7 +255,7 @@ class Execution:
             cache = stage.cache
             data = CachedLatents(cache or products["latents"].folder).with_views(config.views())
             if cache:
-                pretrained.check_cache(data, stage, products)
+                pretrained.check_cache(data, self.run, stage, products)
         if stage.tags is not None:
             data = TaggedSamples(data, stage.tags, affixes(self.run.data))
         return family, context, data
@@ -302,11 +302,13 @@ class Execution:
         count = min(stage.images or len(seen), len(seen))
         device = self.processes.device
         codec = self.run.everything()[stage.model].encoder(products["model"].folder, device)
+        if stage.codes and not codec.codes:
+            raise UserError(f"stages.{name}.codes: {stage.model} has no codebook; use a VQ autoencoder")
         with self.log.stage(name, count, 0) as log:
             write_cache(
                 folder / "model",
                 seen,
-                lambda image: codec.moments(image.to(device)),
+                lambda image: (codec.encode_codes(image.to(device)), None) if stage.codes else codec.moments(image.to(device)),
                 CacheOptions(
                     autoencoder=codec.hash,
                     normalisation=codec.statistics.to_dict(),
@@ -316,6 +318,7 @@ class Execution:
                     flip=stage.flip,
                     buckets=stage.buckets,
                     views=views,
+                    codes=codec.codes if stage.codes else 0,
                 ),
                 batch=stage.batch,
                 workers=self.run.workers,

@@ -94,7 +94,7 @@ def _there(folder: Path, wanted: str) -> bool:
         return False
 
 
-def check_cache(cache: CachedLatents, stage: Train, products: Mapping[str, Product]) -> None:
+def check_cache(cache: CachedLatents, run: Run, stage: Train, products: Mapping[str, Product]) -> None:
     """Refuse a latent cache from elsewhere that was made for something else.
 
     Raises:
@@ -103,6 +103,9 @@ def check_cache(cache: CachedLatents, stage: Train, products: Mapping[str, Produ
     from ldm.text.encoder import TextEncoder
 
     cache.require(autoencoder=content_hash(autoencoder_folder(products["autoencoder"].folder)), resolution=stage.resolution)
+    if bool(cache.plan.codes) != run.models[stage.model].reads_codes:
+        held, wanted = ("codes", "latents: encode without --codes") if cache.plan.codes else ("latents", "codes: encode with --codes")
+        raise UserError(f"{cache.folder}: holds {held}, and {stage.model} reads {wanted}")
     cache.require_shapes(stage.buckets.shapes(stage.resolution) if stage.buckets else [])
     if cache.plan.text:
         cache.require_text(TextEncoder.load(products["text"].folder).encode)

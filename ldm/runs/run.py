@@ -36,10 +36,12 @@ class Encode:
     filter: Filter = Filter()  # which samples are encoded
     flip: bool = False  # keep mirrored latents too, for training with flip (twice the size)
     buckets: Buckets | None = None  # pictures in shapes near their own, as the stages that read them say; null: squares
+    codes: bool = False  # keep the numbers of a VQ autoencoder's codes, which token models read; false: latents
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
-        unsaid = {"batch", "model"} | ({"filter"} if self.filter == Filter() else set()) | (set() if self.buckets else {"buckets"})
+        unsaid = {"batch", "model"} | ({"filter"} if self.filter == Filter() else set())
+        unsaid |= {name for name in ("buckets", "codes") if not getattr(self, name)}
         return {name: value for name, value in plain(self).items() if name not in unsaid}
 
 
@@ -215,7 +217,7 @@ def problems(run: Run) -> Iterator[str]:
     for name, model in run.models.items():
         for role, other in run.others(name).items():
             if (able := model.requires.get(role)) and not getattr(other, able):
-                cannot = "encodes no text" if able == "encodes_text" else "makes no latents"
+                cannot = {"encodes_text": "encodes no text", "has_codes": "has no codebook; use kind vq"}.get(able, "makes no latents")
                 yield f"models.{name}.{role}: got {model.inputs()[role]}, a model of kind {other.kind}, which {cannot}"
     encoded: dict[str, Encode] = {}
     for name, stage in run.stages.items():
@@ -230,6 +232,8 @@ def problems(run: Run) -> Iterator[str]:
             yield from _missing(run, name, [stage.model], where)
             if not run.everything()[stage.model].encodes:
                 yield f"{where}.model: {stage.model} makes no latents; name an autoencoder"
+            elif stage.codes and not run.everything()[stage.model].has_codes:
+                yield f"{where}.codes: {stage.model} has no codebook; leave codes out, or use an autoencoder of kind vq"
             yield from _wrong_sides(run, stage.model, (stage.resolution,), stage.buckets, where)
         else:
             yield from _unmeasurable(run, name, stage, where)
@@ -301,6 +305,10 @@ def _unreadable_latents(run: Run, stage: Train, encoded: dict[str, Encode], wher
         yield f"{where}.latents: {stage.latents} encodes with {cache.model}, which {stage.model} does not read"
     elif cache.resolution != stage.resolution:
         yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
+    elif cache.codes != (reads := run.everything()[stage.model].reads_codes):
+        kept, wanted = ("codes", "latents") if cache.codes else ("latents", "codes")
+        fix = f"set stages.{stage.latents}.codes={str(reads).lower()}"
+        yield f"{where}.latents: {stage.latents} holds {kept}, and {stage.model} reads {wanted}; {fix}"
     elif stage.flip and not cache.flip and not isinstance(run.data, ScenesSource):
         yield f"{where}.flip: {stage.latents} holds no mirrored latents; set stages.{stage.latents}.flip=true too"
     elif _shapes(stage) != _shapes(cache):

@@ -77,6 +77,7 @@ PICTURES = {
 # Options of sampling whose effect other tests show.
 SAMPLING = {
     **dict.fromkeys(("--original-size", "--crop", "--target-size"), "tests/field/test_xl.py"),
+    **dict.fromkeys(("--temperature", "--top-k", "--top-p"), "tests/families/tokens/test_tokens.py"),
     "--model": "tests/cli/test_sample.py",
     "--vae": "tests/field/test_vae.py",
     "--strict": "tests/field/test_recipes_of_others.py",
@@ -172,7 +173,7 @@ OTHERS: dict[str, dict[str, str]] = {
         ),
         "tests/cli/test_encode.py",
     )
-    | {"--seed": "tests/field/test_options.py"},
+    | {"--seed": "tests/field/test_options.py", "--codes": "tests/data/test_cache_codes.py"},
     "classifier": dict.fromkeys(("--model", "--words", "--out", "--images", "--rate"), "tests/cli/test_classifier.py")
     | {"--seed": "tests/cli/test_classifier.py"},
     "ema": dict.fromkeys(("--stage", "--length", "--out", "--sweep", "--n"), "tests/training/test_post_hoc_ema.py"),
@@ -194,6 +195,8 @@ REFUSED = [
     ("sample x --hires-strength 0.5", "hires_strength"),
     ("sample x --classifier-scale 2", "classifier_scale"),
     ("sample x --strength 0.5", "strength"),
+    ("sample x --temperature 0.5", "temperature: got 0.5: this model of kind latent_diffusion draws no codes"),
+    ("sample x --top-k 5", "top_k: got 5: this model of kind latent_diffusion draws no codes"),
     ("sample x --mask INIT", "mask"),
     ("sample x --cross-replace 0.5", "cross_replace: got 0.5, but nothing to take attention from"),
     ("sample x --source y --cross-replace 0 --self-replace 0", "source: no step takes anything of it"),

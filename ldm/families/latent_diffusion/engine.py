@@ -21,7 +21,7 @@ from ldm.diffusion.process import SPACINGS, Grid, Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS, Denoise, ancestral
 from ldm.diffusion.thresholding import thresholded
-from ldm.families.draws import CURVES, NUMBERS, OWN, PRECISIONS, THRESHOLDS, See, Settings, Wanted, steps_taken
+from ldm.families.draws import NUMBERS, OWN, See, Settings, Wanted, steps_taken
 from ldm.families.latent_diffusion.prompt_schedule import PromptSchedule, PromptShape, shape_of
 from ldm.families.latent_diffusion.prompt_to_prompt import Exchange, of_targets
 from ldm.formats.latent_codec import LatentCodec
@@ -65,19 +65,9 @@ def choose(usual: Defaults, wanted: Wanted = OWN) -> Settings:
     chosen = Settings(
         **{**model, "precision": usual.precision, "threshold": usual.threshold, "spacing": SAMPLERS[name].spacing, **own, "sampler": name}
     )
-    if not 0 <= chosen.guidance_from < chosen.guidance_to <= 1:
-        interval = f"{chosen.guidance_from:g} to {chosen.guidance_to:g}"
-        raise UserError(f"guidance interval: got {interval}; two shares of the steps, such as 0.1 to 0.8, are needed")
-    for field, names in (
-        ("guidance_curve", tuple(CURVES)),
-        ("precision", PRECISIONS),
-        ("spacing", SPACINGS),
-        ("threshold", ("", *THRESHOLDS)),
-    ):
-        if (value := getattr(chosen, field)) not in names:
-            raise UserError(f"{field}: got {value!r}; choose one of {', '.join(names)}")
-    chosen.sizes(1, 1)
-    return chosen
+    if chosen.spacing not in SPACINGS:
+        raise UserError(f"spacing: got {chosen.spacing!r}; choose one of {', '.join(SPACINGS)}")
+    return chosen.checked()
 
 
 @dataclass(frozen=True)
