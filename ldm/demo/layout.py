@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
-from ldm.demo.page import CHOSEN, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, load_gradio
+from ldm.demo.page import CHOSEN, OF_SOME, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, load_gradio
 from ldm.demo.status import idle
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
@@ -251,4 +251,9 @@ def _more(box: Box, start: Form) -> None:
         box["guidance_curve"] = gr.Dropdown(list(CURVES), value="constant", label="CFG over the steps", elem_id="ldm-curve", min_width=140)
         kinds = list(PRECISIONS) if start.precision == "fp32" else [start.precision]  # weights in a half type stay there
         box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision", min_width=140)
+    with gr.Row():
+        for name, (label, choices) in OF_SOME.items():
+            value: Any = getattr(start, name)
+            names: Any = [("None of this model", ""), *((choice.title(), choice) for choice in choices)]
+            box[name] = gr.Dropdown(names, value=value, label=label, elem_id=f"ldm-{name}", min_width=140, visible=bool(value))
     box["notation"] = gr.Checkbox(value=True, label="Brackets, BREAK and AND in prompts have a meaning", elem_id="ldm-notation")

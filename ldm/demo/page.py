@@ -22,7 +22,7 @@ from ldm.demo.guard import USER
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
 from ldm.demo.status import command, finished, heading, idle, panel, progress, token_count
 from ldm.demo.studio import DrawOrder, Job, Studio
-from ldm.families.draws import Draws
+from ldm.families.draws import THRESHOLDS, Draws
 from ldm.sampling.adapters import told_shortly
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.prompt_tags import parted
@@ -37,8 +37,9 @@ PERIOD_S = 0.15  # between two looks at a drawing
 OPENING_S = 0.4  # after which a user is told that a model is opened
 ENLARGED = 0.3  # the denoising strength of an enlarged picture
 OWN_VAE = "Automatic"  # the model's own
+OF_SOME = {"threshold": ("Threshold of each step", THRESHOLDS)}  # settings that some models have not: label, choices
 # What begins anew with another model.
-CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip")
+CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip", *OF_SOME)
 
 
 def load_gradio() -> Any:
@@ -251,7 +252,8 @@ class Page:
             yield panel(str(error), bad=True), *none
             return
         start, sides = blank(opened.family, self.precision), self.sides(opened.family)
-        told = [gr.update(value=getattr(start, name), **sides.get(name, {})) for name in CHOSEN]
+        more = sides | {name: {"visible": bool(getattr(start, name))} for name in OF_SOME}
+        told = [gr.update(value=getattr(start, name), **more.get(name, {})) for name in CHOSEN]
         yield idle(), self.heading(opened, outfit.model), gr.Dataset(samples=[[text] for text in opened.examples]), *told
 
     def heading(self, opened: Opened, model: str) -> str:

@@ -41,7 +41,7 @@ CSS = """
 .ldm-tokens { margin: 0; padding: 0 4px; text-align: right; font-size: 12px; color: var(--body-text-color-subdued) }
 .ldm-many { color: var(--color-accent) }
 #ldm-prompt textarea { font-size: 16px }
-#ldm-fresh { align-self: end; padding-bottom: 10px; flex-shrink: 0; overflow: visible !important }
+#ldm-fresh { align-self: end; padding-bottom: 10px; flex: 0 0 105px; min-width: 105px !important; overflow: visible !important }
 #ldm-fresh label, #ldm-fresh .label-text { overflow: visible; white-space: nowrap }
 #ldm-tokens { min-height: 0 !important; margin: -8px 0 }
 .gradio-container .label-wrap { text-align: left }

@@ -141,7 +141,9 @@ def _svg(figure: Any) -> str:
 
     target = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ldm", "font.size": 8, "axes.formatter.useoffset": False}):
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        unsaid = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        # As wide as its labels make it: numbers of five digits stand farther out than the axes' place allows.
+        figure.savefig(target, format="svg", transparent=True, metadata=unsaid, bbox_inches="tight", pad_inches=0.08)
     text = target.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r'\1 width="100%"', text, count=1)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from layout_boxes import opened, problems
 from PIL import Image
 
 from ldm.__main__ import main as ldm_main
@@ -392,3 +393,20 @@ def test_a_page_says_what_its_figures_mean(tmp_path: Path) -> None:
     text = Page(report(make_run(tmp_path / "run", steps=4)).read_text(encoding="utf-8")).text
     for name in ("bind", "strict", "held_out", "psnr", "ssim", "distance", "real_real_floor", "iou", "loss", "images/s"):
         assert MEANINGS[name] in text, name
+
+
+def test_nothing_is_clipped_or_lies_over_another_at_a_desk_and_on_a_phone(tmp_path):
+    with opened() as browser:
+        page = browser.new_page()
+        page.goto(report(make_run(tmp_path / "run", steps=4)).as_uri())
+        page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+        assert problems(page) == []
+        said = page.inner_text("main")
+        assert all(MEANINGS[name] in said for name in ("bind", "strict", "psnr", "ssim", "distance", "iou", "loss", "images/s"))
+        (tmp_path / "data").mkdir()
+        for number in range(4):
+            Image.new("RGB", (90 + 40 * number, 100), (60 * number, 99, 140)).save(tmp_path / "data" / f"{number}.png")
+            (tmp_path / "data" / f"{number}.txt").write_text("a picture with a rather long caption " * (1 + number))
+        assert ldm_main(["data", "check", str(tmp_path / "data"), "--html", str(tmp_path / "page.html")]) == 0
+        page.goto((tmp_path / "page.html").as_uri())
+        assert problems(page) == []

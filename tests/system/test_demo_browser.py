@@ -6,7 +6,6 @@ import base64
 import importlib.util
 import io
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,12 @@ import numpy as np
 import pytest
 from demo_server import Served, served, until
 from finished_model import SIDE
+from layout_boxes import CHROMIUM, opened, problems
 from PIL import Image
 
 from ldm.__main__ import main
 from ldm.sampling.recipe import Recipe, read_recipe
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 WANTING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None] + ["chromium"] * (CHROMIUM is None)
 IN_CI = os.environ.get("CI", "").lower() in ("true", "1")
 if WANTING and not IN_CI:
@@ -60,12 +50,8 @@ def server(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with opened() as made:
         yield made
-        made.close()
 
 
 class User:
@@ -304,3 +290,16 @@ def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: S
     ann.page.wait_for_function("document.querySelector('#ldm-prompt textarea').value === 'a small red circle'")
     ann.page.hover("#ldm-steps")
     assert "Denoising (sampling) steps" in str(ann.page.get_attribute("#ldm-steps", "title"))
+
+
+def test_no_part_is_clipped_or_lies_over_another(ann: User) -> None:
+    ann.page.get_by_role("tab", name="Pictures").click()
+    for part in ("start", "second", "several", "more"):
+        if not ann.page.locator(f"#ldm-{part} > button.open").count():
+            ann.page.click(f"#ldm-{part} > button")
+    assert problems(ann.page) == []
+    narrow = ann.page.viewport_size
+    ann.page.set_viewport_size({"width": 390, "height": 844})
+    order = [ann.page.locator(name).bounding_box()["y"] for name in ("#ldm-generate", "#ldm-pictures", "#ldm-seed")]
+    assert order == sorted(order), "on a phone the picture stands above the settings"
+    ann.page.set_viewport_size(narrow)
