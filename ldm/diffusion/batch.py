@@ -179,14 +179,33 @@ class WeightedTokens(Movable):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Objects(Movable):
+    """What is where in each picture."""
+
+    box: Tensor  # (B,K,4) left, top, right, bottom, as shares of the picture's sides
+    there: Tensor  # (B,K) bool, False on padding
+    phrase: Tensor  # (B,K,D) the pooled text of each phrase
+    weight: Tensor  # (B,) how much of what they change is added; 0: nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside(Movable):
+    """Keys and values that every attention to the text reads beside it, in the network's order of them."""
+
+    keys: tuple[Tensor, ...]  # (B,S,C) each
+    values: tuple[Tensor, ...]  # (B,S,C) each
+    weight: Tensor  # (B,) how much of what they change is added; 0: nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Injected(Movable):
     """What conditions beside the text add inside a U-Net; with nothing of it the U-Net is what it is without, to the bit."""
 
     skips: tuple[Tensor, ...] = ()  # (B,C,h,w) to every map that the way up meets again, the full resolution first (ControlNet)
     middle: Tensor | None = None  # (B,C,h,w) to the output of the middle (ControlNet)
     levels: tuple[Tensor, ...] = ()  # (B,C,h,w) to what leaves the last layer of each level on the way down (T2I-Adapter)
-    objects: WeightedTokens | None = None  # to every map, by gated self-attention (GLIGEN)
-    prompts: tuple[WeightedTokens, ...] = ()  # to what is read of the text, by cross-attention (IP-Adapter)
+    objects: Objects | None = None  # to every map, by gated self-attention (GLIGEN)
+    beside: tuple[Beside, ...] = ()  # to what is read of the text, by cross-attention (IP-Adapter)
 
     def __add__(self, other: Injected) -> Injected:
         """Both; maps are added up, and at most one of the two has objects."""
@@ -195,7 +214,7 @@ class Injected(Movable):
             middle=other.middle if self.middle is None else self.middle if other.middle is None else self.middle + other.middle,
             levels=_sums(self.levels, other.levels),
             objects=self.objects or other.objects,
-            prompts=self.prompts + other.prompts,
+            beside=self.beside + other.beside,
         )
 
 

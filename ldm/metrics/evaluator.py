@@ -17,13 +17,15 @@ from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
 from ldm.data.dataset import asked as viewed
 from ldm.data.pictures import save_grid
-from ldm.data.scenes.checker import read
+from ldm.data.scenes.captions import Target, say
+from ldm.data.scenes.checker import WORK, read
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
+from ldm.data.scenes.views import KINDS
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, frechet, shapes, told
+from ldm.metrics import abilities, adherence, frechet, grounding, shapes, told
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -91,7 +93,7 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
-def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours | ToldViews) -> Wanted:
+def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
     """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
     return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
 
@@ -478,6 +480,60 @@ class Neighbours:
         return {**{k: round(v, 5) for k, v in values.items()}, "nearest": rows, "protocol": {**protocol, **extractor.protocol}}
 
 
+@config
+class Grounding:
+    """Whether pictures of scenes show what views tell, read by the exact checker; nothing else need say it."""
+
+    kind: Literal["grounding"] = "grounding"
+    tier: TierName  # whose scenes
+    prompts: Positive = 100  # with colour-shape pairs seen in training, and as many with held-out pairs
+    views: tuple[str, ...] = ()  # that are told; none: all that the model reads and the scenes have
+    caption: Literal["whole", "placeless", "empty"] = "placeless"  # all of it; without places and relations; nothing
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return tuple(f"{pairs}.{name}" for pairs in ("seen", "held_out") for name in ("recall", "overlap", "labels", *adherence.METRICS))
+
+    def run(self, bench: Bench) -> Values:
+        """Objects found in their boxes (recall), mean overlap of boxes, overlap of labels, and adherence."""
+        names = self.views or tuple(name for name in bench.model.told if name.partition(":")[0] in KINDS)
+        wanted, size = _wanted(self), bench.model.defaults["size"]
+        found: Values = {}
+        for pairs in ("seen", "held-out"):
+            asked = prompts(self.tier, self.prompts, self.seed, pairs)
+            seeds = [self.seed * 1_000_003 + i for i in range(len(asked))]
+            edits = bench.model.tell(grounding.exact(asked.specs, names, size[0], self.seed), {}, size) if names else ()
+            texts = [_less(text, target, self.caption) for text, target in zip(asked.text, asked.targets, strict=True)]
+            images = bench.model.sample(texts, seeds, wanted, edits=edits, on_step=lambda i, n, pairs=pairs: bench.progress(i, n, pairs))
+            reading = read(images.numpy())
+            recall, overlap = grounding.grounded(asked.specs, reading)
+            labels = grounding.exact(asked.specs, ("labels",), min(size[0], WORK), self.seed)["labels"]
+            scores = adherence.summary(adherence.grade(reading, asked.targets))
+            found[pairs.replace("-", "_")] = {
+                "recall": round(float(recall.mean()), 4),
+                "overlap": round(float(overlap.mean()), 4),
+                "labels": round(grounding.labelled(images.numpy(), np.asarray(labels)), 4),
+                **{name: round(value.mean, 4) for name, value in scores.items()},
+            }
+            bench.show(f"grounding-{pairs}", _floats(images[:32]), 8, texts[:32])
+        protocol = {"tier": self.tier, "prompts": self.prompts, "views": list(names), "caption": self.caption, "seed": self.seed}
+        return {**found, "protocol": protocol | _used(bench, wanted)}
+
+
+def _less(text: str, target: Target, caption: str) -> str:
+    """A caption, without places and relations or empty where that is asked."""
+    if caption == "whole":
+        return text
+    silent = tuple(replace(phrase, cell=-1) for phrase in target.phrases)
+    return "" if caption == "empty" else say(replace(target, phrases=silent, relation=-1))
+
+
 def check_weights(metrics: Sequence[Any]) -> None:
     """Raises UserError for weights that are not here, before anything is measured."""
     for metric in metrics:
@@ -487,4 +543,4 @@ def check_weights(metrics: Sequence[Any]) -> None:
             ClipJudge.check(metric.path.expanduser())
 
 
-Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours | ToldViews, BY_KIND]
+Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND]

@@ -32,6 +32,10 @@ class ConditionNetwork(nn.Module):
             told: of the view; None: nothing is, for no sample. Where its strength is 0, the result must be as if nothing were.
         """
 
+    def begin(self, base: Denoiser) -> None:
+        """Take what a fresh one starts with from the base that it stands beside."""
+        return
+
     def to_diffusers(self) -> dict[str, Any]:
         """The content of its config.json, where it has a folder."""
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log2
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Width, config
-from ldm.diffusion.batch import Cond, Injected
-from ldm.models.blocks import TimeShifts, zero
-from ldm.models.transformer import Memory
-from ldm.models.unet import UNet, UNetConfig, UNetEncoder
+from ldm.diffusion.batch import Cond, Injected, Told
+from ldm.models.backbone import Denoiser
+from ldm.models.blocks import zero
+from ldm.models.conditioned import ConditionNetwork
+from ldm.models.unet import UNetConfig, UNetEncoder
 
 NOT_THERE = {  # of a U-Net's config.json, what ControlNetModel's does not have
     "attention_type",
@@ -109,8 +110,11 @@ class HintEmbedding(nn.Module):
         return self.conv_out(x)
 
 
-class ControlNet(UNetEncoder):
+class ControlNet(UNetEncoder, ConditionNetwork):
     """The way down of a U-Net that is told a map besides, and a convolution of zeros for each of its outputs."""
+
+    folder: ClassVar[str] = "controlnet"
+    class_name: ClassVar[str] = "ControlNetModel"
 
     def __init__(self, config: UNetConfig, own: ControlNetConfig) -> None:
         super().__init__(config)
@@ -122,27 +126,40 @@ class ControlNet(UNetEncoder):
             zero(layer)
 
     @classmethod
-    def of(cls, unet: UNet, own: ControlNetConfig) -> ControlNet:
-        """A fresh one whose way down starts as the U-Net's."""
-        made = cls(replace(unet.config, gated=False, guidance_channels=0), own)
-        theirs = unet.state_dict()
-        made.load_state_dict({name: theirs.get(name, value) for name, value in made.state_dict().items()})
-        return made.to(unet.conv_in.weight)
+    def beside(cls, unet: UNetConfig, own: ControlNetConfig, latents: int) -> ControlNet:
+        """One for a U-Net, told so many channels of latents and nothing that joins them."""
+        return cls(replace(unet, in_channels=latents, gated=False, guidance_channels=0), own)
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Cond, hint: Tensor, weight: Tensor, memory: Memory | None = None, step: TimeShifts | None = None
-    ) -> Injected:
+    def begin(self, base: Denoiser) -> None:
+        """Start as the U-Net's way down."""
+        theirs = base.state_dict()
+        first, own = theirs["conv_in.weight"], self.conv_in.weight
+        more = first.shape[1] - base.config.in_channels  # coordinates come last
+        theirs["conv_in.weight"] = torch.cat([first[:, : own.shape[1] - more], first[:, first.shape[1] - more :]], dim=1)
+        self.load_state_dict({name: theirs.get(name, value) for name, value in self.state_dict().items()})
+        self.to(first)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` with what it adds, of a map (B,C,H,W) in pixels."""
+        if told is None:
+            return cond
+        return replace(cond, injected=(cond.injected or Injected()) + self.added(x, t, cond, told.value, told.strength))
+
+    def added(self, x: Tensor, t: Tensor, cond: Cond, hint: Tensor, weight: Tensor) -> Injected:
         """What it adds to the U-Net that is told x, t and cond.
 
         Args:
-            hint: (B,C,H,W), the map in pixels.
+            hint: (B,C,H,W) in [0,1], the map in pixels.
             weight: (B,), how much of it is added; 0: nothing.
         """
-        time = F.silu(self._time(t, cond, x.dtype)) if step is None else step
-        memory = memory or self._memory(cond.text, x.dtype)
-        x = self.enter(x, cond)
+        time, memory = F.silu(self._time(t, cond, x.dtype)), self._memory(cond.text, x.dtype)
+        x = self.enter(x, replace(cond, image=None))
         x = x + self.controlnet_cond_embedding(hint.to(x))
         x, skips = self.contract(x, time, memory, self.checkpointing and torch.is_grad_enabled())
         scale = weight.to(x)[:, None, None, None]
         outputs = zip(self.controlnet_down_blocks, skips, strict=True)
         return Injected(skips=tuple(scale * layer(skip) for layer, skip in outputs), middle=scale * self.controlnet_mid_block(x))
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of its config.json."""
+        return self.own.to_diffusers(self.config)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
+from ldm.diffusion.batch import Cond, Injected, Told
+from ldm.models.conditioned import ConditionNetwork
 
 FREQUENCIES, HIDDEN = 8, 512  # GLIGEN's own
 
@@ -38,3 +43,20 @@ def box_waves(box: Tensor) -> Tensor:
     frequency = 100 ** (torch.arange(FREQUENCIES, device=box.device) / FREQUENCIES)  # float32, as GLIGEN rounded it
     angle = frequency.to(box)[:, None] * box[:, :, None]  # (B,K,8,4)
     return torch.stack([angle.sin(), angle.cos()], dim=3).flatten(2)
+
+
+class Grounding(ConditionNetwork):
+    """Gated port: tells a U-Net what is where; the weights that read it are the U-Net's own.
+
+    Samples that are not told in training are told that nothing is there, so that this is learned, too: diffusers' pipeline tells
+    its guidance so.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` with the objects (`ldm.diffusion.batch.Objects`)."""
+        if told is None:
+            return cond
+        objects, strength = told.value, told.strength
+        there = objects.there & (strength > 0)[:, None] if self.training else objects.there
+        made = replace(objects, there=there, weight=torch.ones_like(strength) if self.training else strength)
+        return replace(cond, injected=(cond.injected or Injected()) + Injected(objects=made))

@@ -92,7 +92,7 @@ class FusedAttention(CrossAttention):
             self.to_qkv = _joined(layer.to_q, layer.to_k, layer.to_v)
         else:
             self.to_q, self.to_kv = layer.to_q, _joined(layer.to_k, layer.to_v)
-        self.to_out, self.to_k_ip, self.to_v_ip = layer.to_out, layer.to_k_ip, layer.to_v_ip
+        self.to_out = layer.to_out
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """(B,S,C') -> two of (B,heads,S,D), of a text."""

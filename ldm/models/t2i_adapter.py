@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.schema import Positive, Width, config
-from ldm.diffusion.batch import Injected
+from ldm.diffusion.batch import Cond, Injected, Told
 from ldm.models.blocks import zero
+from ldm.models.conditioned import ConditionNetwork
 
 
 @config
@@ -31,18 +33,31 @@ class T2IAdapterConfig:
         }
 
 
-class T2IAdapter(nn.Module):
+class T2IAdapter(ConditionNetwork):
     """Maps for all levels of a U-Net, which are zero at first."""
+
+    folder: ClassVar[str] = "adapter"
+    class_name: ClassVar[str] = "T2IAdapter"
 
     def __init__(self, own: T2IAdapterConfig, channels: tuple[int, ...], factor: int) -> None:
         super().__init__()
         self.own, self.channels, self.factor = own, channels, factor
         self.adapter = Levels(own, channels, factor)
 
-    def forward(self, hint: Tensor, weight: Tensor) -> Injected:
-        """What is added to the U-Net of a map (B,C,H,W), so much of it as `weight` (B,) says."""
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` with what it adds, of a map (B,C,H,W) in pixels."""
+        if told is None:
+            return cond
+        return replace(cond, injected=(cond.injected or Injected()) + self.added(told.value.to(x), told.strength))
+
+    def added(self, hint: Tensor, weight: Tensor) -> Injected:
+        """What is added to the U-Net of a map (B,C,H,W) in [0,1], so much of it as `weight` (B,) says."""
         scale = weight[:, None, None, None]
         return Injected(levels=tuple(scale.to(x) * x for x in self.adapter(hint)))
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of its config.json."""
+        return self.own.to_diffusers(self.channels, self.factor)
 
 
 class Levels(nn.Module):

@@ -22,7 +22,7 @@ class Memory:
     keys_values: dict[CrossAttention, tuple[Tensor, Tensor]] = field(default_factory=dict)
     exchange: AttentionExchange | None = None  # what rows of the batch take of others' attention
     objects: WeightedTokens | None = None  # what the gated self-attention of every block sees besides the map
-    prompts: tuple[WeightedTokens, ...] = ()  # what attention to the text reads besides, each by its own keys and values
+    beside: dict[CrossAttention, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)  # keys, values, weights
 
 
 class Transformer(nn.Module):
@@ -91,7 +91,7 @@ class TransformerBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to themselves (`looks_inward`) or to a text.
 
-    To further prompts it attends apart, with the same queries, and adds what it finds (IP-Adapter, arXiv 2308.06721, equation 5).
+    To what stands beside the text it attends apart, by the same queries, and adds what it finds (IP-Adapter, arXiv 2308.06721, eq. 5).
     """
 
     def __init__(self, channels: int, source_channels: int, heads: int, upcast: bool, looks_inward: bool) -> None:
@@ -101,17 +101,6 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(source_channels, channels, bias=False)
         self.to_v = nn.Linear(source_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.to_k_ip: nn.ModuleList | None = None
-        self.to_v_ip: nn.ModuleList | None = None
-
-    def listen(self, prompts: int) -> None:
-        """Make keys and values for so many further prompts; the values are zero, so that nothing changes at first."""
-        channels, width = self.to_k.weight.shape
-        self.to_k_ip = nn.ModuleList(nn.Linear(width, channels, bias=False) for _ in range(prompts))
-        values = [nn.Linear(width, channels, bias=False) for _ in range(prompts)]
-        for layer in values:
-            nn.init.zeros_(layer.weight)
-        self.to_v_ip = nn.ModuleList(values)
 
     def forward(self, x: Tensor, memory: Memory | None, exchange: AttentionExchange | None = None) -> Tensor:
         """(B,L,C) -> (B,L,C)."""
@@ -128,10 +117,8 @@ class CrossAttention(nn.Module):
             out = self._attend(q, k, v, mask)
         else:
             out = exchange.to_text(self._attend, q, k, v, mask)
-        if memory is not None and memory.prompts and self.to_k_ip is not None and self.to_v_ip is not None:
-            for told, to_k, to_v in zip(memory.prompts, self.to_k_ip, self.to_v_ip, strict=True):
-                seen = self._attend(q, self._split(to_k(told.tokens)), self._split(to_v(told.tokens)), None)
-                out = out + told.weight.to(out)[:, None, None, None] * seen
+        for keys, values, weight in memory.beside.get(self, ()) if memory is not None else ():
+            out = out + weight.to(out)[:, None, None, None] * self._attend(q, self._split(keys), self._split(values), None)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.foreign import typed
 from ldm.config.schema import Count, Depth, Fraction, Positive, PositiveFloat, Width, config, named
-from ldm.diffusion.batch import Cond, Injected, Text
+from ldm.diffusion.batch import Cond, Injected, Text, WeightedTokens
 from ldm.models.attention_exchange import AttentionExchange
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
@@ -324,8 +324,13 @@ class UNet(UNetEncoder, Denoiser):
         # (B,T); each block would repeat the SiLU
         time = F.silu(self._time(t, cond, dtype)) if step is None else step
         memory, injected = memory or self._memory(cond.text, dtype), cond.injected or NOTHING
-        if injected.objects is not None or injected.prompts:
-            memory = replace(memory, objects=injected.objects, prompts=injected.prompts)
+        if (told := injected.objects) is not None:
+            if self.position_net is None:
+                raise ValueError("this U-Net is told objects, but has no gated self-attention")
+            memory = replace(memory, objects=WeightedTokens(self.position_net(told.box, told.there, told.phrase.to(dtype)), told.weight))
+        if injected.beside:
+            found = enumerate(self.cross_attentions())
+            memory = replace(memory, beside={m: [(b.keys[i], b.values[i], b.weight) for b in injected.beside] for i, m in found})
         recomputed = self.checkpointing and torch.is_grad_enabled()
         x, skips = self.contract(x, time, memory, recomputed, injected.levels)
         if injected.skips:
@@ -377,6 +382,8 @@ class UNet(UNetEncoder, Denoiser):
 
     def grounded(self) -> UNet:
         """The same function with gated self-attention in every transformer, whose gates are shut; all other weights are shared."""
+        if self.config.gated:
+            return self
         made, config = shared_copy(self), replace(self.config, gated=True)
         made.config, made.position_net = config, GroundingEmbedding(config.context_width)
         for block in made.modules():
@@ -385,13 +392,9 @@ class UNet(UNetEncoder, Denoiser):
                 block.fuser = GatedSelfAttention(attn.to_q.out_features, config.context_width, attn.heads, attn.upcast)
         return made
 
-    def listening(self, prompts: int) -> UNet:
-        """The same function, whose attention to the text may be told so many further prompts; all other weights are shared."""
-        made = shared_copy(self)
-        for module in made.modules():
-            if isinstance(module, CrossAttention) and not module.looks_inward:
-                module.listen(prompts)
-        return made
+    def cross_attentions(self) -> list[CrossAttention]:
+        """Its attentions to the text, in the order of the network's parts."""
+        return [m for m in self.modules() if isinstance(m, CrossAttention) and not m.looks_inward]
 
 
 class Level(nn.Module):

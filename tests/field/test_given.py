@@ -22,8 +22,9 @@ from ldm.data.view_files import map_view, words_view
 from ldm.data.views import ViewKind, kind_of
 from ldm.diffusion.batch import Boxes, Graph, Points
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.conditions import Concat, Condition
+from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.ports import Concat
 from ldm.models.conditioned import base_of
 from ldm.sampling.given import Given, parse
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.diffusion.batch import Cond, Injected, Text, WeightedTokens
+from ldm.diffusion.batch import Beside, Cond, Injected, Objects, Text, Told
+from ldm.models.conditioned import ConditionNetwork
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
-from ldm.models.transformer import CrossAttention
 from ldm.models.unet import UNet, UNetConfig
 
 UNETS = {
@@ -33,6 +34,9 @@ NET = UNETS["plain last level"]
 OWN = ControlNetConfig(widths=(4, 8, 12, 16))
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -42,7 +46,7 @@ def condition(injected: Injected | None = None, batch: int = 2) -> Cond:
     return Cond(text=text, size=torch.arange(6 * batch).view(batch, 6) * 100.0, injected=injected)
 
 
-def shaken(module: nn.Module) -> nn.Module:
+def shaken(module: M) -> M:
     """With all weights at random, so that nothing is zero."""
     generator = torch.Generator().manual_seed(3)
     for weight in module.parameters():
@@ -53,6 +57,12 @@ def shaken(module: nn.Module) -> nn.Module:
 def unet(config: UNetConfig = NET) -> UNet:
     torch.manual_seed(0)
     return config.build().double().eval()
+
+
+def control_of(base: UNet, own: ControlNetConfig = OWN) -> ControlNet:
+    made = ControlNet.beside(base.config, own, 4).double()
+    made.begin(base)
+    return made
 
 
 X, T, ONE = draw(2, 4, 8, 8), torch.tensor([3, 901]), torch.ones(2, dtype=torch.float64)
@@ -67,7 +77,7 @@ def test_controlnet_is_that_of_diffusers(name: str) -> None:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     base = unet(UNETS[name])
-    ours = shaken(ControlNet.of(base, OWN).double().eval())
+    ours = shaken(control_of(base).double().eval())
     said = OWN.to_diffusers(base.config)
     assert {key for key in said if key[0] != "_"} <= set(inspect.signature(ControlNetModel.__init__).parameters)
     theirs = ControlNetModel.from_config(said).double().eval()
@@ -79,7 +89,7 @@ def test_controlnet_is_that_of_diffusers(name: str) -> None:
     assert cond.text is not None
     sizes = {"text_embeds": cond.text.pooled, "time_ids": cond.size} if base.config.size_channels else None
     skips, middle = theirs(X, T, cond.text.tokens, HINT, 0.7, added_cond_kwargs=sizes, return_dict=False)
-    injected = ours(X, T, cond, HINT, 0.7 * ONE)
+    injected = ours.added(X, T, cond, HINT, 0.7 * ONE)
     for one, other in zip((*injected.skips, injected.middle), (*skips, middle), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     more = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
@@ -96,7 +106,7 @@ def test_a_controlnet_starts_as_diffusers_makes_one_from_a_unet() -> None:
     peer = UNet2DConditionModel.from_config(base.config.to_diffusers()).double()
     peer.load_state_dict(base.state_dict())
     theirs = ControlNetModel.from_unet(peer, conditioning_channels=3).state_dict()
-    ours = ControlNet.of(base, ControlNetConfig()).state_dict()
+    ours = control_of(base, ControlNetConfig()).state_dict()
     assert {k: tuple(v.shape) for k, v in ours.items()} == {k: tuple(v.shape) for k, v in theirs.items()}
     for name in theirs:
         if "cond_embedding" not in name:
@@ -123,7 +133,7 @@ def test_t2i_adapter_is_that_of_diffusers() -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     features = theirs(HINT)
-    injected = ours(HINT, ONE)
+    injected = ours.added(HINT, ONE)
     for one, other in zip(injected.levels, features, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     peer = diffusers.UNet2DConditionModel.from_config(base.config.to_diffusers()).double().eval()
@@ -149,10 +159,9 @@ def test_grounding_is_that_of_diffusers() -> None:
     assert cond.text is not None
     told = {"boxes": BOX, "masks": THERE.double(), "positive_embeddings": phrase}
     wanted = peer(X, T, cond.text.tokens, cross_attention_kwargs={"gligen": told}).sample
+    objects = Objects(box=BOX, there=THERE, phrase=phrase, weight=ONE)
     for net in (ours, again, again.for_inference()):
-        assert net.position_net is not None
-        objects = net.position_net(BOX, THERE, phrase)
-        torch.testing.assert_close(net(X, T, condition(Injected(objects=WeightedTokens(objects, ONE)))), wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(net(X, T, condition(Injected(objects=objects))), wanted, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -160,34 +169,46 @@ def test_further_prompts_are_read_as_by_diffusers() -> None:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-    ours = shaken(unet().listening(2).double())
+    ours = shaken(unet())
     peer = UNet2DConditionModel.from_config(ours.config.to_diffusers()).double().eval()
-    own = ours.state_dict()
-    peer.load_state_dict({name: value for name, value in own.items() if "_ip" not in name}, strict=True)
-    for name, module in list(peer.named_modules()):
+    peer.load_state_dict(ours.state_dict(), strict=True)
+    some, more = draw(2, 3, 12, seed=7), draw(2, 4, 12, seed=8)
+    made = {}
+    for name, module in peer.named_modules():
         if name.endswith("attn2"):
-            made = IPAdapterAttnProcessor2_0(module.inner_dim, 12, (3, 4), [0.6, 0.3]).double()
-            made.load_state_dict({k[len(name) + 1 :]: v for k, v in own.items() if k.startswith(f"{name}.to_") and "_ip" in k}, strict=True)
-            module.set_processor(made)
-    cond, some, more = condition(), draw(2, 3, 12, seed=7), draw(2, 4, 12, seed=8)
+            made[name] = shaken(IPAdapterAttnProcessor2_0(module.inner_dim, 12, (3, 4), [0.6, 0.3]).double())
+            module.set_processor(made[name])
+    cond = condition()
     assert cond.text is not None
-    wanted = peer(X, T, (cond.text.tokens, [some[:, None], more[:, None]]), return_dict=False)
-    wanted = wanted[0]
-    injected = Injected(prompts=(WeightedTokens(some, 0.6 * ONE), WeightedTokens(more, 0.3 * ONE)))
+    wanted = peer(X, T, (cond.text.tokens, [some[:, None], more[:, None]]), return_dict=False)[0]
+    names = [name for name, module in ours.named_modules() if name.endswith("attn2")]
+    assert [ours.get_submodule(name) for name in names] == ours.cross_attentions()
+    beside = tuple(
+        Beside(
+            keys=tuple(made[name].to_k_ip[i](tokens) for name in names),
+            values=tuple(made[name].to_v_ip[i](tokens) for name in names),
+            weight=weight * ONE,
+        )
+        for i, (tokens, weight) in enumerate(((some, 0.6), (more, 0.3)))
+    )
     for net in (ours, ours.for_inference()):
-        torch.testing.assert_close(net(X, T, condition(injected)), wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(net(X, T, condition(Injected(beside=beside))), wanted, rtol=1e-10, atol=1e-10)
+
+
+def beside(base: UNet, weight: Tensor, values: float = 1.0) -> Beside:
+    widths = [layer.to_k.out_features for layer in base.cross_attentions()]
+    keys = tuple(draw(2, 3, width, seed=i) for i, width in enumerate(widths))
+    return Beside(keys=keys, values=tuple(values * key for key in keys), weight=weight)
 
 
 def ports() -> dict[str, tuple[UNet, Injected]]:
     base = unet()
-    grounded, listening = base.grounded().double(), base.listening(1).double()
-    assert grounded.position_net is not None
-    objects = grounded.position_net(BOX, THERE, draw(2, 2, 12, seed=6))
+    objects = Objects(box=BOX, there=THERE, phrase=draw(2, 2, 12, seed=6), weight=ONE)
     return {
-        "controlnet": (base, ControlNet.of(base, OWN)(X, T, condition(), HINT, ONE)),
-        "adapter": (base, T2IAdapter(T2IAdapterConfig(), base.config.channels, 8).double()(HINT, ONE)),
-        "grounding": (grounded, Injected(objects=WeightedTokens(objects, ONE))),
-        "prompts": (listening, Injected(prompts=(WeightedTokens(draw(2, 3, 12, seed=7), ONE),))),
+        "controlnet": (base, control_of(base).added(X, T, condition(), HINT, ONE)),
+        "adapter": (base, T2IAdapter(T2IAdapterConfig(), base.config.channels, 8).double().added(HINT, ONE)),
+        "grounding": (base.grounded().double(), Injected(objects=objects)),
+        "beside": (base, Injected(beside=(beside(base, ONE, values=0.0),))),
     }
 
 
@@ -203,8 +224,8 @@ def test_new_weights_change_no_bit_at_first_but_learn(name: str) -> None:
 def test_zeroed_layers_have_gradients(name: str) -> None:
     base = unet()
     adapter = T2IAdapter(T2IAdapterConfig(), base.config.channels, 8).double()
-    module: nn.Module = ControlNet.of(base, OWN) if name == "controlnet" else adapter
-    injected = module(X, T, condition(), HINT, ONE) if name == "controlnet" else module(HINT, ONE)
+    module: ConditionNetwork = control_of(base) if name == "controlnet" else adapter
+    injected = module(X, T, condition(), Told(value=HINT, strength=ONE)).injected
     base(X, T, condition(injected)).square().mean().backward()
     zeroed = [p for p in module.parameters() if not p.any()]
     assert sum(bool(p.grad is not None and p.grad.any()) for p in zeroed) >= 3
@@ -214,22 +235,20 @@ def test_zeroed_layers_have_gradients(name: str) -> None:
 def test_a_weight_of_zero_leaves_a_sample_as_without_and_others_alone() -> None:
     """Each sample is told by itself: one that is not told draws what the base draws."""
     base = unet()
-    net = shaken(base.grounded().listening(1).double())
-    control = shaken(ControlNet.of(base, OWN))
+    net, control = shaken(base.grounded().double()), shaken(control_of(base))
     half = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    assert net.position_net is not None
-    objects, some = net.position_net(BOX, THERE, draw(2, 2, 12, seed=6)), draw(2, 3, 12, seed=7)
 
     def drawn(weight: Tensor) -> Tensor:
-        beside = Injected(objects=WeightedTokens(objects, weight), prompts=(WeightedTokens(some, weight),))
-        return net(X, T, condition(control(X, T, condition(), HINT, weight) + beside))
+        objects = Objects(box=BOX, there=THERE, phrase=draw(2, 2, 12, seed=6), weight=weight)
+        more = Injected(objects=objects, beside=(beside(base, weight),))
+        return net(X, T, condition(control.added(X, T, condition(), HINT, weight) + more))
 
-    told, half_told, untold = drawn(ONE), drawn(half), net(X, T, condition(Injected(prompts=(WeightedTokens(some, 0 * half),))))
+    told, half_told, untold = drawn(ONE), drawn(half), net(X, T, condition())
     torch.testing.assert_close(half_told[0], told[0], rtol=1e-12, atol=1e-12)
     assert torch.equal(half_told[1], untold[1]) and not torch.allclose(told[1], untold[1])
 
 
-def test_layers_of_further_prompts_are_made_only_where_text_is_read() -> None:
-    made = unet().listening(3)
-    found = [m for m in made.modules() if isinstance(m, CrossAttention) and m.to_k_ip is not None]
-    assert found and all(not m.looks_inward and m.to_k_ip is not None and len(m.to_k_ip) == 3 for m in found)
+def test_a_controlnet_beside_a_widened_unet_reads_the_latents_alone() -> None:
+    wide = unet().widened(7)
+    made = control_of(wide)
+    assert made.config.in_channels == 4 and torch.equal(made.conv_in.weight, wide.conv_in.weight[:, :4])

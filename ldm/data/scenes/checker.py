@@ -248,6 +248,11 @@ def coverage(images: NDArray, reading: Reading) -> Iterator[tuple[int, Array]]:
             yield number, alpha[0]
 
 
+def colours(images: NDArray) -> NDArray[np.int8]:
+    """The colour of each pixel of images (N,H,W,3), (N,h,w) with h at most WORK: an index of `COLOURS`, -1 for none."""
+    return _vote(_colour(_planes(images))[1])
+
+
 def _planes(images: NDArray) -> Array:
     """The images as (N,3,h,w) float32 in [0,1] with h at most WORK, averaged over areas."""
     planes = images.transpose(0, 3, 1, 2).astype(np.float32)

@@ -6,109 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
 from ldm.data.views import ANY, ViewKind, parted
-from ldm.diffusion.batch import Cond, Movable, Told, View, Views, cat, taken
+from ldm.diffusion.batch import Cond, Told, View, Views, cat, taken
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.engine import Canvas, Edit
-from ldm.formats.latent_codec import LatentCodec, full
+from ldm.families.latent_diffusion.ports import Frozen, Port
+from ldm.formats.latent_codec import LatentCodec
 from ldm.formats.part import load_module, load_weights, save_part
-from ldm.models.conditioned import Conditioned, ConditionNetwork, Joined
-from ldm.models.denoiser import Denoiser
-from ldm.text.encoder import TextEncoder
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """Frozen networks that encoders of views may use."""
-
-    codec: LatentCodec
-    text: TextEncoder
-
-
-class PortConfig:
-    """What a member of `Port` answers."""
-
-    __slots__ = ()
-    kind: str
-    forms: ClassVar[tuple[str, ...]] = ("map", "classes")  # of views that it takes
-    pipeline: ClassVar[str] = ""  # what diffusers' pipelines of it are named: StableDiffusion...Pipeline; empty: there are none
-
-    def joins(self, kind: ViewKind, channels: int) -> int:
-        """Channels of x that it needs, beside latents of so many `channels`."""
-        return 0
-
-    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Movable:
-        """What its network is told of a view, without gradients: a function of each picture's own.
-
-        Args:
-            view: of B pictures, on the networks' device.
-            size: height and width of the latents.
-        """
-        raise NotImplementedError
-
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
-        """Its network beside a base, which leaves that as it is until it has learned."""
-        raise NotImplementedError
-
-
-@config
-class Concat(PortConfig):
-    """Concat port: the view joins the input channels; all of the network learns."""
-
-    kind: Literal["concat"] = "concat"
-    # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes and of `small`, latents of others.
-    encoder: Literal["auto", "latents", "pixels"] = "auto"
-
-    pipeline: ClassVar[str] = "InstructPix2Pix"
-
-    def pixels(self, kind: ViewKind) -> bool:
-        """Whether the map itself is told, not its latents."""
-        return self.encoder == "pixels" or (self.encoder == "auto" and (kind.form == "classes" or kind.divide > 1))
-
-    def joins(self, kind: ViewKind, channels: int) -> int:
-        """The map's channels, or those of its latents."""
-        return kind.channels if self.pixels(kind) else channels
-
-    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor:
-        """Maps (B,C,h,w)."""
-        assert isinstance(view, Tensor)
-        image = as_map(view, kind)
-        if self.pixels(kind):
-            return resized(image, size) if kind.form == "classes" else 2 * resized(image, size) - 1
-        picture = 2 * image.expand(-1, 3, -1, -1) - 1
-        whole = (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor)
-        return full(frozen.codec.moments(resized(picture, whole).to(frozen.codec.mean.device, frozen.codec.dtype))[0])
-
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
-        """Nothing but the joining."""
-        return Joined(self.joins(kind, codec.channels))
-
-
-def as_map(view: Tensor, kind: ViewKind) -> Tensor:
-    """A map (B,C,H,W) in [0,1]; class numbers as one channel for each class, none where they are unknown."""
-    if kind.form != "classes":
-        return view.float()
-    return (view == torch.arange(kind.channels, device=view.device).view(1, -1, 1, 1)).float()
-
-
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (B,C,H,W) in another size: the mean of what falls together, or enlarged."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    if x.shape[2] >= size[0] and x.shape[3] >= size[1]:
-        return F.adaptive_avg_pool2d(x, size)
-    return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
-
-
-Port = Concat  # a union of kinds: a new port is a class here and its network in ldm.models
+from ldm.models.conditioned import Conditioned, ConditionNetwork
+from ldm.models.denoiser import Denoiser, Network
 
 
 @config
@@ -143,17 +56,23 @@ def assumed(conditions: Sequence[Condition]) -> list[Read]:
     return [Read(each, ANY[name][1] if (name := parted(each.view)[0]) in ANY else usual) for each in conditions]
 
 
-def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str) -> list[str]:
+def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str, network: Network) -> list[str]:
     """What is wrong between conditions, and with what learns.
 
     Args:
         begins: what the weights begin with; empty: nothing.
         own: the path of the model in the configuration.
+        network: that is told.
     """
     found = []
     views = [each.view for each in conditions]
     for view in {view for view in views if views.count(view) > 1}:
         found.append(f"{own}.conditions: the view {view} is told twice; leave one of the two out")
+    for each in conditions:
+        if each.port.unet and network.kind != "unet":
+            found.append(f"{own}.conditions: port {each.port.kind} adds to a U-Net, but network is {network.kind}; choose port concat")
+    if sum(bool(each.port.brings) for each in conditions) > 1:
+        found.append(f"{own}.conditions: two ports gated share one set of gates; name one view by it")
     if learn == "new":
         if not conditions:
             found.append(f"{own}.learn: got new, but there are no conditions that bring something new; leave it out")
@@ -272,13 +191,14 @@ def folders(reads: Sequence[Read], networks: Mapping[str, Any]) -> dict[str, str
     return found
 
 
-def save(reads: Sequence[Read], denoiser: Conditioned, folder: Path) -> dict[str, Any]:
+def save(reads: Sequence[Read], conditioned: Conditioned, folder: Path) -> dict[str, Any]:
     """Write the conditions' networks below a folder; returns what ldm.json says of them."""
-    networks: Mapping[str, Any] = dict(denoiser.networks.items())
+    networks: Mapping[str, Any] = dict(conditioned.networks.items())
     where = folders(reads, networks)
     for view, name in where.items():
         save_part(networks[view].to_diffusers(), dict(networks[view].state_dict()), folder / name)
-    names = {read.condition.port.pipeline for read in reads}
+    network = cast("Network", conditioned.config)
+    names = {read.condition.port.pipeline(network, network.in_channels - conditioned.joins) for read in reads}
     return {
         "conditions": [{**read.record(), "folder": where.get(read.view, "")} for read in reads],
         "pipeline": {"name": names.pop() if len(names) == 1 else "", "parts": {n: networks[v].class_name for v, n in where.items()}},
@@ -306,7 +226,13 @@ def conditioned(
     kept = {entry["condition"]["view"]: entry["folder"] for entry in (record or {}).get("conditions", ())}
     networks: dict[str, ConditionNetwork] = {}
     for read in reads:
+        base = read.condition.port.prepared(base)
+    for read in reads:
         make = partial(read.condition.port.network, read.kind, base, codec)
         where = root / kept[read.view] if root is not None and kept.get(read.view) else None
-        networks[read.view] = make() if where is None else load_module(make, load_weights(where), where)
+        if where is None:
+            networks[read.view] = make()
+            networks[read.view].begin(base)
+        else:
+            networks[read.view] = load_module(make, load_weights(where), where)
     return Conditioned(base, networks)

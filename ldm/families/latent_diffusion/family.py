@@ -39,6 +39,7 @@ from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
 from ldm.families.latent_diffusion.personalisation import Adapt, adapted
+from ldm.families.latent_diffusion.ports import learned_of
 from ldm.families.latent_diffusion.prompt_schedule import MAX_CHUNKS
 from ldm.families.latent_diffusion.prompt_to_prompt import Exchange
 from ldm.families.latent_diffusion.runtime import ready
@@ -58,6 +59,7 @@ from ldm.models import cost, denoiser
 from ldm.models.conditioned import Conditioned, base_of
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
+from ldm.models.unet import UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Prompt
@@ -213,7 +215,7 @@ class LatentDiffusion(ModelConfig):
         network = self.network
         if self.variance is not None and (why := learned_variance.refusal(self.process)):
             yield f"{own}.variance: {why}"
-        yield from conditions.problems(self.conditions, self.learn, begins, own)
+        yield from conditions.problems(self.conditions, self.learn, begins, own, network)
         if self.inpaint is not None and conditions.joined_channels(conditions.assumed(self.conditions), network.out_channels):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
@@ -347,12 +349,16 @@ class LatentDiffusion(ModelConfig):
             out_channels=codec.channels if self.variance is None else 2 * codec.channels,
             context_width=text.width,
         ).told_pooled(text.pooled_width)
+        for read in reads:
+            network = read.condition.port.fitted(network)
         if context.init is None:
             built = conditions.conditioned(network.build(), reads, codec)
         else:
             built = _continue(context.init, network, codec, reads)
         if self.learn == "new":
             base_of(built).requires_grad_(False)
+            for weight in learned_of(base_of(built), (read.condition.port for read in reads)):
+                weight.requires_grad_(True)
         teacher = None
         if self.distill is not None:
             teacher = copy.deepcopy(built).requires_grad_(False).eval()
@@ -381,6 +387,8 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec, read
         raise UserError(f"init: {init.folder} was trained with the conditions [{told}]; name these first, as they are, then further ones")
     wide = theirs.in_channels < network.in_channels and (theirs.in_channels == codec.channels or bool(had))
     like = replace(network, in_channels=theirs.in_channels) if wide else network
+    if isinstance(like, UNetConfig) and isinstance(theirs, UNetConfig):
+        like = replace(like, gated=theirs.gated)  # a port brings it
     shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
     if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")

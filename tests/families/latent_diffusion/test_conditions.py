@@ -17,8 +17,9 @@ from ldm.data.dataset import asked, offered
 from ldm.data.scenes.source import ScenesSource
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.conditions import Concat, Condition, as_map
+from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
+from ldm.families.latent_diffusion.ports import Concat, as_map
 from ldm.models.conditioned import base_of
 
 GREY, LABELS, SMALL = (Condition(view=view, port=Concat()) for view in ("grey", "labels", "small:8"))  # type: ignore[arg-type]

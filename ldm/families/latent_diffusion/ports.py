@@ -1,0 +1,228 @@
+"""Ports: how a denoising network is told a view, each with what its network reads, adds and learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.config.schema import BY_KIND, Positive, config
+from ldm.data.views import ViewKind
+from ldm.diffusion.batch import Boxes, Movable, Objects, View
+from ldm.formats.latent_codec import LatentCodec, full
+from ldm.models import denoiser
+from ldm.models.conditioned import ConditionNetwork, Joined
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.denoiser import Denoiser
+from ldm.models.grounding import Grounding
+from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from ldm.models.unet import UNet, UNetConfig
+from ldm.text.encoder import TextEncoder
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Frozen networks that encoders of views may use."""
+
+    codec: LatentCodec
+    text: TextEncoder
+
+
+class PortConfig:
+    """What a member of `Port` answers."""
+
+    __slots__ = ()
+    kind: str
+    forms: ClassVar[tuple[str, ...]] = ("map", "classes")  # of views that it takes
+    unet: ClassVar[bool] = False  # whether the base must be a U-Net
+    brings: ClassVar[tuple[str, ...]] = ()  # parts of the names of weights that the base has for it alone
+
+    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+        """What the pipeline of diffusers that opens it is named, StableDiffusion...Pipeline; empty: none does."""
+        return ""
+
+    def joins(self, kind: ViewKind, channels: int) -> int:
+        """Channels of x that it needs, beside latents of so many `channels`."""
+        return 0
+
+    def fitted(self, network: denoiser.Network) -> denoiser.Network:
+        """The base's configuration with what it needs there."""
+        return network
+
+    def prepared(self, base: Denoiser) -> Denoiser:
+        """The base with what it needs there, the same function still."""
+        return base
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Movable:
+        """What its network is told of a view, without gradients: a function of each picture's own.
+
+        Args:
+            view: of B pictures, on the networks' device.
+            size: height and width of the latents.
+        """
+        raise NotImplementedError
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Its network beside a base, which leaves that as it is until it has learned."""
+        raise NotImplementedError
+
+
+@config
+class Concat(PortConfig):
+    """Concat port: the view joins the input channels; all of the network learns."""
+
+    kind: Literal["concat"] = "concat"
+    # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes and of `small`, latents of others.
+    encoder: Literal["auto", "latents", "pixels"] = "auto"
+
+    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+        """Of latents that join."""
+        return "InstructPix2Pix"
+
+    def pixels(self, kind: ViewKind) -> bool:
+        """Whether the map itself is told, not its latents."""
+        return self.encoder == "pixels" or (self.encoder == "auto" and (kind.form == "classes" or kind.divide > 1))
+
+    def joins(self, kind: ViewKind, channels: int) -> int:
+        """The map's channels, or those of its latents."""
+        return kind.channels if self.pixels(kind) else channels
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor:
+        """Maps (B,C,h,w)."""
+        assert isinstance(view, Tensor)
+        image = as_map(view, kind)
+        if self.pixels(kind):
+            return resized(image, size) if kind.form == "classes" else 2 * resized(image, size) - 1
+        picture = 2 * image.expand(-1, 3, -1, -1) - 1
+        whole = (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor)
+        return full(frozen.codec.moments(resized(picture, whole).to(frozen.codec.mean.device, frozen.codec.dtype))[0])
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Nothing but the joining."""
+        return Joined(self.joins(kind, codec.channels))
+
+
+class AddedToUNet(PortConfig):
+    """Ports by which a network of its own adds to a U-Net, whose weights stay."""
+
+    __slots__ = ()
+    unet: ClassVar[bool] = True
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor:
+        """The map as a picture (B,3,H,W) in [0,1]."""
+        assert isinstance(view, Tensor)
+        return resized(as_picture(view, kind), (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor))
+
+
+@config
+class Residual(AddedToUNet):
+    """Residual port: a ControlNet, a copy of the U-Net's way down, adds to its skips."""
+
+    kind: Literal["residual"] = "residual"
+
+    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+        """Of a U-Net without further inputs."""
+        return "ControlNet"
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """A ControlNet."""
+        unet = cast(UNet, base).config
+        return ControlNet.beside(unet, ControlNetConfig.shrinking(codec.factor, unet.channels[0]), codec.channels)
+
+
+@config
+class Adapter(AddedToUNet):
+    """Adapter port: a T2I-Adapter, a small network, adds to each level of the U-Net on the way down."""
+
+    kind: Literal["adapter"] = "adapter"
+    layers: Positive = 2  # residual blocks per level
+
+    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+        """diffusers adds to a level behind its downsampling where the level does not attend, which fits the last one alone."""
+        return "Adapter" if isinstance(network, UNetConfig) and all(network.attention[:-1]) else ""
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """A fresh T2I-Adapter."""
+        return T2IAdapter(T2IAdapterConfig(layers=self.layers), cast(UNet, base).config.channels, codec.factor)
+
+
+@config
+class Gated(PortConfig):
+    """Gated port: every transformer of the U-Net attends to objects too, each told by a box and a phrase (GLIGEN)."""
+
+    kind: Literal["gated"] = "gated"
+    most: Positive = 30  # boxes; others are left out. diffusers' pipeline always tells 30, those that are not there included
+
+    unet: ClassVar[bool] = True
+    forms: ClassVar[tuple[str, ...]] = ("boxes",)
+    brings: ClassVar[tuple[str, ...]] = (".fuser.", "position_net.")
+
+    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+        """diffusers' pipeline takes four channels of the latents, whatever there are."""
+        return "GLIGEN" if channels == 4 else ""
+
+    def fitted(self, network: denoiser.Network) -> denoiser.Network:
+        """Gated."""
+        return replace(network, gated=True) if isinstance(network, UNetConfig) else network
+
+    def prepared(self, base: Denoiser) -> Denoiser:
+        """With gates that are shut, where there are none."""
+        return cast(UNet, base).grounded()
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Objects:
+        """Boxes with the pooled text of their phrases, each encoded alone."""
+        assert isinstance(view, Boxes)
+        boxes = view.padded(self.most)
+        words = sorted({phrase for row in boxes.phrases for phrase in row if phrase}) or [""]
+        pooled = frozen.text.encode(words).pooled
+        if pooled is None or pooled.shape[1] != frozen.text.width:
+            raise UserError(
+                "conditions: port gated reads the pooled text of phrases, as wide as the states; this text encoder has none such"
+            )
+        known = dict(zip(words, pooled, strict=True))
+        nothing = torch.zeros_like(pooled[0])
+        phrase = torch.stack([known.get(word, nothing) for row in boxes.phrases for word in row]).view(*boxes.there.shape, -1)
+        return Objects(box=boxes.box, there=boxes.there, phrase=phrase, weight=torch.ones(len(phrase), device=phrase.device))
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Nothing but the telling: the weights are the U-Net's."""
+        return Grounding()
+
+
+def as_picture(view: Tensor, kind: ViewKind) -> Tensor:
+    """A map as a picture (B,3,H,W) in [0,1]; classes in their colours, black where they are unknown."""
+    if kind.form != "classes":
+        return view.float().expand(-1, 3, -1, -1)
+    colours = torch.tensor([(0, 0, 0), *kind.colours], device=view.device) / 255
+    return colours[view[:, 0].long() + 1].permute(0, 3, 1, 2)
+
+
+def as_map(view: Tensor, kind: ViewKind) -> Tensor:
+    """A map (B,C,H,W) in [0,1]; class numbers as one channel for each class, none where they are unknown."""
+    if kind.form != "classes":
+        return view.float()
+    return (view == torch.arange(kind.channels, device=view.device).view(1, -1, 1, 1)).float()
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B,C,H,W) in another size: the mean of what falls together, or enlarged."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if x.shape[2] >= size[0] and x.shape[3] >= size[1]:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def learned_of(base: nn.Module, ports: Iterable[PortConfig]) -> list[nn.Parameter]:
+    """The weights that a base has for some ports alone."""
+    marks = [mark for port in ports for mark in port.brings]
+    return [weight for name, weight in base.named_parameters() if any(mark in name for mark in marks)]
+
+
+# A new port is a class here and its network in ldm.models.
+Port: TypeAlias = Annotated[Concat | Residual | Adapter | Gated, BY_KIND]

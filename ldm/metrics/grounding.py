@@ -1,0 +1,66 @@
+"""How far pictures of scenes show what views told: objects in their boxes, and pixels of their class."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm.data.scenes.checker import Reading, colours
+from ldm.data.scenes.geometry import HALF_HEIGHT, HALF_WIDTH
+from ldm.data.scenes.spec import TONES, Specs
+from ldm.data.scenes.views import SceneViews
+from ldm.diffusion.batch import View
+from ldm.diffusion.rng import Rng
+
+FOUND = 0.5  # overlap of a box from which on its object counts as found
+
+
+def exact(specs: Specs, names: tuple[str, ...], resolution: int, seed: int) -> dict[str, View]:
+    """Exact views of scenes, maps in [0,1]; noise in them is addressed by the scenes' order."""
+    rolled = Specs(**{name: np.roll(getattr(specs, name), 1, axis=0) for name in Specs.__dataclass_fields__})
+    source = SceneViews(specs, lambda: rolled, resolution, Rng(seed, range(len(specs))))
+    found = {name: source.view(name) for name in names}
+    return {name: v.float() / 255 if isinstance(v, torch.Tensor) and v.dtype == torch.uint8 else v for name, v in found.items()}
+
+
+def grounded(specs: Specs, reading: Reading) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each scene's picture (N,): the share of objects that are found, in their boxes with their colour and shape; the mean overlap.
+
+    Every object is compared with the one that was read of the same colour and shape and covers its box best; where there is none
+    the overlap is 0. An object is found where it is FOUND or more.
+    """
+    recall, overlap = np.zeros(len(specs)), np.zeros(len(specs))
+    for i in range(len(specs)):
+        at, there = reading.objects(i), np.flatnonzero(specs.shape[i] >= 0)
+        read = [_box(reading.x[k], reading.y[k], reading.side[k], reading.shape[k]) for k in range(at.start, at.stop)]
+        shares = []
+        for k in there:
+            own = _box(specs.x[i, k], specs.y[i, k], specs.side[i, k], specs.shape[i, k])
+            like = (reading.colour[at] == specs.colour[i, k]) & (reading.shape[at] == specs.shape[i, k])
+            shares.append(max((iou(own, box) for box, same in zip(read, like, strict=True) if same), default=0.0))
+        recall[i], overlap[i] = np.mean([share >= FOUND for share in shares]), np.mean(shares)
+    return recall, overlap
+
+
+def labelled(images: NDArray, labels: NDArray) -> float:
+    """Intersection over union of the objects' pixels by colour, over all pictures.
+
+    Args:
+        images: (N,H,W,3).
+        labels: (N,1,h,w) class numbers, as `ldm.data.scenes.views.CLASSES` has them, of the size that pictures are read in.
+    """
+    told, seen = labels[:, 0] - len(TONES), colours(images)
+    return float(((told >= 0) & (told == seen)).sum() / max(1, ((told >= 0) | (seen >= 0)).sum()))
+
+
+def _box(x: float, y: float, side: float, shape: int) -> tuple[float, float, float, float]:
+    wide, high = HALF_WIDTH[shape] * side, HALF_HEIGHT[shape] * side
+    return x - wide, y - high, x + wide, y + high
+
+
+def iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    wide, high = (max(0.0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return wide * high / max(sum(areas) - wide * high, 1e-12)
