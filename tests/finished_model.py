@@ -133,3 +133,21 @@ def own_clip_model(root: Path) -> Path:
     diffusion = diffusion_product(root / "diffusion", text, autoencoder, Process())
     assemble(text, autoencoder, diffusion, root / "model", STORY)
     return root / "model"
+
+
+def token_model(root: Path) -> Path:
+    """A whole model folder, root/model, that draws codes of a VQ autoencoder."""
+    from ldm.families.family import Product
+    from ldm.families.tokens.family import TokenDefaults, Tokens
+    from ldm.models.token_transformer import TokenTransformerConfig
+
+    folders = {"text": text_product(root / "text"), "autoencoder": autoencoder_product(root / "autoencoder", "vq")}
+    products = {name: Product(folder, name) for name, folder in folders.items()}
+    network = TokenTransformerConfig(width=16, layers=1, heads=2, size_channels=4)
+    config = Tokens(network=network, defaults=TokenDefaults(steps=3, chunk=2))
+    torch.manual_seed(0)
+    config.build(Context(data=Pictures(), val=Pictures(), resolution=SIDE, seed=0, total_images=1, products=products)).save(
+        root / "product"
+    )
+    config.assemble({**products, "model": Product(root / "product", "")}, root / "model", STORY)
+    return root / "model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
-from ldm.demo.page import CHOSEN, OF_SOME, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, load_gradio
+from ldm.demo.page import CHOSEN, OF_SOME, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, has, load_gradio
 from ldm.demo.status import idle
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
@@ -50,7 +50,7 @@ def build(page: Page) -> Any:
                     with gr.Accordion("Variations, prompts from a file", open=False, elem_id="ldm-several"):
                         listed = _several(box, start)
                     with gr.Accordion("More settings", open=False, elem_id="ldm-more"):
-                        _more(box, start)
+                        _more(box, start, page)
             with gr.Column(scale=6, min_width=320, elem_id="ldm-right"):
                 live = gr.HTML(idle(), elem_id="ldm-live", padding=False)
                 with gr.Tab("Pictures"):
@@ -190,7 +190,7 @@ def _numbers(box: Box, start: Form, page: Page) -> Any:
         box["guidance"] = gr.Slider(1, 20, start.guidance, step=0.1, label="CFG scale", elem_id="ldm-guidance", min_width=140)
     from ldm.diffusion.samplers import SAMPLERS
 
-    samplers = [(KNOWN_AS.get(name, name), name) for name in SAMPLERS]
+    samplers = [(KNOWN_AS.get(name, name), name) for name in SAMPLERS] + [("The model's own", "")] * (not start.sampler)
     spacings = [("Automatic", ""), *((SCHEDULES.get(name, name.upper() if name == "lcm" else name.title()), name) for name in SPACINGS)]
     with gr.Row():
         box["sampler"] = gr.Dropdown(samplers, value=start.sampler, label="Sampler", elem_id="ldm-sampler", min_width=140)
@@ -236,7 +236,7 @@ def _several(box: Box, start: Form) -> Any:
     return gr.UploadButton("Load a file of prompts", size="sm", type="binary", file_types=[".txt", ".json", ".jsonl"], elem_id="ldm-load")
 
 
-def _more(box: Box, start: Form) -> None:
+def _more(box: Box, start: Form, page: Page) -> None:
     """The settings that few change."""
     with gr.Row():
         box["vae"] = gr.Dropdown([(OWN_VAE, "")], value="", label="VAE", elem_id="ldm-vae", min_width=140)
@@ -252,8 +252,12 @@ def _more(box: Box, start: Form) -> None:
         kinds = list(PRECISIONS) if start.precision == "fp32" else [start.precision]  # weights in a half type stay there
         box["precision"] = gr.Dropdown(kinds, value=start.precision, label="Precision", elem_id="ldm-precision", min_width=140)
     with gr.Row():
-        for name, (label, choices) in OF_SOME.items():
-            value: Any = getattr(start, name)
-            names: Any = [("None of this model", ""), *((choice.title(), choice) for choice in choices)]
-            box[name] = gr.Dropdown(names, value=value, label=label, elem_id=f"ldm-{name}", min_width=140, visible=bool(value))
+        for name, (label, _, choices) in OF_SOME.items():
+            kept: Any = {"value": getattr(start, name), "label": label, "elem_id": f"ldm-{name}", "visible": has(page.studio.family, name)}
+            if isinstance(choices[0], str):
+                names: Any = [("None of this model", ""), *((choice.title(), choice) for choice in choices)]
+                box[name] = gr.Dropdown(names, min_width=140, **kept)
+            else:
+                step = 1 if isinstance(kept["value"], int) else 0.05
+                box[name] = gr.Slider(*choices, step=step, min_width=140, **kept)
     box["notation"] = gr.Checkbox(value=True, label="Brackets, BREAK and AND in prompts have a meaning", elem_id="ldm-notation")

@@ -22,7 +22,7 @@ from ldm.demo.guard import USER
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
 from ldm.demo.status import command, finished, heading, idle, panel, progress, token_count
 from ldm.demo.studio import DrawOrder, Job, Studio
-from ldm.families.draws import THRESHOLDS, Draws
+from ldm.families.draws import THRESHOLDS, Draws, Wanted
 from ldm.sampling.adapters import told_shortly
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.prompt_tags import parted
@@ -37,9 +37,24 @@ PERIOD_S = 0.15  # between two looks at a drawing
 OPENING_S = 0.4  # after which a user is told that a model is opened
 ENLARGED = 0.3  # the denoising strength of an enlarged picture
 OWN_VAE = "Automatic"  # the model's own
-OF_SOME = {"threshold": ("Threshold of each step", THRESHOLDS)}  # settings that some models have not: label, choices
+# Settings that some models have not: label, a value that only a model which has them takes, and bounds or choices.
+OF_SOME: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
+    "threshold": ("Threshold of each step", "static", THRESHOLDS),
+    "temperature": ("Temperature", 0.5, (0, 2)),
+    "top_k": ("Top k (0: all)", 5, (0, 1024)),
+    "top_p": ("Top p (1: all)", 0.5, (0, 1)),
+}
 # What begins anew with another model.
 CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip", *OF_SOME)
+
+
+def has(family: Draws, name: str) -> bool:
+    """Whether a model has one of the settings that some have not."""
+    try:
+        family.settings(Wanted(**{name: OF_SOME[name][1]}))
+    except UserError:
+        return False
+    return True
 
 
 def load_gradio() -> Any:
@@ -252,7 +267,7 @@ class Page:
             yield panel(str(error), bad=True), *none
             return
         start, sides = blank(opened.family, self.precision), self.sides(opened.family)
-        more = sides | {name: {"visible": bool(getattr(start, name))} for name in OF_SOME}
+        more = sides | {name: {"visible": has(opened.family, name)} for name in OF_SOME}
         told = [gr.update(value=getattr(start, name), **more.get(name, {})) for name in CHOSEN]
         yield idle(), self.heading(opened, outfit.model), gr.Dataset(samples=[[text] for text in opened.examples]), *told
 

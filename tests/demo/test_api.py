@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from demo_server import Served, ask, served
-from finished_model import CAPTIONS, SIDE
+from finished_model import CAPTIONS, SIDE, token_model
 from PIL import Image
 
 from ldm.__main__ import main
@@ -25,6 +25,8 @@ from ldm.demo.api import PARTS, order_of_call, schema
 from ldm.demo.catalogue import Catalogue, Opened, Outfit
 from ldm.demo.files import Shelf
 from ldm.demo.server import Door, catalogue_of
+from ldm.families import registry
+from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.family import load
 from ldm.formats.lora_files import write
 from ldm.models.lora import Lora, Pair
@@ -121,6 +123,19 @@ def test_gradios_client_draws_the_same(server: Served) -> None:
     assert client.predict(values, api_name="/draw")["pictures"] == call(server, values)[1]["pictures"]
     with pytest.raises(Exception, match="steps: got '0'"):
         client.predict({**values, "steps": 0}, api_name="/draw")
+
+
+def test_a_token_model_has_its_own_settings_on_the_page(tmp_path: Path) -> None:
+    folder = token_model(tmp_path)
+    with served(folder, tmp_path / "files") as made:
+        status, said = call(made, {"prompt": CAPTIONS[0], "top_k": 3, "seed": 4})
+        assert status == 200, said
+        picture = Image.open(io.BytesIO(base64.b64decode(said["pictures"][0]["png"])))
+        family = registry.load(folder)
+        assert np.array_equal(np.asarray(picture), family.sample([CAPTIONS[0]], [4], Wanted(top_k=3))[0].numpy())
+        _, page, _ = ask(made.port, "GET", "/config")
+        shown = {c["props"].get("elem_id"): c["props"].get("visible", True) for c in json.loads(page)["components"]}
+        assert [shown[f"ldm-{name}"] for name in ("temperature", "top_k", "top_p", "threshold")] == [True, True, True, False]
 
 
 def test_what_can_be_chosen_is_told(server: Served) -> None:
