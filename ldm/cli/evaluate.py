@@ -46,6 +46,7 @@ class Measurement:
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
     clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score.")
+    told: int = option(0, "Images whose views a model that reads any is told, and how far what it draws agrees; 0: none.", low=0)
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
     neighbours: int = option(
@@ -88,7 +89,7 @@ class Measurement:
     def metrics(self, model: str) -> list[Any]:
         """What is measured of a model, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Neighbours, Reconstruction
+        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Neighbours, Reconstruction, ToldViews
 
         found: list[Any] = [Reconstruction(images=self.images)]
         by = {"features": _features(self.features, model)} if self.features else {}
@@ -97,6 +98,9 @@ class Measurement:
             found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
             if self.clip is not None:
                 found.append(build({"kind": "clip_score", "path": str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
+        if self.told:
+            own = {"images": self.told, "steps": self.steps, "seed": self.seed, "sampler": self.sampler}
+            found.append(build({"kind": "told", **own, "guidance": next(iter(_numbers(self.guidance)), 0.0)}, ToldViews, "ldm evaluate"))
         if self.neighbours:
             shown: dict[str, Any] = {"images": min(self.images, SHOWN), "nearest": self.neighbours, "steps": self.steps, "seed": self.seed}
             shown |= {"sampler": self.sampler, "guidance": next(iter(_numbers(self.guidance)), 0.0)}

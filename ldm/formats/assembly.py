@@ -55,7 +55,7 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         if clip := own_clip(text):  # as it was trained: a text encoder that has learned since no longer fits its image tower
             shutil.copytree(clip, folder / OWN_CLIP)
         if isinstance(codec, KLConfig):
-            _fold(codec, statistics, source, folder / part)
+            _fold(codec, statistics, source, folder / part, (record.get("pipeline") or {}).get("scaling_factor", 1.0))
         else:
             config, state = load_part(source)
             save_part(config, state, folder / part)
@@ -70,6 +70,9 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         told = record.get("pipeline")
         for name in told["parts"] if told else ():  # of the conditions
             shutil.copytree(diffusion / name, folder / name)
+        for name, values in (told or {}).get("schedulers", {}).items():
+            (folder / name).mkdir()
+            _write(folder / name / "scheduler_config.json", values)
         texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
         index = model_index(codec, record["scheduler"]["_class_name"], network, texts, told)
         zeros = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
@@ -88,13 +91,16 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
     atomic.commit(target, write)
 
 
-def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path) -> None:
+def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path, scale: float = 1.0) -> None:
+    """Write the autoencoder so that `scale` times its latents have unit variance; with a scale of 1 one from elsewhere as it is."""
     config, state = load_part(source)
-    if not (statistics.images or made.shift_factor or made.latents_mean):  # another's: its scaling factor, which all pipelines read
+    if scale == 1 and not (
+        statistics.images or made.shift_factor or made.latents_mean
+    ):  # another's: its scaling factor, which all pipelines read
         save_part(config, state, target)
         return
-    folded, state = fold_latent_stats(made, state, statistics.mean, statistics.std)
-    save_part({**folded.to_diffusers(), "scaling_factor": 1.0, "shift_factor": None}, state, target)
+    folded, state = fold_latent_stats(made, state, statistics.mean, tuple(std * scale for std in statistics.std))
+    save_part({**folded.to_diffusers(), "scaling_factor": scale, "shift_factor": None}, state, target)
 
 
 TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaTokenizer", "qwen": "Qwen2Tokenizer"}  # of text models
@@ -111,7 +117,8 @@ def model_index(
         network: the denoising network's configuration.
         texts: the text encoder's config.json, or of a pair both, by their folders.
         told: of a network with conditions, `parts`, the classes of their networks by folder, and `name`, what their pipelines are
-            called: StableDiffusion...Pipeline; empty: no stock pipeline tells them all.
+            called: StableDiffusion...Pipeline; empty: no stock pipeline tells them all; `schedulers`, the configurations of further ones;
+            `said`, further fields, and `without`, those that they have not; and `scaling_factor`, the one that these pipelines presume.
     """
     import diffusers
 
@@ -132,10 +139,12 @@ def model_index(
         "feature_extractor": absent,
         "image_encoder": absent,
     }
+    index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
     if told:
         index |= {name: ["diffusers" if kind else "ldm", kind or "ConditionNetwork"] for name, kind in told["parts"].items()}
+        index = {name: value for name, value in index.items() if name not in told.get("without", ())}
+        index |= {name: ["diffusers", values["_class_name"]] for name, values in told.get("schedulers", {}).items()} | told.get("said", {})
         index["_class_name"] = named.replace("Pipeline", f"{told['name']}Pipeline") if told["name"] else "DiffusionPipeline"
-    index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
     if not clip or network.folder != "unet" or pair != network.reads_size or isinstance(autoencoder, DCConfig):
         # No stock pipeline hides the padding from a T5, has such networks, or tells sizes and the text of two encoders apart.
         index["_class_name"] = "DiffusionPipeline"

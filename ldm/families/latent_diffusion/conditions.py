@@ -17,7 +17,7 @@ from ldm.data.views import ANY, ViewKind, parted
 from ldm.diffusion.batch import Cond, Told, View, Views, cat, taken
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.engine import Canvas, Edit
-from ldm.families.latent_diffusion.ports import Frozen, Port
+from ldm.families.latent_diffusion.ports import LOW_RES, UPSCALE, UPSCALED, Frozen, Port
 from ldm.formats.latent_codec import LatentCodec
 from ldm.formats.part import load_module, load_weights, save_part
 from ldm.models.conditioned import Conditioned, ConditionNetwork
@@ -198,11 +198,14 @@ def save(reads: Sequence[Read], conditioned: Conditioned, folder: Path) -> dict[
     for view, name in where.items():
         save_part(networks[view].to_diffusers(), dict(networks[view].state_dict()), folder / name)
     network = cast("Network", conditioned.config)
-    names = {read.condition.port.pipeline(network, network.in_channels - conditioned.joins) for read in reads}
-    return {
-        "conditions": [{**read.record(), "folder": where.get(read.view, "")} for read in reads],
-        "pipeline": {"name": names.pop() if len(names) == 1 else "", "parts": {n: networks[v].class_name for v, n in where.items()}},
-    }
+    names = {read.condition.port.pipeline(network, network.in_channels - conditioned.joins, read.kind) for read in reads}
+    joining = sum(bool(networks[read.view].joins) for read in reads)
+    name = names.pop() if len(names) == 1 and joining <= 1 else ""  # no stock pipeline is told two pictures beside x
+    pipeline: dict[str, Any] = {"name": name, "parts": {n: networks[v].class_name for v, n in where.items()}}
+    if name == UPSCALE:
+        pipeline |= {"scaling_factor": UPSCALED, "schedulers": {"low_res_scheduler": LOW_RES}}
+        pipeline |= {"said": {"max_noise_level": 350, "watermarker": [None, None]}, "without": ["image_encoder", "requires_safety_checker"]}
+    return {"conditions": [{**read.record(), "folder": where.get(read.view, "")} for read in reads], "pipeline": pipeline}
 
 
 def reads_of(record: Mapping[str, Any], where: Path) -> tuple[Read, ...]:

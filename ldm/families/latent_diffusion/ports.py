@@ -24,6 +24,16 @@ from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
 
+UPSCALE = "Upscale"
+UPSCALED = 0.08333  # the scaling factor that StableDiffusionUpscalePipeline sets whatever an autoencoder says
+LOW_RES = {  # what it noises the small picture by; at noise_level 0, as here, next to nothing
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+}
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -42,7 +52,7 @@ class PortConfig:
     unet: ClassVar[bool] = False  # whether the base must be a U-Net
     brings: ClassVar[tuple[str, ...]] = ()  # parts of the names of weights that the base has for it alone
 
-    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """What the pipeline of diffusers that opens it is named, StableDiffusion...Pipeline; empty: none does."""
         return ""
 
@@ -77,16 +87,18 @@ class Concat(PortConfig):
     """Concat port: the view joins the input channels; all of the network learns."""
 
     kind: Literal["concat"] = "concat"
-    # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes and of `small`, latents of others.
+    # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes, latents of others.
     encoder: Literal["auto", "latents", "pixels"] = "auto"
 
-    def pipeline(self, network: denoiser.Network, channels: int) -> str:
-        """Of latents that join."""
-        return "InstructPix2Pix"
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
+        """Of latents that join; a small picture beside latents of its size is Stable Diffusion's upscaler, other pixels none is told."""
+        if not self.pixels(kind):
+            return "InstructPix2Pix"
+        return UPSCALE if kind.form == "map" and kind.divide > 1 else ""
 
     def pixels(self, kind: ViewKind) -> bool:
         """Whether the map itself is told, not its latents."""
-        return self.encoder == "pixels" or (self.encoder == "auto" and (kind.form == "classes" or kind.divide > 1))
+        return self.encoder == "pixels" or (self.encoder == "auto" and kind.form == "classes")
 
     def joins(self, kind: ViewKind, channels: int) -> int:
         """The map's channels, or those of its latents."""
@@ -103,7 +115,14 @@ class Concat(PortConfig):
         return full(frozen.codec.moments(resized(picture, whole).to(frozen.codec.mean.device, frozen.codec.dtype))[0])
 
     def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
-        """Nothing but the joining."""
+        """Nothing but the joining.
+
+        Raises:
+            UserError: for the pixels of a small picture that are not those of the latents.
+        """
+        if self.encoder == "pixels" and kind.divide not in (1, codec.factor):
+            said = f"small:{kind.divide} beside an autoencoder that makes pictures {codec.factor} times smaller"
+            raise UserError(f"models.diffusion.conditions: encoder pixels: got {said}; take small:{codec.factor}, or encoder: latents")
         return Joined(self.joins(kind, codec.channels))
 
 
@@ -125,7 +144,7 @@ class Residual(AddedToUNet):
 
     kind: Literal["residual"] = "residual"
 
-    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """Of a U-Net without further inputs."""
         return "ControlNet"
 
@@ -142,7 +161,7 @@ class Adapter(AddedToUNet):
     kind: Literal["adapter"] = "adapter"
     layers: Positive = 2  # residual blocks per level
 
-    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """diffusers adds to a level behind its downsampling where the level does not attend, which fits the last one alone."""
         return "Adapter" if isinstance(network, UNetConfig) and all(network.attention[:-1]) else ""
 
@@ -162,7 +181,7 @@ class Gated(PortConfig):
     forms: ClassVar[tuple[str, ...]] = ("boxes",)
     brings: ClassVar[tuple[str, ...]] = (".fuser.", "position_net.")
 
-    def pipeline(self, network: denoiser.Network, channels: int) -> str:
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """diffusers' pipeline takes four channels of the latents, whatever there are."""
         return "GLIGEN" if channels == 4 else ""
 

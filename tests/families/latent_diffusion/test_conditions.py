@@ -16,6 +16,7 @@ from ldm.__main__ import main
 from ldm.data.dataset import asked, offered
 from ldm.data.scenes.source import ScenesSource
 from ldm.diffusion.rng import Rng
+from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
@@ -138,6 +139,30 @@ def test_from_cached_views_to_a_pipeline_of_diffusers(kl_model: Path, tmp_path: 
     assert load(tmp_path / "again/model").config.network.in_channels == 12
 
 
+def test_a_small_picture_beside_latents_of_its_size_opens_as_an_upscaler(kl_model: Path, tmp_path: Path) -> None:
+    file = configuration(tmp_path, kl_model, "{view: 'small:8', port: {kind: concat, encoder: pixels}}")
+    assert main(["train", str(file), "stages.told.samples=0"]) == 0
+    model = load(tmp_path / "run/model")
+    assert model.config.network.in_channels == 7
+    from diffusers import StableDiffusionUpscalePipeline
+
+    pipeline = StableDiffusionUpscalePipeline.from_pretrained(tmp_path / "run/model")
+    pipeline.set_progress_bar_config(disable=True)
+    side, large = 8, (64, 64)  # it takes sides that are multiples of 8
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    told = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    noise = model.noise([0], large)
+    edits = model.tell({"small:8": told}, {}, large)
+    ours = model.sample(["a red ring"], latents=noise, size=large, edits=edits, settings=Wanted(sampler="ddim"))
+    from diffusers import DDIMScheduler
+
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    d = model.defaults
+    theirs = pipeline("a red ring", image=2 * told - 1, latents=noise, num_inference_steps=d["steps"], noise_level=0,
+                      guidance_scale=d["guidance"], output_type="np").images  # fmt: skip
+    assert abs(theirs[0] * 255 - ours[0].numpy()).mean() <= 3  # it noises the picture a little, even at level 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -145,6 +170,7 @@ def test_from_cached_views_to_a_pipeline_of_diffusers(kl_model: Path, tmp_path: 
         ("[{view: boxes, port: concat}]", "view boxes is of form boxes; port concat takes map, classes"),
         ("[{view: grey, port: concat}, {view: grey, port: concat}]", "the view grey is told twice"),
         ("[{view: grey, port: canny}]", "got 'canny'"),
+        ("[{view: 'small:4', port: {kind: concat, encoder: pixels}}]", "small:4 beside an autoencoder that makes pictures 8 times smaller"),
     ],
 )
 def test_what_cannot_be_is_refused(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:

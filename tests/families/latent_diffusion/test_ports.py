@@ -164,10 +164,11 @@ def test_gligen_is_trained_and_draws_the_same_in_diffusers(kl_model: Path, tmp_p
 
 
 def test_pipelines_that_cannot_tell_a_port_are_not_named() -> None:
-    assert [Gated().pipeline(UNET, channels) for channels in (4, 8)] == ["GLIGEN", ""]  # diffusers takes latents[:, :4]
+    kind = ViewKind(form="map", channels=3)
+    assert [Gated().pipeline(UNET, channels, kind) for channels in (4, 8)] == ["GLIGEN", ""]  # diffusers takes latents[:, :4]
     levels = ((True, False), (False, True))
-    assert [Adapter().pipeline(replace(UNET, attention=on), 4) for on in levels] == ["Adapter", ""]
-    assert (Residual().pipeline(UNET, 8), Concat().pipeline(UNET, 8)) == ("ControlNet", "InstructPix2Pix")
+    assert [Adapter().pipeline(replace(UNET, attention=on), 4, kind) for on in levels] == ["Adapter", ""]
+    assert (Residual().pipeline(UNET, 8, kind), Concat().pipeline(UNET, 8, kind)) == ("ControlNet", "InstructPix2Pix")
 
 
 @pytest.mark.parametrize(
