@@ -17,10 +17,11 @@ from ldm.cli.command import call
 from ldm.config.errors import UserError
 
 if TYPE_CHECKING:
+    from ldm.families.draws import Draws
     from ldm.formats.rounding import Comparison
 
-FORMS = ("diffusers", "single-file", "compvis-ckpt")
-SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "compvis-ckpt": ".ckpt"}
+SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "compvis-ckpt": ".ckpt", "published": ""}  # of what is written; empty: a folder
+FORMS = tuple(SUFFIXES)
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a weight
 Option = typer.Option
 
@@ -32,7 +33,7 @@ def main(words: Sequence[str]) -> int:
 
 def export(
     model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
-    to: Annotated[str, Option(help="diffusers: a folder; single-file: one .safetensors; compvis-ckpt: one .ckpt.")],
+    to: Annotated[str, Option(help="diffusers: a folder; single-file: .safetensors; compvis-ckpt: .ckpt; published: latest_net_G.pth.")],
     out: Annotated[Path, Option(help="Where to: a folder, or a file with the suffix of its kind.")],
     dtype: Annotated[str, Option(help="Precision of the weights: fp32 fp16 bf16.")] = "fp32",
     variant: Annotated[str, Option(help="diffusers: fp16 puts .fp16 into the names of the weights.")] = "",
@@ -45,9 +46,11 @@ def export(
     _check_target(model, to, out, overwrite)
     began = time.monotonic()
 
-    from ldm.families.registry import exported
+    from ldm.families.registry import exported, open_finished
 
     _tell(f"reading {model}")
+    if to == "published":
+        return _publish(open_finished(model), out, dtype, began, as_json)
     source = exported(model)
     weights = sum(value.numel() for part in source.parts.values() for value in part.state.values()) * PRECISIONS[dtype]
     _check_room(out, weights)
@@ -72,6 +75,21 @@ def export(
         if said.obstacles:
             notices.append(f"no YAML, because CompVis' own code cannot draw with it ({'; '.join(said.obstacles)}); ldm can")
         _commit_beside(out, lambda file: done.extend(write_file(said, file, dtype, _tell)))
+    return _done(out, to, dtype, began, done, notices, as_json)
+
+
+def _publish(model: Draws, out: Path, dtype: str, began: float, as_json: bool) -> int:
+    """The model as files of the code that its kind was published with."""
+    from ldm.formats.atomic import commit
+
+    done: list[Comparison] = []
+    notices: list[str] = []
+    commit(out, lambda folder: done.extend(model.publish(folder, dtype, notices.append)))
+    return _done(out, "published", dtype, began, done, notices, as_json)
+
+
+def _done(out: Path, to: str, dtype: str, began: float, done: Sequence[Comparison], notices: Sequence[str], as_json: bool) -> int:
+    """Tell of what was written."""
     files = sorted(_files(out))
     size = sum(file.stat().st_size for file in files)
     for notice in notices:
@@ -97,10 +115,10 @@ def _check_words(to: str, out: Path, dtype: str, variant: str, max_shard: float)
         raise UserError(f"--to: got {to!r}; choose one of {', '.join(FORMS)}")
     if dtype not in PRECISIONS:
         raise UserError(f"--dtype: got {dtype!r}; choose one of {', '.join(PRECISIONS)}")
-    if to == "diffusers" and out.suffix in (".safetensors", ".ckpt"):
-        form = next(form for form, suffix in SUFFIXES.items() if suffix == out.suffix)
-        raise UserError(f"--out: got {out}, but diffusers' form is a folder; write --to {form}, or a folder's name")
-    if to != "diffusers" and out.suffix != SUFFIXES[to]:
+    if not SUFFIXES[to] and out.suffix in (".safetensors", ".ckpt", ".pth"):
+        form = next((f"--to {form}, or " for form, suffix in SUFFIXES.items() if suffix == out.suffix), "")
+        raise UserError(f"--out: got {out}; {to} is a folder; write {form}a folder's name")
+    if SUFFIXES[to] and out.suffix != SUFFIXES[to]:
         raise UserError(f"--out: got {out}; {to} is a file whose name ends in {SUFFIXES[to]}")
     if variant and (variant, dtype, to) != ("fp16", "fp16", "diffusers"):
         raise UserError(f"--variant: got {variant!r}; there is fp16 alone, and it needs --to diffusers --dtype fp16")
@@ -122,7 +140,7 @@ def _files(out: Path) -> list[Path]:
 
 
 def _check_target(model: str, to: str, out: Path, overwrite: bool) -> None:
-    there = [path for path in (out, *(_beside(out) if to != "diffusers" else ())) if path.exists() or path.is_symlink()]
+    there = [path for path in (out, *(_beside(out) if SUFFIXES[to] else ())) if path.exists() or path.is_symlink()]
     if there and not overwrite:
         raise UserError(f"--out: {there[0]} is there already; choose another name, or add --overwrite")
     source, target = Path(model).expanduser().resolve(), out.resolve()
@@ -130,7 +148,9 @@ def _check_target(model: str, to: str, out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: {out} and the model {model} lie within each other; choose a place of its own")
     if to == "diffusers" and there and not (out / "model_index.json").is_file():
         raise UserError(f"--out: {out} holds no diffusers model that could be overwritten; choose another name")
-    if to != "diffusers" and out.is_dir():
+    if to == "published" and there and not list(out.glob("latest_net_*.pth")):
+        raise UserError(f"--out: {out} holds no published model that could be overwritten; choose another name")
+    if SUFFIXES[to] and out.is_dir():
         raise UserError(f"--out: {out} is a folder; {to} is a file")
     above = next((path for path in target.parents if path.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK):

@@ -11,11 +11,23 @@ from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
+from ldm.data.unpaired import UnpairedSource
 
-Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | ConcatenationSource, BY_KIND]
+Source = Annotated[ScenesSource | FolderSource | ShardsSource | DatasetsSource | ConcatenationSource | UnpairedSource, BY_KIND]
 PHOTOGRAPHS = (FolderSource, ShardsSource, DatasetsSource)  # which share captions' affixes and masks
 
-__all__ = ["ConcatenationSource", "DataSet", "DatasetsSource", "FolderSource", "Samples", "ScenesSource", "ShardsSource", "Source", "Split"]
+__all__ = [
+    "ConcatenationSource",
+    "DataSet",
+    "DatasetsSource",
+    "FolderSource",
+    "Samples",
+    "ScenesSource",
+    "ShardsSource",
+    "Source",
+    "Split",
+    "UnpairedSource",
+]
 
 
 def affixes(source: Source) -> list[tuple[str, str]]:

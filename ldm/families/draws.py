@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.data.views import ViewKind
     from ldm.diffusion.batch import Views
     from ldm.formats.export_source import ExportedModel
+    from ldm.formats.rounding import Comparison
     from ldm.models.lora import LearnedEmbedding, Lora
     from ldm.text.prompt_syntax import Prompt
 
@@ -226,6 +227,7 @@ class Draws(Protocol):
 
     kind: str  # of its configuration, for messages
     content_hash: str = ""  # of its files; recipes remember it
+    reads_prompts: bool = True  # whether words change what it draws
     merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already
 
     @property
@@ -368,6 +370,15 @@ class Draws(Protocol):
             path: what it was named by, for titles.
         """
         self.refuse("export", "has no form but its own folder; copy that")
+
+    def publish(self, folder: Path, dtype: str, note: Callable[[str], None]) -> list[Comparison]:
+        """Write its networks into `folder` as the files of the code that its kind was published with; what was read back of each.
+
+        Args:
+            dtype: fp32, fp16 or bf16.
+            note: told what that code must know.
+        """
+        self.refuse("to: published", "has no such files; write --to diffusers")
 
     def overlong(self, prompt: Prompt) -> str:
         """What should be known of a prompt that is longer than is read at once; empty: nothing."""

@@ -12,9 +12,11 @@ from ldm.config.introspection import members_of, without_annotation
 from ldm.config.schema import BY_KIND
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.clip import Clip
+from ldm.families.cyclegan import CycleGAN
 from ldm.families.draws import PLAIN, Draws, Running
 from ldm.families.family import ModelConfig
 from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.pix2pix import Pix2Pix
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.families.tokens.family import Tokens
@@ -22,7 +24,9 @@ from ldm.formats.export_source import ExportedModel
 from ldm.formats.model_folder import read_record, root_of
 
 # A new system is one file in this room and one name here.
-Model = Annotated[Clip | PretrainedText | KL | VQ | PixelAutoencoder | PretrainedAutoencoder | LatentDiffusion | Tokens, BY_KIND]
+Model = Annotated[
+    Clip | PretrainedText | KL | VQ | PixelAutoencoder | PretrainedAutoencoder | LatentDiffusion | Tokens | Pix2Pix | CycleGAN, BY_KIND
+]
 USUAL = "latent_diffusion"  # the kind of a model folder that names none
 
 

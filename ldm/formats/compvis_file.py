@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ldm.formats.compvis import PREFIX, Part, departures, from_compvis, head_wid
 from ldm.formats.export_source import ExportedModel, with_quant_convolutions
 from ldm.formats.modelspec import HASH, RECIPE, metadata, recipe, tensor_hash, write_hash
 from ldm.formats.part import CONFIG, WEIGHTS
+from ldm.formats.pickles import save_pickle
 from ldm.formats.pipeline_folder import write_tokenizer
 from ldm.formats.rounding import Comparison, compared, mapped, rounded
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -266,7 +267,7 @@ def schedule_buffers(process: Process) -> dict[str, Tensor]:
 def write_file(model: CompVisModel, file: Path, dtype: str, say: Callable[[str], None]) -> list[Comparison]:
     """Write NAME.safetensors or NAME.ckpt with NAME.tokenizer/ and, where CompVis' code can build the model, NAME.yaml beside it.
 
-    The .ckpt is the only pickle that ldm ever writes, because the tools that ask for one read nothing else; it holds
+    The .ckpt and published generators are the only pickles that ldm writes, because the tools that ask for one read nothing else; it holds
     tensors, numbers and texts alone and loads with weights_only=True.
 
     Args:
@@ -294,7 +295,7 @@ def write_file(model: CompVisModel, file: Path, dtype: str, say: Callable[[str],
         tensors |= to_compvis(part, model.configs[name], rounded(name, model.states[name], dtype))
     tensors = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
     if file.suffix == SUFFIX["compvis-ckpt"]:
-        _save_pickle({"state_dict": tensors, "global_step": 0, RECIPE: json.dumps(said, ensure_ascii=False)}, file)
+        save_pickle({"state_dict": tensors, "global_step": 0, RECIPE: json.dumps(said, ensure_ascii=False)}, file)
         del tensors
         back = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     else:
@@ -321,34 +322,3 @@ def _check(model: CompVisModel, back: dict[str, Tensor], dtype: str, where: str,
     if known != len(back):
         raise UserError(f"{where}: {len(back) - known} tensors more than were written; nothing was kept, export again")
     return done
-
-
-def _save_pickle(values: dict[str, Any], file: Path) -> None:
-    """torch.save through Python's own file, whose errors say what the disk said."""
-    problems: list[OSError] = []
-    with file.open("wb") as opened:
-        try:
-            torch.save(values, cast(IO[bytes], _Reporting(opened, problems)))
-        except RuntimeError:
-            if problems:
-                raise problems[0] from None
-            raise
-
-
-class _Reporting:
-    """File wrapper that records write errors, because torch.save only says that something failed."""
-
-    def __init__(self, file: Any, problems: list[OSError]) -> None:
-        self.file, self.problems = file, problems
-
-    def write(self, data: Any) -> int:
-        """As the file's."""
-        try:
-            return int(self.file.write(data))
-        except OSError as error:
-            self.problems.append(error)
-            raise
-
-    def flush(self) -> None:
-        """As the file's."""
-        self.file.flush()

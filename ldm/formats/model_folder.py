@@ -42,7 +42,7 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
         raise UserError(f"{folder}: a configuration, and no model; train it, and give its run folder, such as {run}")
     if file := named(str(name)):
         folder = open_single(*file, note=note)
-        if missing := _missing(folder):
+        if "kind" not in read_record(folder) and (missing := _missing(folder)):
             held = ", ".join(_present(folder)) or "nothing that is known"
             raise UserError(f"{file[0]}: holds {held} alone; {', '.join(missing)} missing; give a whole checkpoint")
     elif not folder.is_dir():

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ldm.config.errors import UserError
 from ldm.config.files import isolated
@@ -147,6 +147,39 @@ def limit(size: int) -> None:
     ):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+
+
+def save_pickle(values: dict[str, Any], file: Path) -> None:
+    """torch.save through Python's own file, whose errors say what the disk said."""
+    import torch
+
+    problems: list[OSError] = []
+    with file.open("wb") as opened:
+        try:
+            torch.save(values, cast(IO[bytes], _Reporting(opened, problems)))
+        except RuntimeError:
+            if problems:
+                raise problems[0] from None
+            raise
+
+
+class _Reporting:
+    """File wrapper that records write errors, because torch.save only says that something failed."""
+
+    def __init__(self, file: Any, problems: list[OSError]) -> None:
+        self.file, self.problems = file, problems
+
+    def write(self, data: Any) -> int:
+        """As the file's."""
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.problems.append(error)
+            raise
+
+    def flush(self) -> None:
+        """As the file's."""
+        self.file.flush()
 
 
 def weights(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

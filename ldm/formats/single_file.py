@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.files import read_bounded, require_regular
-from ldm.formats import atomic
+from ldm.formats import atomic, translator_file
 from ldm.formats.compvis import (
     HUGE,
     PREFIX,
@@ -103,10 +103,14 @@ def open_single(file: Path, choices: CheckpointChoices | None = None, note: Call
     if is_whole(target):
         return target
     state, said = read_file(file)
+    generator = translator_file.published(state)
     state = usual_names(state)
-    refuse_others(state, file)
+    if generator is None:
+        refuse_others(state, file)
 
     def write(folder: Path) -> None:
+        if generator is not None:
+            return translator_file.write_folder(generator, file, folder, note)
         try:
             _write(state, said, file, folder, choices, note)
         except UserError as error:

@@ -23,9 +23,11 @@ from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import Scenes, prompts
 from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.data.scenes.views import KINDS
+from ldm.data.unpaired import OTHER
+from ldm.diffusion.batch import rows
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, frechet, grounding, shapes, told
+from ldm.metrics import abilities, adherence, frechet, grounding, shapes, told, translation
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -341,6 +343,58 @@ class ToldViews:
 
 
 @config
+class Translation:
+    """How well translated pictures show what they were drawn of.
+
+    PSNR, mean |difference| of pairs, Fréchet distance from true pictures; on scenes the overlap of objects' labels and what the checker
+    reads, of pairs seen in training and of held-out ones. Of unpaired scenes `bind` is the content kept, `bg` the style reached.
+    """
+
+    kind: Literal["translation"] = "translation"
+    images: Positive = 100  # validation images
+    features: Features = RandomFeatures()  # what pictures are compared by
+
+    asks = "translate"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        of_scenes = (*adherence.METRICS, "label_iou", "held_out.bind", "held_out.label_iou")
+        return ("psnr", "l1", "frechet", "real_real_floor", *(of_scenes if scenes else ()))
+
+    def run(self, bench: Bench) -> Values:
+        """Means over validation images, and over scenes with held-out pairs."""
+        real = bench.real(self.images)
+        found, made = self._compared(bench, bench.data, real, "translation")
+        extractor, half = self.features.load(bench.device), len(real.image) // 2
+        true = real.image if bench.model.paired else 2 * real.views[OTHER] - 1
+        if half > 1:
+            sets = [extractor.features(x) for x in (true[:half], true[half : 2 * half], made[:half])]
+            a, b, c = frechet.standardise(*sets) if isinstance(self.features, RandomFeatures) else sets
+            found |= {"frechet": round(frechet.distance(b, c), 3), "real_real_floor": round(frechet.distance(a, b), 3)}
+        other = translation.held_out(bench.data, bench.model.views)
+        if other is not None:
+            count = min(self.images, len(other))
+            batch = other.load(list(range(count)), list(range(count)), bench.resolution, 0, False)
+            found["held_out"] = self._compared(bench, other, batch, "translation-held-out")[0]
+        return {**found, "protocol": {"images": len(real.image), "resolution": bench.resolution, **extractor.protocol}}
+
+    def _compared(self, bench: Bench, data: Any, batch: Any, name: str) -> tuple[Values, Tensor]:
+        with torch.no_grad():
+            made = bench.model.translate(batch.to(bench.device)).cpu().float()
+            bench.show(name, bench.model.preview(rows(batch, 0, 24).to(bench.device), 0).cpu(), bench.model.preview_columns)
+        a, b = (made + 1) / 2, (batch.image + 1) / 2
+        found: Values = {}
+        if bench.model.paired:
+            found = {"psnr": round(float(psnr(a, b).clamp(max=100).mean()), 3), "l1": round(float((a - b).abs().mean()), 5)}
+        if isinstance(data, Scenes):
+            index = list(range(len(a)))
+            labels = data.with_views(("labels",)).load(index, index, bench.resolution, 0, False).views
+            assert labels is not None
+            found["label_iou"] = round(translation.label_overlap(a, labels["labels"]), 4)  # type: ignore[arg-type]
+        return found | dict(translation.shown(a, data, len(a))), made
+
+
+@config
 class Frechet:
     """Distances between pictures of validation captions and the validation images, in a space of features.
 
@@ -537,10 +591,12 @@ def _less(text: str, target: Target, caption: str) -> str:
 def check_weights(metrics: Sequence[Any]) -> None:
     """Raises UserError for weights that are not here, before anything is measured."""
     for metric in metrics:
-        if isinstance(metric, Frechet | Reconstruction | Neighbours):
+        if isinstance(metric, Frechet | Reconstruction | Translation | Neighbours):
             metric.features.check()
         if isinstance(metric, ClipScore):
             ClipJudge.check(metric.path.expanduser())
 
 
-Evaluator = Annotated[Adherence | Abilities | Reconstruction | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND]
+Evaluator = Annotated[
+    Adherence | Abilities | Reconstruction | Translation | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND
+]

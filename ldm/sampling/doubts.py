@@ -19,7 +19,10 @@ def unquoted(prompts: Sequence[str]) -> Iterator[str]:
 def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     """Empty prompts, words that a model with a small vocabulary never learned, sizes far from the trained one."""
     prompts = list(dict.fromkeys(one.prompt for one in recipes))
-    if any(not one.strip() for one in prompts):
+    if not family.reads_prompts:
+        if any(one.strip() for one in prompts):
+            yield f"prompt: this model of kind {family.kind} reads none, so its words change nothing"
+    elif any(not one.strip() for one in prompts):
         yield "an empty prompt: what is drawn is whatever the model likes"
     words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))
     if words:
