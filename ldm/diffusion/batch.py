@@ -168,6 +168,7 @@ class Told(Movable):
 
     value: Any  # a tensor (B,...) or a Movable, as the view's encoder made it
     strength: Tensor  # (B,), 1: as it is; 0: not told, as samples are at times in training
+    level: Tensor | None = None  # (B,) the time of the noise in it (noise augmentation); None: there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +230,7 @@ class Cond(Movable):
     text: Text | None = None
     size: Tensor | None = None  # (B,6) px
     image: Tensor | None = None  # (B,C,h,w)
+    vector: Tensor | None = None  # (B,P), or numbers (B,), for networks that add such to the time embedding (UNetConfig.class_embedding)
     guidance: Tensor | None = None  # (B,) the guidance scale, for networks that were distilled from guided steps
     given: Mapping[str, Told] | None = None  # by view; one that is not there is not told
     injected: Injected | None = None  # what conditions' networks made for a U-Net, within one call

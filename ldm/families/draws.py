@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm.text.prompt_syntax import Prompt
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+AFTER = "after"  # in a chain, the role of the model whose pictures one is told, among what that is assembled from
 THRESHOLDS = ("none", "static", "dynamic")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -58,6 +59,8 @@ class Settings:
     )
     threshold: str = ""  # of x0 at every step, where data has a range: none static dynamic; empty: it has none
     guidance_curve: str = "constant"  # or rising with the same mean: linear, cosine (Wang 2024, arXiv 2404.13040)
+    link_steps: str = ""  # of a chain of models: the steps of all but the first, with commas
+    stop_after: int = 0  # of a chain: how many of its models draw; 0: all
     original_size: str = ""  # WIDTHxHEIGHT in px that a network which is told sizes (XL) is told of the original; empty: as drawn
     crop: str = ""  # LEFT,TOP in px, of what was cut off it; empty: nothing
     target_size: str = ""  # WIDTHxHEIGHT in px after the cut; empty: as drawn
@@ -138,6 +141,8 @@ class Wanted:
     spacing: str | None = None
     eta: float | None = option(None, "Noise of ddim's steps; default: 0, none.", low=0, high=1)
     precision: str | None = option(None, f"Precision: {' '.join(PRECISIONS)}; default: the model's.")
+    link_steps: str | None = option(None, "Of a chain of models: steps of all but the first, such as 15,10; default: each model's.")
+    stop_after: int | None = option(None, "Of a chain: draw with the first so many of its models alone; default: all.", low=0, high=64)
     original_size: str | None = option(None, "WIDTHxHEIGHT that a network which is told sizes (XL) is told of the original.")
     crop: str | None = option(None, "LEFT,TOP in px that it is told were cut off; default: 0,0.")
     target_size: str | None = option(None, "WIDTHxHEIGHT after the cut that it is told; default of both: as drawn.")

@@ -18,6 +18,8 @@ from ldm.config.version import __version__
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
+from ldm.families.chain import BEFORE, chained, within
+from ldm.families.draws import AFTER
 from ldm.formats import atomic
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec
@@ -265,7 +267,16 @@ class ModelConfig:
     def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> Any:
         """What a metric asks: the finished model, opened from its products as an export would assemble it."""
         self.assemble(products, scratch, story)
-        return self.open(scratch, device)
+        return self._opened(products, scratch, device)
+
+    def _opened(self, products: Mapping[str, Product], folder: Path, device: torch.device) -> Any:
+        """What was assembled in a folder; behind the model whose pictures it is told, if there is one."""
+        found = self.open(folder, device)
+        if AFTER not in products:
+            return found
+        before = products[AFTER].config
+        assert before is not None
+        return chained(before._opened(within(products), folder / BEFORE, device), found)
 
     @classmethod
     def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> Any:
@@ -297,6 +308,7 @@ class Product:
 
     folder: Path
     hash: str
+    config: ModelConfig | None = None  # of the model that it is; None: not asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from ldm.config.errors import UserError
 from ldm.config.introspection import members_of, without_annotation
 from ldm.config.schema import BY_KIND
 from ldm.families.autoencoder import KL, VQ
+from ldm.families.chain import BEFORE, chained
 from ldm.families.clip import Clip
 from ldm.families.cyclegan import CycleGAN
 from ldm.families.draws import PLAIN, Draws, Running
@@ -46,7 +47,8 @@ def open_finished(folder: str | Path, device: str | torch.device = "cpu", low_me
     known = {name: member for name, member in kinds().items() if member.exports}
     if kind not in known:
         raise UserError(f"{root}: a model of kind {kind!r}; this version opens {', '.join(known)}")
-    return known[kind].open(root, device, low_memory)
+    found = known[kind].open(root, device, low_memory)
+    return chained(open_finished(root / BEFORE, device, low_memory), found) if (root / BEFORE).is_dir() else found
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", running: Running = PLAIN) -> Draws:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from ldm.models.denoiser import DenoiserConfig, config_of
 from ldm.models.pixels import PixelsConfig
 
 
-def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story: dict[str, Any]) -> None:
+def assemble(
+    text: Path,
+    autoencoder: Path,
+    diffusion: Path,
+    target: Path,
+    story: dict[str, Any],
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Put the products of three stages together as a model folder, committed at once.
 
     A KL autoencoder's latent statistics are folded into its quant convolutions, so that its latents have unit variance
@@ -36,6 +43,7 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         diffusion: holds unet/ or transformer/, and ldm.json.
         target: the model folder; replaced when it is there.
         story: what the model card tells besides: name, data, stages, metrics.
+        beside: writes what else lies in the folder.
 
     Raises:
         UserError: if the UNet was trained on another autoencoder.
@@ -77,6 +85,8 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
         index = model_index(codec, record["scheduler"]["_class_name"], network, texts, told)
         zeros = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
         _write(folder / INDEX, index | zeros)
+        if NOISING in index:
+            shutil.copytree(folder / "scheduler", folder / NOISING)
         own = content_hash(folder / part)
         _write(folder / RECORD, {**record, "autoencoder": own, "ldm_version": __version__, "story": story})
         card = model_card(
@@ -87,6 +97,7 @@ def assemble(text: Path, autoencoder: Path, diffusion: Path, target: Path, story
             stock=network.stock and not isinstance(codec, DCConfig | PixelsConfig),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        beside(folder)
 
     atomic.commit(target, write)
 
@@ -103,6 +114,7 @@ def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path, sc
     save_part({**folded.to_diffusers(), "scaling_factor": scale, "shift_factor": None}, state, target)
 
 
+NOISING = "image_noising_scheduler"  # of IFSuperResolutionPipeline: by what noise is mixed into the smaller picture
 TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaTokenizer", "qwen": "Qwen2Tokenizer"}  # of text models
 
 
@@ -159,12 +171,22 @@ def model_index(
 
 def _of_pixels(index: dict[str, Any], pixels: PixelsConfig, network: DenoiserConfig) -> dict[str, Any]:
     """The same of a model in pixels: IFPipeline, which splits a variance off what the network says, and knows the usual scale alone."""
-    ways = (network.in_channels, network.out_channels) == (3, 6)
-    fits = network.stock and ways and pixels.scaling_factor == 1 and index["scheduler"][1] == "DDPMScheduler"
+    ways, leveled = (network.in_channels, network.out_channels), getattr(network, "class_embedding", "none")
+    enlarges = ways == (6, 6) and leveled == "timestep"
+    fits = (
+        network.stock
+        and (enlarges or (ways == (3, 6) and leveled == "none"))
+        and pixels.scaling_factor == 1
+        and index["scheduler"][1] == "DDPMScheduler"
+    )
     found = {name: value for name, value in index.items() if name not in ("vae", "image_encoder", "requires_safety_checker")}
     absent: list[None] = [None, None]
     own = {"watermarker": absent, "requires_safety_checker": False}
-    return found | {"_class_name": "IFPipeline", **own} if fits else found | {"_class_name": "DiffusionPipeline"}
+    if not fits:
+        return found | {"_class_name": "DiffusionPipeline"}
+    if enlarges:  # told a smaller picture, and how much noise is in it
+        own |= {NOISING: index["scheduler"]}
+    return found | {"_class_name": "IFSuperResolutionPipeline" if enlarges else "IFPipeline", **own}
 
 
 def _write(path: Path, value: Any) -> None:

@@ -75,6 +75,24 @@ class DenoiserConfig:
         """Whether the network must be told Cond.guidance, as one that was distilled from guided steps (Meng 2023, arXiv 2210.03142)."""
         return False
 
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's Cond.vector, where the network is told one; numbers have none."""
+        return ()
+
+    @property
+    def reads_vector(self) -> bool:
+        """Whether the network must be told Cond.vector."""
+        return False
+
+    def told_vector(self, kind: str, width: int = 0) -> Self:
+        """A network that is also told a vector: a number by its waves (`timestep`), or one of so many values (`projection`).
+
+        Raises:
+            UserError: for a network that cannot be.
+        """
+        raise UserError(f"network.kind: got {self.kind}, which is told no vector (a level of noise, an embedding); use unet")
+
     def identity(self) -> dict[str, Any]:
         """What a trained network depends on, as plain values: all fields but what changes no bit, and later ones at their default."""
         usual = type(self)()
@@ -176,6 +194,10 @@ class Denoiser(nn.Module):
         """
         name = self.config.class_names[0]
         raise UserError(f"distill.guidance: {name} cannot be told a scale; give one scale twice, such as [3, 3], which it learns alone")
+
+    def taught_vector(self, wanted: Any) -> Self:
+        """The same function, with a class embedding as a configuration of its kind has it, that says nothing yet."""
+        raise UserError(f"init: {self.config.class_names[0]} is told no vector; train it with one from the start")
 
     def widened(self, in_channels: int) -> Self:
         """The same function with more input channels, to which new weights of zero listen.

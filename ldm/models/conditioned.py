@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ class ConditionNetwork(nn.Module):
     folder: ClassVar[str] = ""  # where a pipeline folder keeps it, a second one with _1 behind; empty: it has no weights of its own
     class_name: ClassVar[str] = ""  # diffusers' name of it; empty: diffusers has none
     joins: int = 0  # channels that it adds to Cond.image
+
+    def vector(self, told: Told | None, batch: int) -> Tensor | None:
+        """What the base is told as Cond.vector (B,...) for a batch, whatever x and t; None: nothing."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
@@ -41,12 +45,28 @@ class ConditionNetwork(nn.Module):
         return {}
 
 
-class Joined(ConditionNetwork):
-    """Concat port: a map of the latents' size joins the channels of x; zeros where nothing is told."""
+NOT_TOLD = 1000.0  # the level of noise that stands for a map which is not told
 
-    def __init__(self, channels: int) -> None:
+
+class Joined(ConditionNetwork):
+    """Concat port: a map of the latents' size joins the channels of x; zeros where nothing is told.
+
+    Args:
+        levels: whether the base is told how much noise is in the map (noise augmentation, Ho 2021, arXiv 2106.15282).
+    """
+
+    def __init__(self, channels: int, levels: bool = False) -> None:
         super().__init__()
-        self.joins = channels
+        self.joins, self.levels = channels, levels
+
+    def vector(self, told: Told | None, batch: int) -> Tensor | None:
+        """The level of noise (B,)."""
+        if not self.levels:
+            return None
+        if told is None:
+            return torch.full((batch,), NOT_TOLD)
+        level = torch.zeros_like(told.strength) if told.level is None else told.level
+        return torch.where(told.strength > 0, level.to(told.strength), NOT_TOLD)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
         """`cond` with the map behind what Cond.image has already."""
@@ -74,7 +94,7 @@ class Conditioned(Denoiser):
     def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Any = None, step: Any = None) -> Tensor:
         """As the base's, told what each view's network makes of `cond.given`."""
         given = cond.given or {}
-        told = replace(cond, given=None)
+        told = self._vectored(cond, x)
         for view, network in self.networks.items():
             told = network(x, t, told, given.get(view))
         found: Tensor = self.base(x, t, told, memory, step)
@@ -86,7 +106,14 @@ class Conditioned(Denoiser):
 
     def schedule(self, t: Tensor, cond: Cond) -> list[Any]:
         """As the base's."""
-        return self.base.schedule(t, cond)
+        return self.base.schedule(t, self._vectored(cond, t if cond.text is None else cond.text.tokens))
+
+    def _vectored(self, cond: Cond, like: Tensor) -> Cond:
+        """What the base is told without its views but for what joins its time embedding; `like` (B,...) has the batch and its device."""
+        told = cond.given or {}
+        found = [cast(ConditionNetwork, network).vector(told.get(view), len(like)) for view, network in self.networks.items()]
+        vectors = [vector.to(like.device) for vector in found if vector is not None]
+        return replace(cond, given=None, vector=vectors[0] if vectors else cond.vector)
 
     @property
     def told_more(self) -> bool:

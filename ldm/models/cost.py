@@ -132,6 +132,7 @@ def _denoiser(config: DenoiserConfig, checkpointing: bool, height: int, width: i
         pooled = torch.empty(IMAGES, config.pooled_width)
         states, mask = torch.empty(IMAGES, tokens, config.context_width), torch.ones(IMAGES, tokens, dtype=torch.bool)
         cond = Cond(text=Text(tokens=states, mask=mask, pooled=pooled), size=torch.zeros(IMAGES, 6), guidance=torch.ones(IMAGES))
+        cond = replace(cond, vector=torch.zeros(IMAGES, *config.vector_shape))
 
         def call() -> Tensor:
             return network(image, torch.zeros(IMAGES), cond)

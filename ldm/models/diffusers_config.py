@@ -21,7 +21,6 @@ UNET_FIXED: dict[str, object] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
     "center_input_sample": False,
-    "class_embed_type": None,
     "class_embeddings_concat": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
@@ -33,7 +32,6 @@ UNET_FIXED: dict[str, object] = {
     "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "num_attention_heads": None,
-    "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
@@ -63,6 +61,7 @@ UNET_PLAIN: Plain = (
     ("time_cond_proj_dim", "guidance_channels", 0),
     ("sample_size", "sample_size", None),
 )
+CLASS_EMBEDDINGS = {"none": None, "table": None, "timestep": "timestep", "projection": "projection"}  # our names, diffusers' types
 UNET_OWN = ("coordinates", "pooled_text", "mask_padding", "pooled_channels")
 UNET_MIDDLES = {"attention": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", "none": None}
 
@@ -119,7 +118,11 @@ def unet_to_diffusers(config: Any) -> dict[str, Any]:
         "addition_embed_type": "text_time" if config.size_channels else None,
         "addition_time_embed_dim": config.size_channels or None,
         "projection_class_embeddings_input_dim": 6 * config.size_channels + config.pooled_width if config.size_channels else None,
+        "class_embed_type": CLASS_EMBEDDINGS[config.class_embedding],
+        "num_class_embeds": config.class_width if config.class_embedding == "table" else None,
     }
+    if config.class_embedding == "projection":
+        values["projection_class_embeddings_input_dim"] = config.class_width
     if not config.stock:
         values |= {name: getattr(config, name) for name in UNET_OWN}
     return values
@@ -161,6 +164,7 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     own = values.get("_class_name") == OWN_UNET
     _check_class(values, (STOCK_UNET, OWN_UNET), where)
     special = {"down_block_types", "up_block_types", "mid_block_type", "attention_type", "addition_embed_type", "addition_time_embed_dim"}
+    special |= {"class_embed_type", "num_class_embeds"}
     special |= {"projection_class_embeddings_input_dim", *(UNET_OWN if own else ())}
     said = f"{where} of {STOCK_UNET}"
     _check_fields(said, values, UNET_FIXED, UNET_PLAIN, special)
@@ -188,7 +192,7 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     if kind not in ("default", "gated"):
         raise _refusal(said, "attention_type", kind, "default or gated")
     fields["gated"] = kind == "gated"
-    fields |= _added(said, values)
+    fields |= _added(said, values) | _classed(said, values)
     if own:
         fields |= {name: values[name] for name in UNET_OWN if name in values}
     return fields
@@ -269,6 +273,22 @@ def _added(name: str, values: Mapping[str, object]) -> dict[str, Any]:
             name, "projection_class_embeddings_input_dim", total, f"more than 6 x addition_time_embed_dim ({size}), at most {2**20},"
         )
     return {"size_channels": size, "pooled_channels": total - 6 * size}
+
+
+def _classed(name: str, values: Mapping[str, object]) -> dict[str, Any]:
+    """What joins the time embedding besides: a number's waves, a row of a table, or a vector."""
+    kind, count = values.get("class_embed_type"), values.get("num_class_embeds")
+    if kind not in (None, "timestep", "projection"):
+        raise _refusal(name, "class_embed_type", kind, "timestep, projection or null")
+    if kind is None and count is None:
+        return {}
+    if kind == "timestep":
+        return {"class_embedding": kind}
+    key = "num_class_embeds" if kind is None else "projection_class_embeddings_input_dim"
+    width = values.get(key)
+    if type(width) is not int or not 0 < width <= 2**20:
+        raise _refusal(name, key, width, f"a whole number from 1 to {2**20}")
+    return {"class_embedding": kind or "table", "class_width": width}
 
 
 def _plain(value: object) -> object:

@@ -47,7 +47,7 @@ class UNetConfig(DenoiserConfig):
 
     folder: ClassVar[Literal["unet", "transformer"]] = "unet"
     class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET)
-    later: ClassVar[tuple[str, ...]] = ("guidance_channels", "gated")
+    later: ClassVar[tuple[str, ...]] = ("guidance_channels", "gated", "class_embedding", "class_width")
 
     kind: Literal["unet"] = "unet"
     in_channels: Width = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
@@ -69,6 +69,10 @@ class UNetConfig(DenoiserConfig):
     dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
     flip_sin_to_cos: bool = True  # the time embedding starts with its cosines
     freq_shift: Count = 0  # shift in the denominator of the time embedding's frequencies
+    class_embedding: Literal["none", "timestep", "table", "projection"] = (
+        "none"  # how Cond.vector joins the time embedding; none: not at all
+    )
+    class_width: Count = 0  # rows of the table, or width of the vector that is projected
     gated: bool = False  # every transformer has gated self-attention to objects that are told by boxes (GLIGEN)
     sample_size: Positive | None = field(default=None, compare=False)  # side of the latents that diffusers assumes
     coordinates: bool = False  # append x, y and their cosine and sine to the input (not stock)
@@ -92,6 +96,12 @@ class UNetConfig(DenoiserConfig):
                 raise UserError(f"heads {self.level_heads[level]} does not divide {channels} of channels")
         if self.pooled_channels and not self.reads_pooled:
             raise UserError("pooled_channels is set, but neither size_channels nor pooled_text uses the pooled text")
+        if bool(self.class_width) != (self.class_embedding in ("table", "projection")):
+            raise UserError(f"class_width is {self.class_width} with class_embedding={self.class_embedding}; table and projection need it")
+        if self.class_embedding == "projection" and self.size_channels:
+            raise UserError(
+                "class_embedding=projection and size_channels exclude each other: diffusers has one field for both their widths"
+            )
         if self.size_channels and self.pooled_text:
             raise UserError("size_channels brings the pooled text along already; leave pooled_text off")
 
@@ -119,6 +129,20 @@ class UNetConfig(DenoiserConfig):
     def reads_guidance(self) -> bool:
         """Whether the network must be told Cond.guidance, as one that was distilled from guided steps."""
         return self.guidance_channels > 0
+
+    @property
+    def reads_vector(self) -> bool:
+        """Whether something joins the time embedding."""
+        return self.class_embedding != "none"
+
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """Of what is projected."""
+        return (self.class_width,) if self.class_embedding == "projection" else ()
+
+    def told_vector(self, kind: str, width: int = 0) -> UNetConfig:
+        """With this class embedding."""
+        return replace(self, class_embedding=cast(Any, kind), class_width=width)
 
     @property
     def level_heads(self) -> tuple[int, ...]:
@@ -178,6 +202,7 @@ class UNetEncoder(nn.Module):
         self.time_embedding = TimeEmbedding(channels[0], time, config.guidance_channels)
         self.add_embedding = TimeEmbedding(SIZES * config.size_channels + config.pooled_width, time) if config.size_channels else None
         self.pooled_embedding = TimeEmbedding(config.pooled_width, time) if config.pooled_text else None
+        self.class_embedding = _class_embedding(config, time)
         down_blocks: list[Level] = []
         for i in range(len(channels)):
             scale = Downsample(channels[i], padded_at_end=False) if i < len(channels) - 1 else None
@@ -235,8 +260,9 @@ class UNetEncoder(nn.Module):
 
     @property
     def told_more(self) -> bool:
-        """Whether the time embedding has sizes, pooled text or a guidance scale in it, which differ from prompt to prompt."""
-        return self.add_embedding is not None or self.pooled_embedding is not None or self.config.reads_guidance
+        """Whether the time embedding has sizes, pooled text or a guidance scale or a vector in it, which differ from prompt to prompt."""
+        c = self.config
+        return self.add_embedding is not None or self.pooled_embedding is not None or c.reads_guidance or c.class_embedding != "none"
 
     def schedule(self, t: Tensor, cond: Cond) -> list[TimeShifts]:
         """What the residual blocks add at each of the times t (S,): the embeddings of a whole schedule in one call.
@@ -259,6 +285,8 @@ class UNetEncoder(nn.Module):
             scales = waves((cond.guidance - 1) * 1000, c.guidance_channels, cosine_first=False, shift=1)
             times = times + self.time_embedding.told(scales.to(dtype))
         time = self.time_embedding(times)
+        if self.class_embedding is not None:
+            time = time + self._classed(cond.vector, dtype)
         if self.add_embedding is None and self.pooled_embedding is None:
             return time
         if cond.text is None or cond.text.pooled is None:
@@ -272,6 +300,25 @@ class UNetEncoder(nn.Module):
         sizes = sizes.view(len(pooled), -1).to(dtype)
         assert self.add_embedding is not None
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
+
+    def _classed(self, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the class embedding makes (B,T) of Cond.vector."""
+        c = self.config
+        if vector is None:
+            raise ValueError(f"this U-Net is told a vector (class_embedding {c.class_embedding}), but Cond.vector is None")
+        assert self.class_embedding is not None
+        if c.class_embedding == "table":
+            return self.class_embedding(vector.long())
+        told = waves(vector, c.channels[0], c.flip_sin_to_cos, c.freq_shift) if c.class_embedding == "timestep" else vector
+        return self.class_embedding(told.to(dtype))
+
+
+def _class_embedding(config: UNetConfig, time: int) -> nn.Module | None:
+    if config.class_embedding == "none":
+        return None
+    if config.class_embedding == "table":
+        return nn.Embedding(config.class_width, time)
+    return TimeEmbedding(config.class_width or config.channels[0], time)
 
 
 class UNet(UNetEncoder, Denoiser):
@@ -355,6 +402,17 @@ class UNet(UNetEncoder, Denoiser):
     def for_inference(self, dtype: torch.dtype | None = None) -> UNet:
         """Fused, folded and laid out in place by `prepare`; to the bit what it was under autocast of `dtype`."""
         return prepare(self, dtype=dtype, channels_last=True, in_place=True)
+
+    def taught_vector(self, wanted: UNetConfig) -> UNet:
+        """The same function with a class embedding that adds zeros; all other weights are shared."""
+        made = shared_copy(self)
+        made.config = self.config.told_vector(wanted.class_embedding, wanted.class_width)
+        made.class_embedding = _class_embedding(made.config, 4 * made.config.channels[0])
+        last = made.class_embedding.linear_2 if isinstance(made.class_embedding, TimeEmbedding) else made.class_embedding
+        assert last is not None
+        for weight in last.parameters():
+            nn.init.zeros_(weight)
+        return made
 
     def widened(self, in_channels: int) -> UNet:
         """The same function with more input channels, to which new weights of zero listen; all other weights are shared."""

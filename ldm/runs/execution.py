@@ -183,12 +183,15 @@ class Execution:
 
     def products(self, name: str) -> dict[str, Product]:
         """What a stage reads, by role: of earlier stages, and from elsewhere."""
-        return {
-            role: Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product)
-            if read.stage
-            else self.made[read.model]
-            for role, read in self.run.reads(name).items()
-        }
+        every, found = self.run.everything(), {}
+        for role, read in self.run.reads(name).items():
+            stage = self.run.stages.get(read.stage)
+            config = every.get(stage.model if isinstance(stage, Train) else read.model)
+            made = (
+                Product(self.out / "stages" / read.stage / "model", self.done[read.stage].product) if read.stage else self.made[read.model]
+            )
+            found[role] = replace(made, config=config)
+        return found
 
     def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         stage = self.run.stages[name]

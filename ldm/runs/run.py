@@ -15,6 +15,7 @@ from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source, has_masks
 from ldm.families import registry
+from ldm.families.draws import AFTER
 from ldm.families.family import ModelConfig
 from ldm.metrics.evaluator import Evaluator
 from ldm.runs.prior_preservation import PriorPreservation
@@ -163,7 +164,16 @@ class Run:
         of = self.measured(name)
         train = self.stages[of]
         assert isinstance(train, Train)
-        return {role: read(other) for role, other in self.models[train.model].assembled_from().items()} | {"model": Read(stage=of)}
+
+        def assembled(model: str) -> dict[str, Read]:
+            """What a model is assembled from, and of a model before it in a chain what that is."""
+            found: dict[str, Read] = {}
+            for role, other in self.everything()[model].assembled_from().items():
+                inner = assembled(other) if role == AFTER else {}
+                found |= {role: read(other)} | {f"{role}.{name}": each for name, each in inner.items()}
+            return found
+
+        return assembled(train.model) | {"model": Read(stage=of)}
 
     def views_kept(self, name: str) -> tuple[str, ...]:
         """The views that an encode stage keeps: those of the models that read its latents."""
@@ -215,6 +225,12 @@ def problems(run: Run) -> Iterator[str]:
         yield from unknown
         return
     for name, model in run.models.items():
+        seen = [name]
+        while (before := run.everything()[seen[-1]].assembled_from().get(AFTER)) and before not in seen:
+            seen.append(before)
+        if before:
+            yield f"models.{name}.{AFTER}: {' after '.join([*seen, before])} goes round in a circle; one of them must be the first"
+            return
         for role, other in run.others(name).items():
             if (able := model.requires.get(role)) and not getattr(other, able):
                 cannot = {"encodes_text": "encodes no text", "has_codes": "has no codebook; use kind vq"}.get(able, "makes no latents")
@@ -243,7 +259,8 @@ def _unknown_models(run: Run) -> Iterator[str]:
     """Names of models that no entry of `models` has."""
     known = list(run.everything())
     asked = {f"stages.{name}.model": stage.model for name, stage in run.stages.items() if isinstance(stage, Train | Encode)}
-    asked |= {f"models.{name}.{role}": other for name, model in run.models.items() for role, other in model.inputs().items()}
+    read = {name: model.inputs() | model.assembled_from() for name, model in run.models.items()}
+    asked |= {f"models.{name}.{role}": other for name, model in run.models.items() for role, other in read[name].items()}
     trained = {stage.model for stage in run.stages.values() if isinstance(stage, Train)}
     for where, name in asked.items():
         needed = where.startswith("stages.") or where.split(".")[1] in trained

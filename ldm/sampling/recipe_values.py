@@ -39,7 +39,7 @@ LIMITS: dict[str, tuple[float, float]] = bounds(Wanted) | {  # of a recipe's num
     "hires_strength": (0, 1),
     "classifier_scale": (0, 1000),
 }
-WHOLE = ("steps", "seed", "variation_seed", "width", "height", "clip_skip", "top_k")
+WHOLE = ("steps", "seed", "variation_seed", "width", "height", "clip_skip", "top_k", "stop_after")
 
 
 def number_of(name: str, said: Any) -> int | float | None:

@@ -15,7 +15,9 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
 from ldm.data.views import ANY, ViewKind, parted
 from ldm.diffusion.batch import Cond, Told, View, Views, cat, taken
+from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
+from ldm.diffusion.schedules import Flow
 from ldm.families.latent_diffusion.engine import Canvas, Edit
 from ldm.families.latent_diffusion.ports import LOW_RES, UPSCALE, UPSCALED, Frozen, Port
 from ldm.formats.latent_codec import LatentCodec
@@ -71,6 +73,13 @@ def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str,
     for each in conditions:
         if each.port.unet and network.kind != "unet":
             found.append(f"{own}.conditions: port {each.port.kind} adds to a U-Net, but network is {network.kind}; choose port concat")
+    if sum(bool(each.port.noises()[0]) for each in conditions) > 1:
+        found.append(f"{own}.conditions: the network is told one level of noise; give noise to one view")
+    for each in conditions if not begins else ():
+        try:
+            each.port.fitted(network)
+        except UserError as error:
+            found.append(f"{own}.{error}")
     if sum(bool(each.port.brings) for each in conditions) > 1:
         found.append(f"{own}.conditions: two ports gated share one set of gates; name one view by it")
     if learn == "new":
@@ -125,8 +134,28 @@ def told(reads: Sequence[Read], views: Views | None, frozen: Frozen, size: tuple
         strength = torch.ones(length(views[read.view]), device=device)
         if rng is not None and read.condition.drop:
             strength = (rng.uniform(f"told {read.view}") >= read.condition.drop).float().to(device)
-        found[read.view] = Told(value=value, strength=strength)
+        found[read.view] = noised(read, Told(value=value, strength=strength), frozen.process, rng, None)
     return found
+
+
+def noised(read: Read, told: Told, process: Process, rng: Rng | None, share: float | None) -> Told:
+    """What is told with the noise that its port mixes in, and its level: noise augmentation (Ho 2021, arXiv 2106.15282, section 4.2).
+
+    Args:
+        rng: noise by sample; None: none is mixed in.
+        share: of the schedule; None: drawn for each sample, up to the port's most.
+    """
+    most = read.condition.port.noises()[0]
+    if not most:
+        return told
+    clean = torch.zeros(len(told.strength), dtype=torch.float64)
+    if rng is None or share == 0:
+        return replace(told, level=process.schedule.draw(clean).to(told.strength))
+    u = rng.uniform(f"level {read.view}") * most if share is None else clean + share
+    level = process.schedule.draw(u.clamp(max=1 - 1e-9)).to(told.value.device, torch.float32)
+    alpha, sigma = (c.to(told.value).view(-1, *[1] * (told.value.dim() - 1)) for c in process.alpha_sigma(level))
+    noise = rng.normal(f"noise {read.view}", told.value.shape[1:]).to(told.value)
+    return replace(told, value=alpha * told.value + sigma * noise, level=level)
 
 
 def length(view: View) -> int:
@@ -165,7 +194,9 @@ def tell(reads: Sequence[Read], given: Views, strength: Mapping[str, float], fro
         found[name] = Told(value=value, strength=torch.full((many,), float(strength.get(name, 1.0)), device=device))
 
     def condition(cond: Cond, canvas: Canvas) -> Cond:
-        return replace(cond, given={name: canvas.own_of(each) for name, each in found.items()})
+        own = {name: canvas.own_of(each) for name, each in found.items()}
+        drawn = {n: noised(by_name[n], t, frozen.process, canvas.rng, by_name[n].condition.port.noises()[1]) for n, t in own.items()}
+        return replace(cond, given=drawn)
 
     return Edit(condition=condition)
 
@@ -191,7 +222,7 @@ def folders(reads: Sequence[Read], networks: Mapping[str, Any]) -> dict[str, str
     return found
 
 
-def save(reads: Sequence[Read], conditioned: Conditioned, folder: Path) -> dict[str, Any]:
+def save(reads: Sequence[Read], conditioned: Conditioned, folder: Path, process: Process) -> dict[str, Any]:
     """Write the conditions' networks below a folder; returns what ldm.json says of them."""
     networks: Mapping[str, Any] = dict(conditioned.networks.items())
     where = folders(reads, networks)
@@ -201,10 +232,15 @@ def save(reads: Sequence[Read], conditioned: Conditioned, folder: Path) -> dict[
     names = {read.condition.port.pipeline(network, network.in_channels - conditioned.joins, read.kind) for read in reads}
     joining = sum(bool(networks[read.view].joins) for read in reads)
     name = names.pop() if len(names) == 1 and joining <= 1 else ""  # no stock pipeline is told two pictures beside x
+    noise = max((read.condition.port.noises()[0] for read in reads), default=0.0)
+    if noise and isinstance(process.schedule, Flow):
+        name = ""  # their noise is of a table
     pipeline: dict[str, Any] = {"name": name, "parts": {n: networks[v].class_name for v, n in where.items()}}
     if name == UPSCALE:
-        pipeline |= {"scaling_factor": UPSCALED, "schedulers": {"low_res_scheduler": LOW_RES}}
-        pipeline |= {"said": {"max_noise_level": 350, "watermarker": [None, None]}, "without": ["image_encoder", "requires_safety_checker"]}
+        by = {**process.scheduler_config(), "_class_name": LOW_RES["_class_name"]} if noise else LOW_RES
+        pipeline |= {"scaling_factor": UPSCALED, "schedulers": {"low_res_scheduler": by}}
+        said = {"max_noise_level": int(1000 * noise) or 350, "watermarker": [None, None]}
+        pipeline |= {"said": said, "without": ["image_encoder", "requires_safety_checker"]}
     return {"conditions": [{**read.record(), "folder": where.get(read.view, "")} for read in reads], "pipeline": pipeline}
 
 

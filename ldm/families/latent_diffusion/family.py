@@ -17,7 +17,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.data.dataset import offered
-from ldm.data.views import ViewKind
+from ldm.data.views import ViewKind, parted
 from ldm.diffusion import learned_variance
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, Views, where
 from ldm.diffusion.learned_variance import LearnedVariance
@@ -25,7 +25,8 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
 from ldm.diffusion.thresholding import RATIO
-from ldm.families.draws import DIRECT, OF_CODES, OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.chain import BEFORE, within
+from ldm.families.draws import AFTER, DIRECT, OF_CODES, OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
@@ -85,6 +86,7 @@ class LatentDiffusion(ModelConfig):
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
     text: str = "text"  # the text encoder, by its name in models
+    after: str = ""  # a chain: the model, by its name in models, whose pictures this one is told as its view small:N; empty: none
     autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
     network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
@@ -118,6 +120,10 @@ class LatentDiffusion(ModelConfig):
     def inputs(self) -> dict[str, str]:
         """The text encoder and the autoencoder."""
         return {"text": self.text, "autoencoder": self.autoencoder}
+
+    def assembled_from(self) -> dict[str, str]:
+        """Its inputs, and the model before it in a chain."""
+        return self.inputs() | ({AFTER: self.after} if self.after else {})
 
     def from_base(self, base: str) -> dict[str, ModelConfig]:
         """The base's own text encoder and autoencoder."""
@@ -195,7 +201,7 @@ class LatentDiffusion(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """All but names, defaults of sampling, recomputing (which changes no bit), and what is switched off."""
-        left_out = ("defaults", "text", "autoencoder")
+        left_out = ("defaults", "text", "autoencoder", "after")
         found = {k: v for k, v in plain(self).items() if k not in left_out and (k, v) not in OFF}
         found["network"] = self.network.identity()
         if self.adapt is not None:
@@ -216,6 +222,8 @@ class LatentDiffusion(ModelConfig):
         if self.variance is not None and (why := learned_variance.refusal(self.process)):
             yield f"{own}.variance: {why}"
         yield from conditions.problems(self.conditions, self.learn, begins, own, network)
+        if self.after and not any(parted(each.view)[0] == "small" for each in self.conditions):
+            yield f"{own}.after: the pictures of {self.after} are told as a view small:N; name one in {own}.conditions, or leave after out"
         if self.inpaint is not None and conditions.joined_channels(conditions.assumed(self.conditions), network.out_channels):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
@@ -283,7 +291,10 @@ class LatentDiffusion(ModelConfig):
         inputs = channels + conditions.joined_channels(conditions.assumed(self.conditions), channels)
         outputs = channels if self.variance is None else 2 * channels
         network = replace(self.network, in_channels=inputs, out_channels=outputs, context_width=text.states)
-        return network.told_pooled(text.pooled), text
+        network = network.told_pooled(text.pooled)
+        for each in self.conditions:
+            network = each.port.fitted(network)
+        return network, text
 
     def text_width(self) -> int:
         """Width of the text states that its network expects."""
@@ -330,8 +341,13 @@ class LatentDiffusion(ModelConfig):
         )
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
-        """A diffusers pipeline folder with a model card."""
-        assemble(products["text"].folder, products["autoencoder"].folder, products["model"].folder, target, dict(story))
+        """A diffusers pipeline folder with a model card; of a link of a chain the model before lies in it, in a folder of its own."""
+
+        def beside(folder: Path) -> None:
+            if AFTER in products and (config := products[AFTER].config) is not None:
+                config.assemble(within(products), folder / BEFORE, story)
+
+        assemble(products["text"].folder, products["autoencoder"].folder, products["model"].folder, target, dict(story), beside)
 
     @classmethod
     def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> LatentDiffusionFamily:
@@ -387,8 +403,8 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec, read
         raise UserError(f"init: {init.folder} was trained with the conditions [{told}]; name these first, as they are, then further ones")
     wide = theirs.in_channels < network.in_channels and (theirs.in_channels == codec.channels or bool(had))
     like = replace(network, in_channels=theirs.in_channels) if wide else network
-    if isinstance(like, UNetConfig) and isinstance(theirs, UNetConfig):
-        like = replace(like, gated=theirs.gated)  # a port brings it
+    if isinstance(like, UNetConfig) and isinstance(theirs, UNetConfig):  # what ports bring
+        like = replace(like, gated=theirs.gated, class_embedding=theirs.class_embedding, class_width=theirs.class_width)
     shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
     if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
@@ -495,7 +511,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     @property
     def _views_by(self) -> conditions.Frozen:
-        return conditions.Frozen(self.codec, self.text)
+        return conditions.Frozen(self.codec, self.text, self.process)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Weighted squared error of the network's prediction, mean over latent values."""
@@ -582,7 +598,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     def save(self, folder: Path) -> None:
         """The denoising network in diffusers' layout and ldm.json, which remembers the autoencoder."""
-        said = conditions.save(self.reads, self.denoiser, folder) if isinstance(self.denoiser, Conditioned) else {}
+        said = conditions.save(self.reads, self.denoiser, folder, self.process) if isinstance(self.denoiser, Conditioned) else {}
         self.save_denoiser(dict((self.base_denoiser() or self.base).state_dict()), folder, **said)
 
     def save_denoiser(self, state: dict[str, Tensor], folder: Path, **said: Any) -> None:
@@ -657,6 +673,9 @@ class LatentDiffusionFamily(Adaptable, Draws):
             for name in ("guidance_from", "guidance_to", "guidance_curve", "rescale"):
                 if getattr(chosen, name) != getattr(usual, name):
                     self.refuse(f"{name}: got {getattr(chosen, name)}", "is told one guidance scale for all steps; leave it out")
+        for name in ("link_steps", "stop_after"):
+            if value := getattr(chosen, name):
+                self.refuse(f"{name}: got {value}", "is no chain of models; leave it out")
         if self.codec.bound is not None:
             return replace(chosen, threshold=chosen.threshold or "static")
         if chosen.threshold not in ("", "none"):

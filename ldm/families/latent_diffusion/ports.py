@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Positive, config
+from ldm.config.schema import BY_KIND, Fraction, Positive, config
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import Boxes, Movable, Objects, View
+from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import LatentCodec, full
 from ldm.models import denoiser
 from ldm.models.conditioned import ConditionNetwork, Joined
@@ -41,6 +42,7 @@ class Frozen:
 
     codec: LatentCodec
     text: TextEncoder
+    process: Process
 
 
 class PortConfig:
@@ -55,6 +57,10 @@ class PortConfig:
     def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """What the pipeline of diffusers that opens it is named, StableDiffusion...Pipeline; empty: none does."""
         return ""
+
+    def noises(self) -> tuple[float, float]:
+        """Share of the schedule up to which noise is mixed into what is told, in training, and how much when drawing; 0: none."""
+        return 0.0, 0.0
 
     def joins(self, kind: ViewKind, channels: int) -> int:
         """Channels of x that it needs, beside latents of so many `channels`."""
@@ -89,12 +95,27 @@ class Concat(PortConfig):
     kind: Literal["concat"] = "concat"
     # Latents of the map as a picture, or its pixels in the latents' size; auto: pixels of classes, latents of others.
     encoder: Literal["auto", "latents", "pixels"] = "auto"
+    noise: Fraction = 0.0  # most noise that is mixed into the map in training, as a share of the schedule; the network is told how much
+    drawn_noise: Fraction = 0.0  # and when drawing
 
     def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """Of latents that join; a small picture beside latents of its size is Stable Diffusion's upscaler, other pixels none is told."""
         if not self.pixels(kind):
-            return "InstructPix2Pix"
+            return "" if self.noise else "InstructPix2Pix"
         return UPSCALE if kind.form == "map" and kind.divide > 1 else ""
+
+    def noises(self) -> tuple[float, float]:
+        """As it says."""
+        return self.noise, self.drawn_noise
+
+    def fitted(self, network: denoiser.Network) -> denoiser.Network:
+        """With a class embedding of the level of noise."""
+        return cast("denoiser.Network", network.told_vector("timestep")) if self.noise else network
+
+    def prepared(self, base: Denoiser) -> Denoiser:
+        """The same function with one that says nothing yet."""
+        fresh = self.noise and not base.config.reads_vector
+        return base.taught_vector(base.config.told_vector("timestep")) if fresh else base
 
     def pixels(self, kind: ViewKind) -> bool:
         """Whether the map itself is told, not its latents."""
@@ -123,7 +144,7 @@ class Concat(PortConfig):
         if self.encoder == "pixels" and kind.divide not in (1, codec.factor):
             said = f"small:{kind.divide} beside an autoencoder that makes pictures {codec.factor} times smaller"
             raise UserError(f"models.diffusion.conditions: encoder pixels: got {said}; take small:{codec.factor}, or encoder: latents")
-        return Joined(self.joins(kind, codec.channels))
+        return Joined(self.joins(kind, codec.channels), bool(self.noise))
 
 
 class AddedToUNet(PortConfig):
