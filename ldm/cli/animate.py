@@ -94,7 +94,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
     loras = (*adapters.lora, *asked[0].loras)
     family, added = with_adapters(folder, device_for(device.device), loras, adapters.embedding, {}, tell, vae=adapters.vae)
     # Of all samplers ddim adds no noise, which would flicker.
-    wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0})
+    wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0}, family.settings())
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
     common = jobs.Common(seed=base.first({}), wanted=wanted, negative=base.avoided({}), size=base.shape({}), rest=rest)
     (first,) = jobs.recipes(family, asked[:1], common)

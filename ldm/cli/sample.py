@@ -68,7 +68,7 @@ def sample(request: Request) -> int:
         family = open_finished(folder, place, running.low_memory)
         rest |= add(family, (*adapters.lora, *asked[0].loras), adapters.embedding, old, tell)
         rest |= decoded_by(family, adapters.vae, old, tell)
-        chosen = request.sampler.chosen(old, request.editing.usual)
+        chosen = request.sampler.chosen(old, request.editing.usual, family.settings())
         family.ready(Path(folder), running, family.settings(chosen).precision)
         rest |= {"model": name_of(folder), "model_hash": family.content_hash}
         request.following.compare(old, folder, family.content_hash, tell)

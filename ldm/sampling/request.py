@@ -17,7 +17,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of
 from ldm.config.options import option, options_of
-from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Wanted
+from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Settings, Wanted
 from ldm.sampling.foreign_recipe import shown
 from ldm.sampling.prompt_files import Asked, read_prompts
 from ldm.sampling.recipe import Recipe, read_recipe, writable
@@ -254,9 +254,14 @@ class SamplerOptions(Wanted):
             raise UserError(f"{got}; two shares of the steps are needed, such as 0.1,0.8") from None
         return {"guidance_from": first, "guidance_to": last}
 
-    def chosen(self, old: Mapping[str, Any], usual: Mapping[str, Any]) -> Wanted:
-        """The numbers that are asked for: what the options say, then a recipe, then what is `usual` here."""
-        return self.over({**usual, **old, **self.interval()})
+    def chosen(self, old: Mapping[str, Any], usual: Mapping[str, Any], own: Settings) -> Wanted:
+        """The numbers that are asked for: what the options say, then a recipe, then what is `usual` here.
+
+        Args:
+            own: the model's; where it has no samplers, none is usual.
+        """
+        known = {name: value for name, value in usual.items() if name != "sampler" or own.sampler}
+        return self.over({**known, **old, **self.interval()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def recipes_of(
         seeds=[number + k for number in listed for k in range(choice.best)] if listed else None,
         seed=base.first(old),
         n=choice.n * choice.best,
-        wanted=request.sampler.chosen(old, request.editing.usual),
+        wanted=request.sampler.chosen(old, request.editing.usual, family.settings()),
         negative=base.avoided(old),
         size=base.shape(old) if init_image is None else init_image.size,
         variations=choice.variations,

@@ -37,6 +37,7 @@ from ldm.text.prompt_syntax import Piece, Prompt, literal
 from ldm.text.weighted import chunks_of, encode
 
 AESTHETIC = 6.0  # the score that is told of every picture: what diffusers' AmusedPipeline tells where nothing is said
+WORDS = 1 / 8  # share of the words in the loss of a sequence of words and codes (Ramesh 2021, arXiv 2102.12092)
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOSEN = ("steps", "guidance", "guidance_from", "guidance_to", "guidance_curve", "precision", "temperature", "top_k", "top_p")
 
@@ -64,6 +65,7 @@ class Tokens(ModelConfig):
     text: str = "text"  # the text encoder, by its name in models
     autoencoder: str = "autoencoder"  # whose codes are drawn, by its name in models
     order: Literal["masked", "causal"] = "masked"  # several codes at a time, the surest first (MaskGIT), or one after another (Parti)
+    reads: Literal["text", "words"] = "text"  # the text encoder's states, or the caption's words before the codes, in one sequence (DALL-E)
     network: TokenTransformerConfig = TokenTransformerConfig()
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     label_smoothing: Fraction = 0.1  # share of the target that is spread over all codes (MaskGIT, MUSE)
@@ -88,7 +90,8 @@ class Tokens(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """All but names and defaults of sampling."""
-        return {name: value for name, value in plain(self).items() if name not in ("defaults", "text", "autoencoder")}
+        left_out = ("defaults", "text", "autoencoder")
+        return {name: value for name, value in plain(self).items() if name not in left_out and (name, value) != ("reads", "text")}
 
     def shown(self) -> dict[str, Any]:
         """How the finished model is sampled."""
@@ -101,6 +104,8 @@ class Tokens(ModelConfig):
             yield f"{own}.network.res_blocks: got {blocks}; convolutions see what comes later, so causal order has none; leave it out"
         if self.order == "masked" and blocks == 0:
             yield f"{own}.network.res_blocks: 0 leaves masked order without anything that tells places apart; give 2 or more"
+        if self.order == "masked" and self.reads == "words":
+            yield f"{own}.reads: words stand before the codes, which is causal order; set {own}.order=causal"
         if self.order == "causal" and stage.also:
             yield f"{where}.also: causal order has positions for one resolution; leave it out"
 
@@ -112,8 +117,17 @@ class Tokens(ModelConfig):
         """It takes any."""
         return 0
 
-    def shape(self, codes: int, states: int, pooled: int, places: int) -> TokenShape:
-        """The network that its autoencoder, its text encoder and its resolution make."""
+    def shape(self, codes: int, places: int, states: int, pooled: int, words: tuple[int, int]) -> TokenShape:
+        """The network that its autoencoder, its text encoder and its resolution make.
+
+        Where it reads words, their numbers stand behind those of the codes and of the start.
+
+        Args:
+            words: how many a caption has, and how many there are.
+        """
+        if self.reads == "words":
+            every = codes + 1 + words[1]
+            return TokenShape.of(self.network, codes=every, vocabulary=every, context=0, pooled=0, positions=words[0] + places)
         positions = places if self.order == "causal" else 0
         return TokenShape.of(self.network, codes=codes, vocabulary=codes + 1, context=states, pooled=pooled, positions=positions)
 
@@ -121,7 +135,7 @@ class Tokens(ModelConfig):
         """The same, as a plan counts it."""
         text, codec = others["text"].text_shape(note, width), others["autoencoder"].latent_network(note)
         codes = codec.codes if isinstance(codec, VQConfig) else VQConfig().codes
-        return self.shape(codes, text.states, text.pooled, (side // codec.factor) ** 2)
+        return self.shape(codes, (side // codec.factor) ** 2, text.states, text.pooled, (text.tokens, text.vocabulary))
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the transformer, but for the positions of causal order."""
@@ -139,10 +153,11 @@ class Tokens(ModelConfig):
         with torch.device("meta"):
             network, codes = shape.build(), torch.zeros(IMAGES, small, small, dtype=torch.long)
             states, pooled = torch.empty(IMAGES, text.tokens, text.states), torch.empty(IMAGES, text.pooled)
+            numbers, stream = torch.zeros(IMAGES, SIZES), torch.zeros(IMAGES, shape.positions, dtype=torch.long)
 
             def call() -> Tensor:
-                told = network.told(states, pooled, torch.zeros(IMAGES, SIZES))
-                return network.sequence(codes.flatten(1), told) if shape.positions else network(codes, told)
+                told = network.told(states if shape.context_width else None, pooled if shape.pooled_width else None, numbers)
+                return network.sequence(stream, told) if shape.positions else network(codes, told)
 
             spent = cost.measure(network, call)
         known, encoding, _ = cost.autoencoder(codec, side, side)
@@ -157,7 +172,8 @@ class Tokens(ModelConfig):
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
         if not codec.codes:
             raise UserError(f"models.{self.autoencoder}: a {type(codec.network).__name__} has no codebook; tokens need a VQ autoencoder")
-        shape = self.shape(codec.codes, text.width, text.pooled_width, (context.resolution // codec.factor) ** 2)
+        words = text.max_tokens, len(text.tokenizer)
+        shape = self.shape(codec.codes, (context.resolution // codec.factor) ** 2, text.width, text.pooled_width, words)
         network = shape.build() if context.init is None else _continued(context.init, shape, codec)
         return TokensFamily(self, network, codec, text, context.resolution)
 
@@ -223,7 +239,7 @@ class TokensFamily(Family, Draws):
     @property
     def steps(self) -> int:
         """Network calls of a picture."""
-        return self.network.shape.positions or self.config.defaults.steps
+        return (self.resolution // self.factor) ** 2 if self.config.order == "causal" else self.config.defaults.steps
 
     def frozen(self) -> list[nn.Module]:
         """The autoencoder and the text encoder."""
@@ -239,35 +255,49 @@ class TokensFamily(Family, Draws):
         """Cross-entropy of codes, those that are hidden in masked order, all of them in causal order.
 
         Masked: of u ~ U(0,1) the share cos(u pi/2) of a picture's codes, rounded up, is hidden (MaskGIT, section 3.1); the sum over hidden
-        codes (eq. 2 there) is divided by the number of all codes.
+        codes (eq. 2 there) is divided by the number of all codes. Words in the sequence have an eighth of the weight (DALL-E, section 2.2).
         """
         codes = self.codes_of(batch)  # (B,h,w)
-        told = self._training_told(batch, rng)
+        drop = rng.uniform("caption_dropout") < self.config.caption_dropout
+        captions = ["" if one else caption for one, caption in zip(drop.tolist(), batch.caption, strict=True)]
+        told, terms = self._told_captions(captions, batch), {}
         flat = codes.flatten(1)  # (B,L)
         if self.config.order == "causal":
             hidden = torch.ones_like(flat, dtype=torch.bool)
-            ids = torch.cat([torch.full_like(flat[:, :1], self.hidden), flat[:, :-1]], 1)
-            logits = self.network.sequence(ids, told)
+            start, said = self._start(captions)
+            logits = _full(self.network.sequence(torch.cat([start, flat[:, :-1]], 1), told))
+            if said.any():
+                words = F.cross_entropy(
+                    logits[:, : said.shape[1], self.hidden + 1 :].transpose(1, 2), start[:, 1:] - self.hidden - 1, reduction="none"
+                )
+                terms["words"] = WORDS * ((words * said).sum(1) / said.sum(1)).mean()
+            logits = logits[:, said.shape[1] :, : self.hidden]
         else:
             length = flat.shape[1]
             share = (rng.uniform("mask_share") * math.pi / 2).cos()
             rank = rng.uniform("mask", (length,)).argsort(1).argsort(1)
             hidden = (rank < (share * length).ceil()[:, None]).to(flat.device)
-            logits = self.network(codes.masked_fill(hidden.view_as(codes), self.hidden), told)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = _full(self.network(codes.masked_fill(hidden.view_as(codes), self.hidden), told))
         error = F.cross_entropy(logits.transpose(1, 2), flat, reduction="none", label_smoothing=self.config.label_smoothing)  # (B,L)
         with torch.no_grad():
             right = ((logits.argmax(-1) == flat) & hidden).sum() / hidden.sum()
-        return {"codes": (error * hidden).mean()}, {"codes_right": right}
+        terms["codes"] = (1 - WORDS if self.config.reads == "words" else 1) * (error * hidden).mean()
+        return terms, {"codes_right": right}
 
-    def _training_told(self, batch: ImageBatch | MomentBatch, rng: Rng) -> Told:
-        drop = rng.uniform("caption_dropout") < self.config.caption_dropout
-        captions = ["" if one else caption for one, caption in zip(drop.tolist(), batch.caption, strict=True)]
-        text = self.text.encode(captions)
-        size = batch.size.to(text.tokens)
+    def _start(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What stands before the codes (B,1+W): the start and, where it reads words, these; which of them are no padding (B,W)."""
+        start = torch.full((len(captions), 1), self.hidden, device=self.device)
+        if self.config.reads != "words":
+            return start, torch.zeros(len(captions), 0, dtype=torch.bool, device=self.device)
+        words, said = self.text.tokens(captions)
+        return torch.cat([start, words.to(self.device) + self.hidden + 1], 1), said.to(self.device)
+
+    def _told_captions(self, captions: list[str], batch: ImageBatch | MomentBatch) -> Told:
+        text = self.text.encode(captions) if self.config.reads == "text" else None
+        size = batch.size.to(self.device, torch.float32)
         # The size that it comes out in, as is told when drawing: what it was cut out of says nothing of a picture that is drawn.
         numbers = torch.stack([size[:, 5], size[:, 4], *(torch.full_like(size[:, 0], value) for value in (0, 0, AESTHETIC))], 1)
-        return self.network.told(text.tokens, text.pooled, numbers)
+        return self.network.told(None if text is None else text.tokens, None if text is None else text.pooled, numbers)
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads."""
@@ -359,11 +389,11 @@ class TokensFamily(Family, Draws):
                 rng = Rng(0, [seeds[row] for row in padded])
                 report = _offset(on_step, number * chosen.steps, len(starts) * chosen.steps)
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
-                    told = self._told([asked[row] for row in padded], avoided, chosen, (height, width))
+                    told, before = self._told([asked[row] for row in padded], avoided, chosen, (height, width))
                     blank = torch.full((chunk, places[0] * places[1]), self.hidden, device=self.device)
                     codes, new = (blank, blank == self.hidden) if known is None else known.rows(padded, rng)
                     first = first_step(chosen, known)
-                    codes = self._draw(told, codes, new, places, chosen, first, rng, report)
+                    codes = self._draw(told, before, codes.unflatten(1, places), new, chosen, first, rng, report)
                     made = to_uint8(self.codec.decode_codes(codes.unflatten(1, places)))
                 image[rows] = (made if known is None else known.paste(made, padded))[: len(rows)]
         finally:
@@ -375,31 +405,33 @@ class TokensFamily(Family, Draws):
         read = literal(prompt) if isinstance(prompt, str) else prompt
         if read.end is not None or len(read.parts) > 1 or len({read.at(i, steps) for i in range(steps)}) > 1:
             self.refuse("prompt", "reads neither AND nor words that change while it draws; write plain words, or give --literal")
-        return read.parts[0].at(0, steps)
+        pieces = read.parts[0].at(0, steps)
+        if self.config.reads == "words" and any(piece.weight != 1 for piece in pieces):
+            self.refuse("prompt", "reads words, which have no weights; write plain words, or give --literal")
+        return pieces
 
-    def _told(self, prompts: list[tuple[Piece, ...]], negative: tuple[Piece, ...], chosen: Settings, size: tuple[int, int]) -> Told:
-        """What the network is told of a chunk of pictures; with guidance also without their prompts."""
-        text = encode(self.text, prompts + [negative] * len(prompts) if chosen.guidance != 1 else prompts)
-        numbers = torch.tensor([[size[1], size[0], 0, 0, AESTHETIC]]).expand(len(text.tokens), SIZES).to(text.tokens)
-        return self.network.remember(self.network.told(text.tokens, text.pooled, numbers))
+    def _told(
+        self, prompts: list[tuple[Piece, ...]], negative: tuple[Piece, ...], chosen: Settings, size: tuple[int, int]
+    ) -> tuple[Told, Tensor]:
+        """What the network is told of a chunk of pictures, and what stands before their codes; with guidance also without their prompts."""
+        every = prompts + [negative] * len(prompts) if chosen.guidance != 1 else prompts
+        numbers = torch.tensor([[size[1], size[0], 0, 0, AESTHETIC]]).expand(len(every), SIZES).to(self.device)
+        before, _ = self._start(["".join(piece.text for piece in pieces) for pieces in every])
+        if self.config.reads == "words":
+            return self.network.remember(self.network.told(None, None, numbers)), before
+        text = encode(self.text, every)
+        return self.network.remember(self.network.told(text.tokens, text.pooled, numbers)), before
 
     def _draw(
-        self,
-        told: Told,
-        codes: Tensor,
-        new: Tensor,
-        places: tuple[int, int],
-        chosen: Settings,
-        first: int,
-        rng: Rng,
-        report: Callable[[int], None],
+        self, told: Told, before: Tensor, codes: Tensor, new: Tensor, chosen: Settings, first: int, rng: Rng, report: Callable[[int], None]
     ) -> Tensor:
-        """Codes (B,L) of a chunk of pictures."""
-        past, twice = Past(), 1 + (chosen.guidance != 1)
+        """Codes (B,L) of a chunk of pictures, of which `codes` (B,h,w) are known where `new` (B,L) does not say otherwise."""
+        past, twice, places = Past(), 1 + (chosen.guidance != 1), codes.shape[1:]
 
         def guided(ids: Tensor, i: int) -> Tensor:
             if self.config.order == "causal":
-                logits = self.network.sequence(ids[:, None].repeat(twice, 1), told, past)[:, -1]
+                latest = before if i == 0 else ids[:, None].repeat(twice, 1)
+                logits = self.network.sequence(latest, told, past)[:, -1, : self.hidden]
             else:
                 logits = self.network(ids.unflatten(1, places).repeat(twice, 1, 1), told)
             report(i + 1)
@@ -409,8 +441,8 @@ class TokensFamily(Family, Draws):
             return without + chosen.guidance_at(i, chosen.steps) * (with_prompt - without)
 
         if self.config.order == "causal":
-            return causal(guided, codes, new, self.hidden, chosen, rng)
-        return masked(guided, codes, new, self.hidden, chosen, self.config.defaults.noise, first, rng)
+            return causal(guided, codes.flatten(1), new, self.hidden, chosen, rng)
+        return masked(guided, codes.flatten(1), new, self.hidden, chosen, self.config.defaults.noise, first, rng)
 
     def overlong(self, prompt: Prompt) -> str:
         """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
@@ -433,6 +465,11 @@ class TokensFamily(Family, Draws):
         """Decode large pictures in stripes as `running` says."""
         super().ready(folder, running, precision)
         self.codec.tile = running.tile
+
+
+def _full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _offset(on_step: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:

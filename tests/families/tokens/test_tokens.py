@@ -34,9 +34,15 @@ CPU = torch.device("cpu")
 
 
 def config(order: str) -> Tokens:
-    blocks = 2 if order == "masked" else None
+    """Of masked or causal order, or causal with the words in the sequence."""
+    blocks, reads = 2 if order == "masked" else None, cast(Any, "words" if order == "words" else "text")
     defaults = TokenDefaults(steps=4, guidance=3.0, chunk=2)
-    return Tokens(order=cast(Any, order), network=replace(NETWORK, res_blocks=blocks), defaults=defaults)
+    return Tokens(
+        order=cast(Any, "causal" if order == "words" else order),
+        reads=reads,
+        network=replace(NETWORK, res_blocks=blocks),
+        defaults=defaults,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def built(order: str, products: dict[str, Product]) -> TokensFamily:
     return family
 
 
-@pytest.fixture(scope="module", params=["masked", "causal"])
+@pytest.fixture(scope="module", params=["masked", "causal", "words"])
 def family(request: pytest.FixtureRequest, products: dict[str, Product]) -> TokensFamily:
     return built(request.param, products)
 
@@ -89,7 +95,8 @@ def test_the_loss_is_the_cross_entropy_of_what_is_hidden(family):
         weight.copy_(before)
     share = torch.cos(Rng(0, range(4)).uniform("mask_share") * math.pi / 2)
     count = (16 * share).ceil() if family.config.order == "masked" else torch.full((4,), 16.0)
-    assert float(loss) == pytest.approx(float(count.mean()) / 16 * math.log(CODES), rel=1e-5)
+    share = 7 / 8 if family.config.reads == "words" else 1
+    assert float(loss) == pytest.approx(share * float(count.mean()) / 16 * math.log(CODES), rel=1e-5)
 
 
 def test_a_loss_depends_on_its_own_samples_and_reads_codes_from_a_cache(family):
@@ -98,9 +105,11 @@ def test_a_loss_depends_on_its_own_samples_and_reads_codes_from_a_cache(family):
     whole, codes = batch(), family.codes_of(batch())
     kept = MomentBatch(mean=codes, std=None, caption=whole.caption, size=whole.size, position=whole.position)
     with torch.no_grad():
-        one = family.loss(whole, Rng(0, range(4)))[0]["codes"]
-        halves = [family.loss(rows(kept, i, i + 2), Rng(0, range(i, i + 2)))[0]["codes"] for i in (0, 2)]
-    assert torch.allclose(one, torch.stack(halves).mean(), rtol=1e-5)
+        one = family.loss(whole, Rng(0, range(4)))[0]
+        halves = [family.loss(rows(kept, i, i + 2), Rng(0, range(i, i + 2)))[0] for i in (0, 2)]
+    assert ("words" in one) == (family.config.reads == "words")
+    for name, value in one.items():
+        assert torch.allclose(value, torch.stack([half[name] for half in halves]).mean(), rtol=1e-5)
 
 
 def test_no_picture_depends_on_its_neighbours(family):
@@ -120,9 +129,9 @@ def test_inpainting_keeps_codes_and_bytes_outside(family):
     assert known.new[0].sum() == 8 and known.new[1].sum() == 8  # of codes that have a pixel in the mask
     made = family.sample(PROMPTS[:2], [0, 1], edits=(known,))
     assert torch.equal(made[~mask], image[~mask]) and not torch.equal(made[mask], image[mask])
-    told = family._told([family._pieces(p, 4) for p in PROMPTS[:2]], (), family.settings(), (SIDE, SIDE))
+    told, before = family._told([family._pieces(p, 4) for p in PROMPTS[:2]], (), family.settings(), (SIDE, SIDE))
     codes, new = known.rows((0, 1), Rng(0, [0, 1]))
-    found = family._draw(told, codes, new, (4, 4), family.settings(), 0, Rng(0, [0, 1]), lambda step: None)
+    found = family._draw(told, before, codes.view(2, 4, 4), new, family.settings(), 0, Rng(0, [0, 1]), lambda step: None)
     assert torch.equal(found[~new], codes[~new]) and (found < CODES).all()
     nothing = family.edits(image, None, 0.0)
     assert torch.equal(family.sample(PROMPTS[:2], [0, 1], edits=nothing), family.sample(PROMPTS[1:], [5, 6], edits=nothing))
@@ -133,8 +142,12 @@ def test_inpainting_keeps_codes_and_bytes_outside(family):
 def test_prompts_are_weighted_and_what_is_not_read_is_refused(family):
     plain = family.sample([read("a small red circle")], [0])
     assert torch.equal(plain, family.sample(PROMPTS[:1], [0]))
-    told = [family._told([family._pieces(read(t), 4)] * 2, (), family.settings(), (32, 32)).states for t in ("red", "(red:1.5)")]
-    assert not torch.equal(*told)
+    if family.config.reads == "text":
+        told = [family._told([family._pieces(read(t), 4)] * 2, (), family.settings(), (32, 32))[0] for t in ("red", "(red:1.5)")]
+        assert not torch.equal(*[cast(Tensor, one.states) for one in told])
+    else:
+        with pytest.raises(UserError, match="reads words, which have no weights"):
+            family.sample([read("(red:1.5)")], [0])
     for text in ("red AND blue", "[red:blue:0.5] circle", "[red|blue] circle"):
         with pytest.raises(UserError, match="reads neither AND nor words that change"):
             family.sample([read(text)], [0])
@@ -155,24 +168,26 @@ def test_prompts_are_weighted_and_what_is_not_read_is_refused(family):
         assert family.sample(PROMPTS[:1], [0], size=(32, 40)).shape == (1, 32, 40, 3)
 
 
-def test_a_cached_causal_picture_is_the_one_without_a_cache(products):
-    family = built("causal", products)
+@pytest.mark.parametrize("order", ["causal", "words"])
+def test_a_cached_causal_picture_is_the_one_without_a_cache(order, products):
+    family = built(order, products)
     chosen = family.settings(Wanted(guidance=2.0))
-    told = family._told([family._pieces(p, 16) for p in PROMPTS[:2]], (), chosen, (SIDE, SIDE))
+    told, before = family._told([family._pieces(p, 16) for p in PROMPTS[:2]], (), chosen, (SIDE, SIDE))
     codes = torch.full((2, 16), CODES)
-    cached = family._draw(told, codes, codes == CODES, (4, 4), chosen, 0, Rng(0, [0, 1]), lambda step: None)
+    cached = family._draw(told, before, codes.view(2, 4, 4), codes == CODES, chosen, 0, Rng(0, [0, 1]), lambda step: None)
     ids: list[Tensor] = []
 
     def again(last: Tensor, i: int) -> Tensor:
-        ids.append(last)
-        with_prompt, without = family.network.sequence(torch.stack(ids, 1).repeat(2, 1), told)[:, -1].chunk(2)
+        ids.extend([last] if i else [])
+        stream = torch.cat([before, *([torch.stack(ids, 1).repeat(2, 1)] if ids else [])], 1)
+        with_prompt, without = family.network.sequence(stream, told)[:, -1, :CODES].chunk(2)
         return without + 2.0 * (with_prompt - without)
 
     with torch.no_grad():
         assert torch.equal(causal(again, codes, codes == CODES, CODES, chosen, Rng(0, [0, 1])), cached)
 
 
-@pytest.mark.parametrize("order", ["masked", "causal"])
+@pytest.mark.parametrize("order", ["masked", "causal", "words"])
 def test_a_folder_draws_what_the_family_drew(order, products, tmp_path):
     family = built(order, products)
     folder = folder_of(family, products, tmp_path)
