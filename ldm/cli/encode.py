@@ -29,6 +29,7 @@ class Encoding:
     codes: bool = option(False, "Keep the numbers of a VQ autoencoder's codes, for token models; else latents.")
     flip: bool = option(False, "Keep mirrored latents too, for training with flip (twice the size).")
     text: bool = option(False, "Keep the text encoder's states of the captions too.")
+    views: tuple[str, ...] = option((), "A view to keep beside, such as grey or small:4, for models with conditions; may be repeated.")
     buckets: bool = option(False, "Pictures in shapes near their own, for stages with buckets; else squares.")
     bucket_step: int = option(0, "px, sides are multiples of it; 0: 64 from 256 px on, 8 below.", low=0, needs="buckets")
     max_aspect: float = option(2.0, "Of a bucket's longer side to its shorter one.", low=1, needs="buckets")
@@ -54,15 +55,17 @@ def encode(
 ) -> int:
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
     place = _model(model)
-    seen: Any = _source(data).build("train")
+    source = _source(data)
     from ldm.cli.models import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step
     from ldm.data.cache import CacheOptions, seal, write_cache
     from ldm.data.cached import CachedLatents
+    from ldm.data.dataset import asked
     from ldm.distributed.processes import processes
     from ldm.distributed.watchdog import Verb
     from ldm.formats.latent_codec import autoencoder_folder, load_codec
 
+    seen: Any = asked(source.build("train"), options.views)
     with processes(device == "cpu", Verb("data encode", "The same command goes on")) as team:
         where = device_for(device, team.local)
         codec = load_codec(autoencoder_folder(place)).to(where)
@@ -94,6 +97,7 @@ def encode(
                     text=text_hash,
                     buckets=chosen,
                     codes=codec.codes if options.codes else 0,
+                    views=options.views,
                 ),
                 batch=options.batch,
                 workers=options.workers,

@@ -146,7 +146,9 @@ class CachedLatents:
         """
         if absent := [name for name in names if name not in self.plan.views]:
             kept = ", ".join(self.plan.views) or "no views"
-            raise UserError(f"{self.folder}: keeps {kept}, but {', '.join(absent)} is asked for; encode again for this model")
+            raise UserError(
+                f"{self.folder}: keeps {kept}, but {', '.join(absent)} is asked for; encode again (ldm data encode: --views {absent[0]})"
+            )
         found = copy.copy(self)
         found._asked = names
         return found

@@ -152,10 +152,11 @@ def decoded_by(family: Draws, vae: Path | None, old: Mapping[str, Any], note: Ca
 
 
 def told_shortly(fields: Mapping[str, str]) -> list[str]:
-    """A few words for each of the LoRAs and words that a recipe's fields tell of."""
+    """A few words for each of the LoRAs, words and views that a recipe's fields tell of."""
     loras = [f"{Path(one['file']).stem} {one['weight']:g}" for one in remembered(fields, "loras")]
     words = [str(one["token"]) for one in remembered(fields, "embeddings")]
-    return loras + words + [f"the autoencoder {Path(one['file']).stem}" for one in remembered(fields, "vae")]
+    views = [f"the view {one['view']} of {one['file']}" for one in remembered(fields, "given")]
+    return loras + words + [f"the autoencoder {Path(one['file']).stem}" for one in remembered(fields, "vae")] + views
 
 
 def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

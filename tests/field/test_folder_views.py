@@ -200,3 +200,37 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "view depth: of 2 pictures, missing of 1, such as b.png" in said
     assert (tmp_path / "page.html").read_text().count('alt="depth"') >= 1
+
+
+def test_latents_are_kept_with_views_by_the_command(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ldm.data.cached import CachedLatents
+
+    root = folder(tmp_path / "pictures")
+    words = [
+        "data",
+        "encode",
+        str(root),
+        "--model",
+        str(kl_model),
+        "--out",
+        str(tmp_path / "cache"),
+        "--resolution",
+        "16",
+        "--workers",
+        "0",
+    ]
+    assert main([*words, "--views", "grey", "--views", "small:4", "--flip"]) == 0
+    cache = CachedLatents(tmp_path / "cache").with_views(("grey", "small:4"))
+    flips = draw_flips(0, range(12), True)
+    upright, turned = (cache.load([0], [flips.index(side)], 16, 0, True).to("cpu") for side in (False, True))
+    assert torch.equal(of_moments(upright, "grey").flip(-1), of_moments(turned, "grey"))
+    assert of_moments(upright, "small:4").shape == (1, 3, 4, 4)
+    capsys.readouterr()
+    assert main([*words, "--views", "labels"]) == 2
+    assert "view 'labels': this data does not offer it" in capsys.readouterr().err
+
+
+def of_moments(batch: object, name: str) -> Tensor:
+    found = batch.views[name]  # type: ignore[attr-defined]
+    assert isinstance(found, Tensor)
+    return found
