@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.batch import Cond, Text, Told
+from ldm.models.attention_exchange import AttentionExchange
 from ldm.models.backbone import Denoiser
 
 
@@ -103,6 +104,10 @@ class Conditioned(Denoiser):
     def remember(self, text: Text) -> Any:
         """As the base's."""
         return self.base.remember(text)
+
+    def exchanging(self, memory: Any, exchange: AttentionExchange) -> Any:
+        """As the base's."""
+        return self.base.exchanging(memory, exchange)
 
     def schedule(self, t: Tensor, cond: Cond) -> list[Any]:
         """As the base's."""

@@ -15,6 +15,8 @@ from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.engine import Edit
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily, load
 from ldm.families.latent_diffusion.prompt_to_prompt import word_map
+from ldm.models.attention_exchange import AttentionExchange
+from ldm.models.conditioned import Conditioned
 from ldm.models.dit import DiTConfig
 from ldm.text.prompt_syntax import read, unweighted
 
@@ -126,6 +128,12 @@ def test_what_watches_and_what_guides_sees_the_pictures_alone(family: LatentDiff
 def test_prompts_that_cannot_stand_beside_each_other(family: LatentDiffusionFamily) -> None:
     with pytest.raises(UserError, match="source: attention is exchanged between two prompts without AND"):
         latents(family, ["a ring AND a circle"], [0], *family.exchanged(read("a ring"), 0.8, 0.4))
+
+
+def test_a_network_that_is_told_views_exchanges_as_its_base_does(family: LatentDiffusionFamily) -> None:
+    exchange = AttentionExchange(None, torch.ones(1, 16))
+    memory = family.denoiser.remember(family.text.encode(["a ring", "a ring"]))
+    assert Conditioned(family.denoiser, {}).exchanging(memory, exchange).exchange is exchange
 
 
 def test_a_network_that_exchanges_none() -> None:
