@@ -190,6 +190,14 @@ class Objects(Movable):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Triples(Movable):
+    """Scene graphs as a network is told them."""
+
+    words: Tensor  # (B,K,3D) the pooled texts of subject, relation and object, side by side
+    there: Tensor  # (B,K) bool, False on padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Beside(Movable):
     """Keys and values that every attention to the text reads beside it, in the network's order of them."""
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Fraction, Positive, config
 from ldm.data.views import ViewKind
-from ldm.diffusion.batch import Boxes, Movable, Objects, View
+from ldm.diffusion.batch import Boxes, Graph, Movable, Objects, Triples, View
 from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import LatentCodec, full
 from ldm.models import denoiser
+from ldm.models.beside_text import BesideText, MapTokens, TripleTokens
 from ldm.models.conditioned import ConditionNetwork, Joined
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.denoiser import Denoiser
@@ -218,20 +219,58 @@ class Gated(PortConfig):
         """Boxes with the pooled text of their phrases, each encoded alone."""
         assert isinstance(view, Boxes)
         boxes = view.padded(self.most)
-        words = sorted({phrase for row in boxes.phrases for phrase in row if phrase}) or [""]
-        pooled = frozen.text.encode(words).pooled
-        if pooled is None or pooled.shape[1] != frozen.text.width:
-            raise UserError(
-                "conditions: port gated reads the pooled text of phrases, as wide as the states; this text encoder has none such"
-            )
-        known = dict(zip(words, pooled, strict=True))
-        nothing = torch.zeros_like(pooled[0])
+        known = pooled_of(frozen.text, {phrase for row in boxes.phrases for phrase in row if phrase}, self.kind)
+        nothing = torch.zeros_like(next(iter(known.values())))
         phrase = torch.stack([known.get(word, nothing) for row in boxes.phrases for word in row]).view(*boxes.there.shape, -1)
         return Objects(box=boxes.box, there=boxes.there, phrase=phrase, weight=torch.ones(len(phrase), device=phrase.device))
 
     def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
         """Nothing but the telling: the weights are the U-Net's."""
         return Grounding()
+
+
+@config
+class Cross(PortConfig):
+    """Cross port: every attention to the text reads tokens of the view too, by keys and values of their own (IP-Adapter)."""
+
+    kind: Literal["cross"] = "cross"
+    side: Positive = 4  # of the grid of tokens that a map becomes: 1 tells what is there, more tell where
+    most: Positive = 8  # triples of a graph; others are left out
+
+    unet: ClassVar[bool] = True
+    forms: ClassVar[tuple[str, ...]] = ("map", "classes", "graph")
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Triples:
+        """The map as a picture (B,3,H,W) in [0,1]; of a graph the pooled texts of its triples."""
+        if isinstance(view, Tensor):
+            return resized(as_picture(view, kind), (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor))
+        assert isinstance(view, Graph)
+        rows = [row[: self.most] for row in view.triples]
+        known = pooled_of(frozen.text, {word for row in rows for triple in row for word in triple}, self.kind)
+        nothing = torch.zeros_like(next(iter(known.values()))).repeat(3)
+        words = [torch.cat([known[word] for word in row[k]]) if k < len(row) else nothing for row in rows for k in range(self.most)]
+        there = torch.tensor([[k < len(row) for k in range(self.most)] for row in rows], device=nothing.device)
+        return Triples(words=torch.stack(words).view(len(rows), self.most, -1), there=there)
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+        """Tokens, and keys and values of the width that each attention has."""
+        unet = cast(UNet, base)
+        width = unet.config.context_width
+        reads = TripleTokens(width) if kind.form == "graph" else MapTokens(width, self.side)
+        return BesideText(reads, width, [layer.to_q.out_features for layer in unet.cross_attentions()])
+
+
+def pooled_of(text: TextEncoder, words: set[str], port: str) -> dict[str, Tensor]:
+    """The pooled text (D,) of each of some words; of one at least.
+
+    Raises:
+        UserError: for a text encoder that has no pooled text as wide as its states.
+    """
+    every = sorted(words) or [""]
+    pooled = text.encode(every).pooled
+    if pooled is None or pooled.shape[1] != text.width:
+        raise UserError(f"conditions: port {port} reads words by pooled text as wide as the states; this text encoder has none such")
+    return dict(zip(every, pooled, strict=True))
 
 
 def as_picture(view: Tensor, kind: ViewKind) -> Tensor:
@@ -265,4 +304,4 @@ def learned_of(base: nn.Module, ports: Iterable[PortConfig]) -> list[nn.Paramete
 
 
 # A new port is a class here and its network in ldm.models.
-Port: TypeAlias = Annotated[Concat | Residual | Adapter | Gated, BY_KIND]
+Port: TypeAlias = Annotated[Concat | Residual | Adapter | Gated | Cross, BY_KIND]

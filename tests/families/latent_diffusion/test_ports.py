@@ -15,13 +15,13 @@ from ldm.__main__ import main
 from ldm.data.dataset import asked
 from ldm.data.scenes.source import ScenesSource, prompts
 from ldm.data.views import ViewKind
-from ldm.diffusion.batch import Boxes
+from ldm.diffusion.batch import Boxes, Graph
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
-from ldm.families.latent_diffusion.ports import Adapter, Concat, Gated, Residual, as_picture, learned_of
+from ldm.families.latent_diffusion.ports import Adapter, Concat, Cross, Gated, Residual, as_picture, learned_of
 from ldm.formats.part import load_weights
 from ldm.metrics.evaluator import Bench, Grounding
 from ldm.metrics.grounding import iou
@@ -30,6 +30,8 @@ PORTS = {
     "residual": Condition(view="labels", port=Residual()),
     "adapter": Condition(view="edges", port=Adapter()),
     "gated": Condition(view="boxes", port=Gated(most=3)),
+    "cross": Condition(view="sketch", port=Cross(side=2)),
+    "cross, a graph": Condition(view="graph", port=Cross(most=2)),
 }
 DATA = ScenesSource(tier="one", images=8, val=4)
 PROMPT = ["a red ring"] * 2
@@ -63,7 +65,7 @@ def test_fresh_ports_leave_the_base_as_it_is_to_the_bit_and_each_may_be_left_out
         edits = family.tell({name: batch.views[name] for name in names}, strength, (SIDE, SIDE))
         return family.sample(PROMPT, size=(SIDE, SIDE), edits=edits)
 
-    every = ("labels", "edges", "boxes")
+    every = tuple(each.view for each in PORTS.values())
     assert torch.equal(drawn(every), plain) and torch.equal(family.sample(PROMPT, size=(SIDE, SIDE)), plain)
     shaken(family)
     assert torch.equal(family.sample(PROMPT, size=(SIDE, SIDE)), plain)  # told nothing
@@ -72,7 +74,7 @@ def test_fresh_ports_leave_the_base_as_it_is_to_the_bit_and_each_may_be_left_out
     for name in every:
         assert torch.equal(drawn((name,), **{name: 0.0}), plain)
     assert torch.equal(drawn(("labels", "boxes"), boxes=0.0), alone["labels"])
-    assert not torch.equal(drawn(every), drawn(("labels", "edges")))
+    assert not torch.equal(drawn(every), drawn(every[1:]))
 
 
 def test_only_what_is_new_learns(kl_model: Path) -> None:
@@ -83,7 +85,7 @@ def test_only_what_is_new_learns(kl_model: Path) -> None:
     batch = asked(DATA.build("train"), family.config.views()).load(range(4), range(4), SIDE, 0, False)
     sum(family.loss(batch, Rng(0, range(4)))[0].values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in family.parameters() if id(p) not in new)
-    for name in ("labels", "edges"):
+    for name in ("labels", "edges", "sketch", "graph"):
         network = family.denoiser.networks[name]  # type: ignore[union-attr]
         assert any(bool(p.grad is not None and p.grad.any()) for p in network.parameters()), name
     gates = [p for name, p in family.base.named_parameters() if "alpha_" in name]
@@ -161,6 +163,22 @@ def test_gligen_is_trained_and_draws_the_same_in_diffusers(kl_model: Path, tmp_p
     ours = model.sample(PROMPT[:1], [0], wanted, size=(SIDE, SIDE), latents=noise, edits=model.tell({"boxes": boxes}, {}, (SIDE, SIDE)))
     more = {"latents": noise, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", "gligen_scheduled_sampling_beta": 1.0}
     near(ours, pipeline(PROMPT[0], gligen_boxes=box, gligen_phrases=phrases, **more).images)
+
+
+def test_graphs_and_sketches_are_trained_saved_and_opened(kl_model: Path, tmp_path: Path) -> None:
+    two = "{view: graph, port: cross}, {view: sketch, port: {kind: cross, side: 2}}"
+    assert main(["train", str(configuration(tmp_path, kl_model, two))]) == 0
+    run = tmp_path / "run"
+    assert same_base(run, kl_model)
+    assert {"ip_adapter", "ip_adapter_1"} <= {path.name for path in (run / "model").iterdir()}
+    model = load(run / "model")
+
+    def drawn(*triples: tuple[str, str, str]) -> torch.Tensor:
+        return model.sample(PROMPT[:1], size=(SIDE, SIDE), edits=model.tell({"graph": Graph(triples=(triples,))}, {}, (SIDE, SIDE)))
+
+    one, two_of = ("red ring", "left of", "blue cross"), ("blue cross", "left of", "red ring")
+    assert not torch.equal(drawn(one), drawn(two_of)) and torch.equal(drawn(one), drawn(one))
+    assert torch.isfinite(drawn().float()).all()  # an empty graph
 
 
 def test_pipelines_that_cannot_tell_a_port_are_not_named() -> None:
