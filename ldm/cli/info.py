@@ -90,9 +90,9 @@ def about_model(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no model in it.
     """
-    from ldm.formats.model_folder import open_model, read_record
+    from ldm.formats.model_folder import read_record
 
-    record = read_record(open_model(path).folder)
+    record = read_record(_folder(path))
     story = record.get("story", {})
     views = {
         each["condition"]["view"]: {"port": each["condition"]["port"]["kind"], **{k: v for k, v in each["kind"].items() if v}}
@@ -104,8 +104,20 @@ def about_model(path: Path) -> dict[str, Any]:
         "kind": record.get("kind", "latent_diffusion"),
         "data": story.get("data", ""),
         "defaults": record.get("defaults", {}),
-        "told": views,
+        "told": None if "kind" in record and not views else views,  # another kind of model tells that by its own configuration
     }
+
+
+def _folder(name: Path | str) -> Path:
+    """The model folder of a name; one that says no kind must have all parts of a pipeline.
+
+    Raises:
+        UserError: if there is no model.
+    """
+    from ldm.formats.model_folder import open_model, read_record, root_of
+
+    root = root_of(name)
+    return root if "kind" in read_record(root) else open_model(name).folder
 
 
 def told(found: dict[str, Any]) -> str:
@@ -141,10 +153,10 @@ def _model_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  trained on {found['data']}"
     if found["defaults"]:
         yield "  drawn with " + ", ".join(f"{name} {value}" for name, value in found["defaults"].items())
-    for view, kind in found["told"].items():
+    for view, kind in (found["told"] or {}).items():
         what = {"classes": f"{kind.get('channels')} classes: {', '.join(kind.get('names', []))}"}.get(kind["form"], kind["form"])
         yield f"  is told {view} ({what}) by port {kind['port']}: --given {view}=FILE"
-    if not found["told"]:
+    if found["told"] == {}:
         yield "  is told nothing but prompts"
 
 
@@ -153,8 +165,7 @@ def _at_hand(model: str) -> dict[str, str]:
     places = [Path(model)] if model else [file.parent for file in sorted(Path("runs").glob("*/model/model_index.json"))]
     found = {}
     for place in places:
-        from ldm.formats.model_folder import open_model
         from ldm.formats.part import content_hash
 
-        found[str(place)] = content_hash(open_model(place).folder)
+        found[str(place)] = content_hash(_folder(place))
     return found

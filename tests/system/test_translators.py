@@ -56,6 +56,7 @@ def test_a_translator_is_trained_resumed_measured_exported_and_draws(
     assert wanted <= found.keys()
     assert "translation" in (whole / "report.html").read_text(encoding="utf-8")
 
+    assert main(["info", str(whole)]) == 0 and f"of kind {system}" in capsys.readouterr().out
     Image.fromarray(np.full((64, 64, 3), (255, 0, 0), np.uint8)).save(tmp_path / "in.png")
     drawing = ["sample", "night" if system == "cyclegan" else "", "--init", str(tmp_path / "in.png"), "--model", str(whole)]
     assert main([*drawing, "--out", str(tmp_path / "drawn")]) == 0
