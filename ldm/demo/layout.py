@@ -254,7 +254,9 @@ def _more(box: Box, start: Form, page: Page) -> None:
     with gr.Row():
         for name, (label, _, choices) in OF_SOME.items():
             kept: Any = {"value": getattr(start, name), "label": label, "elem_id": f"ldm-{name}", "visible": has(page.studio.family, name)}
-            if isinstance(choices[0], str):
+            if not choices:
+                box[name] = gr.Textbox(min_width=140, **kept)
+            elif isinstance(choices[0], str):
                 names: Any = [("None of this model", ""), *((choice.title(), choice) for choice in choices)]
                 box[name] = gr.Dropdown(names, min_width=140, **kept)
             else:

@@ -37,12 +37,14 @@ PERIOD_S = 0.15  # between two looks at a drawing
 OPENING_S = 0.4  # after which a user is told that a model is opened
 ENLARGED = 0.3  # the denoising strength of an enlarged picture
 OWN_VAE = "Automatic"  # the model's own
-# Settings that some models have not: label, a value that only a model which has them takes, and bounds or choices.
-OF_SOME: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
-    "threshold": ("Threshold of each step", "static", THRESHOLDS),
-    "temperature": ("Temperature", 0.5, (0, 2)),
-    "top_k": ("Top k (0: all)", 5, (0, 1024)),
-    "top_p": ("Top p (1: all)", 0.5, (0, 1)),
+# Settings that some models have not: label, what only a model which has them can be asked for, and bounds or choices; none: any text.
+OF_SOME: dict[str, tuple[str, Wanted, tuple[Any, ...]]] = {
+    "threshold": ("Threshold of each step", Wanted(threshold="static"), THRESHOLDS),
+    "stop_after": ("Models of the chain that draw (0: all)", Wanted(stop_after=1), (0, 8)),
+    "link_steps": ("Steps of all but the first, such as 15,10", Wanted(stop_after=1), ()),
+    "temperature": ("Temperature", Wanted(temperature=0.5), (0, 2)),
+    "top_k": ("Top k (0: all)", Wanted(top_k=5), (0, 1024)),
+    "top_p": ("Top p (1: all)", Wanted(top_p=0.5), (0, 1)),
 }
 # What begins anew with another model.
 CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip", *OF_SOME)
@@ -51,7 +53,7 @@ CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precisi
 def has(family: Draws, name: str) -> bool:
     """Whether a model has one of the settings that some have not."""
     try:
-        family.settings(Wanted(**{name: OF_SOME[name][1]}))
+        family.settings(OF_SOME[name][1])
     except UserError:
         return False
     return True

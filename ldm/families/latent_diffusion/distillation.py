@@ -25,6 +25,7 @@ class Consistency:
     """
 
     guidance: tuple[NonNegative, NonNegative] = (1.0, 8.0)  # of the base's steps, drawn between the two; equal: the network is not told it
+    skip: Positive = 1  # levels, of 50, that a step of the base leads further; the more, the sooner the clean end is known at the noisy one
     channels: Positive = 256  # width of the waves by which the network is told the scale
     huber: PositiveFloat = 1e-3  # where the loss turns from squared to absolute errors
 
@@ -82,7 +83,8 @@ def errors(
     alpha, sigma = (values.float().to(place) for values in (grid.alpha, grid.sigma))
     i = (rng.uniform("t") * len(grid.t)).long().clamp(max=len(grid.t) - 1).to(place)
     times = grid.t.to(place)
-    t, ahead = times[i], times[(i + 1).clamp(max=len(times) - 1)]
+    j = (i + asked.skip).clamp(max=len(times))  # where the base's step leads
+    t, ahead = times[i], times[j.clamp(max=len(times) - 1)]
     noised = process.noise_at(x0, t, rng)
     low, high = asked.guidance
     scale = (low + (high - low) * rng.uniform("guidance").float()).to(place)
@@ -100,8 +102,8 @@ def errors(
         without, told = process.x0_from(full(teacher(x, both, cat([unprompted, plain]))), x, both).chunk(2)
         guided = without + row(scale) * (told - without)
         eps = (noised.x - row(alpha[i]) * guided) / row(sigma[i])
-        further = row(alpha[i + 1]) * guided + row(sigma[i + 1]) * eps
-        clean = row(i + 1 == len(times))
+        further = row(alpha[j]) * guided + row(sigma[j]) * eps
+        clean = row(j == len(times))
         target = torch.where(clean, guided, answer(further, ahead))
     difference = (answer(noised.x, t) - target).square()
     return ((difference + asked.huber**2).sqrt() - asked.huber).mean((1, 2, 3))
