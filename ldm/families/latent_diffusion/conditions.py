@@ -13,15 +13,17 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
+from ldm.data.folder_views import WORDS
 from ldm.data.views import ANY, ViewKind, parted
 from ldm.diffusion.batch import Cond, Told, View, Views, cat, taken
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Flow
 from ldm.families.latent_diffusion.engine import Canvas, Edit
-from ldm.families.latent_diffusion.ports import LOW_RES, UPSCALE, UPSCALED, Frozen, Port
+from ldm.families.latent_diffusion.ports import LOW_RES, UPSCALE, UPSCALED, Frozen, Port, learned_of
 from ldm.formats.latent_codec import LatentCodec
 from ldm.formats.part import load_module, load_weights, save_part
+from ldm.models import cost
 from ldm.models.conditioned import Conditioned, ConditionNetwork
 from ldm.models.denoiser import Denoiser, Network
 
@@ -55,7 +57,8 @@ class Read:
 def assumed(conditions: Sequence[Condition]) -> list[Read]:
     """Conditions as a plan counts them, before the data is known."""
     usual = ViewKind(form="map", channels=3)
-    return [Read(each, ANY[name][1] if (name := parted(each.view)[0]) in ANY else usual) for each in conditions]
+    known: dict[str, ViewKind] = {**WORDS, **{name: kind for name, (_, kind) in ANY.items()}}
+    return [Read(each, known.get(parted(each.view)[0], usual)) for each in conditions]
 
 
 def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str, network: Network) -> list[str]:
@@ -104,6 +107,24 @@ def kinds_for(conditions: Sequence[Condition], offered: Mapping[str, ViewKind], 
             takes = ", ".join(each.port.forms)
             raise UserError(f"{own}.conditions: view {each.view} is of form {offered[each.view].form}; port {each.port.kind} takes {takes}")
     return tuple(Read(each, offered[each.view]) for each in conditions)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Latents before there are any."""
+
+    factor: int
+    channels: int
+
+
+def count(conditions: Sequence[Condition], base: Denoiser, latents: Shape) -> tuple[int, int]:
+    """Parameters of the conditions' own networks, and those that a base, on any device, has for them alone."""
+    reads, networks = assumed(conditions), 0
+    for read in reads:
+        base = read.condition.port.prepared(base)
+    for read in reads:
+        networks += cost.count(cast("torch.nn.Module", read.condition.port.network(read.kind, base, latents)))
+    return networks, sum(weight.numel() for weight in learned_of(base, [read.condition.port for read in reads]))
 
 
 def joined_channels(reads: Sequence[Read], channels: int) -> int:

@@ -319,6 +319,18 @@ class LatentDiffusion(ModelConfig):
         frozen = {"autoencoder": known, "text encoder": text.parameters}
         if self.distill is not None:  # guided, with and without the prompt, and the target
             frozen["distilled network"], extra = learned, extra + 3 * spent.forward
+        if self.conditions:
+            with torch.device("meta"):
+                shape = conditions.Shape(latent.factor, latent.latent_width)
+                networks, inside = conditions.count(self.conditions, network.build(), shape)
+            spent = spent * (1 + networks / learned)  # as if their weights were used as often as the base's
+            learns = {network.folder: learned, "conditions": networks}
+            if self.learn == "all":
+                return Footprint(learned=learns, frozen=frozen, cost=spent, extra=extra)
+            spent, own = replace(spent, backward=spent.backward // 2), learned - inside
+            return Footprint(
+                learned={"conditions": networks + inside}, frozen={network.folder: own} | frozen, cost=spent, extra=extra, passed=own
+            )
         if self.adapt is None:
             return Footprint(learned={network.folder: learned}, frozen=frozen, cost=spent, extra=extra)
         # Gradients of the base's weights are not made; where captions are learned, the text encoder's are.

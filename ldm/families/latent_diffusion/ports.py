@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, TypeAlias, cast
+from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,20 @@ LOW_RES = {  # what it noises the small picture by; at noise_level 0, as here, n
     "beta_end": 0.02,
     "beta_schedule": "scaled_linear",
 }
+
+
+class Latents(Protocol):
+    """What a condition's network must know of the latents beside it."""
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller than pictures they are."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ class PortConfig:
         """
         raise NotImplementedError
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Its network beside a base, which leaves that as it is until it has learned."""
         raise NotImplementedError
 
@@ -136,7 +150,7 @@ class Concat(PortConfig):
         whole = (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor)
         return full(frozen.codec.moments(resized(picture, whole).to(frozen.codec.mean.device, frozen.codec.dtype))[0])
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Nothing but the joining.
 
         Raises:
@@ -170,7 +184,7 @@ class Residual(AddedToUNet):
         """Of a U-Net without further inputs."""
         return "ControlNet"
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """A ControlNet."""
         unet = cast(UNet, base).config
         return ControlNet.beside(unet, ControlNetConfig.shrinking(codec.factor, unet.channels[0]), codec.channels)
@@ -187,7 +201,7 @@ class Adapter(AddedToUNet):
         """diffusers adds to a level behind its downsampling where the level does not attend, which fits the last one alone."""
         return "Adapter" if isinstance(network, UNetConfig) and all(network.attention[:-1]) else ""
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """A fresh T2I-Adapter."""
         return T2IAdapter(T2IAdapterConfig(layers=self.layers), cast(UNet, base).config.channels, codec.factor)
 
@@ -224,7 +238,7 @@ class Gated(PortConfig):
         phrase = torch.stack([known.get(word, nothing) for row in boxes.phrases for word in row]).view(*boxes.there.shape, -1)
         return Objects(box=boxes.box, there=boxes.there, phrase=phrase, weight=torch.ones(len(phrase), device=phrase.device))
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Nothing but the telling: the weights are the U-Net's."""
         return Grounding()
 
@@ -252,7 +266,7 @@ class Cross(PortConfig):
         there = torch.tensor([[k < len(row) for k in range(self.most)] for row in rows], device=nothing.device)
         return Triples(words=torch.stack(words).view(len(rows), self.most, -1), there=there)
 
-    def network(self, kind: ViewKind, base: Denoiser, codec: LatentCodec) -> ConditionNetwork:
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Tokens, and keys and values of the width that each attention has."""
         unet = cast(UNet, base)
         width = unet.config.context_width

@@ -18,13 +18,15 @@ from ldm.data.views import ViewKind
 from ldm.diffusion.batch import Boxes, Graph
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
-from ldm.families.family import Context, Product
+from ldm.families.family import Context, ModelConfig, Product
 from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.latent_diffusion.ports import Adapter, Concat, Cross, Gated, Residual, as_picture, learned_of
+from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.formats.part import load_weights
 from ldm.metrics.evaluator import Bench, Grounding
 from ldm.metrics.grounding import iou
+from ldm.training.settings import Train
 
 PORTS = {
     "residual": Condition(view="labels", port=Residual()),
@@ -90,6 +92,18 @@ def test_only_what_is_new_learns(kl_model: Path) -> None:
         assert any(bool(p.grad is not None and p.grad.any()) for p in network.parameters()), name
     gates = [p for name, p in family.base.named_parameters() if "alpha_" in name]
     assert gates and all(bool(p.grad is not None and p.grad.any()) for p in gates)
+
+
+@pytest.mark.parametrize("learn", ["new", "all"])
+def test_a_plan_counts_what_learns(kl_model: Path, learn: str) -> None:
+    family = begun(kl_model, *PORTS.values(), learn=learn)
+    others: dict[str, ModelConfig] = {"text": PretrainedText(path=str(kl_model)), "autoencoder": PretrainedAutoencoder(path=str(kl_model))}
+    stage = Train(model="diffusion", resolution=SIDE, images=8, batch=2)
+    plan = replace(family.config, network=UNET).footprint(stage, SIDE, others, print)
+    assert sum(plan.learned.values()) == sum(weight.numel() for weight in family.parameter_groups()[0].parameters)
+    every = sum(weight.numel() for weight in family.denoiser.parameters())
+    assert sum(plan.learned.values()) + plan.frozen.get("unet", 0) == every
+    assert (plan.passed > 0) == (learn == "new")
 
 
 def test_samples_that_are_not_told_boxes_learn_that_nothing_is_there(kl_model: Path) -> None:
