@@ -66,7 +66,7 @@ def test_a_part_is_described_alone_with_every_kind_of_it() -> None:
     ("part", "meant"),
     [
         ("stages.difusion-low", "did you mean stages.diffusion-low"),
-        ("models.autoencodr", "did you mean models.autoencoder or"),
+        ("models.autoencodr", "did you mean models.autoencoder"),
         ("rank", "did you mean models.diffusion.adapt.rank"),
         ("models.diffusion.adapt.rnk", "did you mean models.diffusion.adapt.rank"),
         ("batch_size", "did you mean stages.text.batch"),

@@ -133,11 +133,12 @@ def test_a_latent_pixel_is_free_if_any_of_its_pixels_is_new(family: LatentDiffus
 class Listener(nn.Module):
     """A network that says nothing and remembers the pictures it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        self.config = config
         self.scale, self.told = nn.Parameter(torch.zeros(1)), []
 
-    told_more = False
+    told_more, joins, exchanging = False, 0, None
 
     def remember(self, text: Any) -> None:
         return None
@@ -152,7 +153,7 @@ class Listener(nn.Module):
 
 def test_an_inpainting_unet_is_told_the_mask_and_what_is_known(inpainter: LatentDiffusionFamily) -> None:
     unet, image, mask = inpainter.denoiser, pictures(), left_half()
-    inpainter.denoiser = Listener()
+    inpainter.denoiser = Listener(unet.config)
     try:
         inpainter.sample(["a"], [0], Wanted(guidance=3.0), edits=inpainter.edits(image, mask))
         inpainter.sample(["a"], [0], Wanted(guidance=1.0))

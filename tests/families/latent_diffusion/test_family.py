@@ -386,7 +386,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "scheduler": (lambda m: (m / SCHEDULER).unlink(), "scheduler_config.json is missing"),
     "schedule": (lambda m: edit(m / SCHEDULER, beta_start="x"), "scheduler_config.json: .*x"),
     "unet": (lambda m: truncate(m / WEIGHTS), "truncated or not a safetensors file"),
-    "vae": (lambda m: edit(m / "vae/config.json", _class_name="AutoencoderTiny"), "AutoencoderKL, VQModel or AutoencoderDC was expected"),
+    "vae": (
+        lambda m: edit(m / "vae/config.json", _class_name="AutoencoderTiny"),
+        "AutoencoderKL, VQModel, AutoencoderDC or LDMPixels was expected",
+    ),
     "shape": (lambda m: edit(m / "unet/config.json", layers_per_block=2), r"unet/config\.json: its bytes differ"),
 }
 
