@@ -314,9 +314,10 @@ class ToldViews:
         """The mean difference of views told and drawn, by view."""
         reads = bench.model.told
         views = self.views or tuple(reads)
-        if not views or (unknown := [view for view in views if view not in reads]):
-            known = ", ".join(reads) or "none"
-            raise UserError(f"told: {', '.join(unknown) if views else 'nothing'} is no view that it reads; it reads {known}")
+        if not reads:
+            raise UserError("told: this model reads no views of pictures; leave it out")
+        if unknown := [view for view in views if view not in reads]:
+            raise UserError(f"told: {', '.join(unknown)} is no view that this model reads; it reads {', '.join(reads)}")
         if bench.data is None:
             raise UserError("told: needs images whose views are told: give --on scenes or --on folder")
         real = replace(bench, data=viewed(bench.data, views)).real(self.images)

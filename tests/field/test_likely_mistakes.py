@@ -67,7 +67,7 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
         ("--gpus=2", "--gpus: no such option; there is no such field: a GPU is used where there is one"),
         ("resume=true", "resume: unknown field; nothing needs to be said: the same command goes on"),
         ("data.path=pictures", "data.path: unknown field of kind scenes; "),
-        ("data.path=pictures", "; folder or shards or datasets has it"),
+        ("data.path=pictures", "; folder or shards or datasets or unpaired has it"),
     ],
 )
 def test_a_field_of_another_program_is_told_by_its_name_here(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

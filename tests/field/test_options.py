@@ -78,6 +78,9 @@ PICTURES = {
 SAMPLING = {
     **dict.fromkeys(("--original-size", "--crop", "--target-size"), "tests/field/test_xl.py"),
     **dict.fromkeys(("--temperature", "--top-k", "--top-p"), "tests/families/tokens/test_tokens.py"),
+    **dict.fromkeys(("--link-steps", "--stop-after"), "tests/families/test_chain.py"),
+    "--threshold": "tests/families/test_pixels.py",
+    "--given": "tests/field/test_given.py",
     "--model": "tests/cli/test_sample.py",
     "--vae": "tests/field/test_vae.py",
     "--strict": "tests/field/test_recipes_of_others.py",
@@ -136,7 +139,8 @@ OTHERS: dict[str, dict[str, str]] = {
             "--neighbours",
         ),
         "tests/cli/test_evaluate.py",
-    ),
+    )
+    | {"--told": "tests/metrics/test_told.py"},
     "info": dict.fromkeys(("--model", "--json"), "tests/cli/test_info.py"),
     "data check": {
         **dict.fromkeys(("--captions", "--html", "--json"), "tests/cli/test_data.py"),
@@ -173,7 +177,7 @@ OTHERS: dict[str, dict[str, str]] = {
         ),
         "tests/cli/test_encode.py",
     )
-    | {"--seed": "tests/field/test_options.py", "--codes": "tests/data/test_cache_codes.py"},
+    | {"--seed": "tests/field/test_options.py", "--codes": "tests/data/test_cache_codes.py", "--views": "tests/field/test_folder_views.py"},
     "classifier": dict.fromkeys(("--model", "--words", "--out", "--images", "--rate"), "tests/cli/test_classifier.py")
     | {"--seed": "tests/cli/test_classifier.py"},
     "ema": dict.fromkeys(("--stage", "--length", "--out", "--sweep", "--n"), "tests/training/test_post_hoc_ema.py"),
@@ -183,7 +187,8 @@ OTHERS: dict[str, dict[str, str]] = {
     "export": dict.fromkeys(("--to", "--out", "--dtype", "--variant", "--max-shard", "--overwrite", "--json"), "tests/cli/test_export.py"),
     "doctor": dict.fromkeys(("--out", "--json"), "tests/cli/test_doctor.py"),
     "plan": dict.fromkeys(
-        ("--processes", "--samples", "--tflops", "--peak", "--mfu", "--price", "--disk", "--json"), "tests/cli/test_plan.py"
+        ("--processes", "--device", "--nodes", "--gpus", "--samples", "--tflops", "--peak", "--mfu", "--price", "--disk", "--json"),
+        "tests/cli/test_plan.py",
     )
     | {"--extend": "tests/field/test_extend.py"},
 }

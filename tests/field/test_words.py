@@ -21,6 +21,17 @@ from ldm.config.schema import PathText, config, dump, load
 
 # The text fields of a run that name no file, by class.
 NAMES = {
+    "Condition.view",
+    "CustomDiffusion.init",
+    "CustomDiffusion.token",
+    "Grounding.sampler",
+    "LatentDiffusion.after",
+    "Pix2Pix.view",
+    "RankOne.token",
+    "ScenesSource.called",
+    "Tokens.autoencoder",
+    "Tokens.text",
+    "ToldViews.sampler",
     "Abilities.sampler",
     "Neighbours.sampler",
     "ClipScore.sampler",

@@ -371,7 +371,7 @@ def test_a_disk_that_fills_while_the_pickle_is_written_says_so(model: Path, tmp_
     import errno
     import os
 
-    import ldm.formats.compvis_file as module
+    import ldm.formats.pickles as module
 
     class Full(module._Reporting):
         def write(self, data: Any) -> int:

@@ -67,4 +67,4 @@ def test_the_pickle_is_the_only_one() -> None:
     """No other file of the package writes one, but for weights that were read safely, on their way to torch-fidelity alone."""
     package = Path(__file__).parents[2] / "ldm"
     writers = {file.name for file in package.rglob("*.py") if "torch.save(" in file.read_text() or "pickle.dump" in file.read_text()}
-    assert writers == {"compvis_file.py", "extractors.py"}
+    assert writers == {"extractors.py", "pickles.py"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ldm.__main__ import main
 from ldm.data.dataset import asked
 from ldm.data.scenes.source import ScenesSource
 from ldm.metrics import told
@@ -30,6 +33,11 @@ def test_the_pictures_themselves_agree_and_others_do_not(tier: str) -> None:
         assert right <= most < least <= wrong, (name, right, wrong)
     assert told.error(image, "boxes", batch.views["boxes"], kinds["boxes"]) is None
     assert isinstance(batch.views["sketch"], Tensor) and told.error(image, "sketch", batch.views["sketch"], kinds["sketch"]) is None
+
+
+def test_a_model_that_reads_no_views_is_not_told_any(kl_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(kl_model), "--told", "4", "--n", "2", "--images", "4", "--steps", "1"]) == 2
+    assert "told: this model reads no views of pictures; leave it out" in capsys.readouterr().err
 
 
 def test_bits_are_of_what_is_there() -> None:
