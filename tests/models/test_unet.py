@@ -166,7 +166,7 @@ def test_published_config_files_are_read():
     ("field", "value"),
     [
         ("act_fn", "gelu"),
-        ("class_embed_type", "timestep"),
+        ("class_embed_type", "simple_projection"),
         ("down_block_types", ["AttnDownBlock2D", PLAIN]),
         ("up_block_types", [CROSS_UP, PLAIN_UP]),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from ldm.cli.command import call
 from ldm.config.errors import UserError
 from ldm.config.options import bounds, option, options_of
-from ldm.families.draws import Running, Wanted
+from ldm.families.draws import DIRECT, Running, Wanted
 from ldm.sampling.recipe_values import LIMITS
 from ldm.sampling.request import Adapters, Base, Choice, Editing, Guidance, PromptOptions, Request, SamplerOptions, size_of
 
@@ -38,9 +38,11 @@ def test_bounds_are_those_of_the_axes_too() -> None:
 def test_what_is_asked_goes_before_a_recipe_and_that_before_what_is_usual() -> None:
     asked = SamplerOptions(steps=5, guidance_interval="0.1,0.8")
     old = {"steps": 9, "guidance": 2.0, "sampler": "heun", "spacing": "karras", "prompt": "p"}
-    found = asked.chosen(old, {"guidance": 1.0, "eta": 0.5})
+    own = replace(DIRECT, sampler="ddim")
+    found = asked.chosen(old, {"guidance": 1.0, "eta": 0.5}, own)
     assert found == Wanted(steps=5, guidance=2.0, sampler="heun", spacing="karras", eta=0.5, guidance_from=0.1, guidance_to=0.8)
-    assert SamplerOptions(sampler="ddim").chosen(old, {}).spacing is None  # a spacing belongs to its sampler
+    assert SamplerOptions(sampler="ddim").chosen(old, {}, own).spacing is None  # a spacing belongs to its sampler
+    assert [SamplerOptions().chosen({}, {"sampler": "ddim"}, one).sampler for one in (own, DIRECT)] == ["ddim", None]
 
 
 @pytest.mark.parametrize(
