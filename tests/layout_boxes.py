@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -70,15 +69,20 @@ SCRIPT = """() => {
 }"""
 
 
+def chromium() -> str | None:
+    """Where the browser is; None: nowhere."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @contextmanager
 def opened() -> Iterator[Any]:
     """A browser; without one the test is skipped."""
-    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+    if chromium() is None or importlib.util.find_spec("playwright") is None:
         pytest.skip("browser tests need chromium and playwright")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         yield browser
         browser.close()
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from demo_server import Served, served, until
 from finished_model import SIDE
-from layout_boxes import CHROMIUM, opened, problems
+from layout_boxes import chromium, opened, problems
 from PIL import Image
 
 from ldm.__main__ import main
 from ldm.sampling.recipe import Recipe, read_recipe
 
-WANTING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None] + ["chromium"] * (CHROMIUM is None)
+WANTING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None] + ["chromium"] * (chromium() is None)
 IN_CI = os.environ.get("CI", "").lower() in ("true", "1")
 if WANTING and not IN_CI:
     pytest.skip(f"browser tests need {', '.join(WANTING)}", allow_module_level=True)
