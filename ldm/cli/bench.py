@@ -105,12 +105,23 @@ def _has_cuda(ask_torch: bool) -> bool:
 
 def run(rows: Sequence[Row], setup: Setup, rounds: int, alone: bool = False) -> dict[str, Any]:
     """Measure and print row by row; the whole record."""
-    from ldm.cli.benchmarks.machine import describe, peak
+    told = {"HF_HUB_OFFLINE": "1"} | ({"ACCELERATE_USE_CPU": "true"} if setup.device == "cpu" else {})
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        return _measured(rows, setup, rounds, alone)
+    finally:  # or whatever runs later in this process would stay on the CPU
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if setup.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+def _measured(rows: Sequence[Row], setup: Setup, rounds: int, alone: bool) -> dict[str, Any]:
     import torch
+
+    from ldm.cli.benchmarks.machine import describe, peak
 
     if setup.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: got cuda, but torch finds no CUDA GPU here; write --device cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -172,7 +173,9 @@ def test_a_row_that_breaks_is_told_and_the_next_one_runs(setup: Setup, monkeypat
         raise ValueError("no such thing")
 
     monkeypatch.setattr("ldm.cli.benchmarks.machine.peak", lambda setup: {})
+    before = dict(os.environ)
     told = bench.run([made_up(cases, monkeypatch)] * 2, setup, 1)
+    assert dict(os.environ) == before, "a later verb of this process may have the accelerator"
     assert [row["reason"] for row in told["rows"]] == ["ValueError: no such thing"] * 2
     assert len(told["rows"][0]["cases"]) == 1 and told["rows"][0]["status"] == "failed"
 
