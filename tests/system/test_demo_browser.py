@@ -292,14 +292,12 @@ def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: S
     assert "Denoising (sampling) steps" in str(ann.page.get_attribute("#ldm-steps", "title"))
 
 
-def test_no_part_is_clipped_or_lies_over_another(ann: User) -> None:
-    ann.page.get_by_role("tab", name="Pictures").click()
+def test_no_part_is_clipped_or_lies_over_another(browser: Any, server: Served) -> None:
+    page = User(browser, server).page  # of its own: it leaves every part open
     for part in ("start", "second", "several", "more"):
-        if not ann.page.locator(f"#ldm-{part} > button.open").count():
-            ann.page.click(f"#ldm-{part} > button")
-    assert problems(ann.page) == []
-    narrow = ann.page.viewport_size
-    ann.page.set_viewport_size({"width": 390, "height": 844})
-    order = [ann.page.locator(name).bounding_box()["y"] for name in ("#ldm-generate", "#ldm-pictures", "#ldm-seed")]
+        page.click(f"#ldm-{part} > button")
+    assert problems(page) == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    order = [page.locator(name).bounding_box()["y"] for name in ("#ldm-generate", "#ldm-pictures", "#ldm-seed")]
     assert order == sorted(order), "on a phone the picture stands above the settings"
-    ann.page.set_viewport_size(narrow)
+    page.context.close()
