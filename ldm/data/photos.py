@@ -161,12 +161,12 @@ class Photos(ABC):
         return {}
 
     def read_view(self, index: int, name: str) -> bytes:
-        """The bytes of the file that is a sample's map.
+        """The bytes of the file that is a sample's map; here there is none.
 
         Raises:
             Rejected: if they cannot be read.
         """
-        raise NotImplementedError
+        raise Rejected("no view", name)
 
     def words_of(self, index: int, name: str) -> View | None:
         """Boxes, points or a graph of a whole picture; None: nothing is told of it."""

@@ -319,8 +319,39 @@ def hashes(folder: Path) -> str:
     return " ".join(sorted(sha256(file) for file in folder.rglob("*.safetensors")))
 
 
+class AdaptConfig:
+    """What a member of `Adapt` answers; the defaults are those of one whose captions are encoded once and are used as they stand."""
+
+    __slots__ = ()
+    kind: str
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether captions are encoded anew at every step."""
+        return False
+
+    @property
+    def halves(self) -> bool:
+        """Whether the denoising network's frozen weights may lie in a half type."""
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: all fields."""
+        return plain(self)
+
+    def check(self) -> None:
+        """Nothing: fields were looked at one by one."""
+
+    def suits(self, denoiser: Denoiser) -> None:
+        """Any network."""
+
+    def example_of(self, caption: str) -> str:
+        """A caption as it is."""
+        return caption
+
+
 @config
-class LowRank:
+class LowRank(AdaptConfig):
     """LoRA (Hu 2021, arXiv 2106.09685) and its kin: small matrices beside the base's frozen ones learn, and are merged in the product."""
 
     kind: Literal["lora"] = "lora"
@@ -345,10 +376,6 @@ class LowRank:
         if self.init:
             return all(getattr(pair, "magnitude", None) is None for pairs in continued(self.init).pairs.values() for pair in pairs.values())
         return self.method != "dora"
-
-    def example_of(self, caption: str) -> str:
-        """A caption as it is: the adapters learned from it."""
-        return caption
 
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn, of a denoiser on any device and a text encoder."""
@@ -444,7 +471,7 @@ def continued(file: str) -> Lora:
 
 
 @config
-class TextualInversion:
+class TextualInversion(AdaptConfig):
     """Textual inversion (Gal 2022, arXiv 2208.01618): the base's weights stay; a new word's embedding learns what its pictures share."""
 
     kind: Literal["textual_inversion"] = "textual_inversion"
@@ -457,21 +484,6 @@ class TextualInversion:
     def text_learns(self) -> bool:
         """Whether captions are encoded anew at every step."""
         return True
-
-    @property
-    def halves(self) -> bool:
-        """Whether the denoising network's frozen weights may lie in a half type."""
-        return True
-
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on: all fields."""
-        return plain(self)
-
-    def check(self) -> None:
-        """Nothing: fields were looked at one by one."""
-
-    def suits(self, denoiser: Denoiser) -> None:
-        """Any: the denoising network stays as it is."""
 
     def example_of(self, caption: str) -> str:
         """A caption with the new word."""

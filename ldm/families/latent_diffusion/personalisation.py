@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, NonNegative, Positive, PositiveFloat, config, plain
+from ldm.config.schema import BY_KIND, NonNegative, Positive, PositiveFloat, config
 from ldm.families.family import Context, ParameterGroup
 from ldm.families.latent_diffusion.fine_tuning import (
     CUSTOM,
     Adaptable,
+    AdaptConfig,
     AdaptedFamily,
     InvertedFamily,
     LoraFamily,
@@ -79,7 +80,7 @@ class CustomFamily(AdaptedFamily):
 
 
 @config
-class CustomDiffusion:
+class CustomDiffusion(AdaptConfig):
     """Custom Diffusion (Kumari 2022, arXiv 2212.04488): cross-attention's keys and values of the text learn, with a new word's embedding.
 
     The word stands in the captions of its pictures, `a <thing> dog`, and not in those of the prior (`prior_preservation`).
@@ -96,18 +97,6 @@ class CustomDiffusion:
         """Whether captions are encoded anew at every step."""
         return True
 
-    @property
-    def halves(self) -> bool:
-        """Whether the denoising network's frozen weights may lie in a half type."""
-        return True
-
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on: all fields."""
-        return plain(self)
-
-    def check(self) -> None:
-        """Nothing: fields were looked at one by one."""
-
     def suits(self, denoiser: Denoiser) -> None:
         """Refuse a network without attention to the text alone.
 
@@ -115,10 +104,6 @@ class CustomDiffusion:
             UserError: saying so.
         """
         find_keys_values(denoiser, "custom")
-
-    def example_of(self, caption: str) -> str:
-        """A caption as it is: the word is in it."""
-        return caption
 
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn."""
@@ -186,7 +171,7 @@ def inward(states: Tensor, own: Tensor, ridge: float) -> Tensor:
 
 
 @config
-class RankOne:
+class RankOne(AdaptConfig):
     """Rank-one edit (Chen 2023, DemoCaricature, arXiv 2312.04364, after ROME): what one word's key gives in cross-attention is learned.
 
     In keys and values of the text W becomes W + v k', where k' answers to the word's state with 1 and hardly to any other; v learns. No
@@ -198,23 +183,6 @@ class RankOne:
     captions: Positive = 256  # of the data, whose other words it is told from
     ridge: PositiveFloat = 0.01  # what is added to the covariance of their states, as a share of its mean diagonal; more: a broader edit
 
-    @property
-    def text_learns(self) -> bool:
-        """No: captions are encoded once."""
-        return False
-
-    @property
-    def halves(self) -> bool:
-        """Whether the denoising network's frozen weights may lie in a half type."""
-        return True
-
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on: all fields."""
-        return plain(self)
-
-    def check(self) -> None:
-        """Nothing: fields were looked at one by one."""
-
     def suits(self, denoiser: Denoiser) -> None:
         """Refuse a network without attention to the text alone.
 
@@ -222,10 +190,6 @@ class RankOne:
             UserError: saying so.
         """
         find_keys_values(denoiser, "rank_one")
-
-    def example_of(self, caption: str) -> str:
-        """A caption as it is: the word is in it."""
-        return caption
 
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn."""

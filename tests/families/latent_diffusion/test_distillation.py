@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from finished_model import UNET, finished_model
+from pipelines import pipeline_folder
 from torch import Tensor
 
 from ldm.cli.train import main
@@ -111,6 +113,14 @@ def test_a_distilled_model_draws_in_four_steps_and_diffusers_draws_the_same(base
     ).images
     ours = family.sample(["a red ring"], [7], Wanted(guidance=4.0, steps=1))
     assert (ours.permute(0, 3, 1, 2).float() / 255 - theirs).abs().max() < 0.02
+
+
+def test_a_latent_consistency_model_of_others_is_drawn_as_such(tmp_path):
+    folder = pipeline_folder(tmp_path)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**read_json(file), "_class_name": "LCMScheduler"}))
+    chosen = load(folder).settings()
+    assert (chosen.steps, chosen.sampler, chosen.guidance) == (4, "lcm", 1)
 
 
 def test_a_lora_is_distilled_beside_a_base_that_stays(base, tmp_path):
