@@ -14,6 +14,7 @@ from ldm.diffusion.process import Process
 from ldm.families.autoencoder import measure
 from ldm.families.clip import Clip
 from ldm.families.family import Context
+from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
 from ldm.formats.assembly import assemble
 from ldm.formats.latent_codec import autoencoder_folder, load_codec, save_codec
@@ -132,6 +133,30 @@ def own_clip_model(root: Path) -> Path:
     text, autoencoder = clip_product(root / "text"), autoencoder_product(root / "autoencoder")
     diffusion = diffusion_product(root / "diffusion", text, autoencoder, Process())
     assemble(text, autoencoder, diffusion, root / "model", STORY)
+    return root / "model"
+
+
+def told_model(base: Path, conditions: tuple[Condition, ...], root: Path) -> Path:
+    """A whole model folder, root/model, of `base` with conditions on views of the scenes, with weights that listen to them."""
+    from ldm.data.dataset import asked
+    from ldm.data.scenes.source import ScenesSource
+    from ldm.families.family import Product
+    from ldm.models.conditioned import base_of
+
+    config = LatentDiffusion(network=UNET, conditions=conditions).continued(base)
+    data = asked(ScenesSource(tier="one", images=4, val=2).build("train"), config.views())
+    products = {name: Product(base, "") for name in ("text", "autoencoder")}
+    context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=4, products=products, init=Product(base, ""))
+    torch.manual_seed(0)
+    family = config.build(context)
+    assert isinstance(family, LatentDiffusionFamily)
+    with torch.no_grad():
+        base_of(family.denoiser).get_submodule("conv_in").weight.normal_(0, 0.1)
+        for name, weight in family.denoiser.named_parameters():
+            if "alpha" in name or "zero" in name:
+                weight.fill_(0.5)
+    family.save(root / "learned")
+    config.assemble({"model": Product(root / "learned", ""), **products}, root / "model", {"name": "told"})
     return root / "model"
 
 

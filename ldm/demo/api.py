@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import tempfile
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,9 @@ from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, without_null
 from ldm.config.options import Option, options_of
 from ldm.demo.catalogue import Catalogue
-from ldm.demo.orders import MAX_LINES, MAX_PROMPT, check_upload, order_of, without_place
+from ldm.demo.orders import MAX_LINES, MAX_PROMPT, check_upload, order_of, view_word, without_place
 from ldm.demo.studio import DrawOrder, Job
+from ldm.demo.view_inputs import ViewInput
 from ldm.sampling.recipe import texts_of
 from ldm.sampling.recipe_values import NAMES as SAMPLERS
 from ldm.sampling.recipe_values import SPACINGS
@@ -33,6 +35,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "choice": ("n", "seeds", "variations", "variation_strength"),
     "sampler": (),  # all
     "editing": (),
+    "views": (),
     "adapters": ("lora", "vae"),
     "output": ("watermark",),
 }
@@ -45,6 +48,8 @@ SAID = {  # what is otherwise said than on a command line
     "init": "A picture to start from (img2img), in base64.",
     "mask": "A picture as large as init, white where it is to be new, in base64.",
     "invert": "A picture to edit by its prompt, in base64: start from the noise that it comes from.",
+    "given": "What else the picture is drawn by, by the view's name as the model reads it: a picture in base64, a list of boxes, points "
+    "or triples, or an object with file (either of these), weight and of (whether the view is made of the picture).",
     "lora": "NAME or NAME:WEIGHT of LoRAs that /api/models lists.",
     "vae": "The name of another autoencoder that /api/models lists.",
 }
@@ -66,7 +71,12 @@ def schema() -> dict[str, Any]:
         hint = without_null(hints_of(kind)[name])
         plain: dict[Any, dict[str, Any]] = {int: {"type": "integer"}, float: {"type": "number"}, bool: {"type": "boolean"}}
         one: dict[str, Any] = plain.get(hint, {"type": "string"})
-        if typing.get_origin(hint) is tuple:
+        if name == "given":
+            told_of = [{"type": "string", "contentEncoding": "base64"}, {"type": "array"}]
+            whole = {"file": {"oneOf": told_of}, "weight": {"type": "number", "minimum": 0, "maximum": 10}, "of": {"type": "boolean"}}
+            entry = {"type": "object", "properties": whole, "required": ["file"], "additionalProperties": False}
+            one = {"type": "object", "additionalProperties": {"oneOf": [*told_of, entry]}}
+        elif typing.get_origin(hint) is tuple:
             one = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
         one = {**one, "description": SAID.get(name, told.help)}
         one |= {"contentEncoding": "base64"} if name in FILES else {}
@@ -112,6 +122,8 @@ def read_request(values: Any, folder: Path) -> Request:
 
 def _value(key: str, name: str, value: Any, hint: Any, told: Option, folder: Path) -> Any:
     hint, got = without_null(hint), f"{key}: got {str(value)[:40]!r}"
+    if name == "given":
+        return tuple(view_word(one, folder) for one in _views(value))
     if typing.get_origin(hint) is tuple:
         words = (value,) if isinstance(value, str) else value
         if not isinstance(words, list | tuple) or not all(isinstance(word, str) and len(word) <= MAX_PROMPT for word in words):
@@ -136,6 +148,29 @@ def _value(key: str, name: str, value: Any, hint: Any, told: Option, folder: Pat
     path = folder / (f"{key}.txt" if name == "prompts" else f"{key}.png")
     path.write_bytes(value.encode("utf-8", "replace") if name == "prompts" else _picture(key, value))
     return path
+
+
+def _views(value: Any) -> Iterator[ViewInput]:
+    """What a call tells of views: see SAID.
+
+    Raises:
+        UserError: naming the view and what is needed.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f'given: got {str(value)[:40]!r}; an object is needed, such as {{"edges": "iVBORw0..."}}')
+    for view, said in value.items():
+        entry = said if isinstance(said, Mapping) else {"file": said}
+        if (strange := entry.keys() - {"file", "weight", "of"}) or "file" not in entry:
+            what = f"{min(strange)[:40]!r} is not known" if strange else "file is missing"
+            raise UserError(f"given: {view[:80]}: {what}; file, weight and of can be said")
+        file, weight, of = entry["file"], entry.get("weight", 1.0), entry.get("of", False)
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= 10 or not isinstance(of, bool):
+            got = f"got weight {str(weight)[:20]} and of {str(of)[:20]}"
+            raise UserError(f"given: {view[:80]}: {got}; a number from 0 to 10, and true or false, are needed")
+        if not isinstance(file, str | list) or "=" in view or not view:
+            raise UserError(f"given: {view[:80]}: got {str(file)[:40]!r}; a picture in base64 or a list is needed")
+        data = json.dumps(file).encode() if isinstance(file, list) else _picture(f"given: {view[:80]}", file)
+        yield ViewInput(view, data, float(weight), of)
 
 
 def _picture(key: str, text: str) -> bytes:

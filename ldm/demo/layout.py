@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ldm.data.views import ViewKind
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank
-from ldm.demo.page import CHOSEN, OF_SOME, OWN_VAE, Blobs, Page, add_tag, at_place, background, chosen_place, has, load_gradio
+from ldm.demo.page import CHOSEN, OF_SOME, OWN_VAE, Blobs, Page, add_tag, at_place, background, brush_for, chosen_place, has, load_gradio
 from ldm.demo.status import idle
+from ldm.demo.view_inputs import COMPONENTS, MAX_TEXT, SLOTS, components
 from ldm.families.draws import CURVES, PRECISIONS
 from ldm.sampling.axes import KINDS
 from ldm.sampling.recipe_values import MAX_SEED, SCHEDULES, SPACINGS
@@ -38,6 +40,7 @@ def build(page: Page) -> Any:
                         generate = gr.Button("Generate", variant="primary", elem_id="ldm-generate", scale=3, min_width=120)
                         cancel = gr.Button("Cancel", variant="stop", elem_id="ldm-cancel", interactive=False, scale=1, min_width=90)
                 with gr.Column(elem_id="ldm-settings"):
+                    views = _views(page, start)
                     fresh = _numbers(box, start, page)
                     with gr.Accordion("Start from a picture (img2img, inpainting)", open=False, elem_id="ldm-start"):
                         editor = _editor(start)
@@ -67,9 +70,10 @@ def build(page: Page) -> Any:
                     "Take the settings of a picture (or drop one anywhere)", size="sm", file_types=[".png"], elem_id="ldm-drop"
                 )
         inputs = [box[name] for name in NAMES]
+        asked = [*inputs, *views.read]
         told = [live, pictures.gallery, box["seed"], generate, cancel, pictures.paths]
-        generate.click(page.generate, [fresh, editor, *inputs], told, **QUIET)
-        sheet.draw.click(page.grid, [*sheet.axes, editor, *inputs], [live, sheet.image, sheet.draw, cancel], **QUIET)
+        generate.click(page.generate, [fresh, editor, *asked], told, **QUIET)
+        sheet.draw.click(page.grid, [*sheet.axes, editor, *asked], [live, sheet.image, sheet.draw, cancel], **QUIET)
         cancel.click(page.cancel, None, None, **QUIET)
         for album in (pictures, history):
             album.gallery.select(chosen_place, None, album.chosen, **QUIET)
@@ -87,7 +91,8 @@ def build(page: Page) -> Any:
         listed.upload(lambda data: (data or b"").decode("utf-8-sig", "replace"), listed, box["lines"], **QUIET)
         examples.click(lambda sample: sample[0], examples, box["prompt"], **QUIET)
         loras.input(add_tag, [box["prompt"], loras], [box["prompt"], loras], **QUIET)
-        box["model"].input(page.choose, box["model"], [live, head, examples, *(box[name] for name in CHOSEN)], **QUIET)
+        chosen = box["model"].input(page.choose, box["model"], [live, head, examples, *(box[name] for name in CHOSEN)], **QUIET)
+        chosen.then(page.inputs_for, box["model"], [views.whole, *views.every], **QUIET)
         for one in (box["prompt"].change, box["model"].change, blocks.load):
             one(page.tokens, [box["prompt"], box["notation"], box["model"]], tokens, trigger_mode="always_last", **QUIET)
         blocks.load(page.choices, None, [box["model"], loras, box["vae"]], **QUIET)
@@ -95,6 +100,36 @@ def build(page: Page) -> Any:
         gr.api(page.call, api_name="draw", concurrency_limit=ACTIVE)
     blocks.queue(max_size=4 * ACTIVE, default_concurrency_limit=ACTIVE, api_open=False)
     return blocks
+
+
+@dataclass
+class ViewSlots:
+    """The inputs for views: the whole, each one's components, and those of them that are read."""
+
+    whole: Any
+    every: list[Any]
+    read: list[Any]
+
+
+def _views(page: Page, start: Form) -> ViewSlots:
+    """An input for each view that the model reads."""
+    told = list(page.studio.family.told.items())[:SLOTS]
+    every: list[Any] = []
+    with gr.Accordion("Told more than words", open=True, visible=bool(told), elem_id="ldm-told") as whole:
+        for i in range(SLOTS):
+            says = components(*told[i]) if i < len(told) else [{"visible": False}] * COMPONENTS
+            with gr.Column(elem_id=f"ldm-view-{i}", elem_classes="ldm-view"):
+                every.append(gr.HTML(padding=False, **says[0]))
+                every.append(_canvas(f"ldm-view-{i}-paint", start, told[i][1] if i < len(told) else ViewKind(form="map"), **says[1]))
+                every.append(gr.HTML(padding=False, **says[2]))
+                every.append(gr.Textbox(lines=3, max_lines=12, max_length=MAX_TEXT, elem_id=f"ldm-view-{i}-text", **says[3]))
+                every.append(gr.File(label="Or a file", height=80, type="filepath", elem_id=f"ldm-view-{i}-file", **says[4]))
+                with gr.Row():
+                    label = "How much it counts"
+                    every.append(gr.Slider(0, 2, step=0.05, label=label, min_width=140, elem_id=f"ldm-view-{i}-weight", **says[5]))
+                    label = "Make it of the picture that is loaded"
+                    every.append(gr.Checkbox(label=label, min_width=140, elem_id=f"ldm-view-{i}-of", **says[6]))
+    return ViewSlots(whole, every, [one for k, one in enumerate(every) if k % COMPONENTS not in (0, 2)])
 
 
 @dataclass
@@ -199,9 +234,12 @@ def _numbers(box: Box, start: Form, page: Page) -> Any:
 
 
 def _editor(start: Form) -> Any:
-    paint = "#ff3b6b"
-    brush = gr.Brush(colors=[paint], default_color=paint, color_mode="fixed", default_size=max(2, start.width // 8))
     gr.HTML('<p class="ldm-quiet">Load or paste a picture. Paint over what is to be new; without paint, all of it is drawn anew.</p>')
+    return _canvas("ldm-editor", start, None)
+
+
+def _canvas(name: str, start: Form, kind: ViewKind | None, **said: Any) -> Any:
+    """A picture that can be loaded and painted on, in the colours of a view."""
     made = gr.ImageEditor(
         show_label=False,
         type="pil",
@@ -209,11 +247,12 @@ def _editor(start: Form) -> Any:
         sources=["upload", "clipboard"],
         layers=False,
         transforms=(),
-        elem_id="ldm-editor",
+        elem_id=name,
         buttons=[],
-        brush=brush,
+        brush=brush_for(kind, start.width),
         height=420,
         canvas_size=(start.width, start.height),
+        **said,
     )
     made.blob_storage = Blobs()
     return made

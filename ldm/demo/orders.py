@@ -14,14 +14,16 @@ from ldm.config.errors import UserError
 from ldm.data.images import Rejected, probe
 from ldm.demo.catalogue import Catalogue
 from ldm.demo.studio import DrawOrder
+from ldm.demo.view_inputs import ViewInput
 from ldm.families.draws import OF_CODES, Draws, Settings, Wanted
 from ldm.sampling.adapters import OPTIONS, differ, remembered, told_shortly, weighted
 from ldm.sampling.foreign_recipe import ForeignRecipe
+from ldm.sampling.given import Files
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import Tag, parted
 from ldm.sampling.recipe import Recipe, writable
 from ldm.sampling.recipe_values import LIMITS
-from ldm.sampling.request import STRENGTH, Base, Choice, Editing, Following, NamedAdapters, PromptOptions, Request, SamplerOptions
+from ldm.sampling.request import STRENGTH, Base, Choice, Editing, Following, NamedAdapters, PromptOptions, Request, SamplerOptions, Views
 from ldm.sampling.requested import init_image_for, recipes_of
 from ldm.sampling.unheard import in_lines
 
@@ -65,11 +67,12 @@ class Form(Settings):
     vae: str = ""  # the same; empty: the model's own
     lines: str = ""  # prompts, one a line, in place of `prompt`
 
-    def request(self, files: Mapping[str, Path]) -> Request:
+    def request(self, files: Mapping[str, Path], given: tuple[str, ...] = ()) -> Request:
         """What `ldm sample` would be told.
 
         Args:
             files: picture files by `init` and `mask`, and a file of `prompts`.
+            given: VIEW=FILE@WEIGHT.
         """
         second: dict[str, Any] = {"hires": self.hires, "hires_strength": self.hires_strength} if self.hires != 1 else {}
         strength: dict[str, Any] = {"strength": self.strength} if "init" in files else {}
@@ -81,6 +84,7 @@ class Form(Settings):
             choice=Choice(n=self.pictures, variations=self.variations, **near),
             sampler=SamplerOptions(**asdict(self.wanted())),
             editing=Editing(init=files.get("init"), mask=files.get("mask"), **strength, **second),
+            views=Views(given=given),
             adapters=NamedAdapters(vae=Path(self.vae) if self.vae else None),
         )
 
@@ -155,10 +159,13 @@ def order_of(catalogue: Catalogue, request: Request, largest: int) -> DrawOrder:
     opened = catalogue.opened(outfit)
     family = opened.family
     rest |= {**opened.added, "model": outfit.model, "model_hash": family.content_hash}
+    given = Files(family.told, kept=True)
+    added = {**opened.added, "given": given.field(request.views.given, {}, tell)}
+    rest["given"] = added["given"]
     if request.following.recipe is not None:
         request.following.compare(own, outfit.model, family.content_hash, tell)
-        if differ(old, opened.added):
-            tell(f"drawn with {', '.join(told_shortly(opened.added)) or 'no LoRAs or new words'}, the picture was not: it will differ")
+        if differ(old, added):
+            tell(f"drawn with {', '.join(told_shortly(added)) or 'no LoRAs or new words'}, the picture was not: it will differ")
     if (size := request.base.shape(own)) is not None and max(size) > largest:
         raise UserError(f"size: got {size[1]}x{size[0]}; at most {largest} px a side here")
     init_image = init_image_for(request, asked, family, own, tell)
@@ -168,7 +175,7 @@ def order_of(catalogue: Catalogue, request: Request, largest: int) -> DrawOrder:
     if (side := max(max(one.width, one.height) for one in made)) > largest:
         raise UserError(f"size: got {side} px; at most {largest} px a side here")
     room = int(family.defaults["chunk"])
-    return DrawOrder(tuple(made), init_image, lambda: catalogue.opened(outfit).family, room, tuple(dict.fromkeys(notes)))
+    return DrawOrder(tuple(made), init_image, given, lambda: catalogue.opened(outfit).family, room, tuple(dict.fromkeys(notes)))
 
 
 def _untagged(asked: Sequence[Asked], literal: bool) -> tuple[list[Asked], tuple[Tag, ...]]:
@@ -195,8 +202,10 @@ def _told_vae(old: Mapping[str, Any]) -> str:
     return "".join(Path(one["file"]).stem for one in remembered(old, "vae"))
 
 
-def order_of_form(catalogue: Catalogue, form: Form, largest: int, init: bytes | None = None, mask: bytes | None = None) -> DrawOrder:
-    """The order of a form, and of picture files that were sent with it.
+def order_of_form(
+    catalogue: Catalogue, form: Form, largest: int, init: bytes | None = None, mask: bytes | None = None, views: Sequence[ViewInput] = ()
+) -> DrawOrder:
+    """The order of a form, and of picture files and views that were sent with it.
 
     Raises:
         UserError: as `order_of`; for what is too large or no picture.
@@ -211,9 +220,23 @@ def order_of_form(catalogue: Catalogue, form: Form, largest: int, init: bytes | 
         if form.lines.strip():
             paths["prompts"] = Path(folder) / "prompts"
             paths["prompts"].write_text(form.lines, encoding="utf-8")
+        given = tuple(view_word(one, Path(folder)) for one in views)
         with without_place(folder):
-            made = order_of(catalogue, form.request(paths), largest)
+            made = order_of(catalogue, form.request(paths, given), largest)
         return replace(made, notes=tuple(note.replace(f"{folder}/", "") for note in made.notes))
+
+
+def view_word(one: ViewInput, folder: Path) -> str:
+    """VIEW=FILE@WEIGHT of what a client sent, written into a folder.
+
+    Raises:
+        UserError: for what is too large, or neither a picture nor JSON.
+    """
+    if one.data[:1] not in (b"[", b"{"):
+        check_upload(one.view, one.data)
+    elif len(one.data) > MAX_BYTES:
+        raise UserError(f"{one.view}: {len(one.data) / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB")
+    return one.word(folder)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import contextlib
 import io
 import math
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.grid import sheet
 from ldm.config.errors import UserError
+from ldm.data.views import ViewKind
 from ldm.demo.api import answer_of, order_of_call
 from ldm.demo.catalogue import Catalogue, Opened, Outfit, fixed
 from ldm.demo.files import Shelf
@@ -22,6 +23,7 @@ from ldm.demo.guard import USER
 from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
 from ldm.demo.status import command, finished, heading, idle, panel, progress, token_count
 from ldm.demo.studio import DrawOrder, Job, Studio
+from ldm.demo.view_inputs import COMPONENTS, SLOTS, ViewInput, colour_of, components, says, told_by
 from ldm.families.draws import THRESHOLDS, Draws, Wanted
 from ldm.sampling.adapters import told_shortly
 from ldm.sampling.axes import Axis, cells, read_axis
@@ -31,7 +33,9 @@ from ldm.sampling.recipe import read_recipe
 if TYPE_CHECKING:
     import gradio as gr
 
+Wish = tuple[Form, bytes | None, bytes | None, tuple[ViewInput, ...]]  # a form, the picture to start from, its mask, and views
 EMPTY = Axis("", ("",))
+PARTS = 5  # components of an input for a view that are read
 BLOBS = 2**28  # bytes
 PERIOD_S = 0.15  # between two looks at a drawing
 OPENING_S = 0.4  # after which a user is told that a model is opened
@@ -102,16 +106,35 @@ class Page:
         start = blank(self.opened(str(model or "")).family, self.precision)
         return read_form({**told, "model": model}, self.largest, start)
 
+    def views(self, model: str, values: Sequence[Any]) -> tuple[ViewInput, ...]:
+        """What the inputs for views tell of those that a model reads; an input's components stand beside each other in `values`."""
+        slots = [tuple(values[i : i + PARTS]) for i in range(0, len(values), PARTS)]
+        if not any(map(says, slots)):
+            return ()
+        return told_by(self.catalogue.opened(self.catalogue.chosen(model, (), "")).family.told, slots)
+
+    def inputs_for(self, model: str | None) -> list[Any]:
+        """Updates of the inputs for views, as a model reads them: of the whole, then of each input's components."""
+        told = list(self.opened(str(model or "")).family.told.items())[:SLOTS]
+        found = [gr.update(visible=bool(told))]
+        for i in range(SLOTS):
+            says = list(components(*told[i])) if i < len(told) else [{"visible": False}] * COMPONENTS
+            if i < len(told):
+                says[1] = {**says[1], "brush": brush_for(told[i][1], self.family.defaults["size"][1])}
+            found += [gr.update(**said) for said in says]
+        return found
+
     def shown(self, form: Form) -> list[Any]:
         """What the components show; in the order of NAMES."""
         return [getattr(form, name) or (self.catalogue.first[0] if name == "model" else getattr(form, name)) for name in NAMES]
 
     async def generate(self, request: gr.Request, fresh: bool, editor: Any, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        """Draw what the form says: panel, pictures, seed, the two buttons, paths."""
+        """Draw what the form says, by the views that the last `values` tell of: panel, pictures, seed, the two buttons, paths."""
 
-        def wanted() -> tuple[Form, bytes | None, bytes | None]:
-            form = self.form(list(values))
-            return (replace(form, seed=secrets.randbelow(2**32)) if fresh else form), *painted(editor)
+        def wanted() -> Wish:
+            form = self.form(list(values[: len(NAMES)]))
+            form = replace(form, seed=secrets.randbelow(2**32)) if fresh else form
+            return form, *painted(editor), self.views(form.model, values[len(NAMES) :])
 
         async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
             async for told in drawn:
@@ -120,9 +143,9 @@ class Page:
     async def near(self, request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Draw four variations of a picture: as `generate`."""
 
-        def wanted() -> tuple[Form, bytes | None, bytes | None]:
+        def wanted() -> Wish:
             form, _ = self.of_picture(path, list(values))
-            return replace(form, variations=4), None, None
+            return replace(form, variations=4), None, None, ()
 
         async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
             async for told in drawn:
@@ -131,25 +154,24 @@ class Page:
     async def enlarged(self, request: gr.Request, path: str | None, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
         """Draw a picture out of itself at twice its size: as `generate`."""
 
-        def wanted() -> tuple[Form, bytes | None, bytes | None]:
+        def wanted() -> Wish:
             form, _ = self.of_picture(path, list(values))
             width, height = 2 * form.width, 2 * form.height
             if max(width, height) > self.largest:
                 raise UserError(f"size: {width}x{height} px is beyond the {self.largest} px that are drawn here")
-            return replace(form, width=width, height=height, strength=ENLARGED, hires=1.0), Path(str(path)).read_bytes(), None
+            return replace(form, width=width, height=height, strength=ENLARGED, hires=1.0), Path(str(path)).read_bytes(), None, ()
 
         async with contextlib.aclosing(self._drawn(request, wanted)) as drawn:
             async for told in drawn:
                 yield told
 
-    async def _drawn(
-        self, request: gr.Request, wanted: Callable[[], tuple[Form, bytes | None, bytes | None]]
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
-        """Draw a form out of files, a picture and a mask: panel, pictures, seed, the two buttons, paths."""
+    async def _drawn(self, request: gr.Request, wanted: Callable[[], Wish]) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Draw a form out of files, a picture and a mask, and by views: panel, pictures, seed, the two buttons, paths."""
         same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            form, *files = await asyncio.to_thread(wanted)
-            making = asyncio.create_task(asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, *files))
+            form, init, mask, views = await asyncio.to_thread(wanted)
+            files = (init, mask)
+            making = asyncio.create_task(asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, init, mask, views))
             if not (await asyncio.wait({making}, timeout=OPENING_S))[0]:
                 yield panel(f"Opening {form.model or self.model}…", 0.0), same, form.seed, off, off, same
             order = await making
@@ -170,9 +192,10 @@ class Page:
         """Draw a sheet of what the form says, varied along two axes: panel, sheet, the two buttons."""
         same, off, on = gr.skip(), gr.update(interactive=False), gr.update(interactive=True)
         try:
-            form = replace(self.form(list(values)), pictures=1, variations=0, lines="")
+            form = replace(self.form(list(values[: len(NAMES)])), pictures=1, variations=0, lines="")
             files = await asyncio.to_thread(painted, editor)
-            base = await asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, *files)
+            views = await asyncio.to_thread(self.views, form.model, values[len(NAMES) :])
+            base = await asyncio.to_thread(order_of_form, self.catalogue, form, self.largest, *files, views)
             axes, whole = varied(base, (y or "", ys or ""), (x or "", xs or ""), form.spacing)
             async with self._drawing(whole, request) as job:
                 yield progress(job, self.studio.ahead(job), self.studio.waiting()), None, off, on
@@ -369,6 +392,12 @@ def _parts(value: Any) -> list[bytes]:
     return [data for data in (value.background, value.composite, *value.layers) if data]
 
 
+def brush_for(kind: ViewKind | None, width: int) -> Any:
+    """A brush in the colours of a view's classes; of no view in the page's own."""
+    colours: list[Any] = ["#ff3b6b"] if kind is None else [colour_of(colour) for colour in kind.colours] or ["#000000"]
+    return gr.Brush(colors=colours, default_color=colours[0], color_mode="fixed", default_size=max(2, width // 8))
+
+
 def user_of(request: gr.Request) -> str:
     """Who sent a request: the guard gives everyone a name."""
     return str(request.cookies.get(USER) or request.session_hash)
@@ -427,7 +456,7 @@ def varied(base: DrawOrder, down: tuple[str, str], across: tuple[str, str], spac
             raise UserError("hires_strength: changes nothing where pictures are drawn at once")
     made = cells(base.recipes[0], axes, lambda name: spacing or SAMPLERS[name].spacing)
     shown = [next((axis for axis, one in zip(axes, given, strict=True) if one[2] == option), EMPTY) for option in ("down", "across")]
-    return shown, DrawOrder(tuple(made), base.init_image)
+    return shown, replace(base, recipes=tuple(made))
 
 
 def painted(editor: Any) -> tuple[bytes | None, bytes | None]:

@@ -50,6 +50,10 @@ CSS = """
 body.ldm-over::after { content: "Drop the picture to take its settings"; position: fixed; inset: 10px; z-index: 99; display: grid;
   place-items: center; pointer-events: none; border: 3px dashed var(--color-accent); border-radius: 12px; font-size: 20px;
   color: var(--body-text-color); background: color-mix(in srgb, var(--background-fill-primary) 85%, transparent) }
+.ldm-board canvas { width: 320px; max-width: 100%; background: var(--background-fill-secondary);
+  border: 1px solid var(--border-color-primary); border-radius: 8px; cursor: crosshair; touch-action: none }
+.ldm-chip { display: inline-flex; align-items: center; gap: 4px; margin-right: 10px; font-size: 12px }
+.ldm-chip i { width: 12px; height: 12px; border-radius: 3px; border: 1px solid var(--border-color-primary) }
 footer { display: none !important }
 @media (max-width: 760px) {
   #ldm-left { display: contents }
@@ -74,7 +78,61 @@ SCRIPT = """<script>
     if (part && tips[part.id] && !part.title) part.title = tips[part.id]
   })
   const picture = event => [...(event.dataTransfer?.items ?? [])].some(one => one.kind === "file")
-    && !event.target.closest?.("#ldm-editor, #ldm-load")
+    && !event.target.closest?.("#ldm-editor, #ldm-load, .ldm-view")
+  // Boards: rectangles and points are lines of the text beside them.
+  const areaOf = board => board.closest(".ldm-view").querySelector("textarea")
+  const lines = area => area.value.split("\\n").filter(one => one.trim())
+  const write = (area, all) => {
+    Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(area, all.join("\\n"))
+    area.dispatchEvent(new Event("input", {bubbles: true}))
+  }
+  const show = (board, extra) => {
+    const canvas = board.querySelector("canvas"), brush = canvas.getContext("2d"), many = board.dataset.form === "boxes" ? 4 : 2
+    const style = getComputedStyle(document.body), [w, h] = [canvas.width, canvas.height]
+    brush.clearRect(0, 0, w, h)
+    brush.strokeStyle = style.getPropertyValue("--color-accent") || "#f60"
+    brush.fillStyle = style.getPropertyValue("--body-text-color") || "#888"
+    brush.lineWidth = 2
+    brush.font = "13px sans-serif"
+    for (const line of [...lines(areaOf(board)), ...(extra ? [extra] : [])]) {
+      const parts = line.replaceAll(",", " ").trim().split(/\\s+/), at = parts.slice(0, many).map(Number)
+      if (at.length < many || at.some(Number.isNaN)) continue
+      const words = parts.slice(many).join(" ")
+      if (many === 4) brush.strokeRect(at[0] * w, at[1] * h, (at[2] - at[0]) * w, (at[3] - at[1]) * h)
+      else { brush.beginPath(); brush.arc(at[0] * w, at[1] * h, 4, 0, 7); brush.fill() }
+      brush.fillText(words, at[0] * w + 5, at[1] * h + 15)
+    }
+  }
+  let held
+  const place = (canvas, event) => {
+    const box = canvas.getBoundingClientRect(), cut = share => Math.min(1, Math.max(0, share))
+    return [cut((event.clientX - box.left) / box.width), cut((event.clientY - box.top) / box.height)]
+  }
+  const word = all => all.map(one => one.toFixed(3)).join(" ")
+  const box = (a, b) => [Math.min(a[0], b[0]), Math.min(a[1], b[1]), Math.max(a[0], b[0]), Math.max(a[1], b[1])]
+  document.addEventListener("pointerdown", event => {
+    const canvas = event.target.closest?.(".ldm-board canvas")
+    if (!canvas) return
+    held = {canvas, board: canvas.parentElement, from: place(canvas, event)}
+    event.preventDefault()
+  })
+  document.addEventListener("pointermove", event => {
+    if (held && held.board.dataset.form === "boxes") show(held.board, word(box(held.from, place(held.canvas, event))))
+  })
+  document.addEventListener("pointerup", event => {
+    if (!held) return
+    const {canvas, board, from} = held, area = areaOf(board), to = box(from, place(canvas, event))
+    held = null
+    if (board.dataset.form === "points") write(area, [...lines(area), word(from) + " " + board.dataset.names.split(",")[0]])
+    else if (to[2] - to[0] > 0.01 && to[3] - to[1] > 0.01) write(area, [...lines(area), word(to) + " "])
+    show(board)
+    area.focus()
+    area.setSelectionRange(area.value.length, area.value.length)
+  })
+  document.addEventListener("input", event => {
+    const board = event.target.closest?.(".ldm-view")?.querySelector(".ldm-board canvas")?.parentElement
+    if (board) show(board)
+  })
   let leaving
   document.addEventListener("dragover", event => {
     if (!picture(event)) return

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.families.draws import Draws
+    from ldm.sampling.given import Files
     from ldm.sampling.init_images import InitImage
 
 State = Literal["waiting", "drawing", "done", "cancelled", "failed"]
@@ -41,6 +42,7 @@ class DrawOrder:
 
     recipes: tuple[Recipe, ...]
     init_image: InitImage | None = None  # what all of them are drawn out of
+    given: Files | None = None  # what their recipes tell of views
     family: Callable[[], Draws] | None = None  # opens the model that draws them; None: the studio's own
     room: int = 0  # how many that model draws at once; 0: the studio's own number
     notes: tuple[str, ...] = ()  # what whoever asked should know
@@ -271,7 +273,8 @@ class Studio:
             raise Cancelled
         family = jobs[0].order.family() if jobs[0].order.family is not None else self.family
         watching = self._watching([job for job, _ in unit], family)
-        return drawing.draw(family, found, init_image=jobs[0].order.init_image, edits=watching, on_step=on_step, note=note)
+        first = jobs[0].order  # recipes that tell of the same views do so by hash, so that any order's files are theirs
+        return drawing.draw(family, found, init_image=first.init_image, given=first.given, edits=watching, on_step=on_step, note=note)
 
     def _watching(self, owners: Sequence[Job], family: Draws) -> tuple[Any, ...]:
         """What changes nothing, shows what is drawn by now, and stops where nobody waits for it."""

@@ -55,10 +55,13 @@ class Files:
 
     Args:
         told: the views that the model reads.
+        kept: what files hold stays in memory, so that they may go; recipes tell their names without folders.
     """
 
     told: Mapping[str, ViewKind]
+    kept: bool = False
     paths: dict[str, Path] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
 
     def field(self, words: Sequence[str], old: Mapping[str, Any], tell: Callable[[str], None]) -> str:
         """The field `given` of a recipe.
@@ -84,7 +87,10 @@ class Files:
             if twice := [one for one in entries if one["view"] == view]:
                 raise UserError(f"given: {view} is told twice, by {twice[0]['file']} and {given.file}; keep one")
             self.paths[own] = path
-            entries.append({"view": view, "file": shown_path(given.file), "weight": given.weight, "hash": own, "of": given.of})
+            if self.kept:
+                self.contents[own] = path.read_bytes()
+            shown = path.name if self.kept else shown_path(given.file)
+            entries.append({"view": view, "file": shown, "weight": given.weight, "hash": own, "of": given.of})
             self.view(entries[-1], (64, 64))  # what cannot be read is told before anything is drawn
         for one, other in zip(before, entries, strict=False) if not words else ():
             if one["hash"] != other["hash"]:
@@ -122,10 +128,10 @@ class Files:
         from ldm.data.views import ANY, from_picture, parted
         from ldm.diffusion.rng import Rng
 
-        name, path = str(entry["view"]), self.paths[entry["hash"]]
+        name, own = str(entry["view"]), entry["hash"]
         kind = self.told[name]
         try:
-            data = path.read_bytes()
+            data = self.contents[own] if own in self.contents else self.paths[own].read_bytes()
             if entry.get("of"):
                 if parted(name)[0] not in ANY:
                     raise Rejected(f"no {name} can be made of a picture", f"only {', '.join(ANY)}; give the view itself")

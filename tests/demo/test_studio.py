@@ -84,7 +84,8 @@ def test_many_threads_with_mixed_requests_get_their_solo_pictures(studio: Studio
     assert mixed(studio, family, threads=8, each=5) == (40, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_640_mixed_requests_of_32_threads_get_their_solo_pictures(studio: Studio, family: Any) -> None:
     began = time.monotonic()
     found = mixed(studio, family, threads=32, each=20)

@@ -8,24 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from finished_model import SIDE, UNET
+from finished_model import SIDE, told_model
 from PIL import Image
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
-from ldm.data.dataset import asked
 from ldm.data.images import Rejected
-from ldm.data.scenes.source import ScenesSource
 from ldm.data.scenes.views import KINDS
 from ldm.data.view_files import map_view, words_view
 from ldm.data.views import ViewKind, kind_of
 from ldm.diffusion.batch import Boxes, Graph, Points
-from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
-from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.families.latent_diffusion.ports import Concat
-from ldm.models.conditioned import base_of
 from ldm.sampling.given import Given, parse
 
 LABELS, GREY = KINDS["labels"], kind_of({}, "grey")
@@ -44,20 +38,7 @@ def png(values: np.ndarray, mode: str | None = None, palette: list[int] | None =
 def model(kl_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is told grey, labels and a small picture, with weights that listen to them."""
     conditions = tuple(Condition(view=view, port=Concat()) for view in ("grey", "labels", "small:8"))
-    config = LatentDiffusion(network=UNET, conditions=conditions)
-    data = asked(ScenesSource(tier="one", images=4, val=2).build("train"), config.views())
-    products = {name: Product(kl_model, "") for name in ("text", "autoencoder")}
-    context = Context(data=data, val=data, resolution=SIDE, seed=0, total_images=4, products=products, init=Product(kl_model, ""))
-    config = config.continued(kl_model)
-    torch.manual_seed(0)
-    family = config.build(context)
-    assert isinstance(family, LatentDiffusionFamily)
-    with torch.no_grad():
-        base_of(family.denoiser).conv_in.weight.normal_(0, 0.1)
-    root = tmp_path_factory.mktemp("told")
-    family.save(root / "learned")
-    config.assemble({"model": Product(root / "learned", ""), **products}, root / "model", {"name": "told"})
-    return root / "model"
+    return told_model(kl_model, conditions, tmp_path_factory.mktemp("told"))
 
 
 @pytest.fixture
