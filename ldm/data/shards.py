@@ -16,10 +16,14 @@ from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
-from ldm.data.photos import LISTED, Photos, counted, held_out, refuse_bad, tolerated
-from ldm.data.shard_index import Index, open_index, sample_hash
+from ldm.data.kept import Kept
+from ldm.data.photos import LISTED, Photos, counted, refuse_bad, tolerated
+from ldm.data.shard_index import Index, open_index
+from ldm.data.shard_reader import FLOATS, place_in_split, sample_hash
 from ldm.data.storage import Ranges
 from ldm.data.tags import affixed
+
+_ROWS = 2**22  # that are looked at at a time
 
 
 @config
@@ -28,7 +32,7 @@ class ShardsSource:
 
     kind: Literal["shards"] = "shards"
     path: PathText  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
-    index: PathText | None = None  # the index file; null: ldm-index.parquet beside the shards, or in the cache
+    index: PathText | None = None  # the index file; null: ldm-index.bin beside the shards, or in the cache
     prefix: str = ""  # before every caption, such as "sks style,"
     suffix: str = ""  # behind every caption
     val_share: Fraction = 0.02  # share held out by a hash of shard and key, at least one of several; 0: none
@@ -49,26 +53,63 @@ class ShardsSource:
         return ShardsData(self, split)
 
 
-def _whole(column: Any) -> Any:
-    """One array of a column, which may have no rows."""
-    import pyarrow as pa
-
-    return (
-        column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    )
-
-
 class _Hashes(Sequence[str]):
-    """The index's hashes as texts, one at a time."""
+    """The index's hashes of a part as texts, one at a time."""
 
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = values
+    def __init__(self, index: Index, kept: Kept) -> None:
+        self._index, self._kept = index, kept
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._kept)
 
     def __getitem__(self, index: Any) -> Any:
-        return str(self._values[index])
+        return str(self._index.entry(int(self._kept.rows(index))).hash)
+
+
+def parts(index: Index, source: ShardsSource) -> tuple[Kept, Kept, Counter[str]]:
+    """The training and the held-out part of an index, and how many samples are in neither, by reason.
+
+    The rule is `ldm.data.photos.held_out`'s. The index has the upper half of each name's hash, which decides all but one in a thousand
+    million; of the others, and where it holds out none or all, names are read.
+    """
+    lacking: Counter[str] = Counter()
+    unusable, out = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    bound = source.val_share * 2**32
+    place, height, width = (index.column(name) for name in ("split", "height", "width"))
+    for first in range(0, len(index), _ROWS):
+        rows = slice(first, first + _ROWS)
+        high, wide = height[rows], width[rows]
+        small = np.minimum(high, wide) < source.min_side
+        large = (high.astype(np.int64) * wide > source.max_pixels) & ~small
+        lacking += Counter({"too small": int(small.sum()), "too many pixels": int(large.sum())})
+        usable = ~(small | large)
+        unusable.append(first + np.flatnonzero(~usable))
+        below = (place[rows] < bound - 1) & usable
+        near = np.flatnonzero((place[rows] >= bound - 1) & (place[rows] <= bound) & usable)
+        below[near] = _places(index, (first + near).tolist()) < source.val_share
+        out.append(first + np.flatnonzero(below))
+    bad, chosen = np.concatenate(unusable), np.concatenate(out)
+    total = len(index) - len(bad)
+    if total and len(chosen) == total:
+        chosen = chosen[chosen != _extreme(index, place, Kept(len(index), bad, out=True), np.max)]
+    elif source.val_share and total > 1 and not len(chosen):
+        chosen = np.array([_extreme(index, place, Kept(len(index), bad, out=True), np.min)], np.int64)
+    train = Kept(len(index), np.sort(np.concatenate([bad, chosen])), out=True)
+    return train, Kept(len(index), chosen), lacking
+
+
+def _places(index: Index, rows: Sequence[int]) -> np.ndarray:
+    """Where names lie between 0 and 1."""
+    stems = [Path(index.shards[int(index.shard_of(row))].name).stem for row in rows]
+    return np.array([place_in_split(stem, index.entry(row).key) / 2**64 for stem, row in zip(stems, rows, strict=True)], np.float64)
+
+
+def _extreme(index: Index, place: np.ndarray, usable: Kept, which: Any) -> int:
+    """The row of the first or the last name of all."""
+    rows = usable.rows()
+    rows = rows[place[rows] == which(place[rows])]
+    exact = _places(index, rows.tolist())
+    return int(rows[np.flatnonzero(exact == which(exact))[0]])
 
 
 class ShardsData(Photos):
@@ -77,30 +118,15 @@ class ShardsData(Photos):
     def __init__(self, source: ShardsSource, split: Split) -> None:
         self.source = source
         self.index: Index = open_index(source.path, file=Path(source.index) if source.index else None, outside=source.outside)
-        table, shards = self.index.table, self.index.shards
-        assert table is not None
-        self.rejected: Counter[str] = sum((Counter(s.rejected) for s in shards), Counter())
-        height, width = table["height"].to_numpy(), table["width"].to_numpy()
-        small = np.minimum(height, width) < source.min_side
-        large = height.astype(np.int64) * width > source.max_pixels
-        for reason, which in (("too small", small), ("too many pixels", large & ~small)):
-            if which.any():
-                self.rejected[reason] += int(which.sum())
-        usable = np.flatnonzero(~small & ~large)
-        self.total = len(usable)
+        shards = self.index.shards
+        train, val, lacking = parts(self.index, source)
+        self.rejected: Counter[str] = sum((Counter(s.rejected) for s in shards), Counter()) + lacking
+        self.total = len(train) + len(val)
         super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + self.rejected.total()))
         self._refuse_empty()
-        keys = table["key"].take(usable).to_pylist()
-        shard = table["shard"].to_numpy()[usable]
-        stems = [Path(s.name).stem for s in shards]
-        out = held_out([f"{stems[s]}/{k}" for s, k in zip(shard.tolist(), keys, strict=True)], source.val_share)
-        rows = usable[out == (split == "val")]
-        self._table = table.take(rows).combine_chunks()
-        self._shard, self._offset = self._table["shard"].to_numpy(), self._table["offset"].to_numpy()
-        self._size, self._hash = self._table["size"].to_numpy(), self._table["hash"].to_numpy()
-        self._keys, self._texts = (_whole(self._table[name]) for name in ("key", "captions"))
+        self._kept = train if split == "train" else val
         self._ranges, self._lost = Ranges(), dict[int, str]()
-        self._contents = _Hashes(self._hash)
+        self._contents = _Hashes(self.index, self._kept)
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         more = [source.prefix, source.suffix, source.masks]
         digest = hashlib.sha256(json.dumps(["shards", 1, *view_options, *(more if more != ["", "", "none"] else [])]).encode())
@@ -119,52 +145,61 @@ class ShardsData(Photos):
         refuse_bad(self.where, self.total, self.rejected, first, self.source.max_bad)
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self._kept)
+
+    def _row(self, index: int) -> int:
+        return int(self._kept.rows(index))
 
     def name(self, index: int) -> str:
         """Shard and key."""
-        return f"{self.index.shards[self._shard[index]].name}/{self._keys[index].as_py()}"
+        row = self._row(index)
+        return f"{self.index.shards[int(self.index.shard_of(row))].name}/{self.index.entry(row).key}"
 
     def read(self, index: int) -> bytes:
         """As `Photos.read`; a shard that cannot be read any more is given up as a whole."""
-        shard, size = int(self._shard[index]), int(self._size[index])
+        row = self._row(index)
+        shard = int(self.index.shard_of(row))
         if shard in self._lost:
             raise Rejected("shard unreadable", self._lost[shard])
+        entry = self.index.entry(row)
         try:
-            data = self._ranges.read(self.index.path(shard), int(self._offset[index]), size)
+            data = self._ranges.read(self.index.path(shard), entry.offset, entry.size)
         except OSError as error:
             self._lost[shard] = str(error.strerror or error)
             raise Rejected("shard unreadable", self._lost[shard]) from None
-        if len(data) < size or sample_hash(data) != int(self._hash[index]):
-            raise Rejected("changed since it was indexed", f"{len(data)} of {size} bytes" if len(data) < size else "another hash")
+        if len(data) < entry.size or sample_hash(data) != entry.hash:
+            raise Rejected(
+                "changed since it was indexed", f"{len(data)} of {entry.size} bytes" if len(data) < entry.size else "another hash"
+            )
         return data
 
     def after(self, index: int) -> int:
         """The next sample, behind the shard's end where the whole shard is lost."""
         here = index % len(self)
-        shard = int(self._shard[here])
+        shard = int(self.index.shard_of(self._row(here)))
         if shard not in self._lost:
             return index + 1
-        return index - here + int(np.searchsorted(self._shard, shard, side="right"))
+        return index - here + self._kept.before(int(self.index.starts[shard + 1]))
 
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""
         before, behind = self.source.prefix, self.source.suffix
-        found = [self._texts[int(i)].as_py() for i in index]
-        return [[affixed(text, before, behind) for text in texts] for texts in found] if before or behind else found
+        found = [self.index.entry(row).captions for row in self._kept.rows(index).tolist()]
+        return [[affixed(text, before, behind) for text in texts] if before or behind else list(texts) for texts in found]
 
     def fields(self) -> Fields:
         """Sizes of the originals where the shards tell them, else of the images; scores as they tell."""
-        column = {name: self._table[name].to_numpy() for name in self._table.column_names if name not in ("captions", "key", "hash")}
-        height, width = column["original_height"], column["original_width"]
-        there = (height > 0) & (width > 0)
-        return Fields(
-            np.where(there, height, column["height"]), np.where(there, width, column["width"]), column["aesthetic"], column["watermark"]
-        )
+        rows = self._kept.rows()
+        sides = ("original_height", "original_width", "height", "width")
+        column = {name: self.index.column(name)[rows] for name in (*sides, *FLOATS)}
+        there = (column["original_height"] > 0) & (column["original_width"] > 0)
+        high, wide = (np.where(there, column[f"original_{name}"], column[name]).astype(np.int32) for name in ("height", "width"))
+        return Fields(high, wide, column["aesthetic"], column["watermark"])
 
     def sizes(self) -> np.ndarray:
         """As `Photos.sizes`."""
-        return np.stack([self._table["height"].to_numpy(), self._table["width"].to_numpy()], 1)
+        rows = self._kept.rows()
+        return np.stack([self.index.column(name)[rows].astype(np.int32) for name in ("height", "width")], 1)
 
     def describe(self) -> dict[str, object]:
         """Counts, what was rejected and why, what is damaged in which shard, and the fingerprint."""
@@ -177,7 +212,7 @@ class ShardsData(Photos):
             "bytes": sum(s.bytes for s in shards),
             "images": len(self),
             "images_in_both_parts": self.total,
-            "captions": len(self._texts.flatten()),
+            "captions_in_both_parts": sum(s.captions for s in shards),
             "rejected": dict(self.rejected),
             "rejected_samples": [f"{s.name}: {': '.join(e)}" for s in shards for e in s.examples][:LISTED],
             "damaged_shards": {s.name: s.damage[:LISTED] for s in shards if s.damage},

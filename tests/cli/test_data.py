@@ -14,6 +14,7 @@ from PIL import Image
 from tars import packed, painted, sample, shard
 
 from ldm.__main__ import main
+from ldm.data.shard_index import NAME
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
@@ -120,6 +121,20 @@ def test_index_tells_what_it_read_and_reads_only_what_is_new(tmp_path, capsys):
     (tmp_path / "00000.tar").write_bytes(whole)
     assert main(["data", "index", str(tmp_path), "--verify"]) == 2
     assert "its bytes are not those that were indexed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_index_reads_in_several_processes(tmp_path, capsys):
+    for i in range(4):
+        shard(tmp_path, i, 3)
+    text = said(capsys, "index", tmp_path, "--workers", 2)
+    assert "[4/4]" in text and "12 samples in 4 shards" in text
+    whole = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).unlink()
+    said(capsys, "index", tmp_path)
+    assert (tmp_path / NAME).read_bytes() == whole
+    (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes().replace(b"picture", b"pictore"))
+    assert main(["data", "index", str(tmp_path), "--verify", "--workers", "2"]) == 2
 
 
 def test_curate_as_a_command(tmp_path, capsys):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import os
+import pickle
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +22,22 @@ import torch
 from tars import packed, painted, sample, shard
 
 from ldm.config.errors import UserError
-from ldm.data import storage
+from ldm.data import shard_index, storage
 from ldm.data.images import view
-from ldm.data.shard_index import NAME, open_index
+from ldm.data.index_file import IndexFile
+from ldm.data.photos import held_out
+from ldm.data.shard_index import NAME, OLDER, Entry, Index, open_index
+from ldm.data.shard_reader import COLUMNS, place_in_split, read_shard
 from ldm.data.shards import ShardsData, ShardsSource
 from ldm.data.tar import Damage, Member, SkippedMember, members
 
 
 def build(path: object, split: str = "train", **options: object) -> ShardsData:
     return ShardsSource(path=str(path), **options).build(split)  # type: ignore[arg-type]
+
+
+def entries(index: Index) -> list[Entry]:
+    return [index.entry(row) for row in range(len(index))]
 
 
 def read(data: bytes) -> list[Member | SkippedMember | Damage]:
@@ -102,7 +113,7 @@ def test_the_index_is_built_once_and_read_ever_after(tmp_path, monkeypatch):
     assert build(tmp_path).total == 10 and build(tmp_path).fingerprint() != first.fingerprint()
     only = build(tmp_path / "{00001..00001}.tar")  # a part of what the index knows
     assert only.total == 5 and {only.name(i)[:5] for i in range(4)} == {"00001"}
-    assert pq.read_metadata(tmp_path / NAME).num_rows == 10
+    assert len(IndexFile(tmp_path / NAME)) == 10
 
 
 def test_the_index_lies_in_the_cache_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
@@ -110,8 +121,8 @@ def test_the_index_lies_in_the_cache_where_the_folder_cannot_be_written(tmp_path
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     build(tmp_path / "shards")
-    assert not (tmp_path / "shards" / NAME).exists() and len(list((tmp_path / "cache").glob("index-*.parquet"))) == 1
-    mine = tmp_path / "own.parquet"
+    assert not (tmp_path / "shards" / NAME).exists() and len(list((tmp_path / "cache").glob("index-*.bin"))) == 1
+    mine = tmp_path / "own.index"
     build(tmp_path / "shards", index=str(mine))
     assert mine.is_file()
 
@@ -122,20 +133,22 @@ def test_a_damaged_index_is_refused(tmp_path):
     file = tmp_path / NAME
     whole = file.read_bytes()
     wrong = 0
-    table = pq.read_table(file)
+    there = entries(open_index(str(tmp_path)))
     for at in range(0, len(whole), max(1, len(whole) // 150)):
+        file.unlink()  # a new file, as another program would write it: this one is mapped
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         try:
-            found = open_index(str(tmp_path)).table
+            found = entries(open_index(str(tmp_path)))
         except UserError as error:
             assert "remove it" in str(error)
             wrong += 1
         else:
-            assert str(found.to_pylist()) == str(table.to_pylist())
+            assert found == there
+    file.unlink()
     file.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match=r"ldm-index\.parquet: the index of .* is damaged"):
+    with pytest.raises(UserError, match=r"ldm-index\.bin: the index of .* is damaged"):
         build(tmp_path)
-    assert wrong > 60  # the others are statistics that nothing here reads
+    assert wrong > 120  # the others are room between columns
 
 
 def test_brace_ranges_and_urls(tmp_path):
@@ -155,7 +168,7 @@ def test_brace_ranges_and_urls(tmp_path):
         memory.pipe(f"/bucket/{file.name}", file.read_bytes())
     try:
         for path in ("memory://bucket/{00000..00002}.tar", "memory://bucket", "memory://bucket/*.tar"):
-            remote = build(path, index=str(tmp_path / "remote.parquet"))
+            remote = build(path, index=str(tmp_path / "remote.bin"))
             assert len(remote) == len(local) and remote.fingerprint() == local.fingerprint()
             assert torch.equal(remote.load([2], [5], 16, 0, False).image, local.load([2], [5], 16, 0, False).image)
         with pytest.raises(UserError, match=r"00003\.tar does not exist"):
@@ -364,3 +377,115 @@ def test_many_reads_leave_no_descriptor_open(tmp_path):
         assert len(os.listdir("/proc/self/fd")) <= before + storage._OPEN + 1
         del data
         assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def older_index(folder: Path) -> Path:
+    """An index as versions before format 3 kept it."""
+    kinds = [pa.int64(), pa.int64(), pa.uint64(), *[pa.int32()] * 4, *[pa.float32()] * 2]
+    fields = [pa.field("shard", pa.int32()), pa.field("key", pa.large_string()), *map(pa.field, COLUMNS[1:-1], kinds)]
+    schema = pa.schema([*fields, pa.field("captions", pa.large_list(pa.large_string()))])
+    found = [read_shard(str(file), file.name, storage.stat(str(file))) for file in sorted(folder.glob("*.tar"))]
+    records = [{name: value for name, value in asdict(record).items() if name != "captions"} for record, _ in found]
+    shards = json.dumps(records)
+    about = {"ldm.format": "2", "ldm.shards": shards, "ldm.sum": hashlib.sha256(shards.encode()).hexdigest()}
+    rows = [{"shard": [n] * len(columns["key"]), **columns} for n, (_, columns) in enumerate(found)]
+    table = pa.concat_tables([pa.table(row, schema=schema) for row in rows]).replace_schema_metadata(about)
+    pq.write_table(table, folder / OLDER, write_page_checksum=True)
+    return folder / OLDER
+
+
+def test_an_index_of_an_older_version_serves_without_reading_shards(tmp_path, monkeypatch):
+    for i in range(3):
+        shard(tmp_path, i, 6, original_width=900, original_height=700)
+    new = build(tmp_path)
+    there = entries(new.index)
+    (tmp_path / NAME).unlink()
+    older = older_index(tmp_path)
+    own = tmp_path / "own.parquet"
+    own.write_bytes(older.read_bytes())
+    monkeypatch.setattr("ldm.data.shard_index.read_shard", lambda path, name, now: pytest.fail("a shard was read"))
+    for options in ({}, {"index": str(own)}):
+        again = build(tmp_path, **options)
+        assert entries(again.index) == there and again.fingerprint() == new.fingerprint()
+        assert again.describe() == new.describe() and again.fields().width.tolist() == [900] * len(again)
+    damaged = older.read_bytes()
+    (tmp_path / NAME).unlink()
+    older.write_bytes(damaged[:-30])
+    with pytest.raises(UserError, match=r"ldm-index\.parquet: the index of .* is damaged"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(("share", "min_side"), [(0.0, 32), (0.02, 32), (0.3, 41), (0.7, 32), (1.0, 32), (1e-9, 43), (0.5, 44)])
+def test_parts_are_those_that_names_decide_whatever_the_index_keeps_of_them(tmp_path, share, min_side, monkeypatch):
+    monkeypatch.setattr("ldm.data.shards._ROWS", 7)
+    for i in range(2):
+        (tmp_path / f"s{i}.tar").write_bytes(packed([("a.jpg", painted(i, (50 + i, 60))), ("a.txt", b"a"), *many(i)]))
+    parts = {split: build(tmp_path, split, val_share=share, min_side=min_side, max_pixels=2990) for split in ("train", "val")}
+    index = parts["train"].index
+    height, width = (index.column(name).astype(int) for name in ("height", "width"))
+    usable = [row for row in range(len(index)) if min(height[row], width[row]) >= min_side and height[row] * width[row] <= 2990]
+    names = [f"s{int(index.shard_of(row))}/{index.entry(row).key}" for row in usable]
+    out = held_out(names, share)
+    for split, data in parts.items():
+        wanted = [name.replace("/", ".tar/") for name, here in zip(names, out.tolist(), strict=True) if here == (split == "val")]
+        assert [data.name(i) for i in range(len(data))] == wanted
+        assert [data._kept.before(int(row)) for row in data._kept.rows()] == list(range(len(data)))
+    assert parts["train"].total == len(usable) and parts["train"].rejected["too many pixels"] == 2
+
+
+def many(number: int) -> list[tuple[str, bytes]]:
+    pictures = [(f"n{number}k{i}", painted(i, (44 + i, 36 + i % 9), "PNG")) for i in range(14)]
+    return [member for key, data in pictures for member in ((f"{key}.png", data), (f"{key}.txt", b"words"))]
+
+
+def test_an_undecided_half_of_a_hash_is_decided_by_the_name(tmp_path):
+    shard(tmp_path, 0, 9)
+    index = build(tmp_path).index
+    names = [f"00000/{index.entry(row).key}" for row in range(9)]
+    for name in names:
+        place = place_in_split(*name.split("/")) / 2**64
+        for share in (place, float(np.nextafter(place, 1))):  # only the lower half of the hash tells it from the place
+            data = build(tmp_path, "val", val_share=share)
+            wanted = {name for name, out in zip(names, held_out(names, share).tolist(), strict=True) if out}
+            assert {data.name(i).replace(".tar", "") for i in range(len(data))} == wanted
+
+
+def test_a_stopped_index_goes_on_and_calls_at_once_share_the_work(tmp_path, monkeypatch):
+    for i in range(6):
+        shard(tmp_path, i, 3)
+    read: list[str] = []
+    real = shard_index.read_shard
+
+    def three(path: str, name: str, now: storage.Stat) -> object:
+        if len(read) == 3:
+            raise UserError("stopped")
+        read.append(name)
+        return real(path, name, now)
+
+    monkeypatch.setattr(shard_index, "READERS", 1)
+    monkeypatch.setattr(shard_index, "read_shard", three)
+    with pytest.raises(UserError, match="stopped"):
+        open_index(str(tmp_path))
+    assert not (tmp_path / NAME).exists() and len(read) == 3
+    again: list[str] = []
+    monkeypatch.setattr(shard_index, "read_shard", lambda path, name, now: (again.append(name), real(path, name, now))[1])
+    told: list[int] = []
+    index = open_index(str(tmp_path), on_shard=lambda record, number, count: told.append(count))
+    assert len(index) == 18 and not set(read) & set(again) and len(again) == 3 and told == [6] * 6
+    assert not list(tmp_path.glob(".ldm-index*"))
+    whole = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).unlink()
+    with ThreadPoolExecutor(3) as pool:  # as of several machines
+        found = list(pool.map(lambda _: entries(open_index(str(tmp_path))), range(3)))
+    assert found[0] == found[1] == found[2] == entries(index) and (tmp_path / NAME).read_bytes() == whole
+
+
+def test_an_index_takes_the_room_that_its_values_need(tmp_path):
+    shard(tmp_path / "plain", 0, 40)
+    told = {"original_width": 70000, "original_height": 300, "aesthetic_score": 5.5, "pwatermark": 0.5}
+    for i in range(4):
+        shard(tmp_path / "told", i, 40, **told | {"pwatermark": i / 10, "aesthetic_score": i})
+    plain, all_told = (build(tmp_path / name).index for name in ("plain", "told"))
+    assert plain.file.row_bytes <= 24 and all_told.file.row_bytes <= 40
+    assert pickle.loads(pickle.dumps(all_told)).entry(50) == all_told.entry(50)
+    assert build(tmp_path / "told").fields().width.tolist() == [70000] * len(build(tmp_path / "told"))

@@ -28,7 +28,9 @@ from ldm.data.curation import fetch
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Rejected
+from ldm.data.index_file import IndexFile, write
 from ldm.data.shard_index import NAME, open_index
+from ldm.data.shard_reader import COLUMNS, shard_part
 from ldm.data.shards import ShardsSource
 from ldm.data.tar import Damage, Member, members
 
@@ -115,15 +117,14 @@ def test_shards_are_those_of_the_folder_and_samples_those_of_the_shard(tmp_path)
         ShardsSource(path=str(root)).build("train")
     assert ShardsSource(path=str(root), outside=True).build("train").total == 10
     (root / "other.tar").unlink()
-    (root / NAME).unlink()
-    open_index(str(root))
-    table = pq.read_table(root / NAME)
-    for column, values in {"size": [2**61] * 5, "offset": [-1] * 5, "captions": [[]] * 5}.items():
-        field = table.schema.get_field_index(column)
-        wrong = table.set_column(field, table.schema.field(column), pa.array(values, table.schema.field(column).type))
-        pq.write_table(wrong, root / NAME, write_page_checksum=True)
+    part = IndexFile(root / NAME).part(0)
+    told = [(name, part.columns[name].astype(object).tolist()) for name in COLUMNS if name in part.columns]
+    rows = dict(told) | {"key": [f"k{i}" for i in range(5)], "captions": [["a"]] * 5}
+    for column, values in {"size": [2**61] * 5, "offset": [2**40] * 5, "captions": [[]] * 5}.items():
+        (root / NAME).unlink()
+        write(root / NAME, [lambda wrong=rows | {column: values}: shard_part(part.record, wrong)])
         with pytest.raises(UserError, match="is damaged"):
-            open_index(str(root))
+            open_index(str(root)).entry(3)
 
 
 def test_members_that_name_paths_are_labels(tmp_path, secret):
