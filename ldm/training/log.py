@@ -195,6 +195,7 @@ class StageLog:
         self.images = self.first = start
         self._said = -math.inf
         self._window = (self.began, start)
+        self._work, self._told = self.began, (self.began, 0)  # when the present work began; when progress was told last, and how much
         self._waited = 0.0  # for data, since the last logged step, s
 
     def waiting(self, feed: Iterator[T]) -> Iterator[T]:
@@ -264,10 +265,13 @@ class StageLog:
         self._show(self.images, rate, "")
 
     def progress(self, done: int, total: int, said: str = "") -> None:
-        """`done` of `total` parts of the work are done."""
-        self.total = total
-        rate = done / max(time.monotonic() - self.began, 1e-9)
-        self._show(done, rate, said)
+        """`done` of `total` parts of the work are done; where that is fewer than before, other work has begun, with a rate of its own."""
+        now = time.monotonic()
+        latest, before = self._told
+        if total != self.total or done < before:
+            self._work = latest
+        self.total, self._told = total, (now, done)
+        self._show(done, done / max(now - self._work, 1e-9), said)
 
     def pictures(self, path: Path) -> None:
         """A picture file was written."""

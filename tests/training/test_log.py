@@ -309,3 +309,17 @@ def test_peaks_are_found_by_the_names_that_cuda_gives() -> None:
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L4", "NVIDIA L40S", "Tesla T4")
     assert [peak(name, "bf16") / 1e12 for name in names] == [989, 756, 121, 362, 65]
     assert peak("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12 and peak("NVIDIA A1000", "bf16") == peak("", "bf16") == 0
+
+
+def test_each_part_of_an_evaluation_has_a_rate_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Log(tmp_path, console=True).stage("evaluation", 0, 0) as stage:
+        for total, seconds, said in ((100, 10.0, "slow"), (50, 1.0, "quick"), (50, 2.0, "again")):
+            for done in range(10, total + 1, 10):
+                now[0] += seconds
+                stage.progress(done, total, said)
+    lines = {line.split()[-1]: line for line in capsys.readouterr().err.splitlines() if "100%" in line}
+    assert [lines[name].split()[5] for name in ("slow", "quick", "again")] == ["1.0/s", "10.0/s", "5.0/s"]
