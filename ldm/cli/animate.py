@@ -19,7 +19,7 @@ from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe
 from ldm.sampling.recipe_values import MAX_SEED
-from ldm.sampling.request import STRENGTH, Base, Device, NamedAdapters, SamplerOptions, clean
+from ldm.sampling.request import STRENGTH, Base, Device, NamedAdapters, SamplerOptions, Views, clean
 from ldm.sampling.unheard import in_recipe, in_words
 
 if TYPE_CHECKING:
@@ -73,9 +73,11 @@ class Film:
             raise UserError("seed: changes nothing with --source and --cells 1, which start from the noise that the clip comes from")
 
 
-def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdapters, device: Device) -> int:
+def animate(film: Film, base: Base, sampler: SamplerOptions, views: Views, adapters: NamedAdapters, device: Device) -> int:
     """Make a film. Without CLIP, text and noise move from one prompt and seed to others."""
     film.check()
+    if views.given and film.clip is not None:
+        raise UserError("given: views are of one picture, and a clip has many; leave --given or --clip out")
     film.hears(base.seed)
     sampler.check()
     folder = model_for(base.model)
@@ -88,6 +90,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
     from ldm.sampling import jobs
     from ldm.sampling.adapters import with_adapters
     from ldm.sampling.animation import check_suffix, save_clip
+    from ldm.sampling.given import Files
 
     check_suffix(film.out)
     film.out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,9 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
     family, added = with_adapters(folder, device_for(device.device), loras, adapters.embedding, {}, tell, vae=adapters.vae)
     # Of all samplers ddim adds no noise, which would flicker.
     wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0}, family.settings())
+    given = Files(family.told)
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
+    rest["given"] = given.field(views.given, {}, tell)
     common = jobs.Common(seed=base.first({}), wanted=wanted, negative=base.avoided({}), size=base.shape({}), rest=rest)
     (first,) = jobs.recipes(family, asked[:1], common)
     started = time.monotonic()
@@ -104,7 +109,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, adapters: NamedAdap
         from ldm.cli.grid import draw_cells
 
         _tell_words(recipes, family)
-        drawn: Sequence[Any] = draw_cells(family, recipes, note=tell)
+        drawn: Sequence[Any] = draw_cells(family, recipes, given=given, note=tell)
         first = replace(recipes[0], to=to)
     else:
         usual = STRENGTH if film.source is None else 1.0

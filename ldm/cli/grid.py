@@ -17,11 +17,12 @@ from ldm.config.options import option, options_of
 from ldm.families.draws import Draws
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
+from ldm.sampling.given import Files
 from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe, save_picture
-from ldm.sampling.request import REPLACED, Base, Device, Editing, Following, NamedAdapters, SamplerOptions, clean
+from ldm.sampling.request import REPLACED, Base, Device, Editing, Following, NamedAdapters, SamplerOptions, Views, clean
 from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
@@ -63,11 +64,18 @@ class Plot:
 
 
 def grid(
-    plot: Plot, following: Following, base: Base, sampler: SamplerOptions, editing: Editing, adapters: NamedAdapters, device: Device
+    plot: Plot,
+    following: Following,
+    base: Base,
+    sampler: SamplerOptions,
+    editing: Editing,
+    views: Views,
+    adapters: NamedAdapters,
+    device: Device,
 ) -> int:
     """Draw a table of pictures; each is the one that `ldm sample` draws with these settings."""
     axes = plot.axes()
-    old = following.old((plot, base, sampler, editing, adapters), tell)
+    old = following.old((plot, base, sampler, editing, views, adapters), tell)
     refuse(old, "ldm grid")
     words = clean(plot.prompt or str(old.get("prompt", "")))
     if not words:
@@ -98,7 +106,9 @@ def grid(
 
     place = device_for(place)
     family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell, vae=adapters.vae)
-    rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added}
+    given = Files(family.told)
+    told = given.field(views.given, old, tell)
+    rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added, "given": told}
     following.compare(old, folder, family.content_hash, tell)
     init_image = None
     if editing.picture is not None:
@@ -115,13 +125,14 @@ def grid(
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())
     if not factors:
-        drawn = draw_cells(family, made, init_image=init_image, note=tell)
+        drawn = draw_cells(family, made, init_image=init_image, given=given, note=tell)
     else:
         found_at: dict[int, Tensor] = {}
         for factor in factors:  # its weights are merged into a model of its own
             family, _ = with_adapters(folder, place, loras, adapters.embedding, old, lambda text: None, factor, adapters.vae)
             places = [i for i, one in enumerate(made) if one.loras == scaled(first.loras, factor)]
-            found_at |= dict(zip(places, draw_cells(family, [made[i] for i in places], init_image=init_image, note=tell), strict=True))
+            cells_of = draw_cells(family, [made[i] for i in places], init_image=init_image, given=given, note=tell)
+            found_at |= dict(zip(places, cells_of, strict=True))
         drawn = [found_at[i] for i in range(len(made))]
     save_picture(plot.out, sheet(drawn, axes), first)
     if plot.pictures is not None:
@@ -135,6 +146,7 @@ def draw_cells(
     made: Sequence[Recipe],
     *,
     init_image: InitImage | None = None,
+    given: Files | None = None,
     on_picture: Callable[[int, int], None] | None = None,
     note: Callable[[str], None],
 ) -> list[Tensor]:
@@ -146,7 +158,7 @@ def draw_cells(
     once = cache(note)
     with Bar(len(made)) as show:
         for places in jobs.alike(made, family.defaults["chunk"]):
-            images = jobs.draw(family, [made[i] for i in places], init_image=init_image, note=once)
+            images = jobs.draw(family, [made[i] for i in places], init_image=init_image, given=given, note=once)
             found |= dict(zip(places, images, strict=True))
             show(len(found))
             if on_picture is not None:

@@ -195,15 +195,13 @@ def _told_of(one: Mapping[str, Any], own: str) -> bool:
 
 
 def refuse(old: Mapping[str, Any], verb: str) -> None:
-    """Say of a recipe with a classifier, or with views given, that a verb cannot follow it.
+    """Say of a recipe with a classifier that a verb cannot follow it.
 
     Raises:
         UserError: if it has one.
     """
     if old.get("classifier"):
         raise UserError(f"from: this picture was drawn with a classifier, which {verb} does not take; ldm sample does")
-    if old.get("given"):
-        raise UserError(f"from: this picture was drawn with views given, which {verb} does not take; ldm sample does")
 
 
 def _again(one: Mapping[str, Any], option: str) -> str:

@@ -213,3 +213,33 @@ def test_boxes_points_and_graphs_are_read() -> None:
         for text in texts:
             with pytest.raises(Rejected):
                 words_view(text, KINDS[view])
+
+
+def test_tables_and_films_are_told_of_views_too(model: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["a red ring", "--model", str(model), "--steps", "2", "--seed", "3"]
+    plain, told = drawn(model, "plain", "--seed", "3"), drawn(model, "told", "--seed", "3", "--given", "grey=g.png@0.7")
+    assert main(["grid", *base, "--x", "seed=3,4", "--given", "grey=g.png@0.7", "--pictures", "cells"]) == 0
+    first, second = sorted(Path("cells").glob("*.png"))
+    assert np.array_equal(np.asarray(Image.open(first)), told) and not np.array_equal(told, plain)
+    assert main(["grid", "--from", str(second), "--model", str(model), "--x", "seed=3,4", "--out", "again.png", "--pictures", "again"]) == 0
+    assert np.array_equal(np.asarray(Image.open(sorted(Path("again").glob("*.png"))[0])), told)
+    film = [
+        "animate",
+        *base,
+        "--to",
+        "a green ring",
+        "--frames",
+        "2",
+        "--sampler",
+        "ddim",
+        "--given",
+        "grey=g.png@0.7",
+        "--pictures",
+        "film",
+    ]
+    assert main(film) == 0
+    alone = drawn(model, "alone", "--seed", "3", "--sampler", "ddim", "--given", "grey=g.png@0.7")
+    assert np.array_equal(np.asarray(Image.open(sorted(Path("film").glob("*.png"))[0])), alone)
+    capsys.readouterr()
+    assert main(["animate", *base, "--clip", "photo.png", "--out", "clip.webp", "--given", "grey=g.png"]) == 2
+    assert "given: views are of one picture" in capsys.readouterr().err
