@@ -283,4 +283,22 @@ ROWS = (
         prepare="scaling:two_processes",
         needs=(),
     ),
+    Row(
+        id="B23",
+        title="token transformer: forward and backward",
+        peer="diffusers' UVit2DModel with the same weights",
+        goal="1.5x",
+        where="any",
+        seconds=4,
+        prepare="codes:step",
+    ),
+    Row(
+        id="B24",
+        title="pictures by codes, 8 masked steps with guidance",
+        peer="diffusers' AmusedPipeline with the same weights",
+        goal="1.5x",
+        where="any",
+        seconds=6,
+        prepare="codes:drawing",
+    ),
 )
