@@ -42,6 +42,7 @@ class Measurement:
     steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
     sampler: str = option("", "Default: the model's.")
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
+    diversity: int = option(0, "Prompts of scenes of one object of which 8 pictures each are compared with each other; 0: none.", low=0)
     split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
@@ -81,7 +82,7 @@ class Measurement:
                 raise UserError(f"plot: {self.on} has no prompts that can be read exactly; give --clip FOLDER, whose score is drawn then")
         if len(self.model) > 1 and self.pictures is not None:
             raise UserError("pictures: of one model at a time; leave --pictures out, or measure each by itself")
-        of_scenes = {"tier": self.tier, "n": self.n, "abilities": self.abilities or None}
+        of_scenes = {"tier": self.tier, "n": self.n, "abilities": self.abilities or None, "diversity": self.diversity or None}
         for name, value in of_scenes.items():
             if self.on != "scenes" and value is not None:
                 raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
@@ -89,7 +90,7 @@ class Measurement:
     def metrics(self, model: str) -> list[Any]:
         """What is measured of a model, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Frechet, Neighbours, Reconstruction, ToldViews
+        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Diversity, Frechet, Neighbours, Reconstruction, ToldViews
 
         found: list[Any] = [Reconstruction(images=self.images)]
         by = {"features": _features(self.features, model)} if self.features else {}
@@ -113,6 +114,9 @@ class Measurement:
             for place, scale in enumerate(_numbers(self.guidance) or [0.0], 1) if self.abilities else ():
                 own |= {"prompts": self.abilities, "guidance": scale}
                 found.insert(place, build({"kind": "abilities", **own}, Abilities, "ldm evaluate"))
+            if self.diversity:
+                own |= {"prompts": self.diversity, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
+                found.append(build({"kind": "diversity", **own}, Diversity, "ldm evaluate"))
         return found
 
 
@@ -245,6 +249,11 @@ def table(result: dict[str, Any]) -> None:
     for found in (values for name, values in result.items() if name.startswith("abilities")):
         shares = ", ".join(f"{name.replace('_', ' ')} {found[name]:.2f}" for name in ("mean", *found["by_ability"]))
         console.print(f"abilities{_scale(found)}, {found['protocol']['prompts']} prompts each: {shares}")
+    if "diversity" in result:
+        found = result["diversity"]
+        many = found["protocol"]["pictures"]
+        told = f"{found['drawn']:.4f}, of true ones {found['real']:.4f}: a share of {found['share']:.2f}"
+        console.print(f"diversity, mean difference of {many} pictures of one prompt: {told}")
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))

@@ -15,7 +15,7 @@ from ldm.data.images import Rejected, probe
 from ldm.demo.catalogue import Catalogue
 from ldm.demo.studio import DrawOrder
 from ldm.demo.view_inputs import ViewInput
-from ldm.families.draws import OF_CODES, Draws, Settings, Wanted
+from ldm.families.draws import Draws, Settings, Wanted
 from ldm.sampling.adapters import OPTIONS, differ, remembered, told_shortly, weighted
 from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.given import Files
@@ -33,8 +33,8 @@ MAX_BYTES = 2**25  # of an uploaded picture
 MAX_PIXELS = 2**24  # of one, before it is resized
 BOUNDS = LIMITS | {"pictures": (1, MAX_PICTURES), "variations": (0, MAX_PICTURES), "variation_strength": LIMITS["variation"]}
 MAX_LINES = 100_000  # characters of a file of prompts
-# Numbers that the page leaves as they are: what a network of XL's is told of sizes, always those that are drawn; a token model's own.
-TOLD = ("original_size", "crop", "target_size", *OF_CODES)
+# Numbers that the page leaves as they are: what a network of XL's is told of sizes, always those that are drawn.
+TOLD = ("original_size", "crop", "target_size")
 FOREIGN = (
     "variation",
     "to",

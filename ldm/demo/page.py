@@ -49,6 +49,7 @@ OF_SOME: dict[str, tuple[str, Wanted, tuple[Any, ...]]] = {
     "temperature": ("Temperature", Wanted(temperature=0.5), (0, 2)),
     "top_k": ("Top k (0: all)", Wanted(top_k=5), (0, 1024)),
     "top_p": ("Top p (1: all)", Wanted(top_p=0.5), (0, 1)),
+    "truncation": ("Truncation (1: none)", Wanted(truncation=0.5), (0, 1)),
 }
 # What begins anew with another model.
 CHOSEN = ("width", "height", "steps", "guidance", "sampler", "spacing", "precision", "rescale", "clip_skip", *OF_SOME)

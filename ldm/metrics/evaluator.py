@@ -27,7 +27,7 @@ from ldm.data.unpaired import OTHER
 from ldm.diffusion.batch import rows
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, frechet, grounding, shapes, told, translation
+from ldm.metrics import abilities, adherence, diversity, frechet, grounding, shapes, told, translation
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -95,7 +95,7 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
-def _wanted(metric: Abilities | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
+def _wanted(metric: Abilities | Diversity | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
     """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
     return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
 
@@ -236,6 +236,45 @@ class Abilities:
         shares = {name: round(value.mean, 4) for name, value in found.items()}
         mean = round(sum(shares.values()) / len(shares), 4)
         return {"mean": mean, **shares, "by_ability": {name: value.to_dict() for name, value in found.items()}, "protocol": protocol}
+
+
+@config
+class Diversity:
+    """How much pictures of one prompt differ, beside true pictures that the prompt says the same of: what a collapsed generator lacks.
+
+    The differences are mean |differences| of values in [0,1]; `share` is the model's over the true pictures'.
+    """
+
+    kind: Literal["diversity"] = "diversity"
+    tier: Literal["one", "T0"]  # whose prompts: scenes of one object
+    prompts: Positive = 25
+    pictures: Positive = 8  # of each prompt, 2 at least
+    guidance: NonNegative = 0.0  # 0: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    asks = "sample"  # of the model
+
+    def __post_init__(self) -> None:
+        if self.pictures < 2:
+            raise UserError("pictures: got 1; the pictures of a prompt are compared with each other, so 2 at least are needed")
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("drawn", "real", "share")
+
+    def run(self, bench: Bench) -> Values:
+        """The differences of drawn and of true pictures, and the share."""
+        asked, wanted, size = prompts(self.tier, self.prompts, self.seed), _wanted(self), bench.model.defaults["size"]
+        text = [one for one in asked.text for _ in range(self.pictures)]
+        images = bench.draw(text, self.seed * 1_000_003, wanted, "diversity")
+        drawn = diversity.spread(images.unflatten(0, (len(asked), self.pictures)).numpy())
+        real = diversity.spread(diversity.alike(asked, self.tier, self.pictures, size[0]))
+        bench.show("diversity", _floats(images[: 4 * self.pictures]), self.pictures, asked.text[:4])
+        protocol = {"tier": self.tier, "prompts": self.prompts, "pictures": self.pictures, "seed": self.seed, "size": size[0]}
+        found = {"drawn": round(drawn, 5), "real": round(real, 5), "share": round(drawn / real, 4)}
+        return {**found, "protocol": protocol | _used(bench, wanted)}
 
 
 @config
@@ -599,5 +638,5 @@ def check_weights(metrics: Sequence[Any]) -> None:
 
 
 Evaluator = Annotated[
-    Adherence | Abilities | Reconstruction | Translation | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND
+    Adherence | Abilities | Diversity | Reconstruction | Translation | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND
 ]

@@ -22,6 +22,8 @@ KINDS: dict[str, type] = {
     "strength": float,
     "rescale": float,
     "eta": float,
+    "temperature": float,
+    "truncation": float,
     "negative": str,
     "prompt": str,
     "variation": float,

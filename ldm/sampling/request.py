@@ -227,7 +227,7 @@ class SamplerOptions(Wanted):
         Raises:
             UserError: naming what is possible.
         """
-        for name in ("guidance", "rescale", "eta", "temperature", "top_p"):
+        for name in ("guidance", "rescale", "eta", "temperature", "top_p", "truncation"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name}: got {value}; a finite number is needed")

@@ -24,6 +24,8 @@ from ldm.config.errors import UserError
 from ldm.demo.api import PARTS, order_of_call, schema
 from ldm.demo.catalogue import Catalogue, Opened, Outfit
 from ldm.demo.files import Shelf
+from ldm.demo.orders import NAMES
+from ldm.demo.page import OF_SOME
 from ldm.demo.server import Door, catalogue_of
 from ldm.families import registry
 from ldm.families.draws import Wanted
@@ -136,6 +138,10 @@ def test_a_token_model_has_its_own_settings_on_the_page(tmp_path: Path) -> None:
         _, page, _ = ask(made.port, "GET", "/config")
         shown = {c["props"].get("elem_id"): c["props"].get("visible", True) for c in json.loads(page)["components"]}
         assert [shown[f"ldm-{name}"] for name in ("temperature", "top_k", "top_p", "threshold")] == [True, True, True, False]
+
+
+def test_every_setting_of_some_models_is_part_of_the_pages_form() -> None:
+    assert set(OF_SOME) <= set(NAMES)  # else its control changes nothing
 
 
 def test_what_can_be_chosen_is_told(server: Served) -> None:

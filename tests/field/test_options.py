@@ -77,6 +77,7 @@ PICTURES = {
 # Options of sampling whose effect other tests show.
 SAMPLING = {
     **dict.fromkeys(("--original-size", "--crop", "--target-size"), "tests/field/test_xl.py"),
+    "--truncation": "tests/families/test_text_gan.py",
     **dict.fromkeys(("--temperature", "--top-k", "--top-p"), "tests/families/tokens/test_tokens.py"),
     **dict.fromkeys(("--link-steps", "--stop-after"), "tests/families/test_chain.py"),
     "--threshold": "tests/families/test_pixels.py",
@@ -140,7 +141,7 @@ OTHERS: dict[str, dict[str, str]] = {
         ),
         "tests/cli/test_evaluate.py",
     )
-    | {"--told": "tests/metrics/test_told.py"},
+    | {"--told": "tests/metrics/test_told.py", "--diversity": "tests/metrics/test_diversity.py"},
     "info": dict.fromkeys(("--model", "--json"), "tests/cli/test_info.py"),
     "data check": {
         **dict.fromkeys(("--captions", "--html", "--json"), "tests/cli/test_data.py"),
@@ -200,6 +201,7 @@ REFUSED = [
     ("sample x --hires-strength 0.5", "hires_strength"),
     ("sample x --classifier-scale 2", "classifier_scale"),
     ("sample x --strength 0.5", "strength"),
+    ("sample x --truncation 0.5", "truncation: got 0.5: this model of kind latent_diffusion is no GAN"),
     ("sample x --temperature 0.5", "temperature: got 0.5: this model of kind latent_diffusion draws no codes"),
     ("sample x --top-k 5", "top_k: got 5: this model of kind latent_diffusion draws no codes"),
     ("sample x --mask INIT", "mask"),

@@ -26,7 +26,7 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
 from ldm.diffusion.thresholding import RATIO
 from ldm.families.chain import BEFORE, within
-from ldm.families.draws import AFTER, DIRECT, OF_CODES, OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.draws import AFTER, DIRECT, OF_CODES, OF_GANS, OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
@@ -677,8 +677,9 @@ class LatentDiffusionFamily(Adaptable, Draws):
         told = next((name for name in ("original_size", "crop", "target_size") if getattr(chosen, name)), "")
         if told and not network.reads_size:
             self.refuse(f"{told}: got {getattr(chosen, told)}", "has a network that is told no sizes; leave it out")
-        if other := next((name for name in OF_CODES if getattr(chosen, name) != getattr(DIRECT, name)), ""):
-            self.refuse(f"{other}: got {getattr(chosen, other)}", "draws no codes; leave it out")
+        for names, why in ((OF_CODES, "draws no codes"), (OF_GANS, "is no GAN")):
+            if other := next((name for name in names if getattr(chosen, name) != getattr(DIRECT, name)), ""):
+                self.refuse(f"{other}: got {getattr(chosen, other)}", f"{why}; leave it out")
         self.text.check_skip(chosen.clip_skip)
         if network.reads_guidance:
             usual = choose(self.config.defaults)

@@ -1,0 +1,472 @@
+"""Text-to-image GANs: one generator that is told a text draws pictures, or an autoencoder's latents, at once (GAN-INT-CLS to GigaGAN)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.config.errors import UserError
+from ldm.config.schema import Fraction, NonNegative, Positive, PositiveFloat, config, plain
+from ldm.config.version import __version__
+from ldm.data.pictures import to_uint8
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, taken
+from ldm.diffusion.rng import Rng
+from ldm.families import game
+from ldm.families.draws import DIRECT, NUMBERS, OWN, Draws, Running, Settings, Wanted
+from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
+from ldm.families.game import GameLoss, full
+from ldm.families.translator import words_of
+from ldm.formats import atomic
+from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
+from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip, read_record
+from ldm.formats.part import content_hash, load_module, load_weights, save_part
+from ldm.formats.text_folder import TEXT_PARTS
+from ldm.models import cost
+from ldm.models.cost import IMAGES
+from ldm.models.style_generator import StyleGeneratorConfig
+from ldm.models.text_discriminator import TextDiscriminatorConfig
+from ldm.text.encoder import TextEncoder
+from ldm.text.lengths import CutCaptions, cut_captions
+from ldm.text.prompt_syntax import Prompt, literal
+from ldm.text.weighted import chunks_of, encode
+
+PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHOSEN = ("truncation", "precision")
+SHARPNESS = 10.0  # inverse temperature of the contrastive term (Zhang 2021, XMC-GAN, arXiv 2101.04702, section 4.1)
+
+
+@config
+class TextGANDefaults:
+    """How the finished model is sampled unless it is told otherwise."""
+
+    truncation: Fraction = 1.0  # how far styles lie from their mean: 1 as it learned, less for surer and more alike pictures
+    chunk: Positive = 8  # pictures per network call; a part of the model's numerics, so that batch size is not
+
+
+@config
+class TextGAN(ModelConfig):
+    """A generator and a discriminator, both told by the frozen text encoder what pictures show."""
+
+    kind: Literal["text_gan"] = "text_gan"
+    text: str = "text"  # the text encoder, by its name in models
+    autoencoder: str = "autoencoder"  # in whose latents it draws, by its name in models; of kind pixels: in pixels
+    generator: StyleGeneratorConfig = StyleGeneratorConfig()
+    discriminator: TextDiscriminatorConfig = TextDiscriminatorConfig()
+    loss: GameLoss = "relativistic"  # of both players
+    r1: NonNegative = 1.0  # weight of half the squared slope of the discriminator at true pictures
+    r2: NonNegative = 1.0  # and at made ones (R3GAN, arXiv 2501.05441); both keep pictures varied
+    slope_share: Fraction = 0.25  # of every batch, at whose pictures slopes are taken: they cost more than all else
+    matching: NonNegative = 1.0  # weight of true pictures beside another's words, which the discriminator takes for made ones
+    interpolation: NonNegative = 0.0  # weight of pictures of texts half way between two, as the generator hears of them (GAN-INT)
+    contrastive: NonNegative = 1.0  # weight of telling by the discriminator which words of the batch are a picture's (XMC-GAN)
+    lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the generator's
+    defaults: TextGANDefaults = TextGANDefaults()  # how the finished model is sampled
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        **{name: why for name, why in ModelConfig.refuses.items() if name not in ("latents", "tags", "prompts")},
+        "also": "draws pictures of one size",
+        "exact": "compares the captions of the whole batch, which depend on how many processes there are",
+    }
+    answers = frozenset({"sample", "reconstruct"})
+    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
+    exports = True
+    continues = True
+
+    def inputs(self) -> dict[str, str]:
+        """The text encoder and the autoencoder."""
+        return {"text": self.text, "autoencoder": self.autoencoder}
+
+    def identity(self) -> dict[str, Any]:
+        """All but names and defaults of sampling."""
+        return {name: value for name, value in plain(self).items() if name not in ("defaults", "text", "autoencoder")}
+
+    def shown(self) -> dict[str, Any]:
+        """How the finished model is sampled."""
+        return {"defaults": plain(self.defaults)}
+
+    @property
+    def step(self) -> int:
+        """Sides of latents are multiples of it."""
+        return max(self.generator.step, self.discriminator.step)
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """As often as the autoencoder and the networks halve a picture."""
+        return self.step * (others["autoencoder"].step_px({}) if "autoencoder" in others else 1)
+
+    def text_width(self) -> int:
+        """It takes any."""
+        return 0
+
+    def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
+        """Of the generator, but for its first map, which depends on the size."""
+        text, codec = others["text"].text_shape(note, width), others["autoencoder"].latent_network(note)
+        with torch.device("meta"):
+            return cost.count(self.generator.build(self.generator.step, codec.latent_width, text.states, text.pooled))
+
+    def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
+        """Generator and discriminator; text encoder and autoencoder are frozen."""
+        text, codec = others["text"].text_shape(note), others["autoencoder"].latent_network(note)
+        small, channels = side // codec.factor, codec.latent_width
+        with torch.device("meta"):
+            made = self.generator.build(small, channels, text.states, text.pooled)
+            judge = self.discriminator.build(small, channels, text.pooled)
+            pooled = torch.empty(IMAGES, text.pooled)
+            words = Text(tokens=torch.empty(IMAGES, text.tokens, text.states), mask=torch.ones(IMAGES, text.tokens), pooled=pooled)
+            noise, picture = torch.empty(IMAGES, made.noise_size), torch.empty(IMAGES, channels, small, small)
+            seen = cost.measure(judge, lambda: judge(picture, pooled))
+            spent = cost.measure(made, lambda: made(noise, [words])) + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
+        known, encoding, _ = cost.autoencoder(codec, side, side)
+        learned = {"generator": cost.count(made), "discriminator": cost.count(judge)}
+        extra = text.cost.forward + (0 if stage.latents else encoding.forward)
+        frozen = {"autoencoder": known, "text encoder": text.parameters}
+        return Footprint(learned=learned, frozen=frozen, cost=spent, extra=extra, averaged=learned["generator"])
+
+    def build(self, context: Context) -> TextGANFamily:
+        """The family, ready to train, on the earlier products; an earlier stage's networks are continued."""
+        text = TextEncoder.load(context.products["text"].folder)
+        codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
+        family = TextGANFamily(self, codec, text, context.resolution)
+        if context.init is not None:
+            said = read_record(context.init.folder).get("autoencoder")
+            if said != codec.hash:
+                raise UserError(f"{context.init.folder}: learned in the latents of another autoencoder; train it anew or bring that one")
+            family.load(context.init.folder)
+        return family
+
+    def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
+        """A model folder: both networks, the text encoder, the autoencoder, ldm.json and a card."""
+
+        def write(folder: Path) -> None:
+            shutil.copytree(products["model"].folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(atomic.MANIFEST))
+            text, autoencoder = products["text"].folder, autoencoder_folder(products["autoencoder"].folder)
+            for name in TEXT_PARTS:
+                if (text / name).is_dir():
+                    shutil.copytree(text / name, folder / name)
+            if clip := own_clip(text):
+                shutil.copytree(clip, folder / OWN_CLIP)
+            shutil.copytree(autoencoder, folder / ("vqvae" if autoencoder.name == "vqvae" else "vae"))
+            said = {"kind": self.kind, "config": plain(self), "story": dict(story), "ldm_version": __version__}
+            atomic.write_json(folder / RECORD, {**read_record(products["model"].folder), **said})
+            (folder / "README.md").write_text(_card(said), encoding="utf-8")
+
+        atomic.commit(target, write)
+
+    def opened(self, folder: Path) -> TextGANFamily:
+        """The family with the weights of a model folder."""
+        size = read_record(folder).get("defaults", {}).get("size")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
+            raise UserError(f"{folder / RECORD}: defaults.size: got {size!r}, not [height, width] in px; copy the whole folder again")
+        family = TextGANFamily(self, load_codec(autoencoder_folder(folder)), TextEncoder.load(folder), size[0])
+        family.load(folder)
+        family.content_hash = content_hash(folder)
+        return family
+
+
+def _card(said: Mapping[str, Any]) -> str:
+    """README.md, as the Hugging Face Hub reads it."""
+    story = said["story"]
+    stages = "\n".join(f"| {name} | {text} |" for name, text in story.get("stages", {}).items())
+    return f"""---
+library_name: ldm
+pipeline_tag: text-to-image
+tags: [ldm, text-to-image, gan]
+---
+
+# {story.get("name", "A text-to-image GAN")}
+
+A generator that draws pictures of a text at once, trained against a discriminator with `ldm` on {story.get("data", "its user's data")}.
+
+## Use
+
+With ldm: `python sample.py "{story.get("prompt", "a picture")}" --model MODEL`. No other program opens it.
+
+## How it was made
+
+| Stage | |
+|---|---|
+{stages}
+
+## Limits
+
+It knows what its training captions showed and nothing else. It has no safety filter. Its licence is the choice of whoever
+trained it, within the rights to the training data.
+"""
+
+
+class TextGANFamily(Family, Draws):
+    """Generator and discriminator with their autoencoder and text encoder: they learn by `loss` and draw by `sample`."""
+
+    kind = "text_gan"
+
+    def __init__(self, config: TextGAN, codec: LatentCodec, text: TextEncoder, resolution: int) -> None:
+        super().__init__()
+        self.config, self.text, self.resolution = config, text, resolution
+        side = resolution // codec.factor
+        self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width)
+        self.discriminator = config.discriminator.build(side, codec.channels, text.pooled_width)
+        self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of both networks from a product or a model folder.
+
+        Raises:
+            UserError: naming the part that is missing or does not fit.
+        """
+        for name in PLAYERS:
+            network = getattr(self, name)
+            setattr(self, name, load_module(lambda network=network: network, load_weights(folder / name), folder / name))  # type: ignore[misc]
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The frozen autoencoder."""
+        return self._frozen[0]
+
+    @property
+    def factor(self) -> int:
+        """Sides of pictures are multiples of it, px."""
+        return self.codec.factor * self.config.step
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """size (height, width) in px, and how it is sampled."""
+        return {"size": (self.resolution, self.resolution), **plain(self.config.defaults)}
+
+    def frozen(self) -> list[nn.Module]:
+        """The autoencoder and the text encoder."""
+        return list(self._frozen)
+
+    # Training
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Generator and discriminator."""
+        judge = ParameterGroup("discriminator", list(self.discriminator.parameters()), self.config.lr_scale)
+        return [ParameterGroup("generator", list(self.generator.parameters())), judge]
+
+    def true(self, batch: ImageBatch | MomentBatch, rng: Rng) -> Tensor:
+        """True pictures as the discriminator sees them (B,C,h,w)."""
+        with torch.no_grad():
+            mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
+            return full(mean) if std is None else full(mean) + full(std) * rng.normal("posterior", mean.shape[1:]).to(mean.device)
+
+    def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """What the discriminator and the words of the batch say of made pictures, and the discriminator's own lessons.
+
+        Each network sees a picture once: the discriminator's features of true pictures serve beside their own words and beside others',
+        and those of made ones, which come detached, serve both players. So there is one backward pass, and neither player's gradient has
+        anything of the other's loss.
+        """
+        said, judge, captions = self.config, self.discriminator, list(batch.caption)
+        kept = batch.text if isinstance(batch, MomentBatch) else None
+        text = with_sentence(self.text.encode(captions) if kept is None else kept)
+        sentence, real = _pooled(text), self.true(batch, rng)
+        noise = self.noise_of(rng).to(real.device)
+        made = full(self.generator(noise, [text]))
+        leaf = made.detach().requires_grad_()
+        terms: Terms = {}
+        with torch.enable_grad():
+            seen, seen_made = judge.features(real), judge.features(leaf)
+            sure, unsure = full(judge.judge(seen, sentence)), full(judge.judge(seen_made, sentence))
+            opinion = game.generator_loss(said.loss, unsure, sure.detach())
+            gauges = {"logits_real": sure.detach().mean(), "logits_fake": unsure.detach().mean()}
+            gauges["logit_margin"] = gauges["logits_real"] - gauges["logits_fake"]
+            terms["discriminator"] = game.discriminator_loss(said.loss, sure, unsure)
+            if said.matching:
+                wrong = full(judge.judge(seen, sentence[others(captions)]))
+                terms["matching"] = said.matching * game.discriminator_loss(said.loss, sure, wrong)
+                gauges["logits_wrong_words"] = wrong.detach().mean()
+            if said.contrastive:
+                same = alike(captions).to(real.device)
+                terms["contrastive"] = said.contrastive * contrast(judge.similarity(seen, sentence), same)
+                agreed = contrast(judge.similarity(seen_made, sentence), same)
+                gauges["contrastive_made"] = agreed.detach()
+                opinion = opinion + said.contrastive * agreed
+        (slope,) = torch.autograd.grad(opinion, leaf, retain_graph=True)
+        terms["adversarial"] = game.through(made, slope, opinion)
+        if said.interpolation:
+            terms["interpolation"] = said.interpolation * self._between(text, captions, noise, sure)
+        some = max(1, round(len(real) * said.slope_share))
+        for name, weight, picture in (("r1", said.r1, real), ("r2", said.r2, leaf)):
+            if weight:
+                terms[name] = weight * game.gradient_penalty(judge, picture[:some], sentence[:some])
+        return terms, gauges
+
+    def _between(self, text: Text, captions: list[str], noise: Tensor, sure: Tensor) -> Tensor:
+        """The discriminator's opinion of pictures of texts half way to others of the batch (GAN-INT, Reed 2016, eq. 5 with beta 0.5)."""
+        mixed = lerped(text, taken(text, others(captions)), 0.5)
+        made = full(self.generator(noise, [mixed]))
+        leaf = made.detach().requires_grad_()
+        with torch.enable_grad():
+            opinion = game.generator_loss(self.config.loss, full(self.discriminator(leaf, _pooled(mixed))), sure.detach())
+        (slope,) = torch.autograd.grad(opinion, leaf)
+        return game.through(made, slope, opinion)
+
+    def noise_of(self, rng: Rng) -> Tensor:
+        """Noise (B,N) of the generator, standard normal."""
+        return rng.normal("text_gan/noise", (self.generator.noise_size,))
+
+    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
+        """Those longer than the text encoder reads."""
+        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
+
+    def averaged(self) -> list[nn.Parameter]:
+        """The generator's."""
+        return list(self.generator.parameters())
+
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
+        """One picture for each of the batch's captions, with the default settings."""
+        captions = list(batch.caption)
+        images = self.sample(captions, list(range(seed, seed + len(captions))))
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def save(self, folder: Path) -> None:
+        """generator/ and discriminator/, and ldm.json, which remembers the autoencoder and the size."""
+        for name, given in ((PLAYERS[0], self.config.generator), (PLAYERS[1], self.config.discriminator)):
+            save_part(plain(given), dict(getattr(self, name).state_dict()), folder / name)
+        atomic.write_json(folder / RECORD, {"autoencoder": self.codec.hash, "defaults": {"size": [self.resolution, self.resolution]}})
+
+    # Sampling
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
+        return self.codec.reconstruct(image)
+
+    def settings(self, wanted: Wanted = OWN) -> Settings:
+        """Truncation and precision, the model's own where none is asked for."""
+        for name in NUMBERS:
+            value = getattr(wanted, name)
+            if name not in CHOSEN and value not in (None, "", getattr(DIRECT, name)):
+                self.refuse(f"{name}: got {value!r}", "draws at once and has no such setting; leave it out")
+        own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
+        return replace(DIRECT, **{"truncation": self.config.defaults.truncation, **own}).checked()
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """All noise of pictures, (N,noise_size): that of styles and that of every block."""
+        return self.noise_of(Rng(0, seeds))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int] | None = None,
+        settings: Wanted = OWN,
+        *,
+        size: tuple[int, int] | None = None,
+        negative: str | Prompt = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Any] = (),
+        on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
+
+        The networks always see `defaults["chunk"]` pictures, padded where fewer are asked for, so that no picture depends on the others.
+
+        Raises:
+            UserError: on settings that it has not, or another size than it learned to draw.
+        """
+        chosen, chunk, own = self.settings(settings), self.config.defaults.chunk, (self.resolution, self.resolution)
+        if tuple(size or own) != own:
+            self.refuse(f"size: got {size[1]}x{size[0]}" if size else "size", f"draws {own[1]}x{own[0]} alone; leave it out")
+        if words_of(negative).strip():
+            self.refuse("negative", "reads no negative prompt; leave it out")
+        texts = [self._texts(prompt) for prompt in prompts]
+        noise = self.noise(range(len(prompts)) if seeds is None else seeds, own) if latents is None else latents
+        image = torch.empty(len(prompts), *own, 3, dtype=torch.uint8)
+        was_training, kind = self.training, PRECISION[chosen.precision]
+        self.eval()
+        try:
+            for start in range(0, len(prompts), chunk):
+                rows = list(range(start, min(start + chunk, len(prompts))))
+                padded = (*rows, *[rows[-1]] * (chunk - len(rows)))
+                with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
+                    told = [cat([texts[row][block] for row in padded]) for block in range(len(self.generator.blocks))]
+                    made = self.generator(noise[list(padded)].to(self.device), told, truncation=chosen.truncation)
+                    image[rows] = to_uint8(self.codec.decode(full(made)))[: len(rows)].cpu()
+                if on_step is not None:
+                    on_step(rows[-1] + 1, len(prompts))
+        finally:
+            self.train(was_training)
+        return image
+
+    def _texts(self, prompt: str | Prompt) -> list[Text]:
+        """What each block is told of a prompt (1,...): words that change by step in other models change by block here (prompt mixing)."""
+        read, many = literal(prompt) if isinstance(prompt, str) else prompt, len(self.generator.blocks)
+        if len(read.parts) > 1:
+            self.refuse("prompt", "composes no prompts by AND; write one, or give --literal")
+        pieces = [read.at(i, many)[0] for i in range(many)]
+        if self.config.generator.tells == "sentence" and any(piece.weight != 1 for block in pieces for piece in block):
+            self.refuse("prompt", "reads sentences, whose words have no weights; write plain words, or give --literal")
+        known = {block: with_sentence(encode(self.text, [block])) for block in dict.fromkeys(pieces)}
+        found = [known[block] for block in pieces]
+        if read.end is None:
+            return found
+        return [lerped(text, other, read.share) for text, other in zip(found, self._texts(read.end), strict=True)]
+
+    def overlong(self, prompt: Prompt) -> str:
+        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
+        longer = any(len(chunks_of(self.text, pieces)) > 1 for pieces in prompt.at(0, 1))
+        return f"is longer than the model's {self.text.max_tokens} tokens; the rest is left out" if longer else ""
+
+    def says(self, prompt: str, word: str) -> bool:
+        """Whether a prompt has a learned word in it, as the text encoder reads it."""
+        return self.text.says(prompt, word)
+
+    def tokens(self, prompt: Prompt) -> tuple[int, int]:
+        """Of the words, without the special tokens."""
+        return max(sum(len(chunk.ids) for chunk in chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1)), self.text.room
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that a tokenizer of the run's own captions has never met."""
+        return self.text.unknown(prompt)
+
+    def ready(self, folder: Path, running: Running, precision: str) -> None:
+        """Decode large pictures in stripes as `running` says."""
+        super().ready(folder, running, precision)
+        self.codec.tile = running.tile
+
+
+def with_sentence(text: Text) -> Text:
+    """A text whose pooled state is the mean of its words where the encoder gives none."""
+    if text.pooled is not None:
+        return text
+    said = text.mask[..., None].to(text.tokens)
+    return replace(text, pooled=(text.tokens * said).sum(1) / said.sum(1).clamp_min(1))
+
+
+def lerped(text: Text, other: Text, share: float) -> Text:
+    """What lies on the straight way from one text to another."""
+    return replace(text, tokens=text.tokens.lerp(other.tokens, share), pooled=_pooled(text).lerp(_pooled(other), share))
+
+
+def _pooled(text: Text) -> Tensor:
+    assert text.pooled is not None, "with_sentence gives it"
+    return text.pooled
+
+
+def alike(captions: Sequence[str]) -> Tensor:
+    """Which captions of a batch are equal, (B,B) bool."""
+    number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    own = torch.tensor([number[caption] for caption in captions])
+    return own[:, None] == own
+
+
+def others(captions: Sequence[str]) -> list[int]:
+    """For each caption of a batch the next other one behind it, in a circle; its own place where all are equal."""
+    many = len(captions)
+    return [next((j % many for j in range(i + 1, i + many) if captions[j % many] != captions[i]), i) for i in range(many)]
+
+
+def contrast(similarity: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy, both ways, of which of a batch's sentences each picture shows, of cosines (B,B); equal sentences are no wrong ones."""
+    own = torch.eye(len(same), dtype=torch.bool, device=same.device)
+    logits = full(similarity).mul(SHARPNESS).masked_fill(same & ~own, -torch.inf)
+    target = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
