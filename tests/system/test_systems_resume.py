@@ -1,0 +1,90 @@
+"""Conditions by every port, codes, pixels and links of a chain, stopped in the middle: each ends with the bits of a run that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ldm.__main__ import main
+from ldm.config.errors import UserError
+from ldm.families.family import Family
+
+pytestmark = pytest.mark.slow
+OPTIM = {"kind": "muon", "lr": 1e-3, "adamw_lr": 1e-3}
+PORTS: dict[str, dict[str, Any]] = {
+    "concat": {"view": "small:8", "port": {"kind": "concat", "encoder": "pixels", "noise": 0.3}},
+    "residual": {"view": "labels", "port": "residual"},
+    "gated": {"view": "boxes", "port": {"kind": "gated", "most": 4}},
+    "cross": {"view": "sketch", "port": "cross"},
+    "triples": {"view": "graph", "port": "cross"},
+}
+VQ = {"channels": [8, 8, 8, 8], "layers": 1, "latent_channels": 4, "codes": 16, "norm_groups": 4, "middle_attention": False}
+UNET = {"channels": [16, 16], "layers": 1, "attention": [False, True], "heads": 2, "norm_groups": 8}
+PIXELS = {"kind": "latent_diffusion", "network": UNET, "variance": {"weight": 1e-3}}
+BEFORE = [{"view": "small:2", "port": {"kind": "concat", "noise": 0.3}}]
+LINK = {"kind": "latent_diffusion", "network": UNET, "after": "diffusion", "conditions": BEFORE}
+
+
+def stage(model: str, resolution: int = 32, **more: Any) -> dict[str, Any]:
+    own = {"images": 24, "batch": 4, "save_every_images": 8, "save_beside": False, "samples": 0, "ema": 0.9, "optim": OPTIM}
+    return {"kind": "train", "model": model, "resolution": resolution} | own | more
+
+
+def run_of(system: str, base: Path) -> dict[str, Any]:
+    """The configuration of a small run whose last stage trains the system."""
+    data = {"kind": "scenes", "tier": "T1" if system == "triples" else "one", "images": 16, "val": 4}
+    if system in PORTS:
+        diffusion = {"kind": "latent_diffusion", "conditions": [{**PORTS[system], "drop": 0.3}], "learn": "new"}
+        if system == "concat":
+            diffusion["learn"] = "all"
+        return {"data": data, "init": str(base), "models": {"diffusion": diffusion}, "stages": {"last": stage("diffusion")}}
+    models: dict[str, Any] = {"text": {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "heads": 2, "max_tokens": 20}}}
+    stages: dict[str, Any] = {"text": stage("text", batch=8)}
+    if system in ("masked", "causal", "words"):
+        models["autoencoder"] = {"kind": "vq", "network": VQ, "adversarial": {"weight": 0}}
+        order = "masked" if system == "masked" else "causal"
+        network = {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}
+        models["tokens"] = {"kind": "tokens", "order": order, "network": network, "reads": "words" if system == "words" else "text"}
+        stages["autoencoder"] = stage("autoencoder")
+        stages["codes"] = {"kind": "encode", "resolution": 32, "codes": True}
+        stages["last"] = stage("tokens", latents="codes")
+    else:
+        models |= {"autoencoder": {"kind": "pixels"}, "diffusion": PIXELS}
+        stages["diffusion" if system == "link" else "last"] = stage("diffusion", 16)
+        if system == "link":
+            models["up"] = LINK
+            stages["last"] = stage("up")
+    return {"data": data, "models": models, "stages": stages}
+
+
+@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "pixels", "link"])
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
+    system: str, kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_of(system, kl_model), sort_keys=False))
+
+    def train(name: str) -> int:
+        return main(["train", str(file), f"out={tmp_path / name}"])
+
+    assert train("whole") == 0
+    done = json.loads((tmp_path / "whole" / "stages" / "last" / "done.json").read_text())
+    with monkeypatch.context() as patched:
+        own = Family.progress
+
+        def ends(self: Family, images: int) -> None:
+            if images >= 16 and (tmp_path / "stopped" / "stages" / "last").is_dir():
+                raise UserError("stopped here")
+            own(self, images)
+
+        patched.setattr(Family, "progress", ends)
+        assert train("stopped") == 2
+    capsys.readouterr()
+    assert train("stopped") == 0
+    assert "going on from" in capsys.readouterr().err
+    again = json.loads((tmp_path / "stopped" / "stages" / "last" / "done.json").read_text())
+    assert again["product"] == done["product"] and done["product"]
