@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, NonNegative, Positive, PositiveFloat, config, plain
 from ldm.config.version import __version__
 from ldm.data.pictures import to_uint8
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, taken
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, taken
 from ldm.diffusion.rng import Rng
 from ldm.families import game
 from ldm.families.draws import DIRECT, NUMBERS, OWN, Draws, Running, Settings, Wanted
@@ -34,7 +34,7 @@ from ldm.models.style_generator import StyleGeneratorConfig
 from ldm.models.text_discriminator import TextDiscriminatorConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
-from ldm.text.prompt_syntax import Prompt, literal
+from ldm.text.prompt_syntax import Piece, Prompt, literal
 from ldm.text.weighted import chunks_of, encode
 
 PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
@@ -67,6 +67,7 @@ class TextGAN(ModelConfig):
     matching: NonNegative = 1.0  # weight of true pictures beside another's words, which the discriminator takes for made ones
     interpolation: NonNegative = 0.0  # weight of pictures of texts half way between two, as the generator hears of them (GAN-INT)
     contrastive: NonNegative = 1.0  # weight of telling by the discriminator which words of the batch are a picture's (XMC-GAN)
+    kl: NonNegative = 0.0  # weight of the divergence from N(0,1) of what generator.augmentation draws (StackGAN, eq. 2)
     lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the generator's
     defaults: TextGANDefaults = TextGANDefaults()  # how the finished model is sampled
 
@@ -76,6 +77,11 @@ class TextGAN(ModelConfig):
         "exact": "compares the captions of the whole batch, which depend on how many processes there are",
     }
     answers = frozenset({"sample", "reconstruct"})
+
+    def __post_init__(self) -> None:
+        if self.kl and not self.generator.augmentation:
+            raise UserError(f"kl: got {self.kl:g}, but generator.augmentation is 0, so there is nothing that it could act on; leave it out")
+
     requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
     exports = True
     continues = True
@@ -288,8 +294,13 @@ class TextGANFamily(Family, Draws):
                 agreed = contrast(judge.similarity(seen_made, sentence), same)
                 gauges["contrastive_made"] = agreed.detach()
                 opinion = opinion + said.contrastive * agreed
+            else:
+                terms["discriminator"] = terms["discriminator"] + game.silent(judge.picture_side) + game.silent(judge.text_side)
         (slope,) = torch.autograd.grad(opinion, leaf, retain_graph=True)
         terms["adversarial"] = game.through(made, slope, opinion)
+        if said.kl:
+            mean, logvar = self.generator.gaussian(sentence)
+            terms["kl"] = said.kl * 0.5 * (full(mean).square() + full(logvar).exp() - 1 - full(logvar)).sum(1).mean()
         if said.interpolation:
             terms["interpolation"] = said.interpolation * self._between(text, captions, noise, sure)
         some = max(1, round(len(real) * said.slope_share))
@@ -377,38 +388,46 @@ class TextGANFamily(Family, Draws):
             self.refuse(f"size: got {size[1]}x{size[0]}" if size else "size", f"draws {own[1]}x{own[0]} alone; leave it out")
         if words_of(negative).strip():
             self.refuse("negative", "reads no negative prompt; leave it out")
-        texts = [self._texts(prompt) for prompt in prompts]
+        texts = self._texts([literal(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
         noise = self.noise(range(len(prompts)) if seeds is None else seeds, own) if latents is None else latents
         image = torch.empty(len(prompts), *own, 3, dtype=torch.uint8)
         was_training, kind = self.training, PRECISION[chosen.precision]
         self.eval()
         try:
             for start in range(0, len(prompts), chunk):
-                rows = list(range(start, min(start + chunk, len(prompts))))
-                padded = (*rows, *[rows[-1]] * (chunk - len(rows)))
+                own_rows = list(range(start, min(start + chunk, len(prompts))))
+                padded = (*own_rows, *[own_rows[-1]] * (chunk - len(own_rows)))
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
                     told = [cat([texts[row][block] for row in padded]) for block in range(len(self.generator.blocks))]
                     made = self.generator(noise[list(padded)].to(self.device), told, truncation=chosen.truncation)
-                    image[rows] = to_uint8(self.codec.decode(full(made)))[: len(rows)].cpu()
+                    image[own_rows] = to_uint8(self.codec.decode(full(made)))[: len(own_rows)].cpu()
                 if on_step is not None:
-                    on_step(rows[-1] + 1, len(prompts))
+                    on_step(own_rows[-1] + 1, len(prompts))
         finally:
             self.train(was_training)
         return image
 
-    def _texts(self, prompt: str | Prompt) -> list[Text]:
-        """What each block is told of a prompt (1,...): words that change by step in other models change by block here (prompt mixing)."""
-        read, many = literal(prompt) if isinstance(prompt, str) else prompt, len(self.generator.blocks)
-        if len(read.parts) > 1:
+    def _texts(self, prompts: Sequence[Prompt]) -> list[list[Text]]:
+        """What each block is told of each prompt (1,...): words that change by step elsewhere change by block here (prompt mixing)."""
+        many = len(self.generator.blocks)
+        pieces = [[self._pieces(prompt, i) for i in range(many)] for prompt in prompts]
+        each = list(dict.fromkeys(block for one in pieces for block in one))
+        text = with_sentence(encode(self.text, each))
+        known = {block: rows(text, i, i + 1) for i, block in enumerate(each)}
+        found = [[known[block] for block in one] for one in pieces]
+        ends = {i: prompt.end for i, prompt in enumerate(prompts) if prompt.end is not None}
+        for i, others in zip(ends, self._texts(list(ends.values())), strict=True) if ends else ():
+            found[i] = [lerped(text, other, prompts[i].share) for text, other in zip(found[i], others, strict=True)]
+        return found
+
+    def _pieces(self, prompt: Prompt, block: int) -> tuple[Piece, ...]:
+        """The weighted words that a block is told."""
+        if len(prompt.parts) > 1:
             self.refuse("prompt", "composes no prompts by AND; write one, or give --literal")
-        pieces = [read.at(i, many)[0] for i in range(many)]
-        if self.config.generator.tells == "sentence" and any(piece.weight != 1 for block in pieces for piece in block):
+        found = prompt.parts[0].at(block, len(self.generator.blocks))
+        if self.config.generator.tells == "sentence" and any(piece.weight != 1 for piece in found):
             self.refuse("prompt", "reads sentences, whose words have no weights; write plain words, or give --literal")
-        known = {block: with_sentence(encode(self.text, [block])) for block in dict.fromkeys(pieces)}
-        found = [known[block] for block in pieces]
-        if read.end is None:
-            return found
-        return [lerped(text, other, read.share) for text, other in zip(found, self._texts(read.end), strict=True)]
+        return found
 
     def overlong(self, prompt: Prompt) -> str:
         """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""

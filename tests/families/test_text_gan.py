@@ -151,6 +151,19 @@ def test_terms_can_be_left_out(products: dict[str, Product]) -> None:
     assert float(torch.linalg.matrix_norm(spectral.discriminator.joint.weight.detach(), 2)) == pytest.approx(1.0, rel=0.05)
 
 
+def test_a_gaussian_around_the_sentence_stands_in_its_place(products: dict[str, Product]) -> None:
+    config = StyleGeneratorConfig(channels=(8,), blocks=1, heads=2, noise=4, style=8, augmentation=6)
+    family = built(products, generator=config, kl=2.0)
+    batch = Pictures().load([0, 1], [0, 1], SIDE, 0, False)
+    mean, logvar = family.generator.gaussian(cast(Tensor, family.text.encode(list(batch.caption)).pooled))
+    unit = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    theirs = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * logvar).exp()), unit).sum(1).mean()
+    assert torch.allclose(family(batch, Rng(0, range(2)))[0]["kl"], 2 * theirs, rtol=1e-4)
+    assert not torch.equal(*family.sample(PROMPTS[:1] * 2, [0, 1]))
+    with pytest.raises(UserError, match="kl: got 1, but generator"):
+        TextGAN(kl=1.0)
+
+
 def test_no_picture_depends_on_its_neighbours_and_noise_is_the_seeds(family: TextGANFamily) -> None:
     whole = family.sample(PROMPTS, [3, 4, 5])
     assert torch.equal(family.sample(PROMPTS[1:2], [4])[0], whole[1])
