@@ -27,7 +27,7 @@ SHADES = 5  # of each colour in strokes
 class ViewKind:
     """Kind of a view: its form, and what a network that is told it must know."""
 
-    form: Literal["map", "classes", "boxes", "points", "graph"]
+    form: Literal["map", "classes", "boxes", "points", "graph", "marks"]
     channels: Count = 0  # of a map; of classes how many there are
     divide: Positive = 1  # a map's sides are the picture's divided by it
     names: tuple[str, ...] = ()  # of classes, or of points

@@ -74,7 +74,7 @@ def _grade(target: Target, found: NDArray, x: NDArray, y: NDArray, valid: bool, 
     right = np.zeros((many, len(ATTRIBUTES)), bool)
     partner = np.full(many, -1)
     if valid and len(found):
-        mine, theirs = _match(agree)
+        mine, theirs = matched(agree)
         right[mine] = agree[mine, theirs]
         partner[mine] = theirs
     shares = [_share(right[:, k].sum(), stated[:, k].sum(), surplus) for k in range(len(ATTRIBUTES))]
@@ -94,7 +94,7 @@ def _grade(target: Target, found: NDArray, x: NDArray, y: NDArray, valid: bool, 
     return [*shares, bind, relation, count, strict, tone, texture, min(both) if both else np.nan]
 
 
-def _match(agree: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def matched(agree: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The one-to-one match with most agreeing facts; ties go to agreeing shapes, then cells, colours and sizes."""
     if agree.shape[:2] == (1, 1):
         return np.zeros(1, np.int64), np.zeros(1, np.int64)

@@ -228,7 +228,7 @@ def _light(draw: UniformDraws, n: int) -> NDArray[np.float64]:
     return draw(2) * (2 * np.pi, 0.25) + (0, 0.05)
 
 
-def _axis(place: NDArray, extent: NDArray, u: NDArray) -> NDArray[np.float64]:
+def along(place: NDArray, extent: NDArray, u: NDArray) -> NDArray[np.float64]:
     """A coordinate in the first, second or third third, inside the image as far as the third allows."""
     high = 1 / 3 - BORDER
     low = np.minimum(extent + 0.01, high)
@@ -265,9 +265,9 @@ def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs,
             values[:, j] = np.where(same, values[:, j - 1], values[:, j])
         side[:, j] = np.where(same, side[:, j - 1], side[:, j])
     cells = CELL_ORDER[np.minimum(draw(most, TRIES) * (8 + tier.centre_odds), 8).astype(np.int64)]
-    xs = _axis(cells % 3, (HALF_WIDTH[shape] * side)[..., None], draw(most, TRIES))
-    ys = _axis(cells // 3, (HALF_HEIGHT[shape] * side)[..., None], draw(most, TRIES))
-    cell, x, y, good = _place(tier, there, colour, shape, side, cells, xs, ys)
+    xs = along(cells % 3, (HALF_WIDTH[shape] * side)[..., None], draw(most, TRIES))
+    ys = along(cells // 3, (HALF_HEIGHT[shape] * side)[..., None], draw(most, TRIES))
+    cell, x, y, good = placed(tier, there, colour, shape, side, cells, xs, ys)
     good &= _admitted(rules, count, there, colour, shape, x, y)
     if most == 2:
         good &= colour[:, 0] != colour[:, 1]
@@ -280,7 +280,7 @@ def _attempt(tier: Tier, rules: Rules, keys: NDArray[np.uint64]) -> tuple[Specs,
     return Specs(colour, shape, size, cell, fill, x, y, side, tone, texture, wave, light, grain, rich, keys), good
 
 
-def _place(
+def placed(
     tier: Tier, there: NDArray, colour: NDArray, shape: NDArray, side: NDArray, cells: NDArray, xs: NDArray, ys: NDArray
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """For each object the first of its candidate places (N,K,T) that respects the objects before it."""

@@ -1,4 +1,4 @@
-"""Exact views of scenes: labels, edges, depth, boxes, graph, style, and the same scene by day or by night."""
+"""Exact views of scenes: labels, edges, depth, boxes, graph, style, marks, and the same scene by day or by night."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data.scenes.geometry import HALF_HEIGHT, HALF_WIDTH, distance, relation_of
+from ldm.data.scenes.marks import to_marks
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.spec import COLOUR_RGB, COLOURS, RELATIONS, SHAPES, TONE_RGB, TONES, Specs
 from ldm.data.views import ViewKind, number, parted, sketch
@@ -31,6 +32,7 @@ KINDS: dict[str, ViewKind] = {
     "graph": ViewKind(form="graph"),
     "style": ViewKind(form="map", channels=3),
     "source": ViewKind(form="map", channels=3),
+    "marks": ViewKind(form="marks"),
 }
 
 
@@ -77,6 +79,7 @@ class SceneViews:
             "graph": self.graph,
             "style": self.style,
             "source": lambda: _bytes(by_day(self.specs), self.resolution),
+            "marks": lambda: torch.from_numpy(to_marks(self.specs).astype(np.int16))[:, None, None],
         }
         return make[parted(name)[0]]()
 
