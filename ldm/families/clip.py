@@ -38,6 +38,7 @@ class Clip(ModelConfig):
     tokenizer_seed: Count = 0  # which captions
 
     encodes_text = True
+    has_tower = True
     refuses: ClassVar[Mapping[str, str]] = {
         **{option: why for option, why in ModelConfig.refuses.items() if option != "tags"},
         "exact": "learns from pairs of the whole batch, which depend on how many processes there are",
@@ -47,6 +48,10 @@ class Clip(ModelConfig):
         """Its text tower."""
         small = self.text
         return TextShape("own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens)
+
+    def image_tower(self) -> ImageTowerConfig:
+        """Its own."""
+        return self.tower
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the text tower, which is what other models read."""

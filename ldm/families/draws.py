@@ -353,6 +353,14 @@ class Draws(Protocol):
         """Frames (F,H,W,3) uint8 drawn anew as one clip; all begin with the same noise."""
         self.refuse("clip", "draws no clips anew; leave --clip out")
 
+    def captions(self, image: Tensor | None, seeds: Sequence[int], settings: Wanted = OWN) -> list[str]:
+        """A caption for each of pictures (N,3,H,W) in [-1,1] of `defaults["size"]`, or of nothing, one for each seed."""
+        self.refuse("caption", "draws pictures; choose a model that writes captions, as configs/captioner.yaml trains one")
+
+    def bits(self, captions: Sequence[str]) -> list[float]:
+        """Bits that each caption takes, of a model of captions alone."""
+        self.refuse("likelihood", "is no model of captions")
+
     def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs, each at its weight, and teach words (textual inversion).
 

@@ -25,6 +25,7 @@ from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec
 from ldm.formats.model_folder import RECORD, read_record
 from ldm.models.cost import NOTHING, Cost, TextShape
+from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.lengths import CutCaptions
 
 Terms = dict[str, Tensor]
@@ -118,16 +119,29 @@ class ModelConfig:
         "compile": "has no network that torch.compile takes",
         **dict.fromkeys(("held_out", "held_out_every_images"), "has no noise levels, by which held-out loss is told"),
     }
-    answers: ClassVar[frozenset[str]] = frozenset()  # what a metric may ask of the finished model: sample, reconstruct
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
     encodes_text: ClassVar[bool] = False  # whether others can read its text encoder
     has_codes: ClassVar[bool] = False  # whether it encodes by a codebook, as far as its configuration tells
-    reads_codes: ClassVar[bool] = False  # whether it reads numbers of codes where others read latents
-    requires: ClassVar[Mapping[str, str]] = {}  # by role of an input, which of these two that must be
+    has_tower: ClassVar[bool] = False  # whether others can read its image tower
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
     adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
     beside: ClassVar[tuple[str, ...]] = ()  # folders of its product that an export puts beside the model
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """What a metric may ask of the finished model: sample, reconstruct, caption, ..."""
+        return frozenset()
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether it reads numbers of codes where others read latents."""
+        return False
+
+    @property
+    def requires(self) -> Mapping[str, str]:
+        """By role of an input, what that must be: encodes_text, has_codes, has_tower."""
+        return {}
 
     @property
     def reads_masks(self) -> bool:
@@ -141,6 +155,10 @@ class ModelConfig:
     def example_of(self, caption: str) -> str:
         """A prompt that shows what was learned, made of a caption of the run's data."""
         return caption
+
+    def usage(self, prompt: str, model: str) -> str:
+        """The command that shows what a finished model folder can do."""
+        return f'python sample.py "{prompt}" --model {model}'
 
     def inputs(self) -> dict[str, str]:
         """The models of the run that this one reads: by role, the model's name."""
@@ -247,6 +265,14 @@ class ModelConfig:
         """
         self.cannot("encode text; name a text encoder")
 
+    def image_tower(self) -> ImageTowerConfig:
+        """For a model that `has_tower`: the configuration of its image tower.
+
+        Raises:
+            UserError: for any other model.
+        """
+        self.cannot("see pictures; name a model of kind clip")
+
     def encoder(self, product: Path, device: torch.device) -> Any:
         """For a model that encodes: the latent codec of a finished stage's product."""
         self.cannot("make latents")
@@ -287,7 +313,10 @@ class ModelConfig:
         """
         found = build(read_record(folder).get("config", {}), cls, str(folder / RECORD))
         check(folder)
-        return found.opened(folder).to(device).eval()
+        family = found.opened(folder)
+        for module in (family, *family.frozen()):
+            module.to(device)
+        return family.eval()
 
     def opened(self, folder: Path) -> Any:
         """The family with the weights of a model folder that this configuration was saved in: a torch module that draws."""

@@ -45,6 +45,10 @@ class TranslatorConfig(ModelConfig):
         """The kind of what its generators read, before the data is known."""
         return PICTURE
 
+    def usage(self, prompt: str, model: str) -> str:
+        """It draws of a picture."""
+        return f'python sample.py "{prompt}" --init PICTURE --model {model}'
+
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """A translator to begin with: a model folder, a run's, or a published latest_net_G.pth."""
         folder = root_of(path, note)

@@ -17,6 +17,7 @@ from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
 from ldm.data.dataset import asked as viewed
 from ldm.data.pictures import save_grid
+from ldm.data.scenes import grammar, marks
 from ldm.data.scenes.captions import Target, say
 from ldm.data.scenes.checker import WORK, read
 from ldm.data.scenes.render import render, to_bytes
@@ -27,7 +28,7 @@ from ldm.data.unpaired import OTHER
 from ldm.diffusion.batch import rows
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, diversity, frechet, grounding, shapes, told, translation
+from ldm.metrics import abilities, adherence, diversity, frechet, grounding, shapes, told, translation, written
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -620,6 +621,100 @@ class Grounding:
         return {**found, "protocol": protocol | _used(bench, wanted)}
 
 
+@config
+class Captions:
+    """Whether written captions say what held-out pictures show."""
+
+    kind: Literal["captions"] = "captions"
+    images: Positive = 200  # pictures; of scenes as many again with held-out colour-shape pairs
+    seed: Count = 0  # of what is drawn at random, at a temperature above 0
+
+    asks = "caption"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        own = ("f1", "precision", "recall", "exact")
+        return ("words_f1", *own, *(f"held_out_{name}" for name in own), "shuffled_f1") if scenes else ("words_f1",)
+
+    def run(self, bench: Bench) -> Values:
+        """F1 of words against the first caption; of scenes also of facts, read by the grammar, and what shuffled captions would have."""
+        found: Values = {}
+        other = translation.held_out(bench.data, ())
+        for name, data in (("", bench.data), ("held_out_", other)):
+            if data is None and name:
+                continue
+            index = list(range(min(self.images, len(data)))) if data is not None else []
+            real = replace(bench, data=data).real(self.images)
+            said = bench.model.captions(real.image, [self.seed + i for i in index])
+            bench.progress(len(index), len(index), "captions")
+            if not name:
+                found["words_f1"] = written.words_agree(said, [rows[0] for rows in data.all_captions(index)] if data is not None else [])
+                bench.show("captions", real.image[:32], 8, said[:32])
+            if isinstance(data, Scenes):
+                targets = data.targets(index)
+                found |= {f"{name}{key}": value for key, value in written.facts_agree(said, targets).items()}
+                if not name:
+                    found["shuffled_f1"] = written.facts_agree(said[1:] + said[:1], targets)["f1"]
+        return {**found, "protocol": {"images": self.images, "temperature": bench.model.settings().temperature, "seed": self.seed}}
+
+
+@config
+class Language:
+    """Bits that held-out captions take of a model of captions alone, beside the entropy of the scenes' grammar."""
+
+    kind: Literal["language"] = "language"
+    captions: Positive = 400  # held-out ones
+
+    asks = "likelihood"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("bits", "entropy", "excess") if scenes else ("bits",)
+
+    def run(self, bench: Bench) -> Values:
+        """Bits of a caption; where it is known in closed form the entropy, and by what share the bits exceed it."""
+        if bench.data is None or not len(bench.data):
+            raise UserError("language: needs captions to measure on: give --on scenes or --on folder")
+        count = min(self.captions, len(bench.data))
+        index = list(range(count))
+        bits = bench.model.bits(bench.data.captions(index, index, bench.seed))
+        found = {"bits": round(sum(bits) / count, 4)}
+        least = grammar.entropy(bench.data.source) if isinstance(bench.data, Scenes) else None
+        if least:
+            found |= {"entropy": round(least, 4), "excess": round(found["bits"] / least - 1, 4)}
+        return {**found, "protocol": {"captions": count}}
+
+
+@config
+class Layout:
+    """Whether a written scene is the one that a prompt states, mark by mark; how it looks when drawn is what adherence measures."""
+
+    kind: Literal["layout"] = "layout"
+    tier: TierName  # whose prompts
+    prompts: Positive = 100  # with colour-shape pairs seen in training, and as many with held-out pairs
+    seed: Count = 0  # of prompts and scenes
+
+    asks = "scene"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("exact", "marks", "held_out_exact", "held_out_marks")
+
+    def run(self, bench: Bench) -> Values:
+        """Shares of scenes that are right in every mark, and of marks that are right."""
+        found: Values = {}
+        for pairs, name in (("seen", ""), ("held-out", "held_out_")):
+            asked = prompts(self.tier, self.prompts, self.seed, pairs)  # type: ignore[arg-type]
+            made = bench.model.marks_of(asked.text, [self.seed * 1_000_003 + i for i in range(len(asked))])
+            bench.progress(len(asked), len(asked), f"scenes, {pairs}")
+            true = marks.to_marks(asked.specs)
+            right = (made == true) | ((made == marks.END) & (true == marks.END))
+            counted = (true != marks.END) | (made != marks.END)
+            found[f"{name}exact"] = round(float(right.all(1).mean()), 4)
+            found[f"{name}marks"] = round(float(right[counted].mean()), 4)
+        return {**found, "protocol": {"tier": self.tier, "prompts": self.prompts, "seed": self.seed}}
+
+
 def _less(text: str, target: Target, caption: str) -> str:
     """A caption, without places and relations or empty where that is asked."""
     if caption == "whole":
@@ -638,5 +733,18 @@ def check_weights(metrics: Sequence[Any]) -> None:
 
 
 Evaluator = Annotated[
-    Adherence | Abilities | Diversity | Reconstruction | Translation | Frechet | ClipScore | Neighbours | ToldViews | Grounding, BY_KIND
+    Adherence
+    | Abilities
+    | Diversity
+    | Reconstruction
+    | Translation
+    | Frechet
+    | ClipScore
+    | Neighbours
+    | ToldViews
+    | Grounding
+    | Captions
+    | Language
+    | Layout,
+    BY_KIND,
 ]

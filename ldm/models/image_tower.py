@@ -65,6 +65,9 @@ class ImageTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Unit-length embeddings of images (B,3,H,W) in [-1,1]."""
-        x = self.features(image)[-1]  # (B,C,h,w)
-        x = F.adaptive_avg_pool2d(x, self.config.grid)  # (B,C,g,g)
+        return self.embedding(self.features(image)[-1])
+
+    def embedding(self, last: Tensor) -> Tensor:
+        """Unit-length embeddings (B,E) of the last of the `features` (B,C,h,w)."""
+        x = F.adaptive_avg_pool2d(last, self.config.grid)  # (B,C,g,g)
         return F.normalize(self.head(x.flatten(1)).float(), dim=-1)  # (B,E)

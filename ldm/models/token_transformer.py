@@ -19,6 +19,7 @@ from ldm.models.transformer import FeedForward
 
 STOCK, OWN = "UVit2DModel", "TokenTransformer"  # what config.json calls it in masked and in causal order
 NUMBERS = 5  # that it is told of a picture, as aMUSEd: width, height, left, top (px), and an aesthetic score
+AESTHETIC = 6.0  # the score that is told of every picture: what diffusers' AmusedPipeline tells where nothing is said
 EPS = 1e-6  # of every norm
 
 

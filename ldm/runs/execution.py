@@ -108,7 +108,7 @@ class Execution:
                 path = report(self.out)
                 self.log.note(f"report: {path}")
                 if (self.out / "model" / atomic.MANIFEST).is_file():
-                    self.log.note(f'model: try python sample.py "{self.story()["prompt"]}" --model {self.out}')
+                    self.log.note(f"model: try {self._usage(self.story()['prompt'], str(self.out))}")
             self.log.close()
 
     def _stage(self, name: str) -> None:
@@ -350,13 +350,22 @@ class Execution:
             "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
             "prompt": self._example_of(caption).replace('"', ""),
             "examples": list(dict.fromkeys(self._example_of(text)[:200] for text in captions)),
+            "use": self._usage("PROMPT", "MODEL"),
             "stages": stages,
         }
 
+    @property
+    def _last(self) -> ModelConfig:
+        """The model that was trained last."""
+        models = [self.run.models[stage.model] for stage in self.run.stages.values() if isinstance(stage, Train)]
+        return models[-1] if models else ModelConfig()
+
     def _example_of(self, caption: str) -> str:
         """A prompt that shows what was learned last."""
-        models = [self.run.models[stage.model] for stage in self.run.stages.values() if isinstance(stage, Train)]
-        return models[-1].example_of(caption) if models else caption
+        return self._last.example_of(caption)
+
+    def _usage(self, prompt: str, model: str) -> str:
+        return self._last.usage(prompt, model)
 
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
         of = self._measured(name)

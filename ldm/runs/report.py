@@ -263,9 +263,17 @@ def _again(story: Story) -> str:
         source = mapping(story.config.get("data"))
         kind = source.get("kind")
         on = f"scenes --tier {source.get('tier')}" if kind == "scenes" else _private(str(source.get("path", "DIR")))
-        commands += [f'python sample.py "{prompt}" --model {folder} --n 4', f"python -m ldm evaluate {folder} --on {on} --json result.json"]
+        commands.append(_usage(story, prompt, folder))
+        commands.append(f"python -m ldm evaluate {folder} --on {on} --json result.json")
     commands.append(f"python -m ldm report {folder}   # writes this page anew")
     return f"<pre>{escape(chr(10).join(commands))}</pre>" + _versions(story)
+
+
+def _usage(story: Story, prompt: str, folder: str) -> str:
+    """The command that shows what the model does, as its kind has told."""
+    use = mapping(read_told(story.folder / "model" / "ldm.json").get("story")).get("use")
+    said = use if isinstance(use, str) else 'python sample.py "PROMPT" --model MODEL --n 4'
+    return said.replace("MODEL", folder).replace("PROMPT", prompt)
 
 
 def _prompt(story: Story) -> str:

@@ -210,6 +210,8 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
 
 # What is wrong between fields, told before any work
 
+CANNOT = {"encodes_text": "encodes no text", "has_codes": "has no codebook; use kind vq", "has_tower": "has no image tower; use kind clip"}
+
 
 def problems(run: Run) -> Iterator[str]:
     """What is wrong between the fields of a run."""
@@ -233,7 +235,7 @@ def problems(run: Run) -> Iterator[str]:
             return
         for role, other in run.others(name).items():
             if (able := model.requires.get(role)) and not getattr(other, able):
-                cannot = {"encodes_text": "encodes no text", "has_codes": "has no codebook; use kind vq"}.get(able, "makes no latents")
+                cannot = CANNOT.get(able, "makes no latents")
                 yield f"models.{name}.{role}: got {model.inputs()[role]}, a model of kind {other.kind}, which {cannot}"
     encoded: dict[str, Encode] = {}
     for name, stage in run.stages.items():

@@ -59,3 +59,36 @@ def test_the_run_draws_paints_and_replays(tmp_path: Path, monkeypatch: pytest.Mo
         out = tmp_path / ("film.png" if words.startswith("animate") else "grid.png" if words.startswith("grid") else "none")
         assert main([*words.replace("INIT", str(path)).split(), "--model", str(run), "--out", str(out)]) == 2
         assert said in capsys.readouterr().err
+
+
+WRITERS = {  # by configuration: words that make it small, and what the finished model does
+    "captioner": ["models.captioner.network.width=16", "models.captioner.network.layers=1", "stages.captioner.images=64"],
+    "captions": ["models.captions.network.width=16", "models.captions.network.layers=1", "stages.captions.images=64"],
+    "text2scene": ["models.scene.network.width=16", "models.scene.network.layers=1", "stages.scene.images=64", "stages.scene.samples=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_writes_captions_and_scenes_trains_and_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    model = {"text2scene": "scene"}.get(name, name)
+    small = ["data.images=48", "data.val=8", "models.text.vocabulary=600", "stages.text.images=32", "stages.text.batch=16"]
+    few = {"captioner": "captions, images: 4", "captions": "language, captions: 4", "text2scene": "layout, tier: T1, prompts: 2"}[name]
+    small += [*WRITERS[name], f"stages.{model}.batch=16", f"stages.evaluation.metrics=[{{kind: {few}}}]", "stages.evaluation.require={}"]
+    assert main(["train", f"configs/{name}.yaml", *small, f"out={tmp_path / 'whole'}"]) == 0
+    assert ("ldm caption" in capsys.readouterr().out) == (name != "text2scene")
+    run = str(tmp_path / "whole")
+    if name == "text2scene":
+        assert main(["sample", "a red square", "--model", run, "--out", str(tmp_path / "out"), "--size", "64x64"]) == 0
+        assert picture(tmp_path / "out").shape == (64, 64, 3)
+        assert main(["sample", "a red square", "--model", run, "--sampler", "ddim"]) == 2
+        assert "sampler: got 'ddim': this model of kind tokens draws codes and has no such setting" in capsys.readouterr().err
+        return
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "x.png")
+    words = ["--count", "3"] if name == "captions" else [str(tmp_path / "x.png"), "--dry-run"]
+    assert main(["caption", *words, "--model", run, "--temperature", "1"]) in (0, 1)  # a model that has learned nothing may write no word
+    assert main(["sample", "a red square", "--model", run]) == 2
+    assert "this model of kind tokens writes captions; give it pictures, with ldm caption" in capsys.readouterr().err

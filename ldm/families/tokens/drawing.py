@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import Settings, steps_taken
+from ldm.families.draws import DIRECT, NUMBERS, Draws, Settings, Wanted, steps_taken
+from ldm.text.prompt_syntax import Piece, Prompt, literal
 
 Guided = Callable[[Tensor, int], Tensor]  # codes so far and step to guided logits
+CHOSEN = ("steps", "guidance", "guidance_from", "guidance_to", "guidance_curve", "precision", "temperature", "top_k", "top_p")
+
+
+def settings_of(model: Draws, wanted: Wanted, usual: Mapping[str, Any], causal: bool) -> Settings:
+    """The numbers of a sampling call, the model's `usual` ones where none are asked for.
+
+    Args:
+        causal: whether there is one step for each token, as many as `usual` says.
+
+    Raises:
+        UserError: for what a model of tokens has not.
+    """
+    for name in NUMBERS:
+        value = getattr(wanted, name)
+        if name not in CHOSEN and value not in (None, "", getattr(DIRECT, name)):
+            model.refuse(f"{name}: got {value!r}", "draws codes and has no such setting; leave it out")
+    own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
+    chosen = replace(DIRECT, **{**usual, **own}).checked()
+    if causal and chosen.steps != usual["steps"]:
+        model.refuse(f"steps: got {chosen.steps}", f"draws one code after another, {usual['steps']} of them; leave it out")
+    return chosen
+
+
+def pieces_of(model: Draws, prompt: str | Prompt, steps: int, weighs: bool) -> tuple[Piece, ...]:
+    """The weighted words of a prompt.
+
+    Args:
+        weighs: whether the model knows weights of words.
+
+    Raises:
+        UserError: for a prompt that changes while it draws, or weights that change nothing.
+    """
+    read = literal(prompt) if isinstance(prompt, str) else prompt
+    if read.end is not None or len(read.parts) > 1 or len({read.at(i, steps) for i in range(steps)}) > 1:
+        model.refuse("prompt", "reads neither AND nor words that change while it draws; write plain words, or give --literal")
+    pieces = read.parts[0].at(0, steps)
+    if not weighs and any(piece.weight != 1 for piece in pieces):
+        model.refuse("prompt", "reads words, which have no weights; write plain words, or give --literal")
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -113,7 +154,7 @@ def masked(guided: Guided, codes: Tensor, new: Tensor, hidden: int, settings: Se
     return codes
 
 
-def causal(guided: Guided, codes: Tensor, new: Tensor, start: int, settings: Settings, rng: Rng) -> Tensor:
+def causal(guided: Guided, codes: Tensor, new: Tensor, start: int, settings: Settings, rng: Rng, end: int = -1) -> Tensor:
     """Codes (B,L) one after another, each told those before it; the known ones are told as they are.
 
     Args:
@@ -121,14 +162,21 @@ def causal(guided: Guided, codes: Tensor, new: Tensor, start: int, settings: Set
         codes: (B,L), what is known.
         new: (B,L) bool, where codes are drawn.
         start: the number that stands before the first.
+        end: what stands behind the last one of a row, and fills it; -1: every row is as long as `codes`.
     """
     chance = rng.uniform("tokens/causal", (codes.shape[1],))
     found, last = [], torch.full_like(codes[:, 0], start)
+    ended = torch.zeros_like(last, dtype=torch.bool)
     for i in range(codes.shape[1]):
         chosen = drawn(guided(last, i).float()[:, None], chance[:, i : i + 1], settings)[:, 0].to(codes)
         last = torch.where(new[:, i], chosen, codes[:, i])
         found.append(last)
-    return torch.stack(found, 1)
+        ended = ended | (last == end)
+        if ended.all():
+            break
+    rest = [torch.full_like(last, end)] * (codes.shape[1] - len(found))
+    rows = torch.stack(found + rest, 1)
+    return torch.where((rows == end).cumsum(1) > 0, end, rows)
 
 
 def first_step(settings: Settings, known: Known | None) -> int:

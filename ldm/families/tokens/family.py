@@ -1,4 +1,4 @@
-"""Token models of pictures: the codes of a VQ autoencoder by one transformer, told a text (MaskGIT, MUSE; Parti)."""
+"""Token models: one transformer that reads a text, a picture or nothing, and writes a picture's codes, a caption or a scene."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from torch.nn import functional as F
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, config, plain
 from ldm.data.pictures import to_uint8
+from ldm.data.scenes import marks
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import DIRECT, NUMBERS, OWN, Draws, Running, Settings, Wanted
+from ldm.families.draws import OWN, Draws, Running, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
-from ldm.families.tokens.drawing import Known, causal, first_step, masked
-from ldm.families.tokens.folder import PART, assemble, codec_of
+from ldm.families.tokens.drawing import Known, causal, first_step, masked, pieces_of, settings_of
+from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
+from ldm.families.tokens.writing import Writing, WritingFamily
 from ldm.formats.atomic import write_json
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import RECORD, read_record
+from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP, RECORD, own_clip, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, save_part
+from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models import cost
 from ldm.models.autoencoder import VQConfig
 from ldm.models.cost import IMAGES
+from ldm.models.embeddings import COORDINATES
+from ldm.models.image_tower import ImageTower
+from ldm.models.token_transformer import AESTHETIC, Past, TokenShape, TokenTransformer, TokenTransformerConfig, Told
 from ldm.models.token_transformer import NUMBERS as SIZES
-from ldm.models.token_transformer import Past, TokenShape, TokenTransformer, TokenTransformerConfig, Told
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
+from ldm.text.own_clip import load_image_tower
 from ldm.text.penultimate import PenultimateText
-from ldm.text.prompt_syntax import Piece, Prompt, literal
+from ldm.text.prompt_syntax import Piece, Prompt
 from ldm.text.weighted import chunks_of, encode
 
-AESTHETIC = 6.0  # the score that is told of every picture: what diffusers' AmusedPipeline tells where nothing is said
 WORDS = 1 / 8  # share of the words in the loss of a sequence of words and codes (Ramesh 2021, arXiv 2102.12092)
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHOSEN = ("steps", "guidance", "guidance_from", "guidance_to", "guidance_curve", "precision", "temperature", "top_k", "top_p")
 
 
 @config
@@ -57,15 +61,22 @@ class TokenDefaults:
     chunk: Positive = 8  # pictures per network call; a part of the model's numerics, so that batch size is not
 
 
+TAKES = {"codes": ("text", "words"), "caption": ("image", "codes", "none"), "scene": ("text", "words")}  # by what is written: what is read
+ANSWERS = {"codes": ("sample", "reconstruct"), "caption": ("caption",), "scene": ("sample", "scene")}
+
+
 @config
 class Tokens(ModelConfig):
-    """A transformer that draws the codes of a VQ autoencoder, told by the frozen text encoder what to draw."""
+    """A transformer that draws the codes of a VQ autoencoder, told by the frozen text encoder what to draw; or that writes words."""
 
     kind: Literal["tokens"] = "tokens"
     text: str = "text"  # the text encoder, by its name in models
     autoencoder: str = "autoencoder"  # whose codes are drawn, by its name in models
     order: Literal["masked", "causal"] = "masked"  # several codes at a time, the surest first (MaskGIT), or one after another (Parti)
-    reads: Literal["text", "words"] = "text"  # the text encoder's states, or the caption's words before the codes, in one sequence (DALL-E)
+    # The text encoder's states; the caption's words before what is written, in one sequence (DALL-E); the last map of the CLIP's image
+    # tower; a picture's codes, in one sequence; or nothing.
+    reads: Literal["text", "words", "image", "codes", "none"] = "text"
+    writes: Literal["codes", "caption", "scene"] = "codes"  # of a picture; its caption; or the marks of a scene, which are drawn
     network: TokenTransformerConfig = TokenTransformerConfig()
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     label_smoothing: Fraction = 0.1  # share of the target that is spread over all codes (MaskGIT, MUSE)
@@ -74,15 +85,45 @@ class Tokens(ModelConfig):
     refuses: ClassVar[Mapping[str, str]] = {
         name: why for name, why in ModelConfig.refuses.items() if name not in ("latents", "caption_dropout", "tags", "prompts")
     }
-    answers = frozenset({"sample", "reconstruct"})
-    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "has_codes"}
-    reads_codes = True
     exports = True
     continues = True
 
+    def __post_init__(self) -> None:
+        if self.reads not in TAKES[self.writes]:
+            raise UserError(f"reads: got {self.reads}; what writes {self.writes} reads {' or '.join(TAKES[self.writes])}")
+        if self.order == "masked" and (self.writes != "codes" or self.reads not in ("text", "image")):
+            why = "words stand before the codes" if self.writes == "codes" else f"a {self.writes} is written one token after another"
+            raise UserError(f"order: {why}, which is causal order; set order: causal")
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Pictures; or captions, of captions alone their likelihood; or scenes."""
+        return frozenset({*ANSWERS[self.writes], *(("likelihood",) if (self.reads, self.writes) == ("none", "caption") else ())})
+
+    @property
+    def reads_codes(self) -> bool:
+        """Where an autoencoder's codes are read or written."""
+        return "codes" in (self.reads, self.writes)
+
+    @property
+    def requires(self) -> Mapping[str, str]:
+        """A text encoder, or a CLIP whose image tower is read; and a VQ autoencoder."""
+        return {"text": "has_tower" if self.reads == "image" else "encodes_text", "autoencoder": "has_codes"}
+
+    def views(self) -> tuple[str, ...]:
+        """Of scenes their marks."""
+        return ("marks",) if self.writes == "scene" else ()
+
+    def usage(self, prompt: str, model: str) -> str:
+        """Of what writes captions, how to have them written."""
+        if self.writes != "caption":
+            return ModelConfig.usage(self, prompt, model)
+        return f"python -m ldm caption {'--count 8' if self.reads == 'none' else 'FOLDER --dry-run'} --model {model}"
+
     def inputs(self) -> dict[str, str]:
-        """The text encoder and the autoencoder."""
-        return {"text": self.text, "autoencoder": self.autoencoder}
+        """The text encoder where words are read or written, and the autoencoder where codes are."""
+        worded = self.reads in ("text", "words", "image") or self.writes == "caption"
+        return ({"text": self.text} if worded else {}) | ({"autoencoder": self.autoencoder} if self.reads_codes else {})
 
     def for_stage(self, stage: TrainingStage) -> Tokens:
         """With what the stage says of caption dropout."""
@@ -90,8 +131,8 @@ class Tokens(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """All but names and defaults of sampling."""
-        left_out = ("defaults", "text", "autoencoder")
-        return {name: value for name, value in plain(self).items() if name not in left_out and (name, value) != ("reads", "text")}
+        left_out, usual = ("defaults", "text", "autoencoder"), (("reads", "text"), ("writes", "codes"))
+        return {name: value for name, value in plain(self).items() if name not in left_out and (name, value) not in usual}
 
     def shown(self) -> dict[str, Any]:
         """How the finished model is sampled."""
@@ -104,8 +145,10 @@ class Tokens(ModelConfig):
             yield f"{own}.network.res_blocks: got {blocks}; convolutions see what comes later, so causal order has none; leave it out"
         if self.order == "masked" and blocks == 0:
             yield f"{own}.network.res_blocks: 0 leaves masked order without anything that tells places apart; give 2 or more"
-        if self.order == "masked" and self.reads == "words":
-            yield f"{own}.reads: words stand before the codes, which is causal order; set {own}.order=causal"
+        if stage.latents and not self.reads_codes:
+            yield f"{where}.latents: what reads {self.reads} and writes {self.writes} knows no codes; leave it out"
+        if self.writes == "caption" and stage.caption_dropout is not None:
+            yield f"{where}.caption_dropout: captions are written here, and none is left out; leave it out"
         if self.order == "causal" and stage.also:
             yield f"{where}.also: causal order has positions for one resolution; leave it out"
 
@@ -125,17 +168,31 @@ class Tokens(ModelConfig):
         Args:
             words: how many a caption has, and how many there are.
         """
-        if self.reads == "words":
-            every = codes + 1 + words[1]
-            return TokenShape.of(self.network, codes=every, vocabulary=every, context=0, pooled=0, positions=words[0] + places)
-        positions = places if self.order == "causal" else 0
-        return TokenShape.of(self.network, codes=codes, vocabulary=codes + 1, context=states, pooled=pooled, positions=positions)
+        spoken = self.reads == "words" or self.writes == "caption"
+        if self.reads not in ("text", "image"):
+            states, pooled = 0, 0
+        symbols = marks.MARKS if self.writes == "scene" else codes if self.reads_codes else 0
+        every = symbols + 1 + (words[1] if spoken else 0)
+        positions = (words[0] if spoken else 0) + (marks.LENGTH if self.writes == "scene" else places if self.reads_codes else 0)
+        if self.order == "masked":
+            positions = 0
+        written = every if spoken else symbols
+        return TokenShape.of(self.network, codes=written, vocabulary=every, context=states, pooled=pooled, positions=positions)
 
     def counted_shape(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], side: int, width: int = 768) -> TokenShape:
         """The same, as a plan counts it."""
-        text, codec = others["text"].text_shape(note, width), others["autoencoder"].latent_network(note)
-        codes = codec.codes if isinstance(codec, VQConfig) else VQConfig().codes
-        return self.shape(codes, (side // codec.factor) ** 2, text.states, text.pooled, (text.tokens, text.vocabulary))
+        codes, places, states, pooled, words = 0, 0, 0, 0, (0, 0)
+        if "autoencoder" in others:
+            codec = others["autoencoder"].latent_network(note)
+            codes = codec.codes if isinstance(codec, VQConfig) else VQConfig().codes
+            places = (side // codec.factor) ** 2
+        if "text" in others:
+            text = others["text"].text_shape(note, width)
+            states, pooled, words = text.states, text.pooled, (text.tokens, text.vocabulary)
+        if self.reads == "image":
+            tower = others["text"].image_tower()
+            states, pooled = tower.channels[-1] + COORDINATES, tower.embedding
+        return self.shape(codes, places, states, pooled, words)
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the transformer, but for the positions of causal order."""
@@ -143,16 +200,24 @@ class Tokens(ModelConfig):
             return cost.count(self.counted_shape(others, note, 0, width).build())
 
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
-        """The transformer; text encoder and autoencoder are frozen."""
-        text, codec, shape = (
-            others["text"].text_shape(note),
-            others["autoencoder"].latent_network(note),
-            self.counted_shape(others, note, side),
-        )
-        small = side // codec.factor
+        """The transformer; text encoder, image tower and autoencoder are frozen."""
+        shape, small, seen, extra, frozen = self.counted_shape(others, note, side), 1, 0, 0, {}
+        if "autoencoder" in others:
+            codec = others["autoencoder"].latent_network(note)
+            frozen["autoencoder"], encoding, _ = cost.autoencoder(codec, side, side)
+            small, extra = side // codec.factor, 0 if stage.latents else encoding.forward
+        if "text" in others and self.reads != "image":
+            text = others["text"].text_shape(note)
+            frozen["text encoder"], seen = text.parameters, text.tokens
+            extra += text.cost.forward if shape.context_width else 0
+        elif self.reads == "image":
+            with torch.device("meta"):
+                tower = others["text"].image_tower().build()
+            frozen["image tower"], seen = cost.count(tower), (side >> len(tower.stages)) ** 2
+            extra += cost.tower(tower, side).forward
         with torch.device("meta"):
             network, codes = shape.build(), torch.zeros(IMAGES, small, small, dtype=torch.long)
-            states, pooled = torch.empty(IMAGES, text.tokens, text.states), torch.empty(IMAGES, text.pooled)
+            states, pooled = torch.empty(IMAGES, seen, shape.context_width), torch.empty(IMAGES, shape.pooled_width)
             numbers, stream = torch.zeros(IMAGES, SIZES), torch.zeros(IMAGES, shape.positions, dtype=torch.long)
 
             def call() -> Tensor:
@@ -160,36 +225,60 @@ class Tokens(ModelConfig):
                 return network.sequence(stream, told) if shape.positions else network(codes, told)
 
             spent = cost.measure(network, call)
-        known, encoding, _ = cost.autoencoder(codec, side, side)
-        extra = text.cost.forward + (0 if stage.latents else encoding.forward)
-        return Footprint(
-            learned={PART: cost.count(network)}, frozen={"autoencoder": known, "text encoder": text.parameters}, cost=spent, extra=extra
-        )
+        return Footprint(learned={PART: cost.count(network)}, frozen=frozen, cost=spent, extra=extra)
 
-    def build(self, context: Context) -> TokensFamily:
+    def build(self, context: Context) -> TokensFamily | WritingFamily:
         """The family, ready to train, on the earlier products; an earlier stage's network is continued."""
-        text = PenultimateText.of_encoder(TextEncoder.load(context.products["text"].folder))
-        codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
-        if not codec.codes:
+        codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder)) if "autoencoder" in context.products else None
+        if codec is not None and not codec.codes:
             raise UserError(f"models.{self.autoencoder}: a {type(codec.network).__name__} has no codebook; tokens need a VQ autoencoder")
-        words = text.max_tokens, len(text.tokenizer)
-        shape = self.shape(codec.codes, (context.resolution // codec.factor) ** 2, text.width, text.pooled_width, words)
+        folder = context.products["text"].folder if "text" in context.products else None
+        text = None if folder is None else PenultimateText.of_encoder(TextEncoder.load(folder))
+        tower = _tower(folder) if self.reads == "image" and folder is not None else None
+        words = (0, 0) if text is None else (text.max_tokens, len(text.tokenizer))
+        states, pooled = (0, 0) if text is None else (text.width, text.pooled_width)
+        if tower is not None:
+            states, pooled = tower.config.channels[-1] + COORDINATES, tower.config.embedding
+        codes, places = (0, 0) if codec is None else (codec.codes, (context.resolution // codec.factor) ** 2)
+        shape = self.shape(codes, places, states, pooled, words)
         network = shape.build() if context.init is None else _continued(context.init, shape, codec)
-        return TokensFamily(self, network, codec, text, context.resolution)
+        return self._family(network, codec, text, tower, context.resolution)
+
+    def _family(
+        self, network: TokenTransformer, codec: LatentCodec | None, text: TextEncoder | None, tower: ImageTower | None, side: int
+    ) -> TokensFamily | WritingFamily:
+        if self.writes == "codes":
+            assert codec is not None and text is not None
+            return TokensFamily(self, network, codec, text, side)
+        usual = {name: getattr(self.defaults, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        said = Writing(
+            reads=self.reads,
+            writes=self.writes,
+            usual=usual if self.reads in ("text", "words") else {**usual, "guidance": 1.0},
+            chunk=self.defaults.chunk,
+            caption_dropout=self.caption_dropout,
+            label_smoothing=self.label_smoothing,
+            resolution=side,
+        )
+        return WritingFamily(said, network, text, codec, tower)
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
         """A model folder, in masked order with a CLIP one that diffusers' AmusedPipeline opens."""
         folders = {role: product.folder for role, product in products.items()}
+        if self.writes != "codes":
+            keep = {"image": (OWN_CLIP, *TEXT_PARTS), "codes": TEXT_PARTS}.get(self.reads, TEXT_PARTS)
+            return assemble_writer(folders, target, {"kind": self.kind, "config": plain(self), "story": dict(story)}, keep)
         assemble(folders, target, {"kind": self.kind, "config": plain(self), "story": dict(story)})
 
-    def opened(self, folder: Path) -> TokensFamily:
+    def opened(self, folder: Path) -> TokensFamily | WritingFamily:
         """The family with the weights of a model folder."""
-        text = PenultimateText.of_encoder(TextEncoder.load(folder))
+        text = PenultimateText.of_encoder(TextEncoder.load(folder)) if "text" in self.inputs() else None
         network = _load(folder)
         size = read_record(folder).get("defaults", {}).get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
             raise UserError(f"{folder / RECORD}: defaults.size: got {size!r}, not [height, width] in px; copy the whole folder again")
-        family = TokensFamily(self, network, codec_of(folder), text, size[0])
+        codec = None if not self.reads_codes else codec_of(folder) if self.writes == "codes" else load_codec(autoencoder_folder(folder))
+        family = self._family(network, codec, text, _tower(folder) if self.reads == "image" else None, size[0])
         family.content_hash = content_hash(folder)
         return family
 
@@ -200,9 +289,20 @@ def _load(folder: Path) -> TokenTransformer:
     return load_module(shape.build, load_weights(part), part)
 
 
-def _continued(init: Product, shape: TokenShape, codec: LatentCodec) -> TokenTransformer:
+def _tower(folder: Path) -> ImageTower:
+    """The image tower of the CLIP in a product's or model's folder.
+
+    Raises:
+        UserError: where there is none.
+    """
+    if (clip := own_clip(folder)) is None:
+        raise UserError(f"{folder}: has no {OWN_CLIP}/, no CLIP of its own run, whose image tower could be read; train text by kind clip")
+    return load_image_tower(clip / IMAGE_TOWER)[0]
+
+
+def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> TokenTransformer:
     said = read_record(init.folder).get("autoencoder")
-    if said != codec.hash:
+    if codec is not None and said != codec.hash:
         raise UserError(f"{init.folder}: these weights were trained on the codes of another autoencoder; train it anew or bring that one")
     network = _load(init.folder)
     if network.shape != shape:
@@ -323,16 +423,8 @@ class TokensFamily(Family, Draws):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        for name in NUMBERS:
-            value = getattr(wanted, name)
-            if name not in CHOSEN and value not in (None, "", getattr(DIRECT, name)):
-                self.refuse(f"{name}: got {value!r}", "draws codes and has no such setting; leave it out")
-        own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
         usual = {name: getattr(self.config.defaults, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-        chosen = replace(DIRECT, **{"steps": self.steps, **usual, **own}).checked()
-        if self.config.order == "causal" and chosen.steps != self.steps:
-            self.refuse(f"steps: got {chosen.steps}", f"draws one code after another, {self.steps} of them; leave it out")
-        return chosen
+        return settings_of(self, wanted, {"steps": self.steps, **usual}, self.config.order == "causal")
 
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Known, ...]:
         """Inpainting and image-to-image: codes are drawn where `mask` shows a pixel of theirs, or a random part of them; others stay."""
@@ -402,13 +494,7 @@ class TokensFamily(Family, Draws):
 
     def _pieces(self, prompt: str | Prompt, steps: int) -> tuple[Piece, ...]:
         """The weighted words of a prompt."""
-        read = literal(prompt) if isinstance(prompt, str) else prompt
-        if read.end is not None or len(read.parts) > 1 or len({read.at(i, steps) for i in range(steps)}) > 1:
-            self.refuse("prompt", "reads neither AND nor words that change while it draws; write plain words, or give --literal")
-        pieces = read.parts[0].at(0, steps)
-        if self.config.reads == "words" and any(piece.weight != 1 for piece in pieces):
-            self.refuse("prompt", "reads words, which have no weights; write plain words, or give --literal")
-        return pieces
+        return pieces_of(self, prompt, steps, self.config.reads != "words")
 
     def _told(
         self, prompts: list[tuple[Piece, ...]], negative: tuple[Piece, ...], chosen: Settings, size: tuple[int, int]

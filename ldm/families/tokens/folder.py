@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,28 @@ def assemble(products: Mapping[str, Path], target: Path, said: Mapping[str, Any]
         atomic.write_json(folder / INDEX, _index(stock))
         atomic.write_json(folder / RECORD, {**record, **said, "autoencoder": content_hash(folder / CODEC), "ldm_version": __version__})
         (folder / "README.md").write_text(_card(said, stock), encoding="utf-8")
+
+    atomic.commit(target, write)
+
+
+def assemble_writer(products: Mapping[str, Path], target: Path, said: Mapping[str, Any], keep: Sequence[str]) -> None:
+    """Put a model that writes captions or scenes together as a model folder, committed at once; no other program opens it.
+
+    Args:
+        products: folders by role: `model`, and where it reads or writes by them text and autoencoder.
+        target: the model folder; replaced when it is there.
+        said: what ldm.json says: kind, config, story.
+        keep: folders of the text encoder's product that belong to it.
+    """
+
+    def write(folder: Path) -> None:
+        shutil.copytree(products["model"] / PART, folder / PART)
+        for name in keep if "text" in products else ():
+            if (products["text"] / name).is_dir():
+                shutil.copytree(products["text"] / name, folder / name)
+        if "autoencoder" in products:
+            shutil.copytree(autoencoder_folder(products["autoencoder"]), folder / CODEC)
+        atomic.write_json(folder / RECORD, {**read_record(products["model"]), **said, "ldm_version": __version__})
 
     atomic.commit(target, write)
 

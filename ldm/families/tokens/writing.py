@@ -1,0 +1,341 @@
+"""Token models that write something else than a picture's codes: captions, told a picture or nothing, and scenes, told a text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.config.errors import UserError
+from ldm.data.scenes import marks
+from ldm.data.scenes.render import render, to_bytes
+from ldm.diffusion.batch import ImageBatch, MomentBatch
+from ldm.diffusion.rng import Rng
+from ldm.families.draws import OWN, Draws, Settings, Wanted
+from ldm.families.family import Family, Terms
+from ldm.families.tokens.drawing import causal, pieces_of, settings_of
+from ldm.families.tokens.folder import PART
+from ldm.formats.atomic import write_json
+from ldm.formats.latent_codec import LatentCodec
+from ldm.formats.model_folder import RECORD
+from ldm.formats.part import save_part
+from ldm.models.embeddings import coordinates
+from ldm.models.image_tower import ImageTower
+from ldm.models.token_transformer import AESTHETIC, Past, TokenTransformer, Told
+from ldm.text.encoder import TextEncoder
+from ldm.text.lengths import CutCaptions, cut_captions
+from ldm.text.prompt_syntax import Piece, Prompt
+from ldm.text.weighted import chunks_of, encode
+
+BEFORE_A_MARK = re.compile(r" (?=[,.;:!?](?:\s|$))")  # a blank that no one writes, and that tokenizers of whole words leave
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What is read and written, and how.
+
+    Args:
+        reads: text, words, image, codes or none.
+        writes: caption or scene.
+        usual: guidance, temperature, top_k and top_p of the finished model.
+        chunk: sequences per call.
+        caption_dropout: share of prompts that are left out when it learns.
+        label_smoothing: share of the target that is spread over all tokens.
+        resolution: px, of the pictures that it has learned from.
+    """
+
+    reads: str
+    writes: str
+    usual: Mapping[str, Any]
+    chunk: int
+    caption_dropout: float
+    label_smoothing: float
+    resolution: int
+
+
+class WritingFamily(Family, Draws):
+    """A token transformer in causal order that writes captions or scenes.
+
+    One sequence holds the start, what is read as tokens (codes or words), and what is written. All numbers are of one table: first symbols
+    (codes of the autoencoder, or marks of scenes), then the start, then words.
+
+    Args:
+        text: its tokenizer writes captions; its states are what is read of a text.
+        codec: whose codes are read; None: no codes are.
+        tower: whose last map is read; None: no image is.
+    """
+
+    kind = "tokens"
+
+    def __init__(
+        self, said: Writing, network: TokenTransformer, text: TextEncoder | None, codec: LatentCodec | None, tower: ImageTower | None
+    ) -> None:
+        super().__init__()
+        self.said, self.network, self.text = said, network, text
+        self._codec, self._tower = (codec,), (tower,)  # tuples, so that they stay out of the module tree
+        self.reads_prompts = said.reads in ("text", "words")
+        self.start = codec.codes if codec is not None else marks.MARKS if said.writes == "scene" else 0
+        self.first = self.start + 1 if said.writes == "caption" else 0  # the number of the first token that is written
+        self.kinds = len(self.words.tokenizer) if said.writes == "caption" else marks.MARKS
+        self.end = int(self.words.tokenizer.eos_token_id) if said.writes == "caption" else marks.END
+        self.length = self.words.max_tokens if said.writes == "caption" else marks.LENGTH
+
+    @property
+    def words(self) -> TextEncoder:
+        """The text encoder of what reads or writes words."""
+        assert self.text is not None, "it neither reads nor writes words"
+        return self.text
+
+    def frozen(self) -> list[Any]:
+        """What it reads with."""
+        text = None if self.text is None else self.text.model
+        return [one for one in (*self._codec, *self._tower, text) if one is not None]
+
+    # Training
+
+    def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
+        """Cross-entropy of what is written, summed over each sequence and divided by the greatest length; gauge: bits of a sequence."""
+        captions = list(batch.caption)
+        if self.reads_prompts:
+            drop = rng.uniform("caption_dropout") < self.said.caption_dropout
+            captions = ["" if one else caption for one, caption in zip(drop.tolist(), captions, strict=True)]
+        written, counts = self._written(batch)
+        told = self._told(self._seen(captions, batch), len(captions))
+        error, right = self._error(self._before(captions, batch), told, written, counts)
+        plain = error.detach().sum(1).mean() / math.log(2)
+        return {"tokens": error.sum(1).mean() / self.length}, {"bits": plain, "tokens_right": right}
+
+    def _error(self, before: Tensor, told: Told, written: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (B,L) of written tokens, 0 where none counts, and the share of those that are the likeliest."""
+        longest = int(counts.sum(1).max())
+        written, counts = written[:, :longest], counts[:, :longest]
+        logits = self.network.sequence(torch.cat([before, written[:, :-1] + self.first], 1), told)[:, before.shape[1] - 1 :]
+        logits = logits[..., self.first : self.first + self.kinds]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        smoothing = self.said.label_smoothing if self.training else 0.0
+        error = F.cross_entropy(logits.transpose(1, 2), written, reduction="none", label_smoothing=smoothing) * counts
+        with torch.no_grad():
+            right = ((logits.argmax(-1) == written) & counts).sum() / counts.sum()
+        return error, right
+
+    def _written(self, batch: ImageBatch | MomentBatch) -> tuple[Tensor, Tensor]:
+        """What is to be written (B,L), and which of it counts (B,L)."""
+        if self.said.writes == "caption":
+            ids, counts = self.words.tokens(list(batch.caption))
+            return ids.to(self.device), counts.to(self.device)
+        view = (batch.views or {})["marks"]
+        assert isinstance(view, Tensor)
+        found = view.flatten(1).long().to(self.device)
+        return found, (found == self.end).cumsum(1) <= 1
+
+    def _before(self, captions: Sequence[str], batch: ImageBatch | MomentBatch | None) -> Tensor:
+        """The start, and what is read as tokens (B,1+P)."""
+        parts = [torch.full((len(captions), 1), self.start, device=self.device)]
+        if self.said.reads == "words":
+            parts.append(self.words.tokens(captions)[0].to(self.device) + self.start + 1)
+        if (codec := self._codec[0]) is not None and batch is not None:
+            codes = batch.mean if isinstance(batch, MomentBatch) else codec.encode_codes(batch.image)
+            parts.append(codes.flatten(1).long())
+        return torch.cat(parts, 1)
+
+    def _seen(self, captions: list[str], batch: ImageBatch | MomentBatch | None) -> tuple[Tensor, Tensor | None] | None:
+        """States (B,S,C) that are attended to, and a pooled one (B,P); None: there are none."""
+        if self.said.reads == "text":
+            text = self.words.encode(captions)
+            return text.tokens, text.pooled
+        if (tower := self._tower[0]) is None or batch is None:
+            return None
+        assert isinstance(batch, ImageBatch)
+        with torch.no_grad():
+            last = tower.features(batch.image)[-1]  # (B,C,h,w)
+            where = coordinates(last[:1]).expand(len(last), -1, -1, -1)
+            return torch.cat([last, where], 1).flatten(2).transpose(1, 2), tower.embedding(last)
+
+    def _told(self, seen: tuple[Tensor, Tensor | None] | None, many: int) -> Told:
+        states, pooled = seen or (None, None)
+        side = self.said.resolution
+        numbers = torch.tensor([[side, side, 0, 0, AESTHETIC]], device=self.device).float()
+        return self.network.told(states, pooled, numbers.expand(many, -1))
+
+    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
+        """Those longer than the text encoder reads, or than are written."""
+        return None if self.text is None else cut_captions(captions, lambda: self.words.tokenizer, self.words.room)
+
+    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor | None:
+        """Of a model of scenes one picture for each of the batch's captions."""
+        if self.said.writes != "scene":
+            return None
+        captions = list(batch.caption)
+        images = self.sample(captions, list(range(seed, seed + len(captions))))
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def save(self, folder: Path) -> None:
+        """transformer/ and ldm.json, which remembers the autoencoder and the size."""
+        codec, side = self._codec[0], self.said.resolution
+        save_part(self.network.shape.to_diffusers(side), dict(self.network.state_dict()), folder / PART)
+        own = {} if codec is None else {"autoencoder": codec.hash}
+        write_json(folder / RECORD, {**own, "defaults": {"size": [side, side]}})
+
+    # Writing
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """size (height, width) in px, and how it is sampled."""
+        side = self.said.resolution
+        return {"size": (side, side), **self.said.usual, "steps": self.length, "chunk": self.said.chunk}
+
+    def settings(self, wanted: Wanted = OWN) -> Settings:
+        """The numbers of a sampling call, the model's defaults where none are asked for."""
+        if not self.reads_prompts and wanted.guidance not in (None, 1.0):
+            self.refuse(f"guidance: got {wanted.guidance:g}", "reads no prompt that could guide; leave it out")
+        return settings_of(self, wanted, {"steps": self.length, **self.said.usual}, True)
+
+    def captions(self, image: Tensor | None, seeds: Sequence[int], settings: Wanted = OWN) -> list[str]:
+        """A caption for each of pictures (N,3,R,R) in [-1,1] of `defaults["size"]`, or of nothing, one for each seed.
+
+        No caption depends on the pictures beside its own.
+
+        Raises:
+            UserError: for settings that it has not, or where it writes no captions, or reads no pictures.
+        """
+        if self.said.writes != "caption":
+            self.refuse("caption", "writes no captions, but scenes; draw these with ldm sample")
+        if image is None and self.said.reads != "none":
+            self.refuse("pictures", "reads pictures; name a folder or files")
+        if image is not None and self.said.reads == "none":
+            self.refuse("pictures", "reads none; say how many captions it is to write, by --count")
+        chosen, found = self.settings(settings), []
+        for rows in self._chunks(len(seeds)):
+            batch = None if image is None else _batch(image[rows].to(self.device))
+            ids = self._write([""] * len(rows), None, batch, chosen, Rng(0, [seeds[row] for row in rows]))
+            lines = self.words.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            found += [BEFORE_A_MARK.sub("", " ".join(line.split())) for line in lines]
+        return found[: len(seeds)]
+
+    def bits(self, captions: Sequence[str]) -> list[float]:
+        """Bits that each caption takes, its end included, of a model that reads nothing.
+
+        Raises:
+            UserError: for a model that reads something, or writes no captions.
+        """
+        if self.said.reads != "none" or self.said.writes != "caption":
+            self.refuse("likelihood", "is no model of captions alone (reads: none, writes: caption)")
+        found: list[float] = []
+        with torch.no_grad():
+            for rows in self._chunks(len(captions)):
+                ids, counts = self.words.tokens([captions[row] for row in rows])
+                told = self._told(None, len(rows))
+                error, _ = self._error(self._before([""] * len(rows), None), told, ids.to(self.device), counts.to(self.device))
+                found += (error.double().sum(1) / math.log(2)).tolist()
+        return found[: len(captions)]
+
+    def marks_of(
+        self, prompts: Sequence[str | Prompt], seeds: Sequence[int], settings: Wanted = OWN, negative: str | Prompt = ""
+    ) -> np.ndarray:
+        """The marks (N,LENGTH) of a scene for each (prompt, seed), as `ldm.data.scenes.marks` has them."""
+        if self.said.writes != "scene":
+            self.refuse("scene", "writes captions; give it pictures, with ldm caption")
+        chosen, weighs = self.settings(settings), self.said.reads == "text"
+        asked, avoided = [pieces_of(self, one, self.length, weighs) for one in prompts], pieces_of(self, negative, self.length, weighs)
+        found = []
+        for rows in self._chunks(len(prompts)):
+            every = [asked[row] for row in rows] + ([avoided] * len(rows) if chosen.guidance != 1 else [])
+            lines = ["".join(piece.text for piece in pieces) for pieces in every]
+            found.append(self._write(lines, every, None, chosen, Rng(0, [seeds[row] for row in rows])))
+        return torch.cat(found)[: len(prompts)].cpu().numpy() if found else np.zeros((0, marks.LENGTH), np.int64)
+
+    def sample(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int] | None = None,
+        settings: Wanted = OWN,
+        *,
+        size: tuple[int, int] | None = None,
+        negative: str | Prompt = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Any] = (),
+        on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3), of the scene that is written, by the renderer of scenes.
+
+        Raises:
+            UserError: for a model of captions, settings that it has not, or a picture that is no square.
+        """
+        height, width = size or self.defaults["size"]
+        if height != width or height < 16:
+            raise UserError(f"size: got {width}x{height}; scenes are drawn as squares of at least 16 px")
+        own = list(range(len(prompts)) if seeds is None else seeds)
+        found = self.marks_of(prompts, own, settings, negative)
+        specs = marks.from_marks(found, np.array(own, np.int64))
+        if on_step is not None:
+            on_step(1, 1)
+        return torch.from_numpy(to_bytes(render(specs, height)))
+
+    @torch.no_grad()
+    def _write(
+        self, lines: list[str], asked: list[tuple[Piece, ...]] | None, batch: ImageBatch | None, chosen: Settings, rng: Rng
+    ) -> Tensor:
+        """Tokens (B,L) of a chunk of sequences; with guidance the second half of `lines` is what is avoided."""
+        was_training = self.training
+        self.eval()
+        seen = self._seen(lines, batch)
+        if self.said.reads == "text" and asked is not None:
+            text = encode(self.words, asked)
+            seen = (text.tokens, text.pooled)
+        told, before, past = self.network.remember(self._told(seen, len(lines))), self._before(lines, batch), Past()
+        many, twice = len(rng), len(lines) // len(rng)
+
+        def guided(ids: Tensor, i: int) -> Tensor:
+            latest = before if i == 0 else (ids + self.first)[:, None].repeat(twice, 1)
+            logits = self.network.sequence(latest, told, past)[:, -1, self.first : self.first + self.kinds].float()
+            if twice > 1:
+                with_prompt, without = logits.chunk(2)
+                logits = without + chosen.guidance_at(i, chosen.steps) * (with_prompt - without)
+            if self.said.writes == "scene":
+                logits = logits.masked_fill(~torch.from_numpy(marks.allowed(i)).to(logits.device), -math.inf)
+            return logits
+
+        blank = torch.zeros(many, self.length, dtype=torch.long, device=self.device)
+        try:
+            return causal(guided, blank, blank == 0, 0, chosen, rng, self.end)
+        finally:
+            self.train(was_training)
+
+    def _chunks(self, many: int) -> list[list[int]]:
+        """The numbers of sequences in calls of `chunk`, the last one padded, so that results do not depend on how many there are."""
+        each = self.said.chunk
+        return [[min(row, many - 1) for row in range(start, start + each)] for start in range(0, many, each)]
+
+    # Prompts
+
+    def overlong(self, prompt: Prompt) -> str:
+        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
+        if not self.reads_prompts:
+            return ""
+        longer = any(len(chunks_of(self.words, pieces)) > 1 for pieces in prompt.at(0, 1))
+        return f"is longer than the model's {self.words.max_tokens} tokens; the rest is left out" if longer else ""
+
+    def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
+        """Of the words, without the special tokens."""
+        if not self.reads_prompts:
+            return None
+        return max(sum(len(chunk.ids) for chunk in chunks_of(self.words, pieces)) for pieces in prompt.at(0, 1)), self.words.room
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that a tokenizer of the run's own captions has never met."""
+        return self.words.unknown(prompt) if self.reads_prompts else []
+
+
+def _batch(image: Tensor) -> ImageBatch:
+    """Pictures (N,3,R,R) without captions."""
+    count = len(image)
+    return ImageBatch(image=image, caption=("",) * count, size=torch.zeros(count, 6), position=torch.zeros(count, dtype=torch.int64))
