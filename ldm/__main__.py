@@ -18,6 +18,7 @@ VERBS = {
     "grid": ("ldm.cli.grid", 'settings side by side: ldm grid --x guidance=1,3,7 --y steps=5,20 "a green ring"'),
     "animate": ("ldm.cli.animate", 'films: ldm animate "a green ring" --to "a yellow square" --frames 24, or edit one: --clip FRAMES'),
     "info": ("ldm.cli.info", "what pictures remember of how they were made: ldm info picture.png"),
+    "caption": ("ldm.cli.caption", "write captions beside pictures: ldm caption FOLDER --model DIR"),
     "data": ("ldm.cli.data", "look at data, index shards, curate tables: ldm data check PATH"),
     "classifier": ("ldm.cli.classifier", "train what guides drawing: ldm classifier CACHE --model DIR --words red,blue --out FILE"),
     "evaluate": ("ldm.cli.evaluate", "measure a model: ldm evaluate MODEL --on scenes --tier T0"),
@@ -30,7 +31,7 @@ VERBS = {
 }
 SMALLER = "choose a smaller --size, or --precision bf16"
 FITS = {"sample": f"{SMALLER}, or --low-memory", "grid": SMALLER, "animate": f"{SMALLER}, or --cells 1", "data": "choose a smaller --batch"}
-SHARED = {"train", "plan", "sample", "info", "doctor", "watch"}  # whose work is shared out to the processes of a launch, or only read
+SHARED = {"train", "plan", "sample", "caption", "info", "doctor", "watch"}  # whose work is shared out to processes, or only read
 HUB = "--hub"
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.progress import bar
 from ldm.config.errors import UserError
 from ldm.config.options import option
-from ldm.config.terminal import raw
 
 Option = typer.Option
 
@@ -81,7 +80,7 @@ def encode(
         read, text_hash = _reader(place, where) if options.text else (None, "")
         count = min(options.images or len(seen), len(seen))
         started = time.monotonic()
-        with _bar(count, team.main and sys.stderr.isatty()) as advance:
+        with bar(count, team.main and sys.stderr.isatty()) as advance:
             write_cache(
                 out,
                 seen,
@@ -149,24 +148,3 @@ def _reader(folder: Path, device: str) -> tuple[Callable[..., Any], str]:
     text = TextEncoder.load(folder)
     text.model.to(device)
     return text.encode, text_hash(folder)
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar with rate and time left, on a terminal."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(file=raw(sys.stderr))) as progress:
-        task, started, done = progress.add_task("", total=total, rate=""), time.monotonic(), 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.update(task, completed=done, rate=f"{done / max(1e-9, time.monotonic() - started):,.0f} images/s")
-
-        yield advance

@@ -36,6 +36,7 @@ FUNCTIONS = {
     "bench": "ldm.cli.bench:bench",
     "export": "ldm.cli.export:export",
     "doctor": "ldm.cli.doctor:doctor",
+    "caption": "ldm.cli.caption:caption",
     "plan": "ldm.cli.plan:plan",
 }
 
@@ -181,6 +182,10 @@ OTHERS: dict[str, dict[str, str]] = {
     | {"--seed": "tests/field/test_options.py", "--codes": "tests/data/test_cache_codes.py", "--views": "tests/field/test_folder_views.py"},
     "classifier": dict.fromkeys(("--model", "--words", "--out", "--images", "--rate"), "tests/cli/test_classifier.py")
     | {"--seed": "tests/cli/test_classifier.py"},
+    "caption": dict.fromkeys(
+        ("--model", "--count", "--overwrite", "--dry-run", "--seed", "--prefix", "--suffix", "--temperature", "--top-k", "--top-p"),
+        "tests/cli/test_caption.py",
+    ),
     "ema": dict.fromkeys(("--stage", "--length", "--out", "--sweep", "--n"), "tests/training/test_post_hoc_ema.py"),
     "report": {},
     "watch": {"--once": "tests/cli/test_watch.py", "--every": "tests/field/test_options.py"},
