@@ -301,4 +301,14 @@ ROWS = (
         seconds=6,
         prepare="codes:drawing",
     ),
+    Row(
+        id="B25",
+        title="a picture of each family, text encoder and decoder included",
+        peer="none: the families beside each other",
+        goal="one pass 3 ms, masked 8 ms, causal 12 ms",
+        where="any",
+        seconds=6,
+        prepare="pictures:each",
+        needs=(),
+    ),
 )
