@@ -298,6 +298,7 @@ def split_view(view: View) -> tuple[dict[str, Tensor], Sequence[Any] | None]:
         return {"-box": view.box, "-there": view.there.to(torch.uint8)}, view.phrases
     if isinstance(view, Points):
         return {"-point": view.point, "-there": view.there.to(torch.uint8), "-part": view.part.to(torch.int16)}, None
+    assert isinstance(view, Graph)
     return {}, view.triples
 
 

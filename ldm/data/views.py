@@ -20,6 +20,7 @@ LUMA = (299, 587, 114)  # thousandths of red, green and blue (ITU-R BT.601)
 STRONG, WEAK = 0.08, 0.04  # gradients of edges that count by themselves, and of those that lead on from one; a step from 0 to 1 has 0.5
 WOBBLE = 2  # of a sketch, 64ths of the longer side
 CELLS = 16  # strokes beside each other along the longer side
+EMBEDDING = "embedding"  # the view that is a picture, told by what a CLIP makes of it
 SHADES = 5  # of each colour in strokes
 
 
@@ -27,7 +28,7 @@ SHADES = 5  # of each colour in strokes
 class ViewKind:
     """Kind of a view: its form, and what a network that is told it must know."""
 
-    form: Literal["map", "classes", "boxes", "points", "graph", "marks"]
+    form: Literal["map", "classes", "boxes", "points", "graph", "marks", "embedding"]
     channels: Count = 0  # of a map; of classes how many there are
     divide: Positive = 1  # a map's sides are the picture's divided by it
     names: tuple[str, ...] = ()  # of classes, or of points
@@ -140,6 +141,7 @@ ANY: Mapping[str, tuple[Make, ViewKind]] = {  # what any picture gives
     "sketch": (lambda image, name, rng: sketch(edges(image), rng, _wobble(image, name)), ViewKind(form="map", channels=1)),
     "grey": (lambda image, name, rng: grey(image), ViewKind(form="map", channels=1)),
     "small": (lambda image, name, rng: small(image, number(name, 4, 2, 64)), ViewKind(form="map", channels=3)),
+    EMBEDDING: (lambda image, name, rng: image, ViewKind(form="embedding", channels=3)),
     "strokes": (lambda image, name, rng: strokes(image), ViewKind(form="map", channels=3)),
 }
 

@@ -101,7 +101,16 @@ class Graph(Movable):
     triples: tuple[tuple[tuple[str, str, str], ...], ...]  # of each picture: subject, relation, object
 
 
-View = Tensor | Boxes | Points | Graph
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed(Movable):
+    """Weighted sums of embeddings, of K pictures and of words each."""
+
+    image: Tensor  # (B,K,3,H,W) in [0,1]
+    words: tuple[tuple[str, ...], ...]  # B of them, M each
+    weight: Tensor  # (B,K+M), of the pictures and then of the words
+
+
+View = Tensor | Boxes | Points | Graph | Mixed
 Views = Mapping[str, View]  # by name; maps (B,C,H,W): float in [0,1], as bytes on the way; class numbers int16, -1 unknown
 
 

@@ -1,9 +1,9 @@
-"""Chains of models: each draws what the next is told as its view `small:N` (cascaded diffusion, Ho 2021, arXiv 2106.15282; Imagen)."""
+"""Chains of models: each draws what the next is told (cascaded diffusion, Ho 2021, arXiv 2106.15282; Imagen; unCLIP)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,31 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ldm.data.views import ViewKind
+    from ldm.diffusion.batch import Views
     from ldm.text.prompt_syntax import Prompt
 
 BEFORE = "before"  # in a model folder: the model whose pictures it is told
 SEEDS = 2**53
 
 
-class Chain(Draws):
-    """Models in order, as one that draws. Prompts, guidance, sampler and steps are the first one's; later ones keep to their own.
+@dataclass(frozen=True)
+class ForLink:
+    """Edits of one link of a chain."""
 
-    Picture i of link k is drawn with the seed mix(seed, "link", k), the first link's with the seed itself, so that it is the picture which
-    that model draws alone.
+    link: int
+    edits: tuple[Any, ...]
+    begins: bool  # whether they tell it what the link before would have
+
+
+class Chain(Draws):
+    """Models in order, as one that draws. The first that draws pictures leads: guidance, sampler and steps that are asked for are its own.
+
+    Picture i of link k is drawn with the seed mix(seed, "link", k), the leading one's with the seed itself, so that it is the picture which
+    that model draws alone. Where a link is given what the one before would draw for it, the chain begins there.
 
     Args:
-        links: at least two; all but the first read a view `small:N`.
+        links: at least two; all but the first read a view of what the one before draws (`Draws.hands`).
 
     Raises:
         UserError: where a link reads no such view, or another size of it than the one before draws.
@@ -44,14 +55,27 @@ class Chain(Draws):
         self.content_hash = links[-1].content_hash
         self.views: list[tuple[str, int]] = []  # of all links but the first: the view's name, and how many times it is smaller
         for before, link in zip(links, links[1:], strict=False):
-            found = [(name, kind.divide) for name, kind in link.told.items() if parted(name)[0] == "small"]
+            found = [(name, kind) for name, kind in link.told.items() if parted(name)[0] == before.hands]
             if len(found) != 1:
-                raise UserError(f"chain: a model is told the picture before as one view small:N, but this one reads {list(link.told)}")
-            sides = [side // found[0][1] for side in link.defaults["size"]]
-            if sides != list(before.defaults["size"]):
+                told = "a prior's embedding" if not before.draws_pictures else "the picture before as one view small:N"
+                raise UserError(f"chain: a model is told {told}, but this one reads {list(link.told)}")
+            name, kind = found[0]
+            sides = [side // kind.divide for side in link.defaults["size"]]
+            if kind.form == "map" and sides != list(before.defaults["size"]):
                 drawn, wanted = ("x".join(map(str, s)) for s in (before.defaults["size"], sides))
-                raise UserError(f"chain: a model draws {drawn} px, but the next is told {wanted} px ({found[0][0]}); make them equal")
-            self.views += found
+                raise UserError(f"chain: a model draws {drawn} px, but the next is told {wanted} px ({name}); make them equal")
+            self.views.append((name, kind.divide))
+        self.leads = next(k for k, link in enumerate(self.links) if link.draws_pictures)
+
+    @property
+    def lead(self) -> Draws:
+        """The first that draws pictures."""
+        return self.links[self.leads]
+
+    @property
+    def others(self) -> list[Draws]:
+        """All links but the leading one."""
+        return [link for k, link in enumerate(self.links) if k != self.leads]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all links."""
@@ -73,24 +97,57 @@ class Chain(Draws):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The first link's, at the last one's size."""
-        return {**self.links[0].defaults, "size": self.links[-1].defaults["size"]}
+        """The leading link's, at the last one's size."""
+        return {**self.lead.defaults, "size": self.links[-1].defaults["size"]}
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
-        """The first link's numbers, and the steps of the others."""
-        first = self.links[0].settings(replace(wanted, link_steps=None, stop_after=None))
+        """The leading link's numbers, and the steps of the others."""
+        first = self.lead.settings(replace(wanted, link_steps=None, stop_after=None))
         many, last = len(self.links), wanted.stop_after or len(self.links)
         if not 1 <= last <= many:
             raise UserError(f"stop_after: got {last}; this chain has {many} models")
-        steps = [link.settings().steps for link in self.links[1:]]
+        if last <= self.leads:
+            raise UserError(f"stop_after: got {last}; the first models of this chain draw embeddings, no pictures; give {self.leads + 1}")
+        steps = [link.settings().steps for link in self.others]
         if wanted.link_steps:
             said = [int(word) if word.strip().isdecimal() else 0 for word in wanted.link_steps.split(",")]
             if len(said) != len(steps) or min(said) < 1:
                 raise UserError(
                     f"link_steps: got {wanted.link_steps!r}; {len(steps)} numbers with commas are needed, such as {_joined(steps)}"
                 )
-            steps = [link.settings(Wanted(steps=count)).steps for link, count in zip(self.links[1:], said, strict=True)]
+            steps = [link.settings(Wanted(steps=count)).steps for link, count in zip(self.others, said, strict=True)]
         return replace(first, link_steps=_joined(steps), stop_after=last if last < many else 0)
+
+    @property
+    def _readers(self) -> dict[str, int]:
+        """Which link reads each view; one that several links are told by those before is nobody's."""
+        found: dict[str, int] = {}
+        for k, link in enumerate(self.links):
+            for name in link.told:
+                found[name] = -1 if name in found else k
+        return {name: k for name, k in found.items() if k >= 0}
+
+    @property
+    def told(self) -> dict[str, ViewKind]:
+        """The views that one link alone reads."""
+        return {name: self.links[k].told[name] for name, k in self._readers.items()}
+
+    def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[ForLink, ...]:
+        """What `sample` is told of views, each for the link that reads it."""
+        sizes, found = self._sizes(size), []
+        for k, link in enumerate(self.links):
+            own = {name: view for name, view in given.items() if self._readers.get(name) == k}
+            if own:
+                begins = k > 0 and self.views[k - 1][0] in own
+                found.append(ForLink(k, link.tell(own, strength, sizes[k]), begins))
+        return tuple(found)
+
+    def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Of all links' pictures, of the size of the last one's."""
+        sizes = [size]
+        for _, by in reversed(self.views):
+            sizes.insert(0, (sizes[0][0] // by, sizes[0][1] // by))
+        return sizes
 
     def sample(
         self,
@@ -109,52 +166,61 @@ class Chain(Draws):
 
         Args:
             size: of the last link's pictures.
-            latents: the first link's noise.
-            edits: of the first link.
+            latents: the leading link's noise.
+            edits: of the leading link, and what `tell` gave.
         """
         chosen, seeds = self.settings(settings), list(range(len(prompts)) if seeds is None else seeds)
-        last = chosen.stop_after or len(self.links)
-        sizes = [size or self.defaults["size"]]
-        for _, by in reversed(self.views):
-            sizes.insert(0, (sizes[0][0] // by, sizes[0][1] // by))
+        last, sizes = chosen.stop_after or len(self.links), self._sizes(size or self.defaults["size"])
+        told = [edit for edit in edits if isinstance(edit, ForLink)]
+        own = {k: tuple(e for edit in told if edit.link == k for e in edit.edits) for k in range(len(self.links))}
+        own[self.leads] = (*(edit for edit in edits if not isinstance(edit, ForLink)), *own[self.leads])
+        begin = max((edit.link for edit in told if edit.begins), default=0)
+        if begin >= last or any(own[k] for k in range(begin)):
+            raise UserError(
+                f"given: {self.views[begin - 1][0]} is what the models before draw, so these are not asked; leave out what is for them"
+            )
+        many = iter(int(word) for word in chosen.link_steps.split(","))
+        steps = [None if k == self.leads else next(many) for k in range(len(self.links))]
 
-        def in_link(k: int) -> Callable[[int, int], None] | None:
-            return None if on_step is None else lambda done, steps: on_step(k * steps + done, last * steps)
+        def drawn(k: int, before: Tensor | None, hands: bool) -> Tensor:
+            link, leads = self.links[k], k == self.leads
+            call = link.handed if hands else link.sample
+            return call(
+                prompts,
+                seeds if leads else [mix(seed, "link", k) % SEEDS for seed in seeds],
+                replace(settings, link_steps=None, stop_after=None) if leads else Wanted(steps=steps[k], precision=settings.precision),
+                size=sizes[k],
+                negative=negative,
+                latents=latents if leads else None,
+                edits=(*own[k], *(link.tell({self.views[k - 1][0]: before}, {}, sizes[k]) if before is not None else ())),
+                on_step=None if on_step is None else lambda done, of: on_step((k - begin) * of + done, (last - begin) * of),
+                note=note,
+            )
 
-        own = replace(settings, link_steps=None, stop_after=None)
-        steps = [int(word) for word in chosen.link_steps.split(",")]
-        made = self.links[0].sample(
-            prompts, seeds, own, size=sizes[0], negative=negative, latents=latents, edits=edits, on_step=in_link(0), note=note
-        )
-        for k, link in enumerate(self.links[1:last], 1):
-            view = made.permute(0, 3, 1, 2).float() / 255
-            told = link.tell({self.views[k - 1][0]: view}, {}, sizes[k])
-            wanted = Wanted(steps=steps[k - 1], precision=settings.precision)
-            others = [mix(seed, "link", k) % SEEDS for seed in seeds]
-            made = link.sample(prompts, others, wanted, size=sizes[k], negative=negative, edits=told, on_step=in_link(k), note=note)
-        return made
+        made: Tensor | None = None
+        for k in range(begin, last - 1):
+            made = drawn(k, made, hands=True)
+        return drawn(last - 1, made, hands=False)
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
-        """The first link's."""
-        for _, by in self.views:
-            size = (size[0] // by, size[1] // by)
-        return self.links[0].noise(seeds, size)
+        """The leading link's."""
+        return self.lead.noise(seeds, self._sizes(size)[self.leads])
 
     def overlong(self, prompt: Prompt) -> str:
-        """As the first link says."""
-        return self.links[0].overlong(prompt)
+        """As the leading link says."""
+        return self.lead.overlong(prompt)
 
     def says(self, prompt: str, word: str) -> bool:
-        """As the first link says."""
-        return self.links[0].says(prompt, word)
+        """As the leading link says."""
+        return self.lead.says(prompt, word)
 
     def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
-        """As the first link says."""
-        return self.links[0].tokens(prompt)
+        """As the leading link says."""
+        return self.lead.tokens(prompt)
 
     def unknown(self, prompt: str) -> list[str]:
-        """As the first link says."""
-        return self.links[0].unknown(prompt)
+        """As the leading link says."""
+        return self.lead.unknown(prompt)
 
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """All links."""

@@ -47,7 +47,9 @@ class Clip(ModelConfig):
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """Its text tower."""
         small = self.text
-        return TextShape("own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens)
+        return TextShape(
+            "own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens, embedding=self.tower.embedding
+        )
 
     def image_tower(self) -> ImageTowerConfig:
         """Its own."""

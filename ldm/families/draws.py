@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm.text.prompt_syntax import Prompt
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+SMALL = "small"  # the view that a picture, made smaller, is to what makes it larger
 AFTER = "after"  # in a chain, the role of the model whose pictures one is told, among what that is assembled from
 THRESHOLDS = ("none", "static", "dynamic")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
@@ -236,6 +237,8 @@ class Draws(Protocol):
     kind: str  # of its configuration, for messages
     content_hash: str = ""  # of its files; recipes remember it
     reads_prompts: bool = True  # whether words change what it draws
+    draws_pictures: bool = True  # else only what the next model of a chain is told
+    hands: str = SMALL  # the view that the next model of a chain is told, without its argument
     merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already
 
     @property
@@ -293,6 +296,23 @@ class Draws(Protocol):
             on_step: called as on_step(steps done, steps in all) over the whole call.
             note: told what a user should know, one line each; None: a warning.
         """
+
+    def handed(
+        self,
+        prompts: Sequence[str | Prompt],
+        seeds: Sequence[int] | None = None,
+        settings: Wanted = OWN,
+        *,
+        size: tuple[int, int] | None = None,
+        negative: str | Prompt = "",
+        latents: Tensor | None = None,
+        edits: Sequence[Any] = (),
+        on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """What the next model of a chain is told, its view `hands`: the pictures (N,3,H,W) in [0,1]; arguments as `sample` has them."""
+        made = self.sample(prompts, seeds, settings, size=size, negative=negative, latents=latents, edits=edits, on_step=on_step, note=note)
+        return made.permute(0, 3, 1, 2).float() / 255
 
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Any, ...]:
         """What `sample` is told to draw out of pictures (1 or N,H,W,3) uint8, of which `mask` (1 or N,H,W) or all is to be new."""

@@ -19,7 +19,7 @@ from ldm.data.sources import DataSet
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import BEFORE, chained, within
-from ldm.families.draws import AFTER
+from ldm.families.draws import AFTER, SMALL
 from ldm.formats import atomic
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec
@@ -123,6 +123,8 @@ class ModelConfig:
     encodes_text: ClassVar[bool] = False  # whether others can read its text encoder
     has_codes: ClassVar[bool] = False  # whether it encodes by a codebook, as far as its configuration tells
     has_tower: ClassVar[bool] = False  # whether others can read its image tower
+    reads_latents: ClassVar[bool] = True  # whether of a cache it reads the latents, not captions and views alone
+    hands: ClassVar[str] = SMALL  # in a chain, the view that the next model is told of what it draws, without its argument
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
     adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
@@ -289,6 +291,9 @@ class ModelConfig:
             atomic.write_json(folder / RECORD, said)
 
         atomic.commit(target, write)
+
+    def lead_in(self, folder: Path) -> None:
+        """Of the model before in a chain: what it adds to the folder of the one behind, which holds it, for a pipeline of diffusers."""
 
     def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> Any:
         """What a metric asks: the finished model, opened from its products as an export would assemble it."""

@@ -15,12 +15,13 @@ from ldm.config.schema import Count, PathText, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
-from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip, whole_of
-from ldm.formats.part import PARTS, content_hash, read_json
+from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP, hub_folder, own_clip, whole_of
+from ldm.formats.part import CONFIG, PARTS, content_hash, read_config, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
 from ldm.models.autoencoder import KLConfig
 from ldm.models.cost import Cost, TextShape
+from ldm.models.image_tower import ImageTowerConfig
 from ldm.text.pretrained import OPEN_CLIP, OpenClipShape, load_pretrained, open_clip_folder, text_folder, text_hash
 
 HALF, FLOAT = 2, 4  # bytes
@@ -46,6 +47,7 @@ class PretrainedText(ModelConfig):
 
     adopts = True
     encodes_text = True
+    has_tower = True  # if it is of a run's own CLIP, which its files say
 
     def elsewhere(self) -> str:
         """Its path."""
@@ -87,7 +89,14 @@ class PretrainedText(ModelConfig):
             note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
         else:
             found = replace(found, layers=found.layers - self.skip_last)
-        return replace(found, tokens=min(self.max_tokens, found.positions))
+        embedding = self.image_tower().embedding if own_clip(folder) else 0
+        return replace(found, tokens=min(self.max_tokens, found.positions), embedding=embedding)
+
+    def image_tower(self) -> ImageTowerConfig:
+        """Of a run's own CLIP, which its files tell."""
+        if (clip := own_clip(local_folder(self.path))) is None:
+            self.cannot("embed pictures here; its folder has no clip/; use kind clip")
+        return ImageTowerConfig.from_dict(read_config(clip / IMAGE_TOWER), str(clip / IMAGE_TOWER / CONFIG))
 
 
 @config

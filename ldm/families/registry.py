@@ -20,6 +20,7 @@ from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pix2pix import Pix2Pix
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
+from ldm.families.prior import Prior
 from ldm.families.text_gan import TextGAN
 from ldm.families.tokens.family import Tokens
 from ldm.formats.export_source import ExportedModel
@@ -27,7 +28,18 @@ from ldm.formats.model_folder import read_record, root_of
 
 # A new system is one file in this room and one name here.
 Model = Annotated[
-    Clip | PretrainedText | KL | VQ | PixelAutoencoder | PretrainedAutoencoder | LatentDiffusion | Tokens | TextGAN | Pix2Pix | CycleGAN,
+    Clip
+    | PretrainedText
+    | KL
+    | VQ
+    | PixelAutoencoder
+    | PretrainedAutoencoder
+    | LatentDiffusion
+    | Prior
+    | Tokens
+    | TextGAN
+    | Pix2Pix
+    | CycleGAN,
     BY_KIND,
 ]
 USUAL = "latent_diffusion"  # the kind of a model folder that names none

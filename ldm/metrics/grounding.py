@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 
 from ldm.data.scenes.checker import Reading, colours
 from ldm.data.scenes.geometry import HALF_HEIGHT, HALF_WIDTH
+from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.spec import TONES, Specs
-from ldm.data.scenes.views import SceneViews
+from ldm.data.scenes.views import KINDS, SceneViews
+from ldm.data.views import from_picture, parted
 from ldm.diffusion.batch import View
 from ldm.diffusion.rng import Rng
 
@@ -17,10 +19,13 @@ FOUND = 0.5  # overlap of a box from which on its object counts as found
 
 
 def exact(specs: Specs, names: tuple[str, ...], resolution: int, seed: int) -> dict[str, View]:
-    """Exact views of scenes, maps in [0,1]; noise in them is addressed by the scenes' order."""
+    """Views of scenes, exact ones or what any picture gives, maps in [0,1]; noise in them is addressed by the scenes' order."""
     rolled = Specs(**{name: np.roll(getattr(specs, name), 1, axis=0) for name in Specs.__dataclass_fields__})
     source = SceneViews(specs, lambda: rolled, resolution, Rng(seed, range(len(specs))))
-    found = {name: source.view(name) for name in names}
+    found = {name: source.view(name) for name in names if parted(name)[0] in KINDS}
+    if others := [name for name in names if name not in found]:
+        pictures = torch.from_numpy(to_bytes(render(specs, resolution))).permute(0, 3, 1, 2)
+        found |= from_picture(others, pictures, Rng(seed, range(len(specs))))
     return {name: v.float() / 255 if isinstance(v, torch.Tensor) and v.dtype == torch.uint8 else v for name, v in found.items()}
 
 

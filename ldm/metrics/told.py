@@ -24,7 +24,7 @@ def error(drawn: Tensor, name: str, told: View, kind: ViewKind) -> float | None:
     image = drawn.permute(0, 3, 1, 2)
     if kind.form == "classes":
         return _misread(image, told, kind) if kind.colours else None
-    if parted(name)[0] not in ANY or parted(name)[0] == "sketch":
+    if parted(name)[0] not in ANY or parted(name)[0] == "sketch" or kind.form == "embedding":
         return None
     again = from_picture([name], image, Rng(0, range(len(image))))[name]
     assert isinstance(again, Tensor)

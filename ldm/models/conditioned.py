@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.diffusion.batch import Cond, Text, Told
 from ldm.models.attention_exchange import AttentionExchange
 from ldm.models.backbone import Denoiser
+from ldm.models.embeddings import waves
 
 
 class ConditionNetwork(nn.Module):
@@ -76,6 +77,30 @@ class Joined(ConditionNetwork):
         else:
             here = told.value.to(x) * told.strength.to(x).view(-1, 1, 1, 1)
         return replace(cond, image=here if cond.image is None else torch.cat([cond.image, here], dim=1))
+
+
+class Embedded(ConditionNetwork):
+    """Vector port: the embedding of a picture and the waves of the level of noise in it, side by side; zeros where nothing is told.
+
+    Args:
+        width: E, of the embedding.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def vector(self, told: Told | None, batch: int) -> Tensor | None:
+        """(B,2E), as StableUnCLIPPipeline tells it."""
+        if told is None:
+            return torch.zeros(batch, 2 * self.width)
+        level = torch.zeros_like(told.strength) if told.level is None else told.level
+        both = torch.cat([told.value, waves(level, self.width).to(told.value)], dim=1)
+        return both * told.strength.to(both)[:, None]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
+        """`cond` as it is: `vector` has told it."""
+        return cond
 
 
 class Conditioned(Denoiser):

@@ -212,6 +212,7 @@ class TextShape:
     positions: int = 77
     inner: int = 0  # of its feed-forward layers; 0: four times the width
     projected: int = 0  # channels that its pooled state is projected to, where it is; 0: as wide
+    embedding: int = 0  # channels of the space that it shares with pictures; 0: there is none
     second: TextShape | None = None  # a tower beside it, whose states stand beside its own and whose pooled state, projected, is read
 
     @property

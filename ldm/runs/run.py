@@ -14,8 +14,9 @@ from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source, has_masks
+from ldm.data.views import parted
 from ldm.families import registry
-from ldm.families.draws import AFTER
+from ldm.families.draws import AFTER, SMALL
 from ldm.families.family import ModelConfig
 from ldm.metrics.evaluator import Evaluator
 from ldm.runs.prior_preservation import PriorPreservation
@@ -233,6 +234,11 @@ def problems(run: Run) -> Iterator[str]:
         if before:
             yield f"models.{name}.{AFTER}: {' after '.join([*seen, before])} goes round in a circle; one of them must be the first"
             return
+        if before := model.assembled_from().get(AFTER):
+            hands, reads = run.everything()[before].hands, ", ".join(model.views()) or "no view"
+            if [parted(view)[0] for view in model.views()].count(hands) != 1:
+                told = f"{hands}:N" if hands == SMALL else hands
+                yield f"models.{name}.{AFTER}: {before} is told as one view {told}, but {name} reads {reads}; name it in its conditions"
         for role, other in run.others(name).items():
             if (able := model.requires.get(role)) and not getattr(other, able):
                 cannot = CANNOT.get(able, "makes no latents")
@@ -314,17 +320,18 @@ def _untrainable(run: Run, name: str, stage: Train, where: str) -> Iterator[str]
 
 def _unreadable_latents(run: Run, stage: Train, encoded: dict[str, Encode], where: str) -> Iterator[str]:
     """Why a stage cannot read the latents that it names."""
-    if not stage.latents or "latents" in run.everything()[stage.model].refuses:
+    model = run.everything()[stage.model]
+    if not stage.latents or "latents" in model.refuses:
         return
     cache = encoded.get(stage.latents)
     if cache is None:
         if not stage.cache:  # one that ldm data encode made says itself what it holds
             yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
-    elif cache.model not in run.everything()[stage.model].inputs().values():
+    elif model.reads_latents and cache.model not in model.inputs().values():
         yield f"{where}.latents: {stage.latents} encodes with {cache.model}, which {stage.model} does not read"
     elif cache.resolution != stage.resolution:
         yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"
-    elif cache.codes != (reads := run.everything()[stage.model].reads_codes):
+    elif model.reads_latents and cache.codes != (reads := model.reads_codes):
         kept, wanted = ("codes", "latents") if cache.codes else ("latents", "codes")
         fix = f"set stages.{stage.latents}.codes={str(reads).lower()}"
         yield f"{where}.latents: {stage.latents} holds {kept}, and {stage.model} reads {wanted}; {fix}"

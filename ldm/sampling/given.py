@@ -16,9 +16,10 @@ from ldm.sampling.adapters import remembered, shown_path
 
 if TYPE_CHECKING:
     from ldm.data.views import ViewKind
-    from ldm.diffusion.batch import View
+    from ldm.diffusion.batch import Mixed, View
 
 OF = "of:"  # before a file: the view is made of this picture
+TEXT = "text:"  # before words: their embedding, where the view is one
 FORM = "VIEW=FILE, VIEW=FILE@WEIGHT or VIEW=of:PICTURE are needed, such as edges=lines.png@0.7"
 
 
@@ -30,6 +31,7 @@ class Given:
     file: str
     weight: float = 1.0
     of: bool = False  # whether the view is made of the picture in the file
+    text: bool = False  # whether the file is none, but words
 
 
 def parse(word: str) -> Given:
@@ -44,9 +46,11 @@ def parse(word: str) -> Given:
     if at and path:
         with contextlib.suppress(ValueError):  # an @ of the file's name
             weight, file = float(number), path
-    if not equals or not view or not file.removeprefix(OF) or not math.isfinite(weight) or not 0 <= weight <= 10:
+    start = next((start for start in (OF, TEXT) if file.startswith(start)), "")
+    name = file.removeprefix(start)
+    if not equals or not view or not name.strip() or not math.isfinite(weight) or not -10 <= weight <= 10:
         raise UserError(f"given: got {word!r}; {FORM}, with a weight from 0 to 10")
-    return Given(view, file.removeprefix(OF), weight, file.startswith(OF))
+    return Given(view, name, weight, start == OF, start == TEXT)
 
 
 @dataclass
@@ -78,19 +82,25 @@ class Files:
 
         before = remembered(old, "given", bool(words))
         entries: list[dict[str, Any]] = []
-        for given in [parse(word) for word in words] or [Given(e["view"], e["file"], e["weight"], bool(e.get("of"))) for e in before]:
-            path = Path(given.file).expanduser()
+        for given in [parse(word) for word in words] or [_again(entry) for entry in before]:
+            path, view = Path(given.file).expanduser(), self.named(given.view)
+            entry = {"view": view, "file": given.file, "weight": given.weight, "hash": "", "of": given.of}
+            if self.told[view].form == "embedding" and given.text:
+                entries.append({**entry, "text": True})
+                continue
+            if given.text or (given.weight < 0 and self.told[view].form != "embedding"):
+                what = f"{TEXT}{given.file}" if given.text else f"weight {given.weight:g}"
+                raise UserError(f"given: {given.view}: got {what}, which only an embedding takes; give a file, with a weight from 0 to 10")
             if not path.is_file():
                 fix = "" if words else f": this picture was drawn with it; give it by --given {given.view}=FILE"
                 raise UserError(f"given: {given.view}={given.file}: no such file{fix}")
-            view, own = self.named(given.view), sha256(path)
-            if twice := [one for one in entries if one["view"] == view]:
+            own, twice = sha256(path), [one for one in entries if one["view"] == view]
+            if twice and self.told[view].form != "embedding":
                 raise UserError(f"given: {view} is told twice, by {twice[0]['file']} and {given.file}; keep one")
             self.paths[own] = path
             if self.kept:
                 self.contents[own] = path.read_bytes()
-            shown = path.name if self.kept else shown_path(given.file)
-            entries.append({"view": view, "file": shown, "weight": given.weight, "hash": own, "of": given.of})
+            entries.append({**entry, "file": path.name if self.kept else shown_path(given.file), "hash": own})
             self.view(entries[-1], (64, 64))  # what cannot be read is told before anything is drawn
         for one, other in zip(before, entries, strict=False) if not words else ():
             if one["hash"] != other["hash"]:
@@ -132,7 +142,7 @@ class Files:
         kind = self.told[name]
         try:
             data = self.contents[own] if own in self.contents else self.paths[own].read_bytes()
-            if entry.get("of"):
+            if entry.get("of") or kind.form == "embedding":
                 if parted(name)[0] not in ANY:
                     raise Rejected(f"no {name} can be made of a picture", f"only {', '.join(ANY)}; give the view itself")
                 pixels = torch.from_numpy(picture_view(data, size).pixels.transpose(2, 0, 1).copy())[None]
@@ -153,5 +163,30 @@ class Files:
         entries = remembered({"given": told}, "given")
         if not entries:
             return ()
-        views = {str(one["view"]): self.view(one, size) for one in entries}
-        return family.tell(views, {str(one["view"]): float(one["weight"]) for one in entries}, size)
+        views, weights = {}, {}
+        for name in dict.fromkeys(str(one["view"]) for one in entries):
+            own = [one for one in entries if one["view"] == name]
+            alone = len(own) == 1 and own[0]["weight"] >= 0 and not own[0].get("text")
+            views[name] = self.view(own[0], size) if alone else self._mixed(own, size)
+            weights[name] = float(own[0]["weight"]) if alone else 1.0
+        return family.tell(views, weights, size)
+
+    def _mixed(self, entries: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Mixed:
+        """The weighted sum of embeddings of pictures and of words."""
+        import torch
+
+        from ldm.diffusion.batch import Mixed
+
+        said = [one for one in entries if one.get("text")]
+        seen = [one for one in entries if not one.get("text")]
+        shown = [self.view(one, size) for one in seen]
+        pictures = (
+            torch.stack([view[0] for view in shown if isinstance(view, torch.Tensor)])[None] if shown else torch.zeros(1, 0, 3, *size)
+        )
+        weight = torch.tensor([[float(one["weight"]) for one in (*seen, *said)]])
+        return Mixed(image=pictures, words=(tuple(str(one["file"]) for one in said),), weight=weight)
+
+
+def _again(entry: Mapping[str, Any]) -> Given:
+    """What a recipe's entry was given by."""
+    return Given(entry["view"], entry["file"], entry["weight"], bool(entry.get("of")), bool(entry.get("text")))

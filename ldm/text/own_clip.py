@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
+from ldm.diffusion.batch import Text
 from ldm.formats.model_folder import IMAGE_TOWER
 from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
 from ldm.formats.text_folder import load_text_model, load_text_projection, save_text_model
@@ -52,6 +55,15 @@ class OwnClip:
     def __init__(self, text: TextEncoder, projection: nn.Linear, tower: ImageTower, logit_scale: Tensor, resolution: int) -> None:
         self.text, self.projection, self.tower, self.logit_scale, self.resolution = text, projection, tower, logit_scale, resolution
 
+    @property
+    def embedding(self) -> int:
+        """Width E of the space that pictures and texts share."""
+        return self.projection.out_features
+
+    def networks(self) -> list[nn.Module]:
+        """Both towers and the projection."""
+        return [self.text.model, self.projection, self.tower]
+
     def save(self, folder: Path) -> None:
         """config.json, weights and tokenizer of the text side in `folder`, image_tower/ below it."""
         save_text_model(self.text.model, folder, self.projection)
@@ -76,6 +88,17 @@ class OwnClip:
         pooled = self.text.encode(captions).pooled
         assert pooled is not None  # a CLIP has one
         return nn.functional.normalize(self.projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def read(self, captions: Sequence[str]) -> Text:
+        """States (B,L,D) of captions, with their embeddings (B,E) of any length as the pooled text."""
+        text = self.text.encode(captions)
+        assert text.pooled is not None
+        return replace(text, pooled=self.projection(text.pooled))
+
+    def embedded(self, image: Tensor) -> Tensor:
+        """Embeddings (B,E) of images, whose values have unit variance: their length is sqrt(E)."""
+        return math.sqrt(self.embedding) * self.embed_images(image)
 
     @torch.no_grad()
     def embed_images(self, image: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def test_a_chain_in_a_run_is_checked_before_any_work() -> None:
     for word, said in {
         "models.up32.after=up64": "models.up32.after: up32 after up64 after up32 goes round in a circle",
         "models.up32.after=base": "models.up32.after: 'base' is no entry of models",
-        "models.up32.conditions=[]": "the pictures of diffusion are told as a view small:N",
+        "models.up32.conditions=[]": "diffusion is told as one view small:N, but up32 reads no view",
         "models.up32.network={kind: dit}": "network.kind: got dit, which is told no vector",
         "stages.diffusion-low=null": "stages.evaluation-32: needs a stage before it that trains diffusion",
     }.items():

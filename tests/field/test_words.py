@@ -27,6 +27,7 @@ NAMES = {
     "Grounding.sampler",
     "LatentDiffusion.after",
     "Pix2Pix.view",
+    "Prior.text",
     "RankOne.token",
     "ScenesSource.called",
     "Diversity.sampler",

@@ -22,10 +22,12 @@ from ldm.diffusion.schedules import Flow
 from ldm.families.latent_diffusion.engine import Canvas, Edit
 from ldm.families.latent_diffusion.ports import LOW_RES, UPSCALE, UPSCALED, Frozen, Port, learned_of
 from ldm.formats.latent_codec import LatentCodec
+from ldm.formats.model_folder import own_clip
 from ldm.formats.part import load_module, load_weights, save_part
 from ldm.models import cost
 from ldm.models.conditioned import Conditioned, ConditionNetwork
 from ldm.models.denoiser import Denoiser, Network
+from ldm.text.own_clip import OwnClip
 
 
 @config
@@ -76,11 +78,11 @@ def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str,
     for each in conditions:
         if each.port.unet and network.kind != "unet":
             found.append(f"{own}.conditions: port {each.port.kind} adds to a U-Net, but network is {network.kind}; choose port concat")
-    if sum(bool(each.port.noises()[0]) for each in conditions) > 1:
-        found.append(f"{own}.conditions: the network is told one level of noise; give noise to one view")
+    if sum(bool(each.port.vector) for each in conditions) > 1:
+        found.append(f"{own}.conditions: the network is told one vector, a level of noise or an embedding; leave the others out")
     for each in conditions if not begins else ():
         try:
-            each.port.fitted(network)
+            each.port.fitted(network, 1)
         except UserError as error:
             found.append(f"{own}.{error}")
     if sum(bool(each.port.brings) for each in conditions) > 1:
@@ -111,17 +113,37 @@ def kinds_for(conditions: Sequence[Condition], offered: Mapping[str, ViewKind], 
 
 @dataclass(frozen=True)
 class Shape:
-    """Latents before there are any."""
+    """Latents before there are any, and the embeddings of pictures beside them."""
 
     factor: int
     channels: int
+    embedding: int = 0
+
+
+def beside(codec: LatentCodec, clip: OwnClip | None) -> Shape:
+    """Of an autoencoder and a CLIP."""
+    return Shape(codec.factor, codec.channels, clip.embedding if clip else 0)
+
+
+def clip_of(reads: Sequence[Read], folder: Path) -> OwnClip | None:
+    """The CLIP that embeds pictures where a condition is told embeddings: both sides of a text product's, or of a model folder's.
+
+    Raises:
+        UserError: where there is none.
+    """
+    asking = [read.view for read in reads if read.kind.form == "embedding"]
+    if not asking:
+        return None
+    if (where := own_clip(folder)) is None:
+        raise UserError(f"conditions: view {asking[0]} is what a CLIP makes of a picture, and {folder} has no image side; use kind clip")
+    return OwnClip.load(where)
 
 
 def count(conditions: Sequence[Condition], base: Denoiser, latents: Shape) -> tuple[int, int]:
     """Parameters of the conditions' own networks, and those that a base, on any device, has for them alone."""
     reads, networks = assumed(conditions), 0
     for read in reads:
-        base = read.condition.port.prepared(base)
+        base = read.condition.port.prepared(base, latents.embedding)
     for read in reads:
         networks += cost.count(cast("torch.nn.Module", read.condition.port.network(read.kind, base, latents)))
     return networks, sum(weight.numel() for weight in learned_of(base, [read.condition.port for read in reads]))
@@ -216,6 +238,8 @@ def tell(reads: Sequence[Read], given: Views, strength: Mapping[str, float], fro
 
     def condition(cond: Cond, canvas: Canvas) -> Cond:
         own = {name: canvas.own_of(each) for name, each in found.items()}
+        if not canvas.prompted:
+            own = {n: replace(t, strength=0 * t.strength) if by_name[n].condition.port.guided else t for n, t in own.items()}
         drawn = {n: noised(by_name[n], t, frozen.process, canvas.rng, by_name[n].condition.port.noises()[1]) for n, t in own.items()}
         return replace(cond, given=drawn)
 
@@ -278,7 +302,7 @@ def reads_of(record: Mapping[str, Any], where: Path) -> tuple[Read, ...]:
 
 
 def conditioned(
-    base: Denoiser, reads: Sequence[Read], codec: LatentCodec, record: Mapping[str, Any] | None = None, root: Path | None = None
+    base: Denoiser, reads: Sequence[Read], latents: Shape, record: Mapping[str, Any] | None = None, root: Path | None = None
 ) -> Denoiser:
     """A base with its conditions' networks; those that `record` tells of have the weights in the folder `root`, others are fresh."""
     if not reads:
@@ -286,9 +310,9 @@ def conditioned(
     kept = {entry["condition"]["view"]: entry["folder"] for entry in (record or {}).get("conditions", ())}
     networks: dict[str, ConditionNetwork] = {}
     for read in reads:
-        base = read.condition.port.prepared(base)
+        base = read.condition.port.prepared(base, latents.embedding)
     for read in reads:
-        make = partial(read.condition.port.network, read.kind, base, codec)
+        make = partial(read.condition.port.network, read.kind, base, latents)
         where = root / kept[read.view] if root is not None and kept.get(read.view) else None
         if where is None:
             networks[read.view] = make()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -78,6 +78,7 @@ class Canvas:
     grid: Grid  # the noise levels that are visited
     noise: Tensor  # (B,c,h,w) the pictures' own noise, unit variance
     rng: Rng  # more noise of theirs, by purpose
+    prompted: bool = True  # whether the network is told the prompts; guidance goes away from what it says without them
 
     def own(self, values: Tensor) -> Tensor:
         """These pictures' rows of a tensor with one row for each picture of the call, or one for all, where noise lies."""
@@ -105,7 +106,7 @@ class Edit:
 
     strength: float = 1.0  # the share of the steps that is taken; the first ones are left out
     start: Callable[[Tensor, Canvas], Tensor] | None = None  # x (B,c,h,w) at the first level visited, from what it would be
-    condition: Callable[[Cond, Canvas], Cond] | None = None  # what the network is told; with and without the prompt alike
+    condition: Callable[[Cond, Canvas], Cond] | None = None  # what the network is told; with the prompts, and without
     guide: Callable[[Denoise, Canvas], Denoise] | None = None  # the denoiser (x, i) -> x0, from the guided one
     after_step: Callable[[Tensor, int, Canvas], Tensor] | None = None  # x at level i, that a step has just reached
     exchange: Exchange | None = None  # a prompt that is drawn beside every picture, whose attention is taken
@@ -244,10 +245,10 @@ class Engine:
         # A network that is told the scale draws as if guided by it in one call, so nothing is left to guide.
         told = torch.full((len(prompts),), settings.guidance, device=device) if self.denoiser.config.reads_guidance else None
 
-        def about(text: Text) -> Cond:
-            cond = Cond(text=text, size=size, guidance=told)
+        def about(text: Text, prompted: bool) -> Cond:
+            cond, here = Cond(text=text, size=size, guidance=told), canvas if prompted else replace(canvas, prompted=False)
             for edit in edits:
-                cond = cond if edit.condition is None else edit.condition(cond, canvas)
+                cond = cond if edit.condition is None else edit.condition(cond, here)
             return cond
 
         script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about, settings.clip_skip)

@@ -17,7 +17,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.data.dataset import offered
-from ldm.data.views import ViewKind, parted
+from ldm.data.views import ViewKind
 from ldm.diffusion import learned_variance
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, Views, where
 from ldm.diffusion.learned_variance import LearnedVariance
@@ -63,6 +63,7 @@ from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state,
 from ldm.models.unet import UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
+from ldm.text.own_clip import OwnClip
 from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import teach
 from ldm.text.weighted import chunks_of, encode_captions
@@ -86,7 +87,9 @@ class LatentDiffusion(ModelConfig):
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
     text: str = "text"  # the text encoder, by its name in models
-    after: str = ""  # a chain: the model, by its name in models, whose pictures this one is told as its view small:N; empty: none
+    after: str = (
+        ""  # a chain: the model, by its name in models, that draws what this one is told as its view small:N or embedding; empty: none
+    )
     autoencoder: str = "autoencoder"  # whose latents are denoised, by its name in models
     network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
@@ -222,8 +225,6 @@ class LatentDiffusion(ModelConfig):
         if self.variance is not None and (why := learned_variance.refusal(self.process)):
             yield f"{own}.variance: {why}"
         yield from conditions.problems(self.conditions, self.learn, begins, own, network)
-        if self.after and not any(parted(each.view)[0] == "small" for each in self.conditions):
-            yield f"{own}.after: the pictures of {self.after} are told as a view small:N; name one in {own}.conditions, or leave after out"
         if self.inpaint is not None and conditions.joined_channels(conditions.assumed(self.conditions), network.out_channels):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
@@ -293,7 +294,7 @@ class LatentDiffusion(ModelConfig):
         network = replace(self.network, in_channels=inputs, out_channels=outputs, context_width=text.states)
         network = network.told_pooled(text.pooled)
         for each in self.conditions:
-            network = each.port.fitted(network)
+            network = each.port.fitted(network, text.embedding)
         return network, text
 
     def text_width(self) -> int:
@@ -321,7 +322,7 @@ class LatentDiffusion(ModelConfig):
             frozen["distilled network"], extra = learned, extra + 3 * spent.forward
         if self.conditions:
             with torch.device("meta"):
-                shape = conditions.Shape(latent.factor, latent.latent_width)
+                shape = conditions.Shape(latent.factor, latent.latent_width, text.embedding)
                 networks, inside = conditions.count(self.conditions, network.build(), shape)
             spent = spent * (1 + networks / learned)  # as if their weights were used as often as the base's
             learns = {network.folder: learned, "conditions": networks}
@@ -358,6 +359,7 @@ class LatentDiffusion(ModelConfig):
         def beside(folder: Path) -> None:
             if AFTER in products and (config := products[AFTER].config) is not None:
                 config.assemble(within(products), folder / BEFORE, story)
+                config.lead_in(folder)
 
         assemble(products["text"].folder, products["autoencoder"].folder, products["model"].folder, target, dict(story), beside)
 
@@ -377,12 +379,14 @@ class LatentDiffusion(ModelConfig):
             out_channels=codec.channels if self.variance is None else 2 * codec.channels,
             context_width=text.width,
         ).told_pooled(text.pooled_width)
+        clip = conditions.clip_of(reads, context.products["text"].folder)
+        beside = conditions.beside(codec, clip)
         for read in reads:
-            network = read.condition.port.fitted(network)
+            network = read.condition.port.fitted(network, beside.embedding)
         if context.init is None:
-            built = conditions.conditioned(network.build(), reads, codec)
+            built = conditions.conditioned(network.build(), reads, beside)
         else:
-            built = _continue(context.init, network, codec, reads)
+            built = _continue(context.init, network, codec, reads, beside)
         if self.learn == "new":
             base_of(built).requires_grad_(False)
             for weight in learned_of(base_of(built), (read.condition.port for read in reads)):
@@ -392,16 +396,18 @@ class LatentDiffusion(ModelConfig):
             teacher = copy.deepcopy(built).requires_grad_(False).eval()
             built = self.distill.told_by(built)
             network = cast("denoiser.Network", built.config)
-        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, reads, teacher)
+        family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, reads, teacher, clip)
         family.resolution = context.resolution
         if self.adapt is None:
             return family
         if (init := context.init) is not None:
-            family.anew = lambda: _continue(init, network, codec, ())
+            family.anew = lambda: _continue(init, network, codec, (), beside)
         return adapted(self.adapt, family, context)
 
 
-def _continue(init: Product, network: denoiser.Network, codec: LatentCodec, reads: Sequence[Read]) -> denoiser.Denoiser:
+def _continue(
+    init: Product, network: denoiser.Network, codec: LatentCodec, reads: Sequence[Read], beside: conditions.Shape
+) -> denoiser.Denoiser:
     record = read_record(init.folder)
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(
@@ -421,7 +427,7 @@ def _continue(init: Product, network: denoiser.Network, codec: LatentCodec, read
     if shape.to_diffusers() != like.to_diffusers():
         raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
     found, _ = load_denoiser(init.folder, like)
-    return conditions.conditioned(found.widened(network.in_channels) if wide else found, reads, codec, record, init.folder)
+    return conditions.conditioned(found.widened(network.in_channels) if wide else found, reads, beside, record, init.folder)
 
 
 class LatentDiffusionFamily(Adaptable, Draws):
@@ -438,6 +444,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         text: TextEncoder,
         reads: tuple[Read, ...] = (),
         teacher: denoiser.Denoiser | None = None,
+        clip: OwnClip | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -446,7 +453,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
         self._teacher: tuple[denoiser.Denoiser, ...] = () if teacher is None else (teacher,)  # whose guided steps are distilled
         self.noised = teacher is None
-        self.text = text
+        self.text, self.clip = text, clip
         self.process = config.process
         self.resolution = 0
         self.content_hash = ""
@@ -492,8 +499,8 @@ class LatentDiffusionFamily(Adaptable, Draws):
         }
 
     def frozen(self) -> list[nn.Module]:
-        """The autoencoder, the text encoder, and the network that is distilled."""
-        return [*self._frozen, *self._teacher]
+        """The autoencoder, the text encoder, the network that is distilled, and the CLIP that embeds pictures."""
+        return [*self._frozen, *self._teacher, *(self.clip.networks() if self.clip else ())]
 
     # Training
 
@@ -523,7 +530,7 @@ class LatentDiffusionFamily(Adaptable, Draws):
 
     @property
     def _views_by(self) -> conditions.Frozen:
-        return conditions.Frozen(self.codec, self.text, self.process)
+        return conditions.Frozen(self.codec, self.text, self.process, self.clip)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Weighted squared error of the network's prediction, mean over latent values."""
@@ -845,13 +852,14 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     config = read_denoiser(root)
     base, stored = load_denoiser(root, config)
     reads = conditions.reads_of(record, root / RECORD)
-    network = conditions.conditioned(base, reads, codec, record, root)
+    clip = conditions.clip_of(reads, root)
+    network = conditions.conditioned(base, reads, conditions.beside(codec, clip), record, root)
     process = process_of(root)
     defaults, size = defaults_of(record, root)
     fits(config, text, root)
     said = tuple(read.condition for read in reads)
     made = LatentDiffusion(network=config, process=process, defaults=defaults, conditions=said, variance=variance_of(root))
-    family = LatentDiffusionFamily(made, network, codec, text, reads)
+    family = LatentDiffusionFamily(made, network, codec, text, reads, clip=clip)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
     family.merged = frozenset(str(record.get(MERGED, "")).split())

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Fraction, Positive, config
 from ldm.data.views import ViewKind
-from ldm.diffusion.batch import Boxes, Graph, Movable, Objects, Triples, View
+from ldm.diffusion.batch import Boxes, Graph, Mixed, Movable, Objects, Triples, View
 from ldm.diffusion.process import Process
 from ldm.formats.latent_codec import LatentCodec, full
 from ldm.models import denoiser
 from ldm.models.beside_text import BesideText, MapTokens, TripleTokens
-from ldm.models.conditioned import ConditionNetwork, Joined
+from ldm.models.conditioned import ConditionNetwork, Embedded, Joined
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.denoiser import Denoiser
 from ldm.models.grounding import Grounding
 from ldm.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.text.encoder import TextEncoder
+from ldm.text.own_clip import OwnClip
 
 UPSCALE = "Upscale"
 UPSCALED = 0.08333  # the scaling factor that StableDiffusionUpscalePipeline sets whatever an autoencoder says
@@ -50,6 +51,11 @@ class Latents(Protocol):
         """Of them."""
         ...
 
+    @property
+    def embedding(self) -> int:
+        """Width of the embeddings of pictures; 0: there are none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -58,6 +64,7 @@ class Frozen:
     codec: LatentCodec
     text: TextEncoder
     process: Process
+    clip: OwnClip | None = None  # that makes embeddings of pictures
 
 
 class PortConfig:
@@ -66,8 +73,14 @@ class PortConfig:
     __slots__ = ()
     kind: str
     forms: ClassVar[tuple[str, ...]] = ("map", "classes")  # of views that it takes
+    guided: ClassVar[bool] = False  # whether what guidance goes away from is not told it, as it is not told the prompt
     unet: ClassVar[bool] = False  # whether the base must be a U-Net
     brings: ClassVar[tuple[str, ...]] = ()  # parts of the names of weights that the base has for it alone
+
+    @property
+    def vector(self) -> bool:
+        """Whether it tells the network something that joins the time embedding."""
+        return bool(self.noises()[0])
 
     def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """What the pipeline of diffusers that opens it is named, StableDiffusion...Pipeline; empty: none does."""
@@ -81,11 +94,11 @@ class PortConfig:
         """Channels of x that it needs, beside latents of so many `channels`."""
         return 0
 
-    def fitted(self, network: denoiser.Network) -> denoiser.Network:
-        """The base's configuration with what it needs there."""
+    def fitted(self, network: denoiser.Network, embedding: int = 0) -> denoiser.Network:
+        """The base's configuration with what it needs there, of embeddings of so many values."""
         return network
 
-    def prepared(self, base: Denoiser) -> Denoiser:
+    def prepared(self, base: Denoiser, embedding: int = 0) -> Denoiser:
         """The base with what it needs there, the same function still."""
         return base
 
@@ -123,11 +136,11 @@ class Concat(PortConfig):
         """As it says."""
         return self.noise, self.drawn_noise
 
-    def fitted(self, network: denoiser.Network) -> denoiser.Network:
+    def fitted(self, network: denoiser.Network, embedding: int = 0) -> denoiser.Network:
         """With a class embedding of the level of noise."""
         return cast("denoiser.Network", network.told_vector("timestep")) if self.noise else network
 
-    def prepared(self, base: Denoiser) -> Denoiser:
+    def prepared(self, base: Denoiser, embedding: int = 0) -> Denoiser:
         """The same function with one that says nothing yet."""
         fresh = self.noise and not base.config.reads_vector
         return base.taught_vector(base.config.told_vector("timestep")) if fresh else base
@@ -221,11 +234,11 @@ class Gated(PortConfig):
         """diffusers' pipeline takes four channels of the latents, whatever there are."""
         return "GLIGEN" if channels == 4 else ""
 
-    def fitted(self, network: denoiser.Network) -> denoiser.Network:
+    def fitted(self, network: denoiser.Network, embedding: int = 0) -> denoiser.Network:
         """Gated."""
         return replace(network, gated=True) if isinstance(network, UNetConfig) else network
 
-    def prepared(self, base: Denoiser) -> Denoiser:
+    def prepared(self, base: Denoiser, embedding: int = 0) -> Denoiser:
         """With gates that are shut, where there are none."""
         return cast(UNet, base).grounded()
 
@@ -241,6 +254,51 @@ class Gated(PortConfig):
     def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Nothing but the telling: the weights are the U-Net's."""
         return Grounding()
+
+
+@config
+class Vector(PortConfig):
+    """Vector port: the embedding of a picture in the run's own CLIP joins the time embedding (unCLIP, arXiv 2204.06125, section 2.1)."""
+
+    kind: Literal["vector"] = "vector"
+    noise: Fraction = 0.0  # most noise that is mixed into embeddings in training, as a share of the schedule; the network is told how much
+    drawn_noise: Fraction = 0.0  # and when drawing
+
+    guided: ClassVar[bool] = True
+    unet: ClassVar[bool] = True
+    forms: ClassVar[tuple[str, ...]] = ("embedding",)
+    brings: ClassVar[tuple[str, ...]] = ("class_embedding.",)
+
+    @property
+    def vector(self) -> bool:
+        """It does."""
+        return True
+
+    def noises(self) -> tuple[float, float]:
+        """As it says."""
+        return self.noise, self.drawn_noise
+
+    def fitted(self, network: denoiser.Network, embedding: int = 0) -> denoiser.Network:
+        """With a class embedding of the embedding and the level of noise in it, as StableUnCLIPPipeline tells them.
+
+        Raises:
+            UserError: where there are no embeddings.
+        """
+        if not embedding:
+            raise UserError("conditions: port vector tells embeddings of pictures, and the text encoder makes none; use kind clip")
+        return cast("denoiser.Network", network.told_vector("projection", 2 * embedding))
+
+    def prepared(self, base: Denoiser, embedding: int = 0) -> Denoiser:
+        """The same function with one that says nothing yet."""
+        return base if base.config.reads_vector else base.taught_vector(base.config.told_vector("projection", 2 * embedding))
+
+    def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor:
+        """Embeddings (B,E) whose values have unit variance."""
+        return embedded(view, frozen)
+
+    def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
+        """Nothing but the telling: the weights are the U-Net's."""
+        return Embedded(codec.embedding)
 
 
 @config
@@ -287,6 +345,23 @@ def pooled_of(text: TextEncoder, words: set[str], port: str) -> dict[str, Tensor
     return dict(zip(every, pooled, strict=True))
 
 
+def embedded(view: View, frozen: Frozen) -> Tensor:
+    """Embeddings (B,E), whose values have unit variance, of pictures (B,3,H,W) in [0,1], of sums, or of embeddings (B,E) of any length."""
+    assert frozen.clip is not None
+    if isinstance(view, Mixed):
+        each = []
+        if view.image.shape[1]:
+            each.append(frozen.clip.embed_images(2 * view.image.flatten(0, 1) - 1).unflatten(0, view.image.shape[:2]))
+        if view.words[0]:
+            each.append(frozen.clip.embed_captions([word for row in view.words for word in row]).unflatten(0, (len(view.words), -1)))
+        every = torch.cat(each, dim=1)  # (B,K+M,E)
+        return embedded((view.weight[..., None].to(every) * every).sum(1), frozen)
+    assert isinstance(view, Tensor)
+    if view.dim() == 2:
+        return view.shape[1] ** 0.5 * F.normalize(view.float(), dim=1)
+    return frozen.clip.embedded(2 * view.float() - 1)
+
+
 def as_picture(view: Tensor, kind: ViewKind) -> Tensor:
     """A map as a picture (B,3,H,W) in [0,1]; classes in their colours, black where they are unknown."""
     if kind.form != "classes":
@@ -318,4 +393,4 @@ def learned_of(base: nn.Module, ports: Iterable[PortConfig]) -> list[nn.Paramete
 
 
 # A new port is a class here and its network in ldm.models.
-Port: TypeAlias = Annotated[Concat | Residual | Adapter | Gated | Cross, BY_KIND]
+Port: TypeAlias = Annotated[Concat | Residual | Adapter | Gated | Vector | Cross, BY_KIND]

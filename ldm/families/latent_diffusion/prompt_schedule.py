@@ -49,7 +49,7 @@ class PromptSchedule:
     Args:
         prompts: B of equal shape.
         negatives: B; what AND joins there is read as one text after another.
-        about: every picture's condition, from its text.
+        about: every picture's condition, from its text, and whether that is the prompts'; the negative ones' stands for no prompt.
         clip_skip: the text encoder's layer that is read, from the last one.
     """
 
@@ -58,7 +58,7 @@ class PromptSchedule:
     negatives: Sequence[Prompt]
     shape: PromptShape
     steps: int
-    about: Callable[[Text], Cond]
+    about: Callable[[Text, bool], Cond]
     clip_skip: int = 1
     _made: dict[tuple[tuple[Pieces, ...], tuple[Pieces, ...]], Cond] = field(default_factory=dict)
     _none: dict[tuple[Pieces, ...], Cond] = field(default_factory=dict)
@@ -78,12 +78,12 @@ class PromptSchedule:
 
     def _negative(self, without: tuple[Pieces, ...]) -> Cond:
         """Of negative prompts; where there is none, of what the encoder takes for none."""
-        if not self.encoder.zeros:
-            return self._cond(without, without)
         if without not in self._none:
             text = encode(self.encoder, without, self.shape.chunks, self.clip_skip)
-            told = torch.tensor([any(piece.text.strip() for piece in pieces) for pieces in without], device=text.tokens.device)
-            self._none[without] = self.about(where(told, text, self.encoder.unprompted(text)))
+            if self.encoder.zeros:
+                told = torch.tensor([any(piece.text.strip() for piece in pieces) for pieces in without], device=text.tokens.device)
+                text = where(told, text, self.encoder.unprompted(text))
+            self._none[without] = self.about(text, False)
         return self._none[without]
 
     def _cond(self, begin: tuple[Pieces, ...], end: tuple[Pieces, ...]) -> Cond:
@@ -92,7 +92,7 @@ class PromptSchedule:
             if begin != end:
                 share = torch.tensor([prompt.share for prompt in self.prompts])
                 text = between(text, encode(self.encoder, end, self.shape.chunks, self.clip_skip), share)
-            self._made[begin, end] = self.about(text)
+            self._made[begin, end] = self.about(text, True)
         return self._made[begin, end]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.families.draws import Running
-from ldm.families.latent_diffusion.conditions import conditioned, reads_of
+from ldm.families.latent_diffusion.conditions import beside, conditioned, reads_of
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
 from ldm.formats.denoiser_folder import load_denoiser
@@ -20,6 +20,7 @@ from ldm.models.attention import Kind, set_attention
 from ldm.models.denoiser import Denoiser
 from ldm.models.inference import check_compiler, prepare
 from ldm.text.encoder import TextEncoder
+from ldm.text.own_clip import OwnClip
 
 
 class Parts(Protocol):
@@ -27,6 +28,7 @@ class Parts(Protocol):
 
     denoiser: Denoiser
     text: TextEncoder
+    clip: OwnClip | None
     turn: Callable[[nn.Module], None]
 
     @property
@@ -75,7 +77,7 @@ def _take_turns(family: Parts, root: Path, device: torch.device, precision: str)
     def network() -> Denoiser:
         record = read_record(root)
         reads = reads_of(record, root / RECORD)
-        return conditioned(load_denoiser(root)[0], reads, codec, record, root).for_inference(_cast(precision))
+        return conditioned(load_denoiser(root)[0], reads, beside(codec, family.clip), record, root).for_inference(_cast(precision))
 
     def autoencoder() -> Network:
         return prepare(load_codec(autoencoder_folder(root)).network, channels_last=True, in_place=True)

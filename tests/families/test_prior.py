@@ -1,0 +1,236 @@
+"""Priors and their decoders: diffusers' network and pipeline, batch independence, chains given an embedding, sums of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from finished_model import STORY, TEXT, UNET, autoencoder_product
+from torch.nn import functional as F
+
+from ldm.config.errors import UserError
+from ldm.config.schema import load
+from ldm.data.dataset import asked
+from ldm.data.scenes.source import ScenesSource
+from ldm.diffusion.batch import Mixed, Text
+from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
+from ldm.diffusion.schedules import Cosine
+from ldm.families.chain import Chain
+from ldm.families.clip import Clip
+from ldm.families.draws import Wanted
+from ldm.families.family import Context, Product
+from ldm.families.latent_diffusion.conditions import Condition
+from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.ports import Vector, embedded
+from ldm.families.prior import Prior, PriorFamily
+from ldm.families.registry import open_finished
+from ldm.models.image_tower import ImageTowerConfig
+from ldm.models.prior_transformer import OWN, PriorShape, PriorTransformerConfig
+from ldm.runs.run import Run
+
+SIDE = 32
+SHAPE = PriorShape(head_width=8, heads=2, layers=2, embedding=12, states=12, tokens=5)
+PRIOR = Prior(
+    network=PriorTransformerConfig(head_width=8, heads=2, layers=1), defaults=Defaults(steps=3, guidance=2.0, sampler="ddpm", chunk=2)
+)
+DECODER = LatentDiffusion(
+    network=UNET,
+    process=Process(schedule=Cosine(), target="v"),
+    after="prior",
+    conditions=(Condition(view="embedding", port=Vector()),),
+    defaults=Defaults(steps=2, chunk=2, guidance=2.0, sampler="ddim"),
+)
+WORDS = ["a red circle", "a small blue ring", "a green square"]
+
+
+def context(products: dict[str, Product]) -> Context:
+    data = asked(ScenesSource(tier="one", images=4, val=4).build("train"), ("embedding",))
+    return Context(data=data, val=data, resolution=SIDE, seed=0, total_images=1, products=products)
+
+
+def shaken(family: Any) -> Any:
+    with torch.no_grad():
+        for weights in family.parameters():
+            weights.add_(0.05 * torch.randn_like(weights))
+    return family.eval()
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
+    root = tmp_path_factory.mktemp("unclip")
+    torch.manual_seed(0)
+    tower = ImageTowerConfig(channels=(8, 8), embedding=TEXT.width, grid=2)
+    Clip(text=TEXT, tower=tower, vocabulary=560).build(context({})).save(root / "text")
+    autoencoder_product(root / "autoencoder")
+    found = {name: Product(root / name, "") for name in ("text", "autoencoder")}
+    shaken(PRIOR.build(context(found))).save(root / "prior")
+    shaken(DECODER.build(context(found))).save(root / "decoder")
+    return found | {name: Product(root / name, "") for name in ("prior", "decoder")}
+
+
+@pytest.fixture(scope="module")
+def model(products: dict[str, Product], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chain") / "model"
+    own = {role: products[role] for role in ("text", "autoencoder")}
+    before = {"after": replace(products["prior"], config=PRIOR), "after.text": products["text"]}
+    DECODER.assemble({**own, **before, "model": products["decoder"]}, root, STORY)
+    return root
+
+
+@pytest.fixture(scope="module")
+def chain(model: Path) -> Chain:
+    found = open_finished(model)
+    assert isinstance(found, Chain) and len(found.links) == 2
+    return found
+
+
+@pytest.fixture(scope="module")
+def prior(chain: Chain) -> PriorFamily:
+    found = chain.links[0]
+    assert isinstance(found, PriorFamily)
+    return found
+
+
+@pytest.fixture(scope="module")
+def decoder(chain: Chain) -> LatentDiffusionFamily:
+    found = chain.links[1]
+    assert isinstance(found, LatentDiffusionFamily)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_network_is_diffusers_in_float64() -> None:
+    torch.manual_seed(0)
+    own = SHAPE.build().double().eval()
+    theirs = diffusers.PriorTransformer(**{k: v for k, v in SHAPE.to_diffusers().items() if not k.startswith("_")}).double().eval()
+    theirs.load_state_dict(own.state_dict(), strict=True)
+    x, t, states, pooled = torch.randn(3, 12), torch.tensor([3, 500, 999]), torch.randn(3, 5, 12), torch.randn(3, 12)
+    x, states, pooled = x.double(), states.double(), pooled.double()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        found, wanted = own(x, t, Text(tokens=states, mask=mask, pooled=pooled)), theirs(x, t, pooled, states, mask)[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert PriorShape.from_diffusers({**theirs.config, "_class_name": "PriorTransformer"}, "config.json") == SHAPE
+    wider = replace(SHAPE, states=20)
+    assert wider.to_diffusers()["_class_name"] == OWN and PriorShape.from_diffusers(wider.to_diffusers(), "x") == wider
+    with pytest.raises(UserError, match="added_emb_type is None"):
+        PriorShape.from_diffusers({**SHAPE.to_diffusers(), "added_emb_type": None}, "config.json")
+
+
+def test_a_loss_is_the_error_of_the_clean_embedding(prior: PriorFamily) -> None:
+    data = context({}).data
+    batch, rng = data.load([0, 1, 2], [0, 1, 2], SIDE, 0, False).to("cpu"), Rng(0, [0, 1, 2])
+    x0 = prior.embedded(batch)
+    torch.testing.assert_close(x0.square().mean(1), torch.ones(3))
+    told = prior.clip.read([c if u >= 0.1 else "" for c, u in zip(batch.caption, rng.uniform("caption_dropout").tolist(), strict=True)])
+    noised = prior.config.process.noise(x0, rng)
+    assert torch.equal(noised.target, x0)  # the sample itself is predicted
+    with torch.no_grad():
+        wanted = F.mse_loss(prior.network(noised.x, noised.t, told), x0)
+        terms, _ = prior.loss(batch, rng)
+    torch.testing.assert_close(terms["denoising"], wanted)
+    said = prior.finish(context({}))
+    assert set(said) == {"cosine", "text_cosine", "other_cosine", "cosine_of"} and -1 <= said["cosine"] <= 1
+
+
+def test_nothing_drawn_depends_on_its_neighbours(chain: Chain, prior: PriorFamily) -> None:
+    together, images = prior.handed(WORDS, [5, 6, 7]), chain.sample(WORDS, [5, 6, 7])
+    for i, seed in enumerate([5, 6, 7]):
+        assert torch.equal(prior.handed([WORDS[i]], [seed])[0], together[i])
+        assert torch.equal(chain.sample([WORDS[i]], [seed])[0], images[i])
+    assert not torch.equal(together[0], prior.handed([WORDS[0]], [6])[0])
+
+
+def test_a_chain_draws_what_its_links_draw(
+    chain: Chain, prior: PriorFamily, decoder: LatentDiffusionFamily, pictures: torch.Tensor
+) -> None:
+    from ldm.families.chain import SEEDS, mix
+
+    seeds = [5, 6, 7]
+    told = prior.handed(WORDS, [mix(seed, "link", 0) % SEEDS for seed in seeds])
+    edits = decoder.tell({"embedding": told}, {}, (SIDE, SIDE))
+    assert torch.equal(chain.sample(WORDS, seeds), decoder.sample(WORDS, seeds, edits=edits))
+    given = chain.tell({"embedding": pictures[:1]}, {}, (SIDE, SIDE))  # then the prior is not asked
+    alone = decoder.tell({"embedding": pictures[:1]}, {}, (SIDE, SIDE))
+    assert torch.equal(chain.sample(["", ""], [1, 2], edits=given), decoder.sample(["", ""], [1, 2], edits=alone))
+    assert chain.settings().link_steps == "3" and chain.settings().steps == 2  # the decoder leads
+    assert not torch.equal(chain.sample(WORDS, seeds, Wanted(link_steps="2")), chain.sample(WORDS, seeds))
+    with pytest.raises(UserError, match="stop_after: got 1; the first models of this chain draw embeddings, no pictures; give 2"):
+        chain.settings(Wanted(stop_after=1))
+    with pytest.raises(UserError, match="draws embeddings, which no eye can see"):
+        prior.sample(WORDS)
+
+
+def test_a_fresh_vector_port_leaves_the_base_as_it_is(products: dict[str, Product], tmp_path: Path, pictures: torch.Tensor) -> None:
+    own = {role: products[role] for role in ("text", "autoencoder")}
+    base = replace(DECODER, conditions=(), after="")
+    shaken(base.build(context(own))).save(tmp_path)
+    fresh = DECODER.build(replace(context(own), init=Product(tmp_path, "")))
+    plain = base.build(replace(context(own), init=Product(tmp_path, "")))
+    assert isinstance(fresh, LatentDiffusionFamily) and isinstance(plain, LatentDiffusionFamily)
+    edits = fresh.tell({"embedding": pictures}, {}, (SIDE, SIDE))
+    size = (SIDE, SIDE)
+    assert torch.equal(fresh.sample(WORDS[:2], size=size, edits=edits), plain.sample(WORDS[:2], size=size))
+
+
+def test_guidance_goes_away_from_neither_prompt_nor_embedding(decoder: LatentDiffusionFamily, pictures: torch.Tensor) -> None:
+    edits = decoder.tell({"embedding": pictures[:1]}, {}, (SIDE, SIDE))
+    weak, strong = (decoder.sample([""], [1], Wanted(guidance=scale), edits=edits) for scale in (1.0, 9.0))
+    assert not torch.equal(weak, strong)  # without the embedding left out there would be nothing to guide
+
+
+def test_embeddings_are_summed(decoder: LatentDiffusionFamily, pictures: torch.Tensor) -> None:
+    frozen, clip = decoder._views_by, decoder.clip
+    assert clip is not None
+    seen, said = clip.embed_images(2 * pictures - 1), clip.embed_captions(WORDS[:2])
+    mixed = Mixed(image=pictures[None], words=((WORDS[0], WORDS[1]),), weight=torch.tensor([[0.5, 0.5, 1.0, -1.0]]))
+    wanted = F.normalize(0.5 * seen[0] + 0.5 * seen[1] + said[0] - said[1], dim=0) * TEXT.width**0.5
+    torch.testing.assert_close(embedded(mixed, frozen)[0], wanted)
+    torch.testing.assert_close(embedded(pictures, frozen), TEXT.width**0.5 * seen)
+
+
+def test_stable_unclip_pipeline_opens_a_decoder_with_its_prior(model: Path, prior: PriorFamily, decoder: LatentDiffusionFamily) -> None:
+    found = diffusers.StableUnCLIPPipeline.from_pretrained(model)
+    found.set_progress_bar_config(disable=True)
+    text = prior.clip.read(WORDS)
+    states, mask, pooled = text.tokens, text.mask, text.pooled
+    theirs = found._encode_prior_prompt(WORDS, torch.device("cpu"), 1, False)
+    for one, other in zip((pooled, states, mask), theirs, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=1e-5)
+    x, t = torch.randn(3, TEXT.width), torch.tensor([1, 500, 999])
+    with torch.no_grad():
+        torch.testing.assert_close(found.prior(x, t, pooled, states, mask)[0], prior.network(x, t, text), rtol=0, atol=1e-5)
+        level = found.noise_image_embeddings(x, noise_level=0, noise=torch.zeros_like(x))
+        told = decoder.tell({"embedding": x}, {}, (SIDE, SIDE))
+    torch.testing.assert_close(F.normalize(level[:, : TEXT.width], dim=1), F.normalize(x, dim=1))
+    assert level.shape == (3, 2 * TEXT.width) and told
+    image = found("a red circle", num_inference_steps=2, prior_num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, SIDE, SIDE, 3)
+    assert found.unet.config.projection_class_embeddings_input_dim == 2 * TEXT.width
+
+
+def test_what_does_not_fit_is_told_before_any_work() -> None:
+    for word, said in {
+        "models.diffusion.conditions=[]": "models.diffusion.after: prior is told as one view embedding, but diffusion reads no view",
+        "models.prior.text=autoencoder": "models.prior.text: got autoencoder, a model of kind kl, which has no image tower; use kind clip",
+        'models.diffusion.conditions=[{view: embedding, port: vector}, {view: "small:2", port: {kind: concat, noise: 0.1}}]': "one vector",
+    }.items():
+        with pytest.raises(UserError) as error:
+            load(Path("configs/dalle2.yaml"), [word], Run)
+        assert said in str(error.value)
+
+
+def test_embeddings_need_the_image_side_of_a_clip(products: dict[str, Product], kl_model: Path) -> None:
+    for config in (PRIOR, DECODER):
+        with pytest.raises(UserError, match="has no image side"):
+            config.build(context({**products, "text": Product(kl_model, "")}))
