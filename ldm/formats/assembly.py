@@ -114,6 +114,7 @@ def _fold(made: KLConfig, statistics: Statistics, source: Path, target: Path, sc
     save_part({**folded.to_diffusers(), "scaling_factor": scale, "shift_factor": None}, state, target)
 
 
+PLAIN = "plain"  # what the pipelines of a model are called whose conditions are loaded into them apart
 NOISING = "image_noising_scheduler"  # of IFSuperResolutionPipeline: by what noise is mixed into the smaller picture
 TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer", "gemma": "GemmaTokenizer", "qwen": "Qwen2Tokenizer"}  # of text models
 
@@ -129,7 +130,7 @@ def model_index(
         network: the denoising network's configuration.
         texts: the text encoder's config.json, or of a pair both, by their folders.
         told: of a network with conditions, `parts`, the classes of their networks by folder, and `name`, what their pipelines are
-            called: StableDiffusion...Pipeline; empty: no stock pipeline tells them all; `schedulers`, the configurations of further ones;
+            called: StableDiffusion...Pipeline (PLAIN: nothing more); empty: none tells them all; `schedulers`, those of further ones;
             `said`, further fields, and `without`, those that they have not; and `scaling_factor`, the one that these pipelines presume.
     """
     import diffusers
@@ -153,10 +154,12 @@ def model_index(
     }
     index |= {"add_watermarker": False} if pair else {"safety_checker": absent, "requires_safety_checker": False}
     if told:
-        index |= {name: ["diffusers" if kind else "ldm", kind or "ConditionNetwork"] for name, kind in told["parts"].items()}
+        plain = told["name"] == PLAIN  # its parts are loaded apart
+        index |= {name: ["diffusers" if kind else "ldm", kind or "ConditionNetwork"] for name, kind in told["parts"].items() if not plain}
         index = {name: value for name, value in index.items() if name not in told.get("without", ())}
         index |= {name: ["diffusers", values["_class_name"]] for name, values in told.get("schedulers", {}).items()} | told.get("said", {})
-        index["_class_name"] = named.replace("Pipeline", f"{told['name']}Pipeline") if told["name"] else "DiffusionPipeline"
+        name = "" if plain else told["name"]
+        index["_class_name"] = named.replace("Pipeline", f"{name}Pipeline") if told["name"] else "DiffusionPipeline"
     if not clip or network.folder != "unet" or pair != network.reads_size or isinstance(autoencoder, DCConfig):
         # No stock pipeline hides the padding from a T5, has such networks, or tells sizes and the text of two encoders apart.
         index["_class_name"] = "DiffusionPipeline"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ldm.diffusion.batch import Beside, Cond, Injected, Movable, Told
 from ldm.models.blocks import zero
 from ldm.models.conditioned import ConditionNetwork
 
+TOKENS = 4  # of an embedding: diffusers reads no other number
 SHRINK = 4  # pixels of a map along each side that enter as one
 
 
@@ -23,33 +24,57 @@ class BesideText(ConditionNetwork):
     Args:
         image_proj: makes tokens (B,S,D) of what the view's encoder gave.
         width: D.
-        attentions: channels of each attention to the text, in the network's order.
+        attentions: channels of each attention to the text by its name, in the network's order.
     """
 
     folder: ClassVar[str] = "ip_adapter"
 
-    def __init__(self, image_proj: nn.Module, width: int, attentions: Sequence[int]) -> None:
+    def __init__(self, image_proj: nn.Module, width: int, attentions: Mapping[str, int]) -> None:
         super().__init__()
         self.image_proj = image_proj
-        values = [nn.Linear(width, channels, bias=False) for channels in attentions]
-        for layer in values:
-            zero(layer)
-        self.to_k_ip = nn.ModuleList(nn.Linear(width, channels, bias=False) for channels in attentions)
-        self.to_v_ip = nn.ModuleList(values)
+        # IP-Adapter's files number all attentions, those of maps to themselves too, as diffusers' U-Net has them: its middle comes last.
+        order = sorted(attentions, key=lambda name: name.startswith("mid_block"))
+        self.places = [str(2 * order.index(name) + 1) for name in attentions]
+        channels = dict(zip(self.places, attentions.values(), strict=True))
+        self.ip_adapter = nn.ModuleDict({str(2 * k + 1): KeysValues(width, channels[str(2 * k + 1)]) for k in range(len(order))})
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, told: Told | None) -> Cond:
         """`cond` with the keys and values."""
         if told is None:
             return cond
         tokens = self.image_proj(told.value.to(x.device) if isinstance(told.value, Movable) else told.value.to(x))
+        layers = [cast(KeysValues, self.ip_adapter[place]) for place in self.places]
         made = Beside(
-            keys=tuple(layer(tokens) for layer in self.to_k_ip), values=tuple(layer(tokens) for layer in self.to_v_ip), weight=told.strength
+            keys=tuple(one.to_k_ip(tokens) for one in layers), values=tuple(one.to_v_ip(tokens) for one in layers), weight=told.strength
         )
         return replace(cond, injected=(cond.injected or Injected()) + Injected(beside=(made,)))
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of its config.json; diffusers has no such network."""
         return {"_class_name": "LDMBesideText"}
+
+
+class KeysValues(nn.Module):
+    """Keys and values of one attention; the values start at zero."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.to_k_ip = nn.Linear(width, channels, bias=False)
+        self.to_v_ip = nn.Linear(width, channels, bias=False)
+        zero(self.to_v_ip)
+
+
+class EmbeddingTokens(nn.Module):
+    """Tokens of an embedding, as IP-Adapter's files have them."""
+
+    def __init__(self, embedding: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(embedding, TOKENS * width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(B,E) -> (B,4,D)."""
+        return self.norm(self.proj(embedding).unflatten(1, (TOKENS, -1)))
 
 
 class MapTokens(nn.Module):

@@ -452,7 +452,11 @@ class UNet(UNetEncoder, Denoiser):
 
     def cross_attentions(self) -> list[CrossAttention]:
         """Its attentions to the text, in the order of the network's parts."""
-        return [m for m in self.modules() if isinstance(m, CrossAttention) and not m.looks_inward]
+        return list(self.attentions_to_text().values())
+
+    def attentions_to_text(self) -> dict[str, CrossAttention]:
+        """The same by their names."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, CrossAttention) and not m.looks_inward}
 
 
 class Level(nn.Module):

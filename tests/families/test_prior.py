@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import load
 from ldm.data.dataset import asked
 from ldm.data.scenes.source import ScenesSource
-from ldm.diffusion.batch import Mixed, Text
+from ldm.diffusion.batch import Cond, Mixed, Text, Told
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine
@@ -26,9 +26,10 @@ from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
-from ldm.families.latent_diffusion.ports import Vector, embedded
+from ldm.families.latent_diffusion.ports import Cross, Port, Vector, embedded
 from ldm.families.prior import Prior, PriorFamily
 from ldm.families.registry import open_finished
+from ldm.models.conditioned import Conditioned
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.prior_transformer import OWN, PriorShape, PriorTransformerConfig
 from ldm.runs.run import Run
@@ -170,11 +171,13 @@ def test_a_chain_draws_what_its_links_draw(
         prior.sample(WORDS)
 
 
-def test_a_fresh_vector_port_leaves_the_base_as_it_is(products: dict[str, Product], tmp_path: Path, pictures: torch.Tensor) -> None:
+@pytest.mark.parametrize("port", [Vector(), Cross()], ids=["vector", "cross"])
+def test_a_fresh_port_leaves_the_base_as_it_is(products: dict[str, Product], tmp_path: Path, pictures: torch.Tensor, port: Port) -> None:
     own = {role: products[role] for role in ("text", "autoencoder")}
     base = replace(DECODER, conditions=(), after="")
     shaken(base.build(context(own))).save(tmp_path)
-    fresh = DECODER.build(replace(context(own), init=Product(tmp_path, "")))
+    told = replace(DECODER, conditions=(Condition(view="embedding", port=port),))
+    fresh = told.build(replace(context(own), init=Product(tmp_path, "")))
     plain = base.build(replace(context(own), init=Product(tmp_path, "")))
     assert isinstance(fresh, LatentDiffusionFamily) and isinstance(plain, LatentDiffusionFamily)
     edits = fresh.tell({"embedding": pictures}, {}, (SIDE, SIDE))
@@ -217,6 +220,49 @@ def test_stable_unclip_pipeline_opens_a_decoder_with_its_prior(model: Path, prio
     image = found("a red circle", num_inference_steps=2, prior_num_inference_steps=2, output_type="np").images
     assert image.shape == (1, SIDE, SIDE, 3)
     assert found.unet.config.projection_class_embeddings_input_dim == 2 * TEXT.width
+
+
+def test_an_ip_adapter_is_loaded_by_diffusers_and_draws_the_same(
+    products: dict[str, Product], tmp_path: Path, pictures: torch.Tensor
+) -> None:
+    own = {role: products[role] for role in ("text", "autoencoder")}
+    base = replace(DECODER, conditions=(), after="")
+    shaken(base.build(context(own))).save(tmp_path / "base")
+    config = replace(base, conditions=(Condition(view="embedding", port=Cross()),), learn="new")
+    family = config.build(replace(context(own), init=Product(tmp_path / "base", "")))
+    assert isinstance(family, LatentDiffusionFamily) and isinstance(family.denoiser, Conditioned)
+    assert all(not weight.requires_grad for weight in family.base.parameters())
+    shaken(family.denoiser.networks).train()
+    family.save(tmp_path / "learned")
+    config.assemble({**own, "model": Product(tmp_path / "learned", "")}, tmp_path / "model", STORY)
+    model = open_finished(tmp_path / "model")
+    assert isinstance(model, LatentDiffusionFamily) and model.clip is not None
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    assert isinstance(pipeline, diffusers.StableDiffusionPipeline)
+    file = {"subfolder": "ip_adapter", "weight_name": "diffusion_pytorch_model.safetensors", "image_encoder_folder": None}
+    pipeline.load_ip_adapter(str(tmp_path / "model"), **file)
+    pipeline.set_ip_adapter_scale(0.7)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    embedding = model.clip.embedded(2 * pictures[:1] - 1)
+    noise, wanted = model.noise([0], (SIDE, SIDE)), Wanted(sampler="ddim", steps=4, guidance=3.0)
+    edits = model.tell({"embedding": pictures[:1]}, {"embedding": 0.7}, (SIDE, SIDE))
+    ours = model.sample(WORDS[:1], [0], wanted, size=(SIDE, SIDE), latents=noise, edits=edits)
+    both = [torch.cat([torch.zeros_like(embedding), embedding])[:, None]]  # without the prompt it is told zeros
+    more = {"latents": noise, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np", "ip_adapter_image_embeds": both}
+    theirs = pipeline(WORDS[0], **more).images
+    assert abs(theirs[0] * 255 - ours[0].numpy()).max() <= 2
+    assert not torch.equal(ours, model.sample(WORDS[:1], [0], wanted, size=(SIDE, SIDE), latents=noise))
+
+    x, t, text = torch.randn(2, 4, 4, 4).double(), torch.tensor([3, 700]), torch.randn(2, TEXT.max_tokens, TEXT.width).double()
+    pipeline.unet.double().eval()
+    model.denoiser.double().eval()
+    told = Told(value=embedding.double().expand(2, -1), strength=torch.full((2,), 0.7).double())
+    cond = Cond(text=Text(tokens=text, mask=torch.ones(2, TEXT.max_tokens).bool()), given={"embedding": told})
+    with torch.no_grad():
+        wanted64 = pipeline.unet(x, t, text, added_cond_kwargs={"image_embeds": [told.value[:, None]]}).sample
+        torch.testing.assert_close(model.denoiser(x, t, cond), wanted64, rtol=1e-6, atol=1e-7)
 
 
 def test_what_does_not_fit_is_told_before_any_work() -> None:

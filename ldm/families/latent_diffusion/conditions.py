@@ -174,11 +174,18 @@ def told(reads: Sequence[Read], views: Views | None, frozen: Frozen, size: tuple
         with torch.no_grad():
             value = read.condition.port.encode(views[read.view], read.kind, frozen, size)
         device = frozen.codec.mean.device
-        strength = torch.ones(length(views[read.view]), device=device)
+        own = Told(value=value, strength=torch.ones(length(views[read.view]), device=device))
         if rng is not None and read.condition.drop:
-            strength = (rng.uniform(f"told {read.view}") >= read.condition.drop).float().to(device)
-        found[read.view] = noised(read, Told(value=value, strength=strength), frozen.process, rng, None)
+            own = silenced(read, own, (rng.uniform(f"told {read.view}") >= read.condition.drop).float().to(device))
+        found[read.view] = noised(read, own, frozen.process, rng, None)
     return found
+
+
+def silenced(read: Read, told: Told, said: Tensor) -> Told:
+    """What is told where `said` (B,) is 1, and where it is 0 what stands for nothing."""
+    if read.condition.port.blank(read.kind):
+        return replace(told, value=told.value * said.view(-1, *[1] * (told.value.dim() - 1)))
+    return replace(told, strength=told.strength * said)
 
 
 def noised(read: Read, told: Told, process: Process, rng: Rng | None, share: float | None) -> Told:
@@ -239,7 +246,8 @@ def tell(reads: Sequence[Read], given: Views, strength: Mapping[str, float], fro
     def condition(cond: Cond, canvas: Canvas) -> Cond:
         own = {name: canvas.own_of(each) for name, each in found.items()}
         if not canvas.prompted:
-            own = {n: replace(t, strength=0 * t.strength) if by_name[n].condition.port.guided else t for n, t in own.items()}
+            guided = {n for n in own if by_name[n].condition.port.guided(by_name[n].kind)}
+            own = {n: silenced(by_name[n], t, 0 * t.strength) if n in guided else t for n, t in own.items()}
         drawn = {n: noised(by_name[n], t, frozen.process, canvas.rng, by_name[n].condition.port.noises()[1]) for n, t in own.items()}
         return replace(cond, given=drawn)
 

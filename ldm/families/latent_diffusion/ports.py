@@ -15,9 +15,10 @@ from ldm.config.schema import BY_KIND, Fraction, Positive, config
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import Boxes, Graph, Mixed, Movable, Objects, Triples, View
 from ldm.diffusion.process import Process
+from ldm.formats.assembly import PLAIN
 from ldm.formats.latent_codec import LatentCodec, full
 from ldm.models import denoiser
-from ldm.models.beside_text import BesideText, MapTokens, TripleTokens
+from ldm.models.beside_text import BesideText, EmbeddingTokens, MapTokens, TripleTokens
 from ldm.models.conditioned import ConditionNetwork, Embedded, Joined
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.denoiser import Denoiser
@@ -73,7 +74,6 @@ class PortConfig:
     __slots__ = ()
     kind: str
     forms: ClassVar[tuple[str, ...]] = ("map", "classes")  # of views that it takes
-    guided: ClassVar[bool] = False  # whether what guidance goes away from is not told it, as it is not told the prompt
     unet: ClassVar[bool] = False  # whether the base must be a U-Net
     brings: ClassVar[tuple[str, ...]] = ()  # parts of the names of weights that the base has for it alone
 
@@ -81,6 +81,14 @@ class PortConfig:
     def vector(self) -> bool:
         """Whether it tells the network something that joins the time embedding."""
         return bool(self.noises()[0])
+
+    def guided(self, kind: ViewKind) -> bool:
+        """Whether what guidance goes away from is not told it, as it is not told the prompt."""
+        return False
+
+    def blank(self, kind: ViewKind) -> bool:
+        """Whether samples that are not told it are told zeros in its place, and not nothing."""
+        return False
 
     def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
         """What the pipeline of diffusers that opens it is named, StableDiffusion...Pipeline; empty: none does."""
@@ -264,7 +272,6 @@ class Vector(PortConfig):
     noise: Fraction = 0.0  # most noise that is mixed into embeddings in training, as a share of the schedule; the network is told how much
     drawn_noise: Fraction = 0.0  # and when drawing
 
-    guided: ClassVar[bool] = True
     unet: ClassVar[bool] = True
     forms: ClassVar[tuple[str, ...]] = ("embedding",)
     brings: ClassVar[tuple[str, ...]] = ("class_embedding.",)
@@ -272,6 +279,10 @@ class Vector(PortConfig):
     @property
     def vector(self) -> bool:
         """It does."""
+        return True
+
+    def guided(self, kind: ViewKind) -> bool:
+        """It is, as in StableUnCLIPPipeline."""
         return True
 
     def noises(self) -> tuple[float, float]:
@@ -310,10 +321,24 @@ class Cross(PortConfig):
     most: Positive = 8  # triples of a graph; others are left out
 
     unet: ClassVar[bool] = True
-    forms: ClassVar[tuple[str, ...]] = ("map", "classes", "graph")
+    forms: ClassVar[tuple[str, ...]] = ("map", "classes", "graph", "embedding")
+
+    def guided(self, kind: ViewKind) -> bool:
+        """Embeddings, as IP-Adapter's."""
+        return kind.form == "embedding"
+
+    def blank(self, kind: ViewKind) -> bool:
+        """Embeddings: IP-Adapter attends to tokens of zeros where diffusers draws without the prompt."""
+        return kind.form == "embedding"
+
+    def pipeline(self, network: denoiser.Network, channels: int, kind: ViewKind) -> str:
+        """Embeddings are told to the base's own pipeline, by load_ip_adapter."""
+        return PLAIN if kind.form == "embedding" else ""
 
     def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Triples:
-        """The map as a picture (B,3,H,W) in [0,1]; of a graph the pooled texts of its triples."""
+        """The map as a picture (B,3,H,W) in [0,1]; of a graph the pooled texts of its triples; embeddings (B,E) of unit variance."""
+        if kind.form == "embedding":
+            return embedded(view, frozen)
         if isinstance(view, Tensor):
             return resized(as_picture(view, kind), (size[0] * frozen.codec.factor, size[1] * frozen.codec.factor))
         assert isinstance(view, Graph)
@@ -328,8 +353,10 @@ class Cross(PortConfig):
         """Tokens, and keys and values of the width that each attention has."""
         unet = cast(UNet, base)
         width = unet.config.context_width
-        reads = TripleTokens(width) if kind.form == "graph" else MapTokens(width, self.side)
-        return BesideText(reads, width, [layer.to_q.out_features for layer in unet.cross_attentions()])
+        reads: nn.Module = TripleTokens(width) if kind.form == "graph" else MapTokens(width, self.side)
+        if kind.form == "embedding":
+            reads = EmbeddingTokens(codec.embedding, width)
+        return BesideText(reads, width, {name: layer.to_q.out_features for name, layer in unet.attentions_to_text().items()})
 
 
 def pooled_of(text: TextEncoder, words: set[str], port: str) -> dict[str, Tensor]:
