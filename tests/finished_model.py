@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,26 @@ def text_product(folder: Path, seed: int = 0) -> Path:
     tokenizer = train_tokenizer(CAPTIONS, 560, TEXT.max_tokens)
     TextEncoder(small_clip_text(TEXT, tokenizer), tokenizer).save(folder)
     return folder
+
+
+def t5_folder(folder: Path, prompts: Sequence[str] = CAPTIONS) -> Any:
+    """A random T5 with a tokenizer of its kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    pieces.train_from_iterator(list(prompts) * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "tokenizer_class": "T5TokenizerFast"}))
+    torch.manual_seed(0)
+    made = T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    model = T5ForConditionalGeneration(made).eval()
+    model.save_pretrained(folder)
+    return model
 
 
 def clip_product(folder: Path, seed: int = 0) -> Path:

@@ -57,7 +57,7 @@ def makes(view: str) -> bool:
 
 def is_picture(kind: ViewKind) -> bool:
     """Whether the view is painted, not written."""
-    return kind.form in ("map", "classes")
+    return kind.form in ("map", "classes", "embedding")
 
 
 def written(view: str, kind: ViewKind, text: str) -> bytes:
@@ -177,6 +177,7 @@ def components(view: str, kind: ViewKind) -> tuple[dict[str, Any], ...]:
 
 HOW = {
     "map": "Load or paste a picture, or paint.",
+    "embedding": "Load or paste a picture, or paint: it is told by what the model's CLIP makes of it.",
     "classes": "Paint with the colours below, or load a picture of them or of class numbers.",
     "boxes": "Drag a rectangle, then write behind its numbers what is in it.",
     "points": "Click where a point is, then write its name behind its numbers.",

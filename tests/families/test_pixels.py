@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from finished_model import STORY, TEXT, UNET, Pictures, text_product
+from finished_model import STORY, TEXT, UNET, Pictures, t5_folder, text_product
 
 from ldm.config.errors import UserError
 from ldm.config.schema import plain
@@ -20,6 +20,7 @@ from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.pixels import PixelAutoencoder
+from ldm.families.pretrained import PretrainedText
 from ldm.formats.assembly import assemble
 from ldm.formats.part import load_part
 
@@ -112,6 +113,27 @@ def test_if_pipeline_opens_the_folder_and_draws_the_same(model: Path, monkeypatc
     ids = theirs.tokenizer(["a red circle"], padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert ids.shape[1] == TEXT.max_tokens and torch.allclose(theirs.text_encoder(ids)[0], told[0], atol=1e-5)
     assert "IFPipeline" in (model / "README.md").read_text()
+
+
+def test_a_t5_beside_pixels_reads_the_prompt_in_if_pipeline_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t5_folder(tmp_path / "t5")
+    text = PretrainedText(path=str(tmp_path / "t5"))
+    text.adopt(text.find(text.path, print), tmp_path / "words")
+    own = {**products(tmp_path), "text": Product(tmp_path / "words", "")}
+    torch.manual_seed(0)
+    family = CONFIG.build(Context(data=Pictures(), val=Pictures(), resolution=SIDE, seed=0, total_images=1, products=own))
+    family.save(tmp_path / "diffusion")
+    assemble(tmp_path / "words", tmp_path / "autoencoder", tmp_path / "diffusion", tmp_path / "model", STORY)
+    ours = load(tmp_path / "model").sample(["a red circle"], [7])
+    theirs: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model", watermarker=None)
+    assert isinstance(theirs, diffusers.IFPipeline) and type(theirs.text_encoder).__name__ == "T5EncoderModel"
+    rng = Rng(0, [7])
+    noises = [rng.normal("init", (3, SIDE, SIDE))] + [rng.normal(f"step{i}", (3, SIDE, SIDE)) for i in range(3)]
+    drawn = iter([*noises, torch.zeros(1, 3, SIDE, SIDE)])
+    for module in ("pipelines.deepfloyd_if.pipeline_if", "schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *a, **k: next(drawn))
+    found = theirs("a red circle", num_inference_steps=4, guidance_scale=2.0, output_type="np", clean_caption=False).images[0]
+    assert abs(torch.from_numpy(found) * 255 - ours[0].float()).max() <= 1
 
 
 def test_what_does_not_fit_is_said_in_a_line(model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from finished_model import t5_folder
 from safetensors.torch import save_file
 from torch import nn
 
@@ -112,29 +113,9 @@ def test_a_whole_clip_of_transformers(small: TextEncoder, tmp_path: Path) -> Non
     torch.testing.assert_close(ours.encode(PROMPTS).tokens, expected, atol=1e-6, rtol=0)
 
 
-def t5_folder(folder: Path) -> Any:
-    """A random T5 with a tokenizer of its kind."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-    pieces = Tokenizer(models.Unigram())
-    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
-    pieces.train_from_iterator(PROMPTS * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(folder)
-    values = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "tokenizer_class": "T5TokenizerFast"}))
-    torch.manual_seed(0)
-    made = T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
-    model = T5ForConditionalGeneration(made).eval()
-    model.save_pretrained(folder)
-    return model
-
-
 @torch.no_grad()
 def test_t5_gives_its_own_states(tmp_path: Path) -> None:
-    theirs = t5_folder(tmp_path / "t5")
+    theirs = t5_folder(tmp_path / "t5", PROMPTS)
     ours = load_pretrained(str(tmp_path / "t5"), max_tokens=16)
     ids, mask = ours.tokens(PROMPTS)
     assert ids.shape == (3, 16) and (ids[:, 0] != 0).all() and ours.width == 16
