@@ -52,16 +52,22 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
         stages["autoencoder"] = stage("autoencoder")
         stages["codes"] = {"kind": "encode", "resolution": 32, "codes": True}
         stages["last"] = stage("tokens", latents="codes")
+    elif system == "prior":
+        models["prior"] = {"kind": "prior", "network": {"heads": 2, "head_width": 8, "layers": 1}}
+        stages["last"] = stage("prior")
     else:
         models |= {"autoencoder": {"kind": "pixels"}, "diffusion": PIXELS}
         stages["diffusion" if system == "link" else "last"] = stage("diffusion", 16)
+        if system in ("vector", "adapter"):
+            told = {"view": "embedding", "port": "vector" if system == "vector" else "cross", "drop": 0.3}
+            models["diffusion"] = PIXELS | {"conditions": [told]}
         if system == "link":
             models["up"] = LINK
             stages["last"] = stage("up")
     return {"data": data, "models": models, "stages": stages}
 
 
-@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "pixels", "link"])
+@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "pixels", "link", "prior", "vector", "adapter"])
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
     system: str, kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
