@@ -28,6 +28,8 @@ def always(guidance: float, prompt: str) -> bool:
 class Painter:
     """Draws a perfect answer to each prompt of a tier that it listens to, and a scene of its own instead of others."""
 
+    able = frozenset({"sample", "reconstruct"})
+
     tier: Any = "one"
     seed: int = 0  # of the prompts that it knows
     count: int = 64

@@ -90,9 +90,25 @@ class Measurement:
     def metrics(self, model: str) -> list[Any]:
         """What is measured of a model, in order."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import Abilities, Adherence, ClipScore, Diversity, Frechet, Neighbours, Reconstruction, ToldViews
+        from ldm.metrics.evaluator import (
+            Abilities,
+            Adherence,
+            Captions,
+            ClipScore,
+            Diversity,
+            Frechet,
+            Language,
+            Layout,
+            Neighbours,
+            Reconstruction,
+            ToldViews,
+        )
 
-        found: list[Any] = [Reconstruction(images=self.images)]
+        found: list[Any] = [
+            Reconstruction(images=self.images),
+            Captions(images=self.images, seed=self.seed),
+            Language(captions=self.images),
+        ]
         by = {"features": _features(self.features, model)} if self.features else {}
         for scale in _numbers(self.guidance) or [0.0]:
             drawn = {"images": self.images, "steps": self.steps, "seed": self.seed, "sampler": self.sampler, "guidance": scale}
@@ -111,6 +127,8 @@ class Measurement:
             own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
             own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
             found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
+            asked = {"tier": own["tier"], "prompts": own["prompts"], "seed": self.seed}
+            found.append(build({"kind": "layout", **asked}, Layout, "ldm evaluate"))
             for place, scale in enumerate(_numbers(self.guidance) or [0.0], 1) if self.abilities else ():
                 own |= {"prompts": self.abilities, "guidance": scale}
                 found.insert(place, build({"kind": "abilities", **own}, Abilities, "ldm evaluate"))
@@ -151,10 +169,15 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     results: dict[str, dict[str, Any]] = {}
     for name in wanted.model:
         family = open_finished(name, device.device or best_device())
+        chosen = [metric for metric in metrics[name] if metric.asks in family.able]
+        if not chosen:
+            raise UserError(
+                f"{name}: a model of kind {family.kind} has nothing that is measured here; an evaluate stage of its run measures it"
+            )
         with log.stage("evaluate", 0, 0) as progress:
             found = measure(
                 family,
-                metrics[name],
+                chosen,
                 data=data,
                 resolution=family.defaults["size"][0],
                 seed=wanted.seed,
@@ -257,6 +280,9 @@ def table(result: dict[str, Any]) -> None:
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    for name in ("captions", "language", "layout"):
+        if name in result:
+            console.print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result[name].items() if isinstance(v, float)))
     for name, found in result.items():
         if name.startswith("frechet"):
             console.print(_distances(found))

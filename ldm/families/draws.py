@@ -239,6 +239,7 @@ class Draws(Protocol):
     reads_prompts: bool = True  # whether words change what it draws
     draws_pictures: bool = True  # else only what the next model of a chain is told
     hands: str = SMALL  # the view that the next model of a chain is told, without its argument
+    able: frozenset[str] = frozenset({"sample", "reconstruct"})  # what a metric may ask of it
     merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already
 
     @property

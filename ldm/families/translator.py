@@ -90,6 +90,7 @@ class TranslatorFamily(Family, Draws):
     """Generators and discriminators by name, and drawing."""
 
     preview_columns = 9
+    able = frozenset({"translate"})
 
     def __init__(self, config: TranslatorConfig, shown: ViewKind, size: int, init: Path | None = None) -> None:
         super().__init__()

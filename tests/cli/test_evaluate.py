@@ -254,3 +254,33 @@ def test_own_features_are_those_of_the_runs_clip(kl_model, tmp_path):
 def test_nearest_is_by_cosine() -> None:
     index, far = nearest(np.array([[1.0, 0.1], [0.0, -2.0]]), np.array([[0.0, -1.0], [9.0, 0.0], [1.0, 1.0]]), 2)
     assert index.tolist() == [[1, 2], [0, 1]] and far[1].tolist() == pytest.approx([0, 1]) and far[0, 0] == pytest.approx(1 - 1 / 1.01**0.5)
+
+
+class Writes:
+    """A captioner: it says of every picture the same."""
+
+    able = frozenset({"caption"})
+    kind, content_hash = "tokens", "hash"
+    defaults = {"size": (SIDE, SIDE)}  # noqa: RUF012
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def settings(self):
+        from ldm.families.draws import DIRECT
+
+        return DIRECT
+
+    def captions(self, image, seeds, settings=None):
+        return ["a red square on a white background"] * len(seeds)
+
+
+def test_a_model_is_measured_by_what_it_is_able_to(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ldm.families.registry, "open_finished", lambda folder, device: Writes())
+    assert main(["MODEL", "--tier", "one", "--images", "8", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [name for name in found if isinstance(found[name], dict)] == ["captions"]
+    assert found["captions"]["f1"] < 0.6 and "captions: words_f1" in capsys.readouterr().out
+    monkeypatch.setattr(Writes, "able", frozenset({"translate"}))
+    with pytest.raises(UserError, match="MODEL: a model of kind tokens has nothing that is measured here; an evaluate stage"):
+        main(["MODEL"])

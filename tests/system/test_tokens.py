@@ -76,10 +76,14 @@ def test_what_writes_captions_and_scenes_trains_and_writes(
     monkeypatch.chdir(ROOT)
     model = {"text2scene": "scene"}.get(name, name)
     small = ["data.images=48", "data.val=8", "models.text.vocabulary=600", "stages.text.images=32", "stages.text.batch=16"]
-    few = {"captioner": "captions, images: 4", "captions": "language, captions: 4", "text2scene": "layout, tier: T1, prompts: 2"}[name]
-    small += [*WRITERS[name], f"stages.{model}.batch=16", f"stages.evaluation.metrics=[{{kind: {few}}}]", "stages.evaluation.require={}"]
+    few = {
+        "captioner": "captions, images: 4",
+        "captions": "language, captions: 4",
+        "text2scene": "layout, tier: T1, prompts: 2}, {kind: adherence, tier: T1, prompts: 2",
+    }[name]
+    small += [*WRITERS[name], f"stages.{model}.batch=16", f"stages.evaluation.metrics=[{{kind: {few}}}]"]
     assert main(["train", f"configs/{name}.yaml", *small, f"out={tmp_path / 'whole'}"]) == 0
-    assert ("ldm caption" in capsys.readouterr().out) == (name != "text2scene")
+    assert ("ldm caption" in capsys.readouterr().err) == (name != "text2scene")
     run = str(tmp_path / "whole")
     if name == "text2scene":
         assert main(["sample", "a red square", "--model", run, "--out", str(tmp_path / "out"), "--size", "64x64"]) == 0

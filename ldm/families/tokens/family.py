@@ -259,6 +259,7 @@ class Tokens(ModelConfig):
             caption_dropout=self.caption_dropout,
             label_smoothing=self.label_smoothing,
             resolution=side,
+            able=self.answers,
         )
         return WritingFamily(said, network, text, codec, tower)
 

@@ -50,6 +50,7 @@ class Writing:
         caption_dropout: share of prompts that are left out when it learns.
         label_smoothing: share of the target that is spread over all tokens.
         resolution: px, of the pictures that it has learned from.
+        able: what a metric may ask of it.
     """
 
     reads: str
@@ -59,6 +60,7 @@ class Writing:
     caption_dropout: float
     label_smoothing: float
     resolution: int
+    able: frozenset[str]
 
 
 class WritingFamily(Family, Draws):
@@ -82,6 +84,7 @@ class WritingFamily(Family, Draws):
         self.said, self.network, self.text = said, network, text
         self._codec, self._tower = (codec,), (tower,)  # tuples, so that they stay out of the module tree
         self.reads_prompts = said.reads in ("text", "words")
+        self.able = said.able
         self.start = codec.codes if codec is not None else marks.MARKS if said.writes == "scene" else 0
         self.first = self.start + 1 if said.writes == "caption" else 0  # the number of the first token that is written
         self.kinds = len(self.words.tokenizer) if said.writes == "caption" else marks.MARKS
