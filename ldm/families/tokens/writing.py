@@ -273,6 +273,8 @@ class WritingFamily(Family, Draws):
         Raises:
             UserError: for a model of captions, settings that it has not, or a picture that is no square.
         """
+        if self.said.writes != "scene":
+            self.refuse("scene", "writes captions; give it pictures, with ldm caption")
         height, width = size or self.defaults["size"]
         if height != width or height < 16:
             raise UserError(f"size: got {width}x{height}; scenes are drawn as squares of at least 16 px")
