@@ -76,6 +76,8 @@ def read_tables(root: Path, found: Sequence[str], images: Sequence[str]) -> Capt
         UserError: if a file has no `file_name` or none of the caption columns, is not text, or is damaged.
     """
     table = CaptionTable()
+    if not found:
+        return table
     there = Names({name: name for name in images}, bare=True)
     newest: dict[str, str] = {}
     for name in found:

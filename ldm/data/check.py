@@ -16,7 +16,8 @@ from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import MAX_CHARACTERS, from_folder
 from ldm.data.file_names import printable
-from ldm.data.folder import ARCHIVES, SUFFIXES, FolderData, FolderSource, how_to_unpack
+from ldm.data.folder import FolderData, FolderSource, how_to_unpack
+from ldm.data.folder_scan import ARCHIVES, SUFFIXES
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos

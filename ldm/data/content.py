@@ -31,6 +31,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm")
 
 
+class FileState(Protocol):
+    """What tells that a file has changed (protocol): an os.stat_result, say."""
+
+    @property
+    def st_size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    @property
+    def st_mtime_ns(self) -> int:
+        """Time of modification."""
+        ...
+
+
 class ContentHashes:
     """Hashes of the files of a folder, each read once while its length and modification time stay.
 
@@ -47,7 +61,7 @@ class ContentHashes:
         self._file = cache_folder() / f"content-{hashlib.blake2b(os.fsencode(real), digest_size=12).hexdigest()}.json"
         if real not in self._in_memory:
             self._in_memory[real] = self._load()
-        self._known, self._changed = self._in_memory[real], False
+        self._real, self._known, self._changed = real, self._in_memory[real], False
 
     def _load(self) -> dict[str, list[object]]:
         try:
@@ -56,7 +70,7 @@ class ContentHashes:
             return {}
         return {k: v for k, v in said.items() if isinstance(v, list) and len(v) == 3} if isinstance(said, dict) else {}
 
-    def of(self, path: Path, name: str, status: os.stat_result) -> str:
+    def of(self, path: Path, name: str, status: FileState) -> str:
         """The hash of a file.
 
         Args:
@@ -79,6 +93,7 @@ class ContentHashes:
     def save(self, names: Sequence[str]) -> None:
         """Keep what was read of these files; where that cannot be, they are read again by the next process."""
         if not self._changed:
+            self._in_memory.pop(self._real, None)
             return
         kept = {name: self._known[name] for name in names if name in self._known}
         temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
@@ -86,6 +101,7 @@ class ContentHashes:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(kept), encoding="utf-8")
             temporary.replace(self._file)
+            self._in_memory.pop(self._real, None)
         except OSError as error:
             _log.info("%s cannot be written (%s); the pictures are read anew at every start", self._file, error.strerror)
             with suppress(OSError):

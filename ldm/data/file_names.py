@@ -16,7 +16,7 @@ _MARKS = (
     *("seg", "segmentation", "lineart", "scribble", "softedge", "hed", "mlsd"),
 )
 _MARK = re.compile(rf"(.+)[-_.]({'|'.join(_MARKS)})", re.IGNORECASE)
-_OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # @eaDir: Synology's thumbnails, which are pictures
+OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # @eaDir: Synology's thumbnails, which are pictures
 _MASK_FOLDERS = ("mask", "masks", "alpha_masks")
 _FOLDERS = (*_MASK_FOLDERS, "_controls", "control", "controls", "condition", "conditioning", "conditioning_images")  # _controls: ai-toolkit
 
@@ -38,7 +38,7 @@ def printable(text: str) -> str:
 def hidden(name: str) -> bool:
     """Whether a path is one of those that systems put beside people's files: hidden ones, AppleDouble's `._x`, `__MACOSX/`, thumbnails
     and bins of network drives."""
-    return any((part.startswith(".") and part not in (".", "..")) or part in _OF_SYSTEMS for part in name.split("/"))
+    return any((part.startswith(".") and part not in (".", "..")) or part in OF_SYSTEMS for part in name.split("/"))
 
 
 def split(name: str) -> tuple[str, str]:
@@ -57,17 +57,28 @@ class Names:
     """
 
     def __init__(self, names: Mapping[str, str], bare: bool = False) -> None:
-        self._levels: list[tuple[Callable[[str], str], dict[str, str]]] = [(str, dict(names))]
-        for there, asked in ((_composed, _composed), (_folded, _folded), *([(_bare, _folded)] if bare else [])):
-            level: dict[str, str] = {}
-            for name, value in names.items():
-                key = there(name)
-                level[key] = value if level.get(key, value) == value else ""  # several: none of them is meant
-            self._levels.append((asked, level))
+        self._names = names
+        self._rules: list[tuple[Callable[[str], str], Callable[[str], str]]] = [(_composed, _composed), (_folded, _folded)]
+        self._rules += [(_bare, _folded)] if bare else []
+        self._levels: dict[int, dict[str, str]] = {}  # of each rule, made when it is first needed, which is seldom
 
     def find(self, name: str) -> str | None:
         """What a name stands for; None: nothing, or one of several."""
-        return next((found for asked, level in self._levels if (found := level.get(asked(name)))), None)
+        if found := self._names.get(name):
+            return found
+        for number, (there, asked) in enumerate(self._rules if self._names else ()):
+            if number not in self._levels:
+                self._levels[number] = self._level(there)
+            if found := self._levels[number].get(asked(name)):
+                return found
+        return None
+
+    def _level(self, there: Callable[[str], str]) -> dict[str, str]:
+        level: dict[str, str] = {}
+        for name, value in self._names.items():
+            key = there(name)
+            level[key] = value if level.get(key, value) == value else ""  # several: none of them is meant
+        return level
 
 
 def _composed(name: str) -> str:

@@ -40,3 +40,17 @@ class Kept:
         """How many samples lie before a row."""
         found = int(np.searchsorted(self._rows, row, side="left"))
         return row - found if self._out else found
+
+
+class Repeated(Kept):
+    """Rows that are kept, each as often as its number of times says.
+
+    Args:
+        kept: the rows.
+        times: (n,) of all rows.
+    """
+
+    def __init__(self, kept: Kept, times: NDArray[Any]) -> None:
+        self.n, self._out, self._gaps = kept.n, False, None
+        rows = kept.rows()
+        self._rows = np.repeat(rows, times[rows]).astype(np.uint32 if kept.n < 2**32 else np.uint64)

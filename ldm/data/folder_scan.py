@@ -1,0 +1,412 @@
+"""The scan of an image folder: one walk, one look at each picture, remembered in the cache as long as no file changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from ldm.config.errors import UserError
+from ldm.config.schema import plain
+from ldm.data.caption_tables import NEAR, CaptionTable, is_table, read_tables
+from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
+from ldm.data.content import ContentHashes, cache_folder
+from ldm.data.fields import Known
+from ldm.data.file_names import OF_SYSTEMS, Names, is_text, leads_out, side_pictures, split
+from ldm.data.folder_views import FolderViews, find_views
+from ldm.data.images import FORMATS, Rejected, probe
+from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
+from ldm.data.photos import Rejection, held_out
+from ldm.data.tags import affixed
+from ldm.diffusion.batch import View
+
+if TYPE_CHECKING:
+    from ldm.data.folder import FolderSource
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
+ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
+FORMAT = 1  # of what is remembered
+_THREADS = 8
+_BLOCK = 512  # pictures that a thread looks at before it reports
+_IDLE = ("max_bad", "max_seconds", "path")  # settings that a scan does not depend on; the path counts by where it leads
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Scan:
+    """What a folder holds: its usable pictures by name, of both parts, and what else is there.
+
+    Words of a row are its name, the hash of its content (and of its mask's), the file that is its mask or nothing, and its captions.
+    """
+
+    file: IndexFile
+    views: FolderViews
+    words: Mapping[str, Mapping[str, View]] = field(default_factory=dict)  # boxes, points and graph that tables tell, by picture
+
+    @property
+    def rejected(self) -> list[Rejection]:
+        """What is left out, and why."""
+        return [Rejection(*row) for row in self.file.told["rejected"]]
+
+    def entry(self, row: int) -> list[str]:
+        """The words of a row.
+
+        Raises:
+            UserError: if what is remembered of it is damaged.
+        """
+        try:
+            return self.file.row(row, int(np.searchsorted(self.file.starts, row, side="right")) - 1)[1]
+        except DamagedIndex as error:
+            raise UserError(f"{self.file.path}: what is remembered of the folder is damaged ({error}); remove it") from None
+
+
+_scans: WeakValueDictionary[str, Scan] = WeakValueDictionary()  # both parts of a data set share one
+
+
+def scan(source: FolderSource, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]) -> Scan:
+    """What lies in a folder: remembered, or looked at anew where a name, a length or a time of modification is another.
+
+    Args:
+        refuse: called with what was found before it is remembered.
+
+    Raises:
+        UserError: if there is no such folder, or as `refuse`.
+    """
+    listing = Listing(Path(source.path), source.outside)
+    said = {name: value for name, value in plain(source).items() if name not in _IDLE}
+    key = hashlib.blake2b(json.dumps([FORMAT, os.path.realpath(source.path), said]).encode("utf-8", "replace"), digest_size=12).hexdigest()
+    whole = f"{key} {listing.digest}"
+    if (known := _scans.get(whole)) is None:
+        place = cache_folder() / f"folder-{key}.bin"
+        known = _remembered(place, listing) or _looked(source, listing, place, refuse)
+        _scans[whole] = known
+    return known
+
+
+def _remembered(place: Path, listing: Listing) -> Scan | None:
+    try:
+        file = IndexFile(place)
+    except (OSError, DamagedIndex):
+        return None
+    return Scan(file, FolderViews(listing.root)) if file.told.get("listing") == listing.digest else None
+
+
+class _State(NamedTuple):
+    st_size: int
+    st_mtime_ns: int
+
+
+class Listing:
+    """Files below a folder, by what they are for.
+
+    Args:
+        outside: follow links that lead out of the folder; if not, they are rejected, so that a stranger's folder shows nothing else.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+
+    def __init__(self, root: Path, outside: bool = False) -> None:
+        if not root.is_dir():
+            raise UserError(f"data.path: {root} is not a folder; give the folder that holds your images")
+        self.root = root
+        digest = hashlib.blake2b(digest_size=16)
+        self._names: list[str] = []
+        self._states = array("q")  # length and time of each; -1: a link that leads out
+        for name, status in _walk(str(root), "", set(), outside):
+            size, time_ns = (-1, 0) if status is None else (status.st_size, status.st_mtime_ns)
+            digest.update(f"{name}\0{size}\0{time_ns}\0".encode("utf-8", "surrogateescape"))
+            self._names.append(name)
+            self._states.extend((size, time_ns))
+        self.digest = digest.hexdigest()  # of all names, lengths and times
+
+    def sort(self) -> None:
+        """Tell the files apart by their names."""
+        images: list[int] = []
+        self.tables_found: list[str] = []
+        self.near: list[str] = []  # that look like tables, and are not read
+        self.archives: list[str] = []
+        self.rejected: list[Rejection] = []
+        texts: dict[str, dict[str, str]] = {suffix: {} for suffix in SIDECARS}
+        for number, name in enumerate(self._names):
+            stem, suffix = split(name)
+            if self._states[2 * number] < 0:
+                self.rejected.append(Rejection(name, "link leads out", "of the folder; set data.outside=true to follow it"))
+            elif not is_text(name):
+                self.rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
+            elif is_table(name.rpartition("/")[2]):
+                self.tables_found.append(name)
+            elif suffix in SUFFIXES:
+                images.append(number)
+            elif suffix in OTHER_IMAGES:
+                self.rejected.append(Rejection(name, "format not supported", f"{suffix}; convert it to one of {', '.join(FORMATS)}"))
+            elif suffix in texts:
+                texts[suffix][stem] = name
+            elif suffix.startswith(NEAR):
+                self.near.append(name)
+            elif suffix in ARCHIVES:
+                self.archives.append(name)
+        images.sort(key=self._names.__getitem__)
+        self.images = [self._names[number] for number in images]
+        self._states = array("q", (value for number in images for value in self._states[2 * number : 2 * number + 2]))
+        self._names = []
+        self._texts = [Names(found) for found in texts.values()]
+
+    def state(self, number: int) -> _State:
+        """Length and time of modification of one of `images`."""
+        return _State(*self._states[2 * number : 2 * number + 2])
+
+    def tables(self, source: FolderSource) -> CaptionTable:
+        """What the tables say, where they are asked for.
+
+        Raises:
+            UserError: if one cannot be understood.
+        """
+        asked = source.captions in ("auto", "metadata")
+        return read_tables(self.root, sorted(self.tables_found), self.images) if asked else CaptionTable()
+
+    def views(self, source: FolderSource, table: CaptionTable) -> FolderViews:
+        """Maps and annotations among the files and in tables.
+
+        Raises:
+            UserError: for what the source names and is not there.
+        """
+
+        def captioned(name: str) -> bool:
+            return bool(table.captions.get(name) or self.text_of(name))
+
+        alike = bool(source.caption) or source.captions in ("filename", "none")
+        return find_views(self.root, self.images, source.views, source.layout, table.views, None if alike else captioned)
+
+    def text_of(self, name: str) -> str | None:
+        """The text file beside an image, in letters of any case."""
+        stem = split(name)[0]
+        return next((found for texts in self._texts if (found := texts.find(stem))), None)
+
+
+@dataclass
+class _Block:
+    """What was seen of some pictures."""
+
+    part: Part
+    names: list[str]
+    rejected: list[Rejection]
+    views: dict[str, Mapping[str, View]]
+
+
+class _Looker:
+    """Looks at pictures: their headers, captions, masks, and what else is told of them.
+
+    Args:
+        masks: the file of each picture that has one.
+    """
+
+    def __init__(self, source: FolderSource, found: Listing, table: CaptionTable, views: FolderViews, masks: Mapping[str, str]) -> None:
+        self.source, self.found, self.table, self.views, self.masks = source, found, table, views, masks
+        self.hashes = ContentHashes(found.root)
+
+    def block(self, numbers: Sequence[int]) -> _Block:
+        """Of some of the listing's images."""
+        rows: list[tuple[float, ...]] = []
+        words: list[list[str]] = []
+        names: list[str] = []
+        rejected: list[Rejection] = []
+        views: dict[str, Mapping[str, View]] = {}
+        for number in numbers:
+            name = self.found.images[number]
+            try:
+                row, said, told = self._one(name, number)
+            except Rejected as error:
+                rejected.append(Rejection(name, error.reason, error.detail))
+                continue
+            except OSError as error:
+                rejected.append(Rejection(name, "unreadable file", str(error.strerror)))
+                continue
+            rows.append(row)
+            words.append(said)
+            names.append(name)
+            if told:
+                views[name] = told
+        column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
+        numbers_of = {name: np.array(column[name], np.float32 if name in _FLOATS else np.uint64) for name in COLUMNS}
+        record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
+        return _Block(part_of(record, numbers_of, words), names, rejected, views)
+
+    def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View]]:
+        source, root = self.source, self.found.root
+        times = _times(name) if source.captions == "kohya" else 1
+        captions = [affixed(said, source.prefix, source.suffix) for said in _captions(self.found, name, source, self.table)]
+        path = root / name
+        size = probe(path, source.max_pixels)
+        told = self.table.known.get(name, Known()).over(Known(*size))
+        size = (size[0], size[1] // 2) if source.layout == "ab" else size
+        views = self.views.entries(name, size)
+        if min(size) < source.min_side:
+            raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
+        content = self.hashes.of(path, name, self.found.state(number))
+        if mask := self.masks.get(name, ""):
+            content += self.hashes.of(root / mask, mask, (root / mask).stat())
+        row = (*size, told.height, told.width, told.aesthetic, told.watermark, times)
+        return row, [name, content, mask, *captions], views
+
+
+COLUMNS = ("height", "width", "original_height", "original_width", "aesthetic", "watermark", "times")
+_FLOATS = ("aesthetic", "watermark")
+_CAPTIONS = 3  # words of a row before them
+
+
+def _looked(
+    source: FolderSource, found: Listing, place: Path, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]
+) -> Scan:
+    """Look at everything; headers are checked in threads, and files that are new here are hashed."""
+    found.sort()
+    table = found.tables(source)
+    views = found.views(source, table)
+    rejected = [*found.rejected, *(Rejection(*row) for row in table.rejected)]
+    rejected += [Rejection(name, "listed but missing") for name in sorted(set(table.absent))]
+    names = [name for name in found.images if name not in views.files]
+    side = side_pictures(names, (name for name in names if table.captions.get(name) or found.text_of(name)))
+    masks = {kept.of: name for name, kept in sorted(side.items(), reverse=True) if kept.kind == "mask" and kept.of}
+    masks = masks if source.masks == "beside" else {}
+    used = set(masks.values())
+    rejected += [
+        Rejection(name, "side picture", f"a {kept.kind}" + f" of {kept.of}" * bool(kept.of))
+        for name, kept in side.items()
+        if name not in used
+    ]
+    looker = _Looker(source, found, table, views, masks)
+    chosen = [number for number, name in enumerate(found.images) if name not in side and name not in views.files]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        blocks = list(pool.map(looker.block, (chosen[n : n + _BLOCK] for n in range(0, len(chosen), _BLOCK))))
+    looker.hashes.save([*(found.images[number] for number in chosen), *used])
+    rejected += [one for block in blocks for one in block.rejected]
+    usable = [name for block in blocks for name in block.names]
+    refuse(found, len(usable), rejected, table)
+    out = held_out(usable, source.val_share)
+    parts = [block.part for block in blocks if block.names]
+    told = {
+        "listing": found.digest,
+        "tables": table.files,
+        "rejected": [(one.name, one.reason, one.detail) for one in rejected],
+        "val": np.flatnonzero(out).tolist(),
+    }
+    words = {name: one for block in blocks for name, one in block.views.items()}
+    own = bool(views.maps or views.words)  # these are many, and belong to no row
+    file = _written(place, parts, told | {"parts": _parts(source, parts, out)}, keep=not own)
+    return Scan(file, views, words)
+
+
+def _parts(source: FolderSource, parts: Sequence[Part], out: np.ndarray) -> dict[str, dict[str, object]]:
+    """Of the training and the held-out part what depends on all of its pictures: its fingerprint, and counts."""
+    digests, counts, masked = {}, dict.fromkeys(("train", "val"), 0), dict.fromkeys(("train", "val"), 0)
+    for name in ("train", "val"):
+        view_options = (name, source.val_share, source.crop, source.min_side, source.max_pixels)
+        digests[name] = hashlib.sha256(json.dumps(["folder", 2, *view_options, source.masks]).encode())
+        digests[name].update(json.dumps(source.layout).encode() if source.layout == "ab" else b"")
+    row = 0
+    for part in parts:
+        starts = [*part.columns["text"].tolist(), len(part.texts)]
+        for n, times in enumerate(part.columns["times"].tolist()):
+            picture, content, mask, *captions = json.loads(part.texts[starts[n] + 4 : starts[n + 1]])
+            name, often = ("val", 1) if out[row] else ("train", times)
+            digests[name].update(json.dumps([picture, content, captions]).encode() * often)
+            counts[name] += len(set(captions)) * often
+            masked[name] += bool(mask) * often
+            row += 1
+    return {name: {"fingerprint": digests[name].hexdigest(), "captions": counts[name], "masks": masked[name]} for name in digests}
+
+
+def _written(place: Path, parts: Sequence[Part], told: Mapping[str, object], keep: bool) -> IndexFile:
+    """The rows as a file, in the cache where it can be, else without a name."""
+    gives = [partial(_same, part) for part in parts]
+    if keep:
+        try:
+            write(place, gives, told)
+            return IndexFile(place)
+        except OSError as error:
+            _log.info("%s cannot be written (%s); the folder is looked at anew at every start", place, error.strerror)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "scan", gives, told)
+            return IndexFile(Path(folder) / "scan")
+    except OSError as error:
+        raise UserError(f"{tempfile.gettempdir()}: cannot be written ({error.strerror or error}); make room, or set TMPDIR") from None
+
+
+def _same(part: Part) -> Part:
+    return part
+
+
+def _captions(found: Listing, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
+    if source.caption or source.captions == "none":
+        return (source.caption,)
+    said: tuple[str, ...] = ()
+    if source.captions in ("auto", "metadata"):
+        said = tuple(table.captions.get(name, ()))
+    if not said and source.captions in ("auto", "txt", "kohya") and (text := found.text_of(name)):
+        said = sidecar(found.root / text)
+    if not said and source.captions in ("auto", "metadata"):
+        said = tuple(table.spare.get(name, ()))
+    if not said and source.captions == "kohya" and (folder := from_folder(name)):
+        said = (folder[1],)
+    if source.captions == "filename":
+        said = from_name(Path(name))
+    if not said:
+        raise Rejected("no caption")
+    return said
+
+
+def _times(name: str) -> int:
+    """How often a picture in folders named as kohya's scripts have them is seen in an epoch.
+
+    Raises:
+        Rejected: as these scripts leave pictures out.
+    """
+    said = from_folder(name)
+    if said is None:
+        raise Rejected("no N_words folder", "captions=kohya reads pictures in folders such as '10_sks dog'")
+    if not said[0]:
+        raise Rejected("repeated 0 times")
+    return said[0]
+
+
+def _walk(root: str, prefix: str, visited: set[tuple[int, int]], outside: bool) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Every file below a folder, links followed once, hidden and __MACOSX ones left out; None for a link that leads out."""
+    folder = os.path.join(root, prefix)
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=_name)
+    for entry in entries:
+        name = entry.name
+        if name.startswith(".") or name in OF_SYSTEMS:
+            continue
+        try:
+            if entry.is_symlink() and not outside and leads_out(entry.path, root):
+                yield prefix + name, None
+            elif entry.is_dir():
+                yield from _walk(root, f"{prefix}{name}/", visited, outside)
+            elif entry.is_file():
+                yield prefix + name, entry.stat()
+        except OSError:  # a folder that may not be read, or a file that has just gone
+            _log.warning("%s cannot be read", entry.path)
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name
