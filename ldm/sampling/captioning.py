@@ -12,7 +12,7 @@ import numpy as np
 from ldm.config.errors import UserError
 from ldm.data.captions import SIDECARS, clean
 from ldm.data.file_names import printable, side_pictures, split
-from ldm.data.folder import SUFFIXES, Listing
+from ldm.data.folder_scan import SUFFIXES, Listing
 from ldm.data.images import Rejected, probe, read_file, view
 from ldm.families.draws import Wanted
 from ldm.formats.part import write_whole
@@ -79,11 +79,12 @@ def find(paths: Sequence[Path], tell: Tell) -> list[Picture]:
             found.setdefault(path, Picture(path, (there or texts)[0], bool(there)))
             continue
         listing = Listing(path)
+        listing.sort()
         for rejection in listing.rejected:
             tell(f"{printable(str(rejection))}: left out")
         if listing.tables_found:
             tell(f"{path}: training reads {listing.tables_found[0]} before text files; set data.captions=txt to train on these")
-        names = [name for name, _ in listing.images]
+        names = listing.images
         side = side_pictures(names, (name for name in names if listing.text_of(name)))
         for name in names:
             beside = listing.text_of(name)
