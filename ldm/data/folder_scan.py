@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -25,15 +25,12 @@ from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.fields import Known
 from ldm.data.file_names import OF_SYSTEMS, Names, is_text, leads_out, side_pictures, split
-from ldm.data.folder_views import FolderViews, find_views
+from ldm.data.folder_views import FolderViews, Layout, find_views
 from ldm.data.images import FORMATS, Rejected, probe
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
 from ldm.data.photos import Rejection, held_out
 from ldm.data.tags import affixed
 from ldm.diffusion.batch import View
-
-if TYPE_CHECKING:
-    from ldm.data.folder import FolderSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
@@ -44,6 +41,75 @@ _BLOCK = 512  # pictures that a thread looks at before it reports
 _IDLE = ("max_bad", "max_seconds", "path")  # settings that a scan does not depend on; the path counts by where it leads
 
 _log = logging.getLogger(__name__)
+
+
+class FolderSettings(Protocol):
+    """Settings that a scan depends on (protocol): those of `ldm.data.folder.FolderSource`."""
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        ...
+
+    @property
+    def captions(self) -> str:
+        """Where they come from."""
+        ...
+
+    @property
+    def views(self) -> dict[str, str]:
+        """By view where it lies."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Of pairs."""
+        ...
+
+    @property
+    def caption(self) -> str:
+        """Of every picture, in place of its own."""
+        ...
+
+    @property
+    def prefix(self) -> str:
+        """Before every caption."""
+        ...
+
+    @property
+    def suffix(self) -> str:
+        """Behind every caption."""
+        ...
+
+    @property
+    def val_share(self) -> float:
+        """Share that is held out."""
+        ...
+
+    @property
+    def min_side(self) -> int:
+        """In px."""
+        ...
+
+    @property
+    def max_pixels(self) -> int:
+        """Of one image."""
+        ...
+
+    @property
+    def crop(self) -> str:
+        """`random` or `centre`."""
+        ...
+
+    @property
+    def masks(self) -> str:
+        """`none`, `beside` or `alpha`."""
+        ...
+
+    @property
+    def outside(self) -> bool:
+        """Whether links that lead out are followed."""
+        ...
 
 
 @dataclass
@@ -77,7 +143,7 @@ class Scan:
 _scans: WeakValueDictionary[str, Scan] = WeakValueDictionary()  # both parts of a data set share one
 
 
-def scan(source: FolderSource, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]) -> Scan:
+def scan(source: FolderSettings, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]) -> Scan:
     """What lies in a folder: remembered, or looked at anew where a name, a length or a time of modification is another.
 
     Args:
@@ -170,7 +236,7 @@ class Listing:
         """Length and time of modification of one of `images`."""
         return _State(*self._states[2 * number : 2 * number + 2])
 
-    def tables(self, source: FolderSource) -> CaptionTable:
+    def tables(self, source: FolderSettings) -> CaptionTable:
         """What the tables say, where they are asked for.
 
         Raises:
@@ -179,7 +245,7 @@ class Listing:
         asked = source.captions in ("auto", "metadata")
         return read_tables(self.root, sorted(self.tables_found), self.images) if asked else CaptionTable()
 
-    def views(self, source: FolderSource, table: CaptionTable) -> FolderViews:
+    def views(self, source: FolderSettings, table: CaptionTable) -> FolderViews:
         """Maps and annotations among the files and in tables.
 
         Raises:
@@ -215,7 +281,7 @@ class _Looker:
         masks: the file of each picture that has one.
     """
 
-    def __init__(self, source: FolderSource, found: Listing, table: CaptionTable, views: FolderViews, masks: Mapping[str, str]) -> None:
+    def __init__(self, source: FolderSettings, found: Listing, table: CaptionTable, views: FolderViews, masks: Mapping[str, str]) -> None:
         self.source, self.found, self.table, self.views, self.masks = source, found, table, views, masks
         self.hashes = ContentHashes(found.root)
 
@@ -270,7 +336,7 @@ _CAPTIONS = 3  # words of a row before them
 
 
 def _looked(
-    source: FolderSource, found: Listing, place: Path, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]
+    source: FolderSettings, found: Listing, place: Path, refuse: Callable[[Listing, int, list[Rejection], CaptionTable], None]
 ) -> Scan:
     """Look at everything; headers are checked in threads, and files that are new here are hashed."""
     found.sort()
@@ -310,7 +376,7 @@ def _looked(
     return Scan(file, views, words)
 
 
-def _parts(source: FolderSource, parts: Sequence[Part], out: np.ndarray) -> dict[str, dict[str, object]]:
+def _parts(source: FolderSettings, parts: Sequence[Part], out: np.ndarray) -> dict[str, dict[str, object]]:
     """Of the training and the held-out part what depends on all of its pictures: its fingerprint, and counts."""
     digests, counts, masked = {}, dict.fromkeys(("train", "val"), 0), dict.fromkeys(("train", "val"), 0)
     for name in ("train", "val"):
@@ -351,7 +417,7 @@ def _same(part: Part) -> Part:
     return part
 
 
-def _captions(found: Listing, name: str, source: FolderSource, table: CaptionTable) -> tuple[str, ...]:
+def _captions(found: Listing, name: str, source: FolderSettings, table: CaptionTable) -> tuple[str, ...]:
     if source.caption or source.captions == "none":
         return (source.caption,)
     said: tuple[str, ...] = ()
