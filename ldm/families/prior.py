@@ -185,6 +185,7 @@ class PriorFamily(Family, Draws):
     Embeddings lie on a sphere of radius sqrt(E), so that their values have unit variance.
     """
 
+    able = frozenset[str]()  # no metric asks for an embedding
     kind = "prior"
     hands = EMBEDDING
     draws_pictures = False

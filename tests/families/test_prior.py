@@ -12,6 +12,7 @@ import torch
 from finished_model import STORY, TEXT, UNET, autoencoder_product
 from torch.nn import functional as F
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import load
 from ldm.data.dataset import asked
@@ -280,3 +281,11 @@ def test_embeddings_need_the_image_side_of_a_clip(products: dict[str, Product], 
     for config in (PRIOR, DECODER):
         with pytest.raises(UserError, match="has no image side"):
             config.build(context({**products, "text": Product(kl_model, "")}))
+
+
+def test_a_prior_alone_opens_and_says_that_nothing_is_measured_of_it(
+    products: dict[str, Product], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PRIOR.assemble({"text": products["text"], "model": products["prior"]}, tmp_path / "model", STORY)
+    assert main(["evaluate", str(tmp_path / "model")]) == 2
+    assert "a model of kind prior has nothing that is measured here" in capsys.readouterr().err
