@@ -15,8 +15,7 @@ from ldm.cli.command import call
 from ldm.config.errors import UserError
 from ldm.config.terminal import raw
 from ldm.runs.report import duration, report
-from ldm.runs.run_record import StageRecord, StepRecord, Story, read_story
-from ldm.training import log
+from ldm.runs.run_record import StageRecord, StepRecord, Story, StoryReader
 
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 3  # of the latest that are shown
@@ -37,10 +36,10 @@ def watch(
     """Show a run's stages, curves, latest pictures and notes until it is finished; report.html is kept up to date."""
     if once and every is not None:
         raise UserError("every: changes nothing with --once; leave one of them out")
-    before = ""
+    before, reader = "", StoryReader(run)
     while True:
-        story = read_story(run)
-        page = report(run)
+        story = reader.read()
+        page = report(run, story)
         said = "\n".join(lines(story, page, shutil.get_terminal_size().columns))
         if once or not sys.stdout.isatty():
             if said != before:
@@ -72,8 +71,8 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
         yield f"latest pictures: {max(grids, key=lambda path: path.stat().st_mtime)}"
     yield from (f"  {note[: max(20, width - 2)]}" for note in story.notes[-NOTES:])
     yield from (f"  damaged: {text}" for text in story.damaged)
-    if failed := _failed(story.folder):
-        yield f"FAILED: {failed}"
+    if story.failed:
+        yield f"FAILED: {story.failed}"
 
 
 def _headline(stage: StageRecord) -> str:
@@ -120,14 +119,3 @@ def spark(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     span = high - low
     return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] if span > 0 else BARS[0] for mean in means)
-
-
-def _failed(folder: Path) -> str:
-    """The cause that ended the run's last start, if one did."""
-    found = ""
-    for line in log.read(folder / log.LOG):
-        if "failed" in line:
-            found = str(line["failed"])
-        elif "launch" in line or "step" in line:
-            found = ""
-    return found

@@ -23,13 +23,16 @@ ALARMS = 8  # of a stage's that are shown, the latest
 PROMPTS = "prompts.json"
 
 
-def report(run_folder: Path | str) -> Path:
+def report(run_folder: Path | str, read: Story | None = None) -> Path:
     """Write report.html of a run folder, from whatever is there, and return its path.
+
+    Args:
+        read: what the folder tells, if it was read just now.
 
     Raises:
         UserError: if the folder holds nothing of a run.
     """
-    story = read_story(Path(run_folder))
+    story = read_story(Path(run_folder)) if read is None else read
     path = story.folder / FILE
     temporary = path.with_name(f".{FILE}.partial")
     temporary.write_text(render(story), encoding="utf-8", errors="backslashreplace")  # half characters

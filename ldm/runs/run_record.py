@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ldm.runs.run_folder import is_stage_name
 from ldm.training import log
 
 PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
+GROWS = ("seconds", "peak_memory_mb")
+MOST = 1024  # steps of a stage that are told apart at least; of more, two beside each other count as one
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Story:
     stages: Sequence[StageRecord]
     notes: Sequence[str]
     damaged: Sequence[str] = ()  # files of it that cannot be read, and why: what they tell is missing
+    failed: str = ""  # the cause that ended the last start
 
     @property
     def finished(self) -> bool:
@@ -116,20 +119,95 @@ def read_story(folder: Path) -> Story:
     Raises:
         UserError: if there is neither a configuration nor a log nor a stage.
     """
-    if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
-        raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
-    damaged: list[str] = []
-    text, config = _config(folder / "config.yaml", damaged)
-    lines, odd = log.read_counted(folder / log.LOG)
-    if odd:
-        damaged.append(f"{folder / log.LOG}: {odd:,} damaged lines")
-    settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items() if is_stage_name(name)}
-    there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and is_stage_name(p.name)), key=lambda p: p.stat().st_mtime)
-    names = [*settings, *(p.name for p in there if p.name not in settings)]
-    stages = [_stage(name, settings.get(name, {}), folder / "stages" / name, lines, damaged) for name in names]
-    notes = [line["note"] for line in lines if "note" in line]
-    name = config.get("name")
-    return Story(folder, name if isinstance(name, str) and name else folder.resolve().name, config, text, stages, notes, damaged)
+    return StoryReader(folder).read()
+
+
+class StoryReader:
+    """Reader of a run folder that may look again, and then reads of its log what is new alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._log = log.Follower(folder / log.LOG)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stages: dict[str, _Logged] = {}
+        self._notes: list[str] = []
+        self._odd, self._failed = 0, ""
+
+    def read(self) -> Story:
+        """As `read_story`."""
+        folder = self.folder
+        if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
+            raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
+        damaged: list[str] = []
+        text, config = _config(folder / "config.yaml", damaged)
+        anew, lines, odd = self._log.read()
+        if anew:
+            self._begin()
+        for line in lines:
+            self._take(line)
+        self._odd += odd
+        if self._odd:
+            damaged.append(f"{folder / log.LOG}: {self._odd:,} damaged lines")
+        settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items() if is_stage_name(name)}
+        there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and is_stage_name(p.name)), key=lambda p: p.stat().st_mtime)
+        names = [*settings, *(p.name for p in there if p.name not in settings)]
+        nothing = _Logged()
+        stages = [
+            _stage(name, settings.get(name, {}), folder / "stages" / name, self._stages.get(name, nothing), damaged) for name in names
+        ]
+        name = config.get("name")
+        shown = name if isinstance(name, str) and name else folder.resolve().name
+        return Story(folder, shown, config, text, stages, tuple(self._notes), damaged, self._failed)
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "note" in line:
+            self._notes.append(line["note"])
+        if "failed" in line:
+            self._failed = str(line["failed"])
+        elif "launch" in line or "step" in line:
+            self._failed = ""
+        if "stage" in line:
+            self._stages.setdefault(line["stage"], _Logged()).take(line)
+
+
+@dataclass
+class _Logged:
+    """What the log tells of a stage."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+    levels: list[LevelRecord] = field(default_factory=list)
+    buckets: list[Mapping[str, float]] = field(default_factory=list)
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """One line more."""
+        if isinstance(line.get("buckets"), list):
+            self.buckets = [numbers(row) for row in line["buckets"]]
+        if "alarm" in line:
+            self.alarms.append(line["alarm"])
+        images = number(line.get("images"))
+        if "step" in line and images is not None and images >= 0:
+            values = numbers({key: line.get(key) for key in PLAIN})
+            self.steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
+            if len(self.steps) > 2 * MOST:
+                self.steps.sort(key=lambda step: step.images)
+                self.steps = [_mean(*self.steps[i : i + 2]) for i in range(0, len(self.steps), 2)]
+        if "loss_by_level" in line and images is not None:
+            self.levels.append(LevelRecord(images, **line["loss_by_level"]))
+
+
+def _mean(first: StepRecord, second: StepRecord | None = None) -> StepRecord:
+    """Two steps as one: means of what both tell, but for what only grows."""
+    if second is None:
+        return first
+
+    def of(name: str) -> dict[str, float]:
+        one, other = getattr(first, name), getattr(second, name)
+        return {**one, **{key: (one.get(key, value) + value) / 2 if key not in GROWS else value for key, value in other.items()}}
+
+    return StepRecord(second.images, of("values"), of("terms"), of("gauges"))
 
 
 def read_told(path: Path, damaged: list[str] | None = None) -> Mapping[str, Any]:
@@ -144,27 +222,16 @@ def read_told(path: Path, damaged: list[str] | None = None) -> Mapping[str, Any]
         return {}
 
 
-def _stage(name: str, settings: Mapping[str, Any], folder: Path, lines: Iterable[Mapping[str, Any]], damaged: list[str]) -> StageRecord:
+def _stage(name: str, settings: Mapping[str, Any], folder: Path, logged: _Logged, damaged: list[str]) -> StageRecord:
     done = read_told(folder / "done.json", damaged)
-    steps, buckets, alarms, levels = [], [], [], []
-    for line in lines:
-        if line.get("stage") == name and isinstance(line.get("buckets"), list):
-            buckets = [numbers(row) for row in line["buckets"]]
-        if line.get("stage") == name and "alarm" in line:
-            alarms.append(line["alarm"])
-        images = number(line.get("images"))
-        if line.get("stage") == name and "step" in line and images is not None and images >= 0:
-            values = numbers({key: line.get(key) for key in PLAIN})
-            steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
-        if line.get("stage") == name and "loss_by_level" in line and images is not None:
-            levels.append(LevelRecord(images, **line["loss_by_level"]))
-    steps.sort(key=lambda step: step.images)
+    steps = sorted(logged.steps, key=lambda step: step.images)
     history = read_told(folder / "extends.json", damaged).get("changes")
     entries = [mapping(one) for one in history] if isinstance(history, list) else []
     changes = [f"after {number(one.get('images')) or 0:,.0f} images: {'; '.join(map(str, _listed(one.get('changed'))))}" for one in entries]
     told = read_told(folder / "ema-sweep.json", damaged).get("rows")
     sweep = [found for row in _listed(told) if "length" in (found := numbers(row))]
-    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, levels, sweep, buckets)
+    alarms, levels = tuple(logged.alarms), tuple(logged.levels)
+    return StageRecord(name, settings, done or None, folder, steps, alarms, changes, levels, sweep, logged.buckets)
 
 
 def _listed(value: Any) -> Sequence[Any]:

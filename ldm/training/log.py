@@ -338,6 +338,36 @@ def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
     return [line for line in (*found, _parsed(begun)) if line], found.count({})
 
 
+class Follower:
+    """A log.jsonl that is read on from where it was read before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at, self._tail, self._number = 0, b"", 0  # bytes that were read, the last of them, and the file's number
+
+    def read(self) -> tuple[bool, list[dict[str, Any]], int]:
+        """Whether it is another file than before, all of which is read; the lines that are new; and how many of these were damaged."""
+        try:
+            with self.path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                file.seek(self._at - len(self._tail))
+                text = file.read()
+                if anew := number != self._number or not text.startswith(self._tail):
+                    file.seek(0)
+                    text = file.read()
+                    self._at, self._tail, self._number = 0, b"", number
+        except OSError:
+            anew, text = self._number != 0, b""
+            self._at, self._tail, self._number = 0, b"", 0
+        whole, newline, begun = text[len(self._tail) :].rpartition(b"\n")
+        found = [_parsed(raw) for raw in whole.split(b"\n") if raw.strip()]
+        last = _parsed(begun)  # of one that is only begun nothing is taken yet
+        taken = len(whole) + len(newline) + (len(begun) if last else 0)
+        self._tail = text[: len(self._tail) + taken][-64:]
+        self._at += taken
+        return anew, [line for line in (*found, last) if line], found.count({})
+
+
 def _count(value: Any) -> bool:
     return (number(value) or 0) >= 0 and number(value) is not None
 

@@ -147,7 +147,7 @@ def test_a_folder_gives_what_any_picture_gives_turned_with_it(tmp_path: Path) ->
     for name in ("grey", "small:4"):
         torch.testing.assert_close(mirrored_view(upright.views[name]), turned.views[name])  # type: ignore[arg-type]
     with pytest.raises(
-        UserError, match=r"view 'labels': this data does not offer it; it has edges, grey, .*as files in a folder of that name"
+        UserError, match=r"view 'labels': this data does not offer it; it has edges, embedding, grey, .*as files in a folder of that name"
     ):
         asked(plain, ("labels",))
     with pytest.raises(UserError, match=r"'small:1'.*from 2 to 64"):

@@ -411,8 +411,8 @@ def test_watch_looks_every_so_often(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         waits.append(seconds)
         Story.finished = len(waits) == 2
 
-    monkeypatch.setattr(watch, "read_story", lambda run: Story)
-    monkeypatch.setattr(watch, "report", lambda run: tmp_path)
+    monkeypatch.setattr(watch.StoryReader, "read", lambda reader: Story)
+    monkeypatch.setattr(watch, "report", lambda run, story: tmp_path)
     monkeypatch.setattr(watch, "lines", lambda *rest: ())
     monkeypatch.setattr(watch.time, "sleep", look)
     assert watch.main([str(tmp_path), "--every", "3"]) == 0 and waits == [3, 3]
