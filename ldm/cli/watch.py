@@ -19,6 +19,7 @@ from ldm.runs.run_record import StageRecord, StepRecord, Story, StoryReader
 
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 3  # of the latest that are shown
+REPORT_S = 30.0  # between two reports of an unfinished run: its curves are most of the work of a look
 WIDEST = 60  # characters of a curve
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -33,13 +34,16 @@ def watch(
     every: Annotated[float | None, typer.Option(min=0.5, max=3600, help="Seconds between looks; default: 5.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
 ) -> int:
-    """Show a run's stages, curves, latest pictures and notes until it is finished; report.html is kept up to date."""
+    """Show a run's stages, curves, latest pictures and notes until it is finished; report.html is at most half a minute older."""
     if once and every is not None:
         raise UserError("every: changes nothing with --once; leave one of them out")
     before, reader = "", StoryReader(run)
+    page: Path | None = None
+    drawn = 0.0
     while True:
         story = reader.read()
-        page = report(run, story)
+        if page is None or story.finished or time.monotonic() - drawn >= REPORT_S:
+            page, drawn = report(run, story), time.monotonic()
         said = "\n".join(lines(story, page, shutil.get_terminal_size().columns))
         if once or not sys.stdout.isatty():
             if said != before:
