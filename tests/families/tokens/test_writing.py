@@ -202,19 +202,16 @@ def test_a_plan_counts_what_is_built(products):
         )
 
 
-def test_a_clip_without_an_image_tower_is_refused():
+def test_a_model_without_an_image_tower_is_refused():
     from ldm.config.schema import build
     from ldm.runs.run import Run
 
     values = {
         "data": {"kind": "scenes", "tier": "T0"},
-        "models": {
-            "text": {"kind": "pretrained_text", "path": "somewhere"},
-            "writer": {"kind": "tokens", "reads": "image", "writes": "caption", "order": "causal"},
-        },
+        "models": {"text": {"kind": "kl"}, "writer": {"kind": "tokens", "reads": "image", "writes": "caption", "order": "causal"}},
         "stages": {"writer": {"kind": "train", "model": "writer", "resolution": 32, "images": 8, "latents": "a/cache"}},
     }
     with pytest.raises(UserError) as told:
         build(values, Run, "run.yaml")
-    assert "models.writer.text: got text, a model of kind pretrained_text, which has no image tower; use kind clip" in str(told.value)
+    assert "models.writer.text: got text, a model of kind kl, which has no image tower; use kind clip" in str(told.value)
     assert "stages.writer.latents: what reads image and writes caption knows no codes; leave it out" in str(told.value)
