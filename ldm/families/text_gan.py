@@ -19,9 +19,10 @@ from ldm.data.pictures import to_uint8
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, taken
 from ldm.diffusion.rng import Rng
 from ldm.families import game
-from ldm.families.draws import DIRECT, NUMBERS, OWN, Draws, Running, Settings, Wanted
+from ldm.families.draws import DIRECT, NUMBERS, OWN, Running, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.game import GameLoss, full
+from ldm.families.prompted import Prompted
 from ldm.families.translator import words_of
 from ldm.formats import atomic
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
@@ -35,7 +36,7 @@ from ldm.models.text_discriminator import TextDiscriminatorConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Piece, Prompt, literal
-from ldm.text.weighted import chunks_of, encode
+from ldm.text.weighted import encode
 
 PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,7 +208,7 @@ trained it, within the rights to the training data.
 """
 
 
-class TextGANFamily(Family, Draws):
+class TextGANFamily(Family, Prompted):
     """Generator and discriminator with their autoencoder and text encoder: they learn by `loss` and draw by `sample`."""
 
     kind = "text_gan"
@@ -428,23 +429,6 @@ class TextGANFamily(Family, Draws):
         if self.config.generator.tells == "sentence" and any(piece.weight != 1 for piece in found):
             self.refuse("prompt", "reads sentences, whose words have no weights; write plain words, or give --literal")
         return found
-
-    def overlong(self, prompt: Prompt) -> str:
-        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
-        longer = any(len(chunks_of(self.text, pieces)) > 1 for pieces in prompt.at(0, 1))
-        return f"is longer than the model's {self.text.max_tokens} tokens; the rest is left out" if longer else ""
-
-    def says(self, prompt: str, word: str) -> bool:
-        """Whether a prompt has a learned word in it, as the text encoder reads it."""
-        return self.text.says(prompt, word)
-
-    def tokens(self, prompt: Prompt) -> tuple[int, int]:
-        """Of the words, without the special tokens."""
-        return max(sum(len(chunk.ids) for chunk in chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1)), self.text.room
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that a tokenizer of the run's own captions has never met."""
-        return self.text.unknown(prompt)
 
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Decode large pictures in stripes as `running` says."""

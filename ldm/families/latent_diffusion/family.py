@@ -26,7 +26,7 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
 from ldm.diffusion.thresholding import RATIO
 from ldm.families.chain import BEFORE, within
-from ldm.families.draws import AFTER, DIRECT, OF_CODES, OF_GANS, OWN, Draws, GuideTraining, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.draws import AFTER, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
@@ -46,6 +46,7 @@ from ldm.families.latent_diffusion.prompt_to_prompt import Exchange
 from ldm.families.latent_diffusion.runtime import ready
 from ldm.families.latent_diffusion.video_editing import restyled
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, config_files, local_folder, model_folder
+from ldm.families.prompted import Prompted
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
@@ -430,7 +431,7 @@ def _continue(
     return conditions.conditioned(found.widened(network.in_channels) if wide else found, reads, beside, record, init.folder)
 
 
-class LatentDiffusionFamily(Adaptable, Draws):
+class LatentDiffusionFamily(Adaptable, Prompted):
     """A denoising network with its process, autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
     shardable = True
@@ -797,19 +798,6 @@ class LatentDiffusionFamily(Adaptable, Draws):
             return ""
         how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
         return f"is longer than the model's {self.text.max_tokens} tokens; it is read {how}"
-
-    def says(self, prompt: str, word: str) -> bool:
-        """Whether a prompt has a learned word in it, as the text encoder reads it."""
-        return self.text.says(prompt, word)
-
-    def tokens(self, prompt: Prompt) -> tuple[int, int]:
-        """Of the words, without the special tokens; of several prompts joined by AND the longest."""
-        counts = [sum(len(chunk.ids) for chunk in chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1)]
-        return max(counts), self.text.room
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that a tokenizer of the run's own captions has never met."""
-        return self.text.unknown(prompt)
 
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Prepare the networks for inference: see `ldm.families.latent_diffusion.runtime.ready`."""

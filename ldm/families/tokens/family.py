@@ -18,8 +18,9 @@ from ldm.data.pictures import to_uint8
 from ldm.data.scenes import marks
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import OWN, Draws, Running, Settings, Wanted
+from ldm.families.draws import OWN, Running, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
+from ldm.families.prompted import Prompted
 from ldm.families.tokens.drawing import Known, causal, first_step, masked, pieces_of, settings_of
 from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
 from ldm.families.tokens.writing import Writing, WritingFamily
@@ -40,7 +41,7 @@ from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import load_image_tower
 from ldm.text.penultimate import PenultimateText
 from ldm.text.prompt_syntax import Piece, Prompt
-from ldm.text.weighted import chunks_of, encode
+from ldm.text.weighted import encode
 
 WORDS = 1 / 8  # share of the words in the loss of a sequence of words and codes (Ramesh 2021, arXiv 2102.12092)
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -311,7 +312,7 @@ def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> T
     return network
 
 
-class TokensFamily(Family, Draws):
+class TokensFamily(Family, Prompted):
     """A token transformer with its autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
     kind = "tokens"
@@ -530,23 +531,6 @@ class TokensFamily(Family, Draws):
         if self.config.order == "causal":
             return causal(guided, codes.flatten(1), new, self.hidden, chosen, rng)
         return masked(guided, codes.flatten(1), new, self.hidden, chosen, self.config.defaults.noise, first, rng)
-
-    def overlong(self, prompt: Prompt) -> str:
-        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
-        longer = any(len(chunks_of(self.text, pieces)) > 1 for pieces in prompt.at(0, 1))
-        return f"is longer than the model's {self.text.max_tokens} tokens; the rest is left out" if longer else ""
-
-    def says(self, prompt: str, word: str) -> bool:
-        """Whether a prompt has a learned word in it, as the text encoder reads it."""
-        return self.text.says(prompt, word)
-
-    def tokens(self, prompt: Prompt) -> tuple[int, int]:
-        """Of the words, without the special tokens."""
-        return max(sum(len(chunk.ids) for chunk in chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1)), self.text.room
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that a tokenizer of the run's own captions has never met."""
-        return self.text.unknown(prompt)
 
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Decode large pictures in stripes as `running` says."""
