@@ -39,6 +39,21 @@ class Ranks:
     world: int = 1
     mean: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
+    def rows(self, own: Tensor) -> Tensor:
+        """The rows (N,...) of this process as those of all (world*N,...), by rank; every process has as many.
+
+        What all compute alike of them may be descended: each process carries the slope at its own rows, times `world`, since the
+        gradients of all are averaged afterwards.
+        """
+        if self.world == 1:
+            return own
+        before = self.rank * len(own)
+        every = own.new_zeros(self.world * len(own), *own.shape[1:])
+        every[before : before + len(own)] = own.detach()
+        every = self.mean(every) * self.world
+        carried = own.detach() + self.world * (own - own.detach())
+        return torch.cat([every[:before], carried, every[before + len(own) :]])
+
 
 @dataclass(frozen=True)
 class Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -273,7 +274,12 @@ class TextGANFamily(Family, Prompted):
         said, judge, captions = self.config, self.discriminator, list(batch.caption)
         kept = batch.text if isinstance(batch, MomentBatch) else None
         text = with_sentence(self.text.encode(captions) if kept is None else kept)
-        sentence, real = _pooled(text), self.true(batch, rng)
+        sentence, real, rows = _pooled(text), self.true(batch, rng), self.ranks.rows
+        numbers = _numbers(captions)
+        if self.ranks.world > 1:
+            numbers = rows(numbers.to(real.device)).round()  # of the captions of all processes
+        first = self.ranks.rank * len(captions)
+        wrong = others(numbers.tolist())[first : first + len(captions)]  # by place among those of all
         noise = self.noise_of(rng).to(real.device)
         made = full(self.generator(noise, [text]))
         leaf = made.detach().requires_grad_()
@@ -286,13 +292,13 @@ class TextGANFamily(Family, Prompted):
             gauges["logit_margin"] = gauges["logits_real"] - gauges["logits_fake"]
             terms["discriminator"] = game.discriminator_loss(said.loss, sure, unsure)
             if said.matching:
-                wrong = full(judge.judge(seen, sentence[others(captions)]))
-                terms["matching"] = said.matching * game.discriminator_loss(said.loss, sure, wrong)
-                gauges["logits_wrong_words"] = wrong.detach().mean()
+                fooled = full(judge.judge(seen, rows(sentence)[wrong]))
+                terms["matching"] = said.matching * game.discriminator_loss(said.loss, sure, fooled)
+                gauges["logits_wrong_words"] = fooled.detach().mean()
             if said.contrastive:
-                same = alike(captions).to(real.device)
-                terms["contrastive"] = said.contrastive * contrast(judge.similarity(seen, sentence), same)
-                agreed = contrast(judge.similarity(seen_made, sentence), same)
+                same, words = (numbers[:, None] == numbers).to(real.device), rows(judge.words(sentence)).T
+                terms["contrastive"] = said.contrastive * contrast(rows(judge.pictures(seen)) @ words, same)
+                agreed = contrast(rows(judge.pictures(seen_made)) @ words, same)
                 gauges["contrastive_made"] = agreed.detach()
                 opinion = opinion + said.contrastive * agreed
             else:
@@ -303,16 +309,18 @@ class TextGANFamily(Family, Prompted):
             mean, logvar = self.generator.gaussian(sentence)
             terms["kl"] = said.kl * 0.5 * (full(mean).square() + full(logvar).exp() - 1 - full(logvar)).sum(1).mean()
         if said.interpolation:
-            terms["interpolation"] = said.interpolation * self._between(text, captions, noise, sure)
-        some = max(1, round(len(real) * said.slope_share))
+            terms["interpolation"] = said.interpolation * self._between(text, wrong, noise, sure)
+        some = spread(len(real), said.slope_share)
         for name, weight, picture in (("r1", said.r1, real), ("r2", said.r2, leaf)):
             if weight:
-                terms[name] = weight * game.gradient_penalty(judge, picture[:some], sentence[:some])
+                terms[name] = weight * game.gradient_penalty(judge, picture[some], sentence[some])
         return terms, gauges
 
-    def _between(self, text: Text, captions: list[str], noise: Tensor, sure: Tensor) -> Tensor:
+    def _between(self, text: Text, wrong: list[int], noise: Tensor, sure: Tensor) -> Tensor:
         """The discriminator's opinion of pictures of texts half way to others of the batch (GAN-INT, Reed 2016, eq. 5 with beta 0.5)."""
-        mixed = lerped(text, taken(text, others(captions)), 0.5)
+        rows = self.ranks.rows
+        every = Text(tokens=rows(text.tokens), mask=rows(text.mask.to(text.tokens)) > 0.5, pooled=rows(_pooled(text)))
+        mixed = lerped(text, taken(every, wrong), 0.5)
         made = full(self.generator(noise, [mixed]))
         leaf = made.detach().requires_grad_()
         with torch.enable_grad():
@@ -454,17 +462,21 @@ def _pooled(text: Text) -> Tensor:
     return text.pooled
 
 
-def alike(captions: Sequence[str]) -> Tensor:
-    """Which captions of a batch are equal, (B,B) bool."""
-    number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    own = torch.tensor([number[caption] for caption in captions])
-    return own[:, None] == own
+def _numbers(captions: Sequence[str]) -> Tensor:
+    """Whole numbers (B,) float64 below 2^48, equal where captions are."""
+    digests = [hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=6).digest() for caption in captions]
+    return torch.tensor([float(int.from_bytes(digest, "big")) for digest in digests], dtype=torch.float64)
 
 
-def others(captions: Sequence[str]) -> list[int]:
+def others(captions: Sequence[Any]) -> list[int]:
     """For each caption of a batch the next other one behind it, in a circle; its own place where all are equal."""
     many = len(captions)
     return [next((j % many for j in range(i + 1, i + many) if captions[j % many] != captions[i]), i) for i in range(many)]
+
+
+def spread(many: int, share: float) -> list[int]:
+    """That share of the places of a batch, evenly spread, so that halves of the batch hold halves of them; at least one."""
+    return [i for i in range(many) if int((i + 1) * share) > int(i * share)] or [0]
 
 
 def contrast(similarity: Tensor, same: Tensor) -> Tensor:

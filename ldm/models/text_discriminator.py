@@ -67,9 +67,13 @@ class TextDiscriminator(nn.Module):
         said = self.sentence(sentence)
         return self.out(F.leaky_relu(self.joint(torch.cat([seen, said, seen * said], 1)), 0.2))[:, 0]
 
-    def similarity(self, seen: Tensor, sentence: Tensor) -> Tensor:
-        """Cosines (B,N) of what was seen with N sentences, as the contrastive term learns them."""
-        return F.normalize(self.picture_side(seen), dim=1) @ F.normalize(self.text_side(sentence), dim=1).T
+    def pictures(self, seen: Tensor) -> Tensor:
+        """Unit vectors (B,E/2) of what was seen, whose cosines with those of `words` the contrastive term learns."""
+        return F.normalize(self.picture_side(seen), dim=1)
+
+    def words(self, sentence: Tensor) -> Tensor:
+        """Unit vectors (N,E/2) of sentences."""
+        return F.normalize(self.text_side(sentence), dim=1)
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
         return self.judge(self.features(x), sentence)

@@ -55,11 +55,17 @@ def environment(rank: int, world: int, port: int, **more: str) -> dict[str, str]
 
 
 def train(
-    world: int, *words: str, fault: str = "", limit_s: float = 600, within_s: float = 90, sizes: Sequence[str] = tuple(tiny.WORDS)
+    world: int,
+    *words: str,
+    config: str = "configs/quickstart.yaml",
+    fault: str = "",
+    limit_s: float = 600,
+    within_s: float = 90,
+    sizes: Sequence[str] = tuple(tiny.WORDS),
 ) -> Ended:
     """Train with so many processes, whose fault is `kind:rank:step`; all of them end."""
     port = free_port()
-    command = [sys.executable, str(FAULTY), "configs/quickstart.yaml", *sizes, *words]
+    command = [sys.executable, str(FAULTY), config, *sizes, *words]
     running = [
         subprocess.Popen(
             command,
