@@ -98,7 +98,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, views: Views, adapt
     family, added = with_adapters(folder, device_for(device.device), loras, adapters.embedding, {}, tell, vae=adapters.vae)
     # Of all samplers ddim adds no noise, which would flicker.
     wanted = sampler.chosen({}, {"sampler": "ddim", "guidance": None if film.source is None else 1.0}, family.settings())
-    given = Files(family.told)
+    given = Files(family.told, family.unheard)
     rest: dict[str, Any] = {"model": name_of(folder), "model_hash": family.content_hash, "notation": True, **added}
     rest["given"] = given.field(views.given, {}, tell)
     common = jobs.Common(seed=base.first({}), wanted=wanted, negative=base.avoided({}), size=base.shape({}), rest=rest)

@@ -106,7 +106,7 @@ def grid(
 
     place = device_for(place)
     family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell, vae=adapters.vae)
-    given = Files(family.told)
+    given = Files(family.told, family.unheard)
     told = given.field(views.given, old, tell)
     rest |= {"model": name_of(folder), "model_hash": family.content_hash, **added, "given": told}
     following.compare(old, folder, family.content_hash, tell)

@@ -72,7 +72,7 @@ def sample(request: Request) -> int:
         family.ready(Path(folder), running, family.settings(chosen).precision)
         rest |= {"model": name_of(folder), "model_hash": family.content_hash}
         request.following.compare(old, folder, family.content_hash, tell)
-        given = Files(family.told)
+        given = Files(family.told, family.unheard)
         rest["given"] = given.field(request.views.given, old, tell)
         guide = _guide(request, family, old)
         if guide is not None:

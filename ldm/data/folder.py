@@ -27,6 +27,7 @@ from ldm.data.folder_views import MAPS, Layout, half
 from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, read_file
 from ldm.data.kept import Kept, Repeated
 from ldm.data.photos import LISTED, Photos, Rejection, counted, refuse_bad, tolerated
+from ldm.data.view_files import tells
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import View
 
@@ -167,6 +168,8 @@ class FolderData(Photos):
             if broken := self.found_views.broken.get(name):
                 picture, why = next(iter(broken.items()))
                 raise UserError(f"view {name}: what is told of {len(broken)} pictures cannot be read, such as {picture}: {why}")
+            if self.split == "train" and name in self.found_views.words and not any(map(tells, self._words(name))):
+                raise UserError(f"view {name}: nothing is told of any of these {self.distinct} pictures; add some, or leave the view out")
         if any(name in self.found_views.words for name in names):
             told = [self._scan.words.get(picture, {}) for picture in self.names]
             said = [[repr(words.get(name)) for name in names] for words in told]
@@ -186,6 +189,9 @@ class FolderData(Photos):
         """As `Photos.words_of`."""
         return self._scan.words.get(self.name(index), {}).get(name)
 
+    def _words(self, name: str) -> list[View | None]:
+        return [self.words_of(index, name) for index in range(len(self))]
+
     def read_mask(self, index: int) -> bytes | None:
         """As `Photos.read_mask`."""
         try:
@@ -203,7 +209,7 @@ class FolderData(Photos):
             **({"with_repeats": len(self)} if len(self) != self.distinct else {}),
             "images_in_both_parts": self.total,
             **{f"with_{name}": sum(picture in told for picture in set(self.names)) for name, told in self.found_views.maps.items()},
-            **{f"with_{name}": sum(bool(self.words_of(i, name)) for i in range(len(self))) for name in self.found_views.words},
+            **{f"with_{name}": sum(map(tells, self._words(name))) for name in self.found_views.words},
             **({"with_mask": self._told["masks"]} if self.source.masks == "beside" else {}),
             "captions": self._told["captions"],
             "captions_from": self.tables or self.source.captions,

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from ldm.config.errors import UserError
 from ldm.data.file_names import Names, split
 from ldm.data.images import Rejected, to_rgb
-from ldm.data.view_files import UNKNOWN, words_view
+from ldm.data.view_files import NUMBERED, UNKNOWN, words_view
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import View
 
@@ -28,6 +28,7 @@ MAPS: Mapping[str, ViewKind] = {  # views that may lie as pictures in a folder o
     **{name: ViewKind(form="map", channels=3) for name in ("source", "style")},
 }
 WORDS: Mapping[str, ViewKind] = {"boxes": ViewKind(form="boxes"), "points": ViewKind(form="points"), "graph": ViewKind(form="graph")}
+APART = ("style",)  # of them those that show other things, which lie elsewhere
 COLUMNS = {**{name: name for name in (*MAPS, *WORDS)}, "triples": "graph"}  # of tables, by the view that they tell
 PALETTE = "palette.csv"  # in the folder of labels: r,g,b,name of each class
 LOOKED_AT = 2000  # label maps at most that are read to count classes where no palette tells them
@@ -76,13 +77,16 @@ class FolderViews:
         for name in files:
             try:
                 with Image.open(self.root / name) as image:
-                    if image.mode in ("L", "P", "1") or image.mode.startswith("I"):
-                        values = np.asarray(image.convert("L") if image.mode == "1" else image)
+                    if image.mode in NUMBERED:
+                        values = np.asarray(image)
                         most = max(most, int(values[values != UNKNOWN].max(initial=0)))
             except OSError:
                 continue  # told where it is read
         if most < 0:
             raise UserError(f"{palette}: missing; these maps are in colours, so write r,g,b,name of each class, a line each")
+        if not most:
+            why = f"the one class in these maps is 0, beside {UNKNOWN} where it is unknown"
+            raise UserError(f"{palette}: missing; {why}; write r,g,b,name of each class, a line each, or make the others 1, 2, ...")
         return ViewKind(form="classes", channels=most + 1)
 
     def entries(self, picture: str, size: tuple[int, int]) -> dict[str, View]:
@@ -133,7 +137,10 @@ def shares(said: Any, size: tuple[int, int], px: bool) -> Any:
         for key, by in sides.items():
             values = one.get(key) if isinstance(one, dict) else None
             if isinstance(values, list) and len(values) == len(by) and all(type(v) in (int, float) for v in values):
-                one = {**one, key: [v / side for v, side in zip(values, by, strict=True)]}
+                own = [v / side for v, side in zip(values, by, strict=True)]
+                if not all(-0.01 <= value <= 1.01 for value in own):
+                    raise Rejected(f"no {key}", f"{values} px, of a picture of {width}x{height}")
+                one = {**one, key: own}
         return one
 
     return [scaled(one) for one in said]
@@ -145,14 +152,20 @@ def read_palette(file: Path) -> ViewKind:
     Raises:
         UserError: naming the line.
     """
-    colours, names = [], []
+    colours: list[tuple[int, int, int]] = []
+    names: list[str] = []
     for number, row in enumerate(csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"))), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (number == 1 and not cells[0].isdecimal()):
             continue
         if len(cells) < 3 or not all(cell.isdecimal() and int(cell) < 256 for cell in cells[:3]):
             raise UserError(f"{file}, line {number}: got {','.join(cells)[:60]!r}; r,g,b,name with numbers from 0 to 255 are needed")
-        colours.append((int(cells[0]), int(cells[1]), int(cells[2])))
+        colour = (int(cells[0]), int(cells[1]), int(cells[2]))
+        if colour in colours:
+            raise UserError(
+                f"{file}, line {number}: {','.join(cells)[:60]!r} has the colour of class {colours.index(colour)}; give it another"
+            )
+        colours.append(colour)
         names.append(",".join(cells[3:]))
     if not colours:
         raise UserError(f"{file}: no class in it; write r,g,b,name, a line each")
@@ -214,7 +227,7 @@ def find_views(
             cells = {picture: there.find(f"{folder}/{cell}" if folder else str(cell)) for picture, (folder, cell) in rows.items()}
             if matched := {picture: file for picture, file in cells.items() if file}:
                 found.maps[view] = matched
-                found.files |= set(matched.values())
+                found.files |= set(matched.values()) - set(rows)  # a picture of the table may be another's source
         elif view in WORDS and view not in asked:
             found.words[view] = {picture: (cell, None) for picture, (_, cell) in rows.items() if cell}
     for view, place in asked.items():
@@ -244,7 +257,7 @@ def _coco(found: FolderViews, view: str, file: Path, names: Sequence[str]) -> No
         rows: dict[str, tuple[Any, tuple[int, int] | None]] = {}
         for one in pictures.values():
             if picture := there.find(str(one["file_name"]).rpartition("/")[2]):
-                rows[picture] = ([], (int(one["height"]), int(one["width"])))
+                rows[picture] = ([], (int(one["height"]), int(one["width"])) if "height" in one and "width" in one else None)
         points = next((tuple(one["keypoints"]) for one in categories.values() if "keypoints" in one), ())
         for one in content["annotations"]:
             picture = there.find(str(pictures[int(one["image_id"])]["file_name"]).rpartition("/")[2])
@@ -252,7 +265,11 @@ def _coco(found: FolderViews, view: str, file: Path, names: Sequence[str]) -> No
                 continue
             if view == "boxes":
                 x, y, width, height = (float(value) for value in one["bbox"])
-                text = one.get("caption") or categories.get(int(one.get("category_id", -1)), {}).get("name", "")
+                if not (text := one.get("caption")):
+                    if (number := int(one["category_id"])) not in categories:
+                        known = ", ".join(map(str, list(categories)[:5])) or "none"
+                        raise UserError(f"data.views.{view}: {file}: category_id {number} is none of its categories ({known})")
+                    text = categories[number]["name"]
                 if width > 0 and height > 0:
                     rows[picture][0].append({"box": [x, y, x + width, y + height], "text": str(text)})
             else:
@@ -260,6 +277,8 @@ def _coco(found: FolderViews, view: str, file: Path, names: Sequence[str]) -> No
                 for name, (x, y, seen) in zip(points, zip(flat[::3], flat[1::3], flat[2::3], strict=True), strict=False):
                     if seen:
                         rows[picture][0].append({"point": [x, y], "name": name})
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"data.views.{view}: {file} is no file of COCO annotations ({type(error).__name__}: {error})") from None
     if not rows:

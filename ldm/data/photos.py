@@ -21,7 +21,7 @@ from ldm.data.content import MOST, mark
 from ldm.data.dataset import Split, draw_captions, draw_flips
 from ldm.data.fields import Fields
 from ldm.data.file_names import printable
-from ldm.data.folder_views import MAPS, WORDS
+from ldm.data.folder_views import APART, MAPS, WORDS
 from ldm.data.images import Rejected, Shape, mask_view, sides, view
 from ldm.data.images import View as SeenView
 from ldm.data.view_files import EMPTY, map_view, part_of
@@ -268,14 +268,16 @@ class Photos(ABC):
                 except Rejected as error:
                     self._replace(here, error)
             i = self.after(i)
-        raise UserError(f"{self.where}: none of its {len(self)} images can be decoded any more; was the data changed?")
+        why = f"{self.name(index)}: {self.replaced[self.name(index)]}"
+        raise UserError(f"{self.where}: none of its {len(self)} images can be used any more, such as {why}")
 
     def _seen(self, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> SeenView:
         """A sample's view, with the same part of its mask."""
         data, most = self.read(index), self._look.max_pixels
         seen = view(data, resolution, at, flip, most)
         if maps := [name for name in self._asked if (kind := self.views().get(name)) and kind.form in ("map", "classes")]:
-            views = {name: map_view(self.read_view(index, name), self.views()[name], seen.size, flip, most) for name in maps}
+            shape = {name: sides(resolution) if name in APART else seen.size for name in maps}
+            views = {name: map_view(self.read_view(index, name), self.views()[name], shape[name], flip, most) for name in maps}
             seen = replace(seen, views=views)
         mask = data if self._look.masks == "alpha" else self.read_mask(index) if self._look.masks == "beside" else None
         return seen if mask is None else replace(seen, mask=mask_view(mask, seen, flip, self._look.masks == "alpha", most))
@@ -290,7 +292,7 @@ class Photos(ABC):
         if len(self.replaced) > self._tolerated:
             raise UserError(
                 f"{self.where}: {len(self.replaced)} of {len(self)} images could not be decoded "
-                f"({counted(Counter(v.split(':')[0] for v in self.replaced.values()))}; the last was {name}); "
+                f"({counted(Counter(v.split(':')[0] for v in self.replaced.values()))}; the last was {name}: {error.detail}); "
                 f"mend or remove them, or raise max_bad (now {self._look.max_bad})"
             )
         _log.warning("%s: replaced by the next image: %s", self.origin(index), error)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from ldm.data.views import ViewKind, grey, mirrored_view
 from ldm.diffusion.batch import Boxes, Graph, Points, View
 
 Size = tuple[int, int, int, int, int, int]  # px, of a picture's view: original height, width; crop top, left; target height, width
+NUMBERED = ("1", "L", "P", "F", "I", "I;16", "I;16L", "I;16B")  # modes of pictures whose values are class numbers
 UNKNOWN = 255  # in a picture of class numbers: of no class
 SAME = 12  # how far the colours of a palette may lie from those of classes
 NEAR = 48  # how far a pixel's colour may lie from its class's, as the sum of three differences
+SQUEEZED = 0.1  # share by which a map may be wider or narrower than its picture
 MANY = 1000  # boxes, points or triples of a picture, at most
 
 
@@ -53,6 +56,9 @@ def map_view(data: bytes, kind: ViewKind, size: Size | Shape, flip: bool = False
         raise Rejected("damaged map", f"{type(error).__name__}: {error}") from None
     whole: Size = size if isinstance(size, tuple) and len(size) == 6 else centred(image.height, image.width, size)  # type: ignore[arg-type]
     height, width, top, left, high, wide = whole
+    if abs(image.width - image.height * width / height) > max(1.5, SQUEEZED * image.width):
+        said = f"{image.width}x{image.height} px, of a picture of {width}x{height}"
+        raise Rejected("map of other proportions", f"{said}; what it shows would lie elsewhere: cut both alike")
     rows, columns = cover(height, width, (high, wide))
     start = columns - wide - left if flip else left
     down, across = image.height / rows, image.width / columns
@@ -74,15 +80,19 @@ def _numbered(image: Image.Image, kind: ViewKind) -> Image.Image:
         Rejected: for a class that is not known.
     """
     colours = np.array(kind.colours, np.int32).reshape(-1, 3)
-    by_colour = image.mode not in ("1", "L", "P") and not image.mode.startswith("I")
+    if image.mode == "LA":
+        image = image.convert("L")
+    by_colour = image.mode not in NUMBERED
     if image.mode == "P" and len(colours):  # a painted picture that was saved with few colours
         counts = np.bincount(np.asarray(image).ravel(), minlength=256)
         palette = np.array(image.getpalette() or [], np.int32).reshape(-1, 3)
         ours = np.abs(palette[:, None] - colours).sum(2).min(1) <= SAME
         by_colour = bool(counts[: len(palette)][ours].sum() >= 0.9 * counts.sum())
     if not by_colour:
-        values = np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.int32)
-        values = np.where(values == UNKNOWN, 65535, values)
+        values = np.asarray(image)
+        if image.mode == "F" and (values % 1).any():
+            raise Rejected("no class numbers", f"{float(values[values % 1 != 0][0]):g}; whole numbers are needed")
+        values = np.where(values == UNKNOWN, 65535, values.astype(np.int32))
         wrong = values[(values >= kind.channels) & (values != 65535)]
         if wrong.size:
             raise Rejected("unknown class", f"number {int(wrong[0])}; there are {kind.channels}, from 0, and {UNKNOWN} for unknown")
@@ -91,7 +101,12 @@ def _numbered(image: Image.Image, kind: ViewKind) -> Image.Image:
         raise Rejected("no class numbers", f"mode {image.mode}; a picture of class numbers (mode L or P) is needed, as no colours are told")
     pixels = np.asarray(to_rgb(image), np.int32)
     away = np.abs(pixels[:, :, None] - colours).sum(3)
-    return Image.fromarray(np.where(away.min(2) <= NEAR, away.argmin(2), 65535).astype(np.int32))
+    known = away.min(2) <= NEAR
+    if not known.any():
+        listed = ", ".join(f"{name} {colour}".strip() for name, colour in zip_longest(kind.names[:3], kind.colours[:3], fillvalue=""))
+        first = tuple(int(value) for value in pixels[0, 0])
+        raise Rejected("no class in it", f"no pixel has the colour of one, such as {listed}; the first pixel has {first}")
+    return Image.fromarray(np.where(known, away.argmin(2), 65535).astype(np.int32))
 
 
 def words_view(text: str | bytes | list[Any], kind: ViewKind) -> View:
@@ -108,7 +123,8 @@ def words_view(text: str | bytes | list[Any], kind: ViewKind) -> View:
     except (ValueError, RecursionError) as error:
         raise Rejected("not JSON", str(error)) from None
     if not isinstance(entries, list) or len(entries) > MANY:
-        raise Rejected(f"no {kind.form}", f"a list of at most {MANY} is needed")
+        got = f"a list of {len(entries)}" if isinstance(entries, list) else str(entries)[:60]
+        raise Rejected(f"no {kind.form}", f"got {got}; a list of at most {MANY} is needed, such as {EXAMPLES.get(kind.form, '[]')}")
     if kind.form == "boxes":
         rows = [(_numbers(one, "box", 4), _text(one)) for one in entries]
         if wrong := next((box for box, _ in rows if box[0] >= box[2] or box[1] >= box[3]), None):
@@ -128,12 +144,24 @@ def words_view(text: str | bytes | list[Any], kind: ViewKind) -> View:
     return Graph(triples=(tuple(triples),))
 
 
+EXAMPLES = {
+    "boxes": '[{"box": [0.1, 0.2, 0.5, 0.6], "text": "a dog"}]',
+    "points": '[{"point": [0.5, 0.5], "name": "nose"}]',
+    "graph": '[["dog", "left of", "cat"]]',
+}
 NONE = torch.zeros(1, 0, dtype=torch.bool)
 EMPTY: Mapping[str, View] = {  # of a picture of which nothing is told
     "boxes": Boxes(box=torch.zeros(1, 0, 4), there=NONE, phrases=((),)),
     "points": Points(point=torch.zeros(1, 0, 2), there=NONE, part=torch.zeros(1, 0, dtype=torch.int64)),
     "graph": Graph(triples=((),)),
 }
+
+
+def tells(view: View | None) -> bool:
+    """Whether boxes, points or triples of one picture are any."""
+    return bool(view.triples[0]) if isinstance(view, Graph) else isinstance(view, Boxes | Points) and bool(view.there.any())
+
+
 SHOWN = 0.2  # share of a box that a view must show
 
 
@@ -170,6 +198,8 @@ def _numbers(one: Any, name: str, many: int) -> list[float]:
 
 def _text(one: dict[str, Any]) -> str:
     text = one.get("text", "")
+    if others := [name for name in one if name not in ("box", "text")] if "text" not in one else ():
+        raise Rejected("no text", f"{', '.join(others)[:40]} is not read; what is in the box stands in text")
     if not isinstance(text, str):
         raise Rejected("no text", f"{str(text)[:60]}; what is in the box, in words")
     return text

@@ -165,7 +165,7 @@ def kind_of(offered: Mapping[str, ViewKind], name: str, where: str = "this data"
     if found is None:
         raise UserError(
             f"view {name!r}: {where} does not offer it; it has {', '.join(sorted({*offered, *ANY}))}. "
-            "A folder of pictures has further ones as files in a folder of that name beside or below it"
+            "A folder of pictures has further ones as files in a folder of that name in it, or in a column of metadata.jsonl"
         )
     if plain == "small":
         return replace(found, divide=number(name, 4, 2, 64))

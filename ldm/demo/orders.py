@@ -159,7 +159,7 @@ def order_of(catalogue: Catalogue, request: Request, largest: int) -> DrawOrder:
     opened = catalogue.opened(outfit)
     family = opened.family
     rest |= {**opened.added, "model": outfit.model, "model_hash": family.content_hash}
-    given = Files(family.told, kept=True)
+    given = Files(family.told, family.unheard, kept=True)
     added = {**opened.added, "given": given.field(request.views.given, {}, tell)}
     rest["given"] = added["given"]
     if request.following.recipe is not None:

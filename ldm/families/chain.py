@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.data.views import ViewKind
-    from ldm.diffusion.batch import Views
+    from ldm.diffusion.batch import View, Views
     from ldm.text.prompt_syntax import Prompt
 
 BEFORE = "before"  # in a model folder: the model whose pictures it is told
@@ -141,6 +141,10 @@ class Chain(Draws):
                 begins = k > 0 and self.views[k - 1][0] in own
                 found.append(ForLink(k, link.tell(own, strength, sizes[k]), begins))
         return tuple(found)
+
+    def unheard(self, name: str, view: View) -> Iterator[str]:
+        """As the link says that reads it."""
+        yield from self.links[self._readers[name]].unheard(name, view)
 
     def _sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Of all links' pictures, of the size of the last one's."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.data.views import ViewKind
-    from ldm.diffusion.batch import Views
+    from ldm.diffusion.batch import View, Views
     from ldm.formats.export_source import ExportedModel
     from ldm.formats.rounding import Comparison
     from ldm.models.lora import LearnedEmbedding, Lora
@@ -333,6 +333,10 @@ class Draws(Protocol):
             size: (height, width) in px.
         """
         self.refuse("given", "is told no views of pictures; leave --given out")
+
+    def unheard(self, name: str, view: View) -> Iterator[str]:
+        """What of a view of one picture is not told, or not understood, as far as that can be said."""
+        yield from ()
 
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Any, ...]:
         """What `sample` is told to start from the noise that pictures (1 or N,H,W,3) come from, told `source` (DDIM inversion)."""

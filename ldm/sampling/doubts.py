@@ -27,7 +27,7 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))
     if words:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""
-        yield f"{', '.join(words[:5])}{more}: no caption that this model learned from had such a word"
+        yield f"{', '.join(words[:5])}{more}: no text that the text encoder learned from had such a word"
     height, width = family.defaults["size"]
     far = {(one.width, one.height) for one in recipes if not 1 / FAR <= (one.width * one.height / (width * height)) ** 0.5 <= FAR}
     for size in sorted(far):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OF = "of:"  # before a file: the view is made of this picture
 TEXT = "text:"  # before words: their embedding, where the view is one
+BLANK = 0.1  # share of a class map without classes that is told of
 FORM = "VIEW=FILE, VIEW=FILE@WEIGHT or VIEW=of:PICTURE are needed, such as edges=lines.png@0.7"
 
 
@@ -59,10 +60,12 @@ class Files:
 
     Args:
         told: the views that the model reads.
+        unheard: what of a view it is not told (`Draws.unheard`).
         kept: what files hold stays in memory, so that they may go; recipes tell their names without folders.
     """
 
     told: Mapping[str, ViewKind]
+    unheard: Callable[[str, View], Iterable[str]] = lambda name, view: ()
     kept: bool = False
     paths: dict[str, Path] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -87,6 +90,7 @@ class Files:
             entry = {"view": view, "file": given.file, "weight": given.weight, "hash": "", "of": given.of}
             if self.told[view].form == "embedding" and given.text:
                 entries.append({**entry, "text": True})
+                self._doubt(entries[-1], self._mixed(entries[-1:], (64, 64)), tell)
                 continue
             if given.text or (given.weight < 0 and self.told[view].form != "embedding"):
                 what = f"{TEXT}{given.file}" if given.text else f"weight {given.weight:g}"
@@ -101,7 +105,7 @@ class Files:
             if self.kept:
                 self.contents[own] = path.read_bytes()
             entries.append({**entry, "file": path.name if self.kept else shown_path(given.file), "hash": own})
-            self.view(entries[-1], (64, 64))  # what cannot be read is told before anything is drawn
+            self._doubt(entries[-1], self.view(entries[-1], (64, 64)), tell)  # what cannot be read is told before anything is drawn
         for one, other in zip(before, entries, strict=False) if not words else ():
             if one["hash"] != other["hash"]:
                 raise UserError(
@@ -157,6 +161,16 @@ class Files:
             raise UserError(f"given: {name}={entry['file']}: {error}") from None
         except OSError as error:
             raise UserError(f"given: {name}={entry['file']}: {error.strerror or error}") from None
+
+    def _doubt(self, entry: Mapping[str, Any], view: View, tell: Callable[[str], None]) -> None:
+        """Tell what of an entry's view changes nothing."""
+        name, own = entry["view"], f"given: {entry['view']}={entry['file']}"
+        if self.told[name].form == "classes" and not entry["of"]:
+            blank = float((view < 0).double().mean())  # type: ignore[operator, union-attr]
+            if blank > BLANK:
+                tell(f"{own}: {blank:.0%} of it has no class, where the model is told nothing")
+        for said in self.unheard(name, view):
+            tell(f"{own}: {said}")
 
     def edits(self, family: Draws, told: str, size: tuple[int, int]) -> tuple[Any, ...]:
         """What a model is told to draw by a recipe's `given`."""

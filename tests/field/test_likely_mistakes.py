@@ -156,7 +156,9 @@ def test_what_is_likely_a_mistake_is_told(kl_model: Path, tmp_path: Path, capsys
     told = "\n".join(drawn(kl_model, tmp_path, capsys, "a", "red", "circle"))
     assert '3 prompts of a word each; one prompt of several words needs quotation marks: "a red circle"' in told
     assert "an empty prompt" in "\n".join(drawn(kl_model, tmp_path, capsys, ""))
-    assert "wyxq: no caption that this model learned from had such a word" in "\n".join(drawn(kl_model, tmp_path, capsys, "a large wyxq"))
+    assert "wyxq: no text that the text encoder learned from had such a word" in "\n".join(
+        drawn(kl_model, tmp_path, capsys, "a large wyxq")
+    )
     assert "96x96 px is far from the 32x32 px that the model was trained at; draw near that size, and enlarge with --hires 3" in "\n".join(
         drawn(kl_model, tmp_path, capsys, "a large ring", "--size", "96x96")
     )

@@ -15,7 +15,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
 from ldm.data.folder_views import WORDS
 from ldm.data.views import ANY, ViewKind, parted
-from ldm.diffusion.batch import Cond, Told, View, Views, cat, taken
+from ldm.diffusion.batch import Boxes, Cond, Graph, Mixed, Told, View, Views, cat, taken
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Flow
@@ -252,6 +252,15 @@ def tell(reads: Sequence[Read], given: Views, strength: Mapping[str, float], fro
         return replace(cond, given=drawn)
 
     return Edit(condition=condition)
+
+
+def texts(view: View) -> list[str]:
+    """The words of a view of one picture."""
+    if isinstance(view, Boxes):
+        return list(view.phrases[0])
+    if isinstance(view, Graph):
+        return [word for triple in view.triples[0] for word in triple]
+    return list(view.words[0]) if isinstance(view, Mixed) else []
 
 
 def _encoded(read: Read, view: View, frozen: Frozen, size: tuple[int, int], device: torch.device) -> Any:

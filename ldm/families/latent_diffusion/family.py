@@ -19,7 +19,7 @@ from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.data.dataset import offered
 from ldm.data.views import ViewKind
 from ldm.diffusion import learned_variance
-from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, Views, where
+from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, View, Views, where
 from ldm.diffusion.learned_variance import LearnedVariance
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
@@ -751,6 +751,15 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         """Views: see `ldm.families.latent_diffusion.conditions.tell`."""
         latents = (size[0] // self.codec.factor, size[1] // self.codec.factor)
         return (conditions.tell(self.reads, given, strength, self._views_by, latents),)
+
+    def unheard(self, name: str, view: View) -> Iterator[str]:
+        """As `Draws.unheard`: what its port leaves out, and words that the text encoder cuts or never met."""
+        yield from next(read for read in self.reads if read.view == name).condition.port.left_out(view)
+        for text in dict.fromkeys(conditions.texts(view)):
+            if len(self.text.words(text)) > self.text.room:
+                yield f"{text[:40]!r}... is longer than the model's {self.text.max_tokens} tokens; the rest is left out"
+            for word in self.text.unknown(text):
+                yield f"{word}: no text that the text encoder learned from had such a word"
 
     @torch.no_grad()
     def inverted(self, image: Tensor, source: Prompt, settings: Settings, strength: float) -> tuple[Edit, ...]:

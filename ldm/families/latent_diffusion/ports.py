@@ -119,6 +119,10 @@ class PortConfig:
         """
         raise NotImplementedError
 
+    def left_out(self, view: View) -> Iterable[str]:
+        """What of a view of one picture its network is not told, a line each."""
+        return ()
+
     def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Its network beside a base, which leaves that as it is until it has learned."""
         raise NotImplementedError
@@ -259,6 +263,11 @@ class Gated(PortConfig):
         phrase = torch.stack([known.get(word, nothing) for row in boxes.phrases for word in row]).view(*boxes.there.shape, -1)
         return Objects(box=boxes.box, there=boxes.there, phrase=phrase, weight=torch.ones(len(phrase), device=phrase.device))
 
+    def left_out(self, view: View) -> Iterable[str]:
+        """Boxes beyond the most."""
+        assert isinstance(view, Boxes)
+        return beyond(len(view.phrases[0]), self.most, "boxes")
+
     def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Nothing but the telling: the weights are the U-Net's."""
         return Grounding()
@@ -349,6 +358,10 @@ class Cross(PortConfig):
         there = torch.tensor([[k < len(row) for k in range(self.most)] for row in rows], device=nothing.device)
         return Triples(words=torch.stack(words).view(len(rows), self.most, -1), there=there)
 
+    def left_out(self, view: View) -> Iterable[str]:
+        """Triples beyond the most."""
+        return beyond(len(view.triples[0]), self.most, "triples") if isinstance(view, Graph) else ()
+
     def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Tokens, and keys and values of the width that each attention has."""
         unet = cast(UNet, base)
@@ -357,6 +370,11 @@ class Cross(PortConfig):
         if kind.form == "embedding":
             reads = EmbeddingTokens(codec.embedding, width)
         return BesideText(reads, width, {name: layer.to_q.out_features for name, layer in unet.attentions_to_text().items()})
+
+
+def beyond(many: int, most: int, what: str) -> list[str]:
+    """What is told where there are more than a network reads."""
+    return [f"{many} {what}, of which the model is told the first {most}"] if many > most else []
 
 
 def pooled_of(text: TextEncoder, words: set[str], port: str) -> dict[str, Tensor]:
