@@ -61,7 +61,7 @@ class AutoencoderConfig(ModelConfig):
     }
     answers = frozenset({"reconstruct"})
     encodes = True
-    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text"}
+    requires: ClassVar[Mapping[str, str]] = {"text": "has_tower"}
     continues = True
     network: KLConfig | VQConfig
     perceptual: PerceptualNone | PerceptualLpips | PerceptualClip
@@ -136,7 +136,7 @@ class AutoencoderConfig(ModelConfig):
             heard = game * (1 - self.adversarial.start)
             spent += replace(heard, activations=game.activations)  # memory must hold all of it then
         with torch.device("meta"):
-            judge = self.perceptual.network(others)
+            judge = self.perceptual.network(others, side, note)
         if judge is not None:
             judge.requires_grad_(False)
             frozen["perceptual"] = cost.count(judge)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from ldm.config.schema import Count, Fraction, Positive, config
+from ldm.config.schema import Count, Fraction, Positive, config, plain
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Terms, TrainingStage
@@ -18,6 +18,7 @@ from ldm.formats.model_folder import OWN_CLIP
 from ldm.models import cost
 from ldm.models.cost import TextShape
 from ldm.models.image_tower import ImageTowerConfig
+from ldm.models.vision_tower import TowerConfig, TowerShape, VisionTower
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
@@ -31,7 +32,7 @@ class Clip(ModelConfig):
 
     kind: Literal["clip"] = "clip"
     text: SmallText = SmallText()  # the text tower
-    tower: ImageTowerConfig = ImageTowerConfig()  # the image tower
+    tower: TowerConfig = ImageTowerConfig()  # the image tower: conv, a small convolutional network, or vit, a vision transformer
     vocabulary: Positive = 4096  # size of the byte-pair vocabulary, 512 of it single bytes, learned from the captions
     tokenizer_captions: Positive = 4000  # how many captions the vocabulary is learned from
     temperature: Fraction = 0.07  # at the start; it is learned
@@ -51,9 +52,18 @@ class Clip(ModelConfig):
             "own", small.width, small.layers, small.max_tokens, self.vocabulary, small.max_tokens, embedding=self.tower.embedding
         )
 
-    def image_tower(self) -> ImageTowerConfig:
+    def image_tower(self, side: int, note: Callable[[str], None]) -> TowerShape:
         """Its own."""
-        return self.tower
+        return self.tower.shape(side)
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """A patch of the image tower's."""
+        return self.tower.step
+
+    def identity(self) -> dict[str, Any]:
+        """All; which tower only where it is not the usual one."""
+        found = plain(self)
+        return {**found, "tower": {name: value for name, value in found["tower"].items() if (name, value) != ("kind", "conv")}}
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the text tower, which is what other models read."""
@@ -62,7 +72,7 @@ class Clip(ModelConfig):
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
         """Both towers, the projection and the temperature."""
         with torch.device("meta"):
-            tower = self.tower.build()
+            tower = self.tower.shape(side).build()
         text = self.text_shape(note)
         shared = text.width * self.tower.embedding + 1
         learned = {"text encoder": text.parameters, "image tower": cost.count(tower) + shared}
@@ -87,7 +97,8 @@ class ClipFamily(Family):
         self.config, self.resolution = config, resolution
         self.tokenizer = text.tokenizer
         self.text_model = text.model.train().requires_grad_(True)
-        self.tower = config.tower.build()
+        tower = config.tower.shape(resolution).build()
+        self.tower = tower.begin() if isinstance(tower, VisionTower) else tower
         self.projection = nn.Linear(config.text.width, config.tower.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self._clip_loss = ClipLoss

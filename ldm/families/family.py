@@ -25,7 +25,7 @@ from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec
 from ldm.formats.model_folder import RECORD, read_record
 from ldm.models.cost import NOTHING, Cost, TextShape
-from ldm.models.image_tower import ImageTowerConfig
+from ldm.models.vision_tower import TowerShape
 from ldm.text.lengths import CutCaptions
 
 Terms = dict[str, Tensor]
@@ -62,6 +62,7 @@ class Found:
     path: str
     folder: Path
     hash: str
+    tower: Path | None = None  # the CLIP in it whose image tower is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +137,22 @@ class ModelConfig:
     }
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
     encodes_text: ClassVar[bool] = False  # whether others can read its text encoder
-    has_codes: ClassVar[bool] = False  # whether it encodes by a codebook, as far as its configuration tells
-    has_tower: ClassVar[bool] = False  # whether others can read its image tower
     reads_latents: ClassVar[bool] = True  # whether of a cache it reads the latents, not captions and views alone
     hands: ClassVar[str] = SMALL  # in a chain, the view that the next model is told of what it draws, without its argument
     exports: ClassVar[bool] = False  # whether an export stage can make a model folder of it
     adopts: ClassVar[bool] = False  # whether a model from elsewhere is used in another form than it lies in
     continues: ClassVar[bool] = False  # whether a later stage or a base model's weights can be continued
     beside: ClassVar[tuple[str, ...]] = ()  # folders of its product that an export puts beside the model
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it encodes by a codebook, as far as is known."""
+        return False
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether others can read its image tower, as far as is known."""
+        return False
 
     @property
     def answers(self) -> frozenset[str]:
@@ -200,6 +209,14 @@ class ModelConfig:
             UserError: naming what is missing or damaged, or that this kind begins from nothing.
         """
         raise UserError(f"init: a model of kind {self.kind} begins from nothing; leave init out")
+
+    def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
+        """What was found, with what the run's other models ask of it (values of `requires`, each with the field that asks).
+
+        Raises:
+            UserError: if its files have it not.
+        """
+        return found
 
     def adopt(self, found: Found, target: Path) -> None:
         """For a model that `adopts`: write what was found to `target` in the form that it is used in."""
@@ -282,8 +299,8 @@ class ModelConfig:
         """
         self.cannot("encode text; name a text encoder")
 
-    def image_tower(self) -> ImageTowerConfig:
-        """For a model that `has_tower`: the configuration of its image tower.
+    def image_tower(self, side: int, note: Callable[[str], None]) -> TowerShape:
+        """For a model that `has_tower`: its image tower's shape; `side` is what its reader sees, `note` is told what is assumed.
 
         Raises:
             UserError: for any other model.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
 from ldm.config.schema import BY_KIND, NonNegative, PathText, config
-from ldm.families.clip import Clip
 from ldm.families.family import Context, ModelConfig
-from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP
-from ldm.models.image_tower import ImageTowerConfig
+from ldm.formats.clip_folder import load_tower
+from ldm.formats.model_folder import OWN_CLIP
 from ldm.models.perceptual import FeatureDistance, Lpips, load_lpips
-from ldm.text.own_clip import load_image_tower
 
 
 @config
@@ -27,7 +25,7 @@ class PerceptualNone:
         """The models that it reads, by role."""
         return {}
 
-    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module | None:
+    def network(self, others: Mapping[str, ModelConfig], side: int, note: Callable[[str], None]) -> nn.Module | None:
         """A network of its shape, for counting; None: there is none."""
         return None
 
@@ -48,7 +46,7 @@ class PerceptualLpips:
         """The models that it reads, by role."""
         return {}
 
-    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module:
+    def network(self, others: Mapping[str, ModelConfig], side: int, note: Callable[[str], None]) -> nn.Module:
         """A network of its shape, for counting."""
         return Lpips()
 
@@ -69,14 +67,13 @@ class PerceptualClip:
         """The models that it reads, by role."""
         return {"text": self.model}
 
-    def network(self, others: Mapping[str, ModelConfig]) -> nn.Module:
+    def network(self, others: Mapping[str, ModelConfig], side: int, note: Callable[[str], None]) -> nn.Module:
         """A network of its shape, for counting."""
-        text = others["text"]
-        return FeatureDistance(text.tower.build() if isinstance(text, Clip) else ImageTowerConfig().build())
+        return FeatureDistance(others["text"].image_tower(side, note).build())
 
     def build(self, context: Context) -> nn.Module:
         """The frozen distance, scaled by its weight."""
-        tower, *_ = load_image_tower(context.products["text"].folder / OWN_CLIP / IMAGE_TOWER)
+        tower, *_ = load_tower(context.products["text"].folder / OWN_CLIP)
         return Scaled(FeatureDistance(tower), self.weight)
 
 

@@ -11,17 +11,20 @@ from typing import Any, Literal
 
 import torch
 
+from ldm.config.errors import UserError
 from ldm.config.schema import Count, PathText, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
+from ldm.formats.clip_folder import tower_shape
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
-from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP, hub_folder, own_clip, whole_of
-from ldm.formats.part import CONFIG, PARTS, content_hash, read_config, read_json
+from ldm.formats.model_folder import OWN_CLIP, clip_in, hub_folder, own_clip, whole_of
+from ldm.formats.part import PARTS, content_hash, read_config, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
-from ldm.models.autoencoder import KLConfig
+from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import Cost, TextShape
-from ldm.models.image_tower import ImageTowerConfig
+from ldm.models.vision_tower import TowerShape, VisionShape
+from ldm.text.own_clip import OwnClip
 from ldm.text.pretrained import OPEN_CLIP, OpenClipShape, load_pretrained, open_clip_folder, text_folder, text_hash
 
 HALF, FLOAT = 2, 4  # bytes
@@ -33,6 +36,9 @@ PUBLISHED = {
     1024: TextShape("OpenCLIP ViT-H/14 without its last layer", 1024, 23),
     2048: TextShape("CLIP ViT-L/14 and OpenCLIP ViT-bigG/14", 768, 12, second=BIG),
 }
+PUBLISHED_TOWER = VisionShape(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, projection_dim=768
+)
 
 
 @config
@@ -47,7 +53,17 @@ class PretrainedText(ModelConfig):
 
     adopts = True
     encodes_text = True
-    has_tower = True  # if it is of a run's own CLIP, which its files say
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether its files are of both sides of a CLIP; where they are not here yet, `found_for` sees."""
+        folder = self._here()
+        return folder is None or clip_in(folder) is not None
+
+    def _here(self) -> Path | None:
+        """Its folder, if it is on this machine; None: it is not, and a file of weights alone has none."""
+        folder = Path() if self.architecture or named(self.path) else local_folder(self.path)
+        return folder if folder.is_dir() else None
 
     def elsewhere(self) -> str:
         """Its path."""
@@ -68,6 +84,16 @@ class PretrainedText(ModelConfig):
         if clip := own_clip(found.folder):
             check(clip)
             shutil.copytree(clip, target / OWN_CLIP)
+        elif found.tower is not None:
+            OwnClip.load(found.tower).save(target / OWN_CLIP)
+
+    def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
+        """With the CLIP whose image tower is read."""
+        if "has_tower" not in asked:
+            return found
+        if (clip := clip_in(found.folder)) is None:
+            raise UserError(f"{asked['has_tower']}: {self.path} has no image tower; use kind clip, or a CLIP of both sides")
+        return replace(found, tower=clip, hash=hashlib.sha256(f"{found.hash} {content_hash(clip)}".encode()).hexdigest())
 
     def identity(self) -> dict[str, Any]:
         """As it is said; an architecture only where one is."""
@@ -89,14 +115,18 @@ class PretrainedText(ModelConfig):
             note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
         else:
             found = replace(found, layers=found.layers - self.skip_last)
-        embedding = self.image_tower().embedding if own_clip(folder) else 0
+        embedding = tower_shape(clip).embedding if (clip := clip_in(folder)) else 0
         return replace(found, tokens=min(self.max_tokens, found.positions), embedding=embedding)
 
-    def image_tower(self) -> ImageTowerConfig:
-        """Of a run's own CLIP, which its files tell."""
-        if (clip := own_clip(local_folder(self.path))) is None:
-            self.cannot("embed pictures here; its folder has no clip/; use kind clip")
-        return ImageTowerConfig.from_dict(read_config(clip / IMAGE_TOWER), str(clip / IMAGE_TOWER / CONFIG))
+    def image_tower(self, side: int, note: Callable[[str], None]) -> TowerShape:
+        """From its files; where they are not here, that of CLIP ViT-L/14."""
+        folder = self._here()
+        if folder is None:
+            note(f"image tower of {self.path}: its config.json is not here; counted as CLIP ViT-L/14")
+            return PUBLISHED_TOWER
+        if (clip := clip_in(folder)) is None:
+            self.cannot(f"embed pictures here; {folder} is no CLIP of both sides; use kind clip")
+        return tower_shape(clip)
 
 
 @config
@@ -108,7 +138,20 @@ class PretrainedAutoencoder(ModelConfig):
 
     answers = frozenset({"reconstruct"})
     encodes = True
-    has_codes = True  # if it is a VQ, which its files say
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its files are of a VQ; where they are not here yet, `found_for` sees."""
+        folder = None if named(self.path) else local_folder(self.path)
+        file = None if folder is None else next(config_files(folder, "vae", "vqvae"), None)
+        return file is None or isinstance(codec_config(read_json(file), file.parent), VQConfig)
+
+    def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
+        """Itself, if it has the codes that are read."""
+        folder = autoencoder_folder(found.folder)
+        if "has_codes" in asked and not isinstance(codec_config(read_config(folder), folder), VQConfig):
+            raise UserError(f"{asked['has_codes']}: {self.path} has no codebook; use kind vq, or a VQ autoencoder")
+        return found
 
     def elsewhere(self) -> str:
         """Its path."""

@@ -27,9 +27,10 @@ from ldm.families.draws import DIRECT, OWN, Draws, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
 from ldm.families.latent_diffusion.engine import Defaults, choose
 from ldm.formats import atomic
-from ldm.formats.model_folder import IMAGE_TOWER, INDEX, OWN_CLIP, RECORD, own_clip, read_record
+from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, read_json, save_part
-from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
+from ldm.formats.text_folder import save_text_model
+from ldm.formats.tokenizer_files import save_tokenizer
 from ldm.models import cost
 from ldm.models.cost import IMAGES
 from ldm.models.prior_transformer import STOCK, PriorShape, PriorTransformer, PriorTransformerConfig
@@ -144,9 +145,9 @@ class Prior(ModelConfig):
             return
         for part in (PART, SCHEDULER):
             shutil.copytree(before / part, folder / part)
-        words = folder / "prior_text_encoder"
-        shutil.copytree(before / OWN_CLIP, words, ignore=lambda at, names: [n for n in names if n == IMAGE_TOWER or "token" in n])
-        save_tokenizer(load_tokenizer(before / OWN_CLIP), folder / "prior_tokenizer")
+        clip = OwnClip.load(before / OWN_CLIP)
+        save_text_model(clip.text.model, folder / "prior_text_encoder", clip.projection)
+        save_tokenizer(clip.text.tokenizer, folder / "prior_tokenizer")
         noising = {**read_json(folder / "scheduler" / SCHEDULING), "_class_name": "DDPMScheduler"}
         (folder / NOISING).mkdir()
         atomic.write_json(folder / NOISING / SCHEDULING, noising)

@@ -13,7 +13,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.formats.denoiser_folder import denoiser_folder
 from ldm.formats.integrity import COUNTED
-from ldm.formats.part import AGAIN, PARTS, read_json
+from ldm.formats.part import AGAIN, CONFIG, PARTS, read_json
 from ldm.formats.single_file import REFUSED, named, open_single
 
 
@@ -129,12 +129,23 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
 
 PAIRED = ("text_encoder_2", "tokenizer_2")  # of a model with two text encoders, besides those of one with one
 RECORD, INDEX = "ldm.json", "model_index.json"
-OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it the image side
+OWN_CLIP, IMAGE_TOWER = "clip", "image_tower"  # the CLIP that the run has trained, which diffusers passes over; in it a convolutional tower
 
 
 def own_clip(folder: Path) -> Path | None:
     """Where the CLIP of a product's or model's own run lies, both towers of it; None: there is none."""
-    return folder / OWN_CLIP if (folder / OWN_CLIP / IMAGE_TOWER).is_dir() else None
+    clip = folder / OWN_CLIP
+    return clip if (clip / IMAGE_TOWER).is_dir() or whole_clip(clip) else None
+
+
+def clip_in(folder: Path) -> Path | None:
+    """The same, where the folder may be a CLIP of both towers itself."""
+    return own_clip(folder) or (folder if (folder / IMAGE_TOWER).is_dir() or whole_clip(folder) else None)
+
+
+def whole_clip(folder: Path) -> bool:
+    """Whether a folder is what transformers' CLIPModel opens, a text and an image tower in one."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") == "clip"
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -51,15 +51,19 @@ class T5Shape:
             )
 
 
-def load_text_model(part: Path) -> Any:
+def load_text_model(part: Path, state: dict[str, Tensor] | None = None) -> Any:
     """The frozen CLIPTextModel, T5EncoderModel, Gemma or Qwen in a folder; of a whole CLIP or T5 its text encoder.
 
     Only named fields of config.json are read, and weights from safetensors alone, so that a stranger's folder is data.
 
+    Args:
+        state: the weights of the whole folder, where they are read already.
+
     Raises:
         UserError: naming what is missing, damaged or something else.
     """
-    model = load_module(text_builder(part), _own_names(load_weights(part)), part)
+    build = text_builder(part)
+    model = load_module(build, _own_names(load_weights(part) if state is None else state), part)
     return model.float().eval().requires_grad_(False)
 
 
@@ -115,20 +119,23 @@ def _t5_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found if table is None else {**found, **dict.fromkeys(names, table)}
 
 
-def load_text_projection(part: Path) -> nn.Linear:
+def text_projection(part: Path, state: dict[str, Tensor]) -> nn.Linear:
     """The projection of a CLIPTextModelWithProjection's pooled state into the space shared with images, frozen, (B,D) to (B,E).
+
+    Args:
+        part: its folder, or a whole CLIP's.
+        state: the weights in it.
 
     Raises:
         UserError: naming what is missing or damaged.
     """
-    return _text_projection(part, load_weights(part))
-
-
-def _text_projection(part: Path, state: dict[str, Tensor]) -> nn.Linear:
-    shape = TextConfig(read_config(part), str(part / CONFIG))
+    values = read_config(part)
+    if isinstance(inner := values.get("text_config"), dict):
+        values = {**inner, **{name: values[name] for name in ("projection_dim",) if name in values}}
+    shape = TextConfig(values, str(part / CONFIG))
     sides = (shape.hidden_size, shape.projection_dim)
     found = {name.removeprefix("text_projection."): value for name, value in state.items() if name == PROJECTION}
-    return load_module(lambda: nn.Linear(*sides, bias=False), found, part).eval().requires_grad_(False)
+    return load_module(lambda: nn.Linear(*sides, bias=False), found, part).float().eval().requires_grad_(False)
 
 
 def load_pair(folder: Path, padding: int) -> TowerPair:
@@ -146,7 +153,7 @@ def load_pair(folder: Path, padding: int) -> TowerPair:
     for model, name in ((first, "text_encoder"), (second, part.name)):
         if not isinstance(model, TextTower):
             raise UserError(f"{folder / name}: of two text encoders both must be CLIP's, but this is a {model.config.model_type}")
-    return TowerPair(first, second, _text_projection(part, state), padding).eval().requires_grad_(False)
+    return TowerPair(first, second, text_projection(part, state), padding).eval().requires_grad_(False)
 
 
 def save_text_model(model: Any, part: Path, projection: nn.Linear | None = None) -> None:

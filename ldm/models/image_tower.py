@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +17,28 @@ from ldm.models.diffusers_config import require_buildable
 class ImageTowerConfig:
     """Strided convolutions, then one linear layer over a 4x4 map, so that places are not averaged away."""
 
+    kind: Literal["conv"] = "conv"
     channels: tuple[Width, ...] = (32, 64, 128)  # per stage; each stage halves height and width
     embedding: Width = 128  # width of the space shared with text
     grid: Depth = 4  # the last map is pooled to grid x grid
+
+    @property
+    def step(self) -> int:
+        """Sides of pictures in training are multiples of this; any will do."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        """Channels of the last of its maps."""
+        return self.channels[-1]
+
+    def places(self, side: int) -> int:
+        """Of the last map, for a picture of `side` x `side` px."""
+        return (side >> len(self.channels)) ** 2
+
+    def shape(self, side: int) -> ImageTowerConfig:
+        """The network for pictures of `side` x `side` px: itself, for any."""
+        return self
 
     def build(self) -> ImageTower:
         """The network, freshly initialised."""
@@ -65,9 +84,10 @@ class ImageTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Unit-length embeddings of images (B,3,H,W) in [-1,1]."""
-        return self.embedding(self.features(image)[-1])
+        return self.seen(image)[1]
 
-    def embedding(self, last: Tensor) -> Tensor:
-        """Unit-length embeddings (B,E) of the last of the `features` (B,C,h,w)."""
+    def seen(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The last of the `features` (B,C,h,w) and the unit-length embedding (B,E) of images."""
+        last = self.features(image)[-1]
         x = F.adaptive_avg_pool2d(last, self.config.grid)  # (B,C,g,g)
-        return F.normalize(self.head(x.flatten(1)).float(), dim=-1)  # (B,E)
+        return last, F.normalize(self.head(x.flatten(1)).float(), dim=-1)  # (B,E)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+Activation = Literal["quick_gelu", "gelu", "relu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -49,7 +50,7 @@ class TextTowerShape:
     num_hidden_layers: Depth = 12
     num_attention_heads: Width = 8
     max_position_embeddings: Codes = 77
-    hidden_act: Literal["quick_gelu", "gelu", "relu"] = "quick_gelu"
+    hidden_act: Activation = "quick_gelu"
     layer_norm_eps: PositiveFloat = 1e-5
     bos_token_id: int | None = 49406
     eos_token_id: int = 49407
@@ -86,6 +87,23 @@ class TextConfig:
         return json.dumps(self.to_dict())
 
 
+class Sizes(Protocol):
+    """What either tower's configuration says of its blocks."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
 class Embeddings(nn.Module):
     """Of tokens and of their places."""
 
@@ -101,24 +119,24 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each token looks at those before it."""
+    """Each token looks at all, or in causal order at those before it."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: Sizes, causal: bool) -> None:
         super().__init__()
-        self.heads, width = config.num_attention_heads, config.hidden_size
+        self.heads, self.causal, width = config.num_attention_heads, causal, config.hidden_size
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,L,D) to the same."""
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         return out
 
 
 class Mlp(nn.Module):
     """Two layers on each token."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -133,9 +151,9 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """A transformer's block with its norms before."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: Sizes, causal: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -147,11 +165,11 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks."""
+    """The blocks of a CLIP's tower; its text side's are causal."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: Sizes, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.num_hidden_layers))
 
 
 class TextTower(nn.Module):
@@ -161,7 +179,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = TextConfig(values, where)
         self.embeddings = Embeddings(self.config)
-        self.encoder = Stack(self.config)
+        self.encoder = Stack(self.config, causal=True)
         self.final_layer_norm = nn.LayerNorm(self.config.hidden_size, eps=self.config.layer_norm_eps)
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> TextStates:

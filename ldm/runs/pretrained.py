@@ -35,8 +35,9 @@ def find(run: Run, note: Callable[[str], None] = say) -> dict[str, Found]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    every = run.everything()
-    return {name: every[name].find(path, note) for name, path in sources(run).items()}
+    every, asked = run.everything(), list(run.asked())
+    found = {name: every[name].find(path, note) for name, path in sources(run).items()}
+    return {name: every[name].found_for(one, {able: where for where, of, able in asked if of == name}) for name, one in found.items()}
 
 
 def continued(run: Run, name: str, stage: Train, found: Mapping[str, Found]) -> ModelConfig:

@@ -126,6 +126,13 @@ class Run:
         every = self.everything()
         return {role: every[other] for role, other in every[name].inputs().items() if other in every}
 
+    def asked(self) -> Iterator[tuple[str, str, str]]:
+        """What models ask of those that they read: the field that names one, its name, and what that must be (`ModelConfig.requires`)."""
+        for name, model in self.models.items():
+            for role, able in model.requires.items():
+                if role in self.others(name):
+                    yield f"models.{name}.{role}", model.inputs()[role], able
+
     def latest(self, before: str) -> dict[str, str]:
         """By model, the last stage before this one that trains it."""
         names = list(self.stages)
@@ -239,10 +246,11 @@ def problems(run: Run) -> Iterator[str]:
             if [parted(view)[0] for view in model.views()].count(hands) != 1:
                 told = f"{hands}:N" if hands == SMALL else hands
                 yield f"models.{name}.{AFTER}: {before} is told as one view {told}, but {name} reads {reads}; name it in its conditions"
-        for role, other in run.others(name).items():
-            if (able := model.requires.get(role)) and not getattr(other, able):
-                cannot = CANNOT.get(able, "makes no latents")
-                yield f"models.{name}.{role}: got {model.inputs()[role]}, a model of kind {other.kind}, which {cannot}"
+    every = run.everything()
+    for where, name, able in run.asked():
+        if not getattr(every[name], able):
+            source = f" ({path})" if (path := every[name].elsewhere()) else ""
+            yield f"{where}: got {name}, a model of kind {every[name].kind}{source}, which {CANNOT.get(able, 'makes no latents')}"
     encoded: dict[str, Encode] = {}
     for name, stage in run.stages.items():
         where = f"stages.{name}"

@@ -10,39 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.config.errors import UserError
-from ldm.config.foreign import short
 from ldm.diffusion.batch import Text
-from ldm.formats.model_folder import IMAGE_TOWER
-from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, save_part
-from ldm.formats.text_folder import load_text_model, load_text_projection, save_text_model
+from ldm.formats.clip_folder import load_tower, save_clip, tower_shape
+from ldm.formats.model_folder import whole_clip
+from ldm.formats.part import load_weights
+from ldm.formats.text_folder import load_text_model, text_builder, text_projection
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
-from ldm.models.image_tower import ImageTower, ImageTowerConfig
+from ldm.models.vision_tower import TowerNetwork
 from ldm.text.encoder import TextEncoder
-
-
-def load_image_tower(folder: Path) -> tuple[ImageTower, Tensor, int]:
-    """The image side of a run's own CLIP: the tower, logit_scale (log of the inverse temperature) and the resolution in px it learned at.
-
-    Raises:
-        UserError: naming what is missing or damaged.
-    """
-    config = read_config(folder)
-    network, resolution = ImageTowerConfig.from_dict(config, str(folder / CONFIG)), config.get("resolution")
-    if type(resolution) is not int or not 0 < resolution < 2**16:
-        raise UserError(f"{folder / CONFIG}: resolution is {short(resolution)}; a whole number of px from 1 on is needed; {AGAIN}")
-    state = load_weights(folder)
-    scale = state.pop("logit_scale", None)
-    if scale is None or scale.numel() != 1 or not scale.is_floating_point():
-        raise UserError(f"{folder}: logit_scale, one number, is missing; {AGAIN}")
-    return load_module(network.build, state, folder).eval().requires_grad_(False), scale, resolution
 
 
 class OwnClip:
     """The CLIP that a run has trained, both towers, frozen: how well pictures show captions.
 
-    The text side is stored as transformers' CLIPTextModelWithProjection. The image side is a small convolutional tower, which
-    CLIPModel's vision transformer cannot express, so it is stored beside it under image_tower/, with logit_scale.
+    With a vision transformer it is stored as transformers' CLIPModel. CLIPModel cannot express a convolutional tower: with one the
+    text side is stored as CLIPTextModelWithProjection, and the tower beside it under image_tower/, with logit_scale.
 
     Args:
         text: the text tower, pooled states (B,D).
@@ -52,7 +34,7 @@ class OwnClip:
         resolution: px, of the squares that the tower has learned from.
     """
 
-    def __init__(self, text: TextEncoder, projection: nn.Linear, tower: ImageTower, logit_scale: Tensor, resolution: int) -> None:
+    def __init__(self, text: TextEncoder, projection: nn.Linear, tower: TowerNetwork, logit_scale: Tensor, resolution: int) -> None:
         self.text, self.projection, self.tower, self.logit_scale, self.resolution = text, projection, tower, logit_scale, resolution
 
     @property
@@ -65,22 +47,22 @@ class OwnClip:
         return [self.text.model, self.projection, self.tower]
 
     def save(self, folder: Path) -> None:
-        """config.json, weights and tokenizer of the text side in `folder`, image_tower/ below it."""
-        save_text_model(self.text.model, folder, self.projection)
+        """config.json, weights and the tokenizer's files in `folder`; of a convolutional tower image_tower/ below it."""
+        save_clip(self.text.model, self.projection, self.tower, self.logit_scale, self.resolution, folder)
         save_tokenizer(self.text.tokenizer, folder)
-        config = {**self.tower.config.to_dict(), "resolution": self.resolution}
-        save_part(config, {**self.tower.state_dict(), "logit_scale": self.logit_scale}, folder / IMAGE_TOWER)
 
     @staticmethod
     def load(folder: Path, device: str | torch.device = "cpu") -> OwnClip:
-        """What `save` has written, the folder clip/ of a model.
+        """What `save` has written, the folder clip/ of a model, or another that transformers' CLIPModel opens.
 
         Raises:
             UserError: naming what is missing or damaged.
         """
-        text = TextEncoder.of(load_text_model(folder).to(device), load_tokenizer(folder), folder)
-        tower, scale, resolution = load_image_tower(folder / IMAGE_TOWER)
-        return OwnClip(text, load_text_projection(folder).to(device), tower.to(device), scale.to(device), resolution)
+        text_builder(folder), tower_shape(folder)  # what is said must make sense before weights are read
+        state = load_weights(folder)
+        text = TextEncoder.of(load_text_model(folder, state).to(device), load_tokenizer(folder), folder)
+        tower, scale, resolution = load_tower(folder, state if whole_clip(folder) else None)
+        return OwnClip(text, text_projection(folder, state).to(device), tower.to(device), scale.to(device), resolution)
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str]) -> Tensor:

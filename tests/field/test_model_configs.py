@@ -17,25 +17,34 @@ from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
 from ldm.families.latent_diffusion.family import defaults_of, process_of
 from ldm.formats import integrity, pickles
+from ldm.formats.clip_folder import load_tower
 from ldm.formats.denoiser_folder import read_denoiser
 from ldm.formats.latent_codec import Statistics, read_codec
 from ldm.formats.model_folder import read_record
 from ldm.formats.part import read_safetensors
 from ldm.formats.text_folder import text_builder
 from ldm.formats.tokenizer_files import load_tokenizer
-from ldm.text.own_clip import load_image_tower
 
 CLIP = {"architectures": ["CLIPTextModel"], "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
 T5 = {"architectures": ["T5EncoderModel"], "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 SCHEDULER = Process().scheduler_config()
 RECORD = {"kind": "latent_diffusion", "autoencoder": "0" * 64, "defaults": {"size": [32, 32], "steps": 4}, "story": {}, "offset_noise": 0.1}
 TOWER = {"_class_name": "ImageTower", "channels": [8, 16], "embedding": 24, "grid": 2, "resolution": 32}
+VISION = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+WHOLE = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 24, "text_config": CLIP, "vision_config": VISION}
 LATENTS = {"mean": [0.0, 0.1], "std": [1.0, 0.5], "images": 12, "resolution": 32}
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3, "<|startoftext|>": 4}, "merges": ["a b"]}}
 
 
 def record(folder: Path) -> None:
     defaults_of(read_record(folder), folder)
+
+
+def whole(folder: Path) -> Path:
+    """A whole CLIP, whose vision_config the folder's config.json is, if there is one."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**WHOLE, "vision_config": json.loads(file.read_text()) if file.exists() else VISION}))
+    return folder
 
 
 # What reads a file of a model folder: its name, a content that makes sense, and the reader of the folder.
@@ -48,7 +57,9 @@ READERS: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
     "t5": ("config.json", T5, text_builder),
     "scheduler": ("scheduler/scheduler_config.json", SCHEDULER, process_of),
     "record": ("ldm.json", RECORD, record),
-    "image tower": ("config.json", TOWER, load_image_tower),
+    "image tower": ("image_tower/config.json", TOWER, load_tower),
+    "vision": ("config.json", VISION, lambda folder: load_tower(whole(folder))),
+    "pixels": ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, lambda folder: load_tower(whole(folder))),
     "latents": ("latents.json", LATENTS, lambda folder: Statistics.read(folder / "latents.json", 2)),
     "tokenizer": ("tokenizer.json", TOKENIZER, load_tokenizer),
     "manifest": ("manifest.json", {"config.json": "0" * 64}, integrity.check),
@@ -109,6 +120,15 @@ CASES = [
     ("record", "story", "once"),
     ("image tower", "channels", [10**9]),
     ("image tower", "resolution", 0),
+    ("vision", "num_attention_heads", 5),
+    ("vision", "image_size", 4),
+    ("vision", "patch_size", 0),
+    ("vision", "num_channels", 4),
+    ("vision", "num_hidden_layers", 10**9),
+    ("vision", "hidden_act", "swish"),
+    ("pixels", "image_mean", [0.5]),
+    ("pixels", "image_std", [0.5, 0.5, 0]),
+    ("pixels", "image_std", "half"),
     ("latents", "images", 1e999),
 ]
 

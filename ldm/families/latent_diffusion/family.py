@@ -17,7 +17,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.config.schema import Fraction, Positive, build, config, plain
 from ldm.data.dataset import offered
-from ldm.data.views import ViewKind
+from ldm.data.views import EMBEDDING, ViewKind, parted
 from ldm.diffusion import learned_variance
 from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, View, Views, where
 from ldm.diffusion.learned_variance import LearnedVariance
@@ -107,10 +107,15 @@ class LatentDiffusion(ModelConfig):
 
     refuses: ClassVar[Mapping[str, str]] = {}
     answers = frozenset({"sample", "reconstruct"})
-    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
     exports = True
     continues = True
     beside = KEPT
+
+    @property
+    def requires(self) -> Mapping[str, str]:
+        """A text encoder, or where embeddings of pictures are told both sides of a CLIP; and an autoencoder."""
+        embeds = any(parted(view)[0] == EMBEDDING for view in self.views())
+        return {"text": "has_tower" if embeds else "encodes_text", "autoencoder": "encodes"}
 
     @property
     def reads_masks(self) -> bool:

@@ -25,20 +25,20 @@ from ldm.families.tokens.drawing import Known, causal, first_step, masked, piece
 from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
 from ldm.families.tokens.writing import Writing, WritingFamily
 from ldm.formats.atomic import write_json
+from ldm.formats.clip_folder import load_tower
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP, RECORD, own_clip, read_record
+from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, save_part
 from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models import cost
 from ldm.models.autoencoder import VQConfig
 from ldm.models.cost import IMAGES
 from ldm.models.embeddings import COORDINATES
-from ldm.models.image_tower import ImageTower
 from ldm.models.token_transformer import AESTHETIC, Past, TokenShape, TokenTransformer, TokenTransformerConfig, Told
 from ldm.models.token_transformer import NUMBERS as SIZES
+from ldm.models.vision_tower import TowerNetwork
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
-from ldm.text.own_clip import load_image_tower
 from ldm.text.penultimate import PenultimateText
 from ldm.text.prompt_syntax import Piece, Prompt
 from ldm.text.weighted import encode
@@ -191,8 +191,8 @@ class Tokens(ModelConfig):
             text = others["text"].text_shape(note, width)
             states, pooled, words = text.states, text.pooled, (text.tokens, text.vocabulary)
         if self.reads == "image":
-            tower = others["text"].image_tower()
-            states, pooled = tower.channels[-1] + COORDINATES, tower.embedding
+            tower = others["text"].image_tower(side, note)
+            states, pooled = tower.width + COORDINATES, tower.embedding
         return self.shape(codes, places, states, pooled, words)
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
@@ -212,9 +212,10 @@ class Tokens(ModelConfig):
             frozen["text encoder"], seen = text.parameters, text.tokens
             extra += text.cost.forward if shape.context_width else 0
         elif self.reads == "image":
+            said = others["text"].image_tower(side, note)
             with torch.device("meta"):
-                tower = others["text"].image_tower().build()
-            frozen["image tower"], seen = cost.count(tower), (side >> len(tower.stages)) ** 2
+                tower = said.build()
+            frozen["image tower"], seen = cost.count(tower), said.places(side)
             extra += cost.tower(tower, side).forward
         with torch.device("meta"):
             network, codes = shape.build(), torch.zeros(IMAGES, small, small, dtype=torch.long)
@@ -239,14 +240,14 @@ class Tokens(ModelConfig):
         words = (0, 0) if text is None else (text.max_tokens, len(text.tokenizer))
         states, pooled = (0, 0) if text is None else (text.width, text.pooled_width)
         if tower is not None:
-            states, pooled = tower.config.channels[-1] + COORDINATES, tower.config.embedding
+            states, pooled = tower.config.width + COORDINATES, tower.config.embedding
         codes, places = (0, 0) if codec is None else (codec.codes, (context.resolution // codec.factor) ** 2)
         shape = self.shape(codes, places, states, pooled, words)
         network = shape.build() if context.init is None else _continued(context.init, shape, codec)
         return self._family(network, codec, text, tower, context.resolution)
 
     def _family(
-        self, network: TokenTransformer, codec: LatentCodec | None, text: TextEncoder | None, tower: ImageTower | None, side: int
+        self, network: TokenTransformer, codec: LatentCodec | None, text: TextEncoder | None, tower: TowerNetwork | None, side: int
     ) -> TokensFamily | WritingFamily:
         if self.writes == "codes":
             assert codec is not None and text is not None
@@ -291,7 +292,7 @@ def _load(folder: Path) -> TokenTransformer:
     return load_module(shape.build, load_weights(part), part)
 
 
-def _tower(folder: Path) -> ImageTower:
+def _tower(folder: Path) -> TowerNetwork:
     """The image tower of the CLIP in a product's or model's folder.
 
     Raises:
@@ -299,7 +300,7 @@ def _tower(folder: Path) -> ImageTower:
     """
     if (clip := own_clip(folder)) is None:
         raise UserError(f"{folder}: has no {OWN_CLIP}/, no CLIP of its own run, whose image tower could be read; train text by kind clip")
-    return load_image_tower(clip / IMAGE_TOWER)[0]
+    return load_tower(clip)[0]
 
 
 def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> TokenTransformer:

@@ -28,8 +28,8 @@ from ldm.formats.latent_codec import LatentCodec
 from ldm.formats.model_folder import RECORD
 from ldm.formats.part import save_part
 from ldm.models.embeddings import coordinates
-from ldm.models.image_tower import ImageTower
 from ldm.models.token_transformer import AESTHETIC, Past, TokenTransformer, Told
+from ldm.models.vision_tower import TowerNetwork
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Piece, Prompt
@@ -78,7 +78,7 @@ class WritingFamily(Family, Draws):
     kind = "tokens"
 
     def __init__(
-        self, said: Writing, network: TokenTransformer, text: TextEncoder | None, codec: LatentCodec | None, tower: ImageTower | None
+        self, said: Writing, network: TokenTransformer, text: TextEncoder | None, codec: LatentCodec | None, tower: TowerNetwork | None
     ) -> None:
         super().__init__()
         self.said, self.network, self.text = said, network, text
@@ -158,9 +158,9 @@ class WritingFamily(Family, Draws):
             return None
         assert isinstance(batch, ImageBatch)
         with torch.no_grad():
-            last = tower.features(batch.image)[-1]  # (B,C,h,w)
+            last, embedding = tower.seen(batch.image)  # (B,C,h,w), (B,E)
             where = coordinates(last[:1]).expand(len(last), -1, -1, -1)
-            return torch.cat([last, where], 1).flatten(2).transpose(1, 2), tower.embedding(last)
+            return torch.cat([last, where], 1).flatten(2).transpose(1, 2), embedding
 
     def _told(self, seen: tuple[Tensor, Tensor | None] | None, many: int) -> Told:
         states, pooled = seen or (None, None)
