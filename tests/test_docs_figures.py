@@ -58,6 +58,20 @@ def test_memory_and_operations_of_lora(file: Path) -> None:
         assert f"| {flops / 1e9:,.0f} |" in page("hardware")
 
 
+def test_memory_of_all_weights_offloaded() -> None:
+    for words, name in (([], "presets/full-6gb"), ([], "presets/full-10gb"), (["stages.tune.offload=true"], "finetune-sdxl-full")):
+        run = load(ROOT / "configs" / f"{name}.yaml", words, Run)
+        stage = run.stages["tune"]
+        assert isinstance(stage, Train)
+        needs = estimate(run).training(stage)
+        device, machine = sum(needs.memory(stage.micro_batch or stage.batch).values()) / 2**30, needs.host_bytes / 2**30
+        assert re.search(rf"configs/{name}\.yaml`[^|]*\| {device:.1f} GiB, and {machine:.0f} GiB", page("hardware")), (
+            name,
+            device,
+            machine,
+        )
+
+
 @pytest.mark.slow
 def test_the_plan_of_stable_diffusion_says_what_the_page_says() -> None:
     file = ROOT / "configs" / "sd1.yaml"

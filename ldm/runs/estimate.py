@@ -56,6 +56,15 @@ class Needs:
         """Weights, moments and EMA in float32."""
         return FLOAT * (self.learned + self.averaged) + self.optimiser_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """With `offload`: float32 weights, gradients, moments and EMA, what is copied through, and the copy that a save is written from."""
+        if not self.stage.offload:
+            return 0
+        through = FLOAT if self.stage.precision == "fp32" else HALF
+        copied = self.checkpoint_bytes if self.stage.save_beside else 0
+        return self.checkpoint_bytes + (FLOAT + through) * self.learned + copied
+
     def memory(self, micro_batch: int, shards: int = 1) -> dict[str, int]:
         """Bytes on each device while a micro-batch is trained on, by what for.
 
@@ -63,16 +72,17 @@ class Needs:
         counted on the meta device. Under bf16 or fp16 they are half of that, frozen weights that are only computed with are of that type
         themselves, and there is a cast copy of the learned weights and of the float32 frozen ones that gradients pass through, which
         autocast makes anew at every use and the graph keeps. The allocator's own losses, workspaces and the frozen parts' passing
-        activations are not in it. Over `shards` processes (FSDP2) gradients, moments and EMA are split; the weights are whole within a
-        step.
+        activations are not in it. With `offload` weights and gradients are of the type that is computed in, and moments and EMA are in
+        the machine's memory. Over `shards` processes (FSDP2) gradients, moments and EMA are split; the weights are whole within a step.
         """
-        full = self.stage.precision == "fp32"
+        full, offload = self.stage.precision == "fp32", self.stage.offload
+        held = HALF if offload and not full else FLOAT  # vectors, which stay in float32, are few
         found = {
-            "weights": FLOAT * self.learned,
-            "gradients": FLOAT * self.learned // shards,
-            "optimiser": self.optimiser_bytes // shards,
-            "EMA": FLOAT * self.averaged // shards,
-            "cast weights": 0 if full else HALF * (self.learned + self.footprint.passed),
+            "weights": held * self.learned,
+            "gradients": held * self.learned // shards,
+            "optimiser": 0 if offload else self.optimiser_bytes // shards,
+            "EMA": 0 if offload else FLOAT * self.averaged // shards,
+            "cast weights": 0 if full else HALF * ((0 if offload else self.learned) + self.footprint.passed),
             "frozen parts": FLOAT * sum(self.footprint.frozen.values()) - (0 if full else HALF * self.footprint.halved),
             "activations": self.footprint.cost.activations * micro_batch // (1 if full else 2),
         }

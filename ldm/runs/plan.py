@@ -50,6 +50,7 @@ class StagePlan:
     buckets: list[dict[str, Any]] = field(default_factory=list)  # width, height, images, cut, enlarged, updates, missed
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)  # bytes on each device
+    memory_of_machine: int = 0  # bytes in the machine's own memory for each process, where a stage keeps its state there (offload)
     memory_of_device: int = 0  # bytes that a named device has; 0: none is named
     flops_forward: int = 0  # of one image through the part that learns, or through the encoder
     flops: int = 0  # of one image in all, backward pass and frozen parts included
@@ -228,6 +229,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, spee
         buckets=[] if shaped is None else shaped.rows,
         parameters=needs.parameters,
         memory=needs.memory(micro, processes if split else 1),
+        memory_of_machine=needs.host_bytes,
         flops_forward=needs.forward,
         flops=needs.flops,
         checkpoint_bytes=needs.checkpoint_bytes,
@@ -299,6 +301,8 @@ def _details(stage: StagePlan) -> Iterator[str]:
     parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
     needs, room = sum(stage.memory.values()), stage.memory_of_device
     yield f"memory of each device, estimated: {size_of(needs)} ({parts})"
+    if stage.memory_of_machine:
+        yield f"memory of the machine for each process (offload): {size_of(stage.memory_of_machine)}"
     if room:
         yield _verdict(stage, needs, room)
     yield f"checkpoint {size_of(stage.checkpoint_bytes)}, {size_of(stage.kept_bytes)} kept at most"
@@ -315,7 +319,8 @@ def _verdict(stage: StagePlan, needs: int, room: int) -> str:
     fitting = int((usable - (needs - stage.memory.get("activations", 0))) // each) if each else 0
     if fitting >= 1:
         return f"does not fit: {needs / room:.0%} {said}; a micro_batch of {fitting} or less does"
-    return f"does not fit: {needs / room:.0%} {said}; recompute blocks (checkpointing), shard (FSDP2), or learn a LoRA"
+    fixes = "recompute blocks (checkpointing), keep its state in the machine's memory (offload), shard (FSDP2), or learn a LoRA"
+    return f"does not fit: {needs / room:.0%} {said}; {fixes}"
 
 
 def operations(flops: float) -> str:

@@ -25,6 +25,7 @@ from ldm.formats import atomic, records
 from ldm.formats.tensor_file import read_tensors
 from ldm.training import optim
 from ldm.training.ema import Ema
+from ldm.training.offload import Offload
 from ldm.training.post_hoc_ema import PowerAverages
 from ldm.training.snapshot import BackgroundWriter, Snapshot
 
@@ -68,6 +69,12 @@ class Learning:
     scaler: torch.amp.GradScaler
     ema: Ema | None = None
     power: PowerAverages | None = None  # for `ldm ema`
+    offload: Offload | None = None  # where the weights in float32 are
+
+    def weights(self) -> dict[str, Tensor]:
+        """What learns, in float32, and the family's buffers."""
+        own = dict(self.family.state_dict())
+        return own if self.offload is None else self.offload.state(own)
 
 
 class States:
@@ -81,7 +88,7 @@ class States:
     """
 
     def __init__(self, stage: Train, folder: Path, key: str, learning: Learning, *, processes: Learners, log: Log) -> None:
-        self.stage, self.folder, self.key = stage, folder, key
+        self.stage, self.folder, self.key, self.learning = stage, folder, key, learning
         self.family, self.optimizers, self.scaler = learning.family, learning.optimizers, learning.scaler
         self.ema, self.power = learning.ema, learning.power
         self.processes, self.log = processes, log
@@ -123,8 +130,10 @@ class States:
         return step
 
     def _take(self, tensors: dict[str, dict[str, Tensor]], meta: Meta, *, optimiser: bool, power: bool = False) -> None:
-        own = self.family.state_dict()
-        self.family.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in tensors["model"].items()})
+        own, offload = self.family.state_dict(), self.learning.offload
+        new = tensors["model"] if offload is None else offload.take(tensors["model"])
+        new = {name: like(value, own[name]) if name in own else value for name, value in new.items()}
+        self.family.load_state_dict(new, strict=offload is None)
         if self.ema:
             self.ema.restore(tensors["ema"], meta.ema_updates)
         if self.power and power:
@@ -138,7 +147,7 @@ class States:
         """Why a state cannot be taken up by what learns here; empty: it can."""
         averages = self.ema.state() if self.ema else {}
         powers = self.power.state() if self.power and power else {}
-        for group, own in {"model": self.family.state_dict(), "ema": averages, "power": powers}.items():
+        for group, own in {"model": self.learning.weights(), "ema": averages, "power": powers}.items():
             theirs = tensors.get(group, {})
             for name in [*own, *theirs] if own else ():
                 if name not in theirs or name not in own or theirs[name].shape != own[name].shape:
@@ -176,7 +185,7 @@ class States:
         self.log.note(f"{self.folder.name}: begins with the {what} of {folder.parent.name} after {meta.images} images")
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
-        groups = {"model": dict(self.family.state_dict()), "optimizer": optim.state_tensors(self.optimizers)}
+        groups = {"model": self.learning.weights(), "optimizer": optim.state_tensors(self.optimizers)}
         groups |= {"ema": self.ema.state()} if self.ema else {}
         return groups | ({"power": self.power.state()} if self.power else {})
 

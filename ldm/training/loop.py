@@ -36,6 +36,7 @@ from ldm.training.ema import Ema
 from ldm.training.held_out import HeldOutLoss, LossByLevel
 from ldm.training.library_optimisers import evaluated
 from ldm.training.log import Log
+from ldm.training.offload import Offload
 from ldm.training.post_hoc_ema import SNAPSHOTS, PostHocEma, PowerAverages, drop_beyond, keep
 from ldm.training.settings import PRECISION, Train
 
@@ -100,14 +101,19 @@ class Trainer:
             log.note(f"{folder.name}: weights, optimiser and EMA are sharded over {processes.world} processes (FSDP2)")
         if stage.compile:
             compile_networks(family, self.device)
-        self.groups = family.parameter_groups()
+        self.groups, averaged = family.parameter_groups(), family.averaged()
+        self.offload = Offload(family, self.groups, PRECISION[self.precision]) if stage.offload else None
+        if self.offload is not None:
+            self.groups, averaged = self.offload.groups, self.offload.on_cpu(averaged)
+            if self.device.type == "cpu":
+                log.note(f"{folder.name}: offload saves nothing here, since the device is the CPU itself")
         self.optimizers = optim.build(stage.optim, self.groups)
-        self.ema = Ema(family.averaged(), stage.ema) if stage.ema else None
+        self.ema = Ema(averaged, stage.ema) if stage.ema else None
         if self.precision != stage.precision:
             log.note(f"{folder.name}: this CPU has no instructions for {stage.precision}; computed in {self.precision}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.power = PowerAverages(family.averaged(), stage.post_hoc_ema.lengths) if stage.post_hoc_ema else None
-        learning = Learning(family, self.optimizers, self.scaler, self.ema, self.power)
+        self.power = PowerAverages(averaged, stage.post_hoc_ema.lengths) if stage.post_hoc_ema else None
+        learning = Learning(family, self.optimizers, self.scaler, self.ema, self.power, self.offload)
         self.states = States(stage, folder, key, learning, processes=processes, log=log)
         self.step = self.states.restore()
         self.former = handover.former
@@ -252,6 +258,8 @@ class Trainer:
         terms, gauges = self.gradients(model, batch)
         for parameter in self.family.idle():
             parameter.grad = None
+        if self.offload is not None:
+            self.offload.bring_gradients()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norms = optim.clip(self.groups, stage.optim.clip)
@@ -263,6 +271,8 @@ class Trainer:
         if not bad:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
+            if self.offload is not None:
+                self.offload.hand_out()
             if self.ema:
                 self.ema.update()
             if self.power:
@@ -352,7 +362,8 @@ class Trainer:
         self.states.still()
         self.family.eval()
         own = self.ema.applied() if self.ema else evaluated(self.optimizers)
-        with own, gathered(self.family, self.processes.main), torch.no_grad():
+        held = nullcontext() if self.offload is None else self.offload.whole()
+        with own, held, gathered(self.family, self.processes.main), torch.no_grad():
             yield
         self.family.train()
 

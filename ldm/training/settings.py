@@ -43,6 +43,7 @@ class Train:
     ema: Fraction = 0.999  # decay of the averaged weights that are sampled and saved; 0: none
     post_hoc_ema: PostHocEma | None = None  # averages from which `ldm ema` makes an EMA of any length; null: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products and convolutions, by autocast
+    offload: bool = False  # float32 weights, optimiser and EMA in this machine's memory; the device holds weights of `precision`
     carry: Literal["ema", "weights", "all"] = "ema"  # what it begins with of the stage before it that trained this model
     checkpointing: bool | None = None  # recompute blocks in the backward pass; null: as the network says
     compile: bool = False  # torch.compile of the denoising network; minutes first, then faster steps
@@ -66,6 +67,9 @@ class Train:
             raise UserError(f"ema: {self.ema}, but optim.kind: schedule_free averages the weights itself; set ema=0")
         if self.held_out is not None and 0 < self.held_out < BINS:
             raise UserError(f"held_out: got {self.held_out}; give at least {BINS}, one for each noise level, or 0 for none")
+        if self.offload and (self.exact or self.precision == "fp16"):
+            other = "exact: true adds up gradients on the device" if self.exact else "precision: fp16 scales gradients on the device"
+            raise UserError(f"offload: true moves gradients to the CPU, but {other}; leave one of the two out")
         if self.exact and not self.micro_batch:
             raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
 
@@ -113,6 +117,8 @@ class Train:
             yield "exact: true adds up gradients of whole weights; set exact=false"
         if self.precision == "fp16":
             yield "precision: fp16 scales the gradients of whole weights; use bf16 or fp32"
+        if self.offload:
+            yield "offload: true holds whole weights; set offload=false"
         if self.compile:
             yield "compile: true takes whole weights; set compile=false"
         if self.optim.needs_whole:
@@ -134,7 +140,7 @@ class Train:
             "checkpointing",
         }
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
-        elsewhere |= {name for name in ("buckets", "compile", "post_hoc_ema", "tags") if not getattr(self, name)}
+        elsewhere |= {name for name in ("buckets", "compile", "offload", "post_hoc_ema", "tags") if not getattr(self, name)}
         elsewhere |= {"carry"} if self.carry == "ema" else set()
         found = {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
         found["optim"] = {name: value for name, value in found["optim"].items() if value is not None}

@@ -471,7 +471,8 @@ def test_a_stopped_index_goes_on_and_calls_at_once_share_the_work(tmp_path, monk
     monkeypatch.setattr(shard_index, "read_shard", lambda path, name, now: (again.append(name), real(path, name, now))[1])
     told: list[int] = []
     index = open_index(str(tmp_path), on_shard=lambda record, number, count: told.append(count))
-    assert len(index) == 18 and not set(read) & set(again) and len(again) == 3 and told == [6] * 6
+    # A thread of the stopped call may still have been on its way to a shard.
+    assert len(index) == 18 and not set(read) & set(again) and len(set(again)) == 3 and told == [6] * 6
     assert not list(tmp_path.glob(".ldm-index*"))
     whole = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).unlink()
