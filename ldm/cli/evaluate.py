@@ -43,6 +43,7 @@ class Measurement:
     sampler: str = option("", "Default: the model's.")
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
     diversity: int = option(0, "Prompts of scenes of one object of which 8 pictures each are compared with each other; 0: none.", low=0)
+    completion: int = option(0, "Images of which the upper half is shown and the lower is drawn; 0: none.", low=0)
     split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
@@ -95,6 +96,7 @@ class Measurement:
             Adherence,
             Captions,
             ClipScore,
+            Completion,
             Diversity,
             Frechet,
             Language,
@@ -118,6 +120,10 @@ class Measurement:
         if self.told:
             own = {"images": self.told, "steps": self.steps, "seed": self.seed, "sampler": self.sampler}
             found.append(build({"kind": "told", **own, "guidance": next(iter(_numbers(self.guidance)), 0.0)}, ToldViews, "ldm evaluate"))
+        if self.completion:
+            own = {"images": self.completion, "steps": self.steps, "seed": self.seed, "sampler": self.sampler}
+            own |= {"guidance": next(iter(_numbers(self.guidance)), 0.0)}
+            found.append(build({"kind": "completion", **own}, Completion, "ldm evaluate"))
         if self.neighbours:
             shown: dict[str, Any] = {"images": min(self.images, SHOWN), "nearest": self.neighbours, "steps": self.steps, "seed": self.seed}
             shown |= {"sampler": self.sampler, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
@@ -170,6 +176,10 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     for name in wanted.model:
         family = open_finished(name, device.device or best_device())
         chosen = [metric for metric in metrics[name] if metric.asks in family.able]
+        unable = [metric for metric in metrics[name] if metric not in chosen and getattr(wanted, metric.kind, False)]
+        if unable:  # which was asked for by name
+            kind = unable[0].kind
+            raise UserError(f"{kind}: {name}, a model of kind {family.kind}, cannot {unable[0].asks}; leave --{kind} out")
         if not chosen:
             raise UserError(
                 f"{name}: a model of kind {family.kind} has nothing that is measured here; an evaluate stage of its run measures it"
@@ -280,7 +290,7 @@ def table(result: dict[str, Any]) -> None:
     if "reconstruction" in result:
         numbers = {k: v for k, v in result["reconstruction"].items() if isinstance(v, float | int)}
         console.print("reconstruction: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-    for name in ("captions", "language", "layout"):
+    for name in ("captions", "language", "layout", "completion"):
         if name in result:
             console.print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result[name].items() if isinstance(v, float)))
     for name, found in result.items():

@@ -23,6 +23,7 @@ from ldm.formats.single_file import named, open_single
 from ldm.models import cost
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import Cost, TextShape
+from ldm.models.palette import PaletteConfig
 from ldm.models.vision_tower import TowerShape, VisionShape
 from ldm.text.own_clip import OwnClip
 from ldm.text.pretrained import OPEN_CLIP, OpenClipShape, load_pretrained, open_clip_folder, text_folder, text_hash
@@ -149,7 +150,7 @@ class PretrainedAutoencoder(ModelConfig):
     def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
         """Itself, if it has the codes that are read."""
         folder = autoencoder_folder(found.folder)
-        if "has_codes" in asked and not isinstance(codec_config(read_config(folder), folder), VQConfig):
+        if "has_codes" in asked and not isinstance(codec_config(read_config(folder), folder), VQConfig | PaletteConfig):
             raise UserError(f"{asked['has_codes']}: {self.path} has no codebook; use kind vq, or a VQ autoencoder")
         return found
 

@@ -17,6 +17,7 @@ from ldm.families.cyclegan import CycleGAN
 from ldm.families.draws import PLAIN, Draws, Running
 from ldm.families.family import ModelConfig
 from ldm.families.latent_diffusion.family import LatentDiffusion
+from ldm.families.palette import PaletteAutoencoder
 from ldm.families.pix2pix import Pix2Pix
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
@@ -33,6 +34,7 @@ Model = Annotated[
     | KL
     | VQ
     | PixelAutoencoder
+    | PaletteAutoencoder
     | PretrainedAutoencoder
     | LatentDiffusion
     | Prior

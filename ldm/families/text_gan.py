@@ -216,7 +216,7 @@ class TextGANFamily(Family, Prompted):
 
     def __init__(self, config: TextGAN, codec: LatentCodec, text: TextEncoder, resolution: int) -> None:
         super().__init__()
-        self.config, self.text, self.resolution = config, text, resolution
+        self.config, self.reader, self.resolution = config, text, resolution
         side = resolution // codec.factor
         self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width)
         self.discriminator = config.discriminator.build(side, codec.channels, text.pooled_width)

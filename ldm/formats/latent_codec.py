@@ -19,6 +19,8 @@ from ldm.formats.part import AGAIN, CONFIG, content_hash, load_module, load_weig
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig
 from ldm.models.dc_autoencoder import CLASS as DC
 from ldm.models.dc_autoencoder import DCAutoencoder, DCConfig
+from ldm.models.palette import CLASS as PALETTE
+from ldm.models.palette import Palette, PaletteConfig
 from ldm.models.pixels import CLASS as PIXELS
 from ldm.models.pixels import Pixels, PixelsConfig
 from ldm.models.stripes import Stripes
@@ -26,8 +28,8 @@ from ldm.models.stripes import Stripes
 STATISTICS = "latents.json"
 Codec = KLConfig | VQConfig | DCConfig | PixelsConfig
 Network = KLAutoencoder | VQAutoencoder | DCAutoencoder | Pixels
-# By diffusers' names, which has none for pixels.
-KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig, PIXELS: PixelsConfig}
+# By diffusers' names, which has none for pixels and palettes.
+KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig, PIXELS: PixelsConfig, PALETTE: PaletteConfig}
 TILE = 512  # px
 
 
@@ -125,18 +127,18 @@ class LatentCodec(nn.Module):
     @property
     def codes(self) -> int:
         """Entries of its codebook; 0: it has none."""
-        return self.network.config.codes if isinstance(self.network, VQAutoencoder) else 0
+        return len(self.network.codebook) if isinstance(self.network, VQAutoencoder | Palette) else 0
 
     @torch.no_grad()
     def encode_codes(self, image: Tensor) -> Tensor:
         """Numbers (B,h,w) int64 of the codes of images (B,3,H,W) in [-1,1]."""
-        assert isinstance(self.network, VQAutoencoder), "only a VQ autoencoder has codes"
+        assert isinstance(self.network, VQAutoencoder | Palette), "only a VQ autoencoder or a palette has codes"
         return self.network.quantize.nearest(self.moments(image)[0] * self.std + self.mean)
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1], of codes' numbers (B,h,w)."""
-        assert isinstance(self.network, VQAutoencoder), "only a VQ autoencoder has codes"
+        assert isinstance(self.network, VQAutoencoder | Palette), "only a VQ autoencoder or a palette has codes"
         z = nn.functional.embedding(codes, self.network.codebook).permute(0, 3, 1, 2)
         self.turn()
         return self.network.decode(z, self._way(z, codes[0].numel() * self.factor**2), quantise=False)

@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Count, NonNegative, Positive, config
 from ldm.data.dataset import DataSet
 from ldm.data.dataset import asked as viewed
-from ldm.data.pictures import save_grid
+from ldm.data.pictures import save_grid, to_uint8
 from ldm.data.scenes import grammar, marks
 from ldm.data.scenes.captions import Target, say
 from ldm.data.scenes.checker import WORK, read
@@ -28,7 +28,7 @@ from ldm.data.unpaired import OTHER
 from ldm.diffusion.batch import rows
 from ldm.families.draws import Wanted
 from ldm.formats.records import Damaged, read_object
-from ldm.metrics import abilities, adherence, diversity, frechet, grounding, shapes, told, translation, written
+from ldm.metrics import abilities, adherence, completion, diversity, frechet, grounding, shapes, told, translation, written
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
 from ldm.metrics.judges import ClipJudge
 from ldm.metrics.reconstruction import psnr, ssim
@@ -96,7 +96,7 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
-def _wanted(metric: Abilities | Diversity | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
+def _wanted(metric: Abilities | Completion | Diversity | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
     """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
     return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
 
@@ -276,6 +276,62 @@ class Diversity:
         protocol = {"tier": self.tier, "prompts": self.prompts, "pictures": self.pictures, "seed": self.seed, "size": size[0]}
         found = {"drawn": round(drawn, 5), "real": round(real, 5), "share": round(drawn / real, 4)}
         return {**found, "protocol": protocol | _used(bench, wanted)}
+
+
+@config
+class Completion:
+    """Whether pictures of held-out images are completed of their upper half alone: what is right of a scene that the half tells.
+
+    Of scenes those count of whose objects a quarter of the height at least is shown; `cut` is `bind` of those of which as much is hidden,
+    and `grey` the same where the lower half is filled with grey.
+    """
+
+    kind: Literal["completion"] = "completion"
+    images: Positive = 200  # validation images
+    caption: Literal["empty", "whole"] = "empty"  # what a model that reads prompts is told besides
+    guidance: NonNegative = 0.0  # 0: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of pictures
+
+    asks = "complete"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result; what the checker reads only on scenes."""
+        return ("psnr", *(("bind", "colour", "shape", "cell", "count", "bg", "cut", "grey") if scenes else ()))
+
+    def run(self, bench: Bench) -> Values:
+        """PSNR of the hidden half, and means over scenes."""
+        size, wanted = bench.model.defaults["size"], _wanted(self)
+        real = replace(bench, resolution=size[0]).real(self.images)
+        true = to_uint8(real.image)
+        count, mask = len(true), completion.hidden(size[0], size[1])
+        captions = list(real.caption) if self.caption == "whole" else [""] * count
+        made = bench.model.sample(
+            captions,
+            [self.seed * 1_000_003 + i for i in range(count)],
+            wanted,
+            size=size,
+            edits=bench.model.edits(true, mask),
+            on_step=lambda done, total: bench.progress(done, total, "completion"),
+        )
+        bench.show("completion", _floats(torch.stack([torch.where(mask[..., None], 128, true), made], 1).flatten(0, 1)[:64]), 8)
+        found: Values = {"psnr": round(completion.error(made, true), 3)}
+        counted = {}
+        if isinstance(bench.data, Scenes):
+            index = np.arange(count)
+            told, cut = completion.tellable(bench.data.specs(index))
+            grey = torch.where(mask[..., None], 128, true).to(torch.uint8)
+            for name, images, rows in (("", made, told), ("cut", made, cut), ("grey", grey, cut)):
+                if not rows.any():
+                    raise UserError(f"completion: none of {count} scenes can be told of its upper half; give it more images")
+                scores = adherence.summary(adherence.score(images[rows].numpy(), bench.data.targets(index[rows].tolist())))
+                if name:
+                    found[name] = round(scores["bind"].mean, 4)
+                else:
+                    found |= {one: round(scores[one].mean, 4) for one in self.names(True) if one in scores}
+            counted = {"told": int(told.sum()), "cut": int(cut.sum())}
+        return {**found, "protocol": {"images": count, "caption": self.caption, "seed": self.seed, **counted} | _used(bench, wanted)}
 
 
 @config
@@ -736,6 +792,7 @@ Evaluator = Annotated[
     Adherence
     | Abilities
     | Diversity
+    | Completion
     | Reconstruction
     | Translation
     | Frechet

@@ -19,6 +19,7 @@ from ldm.models.backbone import DenoiserConfig
 from ldm.models.coder import Bottom, CoderStage
 from ldm.models.dc_autoencoder import DCConfig
 from ldm.models.discriminator import DiscriminatorConfig
+from ldm.models.palette import Palette
 from ldm.models.pixels import Pixels, PixelsConfig
 from ldm.models.text_tower import TextTower, TowerPair
 
@@ -163,7 +164,7 @@ def _autoencoder(
             return found if isinstance(found, Tensor) else torch.cat(found)
 
         def decode() -> Tensor:
-            return network.decode(latent, quantise=False) if isinstance(network, VQAutoencoder) else network.decode(latent)
+            return network.decode(latent, quantise=False) if isinstance(network, VQAutoencoder | Palette) else network.decode(latent)
 
         costs = measure(network, encode), measure(network, decode)
         if checkpointing:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from ldm.config.foreign import typed
-from ldm.config.schema import PositiveFloat, config
+from ldm.config.schema import PositiveFloat, config, plain
 from ldm.models.diffusers_config import CONFIG
 from ldm.models.stripes import Stripes
 
@@ -26,6 +26,7 @@ class PixelsConfig:
     latent_width: ClassVar[int] = 3
     factor: ClassVar[int] = 1
     checkpointing: ClassVar[bool] = False
+    class_name: ClassVar[str] = CLASS
 
     def build(self) -> Pixels:
         """The network, which has no weights."""
@@ -33,10 +34,10 @@ class PixelsConfig:
 
     def to_diffusers(self) -> dict[str, object]:
         """The content of config.json."""
-        return {"_class_name": CLASS, "scaling_factor": self.scaling_factor}
+        return {"_class_name": self.class_name, **plain(self)}
 
     @classmethod
-    def from_diffusers(cls, values: Mapping[str, Any], where: str = CONFIG) -> PixelsConfig:
+    def from_diffusers(cls, values: Mapping[str, Any], where: str = CONFIG) -> Self:
         """The configuration behind such a config.json, the file `where`.
 
         Raises:

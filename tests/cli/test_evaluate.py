@@ -84,11 +84,12 @@ def test_a_folder_of_images_is_measured_without_adherence(painter, tmp_path, cap
 
 def test_a_whole_model_is_measured(kl_model, tmp_path, capsys):
     words = [str(kl_model), "--tier", "one", "--n", "2", "--images", "4", "--steps", "2", "--guidance", "1,2", "--device", "cpu"]
-    words += ["--abilities", "2"]
+    words += ["--abilities", "2", "--completion", "16"]
     for name in ("a.json", "b.json"):
         assert main([*words, "--json", str(tmp_path / name)]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert set(found["adherence"]["intervals"]) == {"1", "2"} and found["adherence"]["checker"] == {"seen": 1.0, "held_out": 1.0}
+    assert found["completion"]["protocol"]["images"] == 16 and found["completion"]["grey"] < 0.5
     assert found["abilities"]["protocol"]["prompts"] == 2 and found["abilities"]["protocol"]["guidance"] == 1
     assert {"mean", "object", "partial", "wording"} <= set(
         found["abilities"]

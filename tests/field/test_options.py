@@ -142,7 +142,11 @@ OTHERS: dict[str, dict[str, str]] = {
         ),
         "tests/cli/test_evaluate.py",
     )
-    | {"--told": "tests/metrics/test_told.py", "--diversity": "tests/metrics/test_diversity.py"},
+    | {
+        "--told": "tests/metrics/test_told.py",
+        "--diversity": "tests/metrics/test_diversity.py",
+        "--completion": "tests/cli/test_evaluate.py",
+    },
     "info": dict.fromkeys(("--model", "--json"), "tests/cli/test_info.py"),
     "data check": {
         **dict.fromkeys(("--captions", "--html", "--json"), "tests/cli/test_data.py"),

@@ -30,6 +30,7 @@ NAMES = {
     "Prior.text",
     "RankOne.token",
     "ScenesSource.called",
+    "Completion.sampler",
     "Diversity.sampler",
     "TextGAN.autoencoder",
     "TextGAN.text",

@@ -44,7 +44,12 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
         return {"data": data, "init": str(base), "models": {"diffusion": diffusion}, "stages": {"last": stage("diffusion")}}
     models: dict[str, Any] = {"text": {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "heads": 2, "max_tokens": 20}}}
     stages: dict[str, Any] = {"text": stage("text", batch=8)}
-    if system in ("masked", "causal", "words"):
+    if system == "palette":
+        models = {"autoencoder": {"kind": "palette", "codes": 8}}
+        models["tokens"] = {"kind": "tokens", "order": "causal", "reads": "none", "network": {"width": 16, "layers": 1, "heads": 2}}
+        stages = {"autoencoder": stage("autoencoder", 16), "codes": {"kind": "encode", "resolution": 16, "codes": True}}
+        stages["last"] = stage("tokens", 16, latents="codes")
+    elif system in ("masked", "causal", "words"):
         models["autoencoder"] = {"kind": "vq", "network": VQ, "adversarial": {"weight": 0}}
         order = "masked" if system == "masked" else "causal"
         network = {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}
@@ -67,7 +72,7 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
     return {"data": data, "models": models, "stages": stages}
 
 
-@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "pixels", "link", "prior", "vector", "adapter"])
+@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "palette", "pixels", "link", "prior", "vector", "adapter"])
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
     system: str, kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,33 @@ def test_the_run_draws_paints_and_replays(tmp_path: Path, monkeypatch: pytest.Mo
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_pictures_are_completed_without_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    run, data = str(tmp_path / "run"), ["data.images=48", "data.val=16"]
+    small = ["models.pixels.network.width=16", "models.pixels.network.layers=1", "stages.pixels.images=32", "stages.pixels.samples=2"]
+    few = "stages.evaluation.metrics=[{kind: completion, images: 16}]"
+    assert main(["train", "configs/image-gpt.yaml", *data, *small, few, "stages.autoencoder.images=64", f"out={run}"]) == 0
+    assert 'sample.py "" --model' in capsys.readouterr().err
+    found = json.loads((Path(run) / "metrics.json").read_text())["evaluations"]["evaluation"]["completion"]
+    assert 0 <= found["bind"] <= 1 and found["protocol"]["told"] < 16
+    assert main(["sample", "", "--model", run, "--out", str(tmp_path / "first")]) == 0
+    assert "an empty prompt" not in capsys.readouterr().err
+    [path] = (tmp_path / "first").glob("*.png")
+    first, mask = picture(tmp_path / "first"), np.zeros((16, 16), np.uint8)
+    mask[8:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ["sample", "", "--init", str(path), "--mask", str(tmp_path / "mask.png"), "--seed", "5", "--model", run]
+    assert main([*words, "--out", str(tmp_path / "low")]) == 0
+    made = picture(tmp_path / "low")
+    assert np.array_equal(made[:8], first[:8]) and not np.array_equal(made[8:], first[8:])
+    capsys.readouterr()
+    assert main(["sample", "a red square", "--model", run, "--guidance", "3"]) == 2
+    assert "guidance: got 3: this model of kind tokens reads no prompt that could guide; leave it out" in capsys.readouterr().err
+    assert main(["sample", "a red square", "--model", run, "--out", str(tmp_path / "words")]) == 0
+    assert "prompt: this model of kind tokens reads none, so its words change nothing" in capsys.readouterr().err
+
+
 WRITERS = {  # by configuration: words that make it small, and what the finished model does
     "captioner": ["models.captioner.network.width=16", "models.captioner.network.layers=1", "stages.captioner.images=64"],
     "captions": ["models.captions.network.width=16", "models.captions.network.layers=1", "stages.captions.images=64"],

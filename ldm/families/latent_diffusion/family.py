@@ -106,7 +106,7 @@ class LatentDiffusion(ModelConfig):
     distill: Consistency | None = None  # learn to draw in a few steps what the model given by init draws in many; null: learn from the data
 
     refuses: ClassVar[Mapping[str, str]] = {}
-    answers = frozenset({"sample", "reconstruct"})
+    answers = frozenset({"sample", "reconstruct", "complete"})
     exports = True
     continues = True
     beside = KEPT
@@ -441,6 +441,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
 
     shardable = True
     kind = "latent_diffusion"
+    able = LatentDiffusion.answers
 
     def __init__(
         self,
@@ -459,7 +460,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
         self._teacher: tuple[denoiser.Denoiser, ...] = () if teacher is None else (teacher,)  # whose guided steps are distilled
         self.noised = teacher is None
-        self.text, self.clip = text, clip
+        self.reader, self.clip = text, clip
         self.process = config.process
         self.resolution = 0
         self.content_hash = ""

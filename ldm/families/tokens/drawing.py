@@ -31,6 +31,8 @@ def settings_of(model: Draws, wanted: Wanted, usual: Mapping[str, Any], causal: 
         value = getattr(wanted, name)
         if name not in CHOSEN and value not in (None, "", getattr(DIRECT, name)):
             model.refuse(f"{name}: got {value!r}", "draws codes and has no such setting; leave it out")
+    if not model.reads_prompts and wanted.guidance not in (None, 1.0):
+        model.refuse(f"guidance: got {wanted.guidance:g}", "reads no prompt that could guide; leave it out")
     own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
     chosen = replace(DIRECT, **{**usual, **own}).checked()
     if causal and chosen.steps != usual["steps"]:

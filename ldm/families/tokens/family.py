@@ -34,6 +34,7 @@ from ldm.models import cost
 from ldm.models.autoencoder import VQConfig
 from ldm.models.cost import IMAGES
 from ldm.models.embeddings import COORDINATES
+from ldm.models.palette import PaletteConfig
 from ldm.models.token_transformer import AESTHETIC, Past, TokenShape, TokenTransformer, TokenTransformerConfig, Told
 from ldm.models.token_transformer import NUMBERS as SIZES
 from ldm.models.vision_tower import TowerNetwork
@@ -62,8 +63,12 @@ class TokenDefaults:
     chunk: Positive = 8  # pictures per network call; a part of the model's numerics, so that batch size is not
 
 
-TAKES = {"codes": ("text", "words"), "caption": ("image", "codes", "none"), "scene": ("text", "words")}  # by what is written: what is read
-ANSWERS = {"codes": ("sample", "reconstruct"), "caption": ("caption",), "scene": ("sample", "scene")}
+TAKES = {
+    "codes": ("text", "words", "none"),
+    "caption": ("image", "codes", "none"),
+    "scene": ("text", "words"),
+}  # by what is written: what is read
+ANSWERS = {"codes": ("sample", "reconstruct", "complete"), "caption": ("caption",), "scene": ("sample", "scene")}
 
 
 @config
@@ -93,8 +98,8 @@ class Tokens(ModelConfig):
         if self.reads not in TAKES[self.writes]:
             raise UserError(f"reads: got {self.reads}; what writes {self.writes} reads {' or '.join(TAKES[self.writes])}")
         if self.order == "masked" and (self.writes != "codes" or self.reads not in ("text", "image")):
-            why = "words stand before the codes" if self.writes == "codes" else f"a {self.writes} is written one token after another"
-            raise UserError(f"order: {why}, which is causal order; set order: causal")
+            what = f"what reads {self.reads} writes one code" if self.writes == "codes" else f"a {self.writes} is written one token"
+            raise UserError(f"order: {what} after another, which is causal order; set order: causal")
 
     @property
     def answers(self) -> frozenset[str]:
@@ -118,7 +123,7 @@ class Tokens(ModelConfig):
     def usage(self, prompt: str, model: str) -> str:
         """Of what writes captions, how to have them written."""
         if self.writes != "caption":
-            return ModelConfig.usage(self, prompt, model)
+            return ModelConfig.usage(self, prompt if self.reads_prompts else "", model)
         return f"python -m ldm caption {'--count 8' if self.reads == 'none' else 'FOLDER --dry-run'} --model {model}"
 
     def inputs(self) -> dict[str, str]:
@@ -157,6 +162,17 @@ class Tokens(ModelConfig):
         """The autoencoder's."""
         return others["autoencoder"].step_px({}) if "autoencoder" in others else 1
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether words change what it writes."""
+        return self.reads in ("text", "words")
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """How the finished model is sampled, but for its steps; without prompts there is no guidance."""
+        found = {name: getattr(self.defaults, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        return found if self.reads_prompts else {**found, "guidance": 1.0}
+
     def text_width(self) -> int:
         """It takes any."""
         return 0
@@ -185,7 +201,7 @@ class Tokens(ModelConfig):
         codes, places, states, pooled, words = 0, 0, 0, 0, (0, 0)
         if "autoencoder" in others:
             codec = others["autoencoder"].latent_network(note)
-            codes = codec.codes if isinstance(codec, VQConfig) else VQConfig().codes
+            codes = codec.codes if isinstance(codec, VQConfig | PaletteConfig) else VQConfig().codes
             places = (side // codec.factor) ** 2
         if "text" in others:
             text = others["text"].text_shape(note, width)
@@ -250,13 +266,12 @@ class Tokens(ModelConfig):
         self, network: TokenTransformer, codec: LatentCodec | None, text: TextEncoder | None, tower: TowerNetwork | None, side: int
     ) -> TokensFamily | WritingFamily:
         if self.writes == "codes":
-            assert codec is not None and text is not None
+            assert codec is not None
             return TokensFamily(self, network, codec, text, side)
-        usual = {name: getattr(self.defaults, name) for name in ("guidance", "temperature", "top_k", "top_p")}
         said = Writing(
             reads=self.reads,
             writes=self.writes,
-            usual=usual if self.reads in ("text", "words") else {**usual, "guidance": 1.0},
+            usual=self.usual,
             chunk=self.defaults.chunk,
             caption_dropout=self.caption_dropout,
             label_smoothing=self.label_smoothing,
@@ -318,10 +333,11 @@ class TokensFamily(Family, Prompted):
 
     kind = "tokens"
 
-    def __init__(self, config: Tokens, network: TokenTransformer, codec: LatentCodec, text: TextEncoder, resolution: int) -> None:
+    def __init__(self, config: Tokens, network: TokenTransformer, codec: LatentCodec, text: TextEncoder | None, resolution: int) -> None:
         super().__init__()
-        self.config, self.network, self.text, self.resolution = config, network, text, resolution
-        self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
+        self.config, self.network, self.resolution = config, network, resolution
+        self.reader, self.reads_prompts, self.able = text, config.reads_prompts, config.answers
+        self._frozen = (codec,)  # a tuple, so that it stays out of the module tree
         self.hidden = codec.codes  # the number that stands for a code that is not known, and before the first one
 
     @property
@@ -337,7 +353,7 @@ class TokensFamily(Family, Prompted):
     @property
     def defaults(self) -> dict[str, Any]:
         """size (height, width) in px, and how it is sampled."""
-        return {"size": (self.resolution, self.resolution), **plain(self.config.defaults), "steps": self.steps}
+        return {"size": (self.resolution, self.resolution), **plain(self.config.defaults), **self.config.usual, "steps": self.steps}
 
     @property
     def steps(self) -> int:
@@ -345,8 +361,8 @@ class TokensFamily(Family, Prompted):
         return (self.resolution // self.factor) ** 2 if self.config.order == "causal" else self.config.defaults.steps
 
     def frozen(self) -> list[nn.Module]:
-        """The autoencoder and the text encoder."""
-        return list(self._frozen)
+        """The autoencoder and the text encoder, if it reads by one."""
+        return [*self._frozen, *(() if self.reader is None else (self.reader.model,))]
 
     # Training
 
@@ -404,7 +420,7 @@ class TokensFamily(Family, Prompted):
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads."""
-        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
+        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room) if self.reader is not None else None
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
@@ -426,8 +442,7 @@ class TokensFamily(Family, Prompted):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        usual = {name: getattr(self.config.defaults, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-        return settings_of(self, wanted, {"steps": self.steps, **usual}, self.config.order == "causal")
+        return settings_of(self, wanted, {"steps": self.steps, **self.config.usual}, self.config.order == "causal")
 
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Known, ...]:
         """Inpainting and image-to-image: codes are drawn where `mask` shows a pixel of theirs, or a random part of them; others stay."""
@@ -497,7 +512,7 @@ class TokensFamily(Family, Prompted):
 
     def _pieces(self, prompt: str | Prompt, steps: int) -> tuple[Piece, ...]:
         """The weighted words of a prompt."""
-        return pieces_of(self, prompt, steps, self.config.reads != "words")
+        return pieces_of(self, prompt, steps, self.config.reads == "text")
 
     def _told(
         self, prompts: list[tuple[Piece, ...]], negative: tuple[Piece, ...], chosen: Settings, size: tuple[int, int]
@@ -506,7 +521,7 @@ class TokensFamily(Family, Prompted):
         every = prompts + [negative] * len(prompts) if chosen.guidance != 1 else prompts
         numbers = torch.tensor([[size[1], size[0], 0, 0, AESTHETIC]]).expand(len(every), SIZES).to(self.device)
         before, _ = self._start(["".join(piece.text for piece in pieces) for pieces in every])
-        if self.config.reads == "words":
+        if self.config.reads != "text":
             return self.network.remember(self.network.told(None, None, numbers)), before
         text = encode(self.text, every)
         return self.network.remember(self.network.told(text.tokens, text.pooled, numbers)), before

@@ -16,6 +16,8 @@ from ldm.formats.latent_codec import STATISTICS, LatentCodec, autoencoder_folder
 from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip, read_record
 from ldm.formats.part import content_hash, load_part, save_part
 from ldm.formats.text_folder import TEXT_PARTS, load_text_model, save_text_model
+from ldm.models.palette import CLASS as PALETTE
+from ldm.models.palette import Palette
 from ldm.models.text_tower import TextTower
 from ldm.models.token_transformer import STOCK
 
@@ -30,42 +32,51 @@ def assemble(products: Mapping[str, Path], target: Path, said: Mapping[str, Any]
     projected, and ours is not, so a CLIP is written with the identity as its projection.
 
     Args:
-        products: folders by role: text, autoencoder, and the trained `model`.
+        products: folders by role: text if it reads any, autoencoder, and the trained `model`.
         target: the model folder; replaced when it is there.
         said: what ldm.json says: kind, config, story.
     """
-    text, source = products["text"], autoencoder_folder(products["autoencoder"])
+    text, source = products.get("text"), autoencoder_folder(products["autoencoder"])
     record = read_record(products["model"])
 
     def write(folder: Path) -> None:
         network, weights = load_part(products["model"] / PART)
         save_part(network, weights, folder / PART)
         config, state = load_part(source)
-        halved = {f"{LAST}.weight": state[f"{LAST}.weight"] / 2, f"{LAST}.bias": (state[f"{LAST}.bias"] + 1) / 2}
-        save_part({**config, "lookup_from_codebook": True}, {**state, **halved}, folder / CODEC)
+        if f"{LAST}.weight" in state:
+            state |= {f"{LAST}.weight": state[f"{LAST}.weight"] / 2, f"{LAST}.bias": (state[f"{LAST}.bias"] + 1) / 2}
+            config |= {"lookup_from_codebook": True}
+        save_part(config, state, folder / CODEC)
         if (source / STATISTICS).exists():
             shutil.copy(source / STATISTICS, folder / CODEC)
-        model = load_text_model(text / TEXT_PARTS[0]) if not (text / TEXT_PARTS[1]).is_dir() else None
-        stock = isinstance(model, TextTower) and network["_class_name"] == STOCK
-        for name in TEXT_PARTS:
-            if (text / name).is_dir():
-                shutil.copytree(text / name, folder / name)
-        if isinstance(model, TextTower) and stock:
-            width = model.config.hidden_size
-            projection = nn.Linear(width, width, bias=False)
-            projection.weight.data.copy_(torch.eye(width))
-            shutil.rmtree(folder / TEXT_PARTS[0])
-            save_text_model(model, folder / TEXT_PARTS[0], projection)
-        if clip := own_clip(text):
-            shutil.copytree(clip, folder / OWN_CLIP)
+        stock = text is not None and _text(text, folder, network["_class_name"] == STOCK) and f"{LAST}.weight" in state
         (folder / "scheduler").mkdir()
-        scheduler = {"_class_name": "AmusedScheduler", "mask_token_id": _codes(config), "masking_schedule": "cosine"}
+        codes = len(state["quantize.embedding.weight"])
+        scheduler = {"_class_name": "AmusedScheduler", "mask_token_id": codes, "masking_schedule": "cosine"}
         atomic.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        atomic.write_json(folder / INDEX, _index(stock))
+        atomic.write_json(folder / INDEX, _index(stock, config["_class_name"], text is not None))
         atomic.write_json(folder / RECORD, {**record, **said, "autoencoder": content_hash(folder / CODEC), "ldm_version": __version__})
         (folder / "README.md").write_text(_card(said, stock), encoding="utf-8")
 
     atomic.commit(target, write)
+
+
+def _text(source: Path, folder: Path, projected: bool) -> bool:
+    """Copy a text encoder's parts, a CLIP's `projected` by the identity; whether it is that."""
+    model = load_text_model(source / TEXT_PARTS[0]) if not (source / TEXT_PARTS[1]).is_dir() else None
+    for name in TEXT_PARTS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    if clip := own_clip(source):
+        shutil.copytree(clip, folder / OWN_CLIP)
+    if not projected or not isinstance(model, TextTower):
+        return False
+    width = model.config.hidden_size
+    projection = nn.Linear(width, width, bias=False)
+    projection.weight.data.copy_(torch.eye(width))
+    shutil.rmtree(folder / TEXT_PARTS[0])
+    save_text_model(model, folder / TEXT_PARTS[0], projection)
+    return True
 
 
 def assemble_writer(products: Mapping[str, Path], target: Path, said: Mapping[str, Any], keep: Sequence[str]) -> None:
@@ -93,6 +104,8 @@ def assemble_writer(products: Mapping[str, Path], target: Path, said: Mapping[st
 def codec_of(folder: Path) -> LatentCodec:
     """The autoencoder of such a folder, decoding to [-1,1] again."""
     codec = load_codec(folder / CODEC)
+    if isinstance(codec.network, Palette):
+        return codec
     with torch.no_grad():
         last = codec.network.get_submodule(LAST)
         assert isinstance(last, nn.Conv2d) and last.bias is not None
@@ -101,20 +114,16 @@ def codec_of(folder: Path) -> LatentCodec:
     return codec
 
 
-def _codes(config: Mapping[str, Any]) -> int:
-    return int(config["num_vq_embeddings"])
-
-
-def _index(stock: bool) -> dict[str, Any]:
-    """model_index.json."""
+def _index(stock: bool, codec: str, worded: bool) -> dict[str, Any]:
+    """model_index.json of an autoencoder of the class `codec`, with a text encoder if it is `worded`."""
     import diffusers
 
+    text = {"tokenizer": ["transformers", "CLIPTokenizer"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"]}
     return {
         "_class_name": "AmusedPipeline" if stock else "DiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
-        "vqvae": ["diffusers", "VQModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "vqvae": ["ldm" if codec == PALETTE else "diffusers", codec],
+        **(text if worded else {}),
         "transformer": ["diffusers" if stock else "ldm", STOCK if stock else "TokenTransformer"],
         "scheduler": ["diffusers", "AmusedScheduler"],
     }

@@ -19,8 +19,9 @@ from ldm.data.scenes import marks
 from ldm.data.scenes.render import render, to_bytes
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import OWN, Draws, Settings, Wanted
+from ldm.families.draws import OWN, Settings, Wanted
 from ldm.families.family import Family, Terms
+from ldm.families.prompted import Prompted
 from ldm.families.tokens.drawing import causal, pieces_of, settings_of
 from ldm.families.tokens.folder import PART
 from ldm.formats.atomic import write_json
@@ -33,7 +34,7 @@ from ldm.models.vision_tower import TowerNetwork
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.prompt_syntax import Piece, Prompt
-from ldm.text.weighted import chunks_of, encode
+from ldm.text.weighted import encode
 
 BEFORE_A_MARK = re.compile(r" (?=[,.;:!?](?:\s|$))")  # a blank that no one writes, and that tokenizers of whole words leave
 
@@ -63,7 +64,7 @@ class Writing:
     able: frozenset[str]
 
 
-class WritingFamily(Family, Draws):
+class WritingFamily(Family, Prompted):
     """A token transformer in causal order that writes captions or scenes.
 
     One sequence holds the start, what is read as tokens (codes or words), and what is written. All numbers are of one table: first symbols
@@ -81,25 +82,19 @@ class WritingFamily(Family, Draws):
         self, said: Writing, network: TokenTransformer, text: TextEncoder | None, codec: LatentCodec | None, tower: TowerNetwork | None
     ) -> None:
         super().__init__()
-        self.said, self.network, self.text = said, network, text
+        self.said, self.network, self.reader = said, network, text
         self._codec, self._tower = (codec,), (tower,)  # tuples, so that they stay out of the module tree
         self.reads_prompts = said.reads in ("text", "words")
         self.able = said.able
         self.start = codec.codes if codec is not None else marks.MARKS if said.writes == "scene" else 0
         self.first = self.start + 1 if said.writes == "caption" else 0  # the number of the first token that is written
-        self.kinds = len(self.words.tokenizer) if said.writes == "caption" else marks.MARKS
-        self.end = int(self.words.tokenizer.eos_token_id) if said.writes == "caption" else marks.END
-        self.length = self.words.max_tokens if said.writes == "caption" else marks.LENGTH
-
-    @property
-    def words(self) -> TextEncoder:
-        """The text encoder of what reads or writes words."""
-        assert self.text is not None, "it neither reads nor writes words"
-        return self.text
+        self.kinds = len(self.text.tokenizer) if said.writes == "caption" else marks.MARKS
+        self.end = int(self.text.tokenizer.eos_token_id) if said.writes == "caption" else marks.END
+        self.length = self.text.max_tokens if said.writes == "caption" else marks.LENGTH
 
     def frozen(self) -> list[Any]:
         """What it reads with."""
-        text = None if self.text is None else self.text.model
+        text = None if self.reader is None else self.reader.model
         return [one for one in (*self._codec, *self._tower, text) if one is not None]
 
     # Training
@@ -132,7 +127,7 @@ class WritingFamily(Family, Draws):
     def _written(self, batch: ImageBatch | MomentBatch) -> tuple[Tensor, Tensor]:
         """What is to be written (B,L), and which of it counts (B,L)."""
         if self.said.writes == "caption":
-            ids, counts = self.words.tokens(list(batch.caption))
+            ids, counts = self.text.tokens(list(batch.caption))
             return ids.to(self.device), counts.to(self.device)
         view = (batch.views or {})["marks"]
         assert isinstance(view, Tensor)
@@ -143,7 +138,7 @@ class WritingFamily(Family, Draws):
         """The start, and what is read as tokens (B,1+P)."""
         parts = [torch.full((len(captions), 1), self.start, device=self.device)]
         if self.said.reads == "words":
-            parts.append(self.words.tokens(captions)[0].to(self.device) + self.start + 1)
+            parts.append(self.text.tokens(captions)[0].to(self.device) + self.start + 1)
         if (codec := self._codec[0]) is not None and batch is not None:
             codes = batch.mean if isinstance(batch, MomentBatch) else codec.encode_codes(batch.image)
             parts.append(codes.flatten(1).long())
@@ -152,7 +147,7 @@ class WritingFamily(Family, Draws):
     def _seen(self, captions: list[str], batch: ImageBatch | MomentBatch | None) -> tuple[Tensor, Tensor | None] | None:
         """States (B,S,C) that are attended to, and a pooled one (B,P); None: there are none."""
         if self.said.reads == "text":
-            text = self.words.encode(captions)
+            text = self.text.encode(captions)
             return text.tokens, text.pooled
         if (tower := self._tower[0]) is None or batch is None:
             return None
@@ -170,7 +165,7 @@ class WritingFamily(Family, Draws):
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads, or than are written."""
-        return None if self.text is None else cut_captions(captions, lambda: self.words.tokenizer, self.words.room)
+        return None if self.reader is None else cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor | None:
         """Of a model of scenes one picture for each of the batch's captions."""
@@ -197,8 +192,6 @@ class WritingFamily(Family, Draws):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        if not self.reads_prompts and wanted.guidance not in (None, 1.0):
-            self.refuse(f"guidance: got {wanted.guidance:g}", "reads no prompt that could guide; leave it out")
         return settings_of(self, wanted, {"steps": self.length, **self.said.usual}, True)
 
     def captions(self, image: Tensor | None, seeds: Sequence[int], settings: Wanted = OWN) -> list[str]:
@@ -219,7 +212,7 @@ class WritingFamily(Family, Draws):
         for rows in self._chunks(len(seeds)):
             batch = None if image is None else _batch(image[rows].to(self.device))
             ids = self._write([""] * len(rows), None, batch, chosen, Rng(0, [seeds[row] for row in rows]))
-            lines = self.words.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            lines = self.text.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             found += [BEFORE_A_MARK.sub("", " ".join(line.split())) for line in lines]
         return found[: len(seeds)]
 
@@ -234,7 +227,7 @@ class WritingFamily(Family, Draws):
         found: list[float] = []
         with torch.no_grad():
             for rows in self._chunks(len(captions)):
-                ids, counts = self.words.tokens([captions[row] for row in rows])
+                ids, counts = self.text.tokens([captions[row] for row in rows])
                 told = self._told(None, len(rows))
                 error, _ = self._error(self._before([""] * len(rows), None), told, ids.to(self.device), counts.to(self.device))
                 found += (error.double().sum(1) / math.log(2)).tolist()
@@ -294,7 +287,7 @@ class WritingFamily(Family, Draws):
         self.eval()
         seen = self._seen(lines, batch)
         if self.said.reads == "text" and asked is not None:
-            text = encode(self.words, asked)
+            text = encode(self.text, asked)
             seen = (text.tokens, text.pooled)
         told, before, past = self.network.remember(self._told(seen, len(lines))), self._before(lines, batch), Past()
         many, twice = len(rng), len(lines) // len(rng)
@@ -319,25 +312,6 @@ class WritingFamily(Family, Draws):
         """The numbers of sequences in calls of `chunk`, the last one padded, so that results do not depend on how many there are."""
         each = self.said.chunk
         return [[min(row, many - 1) for row in range(start, start + each)] for start in range(0, many, each)]
-
-    # Prompts
-
-    def overlong(self, prompt: Prompt) -> str:
-        """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
-        if not self.reads_prompts:
-            return ""
-        longer = any(len(chunks_of(self.words, pieces)) > 1 for pieces in prompt.at(0, 1))
-        return f"is longer than the model's {self.words.max_tokens} tokens; the rest is left out" if longer else ""
-
-    def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
-        """Of the words, without the special tokens."""
-        if not self.reads_prompts:
-            return None
-        return max(sum(len(chunk.ids) for chunk in chunks_of(self.words, pieces)) for pieces in prompt.at(0, 1)), self.words.room
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that a tokenizer of the run's own captions has never met."""
-        return self.words.unknown(prompt) if self.reads_prompts else []
 
 
 def _batch(image: Tensor) -> ImageBatch:

@@ -152,7 +152,7 @@ def test_bits_are_those_of_a_distribution(products):
     """Of all sequences that begin alike, the chances of what may come next add up to one; and a caption's bits are its surprisal."""
     family = built("none", "caption", products)
     captions = list(batch().caption)
-    ids, counts = family.words.tokens(captions)
+    ids, counts = family.text.tokens(captions)
     told, found = family._told(None, 4), []
     logits = family.network.sequence(torch.cat([family._before(captions, None), ids[:, :-1] + 1], 1), told)[..., 1:]
     chances = logits.double().softmax(-1)
@@ -193,7 +193,7 @@ def test_a_plan_counts_what_is_built(products):
         family = built(reads, writes, products)
         own = {role: others[role] for role in family.config.inputs()}
         counted = family.config.counted_shape(own, lambda said: None, SIDE)
-        spoken = family.text is not None and len(family.words.tokenizer) != 640  # a tokenizer may find fewer words than it may have
+        spoken = family.text is not None and len(family.text.tokenizer) != 640  # a tokenizer may find fewer words than it may have
         assert spoken or counted == family.network.shape
         stage = cast(Any, type("Stage", (), {"latents": "", "also": ()})())
         print_of = family.config.footprint(stage, SIDE, own, lambda said: None)
