@@ -27,6 +27,7 @@ from ldm.families.draws import DIRECT, OWN, Draws, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
 from ldm.families.latent_diffusion.engine import Defaults, choose
 from ldm.formats import atomic
+from ldm.formats.clip_folder import save_vision
 from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, read_json, save_part
 from ldm.formats.text_folder import save_text_model
@@ -34,6 +35,7 @@ from ldm.formats.tokenizer_files import save_tokenizer
 from ldm.models import cost
 from ldm.models.cost import IMAGES
 from ldm.models.prior_transformer import STOCK, PriorShape, PriorTransformer, PriorTransformerConfig
+from ldm.models.vision_tower import VisionTower
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
 from ldm.text.prompt_syntax import Prompt, literal
@@ -136,7 +138,10 @@ class Prior(ModelConfig):
         atomic.commit(target, write)
 
     def lead_in(self, folder: Path) -> None:
-        """What StableUnCLIPPipeline reads besides the decoder's own parts, where it knows these."""
+        """What StableUnCLIPPipeline reads besides the decoder's own parts, where it knows these; and StableUnCLIPImg2ImgPipeline.
+
+        The latter takes embeddings as the image tower leaves them, and so a tower is asked for that keeps their length.
+        """
         index, before = read_json(folder / INDEX), folder / BEFORE
         shape = PriorShape.from_diffusers(read_config(before / PART), PART)
         known = [index.get(part) for part in ("unet", "vae", "text_encoder")]
@@ -148,12 +153,18 @@ class Prior(ModelConfig):
         clip = OwnClip.load(before / OWN_CLIP)
         save_text_model(clip.text.model, folder / "prior_text_encoder", clip.projection)
         save_tokenizer(clip.text.tokenizer, folder / "prior_tokenizer")
-        noising = {**read_json(folder / "scheduler" / SCHEDULING), "_class_name": "DDPMScheduler"}
         (folder / NOISING).mkdir()
-        atomic.write_json(folder / NOISING / SCHEDULING, noising)
+        atomic.write_json(folder / NOISING / SCHEDULING, _noising(read_json(folder / "scheduler" / SCHEDULING)))
         usual = {"mean": torch.zeros(1, shape.embedding), "std": torch.ones(1, shape.embedding)}
         save_part({"_class_name": NORMALISER, "embedding_dim": shape.embedding}, usual, folder / "image_normalizer")
         parts = ("scheduler", "text_encoder", "tokenizer", "unet", "vae", "_diffusers_version")
+        seeing = {}
+        if isinstance(clip.tower, VisionTower) and clip.tower.keeps_length:
+            save_vision(clip.tower, folder / "image_encoder", folder / "feature_extractor")
+            seeing = {
+                "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+                "feature_extractor": ["transformers", "CLIPImageProcessor"],
+            }
         atomic.write_json(
             folder / INDEX,
             {name: index[name] for name in parts}
@@ -165,6 +176,7 @@ class Prior(ModelConfig):
                 "prior_scheduler": ["diffusers", "DDPMScheduler"],
                 "image_normalizer": ["stable_diffusion", NORMALISER],
                 NOISING: ["diffusers", "DDPMScheduler"],
+                **seeing,
             },
         )
 
@@ -328,6 +340,15 @@ class PriorFamily(Family, Draws):
         finally:
             self.network.train(was_training)
         return found
+
+
+def _noising(values: Mapping[str, Any]) -> dict[str, Any]:
+    """scheduler_config.json of the noise in embeddings, of a decoder's own: level 0 is none at all, as it is told here."""
+    from diffusers import DDPMScheduler
+
+    betas = DDPMScheduler.from_config({**values, "_class_name": "DDPMScheduler"}).betas.double()
+    kept = (1 - betas).cumprod(0)
+    return {**values, "_class_name": "DDPMScheduler", "trained_betas": [0.0, float(1 - kept[1]), *betas[2:].tolist()]}
 
 
 def _words(prompt: str | Prompt) -> str:

@@ -15,7 +15,7 @@ from ldm.formats.model_folder import IMAGE_TOWER, whole_clip
 from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, read_json, save_part
 from ldm.formats.text_folder import save_text_model, text_part
 from ldm.models.image_tower import ImageTower, ImageTowerConfig
-from ldm.models.vision_tower import Pixels, TowerNetwork, TowerShape, VisionShape
+from ldm.models.vision_tower import Pixels, TowerNetwork, TowerShape, VisionShape, VisionTower
 
 PREPROCESSING = "preprocessor_config.json"  # as CLIPImageProcessor names it
 SCALE, VISION = "logit_scale", ("vision_model.", "visual_projection.")
@@ -46,6 +46,14 @@ def save_clip(text: Any, projection: nn.Linear, tower: TowerNetwork, logit_scale
     }
     save_part(whole, {**state, **tower.state_dict(), SCALE: logit_scale}, folder, "model")
     write_json(folder / PREPROCESSING, tower.config.preprocessing())
+
+
+def save_vision(tower: VisionTower, model: Path, processor: Path) -> None:
+    """A vision transformer alone, as transformers' CLIPVisionModelWithProjection and CLIPImageProcessor in a folder each."""
+    said = {**tower.config.to_dict(), "architectures": ["CLIPVisionModelWithProjection"], "dtype": "float32"}
+    save_part(said, dict(tower.state_dict()), model, "model")
+    processor.mkdir(parents=True, exist_ok=True)
+    write_json(processor / PREPROCESSING, tower.config.preprocessing())
 
 
 def tower_shape(clip: Path) -> TowerShape:

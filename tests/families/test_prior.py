@@ -10,7 +10,9 @@ import diffusers
 import pytest
 import torch
 from finished_model import STORY, TEXT, UNET, autoencoder_product
+from PIL import Image
 from torch.nn import functional as F
+from transformers import CLIPVisionModelWithProjection
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
@@ -30,9 +32,11 @@ from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, Late
 from ldm.families.latent_diffusion.ports import Cross, Port, Vector, embedded
 from ldm.families.prior import Prior, PriorFamily
 from ldm.families.registry import open_finished
+from ldm.formats.part import read_json
 from ldm.models.conditioned import Conditioned
 from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.prior_transformer import OWN, PriorShape, PriorTransformerConfig
+from ldm.models.vision_tower import VisionTowerConfig
 from ldm.runs.run import Run
 
 SIDE = 32
@@ -66,7 +70,7 @@ def shaken(family: Any) -> Any:
 def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
     root = tmp_path_factory.mktemp("unclip")
     torch.manual_seed(0)
-    tower = ImageTowerConfig(channels=(8, 8), embedding=TEXT.width, grid=2)
+    tower = VisionTowerConfig(patch=8, width=TEXT.width, layers=2, heads=2)
     Clip(text=TEXT, tower=tower, vocabulary=560).build(context({})).save(root / "text")
     autoencoder_product(root / "autoencoder")
     found = {name: Product(root / name, "") for name in ("text", "autoencoder")}
@@ -223,6 +227,41 @@ def test_stable_unclip_pipeline_opens_a_decoder_with_its_prior(model: Path, prio
     assert found.unet.config.projection_class_embeddings_input_dim == 2 * TEXT.width
 
 
+def test_stable_unclip_img2img_pipeline_draws_the_same_variation(
+    model: Path, decoder: LatentDiffusionFamily, pictures: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model)
+    assert not caplog.records
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    eight = (pictures[:1] * 255).round()
+    picture = Image.fromarray(eight[0].permute(1, 2, 0).byte().numpy())
+    noise, wanted = decoder.noise([0], (SIDE, SIDE)), Wanted(sampler="ddim", steps=4, guidance=3.0)
+    for words in WORDS[0], "":
+        edits = decoder.tell({"embedding": eight / 255}, {}, (SIDE, SIDE))
+        ours = decoder.sample([words], [0], wanted, size=(SIDE, SIDE), latents=noise, edits=edits)
+        asked = {"latents": noise, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+        theirs = pipeline(picture, words, **asked).images
+        assert abs(theirs[0] * 255 - ours[0].numpy()).max() <= 2
+    assert not torch.equal(ours, decoder.sample([""], [0], wanted, size=(SIDE, SIDE), latents=noise))
+
+    levels = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    torch.testing.assert_close(pipeline.image_noising_scheduler.alphas_cumprod[1:], levels[1:], rtol=1e-4, atol=1e-7)
+    assert pipeline.image_noising_scheduler.alphas_cumprod[0] == 1  # what is told without noise has none
+
+
+def test_a_convolutional_tower_has_no_pipeline_of_variations(products: dict[str, Product], tmp_path: Path) -> None:
+    tower = ImageTowerConfig(channels=(8, 8), embedding=TEXT.width, grid=2)
+    Clip(text=TEXT, tower=tower, vocabulary=560).build(context({})).save(tmp_path / "text")
+    text = Product(tmp_path / "text", "")
+    before = {"after": replace(products["prior"], config=PRIOR), "after.text": text}
+    own, root = {"text": text, "autoencoder": products["autoencoder"]}, tmp_path / "model"
+    DECODER.assemble({**own, **before, "model": products["decoder"]}, root, STORY)
+    said = read_json(root / "model_index.json")
+    assert said["_class_name"] == "StableUnCLIPPipeline" and "image_encoder" not in said and not (root / "image_encoder").exists()
+    assert isinstance(open_finished(root), Chain)
+
+
 def test_an_ip_adapter_is_loaded_by_diffusers_and_draws_the_same(
     products: dict[str, Product], tmp_path: Path, pictures: torch.Tensor
 ) -> None:
@@ -255,6 +294,9 @@ def test_an_ip_adapter_is_loaded_by_diffusers_and_draws_the_same(
     theirs = pipeline(WORDS[0], **more).images
     assert abs(theirs[0] * 255 - ours[0].numpy()).max() <= 2
     assert not torch.equal(ours, model.sample(WORDS[:1], [0], wanted, size=(SIDE, SIDE), latents=noise))
+    vision = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "model" / "clip")
+    with torch.no_grad():  # which a pipeline may be given as its image_encoder
+        torch.testing.assert_close(vision(2 * pictures[:1] - 1).image_embeds, embedding, rtol=1e-4, atol=1e-4)
 
     x, t, text = torch.randn(2, 4, 4, 4).double(), torch.tensor([3, 700]), torch.randn(2, TEXT.max_tokens, TEXT.width).double()
     pipeline.unet.double().eval()
