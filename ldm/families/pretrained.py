@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -64,8 +63,11 @@ class PretrainedText(ModelConfig):
 
     def _here(self) -> Path | None:
         """Its folder, if it is on this machine; None: it is not, and a file of weights alone has none."""
-        folder = Path() if self.architecture or named(self.path) else local_folder(self.path)
-        return folder if os.path.isdir(folder) else None  # unlike Path.is_dir, it takes names that are too long
+        try:
+            folder = Path() if self.architecture or named(self.path) else local_folder(self.path)
+            return folder if folder.is_dir() else None
+        except OSError:  # no name of a file, say too long for one: looking for it says so
+            return None
 
     def elsewhere(self) -> str:
         """Its path."""

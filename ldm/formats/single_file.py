@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ def named(name: str) -> tuple[Path, CheckpointChoices] | None:
     """
     path, told, said = name.partition("::")
     file = Path(path).expanduser()
-    if not os.path.isfile(file):  # unlike Path.is_file, it takes names that are too long for a file
+    if not file.is_file():
         return None
     choices = CheckpointChoices()
     for word in said.split(",") if told else ():
