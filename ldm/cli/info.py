@@ -90,9 +90,11 @@ def about_model(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no model in it.
     """
+    from ldm.families.draws import BEFORE
     from ldm.formats.model_folder import read_record
 
-    record = read_record(_folder(path))
+    root = _folder(path)
+    record = read_record(root)
     story = record.get("story", {})
     views = {
         each["condition"]["view"]: {"port": each["condition"]["port"]["kind"], **{k: v for k, v in each["kind"].items() if v}}
@@ -104,6 +106,7 @@ def about_model(path: Path) -> dict[str, Any]:
         "kind": record.get("kind", "latent_diffusion"),
         "data": story.get("data", ""),
         "defaults": record.get("defaults", {}),
+        "after": about_model(root / BEFORE) if (root / BEFORE).is_dir() else None,
         "told": None if "kind" in record and not views else views,  # another kind of model tells that by its own configuration
     }
 
@@ -153,6 +156,10 @@ def _model_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  trained on {found['data']}"
     if found["defaults"]:
         yield "  drawn with " + ", ".join(f"{name} {value}" for name, value in found["defaults"].items())
+    if before := found["after"]:
+        drawn = ", ".join(f"{name} {value}" for name, value in before["defaults"].items())
+        yield f"  after the model in {before['file']} of kind {before['kind']}" + f", drawn with {drawn}" * bool(drawn)
+        yield from (line for line in _model_lines(before) if line.startswith("  after"))
     for view, kind in (found["told"] or {}).items():
         what = {"classes": f"{kind.get('channels')} classes: {', '.join(kind.get('names', []))}"}.get(kind["form"], kind["form"])
         yield f"  is told {view} ({what}) by port {kind['port']}: --given {view}=FILE"

@@ -55,6 +55,15 @@ def number(name: str, usual: int, low: int, high: int) -> int:
     return int(argument)
 
 
+def divided(name: str) -> int:
+    """How many times smaller than its picture a view of this name is.
+
+    Raises:
+        UserError: as `number`.
+    """
+    return number(name, 4, 2, 64) if parted(name)[0] == "small" else 1
+
+
 Make = Callable[[Tensor, str, Rng], Tensor]  # pictures (B,3,H,W) uint8, the view's name, and noise by address -> maps (B,C,h,w) uint8
 
 
@@ -168,7 +177,7 @@ def kind_of(offered: Mapping[str, ViewKind], name: str, where: str = "this data"
             "A folder of pictures has further ones as files in a folder of that name in it, or in a column of metadata.jsonl"
         )
     if plain == "small":
-        return replace(found, divide=number(name, 4, 2, 64))
+        return replace(found, divide=divided(name))
     if argument and plain == "sketch":
         number(name, WOBBLE, 0, 16)
     elif argument and name not in offered:

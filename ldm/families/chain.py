@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.config.errors import UserError
 from ldm.data.views import parted
 from ldm.diffusion.rng import mix
-from ldm.families.draws import AFTER, OWN, Draws, Running, Settings, Wanted
+from ldm.families.draws import AFTER, BEFORE, OWN, Draws, Running, Settings, Wanted
 from ldm.formats.model_folder import root_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ldm.diffusion.batch import View, Views
     from ldm.text.prompt_syntax import Prompt
 
-BEFORE = "before"  # in a model folder: the model whose pictures it is told
 SEEDS = 2**53
 
 
@@ -120,16 +119,12 @@ class Chain(Draws):
 
     @property
     def _readers(self) -> dict[str, int]:
-        """Which link reads each view; one that several links are told by those before is nobody's."""
-        found: dict[str, int] = {}
-        for k, link in enumerate(self.links):
-            for name in link.told:
-                found[name] = -1 if name in found else k
-        return {name: k for name, k in found.items() if k >= 0}
+        """Which link reads each view; of several the last, so that a picture that is given is enlarged by it."""
+        return {name: k for k, link in enumerate(self.links) for name in link.told}
 
     @property
     def told(self) -> dict[str, ViewKind]:
-        """The views that one link alone reads."""
+        """The views that links read."""
         return {name: self.links[k].told[name] for name, k in self._readers.items()}
 
     def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[ForLink, ...]:
@@ -186,6 +181,11 @@ class Chain(Draws):
         many = iter(int(word) for word in chosen.link_steps.split(","))
         steps = [None if k == self.leads else next(many) for k in range(len(self.links))]
 
+        own_steps = [k for k in range(begin) if k != self.leads and steps[k] != self.links[k].settings().steps]
+        if note is not None and (own_steps or (begin > self.leads and not self._usual(chosen))):
+            what = "link_steps" if own_steps else "steps, guidance and sampler"
+            note(f"{what}: of a model before what is given, which is not asked, so they change nothing")
+
         def drawn(k: int, before: Tensor | None, hands: bool) -> Tensor:
             link, leads = self.links[k], k == self.leads
             call = link.handed if hands else link.sample
@@ -201,10 +201,23 @@ class Chain(Draws):
                 note=note,
             )
 
+        def of_link(k: int, before: Tensor | None, hands: bool) -> Tensor:
+            try:
+                return drawn(k, before, hands)
+            except UserError as error:
+                if k == self.leads:
+                    raise
+                raise UserError(f"model {k + 1} of the chain: {error}") from None
+
         made: Tensor | None = None
         for k in range(begin, last - 1):
-            made = drawn(k, made, hands=True)
-        return drawn(last - 1, made, hands=False)
+            made = of_link(k, made, hands=True)
+        return of_link(last - 1, made, hands=False)
+
+    def _usual(self, chosen: Settings) -> bool:
+        """Whether nothing is asked of the leading link."""
+        same = self.settings()
+        return replace(chosen, link_steps=same.link_steps, stop_after=same.stop_after, precision=same.precision) == same
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """The leading link's."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SMALL = "small"  # the view that a picture, made smaller, is to what makes it larger
+BEFORE = "before"  # in a model folder: the model whose pictures it is told
 AFTER = "after"  # in a chain, the role of the model whose pictures one is told, among what that is assembled from
 THRESHOLDS = ("none", "static", "dynamic")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
@@ -238,6 +239,7 @@ class Draws(Protocol):
     content_hash: str = ""  # of its files; recipes remember it
     reads_prompts: bool = True  # whether words change what it draws
     draws_pictures: bool = True  # else only what the next model of a chain is told
+    redraws: bool = False  # whether `edits` draws pictures anew in part, as hires fix does
     hands: str = SMALL  # the view that the next model of a chain is told, without its argument
     able: frozenset[str] = frozenset({"sample", "reconstruct"})  # what a metric may ask of it
     merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already

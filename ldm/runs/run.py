@@ -14,7 +14,7 @@ from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source, has_masks
-from ldm.data.views import parted
+from ldm.data.views import divided, parted
 from ldm.families import registry
 from ldm.families.draws import AFTER, SMALL
 from ldm.families.family import ModelConfig
@@ -235,6 +235,12 @@ def problems(run: Run) -> Iterator[str]:
         yield from unknown
         return
     for name, model in run.models.items():
+        try:
+            for view in model.views():
+                divided(view)
+        except UserError as error:
+            yield f"models.{name}: {error}"
+            return
         seen = [name]
         while (before := run.everything()[seen[-1]].assembled_from().get(AFTER)) and before not in seen:
             seen.append(before)
@@ -246,6 +252,8 @@ def problems(run: Run) -> Iterator[str]:
             if [parted(view)[0] for view in model.views()].count(hands) != 1:
                 told = f"{hands}:N" if hands == SMALL else hands
                 yield f"models.{name}.{AFTER}: {before} is told as one view {told}, but {name} reads {reads}; name it in its conditions"
+            elif hands == SMALL:
+                yield from _misfits(run, name, before)
     every = run.everything()
     for where, name, able in run.asked():
         if not getattr(every[name], able):
@@ -269,6 +277,19 @@ def problems(run: Run) -> Iterator[str]:
             yield from _wrong_sides(run, stage.model, (stage.resolution,), stage.buckets, where)
         else:
             yield from _unmeasurable(run, name, stage, where)
+
+
+def _misfits(run: Run, name: str, before: str) -> Iterator[str]:
+    """A model in a chain that is told a picture of another size than the model before it learns last."""
+    trained = [(f"stages.{where}.resolution", stage) for where, stage in run.stages.items() if isinstance(stage, Train)]
+    last = {stage.model: (where, stage.resolution) for where, stage in trained}
+    if name not in last or before not in last:
+        return
+    (where, side), (there, drawn) = last[name], last[before]
+    view = next(view for view in run.models[name].views() if parted(view)[0] == SMALL)
+    told = side / divided(view)
+    if told != drawn:
+        yield f"{where}: {name} is told {told:g} px ({view} of {side}), but {before}, which it is after, draws {drawn} ({there})"
 
 
 def _unknown_models(run: Run) -> Iterator[str]:
@@ -301,6 +322,9 @@ def _wrong_sides(run: Run, model: str, sides: tuple[int, ...], buckets: Buckets 
     for side in sides:
         if side % factor:
             yield f"{where}.resolution: got {side}; {model} needs a multiple of {factor}"
+    for view in every.views():
+        if wrong := [side for side in sides if side % divided(view)]:
+            yield f"{where}.resolution: got {wrong[0]}; {model} is told {view}, which needs a multiple of {divided(view)}"
     if buckets:
         yield from wrong_step(buckets, sides[0], factor, f"{where}.buckets")
 

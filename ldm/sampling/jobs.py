@@ -70,6 +70,8 @@ def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recip
         for number in numbers:
             recipe = Recipe(seed=number, **told)
             check_size(recipe, family.factor)
+            if recipe.hires != 1 and not family.redraws:
+                family.refuse("hires", "draws no picture anew in part; leave --hires out")
             found += [replace(recipe, variation_seed=number + 1 + k) for k in range(common.variations)] or [recipe]
     return found
 

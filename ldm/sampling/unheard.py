@@ -36,6 +36,8 @@ def in_recipe(recipe: Recipe, usual: Settings) -> Iterator[str]:
         readers = ", ".join(name for name, one in SAMPLERS.items() if one.stochastic_by_eta)
         yield f"eta: {recipe.sampler} does not read it; {readers} does"
     yield from _without_steps(recipe)
+    if recipe.stop_after and recipe.link_steps.split(",")[recipe.stop_after - 1 :] != usual.link_steps.split(",")[recipe.stop_after - 1 :]:
+        yield f"link_steps: --stop-after {recipe.stop_after} leaves models out, so their steps change nothing"
     if recipe.classifier and not recipe.classifier_scale:
         yield "classifier_scale: 0 leaves the classifier out"
     if recipe.guidance == 0:

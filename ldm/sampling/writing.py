@@ -9,7 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config.errors import UserError
 from ldm.distributed.processes import Processes
 from ldm.families.draws import Draws, Guide
 from ldm.sampling.recipe import Recipe
@@ -78,7 +77,7 @@ class PictureWriter:
 
                 watching = family.watch(film.see) if self.save_steps else ()
                 if self.save_steps and not watching:
-                    raise UserError(f"save_steps: this model of kind {family.kind} draws at once; leave --save-steps out")
+                    family.refuse("save_steps", "does not show its steps; leave --save-steps out")
                 images = jobs.draw(
                     family,
                     part,

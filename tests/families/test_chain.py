@@ -11,6 +11,7 @@ import pytest
 import torch
 from finished_model import STORY, UNET, Pictures, autoencoder_product, text_product
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import load
 from ldm.data.views import ViewKind
@@ -110,6 +111,32 @@ def test_steps_of_links_and_where_to_stop_are_settings(chain: Chain) -> None:
         Chain([chain.links[0], chain.links[0]])
     with pytest.raises(UserError, match="init: this model of kind chain"):
         chain.edits(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"model 2 of the chain: steps: got 9999"):
+        chain.sample(["a"], [0], Wanted(link_steps="9999,1"))
+
+
+def test_a_given_picture_is_enlarged_by_the_last_link_and_what_is_not_asked_is_told(
+    chain: Chain, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    edits, said = chain.tell({VIEW: picture}, {}, (32, 32)), []
+    made = chain.sample(["a red circle"], [3], Wanted(link_steps="3,1", steps=2), edits=edits, note=said.append)
+    alone = chain.links[2].tell({VIEW: picture}, {}, (32, 32))
+    assert torch.equal(
+        made, chain.links[2].sample(["a red circle"], [mix(3, "link", 2) % SEEDS], Wanted(steps=1), size=(32, 32), edits=alone)
+    )
+    assert said == ["link_steps: of a model before what is given, which is not asked, so they change nothing"]
+    chain.sample(["a red circle"], [3], Wanted(steps=5), edits=edits, note=said.append)
+    assert said[1].startswith("steps, guidance and sampler: of a model before what is given")
+    words = ["sample", "a red circle", "--model", str(model), "--out", str(tmp_path / "out")]
+    assert main([*words, "--stop-after", "1", "--link-steps", "5,2"]) == 0
+    assert "link_steps: --stop-after 1 leaves models out, so their steps change nothing" in capsys.readouterr().err
+    assert main([*words, "--hires", "2"]) == 2
+    assert "hires: this model of kind chain draws no picture anew in part; leave --hires out" in capsys.readouterr().err
+    assert main(["info", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert f"after the model in {model}/before of kind latent_diffusion, drawn with size [16, 16]" in shown
+    assert f"after the model in {model}/before/before of kind latent_diffusion, drawn with size [8, 8]" in shown
 
 
 def test_noise_is_mixed_in_by_the_schedule_and_its_level_is_told() -> None:

@@ -119,7 +119,8 @@ def test_it_stands_in_tables_and_on_the_page(stranger: Path) -> None:
     [
         (["--steps", "3"], "steps: got 3: this model of kind translation has no such setting"),
         (["--variations", "2"], "variation: this model of kind translation has no noise to vary"),
-        (["--save-steps"], "save_steps: this model of kind translation draws at once"),
+        (["--save-steps"], "save_steps: this model of kind translation does not show its steps"),
+        (["--hires", "2"], "hires: this model of kind translation draws no picture anew in part"),
         (["--low-memory"], "low_memory: this model of kind translation has no such choice"),
         (["--classifier", "in.png"], "classifier: this model of kind translation is guided by none"),
     ],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
-from ldm.data.folder_views import WORDS
+from ldm.data.folder_views import MAPS, WORDS
 from ldm.data.views import ANY, ViewKind, parted
 from ldm.diffusion.batch import Boxes, Cond, Graph, Mixed, Told, View, Views, cat, taken
 from ldm.diffusion.process import Process
@@ -59,7 +59,7 @@ class Read:
 def assumed(conditions: Sequence[Condition]) -> list[Read]:
     """Conditions as a plan counts them, before the data is known."""
     usual = ViewKind(form="map", channels=3)
-    known: dict[str, ViewKind] = {**WORDS, **{name: kind for name, (_, kind) in ANY.items()}}
+    known: dict[str, ViewKind] = {**MAPS, **WORDS, **{name: kind for name, (_, kind) in ANY.items()}}
     return [Read(each, known.get(parted(each.view)[0], usual)) for each in conditions]
 
 
@@ -75,6 +75,15 @@ def problems(conditions: Sequence[Condition], learn: str, begins: str, own: str,
     views = [each.view for each in conditions]
     for view in {view for view in views if views.count(view) > 1}:
         found.append(f"{own}.conditions: the view {view} is told twice; leave one of the two out")
+    for read in assumed(conditions):
+        port, what = read.condition.port, f"{own}.conditions: {read.view} by port {read.condition.port.kind}"
+        if read.kind.form not in port.forms:
+            found.append(f"{own}.conditions: view {read.view} is of form {read.kind.form}; port {port.kind} takes {', '.join(port.forms)}")
+        noise, drawn = port.noises()
+        if drawn > noise:
+            found.append(f"{what}: drawn_noise is above noise ({noise:g}), the most that training mixes in; lower it, or raise noise")
+        if read.condition.drop == 1:
+            found.append(f"{what}: drop 1 never tells it; take less, such as 0.1")
     for each in conditions:
         if each.port.unet and network.kind != "unet":
             found.append(f"{own}.conditions: port {each.port.kind} adds to a U-Net, but network is {network.kind}; choose port concat")

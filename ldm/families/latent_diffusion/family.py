@@ -25,8 +25,8 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import DISTILLED
 from ldm.diffusion.thresholding import RATIO
-from ldm.families.chain import BEFORE, within
-from ldm.families.draws import AFTER, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.chain import within
+from ldm.families.draws import AFTER, BEFORE, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
@@ -442,6 +442,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
     shardable = True
     kind = "latent_diffusion"
     able = LatentDiffusion.answers
+    redraws = True
 
     def __init__(
         self,

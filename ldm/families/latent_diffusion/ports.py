@@ -400,7 +400,10 @@ def embedded(view: View, frozen: Frozen) -> Tensor:
         if view.words[0]:
             each.append(frozen.clip.embed_captions([word for row in view.words for word in row]).unflatten(0, (len(view.words), -1)))
         every = torch.cat(each, dim=1)  # (B,K+M,E)
-        return embedded((view.weight[..., None].to(every) * every).sum(1), frozen)
+        total = (view.weight[..., None].to(every) * every).sum(1)
+        if (total.norm(dim=1) < 1e-4 * every.norm(dim=2).amax(1)).any():
+            raise UserError("given: the weights of what is told as an embedding leave nothing of it; change one of them")
+        return embedded(total, frozen)
     assert isinstance(view, Tensor)
     if view.dim() == 2:
         return view.shape[1] ** 0.5 * F.normalize(view.float(), dim=1)

@@ -332,6 +332,7 @@ class TokensFamily(Family, Prompted):
     """A token transformer with its autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
 
     kind = "tokens"
+    redraws = True
 
     def __init__(self, config: Tokens, network: TokenTransformer, codec: LatentCodec, text: TextEncoder | None, resolution: int) -> None:
         super().__init__()
