@@ -14,10 +14,9 @@ import torch
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, PathText, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
-from ldm.formats.clip_folder import tower_shape
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
-from ldm.formats.model_folder import OWN_CLIP, clip_in, hub_folder, own_clip, whole_of
+from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip, whole_of
 from ldm.formats.part import PARTS, content_hash, read_config, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
@@ -25,8 +24,17 @@ from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.cost import Cost, TextShape
 from ldm.models.palette import PaletteConfig
 from ldm.models.vision_tower import TowerShape, VisionShape
-from ldm.text.own_clip import OwnClip
-from ldm.text.pretrained import OPEN_CLIP, OpenClipShape, load_pretrained, open_clip_folder, text_folder, text_hash
+from ldm.text.pretrained import (
+    OPEN_CLIP,
+    OpenClipShape,
+    both_towers,
+    load_clip,
+    load_pretrained,
+    open_clip_folder,
+    text_folder,
+    text_hash,
+    vision_shape,
+)
 
 HALF, FLOAT = 2, 4  # bytes
 SIZES = 6  # numbers of ImageBatch.size
@@ -57,17 +65,11 @@ class PretrainedText(ModelConfig):
 
     @property
     def has_tower(self) -> bool:
-        """Whether its files are of both sides of a CLIP; where they are not here yet, `found_for` sees."""
-        folder = self._here()
-        return folder is None or clip_in(folder) is not None
-
-    def _here(self) -> Path | None:
-        """Its folder, if it is on this machine; None: it is not, and a file of weights alone has none."""
-        try:
-            folder = Path() if self.architecture or named(self.path) else local_folder(self.path)
-            return folder if folder.is_dir() else None
-        except OSError:  # no name of a file, say too long for one: looking for it says so
-            return None
+        """Whether its files are of both towers of a CLIP; where they are not here yet, `found_for` sees. A single file's are not read."""
+        if self.architecture:
+            return False
+        folder = folder_here(self.path)
+        return both_towers(folder) is not None if folder else not single_file(self.path)
 
     def elsewhere(self) -> str:
         """Its path."""
@@ -89,14 +91,15 @@ class PretrainedText(ModelConfig):
             check(clip)
             shutil.copytree(clip, target / OWN_CLIP)
         elif found.tower is not None:
-            OwnClip.load(found.tower).save(target / OWN_CLIP)
+            load_clip(found.tower).save(target / OWN_CLIP)
 
     def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
         """With the CLIP whose image tower is read."""
         if "has_tower" not in asked:
             return found
-        if (clip := clip_in(found.folder)) is None:
-            raise UserError(f"{asked['has_tower']}: {self.path} has no image tower; use kind clip, or a CLIP of both sides")
+        if (clip := both_towers(found.folder)) is None:
+            raise UserError(f"{asked['has_tower']}: {self.path} has no image tower; use kind clip, or a CLIP of both towers")
+        vision_shape(clip)  # or why it is none that is known here
         return replace(found, tower=clip, hash=hashlib.sha256(f"{found.hash} {content_hash(clip)}".encode()).hexdigest())
 
     def identity(self) -> dict[str, Any]:
@@ -119,18 +122,17 @@ class PretrainedText(ModelConfig):
             note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
         else:
             found = replace(found, layers=found.layers - self.skip_last)
-        embedding = tower_shape(clip).embedding if (clip := clip_in(folder)) else 0
-        return replace(found, tokens=min(self.max_tokens, found.positions), embedding=embedding)
+        return replace(found, tokens=min(self.max_tokens, found.positions), embedding=0 if self.architecture else _embedding(folder))
 
     def image_tower(self, side: int, note: Callable[[str], None]) -> TowerShape:
         """From its files; where they are not here, that of CLIP ViT-L/14."""
-        folder = self._here()
-        if folder is None:
+        folder = local_folder(self.path)
+        if not folder.is_dir():
             note(f"image tower of {self.path}: its config.json is not here; counted as CLIP ViT-L/14")
             return PUBLISHED_TOWER
-        if (clip := clip_in(folder)) is None:
-            self.cannot(f"embed pictures here; {folder} is no CLIP of both sides; use kind clip")
-        return tower_shape(clip)
+        if (clip := both_towers(folder)) is None:
+            self.cannot(f"embed pictures here; {folder} is no CLIP of both towers; use kind clip")
+        return vision_shape(clip)
 
 
 @config
@@ -146,9 +148,9 @@ class PretrainedAutoencoder(ModelConfig):
     @property
     def has_codes(self) -> bool:
         """Whether its files are of a VQ; where they are not here yet, `found_for` sees."""
-        folder = None if named(self.path) else local_folder(self.path)
+        folder = folder_here(self.path)
         file = None if folder is None else next(config_files(folder, "vae", "vqvae"), None)
-        return file is None or isinstance(codec_config(read_json(file), file.parent), VQConfig)
+        return file is None or isinstance(codec_config(read_json(file), file.parent), VQConfig | PaletteConfig)
 
     def found_for(self, found: Found, asked: Mapping[str, str]) -> Found:
         """Itself, if it has the codes that are read."""
@@ -229,9 +231,34 @@ def local_folder(path: str) -> Path:
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
+def single_file(path: str) -> bool:
+    """Whether a path is a file's in CompVis' naming."""
+    try:
+        return named(path) is not None
+    except OSError:  # no name of a file, say too long for one: looking for it says so
+        return False
+
+
+def folder_here(path: str) -> Path | None:
+    """The folder of a model from elsewhere, if it is one on this machine; single files are not opened."""
+    try:
+        folder = None if single_file(path) else local_folder(path)
+        return folder if folder is not None and folder.is_dir() else None
+    except OSError:
+        return None
+
+
 def config_files(folder: Path, *parts: str) -> Iterator[Path]:
     """The config.json of a part's own folder, or of the part in a model's folder."""
     yield from (file for file in (*(folder / part / "config.json" for part in parts), folder / "config.json") if file.is_file())
+
+
+def _embedding(folder: Path) -> int:
+    """Width of the space that a text encoder shares with pictures; 0: it shares none, or the image tower is none that is known here."""
+    try:
+        return vision_shape(clip).embedding if (clip := both_towers(folder)) else 0
+    except UserError:  # who reads it is told why
+        return 0
 
 
 def _clip_shape(file: Path) -> TextShape | None:

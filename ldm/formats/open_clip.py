@@ -1,4 +1,4 @@
-"""OpenCLIP conversion: its text tower and tokenizer as transformers' CLIPTextModel and CLIPTokenizer."""
+"""OpenCLIP conversion: its towers and tokenizer as transformers' CLIPTextModel, CLIPVisionModelWithProjection and CLIPTokenizer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,30 @@ def from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         "ln_final.weight": "final_layer_norm.weight",
         "ln_final.bias": "final_layer_norm.bias",
     }
-    found = {new: state[old] for old, new in outer.items() if old in state}
+    return {new: state[old] for old, new in outer.items() if old in state} | _blocks(state, layers, "", "")
+
+
+def vision_from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """An OpenCLIP image tower's weights under a CLIPVisionModelWithProjection's names; the text tower's are left out."""
+    inner = "vision_model."
+    outer = {
+        "class_embedding": f"{inner}embeddings.class_embedding",
+        "conv1.weight": f"{inner}embeddings.patch_embedding.weight",
+        "positional_embedding": f"{inner}embeddings.position_embedding.weight",
+        **{f"ln_pre.{kind}": f"{inner}pre_layrnorm.{kind}" for kind in ("weight", "bias")},
+        **{f"ln_post.{kind}": f"{inner}post_layernorm.{kind}" for kind in ("weight", "bias")},
+    }
+    found = {new: state[f"visual.{old}"] for old, new in outer.items() if f"visual.{old}" in state}
+    if "visual.proj" in state:
+        found["visual_projection.weight"] = state["visual.proj"].T
+    return found | _blocks(state, layers, "visual.", inner)
+
+
+def _blocks(state: dict[str, Tensor], layers: int, theirs: str, ours: str) -> dict[str, Tensor]:
+    """The blocks of a tower whose weights have the prefix `theirs`, under the names of transformers with the prefix `ours`."""
+    found = {}
     for layer in range(layers):
-        old, new = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        old, new = f"{theirs}transformer.resblocks.{layer}.", f"{ours}encoder.layers.{layer}."
         for kind in ("weight", "bias"):
             for name, renamed in RENAMED.items():
                 if f"{old}{name}.{kind}" in state:

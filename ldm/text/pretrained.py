@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.foreign import short, typed
 from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config
 from ldm.formats.atomic import commit, write_tensors
+from ldm.formats.clip_folder import tower_shape
 from ldm.formats.integrity import cache_folder, check, checksums, is_whole
-from ldm.formats.model_folder import INDEX, OWN_CLIP, hub_folder
-from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer
+from ldm.formats.model_folder import INDEX, OWN_CLIP, clip_in, hub_folder
+from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer, vision_from_open_clip
 from ldm.formats.part import content_hash, load_module, read_json
 from ldm.formats.text_folder import TEXT_PARTS, load_text_model, tower_state
 from ldm.formats.tokenizer_files import load_tokenizer
 from ldm.formats.weights_file import read_weights
 from ldm.models.text_tower import TextTower, TowerPair
+from ldm.models.vision_tower import Pixels, TowerShape, VisionShape
 from ldm.text.encoder import TextEncoder, zeros_in
+from ldm.text.own_clip import OwnClip
 
 OPEN_CLIP = "open_clip_config.json"
 
@@ -37,6 +41,18 @@ class OpenClipShape:
     layers: Depth = 12
     mlp_ratio: PositiveFloat = 4.0
     embed_dim: Width | None = None
+
+
+@config
+class OpenClipVision:
+    """What an open_clip_config.json says of an image tower that is a vision transformer, with OpenCLIP's defaults for what it does not."""
+
+    image_size: Width = 224
+    patch_size: Width = 16
+    width: Width = 768
+    head_width: Width = 64
+    layers: Depth = 12
+    mlp_ratio: PositiveFloat = 4.0
 
 
 WORDS = ["*.json", "merges.txt", "spiece.model"]  # on the hub: configurations and vocabularies
@@ -56,7 +72,7 @@ def load_pretrained(path: str, max_tokens: int = 77, skip_last: int = 0) -> Text
     folder = text_folder(path)
     if (folder / "text_encoder").is_dir():
         encoder = TextEncoder.load(folder)
-    elif (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
+    elif is_open_clip(folder):
         encoder = load_open_clip(folder)
     else:
         encoder = TextEncoder.of(load_text_model(folder), load_tokenizer(folder), folder)
@@ -64,6 +80,68 @@ def load_pretrained(path: str, max_tokens: int = 77, skip_last: int = 0) -> Text
         _skip_last(encoder.model, skip_last)
     encoder.tokenizer.model_max_length = min(max_tokens, encoder.max_tokens)
     return encoder
+
+
+def is_open_clip(folder: Path) -> bool:
+    """Whether a folder holds an OpenCLIP, and nothing that transformers would open."""
+    return (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file()
+
+
+def both_towers(folder: Path) -> Path | None:
+    """Where the CLIP of both towers lies that a text encoder's folder offers: a run's own beside it, or itself; None: there is none."""
+    return clip_in(folder) or (folder if is_open_clip(folder) else None)
+
+
+def vision_shape(clip: Path) -> TowerShape:
+    """What builds the image tower of a CLIP of both towers.
+
+    Raises:
+        UserError: naming the field that makes no sense, or a tower of another kind.
+    """
+    if not is_open_clip(clip):
+        return tower_shape(clip)
+    file, values = clip / OPEN_CLIP, read_json(clip / OPEN_CLIP)
+    model, pixels = values.get("model_cfg"), values.get("preprocess_cfg")
+    vision = model.get("vision_cfg") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vision, dict):
+        raise UserError(f"{file}: no model_cfg with a vision_cfg in it; copy the whole folder again")
+    known = {f.name for f in fields(OpenClipVision)}
+    usual = {"pool_type": "tok", "pos_embed_type": "learnable", "output_tokens": True, "patch_dropout": vision.get("patch_dropout")}
+    if foreign := [name for name, value in vision.items() if name not in known and value not in (None, False, usual.get(name))]:
+        raise UserError(f"{file}: vision_cfg.{foreign[0]} is not supported; only CLIP's own vision transformers are")
+    said = typed({name: value for name, value in vision.items() if name in known}, OpenClipVision, str(file))
+    made = {
+        "hidden_size": said.width,
+        "intermediate_size": int(said.width * said.mlp_ratio),
+        "num_hidden_layers": said.layers,
+        "num_attention_heads": max(1, said.width // said.head_width),
+        "image_size": said.image_size,
+        "patch_size": said.patch_size,
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "projection_dim": model.get("embed_dim", 512),
+    }
+    seen = {f"image_{name}": pixels[name] for name in ("mean", "std") if name in pixels} if isinstance(pixels, dict) else {}
+    return VisionShape.from_dict(made, Pixels.from_dict(seen, str(file)), str(file))
+
+
+def load_clip(clip: Path) -> OwnClip:
+    """A CLIP of both towers that others have trained, or a run's own, frozen.
+
+    Raises:
+        UserError: naming what is missing, damaged or of another kind.
+    """
+    if not is_open_clip(clip):
+        return OwnClip.load(clip)
+    shape, text, state = vision_shape(clip), load_open_clip(clip), _weights(clip)
+    assert isinstance(shape, VisionShape)
+    tower = load_module(shape.build, vision_from_open_clip(state, shape.num_hidden_layers), clip).float()
+    found = next((state[name] for name in ("text_projection", "text.text_projection") if name in state), None)
+    if found is None or "logit_scale" not in state:
+        raise UserError(f"{clip}: text_projection or logit_scale is missing; copy the whole folder again")
+    projection = load_module(lambda: nn.Linear(text.width, shape.embedding, bias=False), {"weight": found.T}, clip).float()
+    for network in (tower, projection):
+        network.eval().requires_grad_(False)
+    return OwnClip(text, projection, tower, state["logit_scale"].float(), shape.image_size)
 
 
 def text_folder(path: str) -> Path:
@@ -142,7 +220,10 @@ def load_open_clip(folder: Path) -> TextEncoder:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    state = from_open_clip(_weights(folder), shape.layers)
+    state = _weights(folder)
+    if any(name.startswith("text.transformer.") for name in state):  # OpenCLIP's towers apart
+        state = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+    state = from_open_clip(state, shape.layers)
     model = load_module(lambda: TextTower(made, str(folder / OPEN_CLIP)), tower_state(state), folder)
     return TextEncoder.of(model.float().eval().requires_grad_(False), tokenizer, folder)
 
@@ -192,6 +273,4 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no open_clip_model.safetensors here, nor open_clip_pytorch_model.bin")
     state = read_weights(files[0])[0]
     check(folder)
-    if any(name.startswith("text.transformer.") for name in state):  # OpenCLIP's towers apart
-        return {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     return state

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finished_model import CAPTIONS, KL, SIDE, TEXT, VQ, Pictures
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from ldm.__main__ import main
@@ -24,6 +25,7 @@ from ldm.runs.pretrained import find
 from ldm.runs.run import Run
 from ldm.text.encoder import train_tokenizer
 from ldm.text.own_clip import OwnClip
+from ldm.text.pretrained import load_clip
 
 STAGE = {"kind": "train", "resolution": 32, "images": 8}
 READERS: dict[str, dict[str, Any]] = {  # of an image tower
@@ -69,6 +71,41 @@ def test_a_text_encoder_alone_is_refused_by_whoever_reads_an_image_tower(reader:
     assert run_of(reader, clip) and run_of(reader, "owner/unknown")  # what lies on the hub is not known yet
 
 
+def test_an_open_clip_offers_both_towers(tmp_path: Path) -> None:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+
+    vision: dict[str, Any] = {"image_size": 12, "layers": 2, "width": 24, "patch_size": 4, "head_width": 8, "mlp_ratio": 2.0}
+    text: dict[str, Any] = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    said = {"model_cfg": {"embed_dim": 10, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    image, words = torch.rand(2, 3, 12, 12) * 2 - 1, ["a red circle", "a blue ring"]
+    for kind in CLIP, CustomTextCLIP:
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        theirs = kind(embed_dim=10, vision_cfg=CLIPVisionCfg(**vision), text_cfg=CLIPTextCfg(**text)).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():  # fresh norms and biases would hide a wrong name
+                parameter += 0.1 * torch.randn_like(parameter)
+        save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps(said))
+        given = PretrainedText(path=str(folder))
+        assert given.has_tower and given.text_shape(print).embedding == 10 and given.image_tower(12, print).places(12) == 9
+        own = load_clip(folder)
+        if kind is CLIP:
+            given.adopt(given.found_for(given.find(given.path, print), {"has_tower": "x"}), folder / "adopted")
+            own = OwnClip.load(folder / "adopted" / "clip")
+        ids, mask = own.text.tokens(words)
+        with torch.no_grad():
+            seen, read = theirs.encode_image(image, normalize=True), theirs.encode_text(ids.where(mask, 0), normalize=True)
+        torch.testing.assert_close(own.embed_images(image), seen, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own.embed_captions(words), read, rtol=0, atol=1e-5)
+        assert float(own.logit_scale) == pytest.approx(float(theirs.logit_scale.detach()), abs=1e-6)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**said["model_cfg"], "vision_cfg": {"timm_model_name": "x"}}}))
+    with pytest.raises(UserError, match=r"vision_cfg\.timm_model_name is not supported; only CLIP's own vision transformers are"):
+        given.found_for(given.find(given.path, print), {"has_tower": "x"})
+    assert given.text_shape(print).embedding == 0 and given.found_for(given.find(given.path, print), {}).tower is None  # words alone
+    assert not PretrainedText(path=str(folder / "open_clip_model.safetensors"), architecture="ViT-B-32").has_tower
+
+
 def test_who_reads_words_alone_may_have_it(tmp_path: Path) -> None:
     (tmp_path / "text_encoder").mkdir()
     assert run_of("autoencoder", tmp_path, {"kind": "kl"})
@@ -90,7 +127,7 @@ def test_what_is_known_only_when_it_is_found_is_refused_then(monkeypatch: pytest
     alone.mkdir()
     (alone / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}))
     monkeypatch.setattr("ldm.text.pretrained.hub_folder", lambda name, patterns: alone)
-    with pytest.raises(UserError, match=r"models.prior.text: owner/clip has no image tower; use kind clip, or a CLIP of both sides"):
+    with pytest.raises(UserError, match=r"models.prior.text: owner/clip has no image tower; use kind clip, or a CLIP of both towers"):
         find(run_of("prior", "owner/clip"))
 
 
