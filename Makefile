@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: quickstart test test-large test-soak docs clean
+.PHONY: quickstart test test-slow test-large test-soak docs clean
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python train.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-# What `test` leaves out (docs/development.md): networks of published size; full figures, minutes to hours.
+# What `test` leaves out (docs/development.md): trainings and whole commands, which CI runs, too; networks of published size; full figures, minutes to hours.
+test-slow: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m slow $(ARGS)
+
 test-large: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -s -m large $(ARGS)
 
