@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from ldm.cli.command import call
 from ldm.config import terminal
 from ldm.config.errors import UserError
 from ldm.config.options import option
+from ldm.families.draws import OWN, Wanted
 from ldm.runs.evaluation import measure
 from ldm.runs.neighbours_page import neighbours_page
 from ldm.runs.tradeoff import check, write
-from ldm.sampling.request import Device
+from ldm.sampling.request import Device, SamplerOptions
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,8 +40,6 @@ class Measurement:
     n: int | None = option(None, "Prompts of scenes: half with seen colour-shape pairs, half with held-out ones; default: 200.", low=2)
     seed: int = option(0, "Of prompts and pictures.", low=0)
     guidance: str = option("", "Guidance scales to compare, such as 1,2,3,5; default: the model's.")
-    steps: int = option(0, "Denoising steps; 0: the model's.", low=0)
-    sampler: str = option("", "Default: the model's.")
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
     diversity: int = option(0, "Prompts of scenes of one object of which 8 pictures each are compared with each other; 0: none.", low=0)
     completion: int = option(0, "Images of which the upper half is shown and the lower is drawn; 0: none.", low=0)
@@ -88,8 +87,8 @@ class Measurement:
             if self.on != "scenes" and value is not None:
                 raise UserError(f"{name}: is of the prompts of scenes, and changes nothing with --on {self.on}; leave --{name} out")
 
-    def metrics(self, model: str) -> list[Any]:
-        """What is measured of a model, in order."""
+    def metrics(self, model: str, steps: int, sampler: str) -> list[Any]:
+        """What is measured of a model, in order; with so many steps and this sampler, 0 and empty for the model's own."""
         from ldm.config.schema import build
         from ldm.metrics.evaluator import (
             Abilities,
@@ -113,25 +112,25 @@ class Measurement:
         ]
         by = {"features": _features(self.features, model)} if self.features else {}
         for scale in _numbers(self.guidance) or [0.0]:
-            drawn = {"images": self.images, "steps": self.steps, "seed": self.seed, "sampler": self.sampler, "guidance": scale}
+            drawn = {"images": self.images, "steps": steps, "seed": self.seed, "sampler": sampler, "guidance": scale}
             found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
             if self.clip is not None:
                 found.append(build({"kind": "clip_score", "path": str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
         if self.told:
-            own = {"images": self.told, "steps": self.steps, "seed": self.seed, "sampler": self.sampler}
+            own = {"images": self.told, "steps": steps, "seed": self.seed, "sampler": sampler}
             found.append(build({"kind": "told", **own, "guidance": next(iter(_numbers(self.guidance)), 0.0)}, ToldViews, "ldm evaluate"))
         if self.completion:
-            own = {"images": self.completion, "steps": self.steps, "seed": self.seed, "sampler": self.sampler}
+            own = {"images": self.completion, "steps": steps, "seed": self.seed, "sampler": sampler}
             own |= {"guidance": next(iter(_numbers(self.guidance)), 0.0)}
             found.append(build({"kind": "completion", **own}, Completion, "ldm evaluate"))
         if self.neighbours:
-            shown: dict[str, Any] = {"images": min(self.images, SHOWN), "nearest": self.neighbours, "steps": self.steps, "seed": self.seed}
-            shown |= {"sampler": self.sampler, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
+            shown: dict[str, Any] = {"images": min(self.images, SHOWN), "nearest": self.neighbours, "steps": steps, "seed": self.seed}
+            shown |= {"sampler": sampler, "guidance": next(iter(_numbers(self.guidance)), 0.0)}
             seen = by or ({"features": {"kind": "own", "path": model}} if _has_own(model) else {})
             found.append(build({"kind": "neighbours", **shown, **seen}, Neighbours, "ldm evaluate"))
         if self.on == "scenes":
             own = {"tier": self.tier or "T0", "prompts": max(1, (self.n or 200) // 2), "guidance": _numbers(self.guidance)}
-            own |= {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
+            own |= {"steps": steps, "sampler": sampler, "seed": self.seed}
             found.insert(0, build({"kind": "adherence", **own}, Adherence, "ldm evaluate"))
             asked = {"tier": own["tier"], "prompts": own["prompts"], "seed": self.seed}
             found.append(build({"kind": "layout", **asked}, Layout, "ldm evaluate"))
@@ -144,9 +143,23 @@ class Measurement:
         return found
 
 
-def evaluate(wanted: Measurement, device: Device) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Drawn(SamplerOptions):
+    """Sampler: how pictures are drawn where that is not the model's own way."""
+
+    guidance: float | None = None  # Measurement has several
+
+    def other(self) -> Wanted:
+        """What is asked for beside steps and sampler, which the metrics have."""
+        self.check()
+        told = {f.name: getattr(self, f.name) for f in fields(Wanted) if f.name not in ("steps", "sampler")}
+        return Wanted(**(told | self.interval()))
+
+
+def evaluate(wanted: Measurement, drawn: Drawn, device: Device) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
     wanted.check()
+    other = drawn.other()
     for name, path in (("json", wanted.as_json), *(("plot", path) for path in wanted.plot)):
         if path is not None:
             _make_room(name, path)  # before the work, which may take hours
@@ -161,12 +174,17 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     from ldm.training.log import Log
 
     calibrate()
-    metrics = {name: wanted.metrics(name) for name in wanted.model}
+    metrics = {name: wanted.metrics(name, drawn.steps or 0, drawn.sampler or "") for name in wanted.model}
     for each in metrics.values():
         check_weights(each)
     if wanted.on == "scenes":
         trained = max(2 * wanted.images, LEARNED if wanted.neighbours else 0)
-        asked = {"kind": "scenes", "tier": wanted.tier or "T0", "val": 2 * wanted.images, "images": trained}
+        asked = {
+            "kind": "scenes",
+            "tier": wanted.tier or "T0",
+            "val": max(2 * wanted.images, wanted.completion, wanted.told),
+            "images": trained,
+        }
         source: Any = build(asked, ScenesSource, "--tier")
     else:
         source = source_at(wanted.on)
@@ -175,6 +193,11 @@ def evaluate(wanted: Measurement, device: Device) -> int:
     results: dict[str, dict[str, Any]] = {}
     for name in wanted.model:
         family = open_finished(name, device.device or best_device())
+        if other != OWN:
+            if "sample" not in family.able:
+                names = ", ".join(f.name for f in fields(Wanted) if getattr(other, f.name) is not None)
+                raise UserError(f"{names}: {name}, a model of kind {family.kind}, draws no pictures; leave it out")
+            family.settings(replace(other, sampler=drawn.sampler))  # what it has not is refused before anything is measured
         chosen = [metric for metric in metrics[name] if metric.asks in family.able]
         unable = [metric for metric in metrics[name] if metric not in chosen and getattr(wanted, metric.kind, False)]
         if unable:  # which was asked for by name
@@ -194,6 +217,7 @@ def evaluate(wanted: Measurement, device: Device) -> int:
                 pictures=wanted.pictures,
                 progress=progress.progress,
                 train=source.build("train") if wanted.neighbours else None,
+                asked=other,
             )
         about = {"model": name, "model_hash": family.content_hash, "version": __version__, "on": wanted.on}
         results[name] = {**about, **({"split": wanted.split} if wanted.split != "val" else {}), **found}

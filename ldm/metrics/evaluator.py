@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -26,7 +26,7 @@ from ldm.data.scenes.spec import TierName, pairs_of
 from ldm.data.scenes.views import KINDS
 from ldm.data.unpaired import OTHER
 from ldm.diffusion.batch import rows
-from ldm.families.draws import Wanted
+from ldm.families.draws import OWN, Wanted
 from ldm.formats.records import Damaged, read_object
 from ldm.metrics import abilities, adherence, completion, diversity, frechet, grounding, shapes, told, translation, written
 from ldm.metrics.extractors import BATCH, Features, RandomFeatures, gaussian_distance, kernel_distance, nearest, precision_recall
@@ -58,6 +58,7 @@ class Bench:
     pictures: Path | None  # folder for example pictures
     progress: Callable[[int, int, str], None]  # (done, in all, what)
     train: DataSet | None = None  # what the model learned from
+    asked: Wanted = OWN  # how pictures are drawn where a metric does not say it
     shown: set[str] = field(default_factory=set)  # names of the pictures written so far
     drawn: dict[Any, Tensor] = field(default_factory=dict)  # the pictures of the last captions, for the next metric that asks for the same
 
@@ -96,15 +97,20 @@ class Bench:
             path.write_text(json.dumps(known | {own: list(prompts)}, indent=1), encoding="utf-8")
 
 
-def _wanted(metric: Abilities | Completion | Diversity | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
+def _wanted(bench: Bench, metric: Abilities | Completion | Diversity | Frechet | ClipScore | Neighbours | ToldViews | Grounding) -> Wanted:
     """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""
-    return Wanted(steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
+    return replace(bench.asked, steps=metric.steps or None, guidance=metric.guidance or None, sampler=metric.sampler or None)
 
 
 def _used(bench: Bench, wanted: Wanted) -> Values:
     """The settings that pictures were drawn with, for the protocol."""
     used = bench.model.settings(wanted)
-    return {"guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+    return {"guidance": used.guidance, "steps": used.steps, "sampler": used.sampler, **_told(bench)}
+
+
+def _told(bench: Bench) -> Values:
+    """What else was asked for of drawing, for the protocol."""
+    return {name: value for name, value in asdict(bench.asked).items() if value is not None}
 
 
 def _floats(images: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class Adherence:
         groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
         if self.pairs:
             groups["chosen"] = prompts(self.tier, self.prompts, self.seed, "seen", self.pairs)
-        own = Wanted(steps=self.steps or None, sampler=self.sampler or None)
+        own = replace(bench.asked, steps=self.steps or None, sampler=self.sampler or None)
         scales = self.guidance or (bench.model.settings().guidance,)
         size = (self.size, self.size) if self.size else None
         intervals: Values = {}
@@ -180,6 +186,7 @@ class Adherence:
             "spacing": used.spacing,
             "seed": self.seed,
             "size": self.size or bench.model.defaults["size"][0],
+            **_told(bench),
             "intervals": "95 % bootstrap over prompts, 1000 resamples",
         }
         best, outlines["ideal"] = self._checker(groups, protocol["size"])
@@ -217,7 +224,7 @@ class Abilities:
 
     def run(self, bench: Bench) -> Values:
         """The share of prompts whose every stated fact holds, by ability, the mean of them, and intervals."""
-        wanted = _wanted(self)
+        wanted = _wanted(bench, self)
         size = (self.size, self.size) if self.size else None
         groups = abilities.asked(self.tier, self.prompts, self.seed)
         found: Values = {}
@@ -232,7 +239,7 @@ class Abilities:
             found[name] = adherence.summary({name: scores[group.score]})[name]
             bench.show(f"abilities-{name}-{images.shape[1]}", _floats(images[:8]), 8, group.text[:8])
         used = bench.model.settings(wanted)
-        protocol = {"tier": self.tier, "prompts": self.prompts, "guidance": used.guidance, "steps": used.steps, "sampler": used.sampler}
+        protocol = {"tier": self.tier, "prompts": self.prompts, **_used(bench, wanted)}
         protocol |= {"spacing": used.spacing, "seed": self.seed, "size": self.size or bench.model.defaults["size"][0]}
         shares = {name: round(value.mean, 4) for name, value in found.items()}
         mean = round(sum(shares.values()) / len(shares), 4)
@@ -267,7 +274,7 @@ class Diversity:
 
     def run(self, bench: Bench) -> Values:
         """The differences of drawn and of true pictures, and the share."""
-        asked, wanted, size = prompts(self.tier, self.prompts, self.seed), _wanted(self), bench.model.defaults["size"]
+        asked, wanted, size = prompts(self.tier, self.prompts, self.seed), _wanted(bench, self), bench.model.defaults["size"]
         text = [one for one in asked.text for _ in range(self.pictures)]
         images = bench.draw(text, self.seed * 1_000_003, wanted, "diversity")
         drawn = diversity.spread(images.unflatten(0, (len(asked), self.pictures)).numpy())
@@ -302,7 +309,7 @@ class Completion:
 
     def run(self, bench: Bench) -> Values:
         """PSNR of the hidden half, and means over scenes."""
-        size, wanted = bench.model.defaults["size"], _wanted(self)
+        size, wanted = bench.model.defaults["size"], _wanted(bench, self)
         real = replace(bench, resolution=size[0]).real(self.images)
         true = to_uint8(real.image)
         count, mask = len(true), completion.hidden(size[0], size[1])
@@ -418,7 +425,7 @@ class ToldViews:
             raise UserError("told: needs images whose views are told: give --on scenes or --on folder")
         real = replace(bench, data=viewed(bench.data, views)).real(self.images)
         many, side = len(real.image), bench.resolution
-        wanted, captions = _wanted(self), real.caption if self.captions else ("",) * many
+        wanted, captions = _wanted(bench, self), real.caption if self.captions else ("",) * many
         edits = bench.model.tell(real.views, {}, (side, side))
         seeds = [self.seed * 1_000_003 + i for i in range(many)]
 
@@ -521,7 +528,7 @@ class Frechet:
         half = len(real.image) // 2
         if half < 2:
             return {"skipped": f"{len(real.image)} validation images; a distance needs 4 at least"}
-        wanted = _wanted(self)
+        wanted = _wanted(bench, self)
         images = bench.draw(real.caption[:half], self.seed, wanted, "frechet")
         a, b, c = (extractor.features(x) for x in (real.image[:half], real.image[half : 2 * half], _floats(images)))
         found: Values = {}
@@ -561,7 +568,7 @@ class ClipScore:
         real = bench.real(self.images)
         many = len(real.image)
 
-        wanted = _wanted(self)
+        wanted = _wanted(bench, self)
         images = bench.draw(real.caption, self.seed, wanted, "clip score")
         true = ((real.image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         score, best = (100 * sum(judge.scores(of, real.caption)) / many for of in (images, true))
@@ -600,7 +607,7 @@ class Neighbours:
         many, train = len(real.image), bench.train
         if not many:
             return {"skipped": "no validation images; neighbours need some"}
-        wanted = _wanted(self)
+        wanted = _wanted(bench, self)
         images = _floats(bench.draw(real.caption, self.seed, wanted, "neighbours"))
         side = images.shape[2]
         count = min(self.among or len(train), len(train))
@@ -654,7 +661,7 @@ class Grounding:
     def run(self, bench: Bench) -> Values:
         """Objects found in their boxes (recall), mean overlap of boxes, overlap of labels, and adherence."""
         names = self.views or tuple(name for name in bench.model.told if name.partition(":")[0] in KINDS)
-        wanted, size = _wanted(self), bench.model.defaults["size"]
+        wanted, size = _wanted(bench, self), bench.model.defaults["size"]
         found: Values = {}
         for pairs in ("seen", "held-out"):
             asked = prompts(self.tier, self.prompts, self.seed, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def measure(
     pictures: Path | None,
     progress: Callable[[int, int, str], None],
     train: Any = None,
+    asked: Any = None,
 ) -> dict[str, Any]:
     """The results of measurements by their kind; a kind that stands there twice gets a number behind it.
 
@@ -28,12 +30,15 @@ def measure(
         pictures: folder for example pictures, or None.
         progress: called as progress(done, in all, what).
         train: what the model learned from, or None.
+        asked: a `Wanted`, how pictures are drawn where a metric does not say it; None: as the model says.
     """
     from ldm.metrics.evaluator import Bench, check_weights
 
     check_weights(metrics)
 
     bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress, train)
+    if asked is not None:
+        bench = replace(bench, asked=asked)
     found: dict[str, Any] = {}
     for metric in metrics:
         name, number = metric.kind, 2

@@ -98,10 +98,36 @@ def test_a_whole_model_is_measured(kl_model, tmp_path, capsys):
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 
 
+def test_pictures_are_drawn_as_is_asked_for_and_the_protocol_says_it(kl_model, tmp_path, monkeypatch):
+    drawn: list[bytes] = []
+    sample = ldm.load(str(kl_model)).__class__.sample
+
+    def watched(self, *words, **named):
+        images = sample(self, *words, **named)
+        drawn.append(images.numpy().tobytes())
+        return images
+
+    monkeypatch.setattr(type(ldm.load(str(kl_model))), "sample", watched)
+    base = [str(kl_model), "--tier", "one", "--n", "2", "--images", "4", "--steps", "2", "--sampler", "ddim", "--device", "cpu"]
+    for number, words in enumerate(([], ["--eta", "1"], ["--spacing", "karras"], ["--guidance-interval", "0,0.4"])):
+        file = tmp_path / f"{number}.json"
+        assert main([*base, *words, "--json", str(file)]) == 0
+        told = json.loads(file.read_text())
+        asked = {0: {}, 1: {"eta": 1.0}, 2: {"spacing": "karras"}, 3: {"guidance_from": 0.0, "guidance_to": 0.4}}[number]
+        for name in ("adherence", "frechet"):
+            assert asked.items() <= told[name]["protocol"].items(), (name, words)
+    half = len(drawn) // 4
+    assert len({tuple(drawn[i : i + half]) for i in range(0, len(drawn), half)}) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "model"),
+        (["MODEL", "--truncation", "0.5"], "truncation: "),
+        (["MODEL", "--temperature", "0.5"], "temperature: "),
+        (["MODEL", "--eta", "nan"], "--eta"),
+        (["MODEL", "--spacing", "kerras"], "spacing: got 'kerras'; choose one of"),
         (["MODEL", "--tier", "T9"], "T9"),
         (["MODEL", "--guidance", "1,two"], "'1,two'"),
         (["MODEL", "--guidance", "-1"], "guidance"),

@@ -104,6 +104,11 @@ SAMPLING = {
     "--tile": "tests/families/latent_diffusion/test_runtime.py",
     **dict.fromkeys(PICTURES, "tests/field/test_options.py"),
 }
+# Those that `ldm evaluate` hands to the same calls.
+DRAWN = {
+    "--rescale", "--guidance-curve", "--clip-skip", "--threshold", "--precision", "--link-steps", "--stop-after", "--original-size",
+    "--crop", "--target-size", "--temperature", "--top-k", "--top-p", "--truncation",
+}  # fmt: skip
 # Options of time and memory alone.
 TIME = {"--threads", "--workers", "--device", "--batch"}
 CURATE = "tests/data/curation/test_curate.py"
@@ -143,6 +148,9 @@ OTHERS: dict[str, dict[str, str]] = {
         "tests/cli/test_evaluate.py",
     )
     | {
+        **dict.fromkeys(("--eta", "--spacing", "--guidance-interval"), "tests/cli/test_evaluate.py"),
+        **{name: file for name, file in SAMPLING.items() if name in DRAWN},
+        **dict.fromkeys(DRAWN - set(SAMPLING), "tests/field/test_options.py"),
         "--told": "tests/metrics/test_told.py",
         "--diversity": "tests/metrics/test_diversity.py",
         "--completion": "tests/cli/test_evaluate.py",
