@@ -24,7 +24,7 @@ from ldm.models.pixels import PixelsConfig
 
 
 def assemble(
-    text: Path,
+    text: Path | None,
     autoencoder: Path,
     diffusion: Path,
     target: Path,
@@ -38,7 +38,7 @@ def assemble(
     autoencoder keeps its statistics in latents.json.
 
     Args:
-        text: holds text_encoder/ and tokenizer/; of a run's own CLIP also clip/, with which pictures are scored.
+        text: holds text_encoder/ and tokenizer/; of a run's own CLIP also clip/, with which pictures are scored. None: no text is read.
         autoencoder: holds vae/ or vqvae/ with its latent statistics.
         diffusion: holds unet/ or transformer/, and ldm.json.
         target: the model folder; replaced when it is there.
@@ -58,9 +58,9 @@ def assemble(
     def write(folder: Path) -> None:
         words = diffusion if (diffusion / "text_encoder").is_dir() else text  # one that has learned beside the UNet
         for name in TEXT_PARTS:
-            if (words / name).is_dir():
+            if words is not None and (words / name).is_dir():
                 shutil.copytree(words / name, folder / name)
-        if clip := own_clip(text):  # as it was trained: a text encoder that has learned since no longer fits its image tower
+        if text is not None and (clip := own_clip(text)):  # as it was trained: a text encoder that has learned since no longer fits it
             shutil.copytree(clip, folder / OWN_CLIP)
         if isinstance(codec, KLConfig):
             _fold(codec, statistics, source, folder / part, (record.get("pipeline") or {}).get("scaling_factor", 1.0))
@@ -83,7 +83,8 @@ def assemble(
             _write(folder / name / "scheduler_config.json", values)
         texts = {name: read_config(folder / name) for name in TEXT_PARTS[:2] if (folder / name).is_dir()}
         index = model_index(codec, record["scheduler"]["_class_name"], network, texts, told)
-        zeros = read_json(words / INDEX) if (words / INDEX).is_file() else {}  # of a pair, what the network is told without a prompt
+        # Of a pair, what the network is told without a prompt.
+        zeros = read_json(words / INDEX) if words is not None and (words / INDEX).is_file() else {}
         _write(folder / INDEX, index | zeros)
         if NOISING in index:
             shutil.copytree(folder / "scheduler", folder / NOISING)
@@ -136,6 +137,8 @@ def model_index(
     import diffusers
 
     absent: list[None] = [None, None]
+    if not network.context_width:
+        return _wordless(autoencoder, scheduler, network)
     clip, pair = texts["text_encoder"]["model_type"] == "clip_text_model", len(texts) == 2
     inpaints = not told and network.in_channels == 2 * network.out_channels + 1
     named = f"StableDiffusion{'XL' if pair else ''}{'Inpaint' if inpaints else ''}Pipeline"
@@ -172,6 +175,24 @@ def model_index(
     return index
 
 
+def _as_usual(autoencoder: Codec) -> bool:
+    """Whether it is pixels as diffusers' pipelines take them."""
+    return type(autoencoder) is PixelsConfig and autoencoder.scaling_factor == 1
+
+
+def _wordless(autoencoder: Codec, scheduler: str, network: DenoiserConfig) -> dict[str, Any]:
+    """The same of a network that reads no text: in pixels DDPMPipeline, which DDIMPipeline opens, too."""
+    import diffusers
+
+    fits = _as_usual(autoencoder) and network.in_channels == 3 and scheduler == "DDPMScheduler"
+    return {
+        "_class_name": "DDPMPipeline" if fits else "DiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler],
+        network.folder: ["diffusers", network.to_diffusers()["_class_name"]],
+    }
+
+
 def _of_pixels(index: dict[str, Any], pixels: PixelsConfig, network: DenoiserConfig) -> dict[str, Any]:
     """The same of a model in pixels: IFPipeline, which splits a variance off what the network says, and knows the usual scale alone."""
     ways, leveled = (network.in_channels, network.out_channels), getattr(network, "class_embedding", "none")
@@ -179,7 +200,7 @@ def _of_pixels(index: dict[str, Any], pixels: PixelsConfig, network: DenoiserCon
     fits = (
         network.stock
         and (enlarges or (ways == (3, 6) and leveled == "none"))
-        and pixels.scaling_factor == 1
+        and _as_usual(pixels)
         and index["scheduler"][1] == "DDPMScheduler"
     )
     found = {name: value for name, value in index.items() if name not in ("vae", "image_encoder", "requires_safety_checker")}

@@ -7,11 +7,18 @@ from typing import Any
 
 from ldm.formats.part import CONFIG, load_module, load_weights, read_config
 from ldm.models import denoiser
+from ldm.models.diffusers_config import TEXTLESS_UNET
 
 
 def denoiser_folder(root: Path) -> Path:
     """The part of a model or product folder that holds its denoising network; `unet` where there is none."""
     return root / next((name for name in denoiser.FOLDERS if (root / name).is_dir()), denoiser.FOLDERS[0])
+
+
+def unconditional(root: Path) -> bool:
+    """Whether a model folder's denoising network reads no text."""
+    file = denoiser_folder(root) / CONFIG
+    return file.is_file() and read_config(file.parent).get("_class_name") == TEXTLESS_UNET
 
 
 def read_denoiser(root: Path) -> denoiser.Network:

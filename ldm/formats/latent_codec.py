@@ -26,6 +26,7 @@ from ldm.models.pixels import Pixels, PixelsConfig
 from ldm.models.stripes import Stripes
 
 STATISTICS = "latents.json"
+AUTOENCODERS = ("vae", "vqvae")  # folders of a model that hold one
 Codec = KLConfig | VQConfig | DCConfig | PixelsConfig
 Network = KLAutoencoder | VQAutoencoder | DCAutoencoder | Pixels
 # By diffusers' names, which has none for pixels and palettes.
@@ -181,13 +182,18 @@ def save_codec(folder: Path, network: Network, statistics: Statistics) -> None:
     write_json(folder / STATISTICS, statistics.to_dict())
 
 
+def pixels() -> LatentCodec:
+    """Pixels as they are, of a model that has no autoencoder."""
+    return LatentCodec(Pixels(PixelsConfig()), Statistics((0.0,) * 3, (1.0,) * 3, 0, 0))
+
+
 def autoencoder_folder(folder: Path) -> Path:
     """vae/ or vqvae/ below a product or model folder; the folder itself where it is one of these.
 
     Raises:
         UserError: if there is none.
     """
-    for name in ("vae", "vqvae"):
+    for name in AUTOENCODERS:
         if (folder / name).is_dir():
             return folder / name
     if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") in KINDS:

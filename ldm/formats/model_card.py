@@ -45,6 +45,14 @@ words = {{"prompt_embeds": told, "negative_prompt_embeds": without}}
 image = pipeline(**words, num_inference_steps={steps}, guidance_scale={guidance}).images[0]"""
 
 
+DDPM = """from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("MODEL")  # or DDIMPipeline, which is told use_clipped_model_output=True
+image = pipeline(num_inference_steps=1000).images[0]"""
+
+TEMPLATES = {"IFPipeline": IF, "DDPMPipeline": DDPM}  # of pixels, by diffusers' class
+
+
 def model_card(story: dict[str, Any], record: dict[str, Any], *, vq: bool, pipeline: str, stock: bool = True) -> str:
     """README.md of a model folder, in the form the Hugging Face Hub reads.
 
@@ -56,8 +64,8 @@ def model_card(story: dict[str, Any], record: dict[str, Any], *, vq: bool, pipel
         stock: whether diffusers has these networks.
     """
     defaults = record["defaults"]
-    prompt = story.get("prompt", "a picture")
-    known = stock or pipeline == "IFPipeline"
+    prompt = "" if pipeline == "DDPMPipeline" else story.get("prompt", "a picture")
+    known = stock or pipeline in TEMPLATES
     elsewhere = _elsewhere(prompt, record, vq, pipeline) if known else "Its UNet is ldm's own, so no other program opens it."
     width, height = defaults["size"][1], defaults["size"][0]
     stages = "\n".join(f"| {name} | {text} |" for name, text in story.get("stages", {}).items())
@@ -97,7 +105,7 @@ trained it, within the rights to the training data.
 
 def _elsewhere(prompt: str, record: dict[str, Any], vq: bool, pipeline: str) -> str:
     defaults = record["defaults"]
-    lines = (PARTS if vq else IF if pipeline == "IFPipeline" else PIPELINE).format(
+    lines = (PARTS if vq else TEMPLATES.get(pipeline, PIPELINE)).format(
         prompt=json.dumps(prompt, ensure_ascii=False),
         steps=defaults["steps"],
         guidance=defaults["guidance"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
-from ldm.formats.denoiser_folder import denoiser_folder
+from ldm.formats.denoiser_folder import denoiser_folder, unconditional
 from ldm.formats.integrity import COUNTED
 from ldm.formats.part import AGAIN, CONFIG, PARTS, read_json
 from ldm.formats.single_file import REFUSED, named, open_single
@@ -85,7 +85,10 @@ def _present(folder: Path) -> tuple[str, ...]:
 
 def _missing(folder: Path) -> list[str]:
     """The parts that a model needs to draw, and that a folder has not."""
-    parts, wanted = _present(folder), [denoiser_folder(folder).name, "vae", "text_encoder", "tokenizer", "scheduler"]
+    parts, wanted = _present(folder), [denoiser_folder(folder).name, "scheduler"]
+    if unconditional(folder):
+        return [part for part in wanted if part not in parts]
+    wanted += ["vae", "text_encoder", "tokenizer"]
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     if any(name in parts or (isinstance(index.get(name), list) and all(index[name])) for name in PAIRED):
         wanted += PAIRED

@@ -137,23 +137,24 @@ class Bottom(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Attention of the places of a map to each other with one head as wide as the map, beside a shortcut."""
+    """Attention of the places of a map to each other, by default with one head as wide as the map, beside a shortcut."""
 
-    def __init__(self, channels: int, groups: int, code_channels: int) -> None:
+    def __init__(self, channels: int, groups: int, code_channels: int = 0, *, heads: int = 1, eps: float = EPS) -> None:
         super().__init__()
+        self.heads = heads
         # diffusers has one name for each kind of norm here, where its residual blocks have one for both.
-        self.group_norm = None if code_channels else norm(channels, groups, EPS)
-        self.spatial_norm = norm(channels, groups, EPS, code_channels) if code_channels else None
+        self.group_norm = None if code_channels else norm(channels, groups, eps)
+        self.spatial_norm = norm(channels, groups, eps, code_channels) if code_channels else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, codes: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
         layer = self.group_norm if self.spatial_norm is None else self.spatial_norm
         assert layer is not None
         h = normed(layer, x, codes).flatten(2).transpose(1, 2)  # (B,h*w,C)
-        q, k, v = (y[:, None] for y in self._projected(h))  # (B,1,h*w,C)
-        h = self.to_out[0](attention(q, k, v)[:, 0])  # (B,h*w,C)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self._projected(h))  # (B,heads,h*w,D)
+        h = self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))  # (B,h*w,C)
         return x + h.transpose(1, 2).reshape(x.shape)
 
     def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -203,7 +203,7 @@ def tower(network: nn.Module, side: int) -> Cost:
 
 @dataclass(frozen=True)
 class TextShape:
-    """A transformer of a CLIP's text side."""
+    """A transformer of a CLIP's text side; of width 0 there is none."""
 
     name: str
     width: int

@@ -15,6 +15,7 @@ LEVELS, BLOCKS = 16, 1024  # of a network, at most
 
 STOCK_UNET = "UNet2DConditionModel"
 OWN_UNET = "LDMUNet"  # the class name of a U-Net that diffusers does not have
+TEXTLESS_UNET = "UNet2DModel"  # of one that reads no text
 
 # What our U-Net always is. Any other value in a config.json is refused by name.
 UNET_FIXED: dict[str, object] = {
@@ -61,7 +62,37 @@ UNET_PLAIN: Plain = (
     ("time_cond_proj_dim", "guidance_channels", 0),
     ("sample_size", "sample_size", None),
 )
+# The same for a U-Net without text, whose class has other fields and other defaults.
+TEXTLESS_FIXED: dict[str, object] = {
+    "act_fn": "silu",
+    "add_attention": True,
+    "attn_norm_num_groups": None,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_type": "conv",
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+}
+TEXTLESS_PLAIN: Plain = (
+    ("in_channels", "in_channels", 3),
+    ("out_channels", "out_channels", 3),
+    ("block_out_channels", "channels", (224, 448, 672, 896)),
+    ("layers_per_block", "layers", 2),
+    ("norm_num_groups", "norm_groups", 32),
+    ("norm_eps", "norm_eps", 1e-5),
+    ("dropout", "dropout", 0.0),
+    ("flip_sin_to_cos", "flip_sin_to_cos", True),
+    ("freq_shift", "freq_shift", 0),
+    ("sample_size", "sample_size", None),
+)
 CLASS_EMBEDDINGS = {"none": None, "table": None, "timestep": "timestep", "projection": "projection"}  # our names, diffusers' types
+ATTENDS = ("AttnDownBlock2D", "DownBlock2D")
 UNET_OWN = ("coordinates", "pooled_text", "mask_padding", "pooled_channels")
 UNET_MIDDLES = {"attention": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", "none": None}
 
@@ -106,6 +137,8 @@ VQ_IGNORED = {"lookup_from_codebook", "force_upcast"}
 
 def unet_to_diffusers(config: Any) -> dict[str, Any]:
     """A `UNetConfig`'s config.json."""
+    if not config.context_width:
+        return _textless_to_diffusers(config)
     values: dict[str, object] = {
         "_class_name": STOCK_UNET if config.stock else OWN_UNET,
         **UNET_FIXED,
@@ -126,6 +159,34 @@ def unet_to_diffusers(config: Any) -> dict[str, Any]:
     if not config.stock:
         values |= {name: getattr(config, name) for name in UNET_OWN}
     return values
+
+
+def _textless_to_diffusers(config: Any) -> dict[str, Any]:
+    return {
+        **renamed_to_diffusers(TEXTLESS_UNET, config, TEXTLESS_FIXED, TEXTLESS_PLAIN),
+        "attention_head_dim": None if config.single_headed else config.channels[0] // config.level_heads[0],
+        "down_block_types": ["AttnDownBlock2D" if on else "DownBlock2D" for on in config.attention],
+        "up_block_types": ["AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(config.attention)],
+        "downsample_padding": 0 if config.padded_at_end else 1,
+    }
+
+
+def _textless_from_diffusers(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    said, special = f"{where} of {TEXTLESS_UNET}", {"attention_head_dim", "down_block_types", "up_block_types", "downsample_padding"}
+    _check_fields(said, values, TEXTLESS_FIXED, TEXTLESS_PLAIN, special)
+    fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in TEXTLESS_PLAIN}
+    levels = _attention(said, "down_block_types", values.get("down_block_types", ["DownBlock2D"] + 3 * ["AttnDownBlock2D"]), *ATTENDS)
+    mirrored = ["AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(levels)]
+    _check_mirror(said, values.get("up_block_types", 3 * ["AttnUpBlock2D"] + ["UpBlock2D"]), mirrored)
+    padding, width, channels = values.get("downsample_padding", 1), values.get("attention_head_dim", 8), fields["channels"]
+    if padding not in (0, 1) or isinstance(padding, bool):
+        raise _refusal(said, "downsample_padding", padding, "0 or 1")
+    if not isinstance(channels, tuple) or not all(type(one) is int and one > 0 for one in channels):
+        raise _refusal(said, "block_out_channels", channels, "whole numbers")
+    if width is not None and (type(width) is not int or width < 1 or any(one % width for one in channels)):
+        raise _refusal(said, "attention_head_dim", width, "null, or a divisor of block_out_channels,")
+    heads = tuple(1 if width is None else one // width for one in channels)
+    return fields | {"attention": levels, "heads": heads, "context_width": 0, "padded_at_end": padding == 0}
 
 
 def names_of(plain: Plain) -> dict[str, str]:
@@ -161,6 +222,8 @@ def unet_from_diffusers(values: Mapping[str, Any], where: str = CONFIG) -> dict[
     Raises:
         UserError: for a field that is unknown, or whose value this U-Net does not have.
     """
+    if values.get("_class_name") == TEXTLESS_UNET:
+        return _textless_from_diffusers(values, where)
     own = values.get("_class_name") == OWN_UNET
     _check_class(values, (STOCK_UNET, OWN_UNET), where)
     special = {"down_block_types", "up_block_types", "mid_block_type", "attention_type", "addition_embed_type", "addition_time_embed_dim"}

@@ -109,7 +109,7 @@ class FusedMapAttention(MapAttention):
 
     def __init__(self, layer: MapAttention) -> None:
         nn.Module.__init__(self)
-        self.group_norm, self.spatial_norm, self.to_out = layer.group_norm, layer.spatial_norm, layer.to_out
+        self.group_norm, self.spatial_norm, self.to_out, self.heads = layer.group_norm, layer.spatial_norm, layer.to_out, layer.heads
         self.to_qkv = _joined(layer.to_q, layer.to_k, layer.to_v)
 
     def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,10 +17,13 @@ from ldm.diffusion.batch import Cond, Injected, Text, WeightedTokens
 from ldm.models.attention_exchange import AttentionExchange
 from ldm.models.backbone import Denoiser, DenoiserConfig
 from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, recompute, start_as_identity, zero
+from ldm.models.coder import MapAttention
 from ldm.models.diffusers_config import (
     CONFIG,
     OWN_UNET,
     STOCK_UNET,
+    TEXTLESS_PLAIN,
+    TEXTLESS_UNET,
     UNET_PLAIN,
     names_of,
     require_buildable,
@@ -33,6 +36,7 @@ from ldm.models.inference import prepare, shared_copy
 from ldm.models.transformer import CrossAttention, GatedSelfAttention, Memory, Transformer, TransformerBlock
 
 SIZES = 6  # numbers in Cond.size
+TEXTUAL = ("size_channels", "pooled_text", "mask_padding", "gated", "coordinates", "guidance_channels", "class_embedding")
 NOTHING = Injected()
 
 
@@ -41,13 +45,14 @@ NOTHING = Injected()
 class UNetConfig(DenoiserConfig):
     """What a U-Net is made of; the defaults are Stable Diffusion 1.x.
 
+    With a `context_width` of 0 it reads no text: places attend to each other alone, as in DDPM (diffusers' UNet2DModel).
     `coordinates`, `pooled_text` and `mask_padding` leave the stock architecture: with one of them `stock` is False and
     diffusers cannot open the model.
     """
 
     folder: ClassVar[Literal["unet", "transformer"]] = "unet"
-    class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET)
-    later: ClassVar[tuple[str, ...]] = ("guidance_channels", "gated", "class_embedding", "class_width")
+    class_names: ClassVar[tuple[str, ...]] = (STOCK_UNET, OWN_UNET, TEXTLESS_UNET)
+    later: ClassVar[tuple[str, ...]] = ("guidance_channels", "gated", "class_embedding", "class_width", "padded_at_end")
 
     kind: Literal["unet"] = "unet"
     in_channels: Width = 4  # channels of x and Cond.image together (9 for Stable Diffusion inpainting)
@@ -58,7 +63,7 @@ class UNetConfig(DenoiserConfig):
     middle: Literal["attention", "plain", "none"] = "attention"  # middle block; plain: one residual block
     heads: Width | tuple[Width, ...] = 8  # attention heads, for all levels or for each
     depth: Depth | tuple[Depth, ...] = 1  # transformer blocks per attention, for all levels or for each
-    context_width: Width = 768  # width of the text states
+    context_width: Count = 768  # width of the text states; 0: it reads none
     linear_projection: bool = False  # enter and leave attention by a linear layer (SD 2.x, XL), not a 1x1 convolution
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows in float16)
     size_channels: Count = 0  # channels for each number of Cond.size (XL: 256); 0: neither sizes nor pooled text
@@ -66,6 +71,7 @@ class UNetConfig(DenoiserConfig):
     guidance_channels: Count = 0  # width of the guidance scale's waves (latent consistency models: 256); 0: the network is not told it
     norm_groups: Width = 32  # groups of every GroupNorm
     norm_eps: PositiveFloat = 1e-5  # added to the variance in the residual blocks
+    padded_at_end: bool = False  # without text: halving pads below and to the right alone, as the published DDPM's
     dropout: Fraction = 0.0  # dropout in residual blocks and feed-forward layers
     flip_sin_to_cos: bool = True  # the time embedding starts with its cosines
     freq_shift: Count = 0  # shift in the denominator of the time embedding's frequencies
@@ -102,8 +108,32 @@ class UNetConfig(DenoiserConfig):
             raise UserError(
                 "class_embedding=projection and size_channels exclude each other: diffusers has one field for both their widths"
             )
+        if not self.context_width:
+            self._check_textless()
+        elif self.padded_at_end:
+            raise UserError("padded_at_end is of networks that read no text (context_width 0); leave it out")
         if self.size_channels and self.pooled_text:
             raise UserError("size_channels brings the pooled text along already; leave pooled_text off")
+
+    def _check_textless(self) -> None:
+        """Refuse what diffusers' UNet2DModel has not.
+
+        Raises:
+            UserError: naming the field.
+        """
+        usual = {f.name: f.default for f in fields(self) if f.name in ("depth", "linear_projection", "upcast_attention", *TEXTUAL)}
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise UserError(f"{name}: got {getattr(self, name)}; without text there is no such thing, leave it out")
+        if self.middle != "attention":
+            raise UserError(f"middle: got {self.middle}; without text the middle attends, leave it out")
+        if not self.single_headed and len({c // h for c, h in zip(self.channels, self.level_heads, strict=True)}) > 1:
+            raise UserError(f"heads: got {self.heads}; without text all heads are equally wide (channels / heads), or each level has one")
+
+    @property
+    def single_headed(self) -> bool:
+        """Whether every level attends with one head."""
+        return set(self.level_heads) == {1}
 
     @property
     def stock(self) -> bool:
@@ -184,7 +214,8 @@ class UNetConfig(DenoiserConfig):
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return typed(unet_from_diffusers(values), cls, CONFIG, names_of(UNET_PLAIN))
+        plain = TEXTLESS_PLAIN if values.get("_class_name") == TEXTLESS_UNET else UNET_PLAIN
+        return typed(unet_from_diffusers(values), cls, CONFIG, names_of(plain))
 
 
 class UNetEncoder(nn.Module):
@@ -205,7 +236,7 @@ class UNetEncoder(nn.Module):
         self.class_embedding = _class_embedding(config, time)
         down_blocks: list[Level] = []
         for i in range(len(channels)):
-            scale = Downsample(channels[i], padded_at_end=False) if i < len(channels) - 1 else None
+            scale = Downsample(channels[i], padded_at_end=config.padded_at_end) if i < len(channels) - 1 else None
             down_blocks.append(level(config, i, channels[max(i - 1, 0)], [0] * config.layers, scale))
         self.down_blocks = nn.ModuleList(down_blocks)
         self.mid_block = Middle(config, time) if config.middle != "none" else None
@@ -252,8 +283,8 @@ class UNetEncoder(nn.Module):
         return memory
 
     def _memory(self, text: Text | None, dtype: torch.dtype) -> Memory:
-        if text is None:
-            if any(self.config.attention) or self.config.middle == "attention":
+        if text is None or not self.config.context_width:
+            if self.config.context_width and (any(self.config.attention) or self.config.middle == "attention"):
                 raise ValueError("this U-Net attends to text, but Cond.text is None")
             return Memory(None, None)
         return Memory(text.tokens.to(dtype), text.mask[:, None, None, :] if self.config.mask_padding else None)
@@ -478,7 +509,8 @@ class Level(nn.Module):
         x = recompute(self.resnets[i], x, time) if recomputed else self.resnets[i](x, time)
         if self.attentions is None:
             return x
-        return recompute(self.attentions[i], x, memory) if recomputed else self.attentions[i](x, memory)
+        told = (memory,) if isinstance(self.attentions[i], Transformer) else ()
+        return recompute(self.attentions[i], x, *told) if recomputed else self.attentions[i](x, *told)
 
 
 class Middle(nn.Module):
@@ -494,7 +526,7 @@ class Middle(nn.Module):
         """(B,C,h,w) -> (B,C,h,w)."""
         x = self.resnets[0](x, time)
         for attend, block in zip(self.attentions, self.resnets[1:], strict=True):
-            x = block(attend(x, memory), time)
+            x = block(attend(x, memory) if isinstance(attend, Transformer) else attend(x), time)
         return x
 
 
@@ -516,8 +548,10 @@ def resnet(config: UNetConfig, channels_in: int, channels_out: int, time: int) -
     )
 
 
-def transformer(config: UNetConfig, level: int) -> Transformer:
-    """The transformer of a level as `config` wants it."""
+def transformer(config: UNetConfig, level: int) -> Transformer | MapAttention:
+    """The transformer of a level as `config` wants it; without text plain attention of its places."""
+    if not config.context_width:
+        return MapAttention(config.channels[level], config.norm_groups, heads=config.level_heads[level], eps=config.norm_eps)
     return Transformer(
         config.channels[level],
         heads=config.level_heads[level],

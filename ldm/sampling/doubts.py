@@ -22,6 +22,8 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     if not family.reads_prompts:
         if any(one.strip() for one in prompts):
             yield f"prompt: this model of kind {family.kind} reads none, so its words change nothing"
+        if any(one.negative.strip() for one in recipes):
+            yield f"negative: this model of kind {family.kind} reads no prompts, so it changes nothing"
     elif any(not one.prompt.strip() and not one.given for one in recipes):
         yield "an empty prompt: what is drawn is whatever the model likes"
     words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))

@@ -49,6 +49,10 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
         models["tokens"] = {"kind": "tokens", "order": "causal", "reads": "none", "network": {"width": 16, "layers": 1, "heads": 2}}
         stages = {"autoencoder": stage("autoencoder", 16), "codes": {"kind": "encode", "resolution": 16, "codes": True}}
         stages["last"] = stage("tokens", 16, latents="codes")
+    elif system == "unconditional":
+        models, network = {"autoencoder": {"kind": "pixels"}}, {**UNET, "heads": 1}
+        models["diffusion"] = {"kind": "latent_diffusion", "text": "", "network": network}
+        stages = {"last": stage("diffusion", 16)}
     elif system in ("masked", "causal", "words"):
         models["autoencoder"] = {"kind": "vq", "network": VQ, "adversarial": {"weight": 0}}
         order = "masked" if system == "masked" else "causal"
@@ -72,7 +76,9 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
     return {"data": data, "models": models, "stages": stages}
 
 
-@pytest.mark.parametrize("system", [*PORTS, "masked", "causal", "words", "palette", "pixels", "link", "prior", "vector", "adapter"])
+@pytest.mark.parametrize(
+    "system", [*PORTS, "masked", "causal", "words", "palette", "unconditional", "pixels", "link", "prior", "vector", "adapter"]
+)
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(
     system: str, kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

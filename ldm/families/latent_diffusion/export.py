@@ -51,7 +51,7 @@ def exported(family: Exportable, root: Path, path: Path) -> ExportedModel:
     parts = {
         family.denoiser.config.folder: ExportedNetwork(_network_config(family), dict(base_of(family.denoiser).state_dict())),
         "vqvae" if isinstance(autoencoder, VQConfig) else "vae": ExportedNetwork(autoencoder.to_diffusers(), state),
-        **{name: ExportedNetwork(*part) for name, part in text_parts(family.text.model).items()},
+        **{name: ExportedNetwork(*part) for name, part in (text_parts(family.text.model) if family.text.width else {}).items()},
     }
     # As it stands in the folder: how others like to sample it is said there too.
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")

@@ -49,10 +49,10 @@ from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, confi
 from ldm.families.prompted import Prompted
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
-from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser
+from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser, unconditional
 from ldm.formats.export_source import ExportedModel
 from ldm.formats.integrity import check
-from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, full, load_codec
+from ldm.formats.latent_codec import AUTOENCODERS, LatentCodec, autoencoder_folder, full, load_codec, pixels
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
@@ -68,6 +68,8 @@ from ldm.text.own_clip import OwnClip
 from ldm.text.prompt_syntax import Prompt
 from ldm.text.textual_inversion import teach
 from ldm.text.weighted import chunks_of, encode_captions
+from ldm.text.wordless import SHAPE as WORDLESS
+from ldm.text.wordless import text_of
 
 OFF: tuple[tuple[str, Any], ...] = (  # fields that say nothing in an identity
     ("adapt", None),
@@ -87,7 +89,7 @@ class LatentDiffusion(ModelConfig):
     """A network that denoises latents, told by the frozen text encoder what to draw."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
-    text: str = "text"  # the text encoder, by its name in models
+    text: str = "text"  # the text encoder, by its name in models; empty: none, and the network reads no text (DDPM)
     after: str = (
         ""  # a chain: the model, by its name in models, that draws what this one is told as its view small:N or embedding; empty: none
     )
@@ -127,8 +129,8 @@ class LatentDiffusion(ModelConfig):
         return tuple(each.view for each in self.conditions)
 
     def inputs(self) -> dict[str, str]:
-        """The text encoder and the autoencoder."""
-        return {"text": self.text, "autoencoder": self.autoencoder}
+        """The text encoder, if it reads by one, and the autoencoder."""
+        return ({"text": self.text} if self.text else {}) | {"autoencoder": self.autoencoder}
 
     def assembled_from(self) -> dict[str, str]:
         """Its inputs, and the model before it in a chain."""
@@ -136,7 +138,7 @@ class LatentDiffusion(ModelConfig):
 
     def from_base(self, base: str) -> dict[str, ModelConfig]:
         """The base's own text encoder and autoencoder."""
-        return {"text": PretrainedText(path=base), "autoencoder": PretrainedAutoencoder(path=base)}
+        return ({"text": PretrainedText(path=base)} if self.text else {}) | {"autoencoder": PretrainedAutoencoder(path=base)}
 
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The base model's folder; its network and its schedule count.
@@ -228,6 +230,8 @@ class LatentDiffusion(ModelConfig):
         """Inpainting and its channels, adapters and their base."""
         own = f"models.{stage.model}"
         network = self.network
+        if not self.text:
+            yield from self._wordless(stage, own, where)
         if self.variance is not None and (why := learned_variance.refusal(self.process)):
             yield f"{own}.variance: {why}"
         yield from conditions.problems(self.conditions, self.learn, begins, own, network)
@@ -253,6 +257,16 @@ class LatentDiffusion(ModelConfig):
             except UserError as error:
                 yield f"{own}.adapt.{error}"
 
+    def _wordless(self, stage: TrainingStage, own: str, where: str) -> Iterator[str]:
+        """What is not to be had without a text encoder."""
+        if self.network.kind != "unet":
+            yield f"{own}.network.kind: got {self.network.kind}; without a text encoder (text empty) there is unet"
+        idle: dict[str, Any] = {"conditions": self.conditions, "adapt": self.adapt, "distill": self.distill, "after": self.after}
+        yield from (f"{own}.{name}: cannot be had without a text encoder yet; name one by text" for name, said in idle.items() if said)
+        if self.caption_chunks > 1 or stage.caption_dropout is not None:
+            name = f"{own}.caption_chunks" if self.caption_chunks > 1 else f"{where}.caption_dropout"
+            yield f"{name}: has no effect without a text encoder; leave it out"
+
     def _distilled(self, stage: TrainingStage, own: str, where: str, begins: str) -> Iterator[str]:
         """What a distillation cannot have: no base, and what only learning from data reads."""
         assert self.distill is not None
@@ -272,6 +286,10 @@ class LatentDiffusion(ModelConfig):
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
         """The autoencoder's, times what the network cuts latents into."""
         return self.network.multiple * (others["autoencoder"].step_px({}) if "autoencoder" in others else 1)
+
+    def usage(self, prompt: str, model: str) -> str:
+        """A prompt, if it reads any."""
+        return ModelConfig.usage(self, prompt if self.text else "", model)
 
     def example_of(self, caption: str) -> str:
         """A caption; of textual inversion with the new word."""
@@ -293,7 +311,7 @@ class LatentDiffusion(ModelConfig):
 
     def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
-        text = others["text"].text_shape(note, self.network.context_width)
+        text = others["text"].text_shape(note, self.network.context_width) if self.text else WORDLESS
         channels = others["autoencoder"].latent_network(note).latent_width
         inputs = channels + conditions.joined_channels(conditions.assumed(self.conditions), channels)
         outputs = channels if self.variance is None else 2 * channels
@@ -323,7 +341,7 @@ class LatentDiffusion(ModelConfig):
         learned, spent = cost.denoiser(network, small, small, text.tokens)
         known, encode, _ = cost.autoencoder(latent, side, side)
         extra = text.cost.forward + (0 if stage.latents else encode.forward)
-        frozen = {"autoencoder": known, "text encoder": text.parameters}
+        frozen = {"autoencoder": known} | ({"text encoder": text.parameters} if self.text else {})
         if self.distill is not None:  # guided, with and without the prompt, and the target
             frozen["distilled network"], extra = learned, extra + 3 * spent.forward
         if self.conditions:
@@ -367,7 +385,8 @@ class LatentDiffusion(ModelConfig):
                 config.assemble(within(products), folder / BEFORE, story)
                 config.lead_in(folder)
 
-        assemble(products["text"].folder, products["autoencoder"].folder, products["model"].folder, target, dict(story), beside)
+        text = products["text"].folder if self.text else None
+        assemble(text, products["autoencoder"].folder, products["model"].folder, target, dict(story), beside)
 
     @classmethod
     def open(cls, folder: Path, device: str | torch.device, low_memory: bool = False) -> LatentDiffusionFamily:
@@ -376,7 +395,7 @@ class LatentDiffusion(ModelConfig):
 
     def build(self, context: Context) -> Family:
         """The family, ready to train, on the earlier products; an earlier stage's network is continued."""
-        text = TextEncoder.load(context.products["text"].folder)
+        text = text_of(context.products["text"].folder if self.text else None)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
         reads = conditions.kinds_for(self.conditions, offered(context.data, self.views()), "models.diffusion")
         network = replace(
@@ -385,7 +404,7 @@ class LatentDiffusion(ModelConfig):
             out_channels=codec.channels if self.variance is None else 2 * codec.channels,
             context_width=text.width,
         ).told_pooled(text.pooled_width)
-        clip = conditions.clip_of(reads, context.products["text"].folder)
+        clip = conditions.clip_of(reads, context.products["text"].folder) if self.text else None
         beside = conditions.beside(codec, clip)
         for read in reads:
             network = read.condition.port.fitted(network, beside.embedding)
@@ -461,7 +480,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
         self._teacher: tuple[denoiser.Denoiser, ...] = () if teacher is None else (teacher,)  # whose guided steps are distilled
         self.noised = teacher is None
-        self.reader, self.clip = text, clip
+        self.reader, self.clip, self.reads_prompts = text, clip, network.config.context_width > 0
         self.process = config.process
         self.resolution = 0
         self.content_hash = ""
@@ -498,7 +517,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         return {
             "size": size,
             "steps": d.steps,
-            "guidance": d.guidance,
+            "guidance": d.guidance if self.reads_prompts else 1.0,
             "rescale": d.rescale,
             "precision": d.precision,
             "sampler": d.sampler,
@@ -611,6 +630,8 @@ class LatentDiffusionFamily(Adaptable, Prompted):
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads."""
+        if not self.reads_prompts:
+            return None
         return cut_captions(captions, lambda: self.text.tokenizer, self.text.room * self.config.caption_chunks)
 
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
@@ -688,7 +709,10 @@ class LatentDiffusionFamily(Adaptable, Prompted):
 
     def settings(self, wanted: Wanted = OWN) -> Settings:
         """The numbers of a sampling call, the model's defaults where none are asked for."""
-        chosen, network = choose(self.config.defaults, wanted), self.config.network
+        own = self.config.defaults if self.reads_prompts else replace(self.config.defaults, guidance=1.0)
+        chosen, network = choose(own, wanted), self.config.network
+        if not self.reads_prompts and chosen.guidance != 1:
+            self.refuse(f"guidance: got {chosen.guidance:g}", "reads no prompt that could guide; leave it out")
         told = next((name for name in ("original_size", "crop", "target_size") if getattr(chosen, name)), "")
         if told and not network.reads_size:
             self.refuse(f"{told}: got {getattr(chosen, told)}", "has a network that is told no sizes; leave it out")
@@ -801,6 +825,8 @@ class LatentDiffusionFamily(Adaptable, Prompted):
     def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs into the UNet and the text encoder, and teach that new words."""
         for word in (*words, *(word for lora, _ in loras for word in lora.words)):
+            if not self.reads_prompts:
+                self.refuse("embedding", "reads no words; leave it out")
             teach(self.text, word)
         if loras:
             names = sgm_names(self.base.config, weighted_modules(self.base))
@@ -809,7 +835,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
 
     def overlong(self, prompt: Prompt) -> str:
         """How a prompt is read that is longer than the text encoder reads at once; empty: it is not."""
-        chunks = max(len(chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1))
+        chunks = 1 if not self.reads_prompts else max(len(chunks_of(self.text, pieces)) for pieces in prompt.at(0, 1))
         if chunks == 1:
             return ""
         how = f"in {chunks} chunks" if chunks <= MAX_CHUNKS else f"in {MAX_CHUNKS} chunks, and the rest is left out"
@@ -846,10 +872,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", low_memory: boo
 
 def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDiffusionFamily:
     record = read_record(root)
-    codec = load_codec(autoencoder_folder(root))
+    wordless = unconditional(root)
+    codec = pixels() if wordless and not any((root / name).is_dir() for name in AUTOENCODERS) else load_codec(autoencoder_folder(root))
     if record.get("autoencoder") not in (None, codec.hash):
         raise UserError(f"{root}: its autoencoder is not the one its UNet was trained with; put that one back")
-    text = TextEncoder.load(root)
+    text = text_of(None if wordless else root)
     if low_memory:
         rest(codec.network)
         rest(text.model)
@@ -861,8 +888,12 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     process = process_of(root)
     defaults, size = defaults_of(record, root)
     fits(config, text, root)
+    if wordless and config.in_channels not in (codec.channels, channels(codec)):
+        why = f"its network reads {config.in_channels} channels, and pictures have {codec.channels}"
+        raise UserError(f"{root}: {why}; give a model of coloured pictures")
     said = tuple(read.condition for read in reads)
-    made = LatentDiffusion(network=config, process=process, defaults=defaults, conditions=said, variance=variance_of(root))
+    reader = "" if wordless else "text"
+    made = LatentDiffusion(text=reader, network=config, process=process, defaults=defaults, conditions=said, variance=variance_of(root))
     family = LatentDiffusionFamily(made, network, codec, text, reads, clip=clip)
     sample_size = stored.get("sample_size") or 64
     family.resolution = size or sample_size * codec.factor
