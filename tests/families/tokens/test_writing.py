@@ -171,7 +171,7 @@ def test_bits_are_those_of_a_distribution(products):
         ({"reads": "image"}, "reads: got image; what writes codes reads text or words"),
         ({"writes": "scene", "reads": "none", "order": "causal"}, "what writes scene reads text or words"),
         ({"writes": "scene"}, "order: a scene is written one token after another, which is causal order"),
-        ({"reads": "words"}, "order: words stand before the codes, which is causal order"),
+        ({"reads": "words"}, "order: what reads words writes one code after another, which is causal order"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(fields, said):
