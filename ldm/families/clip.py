@@ -18,7 +18,7 @@ from ldm.formats.model_folder import OWN_CLIP
 from ldm.models import cost
 from ldm.models.cost import TextShape
 from ldm.models.image_tower import ImageTowerConfig
-from ldm.models.vision_tower import TowerConfig, TowerShape, VisionTower
+from ldm.models.vision_tower import TowerConfig, TowerShape
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
@@ -72,10 +72,10 @@ class Clip(ModelConfig):
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
         """Both towers, the projection and the temperature."""
         with torch.device("meta"):
-            tower = self.tower.shape(side).build()
+            tower = self.tower.fresh(side)
         text = self.text_shape(note)
         shared = text.width * self.tower.embedding + 1
-        learned = {"text encoder": text.parameters, "image tower": cost.count(tower) + shared}
+        learned = {"text encoder": text.parameters, "image tower": sum(p.numel() for p in tower.parameters() if p.requires_grad) + shared}
         return Footprint(learned=learned, frozen={}, cost=text.cost + cost.tower(tower, side))
 
     def build(self, context: Context) -> ClipFamily:
@@ -97,8 +97,7 @@ class ClipFamily(Family):
         self.config, self.resolution = config, resolution
         self.tokenizer = text.tokenizer
         self.text_model = text.model.train().requires_grad_(True)
-        tower = config.tower.shape(resolution).build()
-        self.tower = tower.begin() if isinstance(tower, VisionTower) else tower
+        self.tower = config.tower.fresh(resolution)
         self.projection = nn.Linear(config.text.width, config.tower.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self._clip_loss = ClipLoss

@@ -57,7 +57,7 @@ class PerceptualLpips:
 
 @config
 class PerceptualClip:
-    """Distance of feature maps in the image tower of the run's own CLIP."""
+    """Distance of feature maps in the image tower of the run's own CLIP, or of a pretrained one."""
 
     kind: Literal["clip"] = "clip"
     model: str = "text"  # the run's CLIP, by its name in models

@@ -40,6 +40,10 @@ class ImageTowerConfig:
         """The network for pictures of `side` x `side` px: itself, for any."""
         return self
 
+    def fresh(self, side: int) -> ImageTower:
+        """The network to learn from pictures of `side` x `side` px."""
+        return self.build()
+
     def build(self) -> ImageTower:
         """The network, freshly initialised."""
         return ImageTower(self)

@@ -158,6 +158,10 @@ class VisionTowerConfig:
             pixels=AS_THEY_ARE,
         )
 
+    def fresh(self, side: int) -> VisionTower:
+        """The network to learn from pictures of `side` x `side` px."""
+        return self.shape(side).build().begin()
+
 
 TowerConfig: TypeAlias = Annotated[ImageTowerConfig | VisionTowerConfig, BY_KIND]  # what a run says of its CLIP's image tower
 TowerShape: TypeAlias = ImageTowerConfig | VisionShape  # what builds one

@@ -54,6 +54,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimiser.step()
         losses.append(terms["contrastive"].item())
     assert losses[-1] < 0.8 * losses[0] and isinstance(family, ClipFamily)
+    counted = CONFIG.footprint(type("Stage", (), {})(), SIDE, {}, print).learned["image tower"]  # type: ignore[arg-type]
+    learn = [*family.tower.parameters(), family.projection.weight, family.logit_scale]
+    assert counted == sum(p.numel() for p in learn if p.requires_grad)
     family.eval().save(root / "text")
     text, autoencoder = root / "text", autoencoder_product(root / "autoencoder")
     assemble(text, autoencoder, diffusion_product(root / "diffusion", text, autoencoder, Process()), root / "model", {"name": "Tiny"})
