@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "development.md"
 
 
+@pytest.mark.slow
 def test_every_example_works_once_it_is_registered(kl_model: Path) -> None:
     worker = Path(__file__).with_name("development_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -68,6 +68,6 @@ def test_what_reads_codes_reads_no_latents_and_the_other_way_round():
     assert "res_blocks: got 2; convolutions see what comes later" in said(
         "models.tokens", {"kind": "tokens", "order": "causal", "network": {"res_blocks": 2}}
     )
-    assert "models.tokens: order: what reads words writes one code after another" in said("models.tokens", {"kind": "tokens", "reads": "words"})
+    assert "models.tokens: order: what reads words writes one code" in said("models.tokens", {"kind": "tokens", "reads": "words"})
     assert "res_blocks: 0 leaves masked order without anything" in said("models.tokens", {"kind": "tokens", "network": {"res_blocks": 0}})
     assert "stages.tokens.held_out" in said("stages.tokens.held_out", 64)

@@ -16,7 +16,6 @@ from ldm.config.errors import UserError
 from ldm.config.schema import build
 from ldm.runs.run import Run
 
-pytestmark = pytest.mark.slow
 WORDS = [
     *tiny.only("autoencoder"),
     "stages.evaluation-low=null",

@@ -15,7 +15,6 @@ import several
 import tiny
 from safetensors.numpy import load_file
 
-pytestmark = pytest.mark.slow
 PLAIN = [
     *tiny.only("autoencoder"),
     "models.autoencoder.network.channels=[8,8]",

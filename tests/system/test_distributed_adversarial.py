@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import several
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("adversarial_worker.py")
 
 

@@ -6,14 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import several
 import torch
 from safetensors.torch import load_file
 
 from ldm.distributed.processes import Learners
 
-pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 

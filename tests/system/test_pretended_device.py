@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.slow
 ROOT, WORKER = Path(__file__).parents[2], Path(__file__).with_name("pretended_worker.py")
 STEPS = 8  # between the two trainings that are compared
 

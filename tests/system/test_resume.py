@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from ldm.__main__ import main
 from ldm.formats import atomic
 
-pytestmark = pytest.mark.slow
 STAGES = tiny.only("text", "autoencoder")
 WORDS = [
     *STAGES,

@@ -14,8 +14,6 @@ from PIL import Image
 from ldm.__main__ import main
 from ldm.training.log import read
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_run_folder_holds_what_the_design_says(finished: Path) -> None:
     for name in ("config.yaml", "log.jsonl", "metrics.json", "report.html", "model/model_index.json", "model/README.md"):

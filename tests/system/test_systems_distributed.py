@@ -14,7 +14,6 @@ import several
 import yaml
 from test_systems_resume import BEFORE, PIXELS, UNET, VQ, stage
 
-pytestmark = pytest.mark.slow
 ADAMW = {"kind": "adamw", "lr": 1e-3}
 TEXT = {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "heads": 2, "max_tokens": 20}}
 TOKENS = {"kind": "tokens", "network": {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}}

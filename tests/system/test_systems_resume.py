@@ -13,7 +13,6 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.family import Family
 
-pytestmark = pytest.mark.slow
 OPTIM = {"kind": "muon", "lr": 1e-3, "adamw_lr": 1e-3}
 PORTS: dict[str, dict[str, Any]] = {
     "concat": {"view": "small:8", "port": {"kind": "concat", "encoder": "pixels", "noise": 0.3}},

@@ -14,7 +14,6 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.text_gan import TextGANFamily
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 WORDS = [
     *("data.images=48", "data.val=8", "models.text.vocabulary=600", "models.text.text.width=16"),

@@ -14,7 +14,6 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.translator import TranslatorFamily
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SMALL = ["stages.translator.images=32", "stages.translator.save_every_images=8", "stages.translator.save_beside=false"]
 SMALL += [
