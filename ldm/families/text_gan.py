@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Fraction, NonNegative, Positive, PositiveFloat, config, plain
+from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config, plain
 from ldm.config.version import __version__
 from ldm.data.pictures import to_uint8
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, taken
+from ldm.data.views import ViewKind, kind_of
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, Views, cat, rows, taken
 from ldm.diffusion.rng import Rng
 from ldm.families import game
-from ldm.families.draws import DIRECT, NUMBERS, OWN, Running, Settings, Wanted
+from ldm.families.chain import within
+from ldm.families.draws import AFTER, BEFORE, DIRECT, NUMBERS, OWN, SMALL, Running, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.game import GameLoss, full
 from ldm.families.prompted import Prompted
-from ldm.families.translator import words_of
+from ldm.families.translator import Shown, words_of
 from ldm.formats import atomic
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip, read_record
@@ -42,6 +44,7 @@ from ldm.text.weighted import encode
 PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOSEN = ("truncation", "precision")
+SHOWN = 3  # channels of a picture that is told
 SHARPNESS = 10.0  # inverse temperature of the contrastive term (Zhang 2021, XMC-GAN, arXiv 2101.04702, section 4.1)
 
 
@@ -60,6 +63,10 @@ class TextGAN(ModelConfig):
     kind: Literal["text_gan"] = "text_gan"
     text: str = "text"  # the text encoder, by its name in models
     autoencoder: str = "autoencoder"  # in whose latents it draws, by its name in models; of kind pixels: in pixels
+    after: str = ""  # a chain: the model, by its name in models, whose picture this one makes larger (StackGAN); empty: none
+    enlarges: Count = 0  # so many times, a picture that it is told beside the text as its view small:N; 0: it is told none
+    enlarged_noise: NonNegative = 0.1  # standard deviation of noise that is mixed into that picture, whose values lie in [-1,1]
+    consistency: NonNegative = 0.0  # of pixels: weight of the L1 distance from that picture to what is made, as much smaller
     generator: StyleGeneratorConfig = StyleGeneratorConfig()
     discriminator: TextDiscriminatorConfig = TextDiscriminatorConfig()
     loss: GameLoss = "relativistic"  # of both players
@@ -83,6 +90,12 @@ class TextGAN(ModelConfig):
     def __post_init__(self) -> None:
         if self.kl and not self.generator.augmentation:
             raise UserError(f"kl: got {self.kl:g}, but generator.augmentation is 0, so there is nothing that it could act on; leave it out")
+        if self.enlarges == 1:
+            raise UserError("enlarges: got 1, which is no larger; take 2 or more")
+        if self.consistency and not self.enlarges:
+            raise UserError(f"consistency: got {self.consistency:g}, but no picture is told; set enlarges, or leave it out")
+        if self.after and not self.enlarges:
+            raise UserError(f"after: got {self.after}, whose picture is not read; set enlarges, such as 2")
 
     requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
     exports = True
@@ -92,9 +105,18 @@ class TextGAN(ModelConfig):
         """The text encoder and the autoencoder."""
         return {"text": self.text, "autoencoder": self.autoencoder}
 
+    def assembled_from(self) -> dict[str, str]:
+        """Its inputs, and the model before it in a chain."""
+        return self.inputs() | ({AFTER: self.after} if self.after else {})
+
+    def views(self) -> tuple[str, ...]:
+        """The smaller picture, if it is told one."""
+        return (f"{SMALL}:{self.enlarges}",) if self.enlarges else ()
+
     def identity(self) -> dict[str, Any]:
-        """All but names and defaults of sampling."""
-        return {name: value for name, value in plain(self).items() if name not in ("defaults", "text", "autoencoder")}
+        """All but names, defaults of sampling, and what only a picture that is told brings, where there is none."""
+        left_out = ("defaults", "text", "autoencoder", "after", *(() if self.enlarges else ("enlarges", "enlarged_noise", "consistency")))
+        return {name: value for name, value in plain(self).items() if name not in left_out}
 
     def shown(self) -> dict[str, Any]:
         """How the finished model is sampled."""
@@ -117,20 +139,22 @@ class TextGAN(ModelConfig):
         """Of the generator, but for its first map, which depends on the size."""
         text, codec = others["text"].text_shape(note, width), others["autoencoder"].latent_network(note)
         with torch.device("meta"):
-            return cost.count(self.generator.build(self.generator.step, codec.latent_width, text.states, text.pooled))
+            shown = SHOWN if self.enlarges else 0
+            return cost.count(self.generator.build(self.generator.step, codec.latent_width, text.states, text.pooled, shown))
 
     def footprint(self, stage: TrainingStage, side: int, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> Footprint:
         """Generator and discriminator; text encoder and autoencoder are frozen."""
         text, codec = others["text"].text_shape(note), others["autoencoder"].latent_network(note)
         small, channels = side // codec.factor, codec.latent_width
         with torch.device("meta"):
-            made = self.generator.build(small, channels, text.states, text.pooled)
+            made = self.generator.build(small, channels, text.states, text.pooled, SHOWN if self.enlarges else 0)
+            shown = torch.empty(IMAGES, SHOWN, side // self.enlarges, side // self.enlarges) if self.enlarges else None
             judge = self.discriminator.build(small, channels, text.pooled)
             pooled = torch.empty(IMAGES, text.pooled)
             words = Text(tokens=torch.empty(IMAGES, text.tokens, text.states), mask=torch.ones(IMAGES, text.tokens), pooled=pooled)
             noise, picture = torch.empty(IMAGES, made.noise_size), torch.empty(IMAGES, channels, small, small)
             seen = cost.measure(judge, lambda: judge(picture, pooled))
-            spent = cost.measure(made, lambda: made(noise, [words])) + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
+            spent = cost.measure(made, lambda: made(noise, [words], shown)) + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
         known, encoding, _ = cost.autoencoder(codec, side, side)
         learned = {"generator": cost.count(made), "discriminator": cost.count(judge)}
         extra = text.cost.forward + (0 if stage.latents else encoding.forward)
@@ -141,6 +165,8 @@ class TextGAN(ModelConfig):
         """The family, ready to train, on the earlier products; an earlier stage's networks are continued."""
         text = TextEncoder.load(context.products["text"].folder)
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
+        if self.consistency and codec.bound is None:
+            raise UserError(f"consistency: compares pixels, but models.{self.autoencoder} makes latents; leave it out, or use kind pixels")
         family = TextGANFamily(self, codec, text, context.resolution)
         if context.init is not None:
             said = read_record(context.init.folder).get("autoencoder")
@@ -164,6 +190,8 @@ class TextGAN(ModelConfig):
             said = {"kind": self.kind, "config": plain(self), "story": dict(story), "ldm_version": __version__}
             atomic.write_json(folder / RECORD, {**read_record(products["model"].folder), **said})
             (folder / "README.md").write_text(_card(said), encoding="utf-8")
+            if AFTER in products and (before := products[AFTER].config) is not None:
+                before.assemble(within(products), folder / BEFORE, story)
 
         atomic.commit(target, write)
 
@@ -218,7 +246,8 @@ class TextGANFamily(Family, Prompted):
         super().__init__()
         self.config, self.reader, self.resolution = config, text, resolution
         side = resolution // codec.factor
-        self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width)
+        shown = SHOWN if config.enlarges else 0
+        self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width, shown)
         self.discriminator = config.discriminator.build(side, codec.channels, text.pooled_width)
         self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
 
@@ -281,7 +310,8 @@ class TextGANFamily(Family, Prompted):
         first = self.ranks.rank * len(captions)
         wrong = others(numbers.tolist())[first : first + len(captions)]  # by place among those of all
         noise = self.noise_of(rng).to(real.device)
-        made = full(self.generator(noise, [text]))
+        small, shown = self._shown(batch, rng)
+        made = full(self.generator(noise, [text], shown))
         leaf = made.detach().requires_grad_()
         terms: Terms = {}
         with torch.enable_grad():
@@ -305,23 +335,39 @@ class TextGANFamily(Family, Prompted):
                 terms["discriminator"] = terms["discriminator"] + game.silent(judge.picture_side) + game.silent(judge.text_side)
         (slope,) = torch.autograd.grad(opinion, leaf, retain_graph=True)
         terms["adversarial"] = game.through(made, slope, opinion)
+        if said.consistency:
+            assert small is not None
+            again = F.avg_pool2d(made, said.enlarges) * self.codec.std + self.codec.mean
+            terms["consistency"] = said.consistency * F.l1_loss(again, small)
         if said.kl:
             mean, logvar = self.generator.gaussian(sentence)
             terms["kl"] = said.kl * 0.5 * (full(mean).square() + full(logvar).exp() - 1 - full(logvar)).sum(1).mean()
         if said.interpolation:
-            terms["interpolation"] = said.interpolation * self._between(text, wrong, noise, sure)
+            terms["interpolation"] = said.interpolation * self._between(text, wrong, (noise, shown), sure)
         some = spread(len(real), said.slope_share)
         for name, weight, picture in (("r1", said.r1, real), ("r2", said.r2, leaf)):
             if weight:
                 terms[name] = weight * game.gradient_penalty(judge, picture[some], sentence[some])
         return terms, gauges
 
-    def _between(self, text: Text, wrong: list[int], noise: Tensor, sure: Tensor) -> Tensor:
+    def _shown(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Tensor | None, Tensor | None]:
+        """The smaller pictures of a batch (B,3,h,w) in [-1,1], and what the generator is told of them, noisy; None: it is told none."""
+        if not self.config.enlarges:
+            return None, None
+        view = (batch.views or {})[self.config.views()[0]]
+        assert isinstance(view, Tensor)
+        small = 2 * view.to(self.device).float() - 1
+        return small, self._noised(small, rng)
+
+    def _noised(self, small: Tensor, rng: Rng) -> Tensor:
+        return small + self.config.enlarged_noise * rng.normal("text_gan/shown", small.shape[1:]).to(small)
+
+    def _between(self, text: Text, wrong: list[int], told: tuple[Tensor, Tensor | None], sure: Tensor) -> Tensor:
         """The discriminator's opinion of pictures of texts half way to others of the batch (GAN-INT, Reed 2016, eq. 5 with beta 0.5)."""
         rows = self.ranks.rows
         every = Text(tokens=rows(text.tokens), mask=rows(text.mask.to(text.tokens)) > 0.5, pooled=rows(_pooled(text)))
         mixed = lerped(text, taken(every, wrong), 0.5)
-        made = full(self.generator(noise, [mixed]))
+        made = full(self.generator(told[0], [mixed], told[1]))
         leaf = made.detach().requires_grad_()
         with torch.enable_grad():
             opinion = game.generator_loss(self.config.loss, full(self.discriminator(leaf, _pooled(mixed))), sure.detach())
@@ -343,7 +389,8 @@ class TextGANFamily(Family, Prompted):
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)
-        images = self.sample(captions, list(range(seed, seed + len(captions))))
+        edits = self.tell(batch.views, {}, (self.resolution, self.resolution)) if batch.views else ()
+        images = self.sample(captions, list(range(seed, seed + len(captions))), edits=edits)
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
@@ -366,6 +413,19 @@ class TextGANFamily(Family, Prompted):
                 self.refuse(f"{name}: got {value!r}", "draws at once and has no such setting; leave it out")
         own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
         return replace(DIRECT, **{"truncation": self.config.defaults.truncation, **own}).checked()
+
+    @property
+    def told(self) -> Mapping[str, ViewKind]:
+        """The smaller picture, if it reads one."""
+        return {name: kind_of({}, name) for name in self.config.views()}
+
+    def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[Any, ...]:
+        """As `ldm.families.draws.Draws.tell`."""
+        if weak := [name for name, value in strength.items() if value != 1]:
+            self.refuse(f"given: {weak[0]}@{strength[weak[0]]:g}", "knows no weights of a view; leave @ out")
+        if unread := [name for name in given if name not in self.told]:
+            self.refuse(f"given: {unread[0]}", f"reads {', '.join(self.told) or 'no views'}; leave it out")
+        return tuple(Shown(2 * view.float() - 1) for view in given.values() if isinstance(view, Tensor))
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """All noise of pictures, (N,noise_size): that of styles and that of every block."""
@@ -398,7 +458,11 @@ class TextGANFamily(Family, Prompted):
         if words_of(negative).strip():
             self.refuse("negative", "reads no negative prompt; leave it out")
         texts = self._texts([literal(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
-        noise = self.noise(range(len(prompts)) if seeds is None else seeds, own) if latents is None else latents
+        numbers = list(range(len(prompts)) if seeds is None else seeds)
+        noise, small = self.noise(numbers, own) if latents is None else latents, edits[-1].value if edits else None
+        if self.config.enlarges and small is None:
+            view = self.config.views()[0]
+            self.refuse("given", f"makes a smaller picture larger; give one by --given {view}=FILE, or export it after the model before")
         image = torch.empty(len(prompts), *own, 3, dtype=torch.uint8)
         was_training, kind = self.training, PRECISION[chosen.precision]
         self.eval()
@@ -408,7 +472,11 @@ class TextGANFamily(Family, Prompted):
                 padded = (*own_rows, *[own_rows[-1]] * (chunk - len(own_rows)))
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
                     told = [cat([texts[row][block] for row in padded]) for block in range(len(self.generator.blocks))]
-                    made = self.generator(noise[list(padded)].to(self.device), told, truncation=chosen.truncation)
+                    shown = None
+                    if small is not None:
+                        each = small[list(padded)] if len(small) > 1 else small.expand(len(padded), -1, -1, -1)
+                        shown = self._noised(each.to(self.device), Rng(0, [numbers[row] for row in padded]))
+                    made = self.generator(noise[list(padded)].to(self.device), told, shown, truncation=chosen.truncation)
                     image[own_rows] = to_uint8(self.codec.decode(full(made)))[: len(own_rows)].cpu()
                 if on_step is not None:
                     on_step(own_rows[-1] + 1, len(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.config.errors import UserError
+from ldm.config.schema import plain
+from ldm.data.scenes.source import ScenesSource
 from ldm.diffusion.batch import MomentBatch, Text
-from ldm.diffusion.rng import Rng
+from ldm.diffusion.rng import Rng, mix
 from ldm.families.autoencoder import KL as KLModel
 from ldm.families.autoencoder import measure
+from ldm.families.chain import SEEDS, Chain
 from ldm.families.clip import Clip
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
@@ -253,9 +257,83 @@ def test_it_draws_in_pixels_too(products: dict[str, Product], tmp_path: Path) ->
     assert family.sample(PROMPTS, [0, 1, 2]).shape == (3, 16, 16, 3)
 
 
+@pytest.fixture(scope="module")
+def stacked(products: dict[str, Product], tmp_path_factory: pytest.TempPathFactory) -> tuple[TextGANFamily, Path]:
+    """A generator that makes 8 px into 16 px, and a folder of it after one that draws the 8 px."""
+    root, pixels = tmp_path_factory.mktemp("stacked"), PixelAutoencoder()
+    pixels.adopt(pixels.find("pixels", print), root / "pixels")
+    given = {**products, "autoencoder": Product(root / "pixels", "")}
+    first = built(given, side=8)
+    larger = built(given, side=16, enlarges=2, consistency=3.0, after="gan", interpolation=1.0)
+    for name, family in (("first", first), ("larger", larger)):
+        family.save(root / name)
+    before = {"after": Product(root / "first", "", first.config), **{f"after.{role}": product for role, product in given.items()}}
+    larger.config.assemble({**given, **before, "model": Product(root / "larger", "")}, root / "model", STORY)
+    return larger, root / "model"
+
+
+def test_a_second_stage_is_told_the_smaller_picture(stacked: tuple[TextGANFamily, Path]) -> None:
+    family, config = stacked[0], stacked[0].config
+    batch = ScenesSource(tier="one", images=4, val=1).build("train").with_views(config.views()).load(range(4), range(4), 16, 0, False)
+    batch, rng = batch.to("cpu"), Rng(0, range(4))
+    terms, _ = family.loss(batch, rng)
+    small = cast(Tensor, batch.views["small:2"]) * 2 - 1  # type: ignore[index]
+    text = with_sentence(family.text.encode(list(batch.caption)))
+    told = small + 0.1 * rng.normal("text_gan/shown", (3, 8, 8))
+    made = family.generator(family.noise_of(rng), [text], told)
+    assert torch.allclose(terms["consistency"], 3 * (F.avg_pool2d(made, 2) - small).abs().mean(), rtol=1e-5)
+    judge = [*family.discriminator.parameters()]
+    assert not any(g is not None for g in torch.autograd.grad(terms["consistency"], judge, allow_unused=True))
+    assert plain(config)["after"] == "gan" and "after" not in config.identity() and "enlarges" not in TextGAN().identity()
+
+
+def test_no_enlarged_picture_depends_on_its_neighbours(stacked: tuple[TextGANFamily, Path]) -> None:
+    family = stacked[0]
+    small = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = family.sample(PROMPTS, [3, 4, 5], edits=family.tell({"small:2": small}, {}, (16, 16)))
+    one = family.tell({"small:2": small[1:2]}, {}, (16, 16))
+    assert torch.equal(family.sample(PROMPTS[1:2], [4], edits=one)[0], whole[1])
+    assert not torch.equal(family.sample(PROMPTS[:1], [3], edits=one)[0], whole[0])  # another picture
+    with pytest.raises(UserError, match=r"given: this model of kind text_gan makes a smaller picture larger; give one by --given"):
+        family.sample(PROMPTS[:1], [3])
+    with pytest.raises(UserError, match="given: edges: this model of kind text_gan reads small:2"):
+        family.tell({"edges": torch.zeros(1, 1, 16, 16)}, {}, (16, 16))
+
+
+def test_two_stages_are_a_chain(stacked: tuple[TextGANFamily, Path]) -> None:
+    chain = open_finished(stacked[1])
+    assert isinstance(chain, Chain) and chain.defaults["size"] == (16, 16)
+    first = chain.sample(PROMPTS, [3, 4, 5], Wanted(stop_after=1))
+    assert first.shape == (3, 8, 8, 3) and torch.equal(chain.links[0].sample(PROMPTS, [3, 4, 5]), first)
+    whole = chain.sample(PROMPTS, [3, 4, 5])
+    told = chain.links[1].tell({"small:2": first.permute(0, 3, 1, 2).float() / 255}, {}, (16, 16))
+    assert torch.equal(chain.links[1].sample(PROMPTS, [mix(seed, "link", 1) % SEEDS for seed in (3, 4, 5)], edits=told), whole)
+    assert torch.equal(chain.sample(PROMPTS[1:2], [4])[0], whole[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"enlarges": 1}, "enlarges: got 1, which is no larger"),
+        ({"consistency": 1.0}, "consistency: got 1, but no picture is told; set enlarges"),
+        ({"after": "gan"}, "after: got gan, whose picture is not read; set enlarges"),
+    ],
+)
+def test_a_second_stage_that_cannot_be_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        TextGAN(**fields)
+
+
+def test_consistency_of_a_second_stage_is_of_pixels(products: dict[str, Product]) -> None:
+    with pytest.raises(UserError, match=r"consistency: compares pixels, but models\.autoencoder makes latents"):
+        built(products, enlarges=2, consistency=1.0)
+
+
 def test_the_plan_counts_its_networks(family: TextGANFamily, products: dict[str, Product]) -> None:
     others = {"text": Clip(text=TEXT, vocabulary=600), "autoencoder": KLModel(network=KL)}
     stage = Train(model="gan", images=8, resolution=SIDE)
     found = family.config.footprint(cast(Any, stage), SIDE, others, print)
     assert found.learned == {"generator": cost.count(family.generator), "discriminator": cost.count(family.discriminator)}
     assert found.cost.forward > 0 and family.config.step_px(others) == 8
+    told = replace(family.config, enlarges=2).footprint(cast(Any, stage), SIDE, others, print)
+    assert told.learned["generator"] == found.learned["generator"] + 3 * 8 * 9 + 8

@@ -32,6 +32,7 @@ NAMES = {
     "ScenesSource.called",
     "Completion.sampler",
     "Diversity.sampler",
+    "TextGAN.after",
     "TextGAN.autoencoder",
     "TextGAN.text",
     "Tokens.autoencoder",

@@ -73,3 +73,25 @@ def test_the_run_resumes_draws_and_replays(tmp_path: Path, monkeypatch: pytest.M
         out = tmp_path / "none"
         assert main([*asked.replace("INIT", str(path)).split(), "--model", str(run), "--out", str(out)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_second_stage_enlarges_the_first_ones_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run, few = tmp_path / "run", "stages.{}.metrics=[{{kind: adherence, tier: one, prompts: 2}}]"
+    words = ["data.images=48", "data.val=8", "models.text.vocabulary=600", "models.text.text.width=16", "stages.text.images=32"]
+    for model in ("gan", "larger"):
+        words += [f"models.{model}.generator.channels=[8,8]", f"models.{model}.discriminator.channels=[8,8]"]
+        words += [f"stages.{model}.images=32", f"stages.{model}.batch=16", f"stages.{model}.samples=2"]
+    words += [few.format("evaluation"), few.format("evaluation-larger"), "stages.text.batch=16"]
+    assert main(["train", "configs/stackgan.yaml", *words, f"out={run}"]) == 0
+    found = json.loads((run / "metrics.json").read_text())["evaluations"]
+    assert found["evaluation"]["adherence"]["protocol"]["size"] == 16 and found["evaluation-larger"]["adherence"]["protocol"]["size"] == 32
+
+    def draw(name: str, *words: str) -> np.ndarray:
+        assert main(["sample", "a cyan square", *words, "--model", str(run), "--out", str(tmp_path / name)]) == 0
+        return picture(tmp_path / name)
+
+    assert draw("small", "--stop-after", "1").shape == (16, 16, 3)
+    whole = draw("whole")
+    [path] = (tmp_path / "small").glob("*.png")
+    assert whole.shape == (32, 32, 3) and np.array_equal(draw("given", "--given", f"small:2={path}"), whole)  # the same picture, told
