@@ -26,6 +26,7 @@ def test_words_are_found_whole() -> None:
     assert says(["A Red circle", "reddish, blue", "red-blue"], ("red", "blue")).tolist() == [[True, False], [False, True], [True, True]]
 
 
+@pytest.mark.slow
 def test_it_learns_the_closed_form_of_two_gaussians() -> None:
     """x0 ~ N(+-m, s^2): the log-odds of x = alpha x0 + sigma eps are 2 alpha m sum(x) / (alpha^2 s^2 + sigma^2)."""
     m, s, process = 0.2, 0.5, Process()

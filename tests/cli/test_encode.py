@@ -60,6 +60,7 @@ def test_latents_and_text_states_are_those_of_the_networks(photographs: Path, kl
         cache.require_text(lambda captions: TextEncoder.encode(text, [f"other {caption}" for caption in captions]))
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_and_several_processes_write_the_same_files(photographs: Path, kl_model: Path, tmp_path: Path) -> None:
     assert encode(photographs, kl_model, tmp_path / "whole", "--shard", "4") == 0
     whole = files(tmp_path / "whole")

@@ -18,6 +18,7 @@ from ldm.runs.simulation import simulate
 from ldm.training.throughput import card
 
 
+@pytest.mark.slow
 def test_two_thousand_million_samples_on_256_processes() -> None:
     found = simulate(2 * 10**9, 2048, 256)
     assert found.right and found.drawn == 1_000_000 and found.small == 50_000
@@ -37,6 +38,7 @@ def test_memory_does_not_depend_on_how_many_samples_there_are(monkeypatch: pytes
     assert most(10**12) < 1.5 * most(10**6)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 5), st.sampled_from([1, 2, 3, 8]), st.integers(0, 2**63))
 def test_every_small_order_is_right(samples: int, share: int, processes: int, seed: int) -> None:
@@ -59,6 +61,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
         simulate(100, 10, 4)
 
 
+@pytest.mark.slow
 def test_as_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "DRAWN", 2000)
     monkeypatch.setattr(simulation, "SMALL", 2000)

@@ -436,6 +436,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert "--guidance" in done.stdout and "--from" in done.stdout
 
 
+@pytest.mark.slow
 def test_as_a_program(kl_model: Path, tmp_path: Path) -> None:
     root = Path(ldm.__file__).parents[1]
     command = [sys.executable, str(root / "sample.py"), "--model", str(kl_model), "--out", str(tmp_path), "--json"]

@@ -326,6 +326,7 @@ WRONG: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 def test_mutated_configurations_never_end_in_a_traceback(tmp_path: Path) -> None:
     """Every field and entry of every shipped configuration, changed at random, is taken or refused in words."""
     from ldm.runs.run import Run

@@ -294,6 +294,7 @@ def mutations(whole: bytes, count: int, seed: int) -> list[bytes]:
     return cuts + flips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_no_cut_and_no_turned_bit_loses_a_sample_in_silence(tmp_path, count, indexed, caplog):

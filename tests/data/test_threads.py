@@ -71,6 +71,7 @@ def ended(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_of_day", range(3))
 def test_a_process_that_ends_while_samples_are_prepared_keeps_its_exit_code(time_of_day: int) -> None:
     done = ended(LOADING)

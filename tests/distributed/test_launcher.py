@@ -209,6 +209,7 @@ def tasks(*words: str, **more: str) -> list[subprocess.Popen[str]]:
     return running
 
 
+@pytest.mark.slow
 def test_the_tasks_of_srun_draw_each_picture_once(kl_model: Path, tmp_path: Path) -> None:
     running = tasks("a", "b", "c", "--model", str(kl_model), "--out", str(tmp_path), "--json")
     said = [process.communicate(timeout=300) for process in running]
@@ -218,6 +219,7 @@ def test_the_tasks_of_srun_draw_each_picture_once(kl_model: Path, tmp_path: Path
     assert sorted(drawn) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_killed_task_of_sample_ends_the_other_with_its_name(kl_model: Path, tmp_path: Path) -> None:
     running = tasks("a", "--n", "4000", "--model", str(kl_model), "--out", str(tmp_path), LDM_TIMEOUT_S="20")
     try:

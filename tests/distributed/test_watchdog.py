@@ -43,11 +43,13 @@ def left(kind: str, cause: str = "", *, kill_after: float = 1.2) -> tuple[int, s
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["waiting", "both"])
 def test_a_killed_keeper_is_told_of_once(kind: str) -> None:
     assert left(kind) == (1, GONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("user", "code"), [(False, 1), (True, 2)])
 def test_a_cause_that_was_told_is_not_told_again(user: bool, code: int) -> None:
     cause = json.dumps({"rank": 0, "place": "", "error": "ValueError: the wheel came off", "user": user})

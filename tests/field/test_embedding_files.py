@@ -23,6 +23,7 @@ def of_web_ui(legacy: bool = False) -> dict[str, Any]:
     return {**WEB_UI, "string_to_param": words}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [

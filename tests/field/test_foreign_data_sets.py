@@ -226,6 +226,7 @@ def test_the_bytes_say_what_a_picture_is(tmp_path):
 # Long captions
 
 
+@pytest.mark.slow
 def test_captions_that_are_cut_are_counted(tmp_path, kl_model, capsys):
     pictures(tmp_path, *(f"{i}.png" for i in range(4)))
     for i in range(4):

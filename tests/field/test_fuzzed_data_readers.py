@@ -71,6 +71,7 @@ TABLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_text(tmp_path: Path, name: str, count: int) -> None:

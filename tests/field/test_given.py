@@ -58,6 +58,7 @@ def drawn(model: Path, out: str, *words: str) -> np.ndarray:
     return np.asarray(Image.open(sorted(Path(out).glob("*.png"))[-1]))
 
 
+@pytest.mark.slow
 def test_views_count_by_weight_and_their_recipes_replay(model: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, grey = drawn(model, "a"), drawn(model, "b", "--given", "grey=g.png")
     both = drawn(model, "c", "--given", "grey=g.png@0.5", "--given", "labels=l.png")
@@ -96,6 +97,7 @@ def _recipe(folder: str) -> dict[str, str]:
     return asdict(found)
 
 
+@pytest.mark.slow
 def test_what_a_model_is_told_is_shown_and_what_it_is_not_is_refused(
     model: Path, kl_model: Path, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +217,7 @@ def test_boxes_points_and_graphs_are_read() -> None:
                 words_view(text, KINDS[view])
 
 
+@pytest.mark.slow
 def test_tables_and_films_are_told_of_views_too(model: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["a red ring", "--model", str(model), "--steps", "2", "--seed", "3"]
     plain, told = drawn(model, "plain", "--seed", "3"), drawn(model, "told", "--seed", "3", "--given", "grey=g.png@0.7")

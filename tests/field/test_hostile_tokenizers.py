@@ -51,6 +51,7 @@ def same(folder: Path, kind: str) -> None:
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
 
 
+@pytest.mark.slow
 def test_byte_pairs_are_those_of_transformers(tmp_path: Path) -> None:
     same(pairs(tmp_path / "run"), "CLIPTokenizer")
     for ends in (True, False):  # Stable Diffusion 1 pads with the end token, 2 with `!`
@@ -167,6 +168,7 @@ def test_a_files_own_chains_are_not_run(kl_model: Path, tmp_path: Path) -> None:
     assert ours(TEXTS).input_ids == theirs(TEXTS).input_ids
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_its_text_encoder_is_refused(kl_model: Path, tmp_path: Path) -> None:
     shutil.copytree(kl_model / "text_encoder", tmp_path / "text_encoder")
     save_tokenizer(open_clip_tokenizer(), tmp_path / "tokenizer")

@@ -44,6 +44,7 @@ def model(own_clip_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(own_clip_model, tmp_path / "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_one_turned_bit_is_refused(model: Path, name: str) -> None:
     load(model)

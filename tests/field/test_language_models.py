@@ -102,6 +102,7 @@ def test_states_are_those_of_transformers(peer: tuple[Any, Any, Path], tmp_path:
         load_pretrained(str(folder), skip_last=1)
 
 
+@pytest.mark.slow
 def test_a_model_on_it_is_written_and_draws(peer: tuple[Any, Any, Path], tmp_path: Path) -> None:
     import transformers
 

@@ -51,6 +51,7 @@ def drawn(folder: str) -> list[tuple[Any, Recipe]]:
     return [(read_pixels(path), read_recipe(path)) for path in sorted(Path(folder).glob("*.png"))]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_prompts_draw_with_what_their_tags_name(base: Path) -> None:
     Path("prompts.txt").write_text("a red circle <lora:one:0.5>\na red circle\n<lora:two>a red circle <lora:one:-1>\n")
     assert draw(base, "--prompts", "prompts.txt", "--lora-dir", "loras", "--out", "tags") == 0
@@ -65,6 +66,7 @@ def test_prompts_draw_with_what_their_tags_name(base: Path) -> None:
     assert (drawn("0")[0][0] != drawn("1")[0][0]).any() and (drawn("0")[0][0] != drawn("2")[0][0]).any()
 
 
+@pytest.mark.slow
 def test_without_a_folder_tags_are_told_and_no_words(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(base, "a red circle <lora:one:0.5>", "--negative", "blue", "--out", "a") == 0
     assert "prompt: <lora:one:0.5> is left out; give --lora-dir DIR, or the file by --lora FILE:0.5" in capsys.readouterr().err

@@ -58,6 +58,7 @@ def learn(family: LoraFamily, steps: range, state: Any = None) -> Any:
     return optimizer.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_each_method_learns_resumes_exactly_and_its_files_are_its_product(base: Path, tmp_path: Path, method: Any) -> None:
     adapt = LowRank(method=method, rank=2, alpha=3, targets=TARGETS, text_rank=1)
@@ -119,6 +120,7 @@ STYLES = [("kohya", "lora"), ("diffusers", "lora"), ("peft", "dora")]
 STYLES += [pytest.param(*style, marks=pytest.mark.slow) for style in (("peft", "lora"), ("kohya", "dora"))]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("style", "method"), STYLES)
 def test_a_file_is_continued_as_the_same_lora(base: Path, tmp_path: Path, style: str, method: Any) -> None:
     file, before = in_style(base, tmp_path, style, method)

@@ -39,6 +39,7 @@ def told(model: Path, *words: str) -> list[str]:
     return notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", [BOTH, WORD], ids=["lora", "embedding"])
 def test_what_a_model_was_made_with_is_refused(adapt: Any, kl_model: Path, tmp_path: Path) -> None:
     model, kept = tuned(kl_model, adapt, tmp_path)

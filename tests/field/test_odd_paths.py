@@ -64,6 +64,7 @@ def test_a_data_set_in_a_folder_of_that_name(root: Path, name: str, monkeypatch:
     assert find(str(root / name / "shards" / "{00000..00000}.tar"), ".tar") == [str(root / name / "shards" / "00000.tar")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_curating_a_table_there(root: Path, name: str, tmp_path: Path) -> None:
     pytest.importorskip("duckdb")

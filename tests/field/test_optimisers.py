@@ -107,6 +107,7 @@ def test_8_bits_are_8_bits() -> None:
     assert state["0.0.state1"].dtype == torch.uint8 and float(state["0.0.step:int"]) == 3
 
 
+@pytest.mark.slow
 def test_schedule_free_samples_and_saves_its_average_and_trains_on_to_the_bit(tmp_path: Path) -> None:
     said: dict[str, Any] = {"ema": 0, "optim": settings("schedule_free", lr=1e-2).optim, "save_every_images": 12, "save_beside": False}
     made = trainer(tmp_path, **said)

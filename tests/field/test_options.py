@@ -332,6 +332,7 @@ def drawn(files: dict[str, str], out: Path, words: list[str], *prompts: str) -> 
     return {path.name: np.asarray(Image.open(path)).tobytes() for path in [*out.glob("*.png"), *out.parent.glob("grid.png")]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", PICTURES)
 def test_an_option_of_sampling_changes_what_is_drawn(files: dict[str, str], tmp_path: Path, option: str) -> None:
     before, _, after = (spelt(part, files | {"GRID": str(tmp_path / "grid.png")}) for part in PICTURES[option].partition("|"))
@@ -352,6 +353,7 @@ def test_an_option_that_changes_nothing_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "said"), TOLD)
 def test_a_setting_that_changes_nothing_is_told_once(
     files: dict[str, str], words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -400,6 +402,7 @@ def test_words_within_words_and_words_that_differ_in_case_alone(kl_model: Path) 
     assert encoder.says("a (easyneg:1.2) ring", "EasyNeg") and not encoder.says("a ring", "EasyNeg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--loop", "--rate 30"])
 def test_options_of_films(files: dict[str, str], tmp_path: Path, option: str) -> None:
     films: list[Any] = []

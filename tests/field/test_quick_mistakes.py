@@ -52,6 +52,7 @@ def asked(*words: str) -> list[tuple[int, str, bool]]:
     return [tuple(one) for one in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_without_torch_and_in_the_same_words() -> None:
     for word, (code, said, loaded) in zip(MISTAKES, asked(*(f"{QUICKSTART}|{word}" for word in MISTAKES)), strict=True):
         with pytest.raises(UserError) as real:
@@ -60,6 +61,7 @@ def test_mistakes_are_told_without_torch_and_in_the_same_words() -> None:
         assert not loaded, word
 
 
+@pytest.mark.slow
 def test_help_and_parts_that_are_not_there_need_no_torch() -> None:
     (code, said, loaded), whole = asked(f"{QUICKSTART}|--help|stages.difusion-low", f"{QUICKSTART}|--help")
     assert code == 2 and "did you mean stages.diffusion-low" in said and not loaded

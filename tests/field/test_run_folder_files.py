@@ -237,6 +237,7 @@ def fuzz(reader: Any, whole: dict[str, Any], folder: Path, count: int) -> None:
     one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reader", "whole"), READERS, ids=ids)
 def test_damaged_bytes_give_a_value_or_one_line(reader: Any, whole: dict[str, Any], folder: Path) -> None:
     fuzz(reader, whole, folder, 30)

@@ -59,6 +59,7 @@ def test_latents_are_decoded_as_by_the_other_network(kl_model: Path, others: Pat
     assert len(told) == 1 and "another scale" in told[0]  # the model has measured its own
 
 
+@pytest.mark.slow
 def test_folder_and_files_draw_the_same_and_are_followed(
     kl_model: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

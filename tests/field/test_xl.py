@@ -70,6 +70,7 @@ def equal(one: Path, other: Path) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), part
 
 
+@pytest.mark.slow
 def test_a_single_file_is_the_folder_that_it_was_made_of(folder: Path, tmp_path: Path) -> None:
     file = export(folder, "single-file", tmp_path / "xl.safetensors")
     names = set(read_safetensors(file))

@@ -129,6 +129,7 @@ def test_a_whole_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
     assert open_single(tmp_path / "model.safetensors", note=notes.append) == folder and len(notes) == 1
 
 
+@pytest.mark.slow
 def test_what_a_file_predicts_comes_from_beside_it(tmp_path: Path) -> None:
     state = checkpoint()
     said = open_single(written(state, tmp_path / "a.safetensors", **{"modelspec.prediction_type": "v"}), note=quiet)
@@ -153,6 +154,7 @@ def test_what_a_file_predicts_comes_from_beside_it(tmp_path: Path) -> None:
         open_single(tmp_path / "b.safetensors", note=quiet)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_a_choice(tmp_path: Path) -> None:
     state = checkpoint()
     own = {name: value for name, value in state.items() if name.startswith(PREFIX["unet"])}
@@ -168,6 +170,7 @@ def test_averaged_weights_are_a_choice(tmp_path: Path) -> None:
         open_single(written(state | averaged, tmp_path / "half.safetensors"), note=quiet)
 
 
+@pytest.mark.slow
 def test_a_choice_stands_behind_the_name(tmp_path: Path) -> None:
     state = checkpoint()
     own = {name: value for name, value in state.items() if name.startswith(PREFIX["unet"])}
@@ -200,6 +203,7 @@ class Evil:
         return Path.touch, (self.target,)
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_read_by_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = checkpoint()
     straight = open_single(written(state, tmp_path / "a.safetensors"), note=quiet)
@@ -215,6 +219,7 @@ def test_old_checkpoints_are_read_by_a_child(tmp_path: Path, monkeypatch: pytest
     assert read_file(tmp_path / "a.ckpt")[1]["global_step"] == "7"
 
 
+@pytest.mark.slow
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "x": Evil(mark)}, tmp_path / "evil.ckpt")
@@ -265,6 +270,7 @@ def test_one_weight_too_few_too_many_or_of_another_shape(tmp_path: Path, own_cac
     assert not list((own_cache / "models").glob("*"))  # nothing half opened is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("form", ["single-file", "compvis-ckpt"])
 def test_what_ldm_exports_draws_the_same(tmp_path: Path, kind: Any, form: str) -> None:
@@ -289,6 +295,7 @@ def test_text_configurations_follow_shapes() -> None:
         text_config({}, "text")
 
 
+@pytest.mark.slow
 def test_averages_alone_are_the_unet(tmp_path: Path) -> None:
     """A checkpoint pruned to its averages, whose names have no dots: the same U-Net under its own names."""
     state = checkpoint()
@@ -346,6 +353,7 @@ def test_weights_of_odd_shapes_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_text_names_without_text_model_open_as_the_usual_ones(tmp_path: Path) -> None:
     """NovelAI's layout, and of files merged from it some names of each kind."""
     state = checkpoint()

@@ -103,6 +103,7 @@ def configuration(folder: Path, model: Path, condition: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_from_cached_views_to_a_pipeline_of_diffusers(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = configuration(tmp_path, kl_model, "{view: source, port: concat}")
     assert main(["train", str(file)]) == 0

@@ -219,6 +219,7 @@ def go(folder: Path, run: dict[str, Any], *words: str) -> int:
     return main(["train", str(file), *words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapt", "kept"),
     [

@@ -99,6 +99,7 @@ def configuration(folder: Path, model: Path, *more: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_the_whole_way_to_a_picture_and_into_diffusers(kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = configuration(tmp_path, kl_model)
     assert main(["train", str(file)]) == 0

@@ -70,6 +70,7 @@ def answers(network: Any, cross: Tensor) -> Tensor:
         return network(x, t, encoder_hidden_states=cross).sample
 
 
+@pytest.mark.slow
 def test_custom_diffusion_is_what_diffusers_opens(base: Path, tmp_path: Path) -> None:
     family: CustomFamily = learned(base, THING)
     assert [group.name for group in family.parameter_groups()] == ["model", "word"]

@@ -56,6 +56,7 @@ def shaken(family: LatentDiffusionFamily) -> LatentDiffusionFamily:
     return family
 
 
+@pytest.mark.slow
 def test_fresh_ports_leave_the_base_as_it_is_to_the_bit_and_each_may_be_left_out(kl_model: Path) -> None:
     family = begun(kl_model, *PORTS.values(), learn="new")
     batch = asked(DATA.build("train"), family.config.views()).load(range(2), range(2), SIDE, 0, False)
@@ -94,6 +95,7 @@ def test_only_what_is_new_learns(kl_model: Path) -> None:
     assert gates and all(bool(p.grad is not None and p.grad.any()) for p in gates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["new", "all"])
 def test_a_plan_counts_what_learns(kl_model: Path, learn: str) -> None:
     family = begun(kl_model, *PORTS.values(), learn=learn)
@@ -141,6 +143,7 @@ def near(ours: torch.Tensor, theirs: np.ndarray) -> None:
     assert abs(theirs[0] * 255 - ours[0].numpy()).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_controlnet_is_trained_and_draws_the_same_in_diffusers(kl_model: Path, tmp_path: Path) -> None:
     assert main(["train", str(configuration(tmp_path, kl_model, "{view: labels, port: residual}"))]) == 0
     run = tmp_path / "run"
@@ -161,6 +164,7 @@ def test_a_controlnet_is_trained_and_draws_the_same_in_diffusers(kl_model: Path,
     assert not torch.equal(ours, model.sample(PROMPT[:1], [0], wanted, size=(SIDE, SIDE), latents=noise))
 
 
+@pytest.mark.slow
 def test_gligen_is_trained_and_draws_the_same_in_diffusers(kl_model: Path, tmp_path: Path) -> None:
     assert main(["train", str(configuration(tmp_path, kl_model, "{view: boxes, port: gated}"))]) == 0
     run = tmp_path / "run"
@@ -179,6 +183,7 @@ def test_gligen_is_trained_and_draws_the_same_in_diffusers(kl_model: Path, tmp_p
     near(ours, pipeline(PROMPT[0], gligen_boxes=box, gligen_phrases=phrases, **more).images)
 
 
+@pytest.mark.slow
 def test_graphs_and_sketches_are_trained_saved_and_opened(kl_model: Path, tmp_path: Path) -> None:
     two = "{view: graph, port: cross}, {view: sketch, port: {kind: cross, side: 2}}"
     assert main(["train", str(configuration(tmp_path, kl_model, two))]) == 0

@@ -179,6 +179,7 @@ def test_what_cannot_be_is_refused_in_a_line(fields, said):
         Tokens(**fields)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_is_built(products):
     """The counted shape of each kind is that of the network which `build` makes, whatever is read and written."""
     from ldm.families.autoencoder import VQ as VQAutoencoder
