@@ -25,7 +25,7 @@ class Words:
     temperature: float | None = option(None, "Of drawn words; 0: the likeliest; default: the model's.", low=0, high=100)
     top_k: int | None = option(None, "Draw from so many likeliest words; 0: all.", low=0, high=2**20)
     top_p: float | None = option(None, "Draw from the likeliest words of so much probability together.", low=0, high=1)
-    seed: int = option(0, "Of what is drawn at random; a picture's own is SEED plus its number in order of names.", low=0)
+    seed: int | None = option(None, "Of what is drawn at random; a picture's is SEED plus its number in order of names; default: 0.", low=0)
     prefix: str = option("", "Before every caption, such as 'sks style,'.")
     suffix: str = option("", "Behind every caption.")
 
@@ -53,6 +53,7 @@ def caption(
     place = Path(model).expanduser()
     if not place.is_dir():
         raise UserError(f"model: {model}: no such folder; give a run or model folder that writes captions, or one of transformers")
+    from ldm.data.captions import clean
     from ldm.distributed.processes import processes
     from ldm.distributed.watchdog import Verb
     from ldm.sampling.captioning import Captioner, OwnCaptioner, Picture, find, write
@@ -61,6 +62,7 @@ def caption(
 
     found = find(paths, tell) if paths else []
     todo = [one for one in found if overwrite or not one.captioned]
+    first = words.seed or 0
     numbers = {one.path: number for number, one in enumerate(found)}
     with processes(device == "cpu", Verb("caption", "The same command goes on")) as team:
         team.wait()  # so that all have found the same files before one is written
@@ -69,7 +71,7 @@ def caption(
         if is_pretrained(place):
             if not paths:
                 raise UserError(f"pictures: none; {model} reads pictures; name a folder or files")
-            for name in ("temperature", "top_k", "top_p"):
+            for name in ("temperature", "top_k", "top_p", "seed"):
                 if getattr(words, name) is not None:
                     raise UserError(f"{name}: {model} writes as its generation_config.json says; leave --{name.replace('_', '-')} out")
             captioner = PretrainedCaptioner.load(place, where)
@@ -82,8 +84,8 @@ def caption(
             captioner = OwnCaptioner(family, chosen)
             if not paths:
                 if team.main:
-                    lines = family.captions(None, [words.seed + i for i in range(count)], chosen)
-                    print("\n".join(_around(line, words) for line in lines))
+                    lines = family.captions(None, [first + i for i in range(count)], chosen)
+                    print("\n".join(_around(clean(line), words) for line in lines))
                 return 0
         own, wrote = todo[team.rank :: team.world], 0
 
@@ -96,7 +98,7 @@ def caption(
                 write(picture, _around(said, words))
 
         with bar(len(own), team.main and sys.stderr.isatty()) as advance:
-            seeds = [words.seed + numbers[one.path] for one in own]
+            seeds = [first + numbers[one.path] for one in own]
             bad = write_all(own, captioner, seeds, batch=batch, done=done, advance=advance, tell=lambda line: print(line, file=sys.stderr))
         totals = team.gather([(wrote, bad)])
         wrote, bad = (sum(row[k] for row in totals) for k in range(2))

@@ -116,6 +116,8 @@ def grid(
         init_image = init_image_of(editing.picture, editing.mask, editing.margins(old), size, old, tell)
         shape = init_image.size
         rest |= {"init": init_image.init_hash, "mask": init_image.mask_hash}
+    if not family.redraws and editing.strength is None and "strength" not in old:
+        rest["strength"] = 1.0
     wanted = sampler.chosen(old, editing.usual, family.settings())
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
     (first,) = jobs.recipes(family, [asked], common)

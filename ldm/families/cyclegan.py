@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -42,6 +43,10 @@ class CycleGAN(TranslatorConfig):
     def __post_init__(self) -> None:
         if len({name.casefold() for name in self.domains}) < 2 or not all(name.strip() for name in self.domains):
             raise UserError(f"domains: got {', '.join(map(repr, self.domains))}; two different names are needed, such as day, night")
+
+    def usage(self, prompt: str, model: str) -> str:
+        """It draws a picture of the second domain."""
+        return f'python sample.py "{self.domains[1]}" --init PICTURE --model {model}'
 
     def views(self) -> tuple[str, ...]:
         """The other domain's picture, which unpaired data has."""
@@ -108,8 +113,9 @@ class CycleGANFamily(TranslatorFamily):
         Raises:
             UserError: for a prompt that names none, or both.
         """
-        words = words_of(prompt).casefold()
-        named = [i for i, name in enumerate(self.config.domains) if name.casefold() in words.split()]
+        words, names = words_of(prompt).casefold(), [name.casefold().strip() for name in self.config.domains]
+        named = [i for i, name in enumerate(names) if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words)]
+        named = [names.index(words.strip())] if words.strip() in names else named  # one name may have the other in it
         if len(named) != 1:
             raise UserError(f"prompt: got {words!r}; say what the picture shall become: {' or '.join(self.config.domains)}")
         return self.config.players[1 - named[0]]

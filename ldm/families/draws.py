@@ -239,6 +239,7 @@ class Draws(Protocol):
     content_hash: str = ""  # of its files; recipes remember it
     reads_prompts: bool = True  # whether words change what it draws
     draws_pictures: bool = True  # else only what the next model of a chain is told
+    reads_seeds: bool = True  # whether pictures of other seeds are others
     redraws: bool = False  # whether `edits` draws pictures anew in part, as hires fix does
     hands: str = SMALL  # the view that the next model of a chain is told, without its argument
     able: frozenset[str] = frozenset({"sample", "reconstruct"})  # what a metric may ask of it

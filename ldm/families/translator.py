@@ -46,8 +46,8 @@ class TranslatorConfig(ModelConfig):
         return PICTURE
 
     def usage(self, prompt: str, model: str) -> str:
-        """It draws of a picture."""
-        return f'python sample.py "{prompt}" --init PICTURE --model {model}'
+        """It draws of a picture, whatever the words."""
+        return f'python sample.py "" --init PICTURE --model {model}'
 
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """A translator to begin with: a model folder, a run's, or a published latest_net_G.pth."""
@@ -91,6 +91,7 @@ class TranslatorFamily(Family, Draws):
 
     preview_columns = 9
     able = frozenset({"translate"})
+    reads_seeds = False
 
     def __init__(self, config: TranslatorConfig, shown: ViewKind, size: int, init: Path | None = None) -> None:
         super().__init__()
@@ -227,6 +228,8 @@ class TranslatorFamily(Family, Draws):
             self.refuse("negative", "reads no negative prompt; leave it out")
         if not edits:
             self.refuse("init", "draws of a picture alone; give one by --init FILE")
+        if len(edits) > 1:
+            self.refuse("given", "draws of one picture; leave --init out, or --given")
         if edits[-1].strength != 1 and note is not None:
             note("strength: changes nothing here, whole pictures are drawn at once")
         shown = edits[-1].value.expand(len(prompts), -1, -1, -1)

@@ -26,6 +26,8 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
             yield f"negative: this model of kind {family.kind} reads no prompts, so it changes nothing"
     elif any(not one.prompt.strip() and not one.given for one in recipes):
         yield "an empty prompt: what is drawn is whatever the model likes"
+    if not family.reads_seeds and len({one.seed for one in recipes}) > 1:
+        yield f"seed: this model of kind {family.kind} draws one picture of each, whatever the seed, so they are alike"
     words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))
     if words:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""

@@ -48,6 +48,8 @@ def recipes_of(
     from ldm.text.prompt_syntax import literal, read
 
     base, choice = request.base, request.choice
+    if not family.redraws and request.editing.strength is None and "strength" not in old:
+        rest = {**rest, "strength": 1.0}  # nothing of a picture is kept, and nobody asked for it
     listed = choice.listed(base.seed)
     common = jobs.Common(
         seeds=[number + k for number in listed for k in range(choice.best)] if listed else None,

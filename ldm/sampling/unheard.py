@@ -30,12 +30,14 @@ def in_recipe(recipe: Recipe, usual: Settings) -> Iterator[str]:
     """
     from ldm.diffusion.samplers import SAMPLERS
 
-    if recipe.sampler not in SAMPLERS:
-        return  # a model that draws at once
-    if recipe.eta and not SAMPLERS[recipe.sampler].stochastic_by_eta:
+    diffuses = recipe.sampler in SAMPLERS
+    if diffuses and recipe.eta and not SAMPLERS[recipe.sampler].stochastic_by_eta:
         readers = ", ".join(name for name, one in SAMPLERS.items() if one.stochastic_by_eta)
         yield f"eta: {recipe.sampler} does not read it; {readers} does"
-    yield from _without_steps(recipe)
+    yield from _without_steps(recipe) if diffuses else ()
+    if recipe.temperature == 0:
+        idle = [name for name in ("top_k", "top_p") if getattr(recipe, name) != getattr(usual, name)]
+        yield from (f"{name}: temperature 0 draws the likeliest codes alone, so it changes nothing" for name in idle)
     if recipe.stop_after and recipe.link_steps.split(",")[recipe.stop_after - 1 :] != usual.link_steps.split(",")[recipe.stop_after - 1 :]:
         yield f"link_steps: --stop-after {recipe.stop_after} leaves models out, so their steps change nothing"
     if recipe.classifier and not recipe.classifier_scale:
@@ -44,6 +46,10 @@ def in_recipe(recipe: Recipe, usual: Settings) -> Iterator[str]:
         yield "guidance: 0 leaves the prompt out; 1 is no guidance"
     elif recipe.guidance < 1:
         yield f"guidance: {recipe.guidance:g} weakens the prompt; 1 is no guidance"
+    taken = steps_taken(recipe.steps, recipe.strength) if recipe.init and diffuses else recipe.steps
+    if taken and recipe.guidance != 1 and not any(recipe.guides(i, taken) for i in range(taken)):
+        interval = f"{recipe.guidance_from:g} to {recipe.guidance_to:g}"
+        yield f"guidance_interval: none of the {taken} steps lies in {interval}, so there is no guidance; widen it, or take more --steps"
     if recipe.guidance == 1:
         composed = recipe.notation and " AND " in recipe.prompt
         unread: dict[str, Any] = {
@@ -63,9 +69,6 @@ def _without_steps(recipe: Recipe) -> Iterator[str]:
         yield f"strength: {recipe.strength:g} of {first} steps is none, so nothing is drawn anew; {more}"
     if recipe.hires != 1 and not steps_taken(first, recipe.hires_strength):
         yield f"hires_strength: {recipe.hires_strength:g} of {first} steps is none, so the first picture is enlarged, and no more; {more}"
-    if steps and recipe.guidance != 1 and not any(recipe.guides(i, steps) for i in range(steps)):
-        interval = f"{recipe.guidance_from:g} to {recipe.guidance_to:g}"
-        yield f"guidance_interval: none of the {steps} steps lies in {interval}, so there is no guidance; widen it, or take more --steps"
 
 
 def in_words(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ldm.formats.part import CONFIG, read_json
 KINDS = ("blip", "git", "vision-encoder-decoder")  # that write about a picture alone, without being asked anything
 CHUNK = 8  # pictures per call, padded: floating-point results depend on the shape, so it is fixed
 LONGEST = 1024  # px of a picture's longer side, before the model's own processor sees it
-TOKENS = 64  # of a caption, at most
+TOKENS = 64  # of a caption, at most, where its generation_config.json says nothing
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -62,12 +62,14 @@ class PretrainedCaptioner:
         import torch
 
         found: list[str] = []
+        own = self.model.generation_config
+        limit = {} if own.max_new_tokens or own.max_length else {"max_new_tokens": TOKENS}
         for start in range(0, len(pictures), CHUNK):
             part = list(pictures[start : start + CHUNK])
             padded = part + [part[-1]] * (CHUNK - len(part))
             device, kind = self.model.device, self.model.dtype
             pixels = self.processor(images=padded, return_tensors="pt").pixel_values.to(device, kind)
             with torch.no_grad():
-                ids = self.model.generate(pixel_values=pixels, max_new_tokens=TOKENS, do_sample=False)
+                ids = self.model.generate(pixel_values=pixels, do_sample=False, **limit)
             found += self.tokenizer.batch_decode(ids, skip_special_tokens=True)[: len(part)]
         return [" ".join(one.split()) for one in found]

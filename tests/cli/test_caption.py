@@ -147,6 +147,77 @@ def blip(folder: Path) -> Any:
     return model, processor
 
 
+COMMON: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def git(folder: Path) -> tuple[Any, Any, Any]:
+    """A GIT with random weights that sees pictures, its picture processor and its tokenizer."""
+    from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
+
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    processor = GitProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), BertTokenizer(str(folder / "vocab.txt"))
+    )
+    own = {"vocab_size": 13, "max_position_embeddings": 80, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = GitForCausalLM(GitConfig(vision_config={**COMMON, "image_size": 16, "patch_size": 8}, **own, **COMMON)).eval()
+    torch.nn.init.normal_(model.output.weight, std=1.0)
+    torch.nn.init.normal_(model.git.visual_projection.visual_projection[0].weight, std=1.0)
+    processor.save_pretrained(folder)
+    return model, processor.image_processor, processor.tokenizer
+
+
+def vit_gpt2(folder: Path) -> tuple[Any, Any, Any]:
+    """A ViT and a GPT-2 that attends to it, with random weights, its picture processor and its tokenizer."""
+    from transformers import GPT2Config, GPT2Tokenizer, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, ViTImageProcessor
+
+    folder.mkdir()
+    vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate("abcdefgh\u0120")}}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    decoder = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(vocabulary), n_positions=80, bos_token_id=0, eos_token_id=0)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**COMMON, image_size=16, patch_size=8), decoder)
+    torch.manual_seed(0)
+    model = VisionEncoderDecoderModel(config).eval()
+    for name, weight in model.named_parameters():
+        if "crossattention" in name or name.endswith("wte.weight"):
+            torch.nn.init.normal_(weight, std=1.0)
+    written = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0, "max_length": 9, "suppress_tokens": [0, 9]}
+    for name, value in written.items():
+        setattr(model.generation_config, name, value)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, processor, tokenizer
+
+
+@pytest.mark.parametrize("make", [git, vit_gpt2])
+def test_git_and_vit_gpt2_write_what_they_write_in_transformers(place, capsys, make):
+    model, processor, tokenizer = make(place / "theirs")
+    model.save_pretrained(place / "theirs")
+    (place / "pictures" / "e.png").unlink()
+    noise = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(place / "pictures" / "a.png")
+    words = ["caption", str(place / "pictures"), "--model", str(place / "theirs"), "--device", "cpu"]
+    assert main([*words, "--batch", "3", "--overwrite"]) == 0
+    for name in ("a.png", "d.png"):
+        pixels = processor(images=Image.open(place / "pictures" / name), return_tensors="pt").pixel_values
+        limit = {} if model.generation_config.max_length else {"max_new_tokens": 64}
+        with torch.no_grad():
+            ids = model.generate(pixel_values=pixels, do_sample=False, **limit)
+        wanted = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+        text = "a.txt" if name == "a.png" else "D.TXT"
+        assert wanted and texts(place)[text] == f"{wanted}\n"
+    if make is vit_gpt2:
+        assert len(wanted) == 8  # as generation_config.json says: 9 with the start
+        assert texts(place)["a.txt"] != texts(place)["D.TXT"]
+    capsys.readouterr()
+    assert main([*words, "--overwrite", "--seed", "1"]) == 2
+    assert "seed: " in capsys.readouterr().err
+
+
 def test_a_captioner_of_transformers_writes_what_it_writes_there(place, capsys):
     model, processor = blip(place / "blip")
     (place / "pictures" / "e.png").unlink()

@@ -233,12 +233,16 @@ class WritingFamily(Family, Prompted):
                 found += (error.double().sum(1) / math.log(2)).tolist()
         return found[: len(captions)]
 
+    def _draws_scenes(self) -> None:
+        if self.said.writes != "scene":
+            how = "say how many by ldm caption --count" if self.said.reads == "none" else "give it pictures, with ldm caption"
+            self.refuse("sample", f"writes captions; {how}")
+
     def marks_of(
         self, prompts: Sequence[str | Prompt], seeds: Sequence[int], settings: Wanted = OWN, negative: str | Prompt = ""
     ) -> np.ndarray:
         """The marks (N,LENGTH) of a scene for each (prompt, seed), as `ldm.data.scenes.marks` has them."""
-        if self.said.writes != "scene":
-            self.refuse("scene", "writes captions; give it pictures, with ldm caption")
+        self._draws_scenes()
         chosen, weighs = self.settings(settings), self.said.reads == "text"
         asked, avoided = [pieces_of(self, one, self.length, weighs) for one in prompts], pieces_of(self, negative, self.length, weighs)
         found = []
@@ -266,8 +270,7 @@ class WritingFamily(Family, Prompted):
         Raises:
             UserError: for a model of captions, settings that it has not, or a picture that is no square.
         """
-        if self.said.writes != "scene":
-            self.refuse("scene", "writes captions; give it pictures, with ldm caption")
+        self._draws_scenes()
         height, width = size or self.defaults["size"]
         if height != width or height < 16:
             raise UserError(f"size: got {width}x{height}; scenes are drawn as squares of at least 16 px")
