@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from finished_model import CAPTIONS, KL, SIDE, TEXT, Pictures, autoencoder_produ
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ldm.config.errors import UserError
-from ldm.config.schema import build, plain
+from ldm.config.schema import build, load, plain
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.families.autoencoder import KL as Autoencoder
@@ -172,6 +173,9 @@ def test_the_convolutional_tower_stays_the_usual_one() -> None:
     said = build({"tower": {"kind": "conv", "channels": [8, 16]}}, Clip, "x")
     assert build({"tower": {"channels": [8, 16]}}, Clip, "x") == said
     assert build(plain(CONFIG), Clip, "x") == CONFIG
+    assert load(Path("configs/dalle2.yaml"), ["models.text.tower=vit"], Run).models["text"] == replace(
+        load(Path("configs/dalle2.yaml"), [], Run).models["text"], tower=VisionTowerConfig()
+    )
     values = {
         "data": {"kind": "scenes", "tier": "one"},
         "models": {"text": {"kind": "clip", "tower": {"kind": "vit", "patch": 5}}},
