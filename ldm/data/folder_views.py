@@ -253,14 +253,20 @@ def _coco(found: FolderViews, view: str, file: Path, names: Sequence[str]) -> No
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         pictures = {int(one["id"]): one for one in content["images"]}
         categories = {int(one["id"]): one for one in content.get("categories", ())}
-        there = Names({name.rpartition("/")[2]: name for name in names})
+        own = [name for name in names if name not in found.files]  # a map may have its picture's name
+        whole, last = Names({name: name for name in own}), Names({name.rpartition("/")[2]: name for name in own})
+
+        def picture_of(one: Mapping[str, Any]) -> str | None:
+            said = str(one["file_name"])
+            return whole.find(said) or last.find(said.rpartition("/")[2])
+
         rows: dict[str, tuple[Any, tuple[int, int] | None]] = {}
         for one in pictures.values():
-            if picture := there.find(str(one["file_name"]).rpartition("/")[2]):
+            if picture := picture_of(one):
                 rows[picture] = ([], (int(one["height"]), int(one["width"])) if "height" in one and "width" in one else None)
         points = next((tuple(one["keypoints"]) for one in categories.values() if "keypoints" in one), ())
         for one in content["annotations"]:
-            picture = there.find(str(pictures[int(one["image_id"])]["file_name"]).rpartition("/")[2])
+            picture = picture_of(pictures[int(one["image_id"])])
             if picture is None or one.get("iscrowd"):
                 continue
             if view == "boxes":

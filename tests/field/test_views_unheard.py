@@ -113,6 +113,18 @@ def test_annotations_that_would_be_told_as_nothing_are_refused(tmp_path: Path) -
         loaded(folder(tmp_path / "outside", [{"box": [1, 1, 99, 9], "text": "dog"}]), "boxes")
 
 
+def test_a_map_of_a_picture_s_name_takes_no_boxes_from_it(tmp_path: Path) -> None:
+    root = coco(maps(tmp_path / "both", Image.new("L", (WIDE, HIGH), 1)))
+    (root / "deep").mkdir()
+    Image.new("RGB", (WIDE, HIGH)).save(root / "deep" / "0.png")
+    (root / "deep" / "0.txt").write_text("another of the name")
+    rows = [{"file_name": name, "text": "t"} for name in ("0.png", "1.png", "2.png")]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = asked(FolderSource(path=str(root), val_share=0.0, views={"boxes": "coco.json"}).build("train"), ("boxes", "labels"))
+    views = data.load(range(4), range(4), 16, 0, False).views
+    assert views is not None and views["boxes"].there.sum(1).tolist() == [1, 0, 0, 0]  # type: ignore[union-attr]
+
+
 def maps(root: Path, image: Image.Image, view: str = "labels", palette: str = "") -> Path:
     (folder(root) / view).mkdir()
     for i in range(3):
