@@ -484,6 +484,7 @@ class ParameterGroup:
     name: str
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
+    tables: frozenset[nn.Parameter] = frozenset()  # of them, embeddings and output layers of symbols, a row each: none of Muon's matrices
 
 
 def agree(where: str, said: Any, theirs: Any, but: tuple[str, ...], base: Path) -> None:

@@ -130,6 +130,11 @@ class LatentCodec(nn.Module):
         """Entries of its codebook; 0: it has none."""
         return len(self.network.codebook) if isinstance(self.network, VQAutoencoder | Palette) else 0
 
+    @property
+    def vectors(self) -> Tensor:
+        """Its codebook (codes,c); of an autoencoder without one (0,0)."""
+        return self.network.codebook.detach() if isinstance(self.network, VQAutoencoder | Palette) else torch.empty(0, 0)
+
     @torch.no_grad()
     def encode_codes(self, image: Tensor) -> Tensor:
         """Numbers (B,h,w) int64 of the codes of images (B,3,H,W) in [-1,1]."""

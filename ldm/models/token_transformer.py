@@ -405,6 +405,25 @@ class TokenTransformer(nn.Module):
         if shape.positions:
             self.positions = nn.Embedding(shape.positions, w)
 
+    def tables(self) -> frozenset[nn.Parameter]:
+        """What has a row for each code or place: embeddings, and the layer of the logits."""
+        layers: list[nn.Module] = [self.embed.embeddings, self.mlm_layer.conv2, *([self.positions] if self.shape.positions else [])]
+        return frozenset(parameter for layer in layers for parameter in layer.parameters())
+
+    @torch.no_grad()
+    def know(self, codebook: Tensor) -> None:
+        """Begin with codes that are alike where their vectors (K,c) are: the same features in the embedding and in the logits' layer.
+
+        Random Fourier features (Rahimi and Recht 2007) of the vectors, whitened by channel, whose inner products are a Gaussian kernel:
+        what is learned of a code then counts for those beside it, which a network that knows codes by their numbers cannot see.
+        """
+        channels, width = codebook.shape[1], self.shape.width
+        white = (codebook - codebook.mean(0)) / codebook.std(0, correction=0).clamp_min(1e-6)
+        features = torch.cos(white @ torch.randn(channels, width) * (2 / channels**0.5) + 2 * torch.pi * torch.rand(width)) * 2**0.5
+        self.embed.embeddings.weight[: len(features)] = features
+        out = self.mlm_layer.conv2.weight
+        out[: len(features)] = features[..., None, None] * out.std()
+
     def told(self, states: Tensor | None, pooled: Tensor | None, size: Tensor) -> Told:
         """What the layers are told.
 

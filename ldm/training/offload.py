@@ -38,7 +38,9 @@ class Offload:
             p.data = through.copy_(p.detach()).to(p.device, copy=True)
             self._masters[key] = master
             self._pairs.append((p, master, through))
-        self.groups = [replace(group, parameters=self.on_cpu(group.parameters)) for group in groups]
+        self.groups = [
+            replace(group, parameters=self.on_cpu(group.parameters), tables=frozenset(self.on_cpu([*group.tables]))) for group in groups
+        ]
 
     def on_cpu(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """These parameters of the device as they are in float32; those that do not learn as they are."""

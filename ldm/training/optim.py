@@ -61,8 +61,8 @@ def build(optim: AnyOptim, groups: Sequence[ParameterGroup]) -> list[torch.optim
         if isinstance(optim, Muon):
             matrices = [p for p in learner.parameters if p.ndim >= 2]
             others = [p for p in learner.parameters if p.ndim < 2]
-            inner = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) >= 16]
-            edge = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) < 16]
+            inner = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) >= 16 and p not in learner.tables]
+            edge = [p for p in matrices if min(p.shape[0], p.numel() // p.shape[0]) < 16 or p in learner.tables]
             muon += [_group(inner, optim.lr * learner.lr_scale, optim.weight_decay)]
             adamw += [_group(edge, rate, optim.weight_decay), _group(others, rate, 0.0)]
         else:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.families.family import ParameterGroup
 from ldm.models.token_transformer import Past, TokenShape, TokenTransformer, TokenTransformerConfig
+from ldm.training.optim import Muon, build
 
 SIZE = TokenTransformerConfig(width=16, layers=2, heads=2, res_blocks=2, size_channels=4)
 
@@ -78,3 +80,39 @@ def test_another_network_is_refused_by_its_field():
             TokenShape.from_diffusers({**said, name: value}, "config.json")
     with pytest.raises(UserError, match="heads 3 does not divide width 16"):
         TokenTransformerConfig(width=16, heads=3)
+
+
+def test_codes_begin_as_alike_as_their_vectors() -> None:
+    torch.manual_seed(0)
+    wide = TokenShape.of(
+        TokenTransformerConfig(width=2048, layers=1, heads=2, res_blocks=2), codes=40, vocabulary=41, context=0, pooled=0, positions=0
+    )
+    with torch.device("meta"):
+        shell = wide.build()
+    network = TokenTransformer.__new__(TokenTransformer)
+    torch.nn.Module.__init__(network)
+    network.shape, network.embed, network.mlm_layer = wide, shell.embed.to_empty(device="cpu"), shell.mlm_layer.to_empty(device="cpu")
+    for weight in network.tables():
+        torch.nn.init.normal_(weight)
+    vectors = torch.randn(40, 4) * torch.tensor([1.0, 2.0, 5.0, 0.1]) + 3
+    network.know(vectors)
+    white = (vectors - vectors.mean(0)) / vectors.std(0)
+    kernel = torch.exp(-0.5 * (torch.cdist(white, white) * 2 / 4**0.5) ** 2)  # Rahimi and Recht 2007
+    features = network.embed.embeddings.weight[:40]
+    assert torch.allclose(features @ features.T / 2048, kernel, atol=0.12)
+    out = network.mlm_layer.conv2.weight[:, :, 0, 0]
+    assert torch.allclose(torch.corrcoef(out), torch.corrcoef(features), atol=1e-4)
+
+
+def test_muon_leaves_the_rows_of_codes_to_adamw() -> None:
+    network = TokenShape.of(
+        TokenTransformerConfig(width=32, layers=1, heads=2, res_blocks=2), codes=40, vocabulary=41, context=0, pooled=0, positions=16
+    ).build()
+    group = ParameterGroup("model", list(network.parameters()), tables=network.tables())
+    adamw, muon = build(Muon(), [group])
+    held = [p for one in muon.param_groups for p in one["params"]]
+    assert len(network.tables()) == 3 and not any(p in network.tables() for p in held)
+    assert network.tables() <= {p for one in adamw.param_groups for p in one["params"]}
+    assert sum(p.numel() for one in (*adamw.param_groups, *muon.param_groups) for p in one["params"]) == sum(
+        p.numel() for p in network.parameters()
+    )

@@ -19,7 +19,7 @@ from ldm.data.scenes import marks
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import OWN, Running, Settings, Wanted
-from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
+from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.prompted import Prompted
 from ldm.families.tokens.drawing import Known, causal, first_step, masked, pieces_of, settings_of
 from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
@@ -260,6 +260,8 @@ class Tokens(ModelConfig):
         codes, places = (0, 0) if codec is None else (codec.codes, (context.resolution // codec.factor) ** 2)
         shape = self.shape(codes, places, states, pooled, words)
         network = shape.build() if context.init is None else _continued(context.init, shape, codec)
+        if context.init is None and codec is not None and self.reads_codes:
+            network.know(codec.vectors.float())
         return self._family(network, codec, text, tower, context.resolution)
 
     def _family(
@@ -366,6 +368,10 @@ class TokensFamily(Family, Prompted):
         return [*self._frozen, *(() if self.reader is None else (self.reader.model,))]
 
     # Training
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The transformer."""
+        return [ParameterGroup("model", list(self.network.parameters()), tables=self.network.tables())]
 
     def codes_of(self, batch: ImageBatch | MomentBatch) -> Tensor:
         """Numbers (B,h,w) of a batch's codes."""

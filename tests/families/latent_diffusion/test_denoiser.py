@@ -137,6 +137,7 @@ def test_its_configuration_survives_a_config_json() -> None:
     with pytest.raises(UserError, match="'layers' is not known here"):
         denoiser.config_of({**network.to_diffusers(), "layers": 2})
     with pytest.raises(
-        UserError, match="'DiTTransformer2DModel'; a denoising network is one of UNet2DConditionModel, LDMUNet, PatchTransformer"
+        UserError,
+        match="'DiTTransformer2DModel'; a denoising network is one of UNet2DConditionModel, LDMUNet, UNet2DModel, PatchTransformer",
     ):
         denoiser.config_of({"_class_name": "DiTTransformer2DModel"})

@@ -388,7 +388,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unet": (lambda m: truncate(m / WEIGHTS), "truncated or not a safetensors file"),
     "vae": (
         lambda m: edit(m / "vae/config.json", _class_name="AutoencoderTiny"),
-        "AutoencoderKL, VQModel, AutoencoderDC or LDMPixels was expected",
+        "AutoencoderKL, VQModel, AutoencoderDC, LDMPixels or LDMPalette was expected",
     ),
     "shape": (lambda m: edit(m / "unet/config.json", layers_per_block=2), r"unet/config\.json: its bytes differ"),
 }
