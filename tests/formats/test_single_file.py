@@ -191,7 +191,7 @@ def test_a_part_alone(tmp_path: Path) -> None:
     bare = {name.removeprefix(PREFIX["vae"]): value.contiguous() for name, value in state.items()}
     folder = open_single(written(bare | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors"), note=quiet)
     assert [p.name for p in folder.iterdir() if p.is_dir()] == ["vae"]
-    with pytest.raises(UserError, match="holds vae alone; unet, text_encoder, tokenizer, scheduler missing; give a whole checkpoint"):
+    with pytest.raises(UserError, match="holds vae alone; unet, scheduler, text_encoder, tokenizer missing; give a whole checkpoint"):
         open_model(tmp_path / "vae.safetensors", note=quiet)
 
 
