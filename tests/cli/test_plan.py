@@ -81,6 +81,7 @@ def test_as_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert "order of 100 samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_card_that_is_not_here_gives_speed_and_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "DRAWN", 2000)
     monkeypatch.setattr(simulation, "SMALL", 2000)

@@ -69,6 +69,7 @@ print("whole", rounds)
 """
 
 
+@pytest.mark.slow
 def test_whoever_reads_a_model_is_untouched_by_what_becomes_of_its_files(kl_model: Path, tmp_path: Path) -> None:
     shutil.copytree(kl_model, tmp_path / "model")
     # A process of its own: pages of a mapped file that is cut short would end it by a signal.

@@ -115,6 +115,7 @@ TABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", TABLE)
 def test_known_images_score_what_the_table_says(tier):
     n = 150

@@ -103,6 +103,7 @@ def test_real_features_of_timm(imagenet: Path) -> None:
     assert extractor.protocol == {"features": "timm tf_efficientnet_lite0", "weights": digest, "side": [224, 224], "resampling": "bicubic"}
 
 
+@pytest.mark.slow
 def test_learned_distances_of_a_perfect_and_a_deaf_painter(imagenet: Path) -> None:
     """The perfect one draws other scenes of the same kind: its distance is the floor's; grey pictures are far off."""
     data = ScenesSource(tier="one", val=24).build("val")

@@ -22,6 +22,7 @@ SMALL = UNetConfig(channels=(32, 64), layers=1, attention=(True, True), heads=2,
 
 
 # Computed with torch's counter from diffusers' networks on the meta device; 10^9 operations of one image.
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "forward", "both"), [(256, 180.1, 537.3), (512, 803.3, 2406.8)])
 def test_stable_diffusion_costs_what_is_known(side: int, forward: float, both: float) -> None:
     parameters, found = cost.denoiser(UNetConfig(), side // 8, side // 8, 77)

@@ -30,6 +30,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return x * torch.linspace(0.2, 3, shape[3]) + torch.linspace(-2, 2, shape[2])[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("config", [KL, ATTENDS, MOVQ], ids=["kl", "attends", "movq"])
 @pytest.mark.parametrize("prepared", [False, True])
@@ -76,6 +77,7 @@ network.decoder(z[..., :8, :8])
 """
 
 
+@pytest.mark.slow
 def test_stripes_need_less_than_half_the_memory():
     exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # memory goes back to the system at once, so that the peak is that of the tensors
     whole = peak_kib(NETWORK, "network.decoder(z)", **exact)

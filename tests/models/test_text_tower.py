@@ -79,6 +79,7 @@ def test_its_configuration_opens_in_transformers() -> None:
     assert all(getattr(made, name) == value for name, value in vars(ours.config).items())
 
 
+@pytest.mark.slow
 def test_drawing_does_not_import_the_models_of_transformers(kl_model: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from ldm.__main__ import main; "

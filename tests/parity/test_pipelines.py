@@ -84,6 +84,7 @@ def both(pair: Pair, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, targ
     check(pair, found, expected, max(LIMIT[pair.dtype], CLAMPED if theirs is diffusers.DDPMScheduler else 0))
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_text_to_image(pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
@@ -116,6 +117,7 @@ def some_mask(cells: bool) -> Tensor:
     return mask if cells else mask.roll((1, 2), (1, 2))
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", ["ddpm", "ddim-leading", "ddim-eta", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde"])
@@ -126,6 +128,7 @@ def test_inpainting_by_blending(pairs: Any, monkeypatch: pytest.MonkeyPatch, nam
     both(pair, monkeypatch, name, "inpaint", edits=edits, image=image, mask_image=hidden, strength=strength, height=SIDE, width=SIDE)
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler_a", "dpmpp_2m", "unipc"])
@@ -155,6 +158,7 @@ def xl_pairs(xl_folders: dict[str, Path]) -> dict[tuple[str, torch.dtype], Pair]
     return {(name, dtype): Pair(folder, dtype) for name, folder in xl_folders.items() for dtype in LIMIT}
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("name", ["ddim", "ddim-leading", "euler", "dpmpp_2m"])
 def test_xl_text_to_image(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
@@ -173,6 +177,7 @@ def test_xl_no_negative_prompt(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, m
     check(pair, ours, theirs, LIMIT[dtype])
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_xl_sizes(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, guidance: float, dtype: torch.dtype) -> None:
@@ -186,6 +191,7 @@ def test_xl_sizes(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, guidance: floa
     assert not torch.equal(pair.ours(noise, **told), pair.ours(noise, **told, crop="7,0"))
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize(("name", "strength"), [("ddim", 0.3), ("ddim", 0.8), ("euler", 0.8), ("dpmpp_2m", 0.8)])
 def test_xl_image_to_image(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, name: str, strength: float, dtype: torch.dtype) -> None:
@@ -194,6 +200,7 @@ def test_xl_image_to_image(xl_pairs: Any, monkeypatch: pytest.MonkeyPatch, name:
     both(pair, monkeypatch, name, "image", edits=edits, image=as_image(pixels, dtype), strength=strength)
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize(("model", "name"), [("base", "ddim"), ("base", "euler"), ("inpaint", "ddim"), ("inpaint", "dpmpp_2m")])

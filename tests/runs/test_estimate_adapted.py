@@ -42,6 +42,7 @@ def run_of(adapt: dict[str, object] | None, checkpointing: bool = False) -> Run:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapt", [{"kind": "lora", "rank": 4}, {"kind": "lora", "text_rank": 2}, {"kind": "textual_inversion", "token": "<it>", "init": "it"}]
 )
@@ -60,6 +61,7 @@ def test_little_learns_and_the_rest_is_held_once(adapt: dict[str, object]) -> No
     assert sum(needs["adapted"].memory(2).values()) < sum(needs["all"].memory(2).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_half_copies_of_frozen_weights_are_counted(checkpointing: bool) -> None:
     """What autocast makes of weights that do not learn is kept by the graph, but of recomputed blocks one at a time."""
@@ -125,6 +127,7 @@ def test_text_adapters_of_any_kind_are_counted_as_they_are_injected() -> None:
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "presets").glob("*gb.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 def test_presets_keep_their_promise(file: Path) -> None:
     """A tenth of the memory is left for what the estimate does not count."""
@@ -135,6 +138,7 @@ def test_presets_keep_their_promise(file: Path) -> None:
     assert sum(needs.memory(stage.micro_batch).values()) < 0.9 * int(file.stem.split("-")[-1].removesuffix("gb")) * 1e9
 
 
+@pytest.mark.slow
 def test_stable_diffusion_xl_is_counted_whole_where_its_files_are_not_here() -> None:
     run = load(PRESETS[0].parents[1] / "finetune-sdxl-lora.yaml", ["models.diffusion.adapt.text_rank=8"], Run)
     stage = run.stages["lora"]

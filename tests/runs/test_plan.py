@@ -39,6 +39,7 @@ def stages(run: Run, out: Path, **more: Any) -> dict[str, Any]:
     return {stage.name: stage for stage in make(run, out, **more).stages}
 
 
+@pytest.mark.slow
 def test_steps_images_and_samples_are_those_of_the_stages(tmp_path: Path) -> None:
     run = quickstart()
     found = make(run, tmp_path, processes=2, tflops=1)

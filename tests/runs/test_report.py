@@ -395,6 +395,7 @@ def test_a_page_says_what_its_figures_mean(tmp_path: Path) -> None:
         assert MEANINGS[name] in text, name
 
 
+@pytest.mark.slow
 def test_nothing_is_clipped_or_lies_over_another_at_a_desk_and_on_a_phone(tmp_path):
     with opened() as browser:
         page = browser.new_page()

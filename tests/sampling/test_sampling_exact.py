@@ -38,6 +38,7 @@ def drawn(family: LatentDiffusionFamily, pairs: list[tuple[str, int]], sampler: 
     return dict(zip(pairs, images, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_batch_sizes_orders_and_neighbours(family: LatentDiffusionFamily, sampler: str) -> None:
     alone = {pair: drawn(family, [pair], sampler)[pair] for pair in PAIRS[:4]}
@@ -82,6 +83,7 @@ def test_two_processes_write_the_files_of_one(kl_model: Path, tmp_path: Path) ->
     assert all(one[name] == two[name] for name in one) and told["one"] == told["two"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

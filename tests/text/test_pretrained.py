@@ -149,6 +149,7 @@ def test_what_open_clip_has_beyond_clip_is_refused(tmp_path: Path, change: dict[
         load_pretrained(str(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_an_open_clip_by_its_architecture_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 

@@ -31,6 +31,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carry", ["weights", "all"])
 def test_a_stage_begins_with_what_the_one_before_had_at_its_end(carry: str, tmp_path: Path) -> None:
     before = trainer(tmp_path / "before", keeps=True)
@@ -73,6 +74,7 @@ def test_a_damaged_or_missing_state_is_refused_before_anything_changes(tmp_path:
         trainer(tmp_path / "after", carried=Product(tmp_path / "nowhere", "0"), carry="weights")
 
 
+@pytest.mark.slow
 def test_the_state_of_another_stage_is_refused(tmp_path: Path) -> None:
     for name, images in (("before", 24), ("other", 12)):
         trainer(tmp_path / name, images, keeps=True).run()

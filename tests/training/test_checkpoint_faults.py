@@ -27,6 +27,7 @@ def silent(text: str) -> None:
     """Told nobody."""
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_death_at_any_point_of_a_save_leaves_the_old_step_or_the_new_one(keep: int, tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_where_there_is_no_room_nothing_is_begun(tmp_path: Path, monkeypatch: py
         save(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_state_is_passed_over(tmp_path: Path) -> None:
     """A damaged newest state is passed over, and what is trained is what the one before says."""
     made = trainer(tmp_path, save_beside=False)
@@ -180,6 +182,7 @@ def killed_until_done(folder: Path, kills: int, chance: random.Random) -> int:
     return dead
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert child(lambda: trainer(tmp_path / "whole", 64).run() and None)

@@ -101,6 +101,7 @@ def test_training_learns_the_same_bits(tmp_path: Path, products: dict[str, Produ
     assert list(result["loss"]["held_out"]) == last["held_out"] and result["loss"]["samples"] == 16
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_tells_each_once(tmp_path: Path, products: dict[str, Product], monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"held_out": 8, "held_out_every_images": 8, "save_every_images": 12, "save_beside": False, "ema": 0.9}
     trainer(tmp_path / "whole", products, **options).run()

@@ -74,6 +74,7 @@ def test_adamw_is_fused() -> None:
     assert made.defaults["fused"] is True
 
 
+@pytest.mark.slow
 def test_compiled_training_learns_the_same(tmp_path: Path, products: dict[str, Product], monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.nn.Module.compile
     graphs: list[Any] = []

@@ -159,6 +159,7 @@ def test_a_killed_stage_leaves_the_same_snapshots(trained: tuple[Path, list[list
                 assert torch.allclose(stored[str(i)].double(), torch.as_tensor(direct), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_model_and_measures(trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, seen = trained
     assert main(["ema", str(out), "--length", "0.1", "--out", str(tmp_path / "model"), "--stage", "tune"]) == 0
@@ -176,6 +177,7 @@ def test_the_verb_writes_a_model_and_measures(trained: tuple[Path, Any], tmp_pat
     assert "sigma_rel lies between" in err and "stage: got x; there are tune" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_an_extended_stage_goes_on_with_its_averages(trained: tuple[Path, Any], kl_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)

@@ -122,6 +122,7 @@ def test_what_is_copied_later_is_of_its_moment_and_is_waited_for() -> None:
     snapshot.release()
 
 
+@pytest.mark.slow
 def test_the_next_step_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, order = Snapshot.finish, []
 
@@ -158,6 +159,7 @@ def test_the_writer_does_one_thing_at_a_time_and_tells_of_its_error_once() -> No
     writer.end()
 
 
+@pytest.mark.slow
 def test_files_and_weights_are_the_same_as_when_training_waits(tmp_path: Path) -> None:
     made = {beside: trainer(tmp_path / str(beside), save_beside=beside) for beside in (True, False)}
     assert made[True].stage.identity() == made[False].stage.identity()
@@ -227,6 +229,7 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: p
     assert len(told) == 2 and "checkpoint at 4 images" in told[0] and "bytes needed" in told[0] and "training goes on" in told[0]
 
 
+@pytest.mark.slow
 def test_three_failures_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path)
     hold(monkeypatch, full(3))
@@ -249,6 +252,7 @@ def test_what_is_no_fault_of_the_disk_ends_the_run_as_it_is(tmp_path: Path, monk
         made.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_stop_waits_for_the_save_under_way_and_for_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool) -> None:
     made = trainer(tmp_path)

@@ -138,6 +138,7 @@ def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.M
     assert "tensorboard did not start" in said and "the run goes on without it" in said
 
 
+@pytest.mark.slow
 def test_a_run_with_wandb_tells_no_secret(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     done = tiny.start_marked(tmp_path / "run", "tracker=wandb", "stages.text.log_every_steps=1", WANDB_MODE="offline")

@@ -17,6 +17,7 @@ def pictures(tier: str, n: int, pixels: int = 0, split: str = "train") -> tuple[
     return specs, to_bytes(render(specs, pixels or TIERS[tier].pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tier", "pixels", "least"),
     [
