@@ -344,7 +344,7 @@ class TextGANFamily(Family, Prompted):
             terms["kl"] = said.kl * 0.5 * (full(mean).square() + full(logvar).exp() - 1 - full(logvar)).sum(1).mean()
         if said.interpolation:
             terms["interpolation"] = said.interpolation * self._between(text, wrong, (noise, shown), sure)
-        some = spread(len(real), said.slope_share)
+        some = evenly(len(real), said.slope_share)
         for name, weight, picture in (("r1", said.r1, real), ("r2", said.r2, leaf)):
             if weight:
                 terms[name] = weight * game.gradient_penalty(judge, picture[some], sentence[some])
@@ -542,7 +542,7 @@ def others(captions: Sequence[Any]) -> list[int]:
     return [next((j % many for j in range(i + 1, i + many) if captions[j % many] != captions[i]), i) for i in range(many)]
 
 
-def spread(many: int, share: float) -> list[int]:
+def evenly(many: int, share: float) -> list[int]:
     """That share of the places of a batch, evenly spread, so that halves of the batch hold halves of them; at least one."""
     return [i for i in range(many) if int((i + 1) * share) > int(i * share)] or [0]
 

@@ -28,6 +28,7 @@ class Offload:
         own = {id(p): p for group in groups for p in group.parameters}
         self._named = {name: p for name, p in family.named_parameters(remove_duplicate=False) if id(p) in own}
         self._device = next(iter(own.values())).device
+        self._beside = self._device.type == "cuda"  # copies that are waited for together; elsewhere each is, since its buffer is not pinned
         self._masters: dict[int, nn.Parameter] = {}
         self._pairs: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []  # on the device, on the CPU, what is copied through
         for key, p in own.items():
@@ -51,7 +52,7 @@ class Offload:
         """Move the gradients to the CPU, and off the device."""
         moved = [(p, master, through) for p, master, through in self._pairs if p.grad is not None]
         for p, _, through in moved:
-            through.copy_(p.grad, non_blocking=True)  # type: ignore[arg-type]
+            through.copy_(p.grad, non_blocking=self._beside)  # type: ignore[arg-type]
         self._wait()
         for p, master, through in moved:
             master.grad = through.to(torch.float32) if through.dtype != torch.float32 else through.clone()
@@ -62,11 +63,11 @@ class Offload:
         """Give the device the weights as they are now."""
         for p, master, through in self._pairs:
             through.copy_(master)
-            p.copy_(through, non_blocking=True)
+            p.copy_(through, non_blocking=self._beside)
         self._wait()
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
+        if self._beside:
             torch.cuda.synchronize(self._device)
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.registry import load, open_finished
-from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, others, spread, with_sentence
+from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, evenly, others, with_sentence
 from ldm.formats.latent_codec import save_codec
 from ldm.models import cost
 from ldm.models.style_generator import StyleGeneratorConfig
@@ -142,7 +142,7 @@ def test_each_player_has_the_gradients_of_its_own_papers_losses(kind: Any, produ
 
 def test_other_words_are_those_of_the_next_other_caption() -> None:
     assert others(["a", "a", "b", "c"]) == [2, 2, 3, 0] and others(["a", "a"]) == [0, 1]
-    assert spread(8, 0.25) == [3, 7] and spread(4, 0.5) == [1, 3] and spread(3, 0.1) == [0] and spread(2, 1.0) == [0, 1]
+    assert evenly(8, 0.25) == [3, 7] and evenly(4, 0.5) == [1, 3] and evenly(3, 0.1) == [0] and evenly(2, 1.0) == [0, 1]
 
 
 def test_terms_can_be_left_out(products: dict[str, Product]) -> None:

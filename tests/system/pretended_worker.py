@@ -76,6 +76,7 @@ def jobs() -> dict[str, list[str]]:
         "fp16": ["train", "configs/quickstart.yaml", *PLAIN, "stages.autoencoder.precision=fp16", f"out={out / 'fp16'}"],
         "LoRA": tuning(", adapt: {kind: lora, rank: 2}", 16),
         "textual inversion": tuning(", adapt: {kind: textual_inversion, token: <thing>, init: red}", 16),
+        "offload": tuning("", 16, "stages.tune.offload=true", "stages.tune.precision=bf16"),
         "inpainting U-Net": tuning(", inpaint: {}", 16),
         "eight steps": tuning("", 8 * BATCH),
         "sixteen steps": tuning("", 16 * BATCH),

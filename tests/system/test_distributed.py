@@ -152,3 +152,13 @@ def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None
     assert said.count("says mixed_precision fp16; the stages' own precision, micro_batch, checkpointing and compile count instead") == 1
     (line,) = log(tmp_path, "launch")
     assert line["launch"]["world"] == 2 and line["launch"]["stages"]["autoencoder"]["per_process"] == 4
+
+
+def test_offloaded_weights_learn_the_same_in_two_processes(tmp_path: Path) -> None:
+    found = []
+    for name, more in (("plain", []), ("offload", ["stages.autoencoder.offload=true"])):
+        ended = several.train(2, *PLAIN, *more, f"out={tmp_path / name}")
+        assert ended.codes == [0, 0], ended.said
+        found.append(weights(tmp_path / name))
+    plain, offloaded = found
+    assert plain and all((plain[name] == offloaded[name]).all() for name in plain)

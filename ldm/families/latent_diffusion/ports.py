@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias, cast
@@ -68,7 +69,7 @@ class Frozen:
     clip: OwnClip | None = None  # that makes embeddings of pictures
 
 
-class PortConfig:
+class PortConfig(ABC):
     """What a member of `Port` answers."""
 
     __slots__ = ()
@@ -110,6 +111,7 @@ class PortConfig:
         """The base with what it needs there, the same function still."""
         return base
 
+    @abstractmethod
     def encode(self, view: View, kind: ViewKind, frozen: Frozen, size: tuple[int, int]) -> Tensor | Movable:
         """What its network is told of a view, without gradients: a function of each picture's own.
 
@@ -117,15 +119,14 @@ class PortConfig:
             view: of B pictures, on the networks' device.
             size: height and width of the latents.
         """
-        raise NotImplementedError
 
     def left_out(self, view: View) -> Iterable[str]:
         """What of a view of one picture its network is not told, a line each."""
         return ()
 
+    @abstractmethod
     def network(self, kind: ViewKind, base: Denoiser, codec: Latents) -> ConditionNetwork:
         """Its network beside a base, which leaves that as it is until it has learned."""
-        raise NotImplementedError
 
 
 @config
