@@ -51,7 +51,7 @@ def served(model: Path, files: Path, **options: Any) -> Iterator[Served]:
 
 def ask(port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
     """One request: its status, body and the whole answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.putrequest(method, path, skip_host="Host" in (headers or {}))
     for name, value in (headers or {}).items():
         connection.putheader(name, value)
@@ -64,7 +64,7 @@ def ask(port: int, method: str, path: str, body: bytes | None = None, headers: d
     return found
 
 
-def until(happened: Any, seconds: float = 20) -> None:
+def until(happened: Any, seconds: float = 120) -> None:
     """Wait for something that must happen."""
     began = time.monotonic()
     while not happened():

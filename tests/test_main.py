@@ -134,7 +134,7 @@ def test_an_interrupt_ends_a_verb_with_130() -> None:
     waiting = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     time.sleep(1.5)  # it waits for prompts on standard input
     waiting.send_signal(signal.SIGINT)
-    _, err = waiting.communicate(timeout=20)
+    _, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 130 and err == "ldm sample: interrupted\n"
 
 

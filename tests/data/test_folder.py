@@ -379,11 +379,11 @@ def test_metadata_parquet_brings_captions_sizes_and_scores(tmp_path):
 def test_a_sample_that_takes_too_long_is_replaced_and_named(tmp_path, monkeypatch, caplog):
     data = build(photos(tmp_path, 12), max_seconds=0.2)
     read, released = data.read, threading.Event()
-    monkeypatch.setattr(data, "read", lambda i: released.wait(20) and read(i) if i in (3, 4) else read(i))
+    monkeypatch.setattr(data, "read", lambda i: released.wait(250) and read(i) if i in (3, 4) else read(i))
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         batch = data.load([2, 3, 6], [0, 1, 2], 16, 0, False)
-    assert time.monotonic() - start < 15  # and not the reader's 20 s
+    assert time.monotonic() - start < 120  # and not the reader's 250 s
     released.set()
     assert torch.equal(batch.image[1], data.load([5], [1], 16, 0, False).image[0])
     assert {n: r.split(":")[0] for n, r in data.replaced.items()} == dict.fromkeys(data.names[3:5], "too slow")

@@ -148,7 +148,7 @@ def test_without_a_stop_it_never_ends_and_threads_end_with_it():
     feed = batches(Numbers(5), seed=0, batch=2, resolution=2, workers=3)
     assert [next(feed).position[0].item() for _ in range(20)] == list(range(0, 40, 2))
     feed.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
@@ -179,7 +179,7 @@ def test_a_hanging_read_is_named_and_does_not_last_for_ever():
 
     class Hanging:
         def __call__(self) -> int:
-            release.wait(20)
+            release.wait(250)
             return 1
 
         def __str__(self) -> str:
@@ -190,7 +190,7 @@ def test_a_hanging_read_is_named_and_does_not_last_for_ever():
     assert next(feed) == [0]
     with pytest.raises(UserError, match=r"photo\.jpg"):
         next(feed)
-    assert time.monotonic() - started < 15  # and not the reader's 20 s
+    assert time.monotonic() - started < 120  # and not the reader's 250 s
     release.set()
 
 

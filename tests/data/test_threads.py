@@ -34,7 +34,7 @@ from ldm.data import threads
 
 def work():
     with threads.piece():
-        time.sleep(60)
+        time.sleep(250)
 
 threads.PATIENCE_S = 0.5
 threads.start(work, "hangs")
@@ -68,7 +68,7 @@ threads.start(work, "late")
 
 
 def ended(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_thread_that_hangs_keeps_no_process_from_ending() -> None:
     began = time.monotonic()
     done = ended(HANGING)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_no_piece_of_work_begins_once_the_process_ends() -> None:

@@ -190,7 +190,7 @@ def test_calls_are_guarded_as_the_page_is(server: Served) -> None:
     status, said = call(server, {"prompt": "x", "steps": 0})
     assert status == 422 and "steps" in said["error"]
     assert call(server, b"{")[0] == 400 and call(server, {"init": {"path": "/etc/passwd"}})[0] == 404
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as line:
         line.sendall(f"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {2**24 + 1}\r\n\r\n".encode())
         assert line.recv(64).startswith(b"HTTP/1.1 413")
     assert ask(server.port, "POST", "/api/draw", b"{}", {"Origin": "https://evil.example"})[0] == 403

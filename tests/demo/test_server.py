@@ -366,5 +366,5 @@ def test_an_interrupt_ends_the_verb_and_leaves_nothing(kl_model: Path, tmp_path:
         port = int(re.search(r"http://127.0.0.1:(\d+)/", process.stderr.readline())[1])  # type: ignore[index]
         until(lambda: ask(port, "GET", "/config")[0] == 200, 60)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(120) == 130
     assert not list(tmp_path.glob("ldm-demo-*"))

@@ -56,7 +56,7 @@ def test_who_is_missing_is_named_while_awaited_and_when_given_up(
     monkeypatch.setattr(rendezvous, "EVERY_S", 0.3)
     begun = time.monotonic()
     found = gathered([one for one in meetings(3, limit=1.5) if one.rank not in absent])
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 120
     name = "rank 2" if absent == [2] else "ranks 1-2"
     said = f"{name} did not come within 2 s (LDM_TIMEOUT_S): {3 - len(absent)} of 3 processes were here"
     assert set(found.values()) == {said}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ldm.config.errors import UserError
 from ldm.sampling.comfy_graph import read_graph
 from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.recipe import read_recipe
+from tests.ends_soon import ends_soon
 
 Graph = dict[str, Any]
 
@@ -272,12 +272,11 @@ def test_long_and_doubling_graphs_end_soon() -> None:
     long = {str(n): node("Reroute", x=[str(n + 1), 0]) for n in range(100, 4900)}
     double = {f"d{n}": node("Concat", a=[f"d{n + 1}", 0], b=[f"d{n + 1}", 0]) for n in range(60)} | {"d60": node("S", string="x" * 99)}
     fan = {f"f{n}": node("AnyNode", a=[f"f{n + 1}", 0], b=[f"f{n + 1}", 0], c=[f"f{n + 2}", 0]) for n in range(3000)}
-    started = time.process_time()
     for changed in (
         {**long, "2": node("CLIPTextEncode", text=["100", 0], clip=["100", 0])},
         {**long, "5": sampler(latent_image=["100", 0], model=["100", 0])},
         {**double, "2": node("CLIPTextEncode", text=["d0", 0], clip=["1", 1])},
         {**fan, "5": sampler(latent_image=["f0", 0], positive=["f0", 0])},
     ):
-        read_graph({"prompt": json.dumps({**PLAIN, **changed})})
-    assert time.process_time() - started < 2
+        with ends_soon():
+            read_graph({"prompt": json.dumps({**PLAIN, **changed})})

@@ -33,6 +33,7 @@ from ldm.data.shard_index import NAME, open_index
 from ldm.data.shard_reader import COLUMNS, shard_part
 from ldm.data.shards import ShardsSource
 from ldm.data.tar import Damage, Member, members
+from tests.ends_soon import ends_soon
 
 
 @pytest.fixture
@@ -154,10 +155,9 @@ def test_sizes_of_any_digits_are_damage(record):
 
 def test_many_records_are_read_in_linear_time():
     data = b"5 a=\n" * 200_000
-    started = time.process_time()
-    found = list(members(io.BytesIO(extended(b"x", data) * 4 + packed([("0.png", b"x")])), 2**20))
+    with ends_soon():  # quadratic: minutes
+        found = list(members(io.BytesIO(extended(b"x", data) * 4 + packed([("0.png", b"x")])), 2**20))
     assert [f.name for f in found if isinstance(f, Member)] == ["0.png"]
-    assert time.process_time() - started < 5.0  # quadratic: minutes
 
 
 # Links
@@ -245,7 +245,7 @@ def test_each_redirect_is_looked_at_and_time_and_size_are_bounded(port, monkeypa
     started = time.monotonic()
     with pytest.raises(urllib.error.URLError, match="not done within"):
         get(f"{base}/trickle")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def _resolving(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ def test_lengths_that_are_none(server: Served) -> None:
     import socket
 
     for length in ("²", "9" * 5000):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=120) as line:
             line.sendall(f"POST {JOIN} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n".encode("latin-1"))
             assert line.recv(64).startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
 
@@ -52,7 +52,7 @@ BUSY = """
 import sys, threading, time
 from ldm.demo import server
 server.END_S = 1.0
-threading.Thread(target=time.sleep, args=(60,)).start()
+threading.Thread(target=time.sleep, args=(250,)).start()
 server._end_soon(sys.argv[1])
 print("ready", flush=True)
 """
@@ -65,5 +65,5 @@ def test_the_end_waits_for_no_thread(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", BUSY, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     began = time.monotonic()
-    assert child.wait(30) == 130 and time.monotonic() - began < 20
+    assert child.wait(200) == 130 and time.monotonic() - began < 150
     assert child.stderr is not None and child.stderr.read() == "ldm demo: interrupted\n" and not folder.exists()

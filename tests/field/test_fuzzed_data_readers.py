@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from ldm.data.captions import clean, text_captions
 from ldm.data.images import Rejected, probe, view
 from ldm.data.shard_index import NAME, open_index
 from ldm.data.tar import Member, members
+from tests.ends_soon import ends_soon
 
 COUNTS = [40, pytest.param(10_000, marks=pytest.mark.soak)]
-LONGEST_S, MOST_MB = 10.0, 400
+MOST_MB = 400
 
 
 def mutated(whole: bytes, cuts: list[tuple[int, int, bytes]], end: int) -> bytes:
@@ -44,13 +44,12 @@ def fuzz(count: int, seeds: list[bytes], read: Callable[[bytes], object]) -> Non
     @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy | st.binary(max_size=400))
     def one(data: bytes) -> None:
-        started = time.process_time()
         try:
-            read(data)
+            with ends_soon():
+                read(data)
         except (Rejected, UserError) as error:
             assert "\n" not in str(error).strip()
             str(error).encode()
-        assert time.process_time() - started < LONGEST_S
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one()

@@ -8,7 +8,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ldm.formats.part import load_part, read_safetensors
 from ldm.formats.single_file import read_file
 from ldm.formats.tensor_file import TENSORS, read_tensors, read_texts
 from ldm.text.encoder import TextEncoder
+from tests.ends_soon import ends_soon
 
 
 @pytest.mark.slow
@@ -155,11 +155,10 @@ HEADERS: dict[str, Any] = {
 @pytest.mark.parametrize("what", HEADERS)
 def test_odd_headers_are_one_line(tmp_path: Path, what: str) -> None:
     file = written(tmp_path / "x.safetensors", HEADERS[what], bytes(8))
-    started = time.process_time()
-    with pytest.raises(UserError, match=r"x\.safetensors: ") as caught:
+    with ends_soon(), pytest.raises(UserError, match=r"x\.safetensors: ") as caught:
         read_safetensors(file)
     str(caught.value).encode()
-    assert "\n" not in str(caught.value) and time.process_time() - started < 5
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sparse_file_larger_than_memory(tmp_path: Path) -> None:

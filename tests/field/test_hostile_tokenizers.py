@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ldm.formats.open_clip import open_clip_tokenizer
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 from ldm.text.encoder import TextEncoder, train_tokenizer
 from ldm.text.textual_inversion import add_word
+from tests.ends_soon import ends_soon
 
 TEXTS = ["", "a red circle!", "Ünïcode — 漢字 <|endoftext|> it's 12345", "<cat> and <cat>_1 ! two  blanks", "x" * 300]
 
@@ -84,9 +84,9 @@ def test_ten_thousand_added_words_cost_no_time(tmp_path: Path, kl_model: Path) -
     tokenizer = load_tokenizer(kl_model / "tokenizer")
     tokenizer.add_tokens([f"<w>_{i}" for i in range(10_000)] + ["<w>"])
     model = TextEncoder.load(kl_model).model
-    started = time.process_time()
-    encoder = TextEncoder(model, tokenizer)
-    assert time.process_time() - started < 2 and len(encoder._spellings["<w>"].split()) == 10_001
+    with ends_soon():
+        encoder = TextEncoder(model, tokenizer)
+    assert len(encoder._spellings["<w>"].split()) == 10_001
 
 
 FAST = "tokenizer.json"
@@ -147,10 +147,9 @@ def test_what_makes_no_sense_is_one_line(kl_model: Path, tmp_path: Path, what: s
         file = folder / "tokenizer" / name
         known = json.loads(file.read_text()) if file.exists() and change else {}
         file.write_text(json.dumps({**known, **change}))
-    started = time.process_time()
-    with pytest.raises(UserError, match=words) as caught:
+    with ends_soon(), pytest.raises(UserError, match=words) as caught:
         TextEncoder.load(folder)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value) and time.process_time() - started < 5
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
     str(caught.value).encode()
 
 

@@ -22,6 +22,7 @@ from ldm.__main__ import main
 from ldm.config.secrets import cleaned, redacted, secrets, unplaced
 from ldm.config.terminal import CONTROL, Guarded, guarded, raw, shown
 from ldm.training.log import LOG, Log
+from tests.ends_soon import ends_soon
 
 ESCAPES = "\x1b]0;pwn\x07\x1b[2J\x9b31m\u202eabc\r\ud800"
 
@@ -144,12 +145,9 @@ def test_a_secret_in_any_spelling(spelt: str) -> None:
 
 
 def test_redaction_takes_linear_time() -> None:
-    import time
-
     for text in ("a" * 1_000_000, "a://" * 250_000, "?token" * 170_000, "a:b@" * 250_000, "/a" * 500_000):
-        began = time.process_time()
-        unplaced(redacted(text, {"GITHUB_PAT": "aaaaaaaaab"}))
-        assert time.process_time() - began < 5
+        with ends_soon():
+            unplaced(redacted(text, {"GITHUB_PAT": "aaaaaaaaab"}))
 
 
 def test_a_plan_refuses_a_secret_and_tells_none(

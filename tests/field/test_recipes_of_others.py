@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.picture_texts import exif_text
 from ldm.sampling.recipe import Recipe, read_recipe
 from ldm.sampling.webui_text import read_parameters
+from tests.ends_soon import ends_soon
 
 HIRES = (
     "a red circle\nNegative prompt: blurry\nSteps: 12, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 77, Size: 32x32, "
@@ -191,13 +191,8 @@ def test_the_page_tells_the_same() -> None:
     "piece", ["a-a-", "a: ", '"', 'a: "', 'a: "x" y, ', "\\", "<lora:", "<lora:a", ", ", "a:,", "Steps: 1, ", "\n", 'a: "\\"']
 )
 def test_long_texts_take_time_in_proportion(piece: str) -> None:
-    def seconds(count: int) -> float:
-        text = f"x\nSteps: 2, Seed: 1, Sampler: Euler, {piece * count}"
-        started = time.process_time()
-        read_parameters(text)
-        return time.process_time() - started
-
-    assert seconds(100_000) < 1.0
+    with ends_soon():
+        read_parameters(f"x\nSteps: 2, Seed: 1, Sampler: Euler, {piece * 500_000}")
 
 
 def test_a_recipe_of_ours_with_odd_values_is_one_line(tmp_path: Path) -> None:

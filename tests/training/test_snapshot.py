@@ -112,7 +112,7 @@ def test_what_is_copied_later_is_of_its_moment_and_is_waited_for() -> None:
     snapshot, writer, go = Snapshot(), BackgroundWriter(), threading.Event()
     taken = snapshot.take(groups, keep=True, later={("model", name) for name in kept if name != "now"})
     groups["model"]["now"].add_(1)
-    writer.start(lambda: (go.wait(5), snapshot.finish()))
+    writer.start(lambda: (go.wait(60), snapshot.finish()))
     threading.Timer(0.1, go.set).start()
     assert snapshot.wait() > 0 and snapshot.wait() == 0.0
     for value in groups["model"].values():
@@ -145,7 +145,7 @@ def test_the_writer_does_one_thing_at_a_time_and_tells_of_its_error_once() -> No
     writer.end()  # of nothing
 
     def work() -> None:
-        go.wait(5)
+        go.wait(60)
         raise OSError(errno.EIO, "broken")
 
     writer.start(work)
@@ -176,7 +176,7 @@ def test_weights_that_change_during_the_write_are_stored_as_they_were(tmp_path: 
     made, go = trainer(tmp_path), threading.Event()
     made._update(made.family, made.data.load(range(BATCH), range(BATCH), SIDE, 0, False))
     before = {name: value.clone() for name, value in made.family.state_dict().items()}
-    hold(monkeypatch, lambda: (go.wait(5), None)[1])
+    hold(monkeypatch, lambda: (go.wait(60), None)[1])
     made.states.save(1, must=False)
     with torch.no_grad():
         for buffer in made.family.buffers():  # these change in the next forward pass, the others after `still`

@@ -58,7 +58,7 @@ def test_a_slow_server_never_blocks_and_loses_points_only_there(slow: list[Slow]
     began = time.perf_counter()
     for number in range(1000):
         tracker.numbers("a", number, {"loss": 1.0})
-    assert time.perf_counter() - began < 30 and len(said) == 1 and "too slow" in said[0]
+    assert time.perf_counter() - began < 120 and len(said) == 1 and "too slow" in said[0]
     GO.set()
     tracker.close()
     assert 5 <= len(slow[0].got) <= 7 and slow[0].got[0] == 0
@@ -72,7 +72,7 @@ def test_a_server_that_hangs_at_the_end_is_left(slow: list[Slow]) -> None:
         tracker.numbers("a", number, {"loss": 1.0})
     began = time.perf_counter()
     tracker.close()
-    assert time.perf_counter() - began < 30 and said[-1].startswith("tracker: wandb did not end within 0.05 s")
+    assert time.perf_counter() - began < 120 and said[-1].startswith("tracker: wandb did not end within 0.05 s")
 
 
 def test_a_failure_is_told_once_without_its_secrets(slow: list[Slow]) -> None:
@@ -80,7 +80,7 @@ def test_a_failure_is_told_once_without_its_secrets(slow: list[Slow]) -> None:
     GO.set()
     tracker = trackers.Background("wandb", Path(), said.append)
     tracker.picture("a", 1, Path("x.png"))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not said and time.monotonic() < deadline:
         tracker.numbers("a", 1, {})
         time.sleep(0.01)
