@@ -90,20 +90,18 @@ class Measurement:
     def metrics(self, model: str, steps: int, sampler: str) -> list[Any]:
         """What is measured of a model, in order; with so many steps and this sampler, 0 and empty for the model's own."""
         from ldm.config.schema import build
-        from ldm.metrics.evaluator import (
-            Abilities,
-            Adherence,
-            Captions,
-            ClipScore,
-            Completion,
-            Diversity,
-            Frechet,
-            Language,
-            Layout,
-            Neighbours,
-            Reconstruction,
-            ToldViews,
-        )
+        from ldm.metrics.abilities import Abilities
+        from ldm.metrics.adherence import Adherence
+        from ldm.metrics.clip_score import ClipScore
+        from ldm.metrics.completion import Completion
+        from ldm.metrics.distances import Frechet
+        from ldm.metrics.diversity import Diversity
+        from ldm.metrics.language import Language
+        from ldm.metrics.layout import Layout
+        from ldm.metrics.neighbours import Neighbours
+        from ldm.metrics.reconstruction import Reconstruction
+        from ldm.metrics.told import ToldViews
+        from ldm.metrics.written import Captions
 
         found: list[Any] = [
             Reconstruction(images=self.images),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
+from ldm.config.schema import Count, NonNegative, Positive, config
 from ldm.data.scenes.captions import Phrase, Target, reword, say, stated
 from ldm.data.scenes.source import prompts
 from ldm.data.scenes.spec import COLOURS, SHAPES, TIERS, TierName, addresses
+from ldm.metrics import adherence
+from ldm.metrics.bench import Bench, Values, floats
 
 DROPPED = 0.5  # share of facts that partial prompts leave open
 EVERY = (1 << 63) - 1  # every word that has a synonym
@@ -91,3 +95,46 @@ def otherwise(targets: Sequence[Target]) -> list[str]:
 
 def _one(phrase: Phrase) -> Target:
     return Target((phrase,))
+
+
+@config
+class Abilities:
+    """Which abilities a model has: prompts of one kind each, every one read by the scenes' exact checker."""
+
+    kind: Literal["abilities"] = "abilities"
+    tier: TierName  # whose words and scenes
+    prompts: Positive = 24  # of each ability
+    guidance: NonNegative = 0.0  # 0: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    size: Count = 0  # px; 0: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return ("mean", *names(self.tier))
+
+    def run(self, bench: Bench) -> Values:
+        """The share of prompts whose every stated fact holds, by ability, the mean of them, and intervals."""
+        wanted = bench.wanted(self)
+        size = (self.size, self.size) if self.size else None
+        groups = asked(self.tier, self.prompts, self.seed)
+        found: Values = {}
+        for number, (name, group) in enumerate(groups.items()):
+
+            def on_step(step: int, steps: int, base: int = number * self.prompts, name: str = name) -> None:
+                bench.progress(base + self.prompts * step // steps, len(groups) * self.prompts, name.replace("_", " "))
+
+            seeds = [self.seed * 1_000_003 + i for i in range(self.prompts)]
+            images = bench.model.sample(group.text, seeds, wanted, size=size, on_step=on_step)
+            scores = adherence.score(images.numpy(), group.targets)
+            found[name] = adherence.summary({name: scores[group.score]})[name]
+            bench.show(f"abilities-{name}-{images.shape[1]}", floats(images[:8]), 8, group.text[:8])
+        used = bench.model.settings(wanted)
+        protocol = {"tier": self.tier, "prompts": self.prompts, **bench.used(wanted)}
+        protocol |= {"spacing": used.spacing, "seed": self.seed, "size": self.size or bench.model.defaults["size"][0]}
+        shares = {name: round(value.mean, 4) for name, value in found.items()}
+        mean = round(sum(shares.values()) / len(shares), 4)
+        return {"mean": mean, **shares, "by_ability": {name: value.to_dict() for name, value in found.items()}, "protocol": protocol}

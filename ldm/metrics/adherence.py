@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, NonNegative, Positive, config
 from ldm.data.scenes.captions import Target
 from ldm.data.scenes.checker import Reading, read
 from ldm.data.scenes.geometry import relation_of
+from ldm.data.scenes.render import render, to_bytes
+from ldm.data.scenes.source import prompts
+from ldm.data.scenes.spec import TierName, pairs_of
+from ldm.metrics import shapes
+from ldm.metrics.bench import Bench, Values, floats
 
 ATTRIBUTES = ("colour", "shape", "size", "cell", "fill")
 WEIGHTS = np.array([0.9999, 1.01, 0.999, 1.0, 1.0])  # of agreeing facts in the match: one each, but for ties
@@ -129,3 +137,89 @@ def summary(scores: Mapping[str, NDArray[np.float64]], seed: int = 0, resamples:
         low, high = np.percentile(means, (2.5, 97.5))
         out[name] = Interval(float(values[known].mean()), float(low), float(high), int(known.sum()))
     return out
+
+
+@config
+class Adherence:
+    """Whether pictures show what their prompts state, read by the scenes' exact checker."""
+
+    kind: Literal["adherence"] = "adherence"
+    tier: TierName  # whose prompts
+    prompts: Positive = 100  # with colour-shape pairs seen in training, and as many with held-out pairs
+    guidance: tuple[NonNegative, ...] = ()  # guidance scales that are compared; none: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    size: Count = 0  # px; 0: the model's own
+    seed: Count = 0  # of prompts and pictures
+    pairs: tuple[str, ...] = ()  # as many prompts more with these colour-shape pairs alone, as in [cyan cross, blue ring]: chosen.bind
+
+    asks = "sample"  # of the model
+
+    def __post_init__(self) -> None:
+        try:
+            pairs_of(self.pairs)
+        except ValueError as error:
+            raise UserError(f"pairs: {error}") from None
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        groups = ("seen", "held_out", *(("chosen",) if self.pairs else ()))
+        outlines = tuple(f"shapes.{pairs}.{name}" for pairs in (*groups, "ideal") for name in ("iou", "iou_worst"))
+        return (*(f"{pairs}.{name}" for pairs in groups for name in METRICS), *outlines)
+
+    def run(self, bench: Bench) -> Values:
+        """Means by attribute and the quality of shapes at the first guidance scale, all with intervals, and the checker's own score."""
+        groups = {pairs: prompts(self.tier, self.prompts, self.seed, pairs) for pairs in ("seen", "held-out")}
+        if self.pairs:
+            groups["chosen"] = prompts(self.tier, self.prompts, self.seed, "seen", self.pairs)
+        own = replace(bench.asked, steps=self.steps or None, sampler=self.sampler or None)
+        scales = self.guidance or (bench.model.settings().guidance,)
+        size = (self.size, self.size) if self.size else None
+        intervals: Values = {}
+        outlines: Values = {}
+        total, done = len(groups) * self.prompts * len(scales), 0
+        for scale in scales:
+            per_pairs: Values = {}
+            for pairs, asked in groups.items():
+                seeds = [self.seed * 1_000_003 + i for i in range(len(asked))]
+
+                def on_step(step: int, steps: int, base: int = done, many: int = len(asked), scale: float = scale) -> None:
+                    bench.progress(base + many * step // steps, total, f"guidance {scale:g}")
+
+                images = bench.model.sample(asked.text, seeds, replace(own, guidance=scale), size=size, on_step=on_step)
+                done += len(asked)
+                reading = read(images.numpy())
+                scores = grade(reading, asked.targets)
+                per_pairs[pairs] = {name: value.to_dict() for name, value in summary(scores).items()}
+                if scale == scales[0]:
+                    outlines[pairs.replace("-", "_")] = shapes.summary(shapes.overlaps(images.numpy(), reading))
+                    shown = f"adherence-{pairs}-{images.shape[1]}"  # another size's pictures may stand beside them
+                    bench.show(shown, floats(images[:32]), 8, asked.text[:32])
+            intervals[f"{scale:g}"] = per_pairs
+        first = intervals[f"{scales[0]:g}"]
+        means = {pairs.replace("-", "_"): {k: round(v["mean"], 4) for k, v in found.items()} for pairs, found in first.items()}
+        used = bench.model.settings(replace(own, guidance=scales[0]))
+        protocol = {
+            "tier": self.tier,
+            "prompts": self.prompts,
+            "guidance": list(scales),
+            "steps": used.steps,
+            "sampler": used.sampler,
+            "spacing": used.spacing,
+            "seed": self.seed,
+            "size": self.size or bench.model.defaults["size"][0],
+            **bench.besides(),
+            "intervals": "95 % bootstrap over prompts, 1000 resamples",
+        }
+        best, outlines["ideal"] = self._checker(groups, protocol["size"])
+        return {**means, "intervals": intervals, "shapes": outlines, "checker": best, "protocol": protocol}
+
+    def _checker(self, groups: Any, size: int) -> tuple[Values, Values]:
+        """The checker's score and the shapes of perfect answers, drawn at the size that is measured: nothing can score more."""
+        found, overlaps = {}, []
+        for pairs, asked in groups.items():
+            images = to_bytes(render(asked.specs, size))
+            reading = read(images)
+            found[pairs.replace("-", "_")] = round(float(grade(reading, asked.targets)["bind"].mean()), 4)
+            overlaps.append(shapes.overlaps(images, reading))
+        return found, dict(shapes.summary(np.concatenate(overlaps)))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, NonNegative, Positive, config
+from ldm.data.pictures import to_uint8
 from ldm.data.scenes.geometry import HALF_HEIGHT
+from ldm.data.scenes.source import Scenes
 from ldm.data.scenes.spec import Specs
+from ldm.metrics import adherence
+from ldm.metrics.bench import Bench, Values, floats
 
 LEAST = 0.25  # share of an object's height that must be shown for its facts to be known
 
@@ -38,3 +47,59 @@ def error(made: Tensor, true: Tensor) -> float:
     low = made.shape[1] // 2
     away = (made[:, low:].double() - true[:, low:].double()).square().mean() / 255**2
     return float(-10 * torch.log10(away.clamp_min(1e-10)))
+
+
+@config
+class Completion:
+    """Whether pictures of held-out images are completed of their upper half alone: what is right of a scene that the half tells.
+
+    Of scenes those count of whose objects a quarter of the height at least is shown; `cut` is `bind` of those of which as much is hidden,
+    and `grey` the same where the lower half is filled with grey.
+    """
+
+    kind: Literal["completion"] = "completion"
+    images: Positive = 200  # validation images
+    caption: Literal["empty", "whole"] = "empty"  # what a model that reads prompts is told besides
+    guidance: NonNegative = 0.0  # 0: the model's own
+    steps: Count = 0  # denoising steps; 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of pictures
+
+    asks = "complete"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result; what the checker reads only on scenes."""
+        return ("psnr", *(("bind", "colour", "shape", "cell", "count", "bg", "cut", "grey") if scenes else ()))
+
+    def run(self, bench: Bench) -> Values:
+        """PSNR of the hidden half, and means over scenes."""
+        size, wanted = bench.model.defaults["size"], bench.wanted(self)
+        real = replace(bench, resolution=size[0]).real(self.images)
+        true = to_uint8(real.image)
+        count, mask = len(true), hidden(size[0], size[1])
+        captions = list(real.caption) if self.caption == "whole" else [""] * count
+        made = bench.model.sample(
+            captions,
+            [self.seed * 1_000_003 + i for i in range(count)],
+            wanted,
+            size=size,
+            edits=bench.model.edits(true, mask),
+            on_step=lambda done, total: bench.progress(done, total, "completion"),
+        )
+        bench.show("completion", floats(torch.stack([torch.where(mask[..., None], 128, true), made], 1).flatten(0, 1)[:64]), 8)
+        found: Values = {"psnr": round(error(made, true), 3)}
+        counted = {}
+        if isinstance(bench.data, Scenes):
+            index = np.arange(count)
+            told, cut = tellable(bench.data.specs(index))
+            grey = torch.where(mask[..., None], 128, true).to(torch.uint8)
+            for name, images, rows in (("", made, told), ("cut", made, cut), ("grey", grey, cut)):
+                if not rows.any():
+                    raise UserError(f"completion: none of {count} scenes can be told of its upper half; give it more images")
+                scores = adherence.summary(adherence.score(images[rows].numpy(), bench.data.targets(index[rows].tolist())))
+                if name:
+                    found[name] = round(scores["bind"].mean, 4)
+                else:
+                    found |= {one: round(scores[one].mean, 4) for one in self.names(True) if one in scores}
+            counted = {"told": int(told.sum()), "cut": int(cut.sum())}
+        return {**found, "protocol": {"images": count, "caption": self.caption, "seed": self.seed, **counted} | bench.used(wanted)}

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm.data.scenes.checker import Reading, colours
+from ldm.config.schema import Count, NonNegative, Positive, config
+from ldm.data.scenes.captions import Target, say
+from ldm.data.scenes.checker import WORK, Reading, colours, read
 from ldm.data.scenes.geometry import HALF_HEIGHT, HALF_WIDTH
 from ldm.data.scenes.render import render, to_bytes
-from ldm.data.scenes.spec import TONES, Specs
+from ldm.data.scenes.source import prompts
+from ldm.data.scenes.spec import TONES, Specs, TierName
 from ldm.data.scenes.views import KINDS, SceneViews
 from ldm.data.views import from_picture, parted
 from ldm.diffusion.batch import View
 from ldm.diffusion.rng import Rng
+from ldm.metrics import adherence
+from ldm.metrics.bench import Bench, Values, floats
 
 FOUND = 0.5  # overlap of a box from which on its object counts as found
 
@@ -69,3 +77,57 @@ def iou(a: tuple[float, float, float, float], b: tuple[float, float, float, floa
     wide, high = (max(0.0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     return wide * high / max(sum(areas) - wide * high, 1e-12)
+
+
+@config
+class Grounding:
+    """Whether pictures of scenes show what views tell, read by the exact checker; nothing else need say it."""
+
+    kind: Literal["grounding"] = "grounding"
+    tier: TierName  # whose scenes
+    prompts: Positive = 100  # with colour-shape pairs seen in training, and as many with held-out pairs
+    views: tuple[str, ...] = ()  # that are told; none: all that the model reads and the scenes have
+    caption: Literal["whole", "placeless", "empty"] = "placeless"  # all of it; without places and relations; nothing
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of prompts and pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        return tuple(f"{pairs}.{name}" for pairs in ("seen", "held_out") for name in ("recall", "overlap", "labels", *adherence.METRICS))
+
+    def run(self, bench: Bench) -> Values:
+        """Objects found in their boxes (recall), mean overlap of boxes, overlap of labels, and adherence."""
+        names = self.views or tuple(name for name in bench.model.told if name.partition(":")[0] in KINDS)
+        wanted, size = bench.wanted(self), bench.model.defaults["size"]
+        found: Values = {}
+        for pairs in ("seen", "held-out"):
+            asked = prompts(self.tier, self.prompts, self.seed, pairs)
+            seeds = [self.seed * 1_000_003 + i for i in range(len(asked))]
+            edits = bench.model.tell(exact(asked.specs, names, size[0], self.seed), {}, size) if names else ()
+            texts = [_less(text, target, self.caption) for text, target in zip(asked.text, asked.targets, strict=True)]
+            images = bench.model.sample(texts, seeds, wanted, edits=edits, on_step=lambda i, n, pairs=pairs: bench.progress(i, n, pairs))
+            reading = read(images.numpy())
+            recall, overlap = grounded(asked.specs, reading)
+            labels = exact(asked.specs, ("labels",), min(size[0], WORK), self.seed)["labels"]
+            scores = adherence.summary(adherence.grade(reading, asked.targets))
+            found[pairs.replace("-", "_")] = {
+                "recall": round(float(recall.mean()), 4),
+                "overlap": round(float(overlap.mean()), 4),
+                "labels": round(labelled(images.numpy(), np.asarray(labels)), 4),
+                **{name: round(value.mean, 4) for name, value in scores.items()},
+            }
+            bench.show(f"grounding-{pairs}", floats(images[:32]), 8, texts[:32])
+        protocol = {"tier": self.tier, "prompts": self.prompts, "views": list(names), "caption": self.caption, "seed": self.seed}
+        return {**found, "protocol": protocol | bench.used(wanted)}
+
+
+def _less(text: str, target: Target, caption: str) -> str:
+    """A caption, without places and relations or empty where that is asked."""
+    if caption == "whole":
+        return text
+    silent = tuple(replace(phrase, cell=-1) for phrase in target.phrases)
+    return "" if caption == "empty" else say(replace(target, phrases=silent, relation=-1))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config.errors import UserError
+from ldm.config.schema import Count, NonNegative, Positive, config
+from ldm.data.dataset import asked as viewed
+from ldm.data.scenes.checker import read
+from ldm.data.scenes.source import Scenes
 from ldm.data.views import ANY, ViewKind, from_picture, parted
 from ldm.diffusion.batch import View
 from ldm.diffusion.rng import Rng
+from ldm.metrics import adherence
+from ldm.metrics.bench import Bench, Values, floats
 
 
 def error(drawn: Tensor, name: str, told: View, kind: ViewKind) -> float | None:
@@ -52,3 +62,58 @@ def bits(colour: NDArray[np.int64]) -> float:
     _, counts = np.unique(colour, return_counts=True)
     shares = counts / counts.sum() if len(counts) else np.zeros(0)
     return float(-(shares * np.log2(shares)).sum())
+
+
+@config
+class ToldViews:
+    """Whether pictures agree with the views that the model is told of validation images: the same views taken of what it draws.
+
+    On scenes also what the checker reads, and the entropy of colours, which tells whether a model that is told no colour varies it.
+    """
+
+    kind: Literal["told"] = "told"
+    images: Positive = 64  # validation images whose views are told
+    views: tuple[str, ...] = ()  # those that are told; none: all that the model reads
+    captions: bool = True  # tell the images' captions, too
+    steps: Count = 0  # denoising steps; 0: the model's own
+    guidance: NonNegative = 0.0  # 0: the model's own
+    sampler: str = ""  # empty: the model's own
+    seed: Count = 0  # of the pictures
+
+    asks = "sample"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result; what the checker reads only on scenes."""
+        return ("error", *(f"errors.{view}" for view in self.views), *((*adherence.METRICS, "colour_bits") if scenes else ()))
+
+    def run(self, bench: Bench) -> Values:
+        """The mean difference of views told and drawn, by view."""
+        reads = bench.model.told
+        views = self.views or tuple(reads)
+        if not reads:
+            raise UserError("told: this model reads no views of pictures; leave it out")
+        if unknown := [view for view in views if view not in reads]:
+            raise UserError(f"told: {', '.join(unknown)} is no view that this model reads; it reads {', '.join(reads)}")
+        if bench.data is None:
+            raise UserError("told: needs images whose views are told: give --on scenes or --on folder")
+        real = replace(bench, data=viewed(bench.data, views)).real(self.images)
+        many, side = len(real.image), bench.resolution
+        wanted, captions = bench.wanted(self), real.caption if self.captions else ("",) * many
+        edits = bench.model.tell(real.views, {}, (side, side))
+        seeds = [self.seed * 1_000_003 + i for i in range(many)]
+
+        def on_step(done: int, total: int) -> None:
+            bench.progress(done, total, "told")
+
+        images = bench.model.sample(captions, seeds, wanted, size=(side, side), edits=edits, on_step=on_step)
+        each = {view: error(images, view, real.views[view], reads[view]) for view in views}
+        errors = {view: round(value, 5) for view, value in each.items() if value is not None}
+        found: Values = {"error": round(sum(errors.values()) / len(errors), 5)} if errors else {}
+        if isinstance(bench.data, Scenes):
+            reading = read(images.numpy())
+            scores = adherence.grade(reading, bench.data.targets(range(many)))
+            found |= {name: round(value.mean, 4) for name, value in adherence.summary(scores).items()}
+            found["colour_bits"] = round(bits(reading.colour), 3)
+        bench.show("told", torch.stack([real.image[:16], floats(images[:16])], 1).flatten(0, 1), 8, captions[:16])
+        protocol = {"images": many, "views": list(views), "captions": self.captions, "resolution": side, **bench.used(wanted)}
+        return {**found, "errors": errors, "protocol": protocol}

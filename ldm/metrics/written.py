@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
+from ldm.config.schema import Count, Positive, config
 from ldm.data.scenes.captions import Target, parse
+from ldm.data.scenes.source import Scenes
+from ldm.metrics import translation
 from ldm.metrics.adherence import ATTRIBUTES, matched
+from ldm.metrics.bench import Bench, Values
 
 
 def facts(found: Target | None, wanted: Target) -> tuple[int, int, int]:
@@ -55,3 +61,40 @@ def words_agree(captions: Sequence[str], wanted: Sequence[str]) -> float:
                 left.remove(word)
         both, said, true = both + len(b) - len(left), said + len(a), true + len(b)
     return round(2 * both / max(said + true, 1), 4)
+
+
+@config
+class Captions:
+    """Whether written captions say what held-out pictures show."""
+
+    kind: Literal["captions"] = "captions"
+    images: Positive = 200  # pictures; of scenes as many again with held-out colour-shape pairs
+    seed: Count = 0  # of what is drawn at random, at a temperature above 0
+
+    asks = "caption"  # of the model
+
+    def names(self, scenes: bool) -> tuple[str, ...]:
+        """The plain values of the result."""
+        own = ("f1", "precision", "recall", "exact")
+        return ("words_f1", *own, *(f"held_out_{name}" for name in own), "shuffled_f1") if scenes else ("words_f1",)
+
+    def run(self, bench: Bench) -> Values:
+        """F1 of words against the first caption; of scenes also of facts, read by the grammar, and what shuffled captions would have."""
+        found: Values = {}
+        other = translation.held_out(bench.data, ())
+        for name, data in (("", bench.data), ("held_out_", other)):
+            if data is None and name:
+                continue
+            index = list(range(min(self.images, len(data)))) if data is not None else []
+            real = replace(bench, data=data).real(self.images)
+            said = bench.model.captions(real.image, [self.seed + i for i in index])
+            bench.progress(len(index), len(index), "captions")
+            if not name:
+                found["words_f1"] = words_agree(said, [rows[0] for rows in data.all_captions(index)] if data is not None else [])
+                bench.show("captions", real.image[:32], 8, said[:32])
+            if isinstance(data, Scenes):
+                targets = data.targets(index)
+                found |= {f"{name}{key}": value for key, value in facts_agree(said, targets).items()}
+                if not name:
+                    found["shuffled_f1"] = facts_agree(said[1:] + said[:1], targets)["f1"]
+        return {**found, "protocol": {"images": self.images, "temperature": bench.model.settings().temperature, "seed": self.seed}}

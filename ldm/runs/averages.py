@@ -21,7 +21,8 @@ from ldm.distributed.processes import Learners
 from ldm.families.family import Product
 from ldm.formats import atomic
 from ldm.formats.tensor_file import read_tensors
-from ldm.metrics.evaluator import Adherence, Bench
+from ldm.metrics.adherence import Adherence
+from ldm.metrics.bench import Bench
 from ldm.runs import pretrained
 from ldm.runs.execution import Execution
 from ldm.runs.keys import finished

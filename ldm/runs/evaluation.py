@@ -32,7 +32,8 @@ def measure(
         train: what the model learned from, or None.
         asked: a `Wanted`, how pictures are drawn where a metric does not say it; None: as the model says.
     """
-    from ldm.metrics.evaluator import Bench, check_weights
+    from ldm.metrics.bench import Bench
+    from ldm.metrics.evaluator import check_weights
 
     check_weights(metrics)
 

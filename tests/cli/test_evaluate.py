@@ -21,8 +21,11 @@ from ldm.cli.evaluate import main
 from ldm.config.errors import UserError
 from ldm.data.pictures import to_uint8
 from ldm.data.scenes.source import ScenesSource
-from ldm.metrics.evaluator import Adherence, Frechet, Neighbours, Reconstruction
+from ldm.metrics.adherence import Adherence
+from ldm.metrics.distances import Frechet
 from ldm.metrics.extractors import OwnFeatures, nearest
+from ldm.metrics.neighbours import Neighbours
+from ldm.metrics.reconstruction import Reconstruction
 from ldm.runs.evaluation import measure
 from ldm.runs.neighbours_page import neighbours_page
 from ldm.runs.report_metrics import measurements

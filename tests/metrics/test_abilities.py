@@ -16,8 +16,9 @@ from ldm.config.schema import build
 from ldm.data.scenes.captions import Target, parse, say
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.spec import PAIR_DEV, PAIR_TEST, SEEN, SIDE, Specs
-from ldm.metrics.abilities import asked, otherwise
-from ldm.metrics.evaluator import Abilities, Bench, Evaluator
+from ldm.metrics.abilities import Abilities, asked, otherwise
+from ldm.metrics.bench import Bench
+from ldm.metrics.evaluator import Evaluator
 
 WITHHELD = set(PAIR_DEV + PAIR_TEST)
 PLACES = {0: (3, 5), 1: (5, 3), 2: (1, 7), 3: (7, 1), -1: (0, 8, 2, 6)}  # cells of objects by relation

@@ -14,7 +14,8 @@ from ldm.data.pictures import to_uint8
 from ldm.data.scenes.source import ScenesSource
 from ldm.families.draws import DIRECT
 from ldm.metrics import completion
-from ldm.metrics.evaluator import Bench, Completion
+from ldm.metrics.bench import Bench
+from ldm.metrics.completion import Completion
 
 SIDE = 32
 DATA = ScenesSource(tier="one", images=4, val=48, captions=1).build("val")

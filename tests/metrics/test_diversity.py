@@ -13,7 +13,8 @@ from ldm.config.errors import UserError
 from ldm.data.scenes.source import prompts
 from ldm.families.draws import DIRECT
 from ldm.metrics import adherence, diversity
-from ldm.metrics.evaluator import Bench, Diversity
+from ldm.metrics.bench import Bench
+from ldm.metrics.diversity import Diversity
 
 
 @pytest.mark.parametrize("tier", ["one", "T0"])

@@ -17,8 +17,11 @@ from ldm.config.schema import build
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import ScenesSource, prompts
 from ldm.data.scenes.spec import COLOURS, PAIR_DEV, PAIR_TEST, SHAPES
-from ldm.metrics.adherence import METRICS, score
-from ldm.metrics.evaluator import Adherence, Bench, Evaluator, Frechet, Reconstruction
+from ldm.metrics.adherence import METRICS, Adherence, score
+from ldm.metrics.bench import Bench
+from ldm.metrics.distances import Frechet
+from ldm.metrics.evaluator import Evaluator
+from ldm.metrics.reconstruction import Reconstruction
 
 HELD_OUT = tuple(f"{COLOURS[c]} {SHAPES[s]}" for c, s in PAIR_DEV + PAIR_TEST)
 

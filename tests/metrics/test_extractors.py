@@ -15,7 +15,10 @@ from torch import Tensor
 from ldm.config.errors import UserError
 from ldm.config.schema import build
 from ldm.data.scenes.source import ScenesSource
-from ldm.metrics.evaluator import Bench, ClipScore, Evaluator, Frechet
+from ldm.metrics.bench import Bench
+from ldm.metrics.clip_score import ClipScore
+from ldm.metrics.distances import Frechet
+from ldm.metrics.evaluator import Evaluator
 from ldm.metrics.extractors import (
     Features,
     Inception,

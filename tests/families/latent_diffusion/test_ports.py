@@ -24,8 +24,8 @@ from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusio
 from ldm.families.latent_diffusion.ports import Adapter, Concat, Cross, Gated, Residual, as_picture, learned_of
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.formats.part import load_weights
-from ldm.metrics.evaluator import Bench, Grounding
-from ldm.metrics.grounding import iou
+from ldm.metrics.bench import Bench
+from ldm.metrics.grounding import Grounding, iou
 from ldm.training.settings import Train
 
 PORTS = {
