@@ -107,8 +107,7 @@ class HeldOutLoss:
         if self.whole or self.processes.main:
             for kind, (data, chunks) in enumerate(self._kinds):
                 for number in range(turn, len(chunks), turns):
-                    with torch.no_grad(), autocast():
-                        found += self._one(kind, number, data, chunks[number])
+                    found += self._one(kind, number, data, chunks[number], autocast)
         found = sorted(self.processes.gather(found))
         if not self.processes.main:
             return None
@@ -118,17 +117,23 @@ class HeldOutLoss:
         means = [tuple(float(values[bins == b].mean()) for b in range(BINS)) for values in (sigma, *losses)]
         return LossByLevel(self.samples, *means)
 
-    def _one(self, kind: int, number: int, data: Any, chunk: list[Drawn]) -> Iterator[tuple[int, int, int, float, float]]:
+    @torch.no_grad()
+    def _one(
+        self, kind: int, number: int, data: Any, chunk: list[Drawn], autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Iterator[tuple[int, int, int, float, float]]:
         numbers = [one.number for one in chunk]
         batch: Any = self._known.get((kind, number))
         if batch is None:
             batch = loaded(data, [one.index for one in chunk], numbers, chunk[0].shape, self.seed, False)
             batch = batch.to(self.processes.device)
-            if (known := self.family.known(batch)) is not None:
+            with autocast():
+                known = self.family.known(batch)
+            if known is not None:
                 batch = self._known[kind, number] = known.to("cpu")
         rng = Rng(self.seed, numbers)
         bins = [k % BINS for k in numbers]
         level = (torch.tensor(bins) + rng.uniform("level")) / BINS
-        loss, sigma = self.family.loss_at(batch.to(self.processes.device), rng, level)
+        with autocast():
+            loss, sigma = self.family.loss_at(batch.to(self.processes.device), rng, level)
         rows = zip(numbers, bins, sigma.tolist(), loss.tolist(), strict=True)
         return ((kind, *row) for row in rows)

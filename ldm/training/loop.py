@@ -373,13 +373,14 @@ class Trainer:
         if not count:
             return
         pictures = None
-        with self._averaged(), self._autocast():
+        with self._averaged():
             if self.processes.main:
                 index = [number % len(held_out) for number in range(count)]
                 batch = held_out.load(index, index, self.stage.resolution, 0, False).to(self.device)
                 if self.stage.prompts:
                     batch = replace(batch, caption=self.stage.prompts[:count])
-                pictures = self.family.preview(batch, seed=0)
+                with self._autocast():
+                    pictures = self.family.preview(batch, seed=0)
         if pictures is None:
             return
         path = self.folder / "samples" / f"{self.step * self.stage.batch:09d}.png"

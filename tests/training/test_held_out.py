@@ -90,6 +90,27 @@ def test_it_is_the_mean_weighted_error_at_the_levels(tmp_path: Path, products: d
     assert list(found.sigma) == sorted(found.sigma)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_pictures_are_loaded_outside_of_autocast(tmp_path: Path, products: dict[str, Product], kind: torch.dtype) -> None:
+    class Stored(HeldOut):
+        """Rows joined in half precision, as cached latents are; autocast to another half type refuses to join them."""
+
+        def load(self, *arguments: Any) -> Any:
+            """As `Pictures.load`."""
+            assert not torch.is_autocast_enabled("cpu")
+            torch.stack([torch.zeros(2, dtype=half) for half in (torch.float16,) * 3])
+            return super().load(*arguments)
+
+    made = trainer(tmp_path, products)
+    made.family.eval()
+    seen = HeldOutLoss(
+        made.family, Stored(30), Stored(5), stage=replace(made.stage, held_out=8), seed=3, own=0, processes=made.processes, whole=True
+    )
+    found = seen.measure(lambda: torch.autocast("cpu", kind))
+    exact = measuring(made, 8).measure(nullcontext)
+    assert found is not None and exact is not None and found.held_out == pytest.approx(exact.held_out, rel=0.1)
+
+
 def test_training_learns_the_same_bits(tmp_path: Path, products: dict[str, Product]) -> None:
     trainer(tmp_path / "a", products, held_out=0).run()
     result = trainer(tmp_path / "b", products, held_out=16, held_out_every_images=12).run()
