@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ldm.config.errors import UserError
 from ldm.diffusion.process import Process
-from ldm.families.latent_diffusion.family import defaults_of, process_of
+from ldm.families.latent_diffusion.folder import defaults_of, process_of
 from ldm.formats import integrity, pickles
 from ldm.formats.clip_folder import load_tower
 from ldm.formats.denoiser_folder import read_denoiser

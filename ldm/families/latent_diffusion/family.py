@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.foreign import short
-from ldm.config.schema import Fraction, Positive, build, config, plain
+from ldm.config.schema import Fraction, Positive, config, plain
 from ldm.data.dataset import offered
 from ldm.data.views import EMBEDDING, ViewKind, parted
 from ldm.diffusion import learned_variance
@@ -23,7 +22,6 @@ from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Nois
 from ldm.diffusion.learned_variance import LearnedVariance
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
-from ldm.diffusion.schedules import DISTILLED
 from ldm.diffusion.thresholding import RATIO
 from ldm.families.chain import within
 from ldm.families.draws import AFTER, BEFORE, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
@@ -31,11 +29,12 @@ from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, 
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
 from ldm.families.latent_diffusion.conditions import Condition, Read
-from ldm.families.latent_diffusion.distillation import SAMPLER, STEPS, Consistency, errors
+from ldm.families.latent_diffusion.distillation import SAMPLER, Consistency, errors
 from ldm.families.latent_diffusion.edits import all_new, from_inverted, from_picture, wants_mask
 from ldm.families.latent_diffusion.engine import Defaults, Edit, Engine, choose, stay, warn, watching
 from ldm.families.latent_diffusion.export import exported
 from ldm.families.latent_diffusion.fine_tuning import KEPT, MERGED, Adaptable, LowRank
+from ldm.families.latent_diffusion.folder import continued_network, defaults_of, fits, process_of, variance_of
 from ldm.families.latent_diffusion.inpainting import Inpainting, channels, masks, told
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
 from ldm.families.latent_diffusion.offload import rest
@@ -55,13 +54,12 @@ from ldm.formats.integrity import check
 from ldm.formats.latent_codec import AUTOENCODERS, LatentCodec, autoencoder_folder, full, load_codec, pixels
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
-from ldm.formats.part import AGAIN, PARTS, content_hash, read_json, save_part
+from ldm.formats.part import PARTS, content_hash, read_json, save_part
 from ldm.formats.single_file import open_single
 from ldm.models import cost, denoiser
 from ldm.models.conditioned import Conditioned, base_of
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
-from ldm.models.unet import UNetConfig
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
@@ -411,7 +409,7 @@ class LatentDiffusion(ModelConfig):
         if context.init is None:
             built = conditions.conditioned(network.build(), reads, beside)
         else:
-            built = _continue(context.init, network, codec, reads, beside)
+            built = continued_network(context.init, network, codec, reads, beside)
         if self.learn == "new":
             base_of(built).requires_grad_(False)
             for weight in learned_of(base_of(built), (read.condition.port for read in reads)):
@@ -426,33 +424,8 @@ class LatentDiffusion(ModelConfig):
         if self.adapt is None:
             return family
         if (init := context.init) is not None:
-            family.anew = lambda: _continue(init, network, codec, (), beside)
+            family.anew = lambda: continued_network(init, network, codec, (), beside)
         return adapted(self.adapt, family, context)
-
-
-def _continue(
-    init: Product, network: denoiser.Network, codec: LatentCodec, reads: Sequence[Read], beside: conditions.Shape
-) -> denoiser.Denoiser:
-    record = read_record(init.folder)
-    if record.get("autoencoder") not in (None, codec.hash):
-        raise UserError(
-            f"{init.folder}: this UNet was trained on the latents of another autoencoder "
-            f"({record['autoencoder'][:12]}, not {codec.hash[:12]}); train it anew or bring that autoencoder"
-        )
-    theirs = read_denoiser(init.folder)
-    had = conditions.reads_of(record, init.folder / RECORD)
-    if list(had) != list(reads[: len(had)]):
-        told = ", ".join(f"{{view: {read.view}, port: {read.condition.port.kind}}}" for read in had)
-        raise UserError(f"init: {init.folder} was trained with the conditions [{told}]; name these first, as they are, then further ones")
-    wide = theirs.in_channels < network.in_channels and (theirs.in_channels == codec.channels or bool(had))
-    like = replace(network, in_channels=theirs.in_channels) if wide else network
-    if isinstance(like, UNetConfig) and isinstance(theirs, UNetConfig):  # what ports bring
-        like = replace(like, gated=theirs.gated, class_embedding=theirs.class_embedding, class_width=theirs.class_width)
-    shape = denoiser.continued(like, theirs)  # dropout and the like are this configuration's
-    if shape.to_diffusers() != like.to_diffusers():
-        raise UserError(f"{init.folder}: the UNet to continue has another shape than diffusion.network; make them equal")
-    found, _ = load_denoiser(init.folder, like)
-    return conditions.conditioned(found.widened(network.in_channels) if wide else found, reads, beside, record, init.folder)
 
 
 class LatentDiffusionFamily(Adaptable, Prompted):
@@ -905,39 +878,6 @@ def _load(root: Path, device: str | torch.device, low_memory: bool) -> LatentDif
     return family.eval()
 
 
-def fits(network: denoiser.Network, text: TextEncoder, where: Path) -> None:
-    """Refuse a text encoder whose states are not as wide as a network expects.
-
-    Raises:
-        UserError: naming both widths.
-    """
-    if text.width != network.context_width:
-        raise UserError(f"{where}: the text encoder is {text.width} wide, but the UNet expects {network.context_width}")
-    if network.reads_pooled and text.pooled_width != network.pooled_width:
-        said = f"the text encoder's pooled state is {text.pooled_width} wide, but the UNet expects {network.pooled_width}"
-        raise UserError(f"{where}: {said}; a refiner, which is told an aesthetic score, is not known here")
-
-
-def process_of(root: Path) -> Process:
-    """The noise schedule and the target of a model folder, from its scheduler's configuration, and its offset noise, where ldm.json tells.
-
-    Raises:
-        UserError: naming the file and the value that is not known here.
-    """
-    file = root / "scheduler" / "scheduler_config.json"
-    values = read_json(file)
-    offset = read_record(root).get("offset_noise")
-    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int | float) or not 0 <= offset < float("inf")):
-        raise UserError(f"{root / RECORD}: offset_noise: got {offset!r}, not a number from 0 on; {AGAIN}")
-    return replace(Process.from_scheduler_config(values, str(file)), offset_noise=offset)
-
-
-def variance_of(root: Path) -> LearnedVariance | None:
-    """Whether the network of a model folder says the variance of ddpm's steps, by its scheduler's configuration."""
-    said = read_json(root / "scheduler" / "scheduler_config.json").get("variance_type")
-    return LearnedVariance() if said == "learned_range" else None
-
-
 def pixel_scheduling(config: LatentDiffusion, bound: float | None) -> dict[str, Any]:
     """What scheduler_config.json of a model in pixels says more, as IFPipeline reads it; of one in latents nothing."""
     if bound is None or config.distill is not None or learned_variance.flows(config.process):
@@ -952,17 +892,3 @@ def pixel_scheduling(config: LatentDiffusion, bound: float | None) -> dict[str, 
         "dynamic_thresholding_ratio": RATIO,
         "sample_max_value": 1000.0,  # above it diffusers would cut; Imagen does not
     }
-
-
-def defaults_of(record: dict[str, Any], root: Path) -> tuple[Defaults, int | None]:
-    """How a model wants to be sampled, and its side in px; Stable Diffusion's usual numbers where it does not say."""
-    values = record.get("defaults")
-    if values is None and str(read_json(root / "scheduler" / "scheduler_config.json").get("_class_name")) == DISTILLED:
-        told = read_denoiser(root).reads_guidance
-        return Defaults(steps=STEPS, guidance=8.0 if told else 1.0, sampler=SAMPLER, chunk=1), None
-    if values is None:
-        return Defaults(guidance=5.0 if read_denoiser(root).reads_size else 7.5, chunk=1), None
-    size = values.get("size") if isinstance(values, dict) else values
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
-        raise UserError(f"{root / RECORD}: defaults.size: got {short(size)}, not [height, width] in px; {AGAIN}")
-    return build({name: value for name, value in values.items() if name != "size"}, Defaults, str(root / RECORD)), size[0]
