@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,31 +13,24 @@ from torch.nn import functional as F
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config, plain
-from ldm.config.version import __version__
-from ldm.data.pictures import to_uint8
 from ldm.data.views import ViewKind, kind_of
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, Views, cat, rows, taken
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, Views, taken
 from ldm.diffusion.rng import Rng
 from ldm.families import game
-from ldm.families.chain import within
-from ldm.families.draws import AFTER, BEFORE, DIRECT, NUMBERS, OWN, SMALL, Running, Settings, Wanted
-from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
+from ldm.families.draws import AFTER, SMALL
+from ldm.families.family import Context, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.game import GameLoss, full
-from ldm.families.prompted import Prompted
-from ldm.families.translator import Shown, words_of
+from ldm.families.one_pass import OnePass, assemble, known_latents, lerped, pooled_of, size_of
+from ldm.families.translator import Shown
 from ldm.formats import atomic
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip, read_record
+from ldm.formats.model_folder import RECORD
 from ldm.formats.part import content_hash, load_module, load_weights, save_part
-from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models import cost
 from ldm.models.cost import IMAGES
 from ldm.models.style_generator import StyleGeneratorConfig
 from ldm.models.text_discriminator import TextDiscriminatorConfig
 from ldm.text.encoder import TextEncoder
-from ldm.text.lengths import CutCaptions, cut_captions
-from ldm.text.prompt_syntax import Piece, Prompt, literal
-from ldm.text.weighted import encode
 
 PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,87 +160,35 @@ class TextGAN(ModelConfig):
             raise UserError(f"consistency: compares pixels, but models.{self.autoencoder} makes latents; leave it out, or use kind pixels")
         family = TextGANFamily(self, codec, text, context.resolution)
         if context.init is not None:
-            said = read_record(context.init.folder).get("autoencoder")
-            if said != codec.hash:
-                raise UserError(f"{context.init.folder}: learned in the latents of another autoencoder; train it anew or bring that one")
+            known_latents(context.init, codec)
             family.load(context.init.folder)
         return family
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
-        """A model folder: both networks, the text encoder, the autoencoder, ldm.json and a card."""
-
-        def write(folder: Path) -> None:
-            shutil.copytree(products["model"].folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(atomic.MANIFEST))
-            text, autoencoder = products["text"].folder, autoencoder_folder(products["autoencoder"].folder)
-            for name in TEXT_PARTS:
-                if (text / name).is_dir():
-                    shutil.copytree(text / name, folder / name)
-            if clip := own_clip(text):
-                shutil.copytree(clip, folder / OWN_CLIP)
-            shutil.copytree(autoencoder, folder / ("vqvae" if autoencoder.name == "vqvae" else "vae"))
-            said = {"kind": self.kind, "config": plain(self), "story": dict(story), "ldm_version": __version__}
-            atomic.write_json(folder / RECORD, {**read_record(products["model"].folder), **said})
-            (folder / "README.md").write_text(_card(said), encoding="utf-8")
-            if AFTER in products and (before := products[AFTER].config) is not None:
-                before.assemble(within(products), folder / BEFORE, story)
-
-        atomic.commit(target, write)
+        """A model folder: the players, the text encoder, the autoencoder, ldm.json and a card."""
+        what = "A generator that draws pictures of a text at once, trained against a discriminator"
+        assemble(self, products, target, story, ("gan", what))
 
     def opened(self, folder: Path) -> TextGANFamily:
         """The family with the weights of a model folder."""
-        size = read_record(folder).get("defaults", {}).get("size")
-        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
-            raise UserError(f"{folder / RECORD}: defaults.size: got {size!r}, not [height, width] in px; copy the whole folder again")
-        family = TextGANFamily(self, load_codec(autoencoder_folder(folder)), TextEncoder.load(folder), size[0])
+        family = TextGANFamily(self, load_codec(autoencoder_folder(folder)), TextEncoder.load(folder), size_of(folder))
         family.load(folder)
         family.content_hash = content_hash(folder)
         return family
 
 
-def _card(said: Mapping[str, Any]) -> str:
-    """README.md, as the Hugging Face Hub reads it."""
-    story = said["story"]
-    stages = "\n".join(f"| {name} | {text} |" for name, text in story.get("stages", {}).items())
-    return f"""---
-library_name: ldm
-pipeline_tag: text-to-image
-tags: [ldm, text-to-image, gan]
----
-
-# {story.get("name", "A text-to-image GAN")}
-
-A generator that draws pictures of a text at once, trained against a discriminator with `ldm` on {story.get("data", "its user's data")}.
-
-## Use
-
-With ldm: `python sample.py "{story.get("prompt", "a picture")}" --model MODEL`. No other program opens it.
-
-## How it was made
-
-| Stage | |
-|---|---|
-{stages}
-
-## Limits
-
-It knows what its training captions showed and nothing else. It has no safety filter. Its licence is the choice of whoever
-trained it, within the rights to the training data.
-"""
-
-
-class TextGANFamily(Family, Prompted):
+class TextGANFamily(OnePass):
     """Generator and discriminator with their autoencoder and text encoder: they learn by `loss` and draw by `sample`."""
 
     kind = "text_gan"
 
     def __init__(self, config: TextGAN, codec: LatentCodec, text: TextEncoder, resolution: int) -> None:
-        super().__init__()
-        self.config, self.reader, self.resolution = config, text, resolution
+        super().__init__(codec, text, resolution, config.defaults.truncation, config.defaults.chunk)
+        self.config, self.weighs = config, config.generator.tells == "words"
         side = resolution // codec.factor
         shown = SHOWN if config.enlarges else 0
         self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width, shown)
         self.discriminator = config.discriminator.build(side, codec.channels, text.pooled_width)
-        self._frozen = (codec, text.model)  # a tuple, so that they stay out of the module tree
 
     def load(self, folder: Path) -> None:
         """Take the weights of both networks from a product or a model folder.
@@ -262,23 +201,9 @@ class TextGANFamily(Family, Prompted):
             setattr(self, name, load_module(lambda network=network: network, load_weights(folder / name), folder / name))  # type: ignore[misc]
 
     @property
-    def codec(self) -> LatentCodec:
-        """The frozen autoencoder."""
-        return self._frozen[0]
-
-    @property
     def factor(self) -> int:
         """Sides of pictures are multiples of it, px."""
         return self.codec.factor * self.config.step
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """size (height, width) in px, and how it is sampled."""
-        return {"size": (self.resolution, self.resolution), **plain(self.config.defaults)}
-
-    def frozen(self) -> list[nn.Module]:
-        """The autoencoder and the text encoder."""
-        return list(self._frozen)
 
     # Training
 
@@ -286,12 +211,6 @@ class TextGANFamily(Family, Prompted):
         """Generator and discriminator."""
         judge = ParameterGroup("discriminator", list(self.discriminator.parameters()), self.config.lr_scale)
         return [ParameterGroup("generator", list(self.generator.parameters())), judge]
-
-    def true(self, batch: ImageBatch | MomentBatch, rng: Rng) -> Tensor:
-        """True pictures as the discriminator sees them (B,C,h,w)."""
-        with torch.no_grad():
-            mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
-            return full(mean) if std is None else full(mean) + full(std) * rng.normal("posterior", mean.shape[1:]).to(mean.device)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """What the discriminator and the words of the batch say of made pictures, and the discriminator's own lessons.
@@ -301,16 +220,15 @@ class TextGANFamily(Family, Prompted):
         anything of the other's loss.
         """
         said, judge, captions = self.config, self.discriminator, list(batch.caption)
-        kept = batch.text if isinstance(batch, MomentBatch) else None
-        text = with_sentence(self.text.encode(captions) if kept is None else kept)
-        sentence, real, rows = _pooled(text), self.true(batch, rng), self.ranks.rows
+        text, real, rows = self.words(batch), self.truth(batch, rng), self.ranks.rows
+        sentence = pooled_of(text)
         numbers = _numbers(captions)
         if self.ranks.world > 1:
             numbers = rows(numbers.to(real.device)).round()  # of the captions of all processes
         first = self.ranks.rank * len(captions)
         wrong = others(numbers.tolist())[first : first + len(captions)]  # by place among those of all
         noise = self.noise_of(rng).to(real.device)
-        small, shown = self._shown(batch, rng)
+        small, shown = self._small(batch, rng)
         made = full(self.generator(noise, [text], shown))
         leaf = made.detach().requires_grad_()
         terms: Terms = {}
@@ -350,7 +268,7 @@ class TextGANFamily(Family, Prompted):
                 terms[name] = weight * game.gradient_penalty(judge, picture[some], sentence[some])
         return terms, gauges
 
-    def _shown(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Tensor | None, Tensor | None]:
+    def _small(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Tensor | None, Tensor | None]:
         """The smaller pictures of a batch (B,3,h,w) in [-1,1], and what the generator is told of them, noisy; None: it is told none."""
         if not self.config.enlarges:
             return None, None
@@ -365,12 +283,12 @@ class TextGANFamily(Family, Prompted):
     def _between(self, text: Text, wrong: list[int], told: tuple[Tensor, Tensor | None], sure: Tensor) -> Tensor:
         """The discriminator's opinion of pictures of texts half way to others of the batch (GAN-INT, Reed 2016, eq. 5 with beta 0.5)."""
         rows = self.ranks.rows
-        every = Text(tokens=rows(text.tokens), mask=rows(text.mask.to(text.tokens)) > 0.5, pooled=rows(_pooled(text)))
+        every = Text(tokens=rows(text.tokens), mask=rows(text.mask.to(text.tokens)) > 0.5, pooled=rows(pooled_of(text)))
         mixed = lerped(text, taken(every, wrong), 0.5)
         made = full(self.generator(told[0], [mixed], told[1]))
         leaf = made.detach().requires_grad_()
         with torch.enable_grad():
-            opinion = game.generator_loss(self.config.loss, full(self.discriminator(leaf, _pooled(mixed))), sure.detach())
+            opinion = game.generator_loss(self.config.loss, full(self.discriminator(leaf, pooled_of(mixed))), sure.detach())
         (slope,) = torch.autograd.grad(opinion, leaf)
         return game.through(made, slope, opinion)
 
@@ -378,41 +296,17 @@ class TextGANFamily(Family, Prompted):
         """Noise (B,N) of the generator, standard normal."""
         return rng.normal("text_gan/noise", (self.generator.noise_size,))
 
-    def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
-        """Those longer than the text encoder reads."""
-        return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
-
     def averaged(self) -> list[nn.Parameter]:
         """The generator's."""
         return list(self.generator.parameters())
-
-    def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
-        """One picture for each of the batch's captions, with the default settings."""
-        captions = list(batch.caption)
-        edits = self.tell(batch.views, {}, (self.resolution, self.resolution)) if batch.views else ()
-        images = self.sample(captions, list(range(seed, seed + len(captions))), edits=edits)
-        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
         """generator/ and discriminator/, and ldm.json, which remembers the autoencoder and the size."""
         for name, given in ((PLAYERS[0], self.config.generator), (PLAYERS[1], self.config.discriminator)):
             save_part(plain(given), dict(getattr(self, name).state_dict()), folder / name)
-        atomic.write_json(folder / RECORD, {"autoencoder": self.codec.hash, "defaults": {"size": [self.resolution, self.resolution]}})
+        atomic.write_json(folder / RECORD, self.remembered())
 
     # Sampling
-
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """The autoencoder's picture of images (B,3,H,W) in [-1,1]."""
-        return self.codec.reconstruct(image)
-
-    def settings(self, wanted: Wanted = OWN) -> Settings:
-        """Truncation and precision, the model's own where none is asked for."""
-        for name in NUMBERS:
-            value = getattr(wanted, name)
-            if name not in CHOSEN and value not in (None, "", getattr(DIRECT, name)):
-                self.refuse(f"{name}: got {value!r}", "draws at once and has no such setting; leave it out")
-        own = {name: value for name in CHOSEN if (value := getattr(wanted, name)) not in (None, "")}
-        return replace(DIRECT, **{"truncation": self.config.defaults.truncation, **own}).checked()
 
     @property
     def told(self) -> Mapping[str, ViewKind]:
@@ -431,103 +325,25 @@ class TextGANFamily(Family, Prompted):
         """All noise of pictures, (N,noise_size): that of styles and that of every block."""
         return self.noise_of(Rng(0, seeds))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
+    @property
+    def told_blocks(self) -> int:
+        """The generator's."""
+        return len(self.generator.blocks)
 
-        The networks always see `defaults["chunk"]` pictures, padded where fewer are asked for, so that no picture depends on the others.
-
-        Raises:
-            UserError: on settings that it has not, or another size than it learned to draw.
-        """
-        chosen, chunk, own = self.settings(settings), self.config.defaults.chunk, (self.resolution, self.resolution)
-        if tuple(size or own) != own:
-            self.refuse(f"size: got {size[1]}x{size[0]}" if size else "size", f"draws {own[1]}x{own[0]} alone; leave it out")
-        if words_of(negative).strip():
-            self.refuse("negative", "reads no negative prompt; leave it out")
-        texts = self._texts([literal(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
-        numbers = list(range(len(prompts)) if seeds is None else seeds)
-        noise, small = self.noise(numbers, own) if latents is None else latents, edits[-1].value if edits else None
-        if self.config.enlarges and small is None:
+    def shown(self, edits: Sequence[Any], places: Sequence[int], seeds: Sequence[int]) -> Tensor | None:
+        """The smaller pictures, noisy, if it is told any."""
+        if not self.config.enlarges:
+            return None
+        if not edits:
             view = self.config.views()[0]
             self.refuse("given", f"makes a smaller picture larger; give one by --given {view}=FILE, or export it after the model before")
-        image = torch.empty(len(prompts), *own, 3, dtype=torch.uint8)
-        was_training, kind = self.training, PRECISION[chosen.precision]
-        self.eval()
-        try:
-            for start in range(0, len(prompts), chunk):
-                own_rows = list(range(start, min(start + chunk, len(prompts))))
-                padded = (*own_rows, *[own_rows[-1]] * (chunk - len(own_rows)))
-                with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
-                    told = [cat([texts[row][block] for row in padded]) for block in range(len(self.generator.blocks))]
-                    shown = None
-                    if small is not None:
-                        each = small[list(padded)] if len(small) > 1 else small.expand(len(padded), -1, -1, -1)
-                        shown = self._noised(each.to(self.device), Rng(0, [numbers[row] for row in padded]))
-                    made = self.generator(noise[list(padded)].to(self.device), told, shown, truncation=chosen.truncation)
-                    image[own_rows] = to_uint8(self.codec.decode(full(made)))[: len(own_rows)].cpu()
-                if on_step is not None:
-                    on_step(own_rows[-1] + 1, len(prompts))
-        finally:
-            self.train(was_training)
-        return image
+        small = edits[-1].value
+        each = small[list(places)] if len(small) > 1 else small.expand(len(places), -1, -1, -1)
+        return self._noised(each.to(self.device), Rng(0, seeds))
 
-    def _texts(self, prompts: Sequence[Prompt]) -> list[list[Text]]:
-        """What each block is told of each prompt (1,...): words that change by step elsewhere change by block here (prompt mixing)."""
-        many = len(self.generator.blocks)
-        pieces = [[self._pieces(prompt, i) for i in range(many)] for prompt in prompts]
-        each = list(dict.fromkeys(block for one in pieces for block in one))
-        text = with_sentence(encode(self.text, each))
-        known = {block: rows(text, i, i + 1) for i, block in enumerate(each)}
-        found = [[known[block] for block in one] for one in pieces]
-        ends = {i: prompt.end for i, prompt in enumerate(prompts) if prompt.end is not None}
-        for i, others in zip(ends, self._texts(list(ends.values())), strict=True) if ends else ():
-            found[i] = [lerped(text, other, prompts[i].share) for text, other in zip(found[i], others, strict=True)]
-        return found
-
-    def _pieces(self, prompt: Prompt, block: int) -> tuple[Piece, ...]:
-        """The weighted words that a block is told."""
-        if len(prompt.parts) > 1:
-            self.refuse("prompt", "composes no prompts by AND; write one, or give --literal")
-        found = prompt.parts[0].at(block, len(self.generator.blocks))
-        if self.config.generator.tells == "sentence" and any(piece.weight != 1 for piece in found):
-            self.refuse("prompt", "reads sentences, whose words have no weights; write plain words, or give --literal")
-        return found
-
-    def ready(self, folder: Path, running: Running, precision: str) -> None:
-        """Decode large pictures in stripes as `running` says."""
-        super().ready(folder, running, precision)
-        self.codec.tile = running.tile
-
-
-def with_sentence(text: Text) -> Text:
-    """A text whose pooled state is the mean of its words where the encoder gives none."""
-    if text.pooled is not None:
-        return text
-    said = text.mask[..., None].to(text.tokens)
-    return replace(text, pooled=(text.tokens * said).sum(1) / said.sum(1).clamp_min(1))
-
-
-def lerped(text: Text, other: Text, share: float) -> Text:
-    """What lies on the straight way from one text to another."""
-    return replace(text, tokens=text.tokens.lerp(other.tokens, share), pooled=_pooled(text).lerp(_pooled(other), share))
-
-
-def _pooled(text: Text) -> Tensor:
-    assert text.pooled is not None, "with_sentence gives it"
-    return text.pooled
+    def made(self, noise: Tensor, texts: Sequence[Text], shown: Tensor | None, truncation: float) -> Tensor:
+        """Of the generator."""
+        return self.generator(noise, texts, shown, truncation=truncation)  # type: ignore[no-any-return]
 
 
 def _numbers(captions: Sequence[str]) -> Tensor:

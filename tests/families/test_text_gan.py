@@ -22,9 +22,10 @@ from ldm.families.chain import SEEDS, Chain
 from ldm.families.clip import Clip
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
+from ldm.families.one_pass import with_sentence
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.registry import load, open_finished
-from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, evenly, others, with_sentence
+from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, evenly, others
 from ldm.formats.latent_codec import save_codec
 from ldm.models import cost
 from ldm.models.style_generator import StyleGeneratorConfig
