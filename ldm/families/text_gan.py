@@ -23,20 +23,22 @@ from ldm.families.game import GameLoss, full
 from ldm.families.one_pass import OnePass, assemble, known_latents, lerped, pooled_of, size_of
 from ldm.families.translator import Shown
 from ldm.formats import atomic
+from ldm.formats.clip_folder import load_own_tower
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import RECORD
 from ldm.formats.part import content_hash, load_module, load_weights, save_part
 from ldm.models import cost
 from ldm.models.cost import IMAGES
+from ldm.models.damsm import DamsmConfig, word_scores
 from ldm.models.style_generator import StyleGeneratorConfig
 from ldm.models.text_discriminator import TextDiscriminatorConfig
+from ldm.models.vision_tower import TowerNetwork
 from ldm.text.encoder import TextEncoder
 
-PLAYERS = ("generator", "discriminator")  # networks, and folders of a product
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOSEN = ("truncation", "precision")
 SHOWN = 3  # channels of a picture that is told
-SHARPNESS = 10.0  # inverse temperature of the contrastive term (Zhang 2021, XMC-GAN, arXiv 2101.04702, section 4.1)
+SHARPNESS = 10.0  # inverse temperature of contrastive terms (Zhang 2021, XMC-GAN, arXiv 2101.04702, section 4.1; gamma 3 of AttnGAN)
 
 
 @config
@@ -67,6 +69,8 @@ class TextGAN(ModelConfig):
     matching: NonNegative = 1.0  # weight of true pictures beside another's words, which the discriminator takes for made ones
     interpolation: NonNegative = 0.0  # weight of pictures of texts half way between two, as the generator hears of them (GAN-INT)
     contrastive: NonNegative = 1.0  # weight of telling by the discriminator which words of the batch are a picture's (XMC-GAN)
+    damsm: NonNegative = 0.0  # weight of telling by the CLIP's image tower which words a picture and its places show (AttnGAN)
+    matcher: DamsmConfig = DamsmConfig()  # of damsm: what the towers see, in one space
     kl: NonNegative = 0.0  # weight of the divergence from N(0,1) of what generator.augmentation draws (StackGAN, eq. 2)
     lr_scale: PositiveFloat = 1.0  # the discriminator's learning rate, as a share of the generator's
     defaults: TextGANDefaults = TextGANDefaults()  # how the finished model is sampled
@@ -79,6 +83,8 @@ class TextGAN(ModelConfig):
     answers = frozenset({"sample", "reconstruct"})
 
     def __post_init__(self) -> None:
+        if not self.damsm and self.matcher != DamsmConfig():
+            raise UserError("matcher: damsm is 0, so there is nothing that it could act on; leave it out, or give damsm a weight")
         if self.kl and not self.generator.augmentation:
             raise UserError(f"kl: got {self.kl:g}, but generator.augmentation is 0, so there is nothing that it could act on; leave it out")
         if self.enlarges == 1:
@@ -88,9 +94,18 @@ class TextGAN(ModelConfig):
         if self.after and not self.enlarges:
             raise UserError(f"after: got {self.after}, whose picture is not read; set enlarges, such as 2")
 
-    requires: ClassVar[Mapping[str, str]] = {"text": "encodes_text", "autoencoder": "encodes"}
     exports = True
     continues = True
+
+    @property
+    def requires(self) -> Mapping[str, str]:
+        """A text encoder, for damsm a CLIP whose image tower is read; and an autoencoder."""
+        return {"text": "has_tower" if self.damsm else "encodes_text", "autoencoder": "encodes"}
+
+    @property
+    def players(self) -> dict[str, Any]:
+        """By name, the configurations of networks that learn, which are folders of a product."""
+        return {"generator": self.generator, "discriminator": self.discriminator} | ({"damsm": self.matcher} if self.damsm else {})
 
     def inputs(self) -> dict[str, str]:
         """The text encoder and the autoencoder."""
@@ -105,8 +120,10 @@ class TextGAN(ModelConfig):
         return (f"{SMALL}:{self.enlarges}",) if self.enlarges else ()
 
     def identity(self) -> dict[str, Any]:
-        """All but names, defaults of sampling, and what only a picture that is told brings, where there is none."""
-        left_out = ("defaults", "text", "autoencoder", "after", *(() if self.enlarges else ("enlarges", "enlarged_noise", "consistency")))
+        """All but names, defaults of sampling, and what only a picture that is told, or damsm, brings, where there is none."""
+        left_out = {"defaults", "text", "autoencoder", "after"}
+        left_out |= set() if self.enlarges else {"enlarges", "enlarged_noise", "consistency"}
+        left_out |= set() if self.damsm else {"damsm", "matcher"}
         return {name: value for name, value in plain(self).items() if name not in left_out}
 
     def shown(self) -> dict[str, Any]:
@@ -146,11 +163,19 @@ class TextGAN(ModelConfig):
             noise, picture = torch.empty(IMAGES, made.noise_size), torch.empty(IMAGES, channels, small, small)
             seen = cost.measure(judge, lambda: judge(picture, pooled))
             spent = cost.measure(made, lambda: made(noise, [words], shown)) + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
-        known, encoding, _ = cost.autoencoder(codec, side, side)
+        known, encoding, decoding = cost.autoencoder(codec, side, side)
         learned = {"generator": cost.count(made), "discriminator": cost.count(judge)}
         extra = text.cost.forward + (0 if stage.latents else encoding.forward)
-        frozen = {"autoencoder": known, "text encoder": text.parameters}
-        return Footprint(learned=learned, frozen=frozen, cost=spent, extra=extra, averaged=learned["generator"])
+        frozen, passed = {"autoencoder": known, "text encoder": text.parameters}, 0
+        if self.damsm:
+            said = others["text"].image_tower(side, note)
+            with torch.device("meta"):
+                tower, picture = said.build().requires_grad_(False), torch.empty(IMAGES, 3, side, side, requires_grad=True)
+                learned["damsm"] = cost.count(self.matcher.build(text.states, text.pooled, said.width, said.embedding))
+                seen = decoding + cost.measure(tower, lambda: tower.seen(picture)[1])
+            frozen["image tower"] = cost.count(tower)
+            spent, extra, passed = spent + seen, extra + seen.forward, known + frozen["image tower"]
+        return Footprint(learned=learned, frozen=frozen, cost=spent, extra=extra, averaged=learned["generator"], passed=passed)
 
     def build(self, context: Context) -> TextGANFamily:
         """The family, ready to train, on the earlier products; an earlier stage's networks are continued."""
@@ -158,11 +183,15 @@ class TextGAN(ModelConfig):
         codec = load_codec(autoencoder_folder(context.products["autoencoder"].folder))
         if self.consistency and codec.bound is None:
             raise UserError(f"consistency: compares pixels, but models.{self.autoencoder} makes latents; leave it out, or use kind pixels")
-        family = TextGANFamily(self, codec, text, context.resolution)
+        family = TextGANFamily(self, codec, text, context.resolution, self._tower(context.products["text"].folder))
         if context.init is not None:
             known_latents(context.init, codec)
             family.load(context.init.folder)
         return family
+
+    def _tower(self, folder: Path) -> Tower | None:
+        """The image tower that damsm sees by, of the CLIP in a folder."""
+        return Tower(*load_own_tower(folder)) if self.damsm else None
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:
         """A model folder: the players, the text encoder, the autoencoder, ldm.json and a card."""
@@ -171,32 +200,55 @@ class TextGAN(ModelConfig):
 
     def opened(self, folder: Path) -> TextGANFamily:
         """The family with the weights of a model folder."""
-        family = TextGANFamily(self, load_codec(autoencoder_folder(folder)), TextEncoder.load(folder), size_of(folder))
+        codec, text = load_codec(autoencoder_folder(folder)), TextEncoder.load(folder)
+        family = TextGANFamily(self, codec, text, size_of(folder), self._tower(folder))
         family.load(folder)
         family.content_hash = content_hash(folder)
         return family
 
 
+class Tower(nn.Module):
+    """A frozen image tower, and the resolution in px that it learned at."""
+
+    def __init__(self, network: TowerNetwork, resolution: int) -> None:
+        super().__init__()
+        self.network, self.resolution = network, resolution
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map (B,C,h,w) and the embedding (B,D) of pictures (B,3,H,W) in [-1,1], seen at that resolution."""
+        size = (self.resolution, self.resolution)
+        image = image if image.shape[2:] == size else F.interpolate(image, size, mode="bicubic", antialias=True)
+        return self.network.seen(image)
+
+
 class TextGANFamily(OnePass):
-    """Generator and discriminator with their autoencoder and text encoder: they learn by `loss` and draw by `sample`."""
+    """Generator and discriminator with their autoencoder and text encoder: they learn by `loss` and draw by `sample`.
+
+    Args:
+        tower: what damsm sees by; None: there is no such term.
+    """
 
     kind = "text_gan"
 
-    def __init__(self, config: TextGAN, codec: LatentCodec, text: TextEncoder, resolution: int) -> None:
+    def __init__(self, config: TextGAN, codec: LatentCodec, text: TextEncoder, resolution: int, tower: Tower | None = None) -> None:
         super().__init__(codec, text, resolution, config.defaults.truncation, config.defaults.chunk)
         self.config, self.weighs = config, config.generator.tells == "words"
         side = resolution // codec.factor
         shown = SHOWN if config.enlarges else 0
         self.generator = config.generator.build(side, codec.channels, text.width, text.pooled_width, shown)
         self.discriminator = config.discriminator.build(side, codec.channels, text.pooled_width)
+        if tower is not None:
+            shape = tower.network.config
+            self.damsm = config.matcher.build(text.width, text.pooled_width, shape.width, shape.embedding)
+            self._frozen = (*self._frozen, tower)
 
     def load(self, folder: Path) -> None:
-        """Take the weights of both networks from a product or a model folder.
+        """Take the weights of the networks from a product or a model folder.
 
         Raises:
             UserError: naming the part that is missing or does not fit.
         """
-        for name in PLAYERS:
+        for name in self.config.players:
             network = getattr(self, name)
             setattr(self, name, load_module(lambda network=network: network, load_weights(folder / name), folder / name))  # type: ignore[misc]
 
@@ -208,9 +260,9 @@ class TextGANFamily(OnePass):
     # Training
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Generator and discriminator."""
-        judge = ParameterGroup("discriminator", list(self.discriminator.parameters()), self.config.lr_scale)
-        return [ParameterGroup("generator", list(self.generator.parameters())), judge]
+        """Generator, discriminator, and the maps of damsm if there are any."""
+        scales = {"discriminator": self.config.lr_scale}
+        return [ParameterGroup(name, list(getattr(self, name).parameters()), scales.get(name, 1.0)) for name in self.config.players]
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """What the discriminator and the words of the batch say of made pictures, and the discriminator's own lessons.
@@ -251,6 +303,12 @@ class TextGANFamily(OnePass):
                 opinion = opinion + said.contrastive * agreed
             else:
                 terms["discriminator"] = terms["discriminator"] + game.silent(judge.picture_side) + game.silent(judge.text_side)
+            if said.damsm:
+                same = (numbers[:, None] == numbers).to(real.device)
+                terms["damsm"] = said.damsm * self._matched(real, text, same)
+                agreed = self._matched(leaf, text, same)
+                gauges["damsm_made"] = agreed.detach()
+                opinion = opinion + said.damsm * agreed
         (slope,) = torch.autograd.grad(opinion, leaf, retain_graph=True)
         terms["adversarial"] = game.through(made, slope, opinion)
         if said.consistency:
@@ -267,6 +325,19 @@ class TextGANFamily(OnePass):
             if weight:
                 terms[name] = weight * game.gradient_penalty(judge, picture[some], sentence[some])
         return terms, gauges
+
+    def _matched(self, latents: Tensor, text: Text, same: Tensor) -> Tensor:
+        """DAMSM's loss of latents (B,C,h,w) beside a batch's captions, those of all processes (AttnGAN, eq. 10-13).
+
+        As its authors' code has it, means over the batch stand for its sums, and equal captions are no wrong ones.
+        """
+        rows = self.ranks.rows
+        places, pictures = map(full, self.damsm.pictures(self._frozen[2](self.codec.decode(latents))))
+        words, sentences = map(full, self.damsm.captions(text.tokens, pooled_of(text)))
+        said = rows(text.mask.to(words)) > 0.5
+        with torch.autocast(self.device.type, enabled=False):
+            by_words = word_scores(rows(places), rows(words), said)
+            return 2 * contrast(by_words, same) + 2 * contrast(rows(pictures) @ rows(sentences).T, same)
 
     def _small(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Tensor | None, Tensor | None]:
         """The smaller pictures of a batch (B,3,h,w) in [-1,1], and what the generator is told of them, noisy; None: it is told none."""
@@ -301,8 +372,8 @@ class TextGANFamily(OnePass):
         return list(self.generator.parameters())
 
     def save(self, folder: Path) -> None:
-        """generator/ and discriminator/, and ldm.json, which remembers the autoencoder and the size."""
-        for name, given in ((PLAYERS[0], self.config.generator), (PLAYERS[1], self.config.discriminator)):
+        """generator/, discriminator/ and damsm/, if there is one, and ldm.json, which remembers the autoencoder and the size."""
+        for name, given in self.config.players.items():
             save_part(plain(given), dict(getattr(self, name).state_dict()), folder / name)
         atomic.write_json(folder / RECORD, self.remembered())
 

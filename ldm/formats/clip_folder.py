@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.formats.atomic import write_json
-from ldm.formats.model_folder import IMAGE_TOWER, whole_clip
+from ldm.formats.model_folder import IMAGE_TOWER, OWN_CLIP, own_clip, whole_clip
 from ldm.formats.part import AGAIN, CONFIG, load_module, load_weights, read_config, read_json, save_part
 from ldm.formats.text_folder import save_text_model, text_part
 from ldm.models.image_tower import ImageTower, ImageTowerConfig
@@ -99,3 +99,15 @@ def load_tower(clip: Path, state: dict[str, Tensor] | None = None) -> tuple[Towe
         raise UserError(f"{where}: {SCALE}, one number, is missing; {AGAIN}")
     build: Callable[[], TowerNetwork] = shape.build
     return load_module(build, state, where).float().eval().requires_grad_(False), scale.float(), resolution
+
+
+def load_own_tower(folder: Path) -> tuple[TowerNetwork, int]:
+    """The image tower of the CLIP that lies in a product's or model's folder, frozen, and the resolution in px that it learned at.
+
+    Raises:
+        UserError: where there is none.
+    """
+    if (clip := own_clip(folder)) is None:
+        raise UserError(f"{folder}: has no {OWN_CLIP}/, no CLIP of its own run, whose image tower could be read; train text by kind clip")
+    tower, _, resolution = load_tower(clip)
+    return tower, resolution

@@ -25,9 +25,11 @@ from ldm.families.family import Context, Product
 from ldm.families.one_pass import with_sentence
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.registry import load, open_finished
-from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, evenly, others
+from ldm.families.text_gan import SHARPNESS, TextGAN, TextGANDefaults, TextGANFamily, Tower, evenly, others
 from ldm.formats.latent_codec import save_codec
 from ldm.models import cost
+from ldm.models.damsm import DamsmConfig, word_scores
+from ldm.models.image_tower import ImageTowerConfig
 from ldm.models.style_generator import StyleGeneratorConfig
 from ldm.models.text_discriminator import TextDiscriminatorConfig
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
@@ -154,6 +156,80 @@ def test_terms_can_be_left_out(products: dict[str, Product]) -> None:
     for _ in range(12):
         spectral(batch, Rng(0, range(4)))
     assert float(torch.linalg.matrix_norm(spectral.discriminator.joint.weight.detach(), 2)) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def seeing(products: dict[str, Product], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Product]:
+    """The same autoencoder with a whole CLIP, whose image tower has learned at 16 px."""
+    root, data = tmp_path_factory.mktemp("clip"), cast(Any, Pictures())
+    torch.manual_seed(0)
+    clip = Clip(text=TEXT, tower=ImageTowerConfig(channels=(4, 8), embedding=12, grid=2), vocabulary=600)
+    clip.build(Context(data=data, val=data, resolution=16, seed=0, total_images=1)).save(root)
+    return {**products, "text": Product(root, "clip")}
+
+
+def test_words_and_places_are_matched_as_attngan_has_it(seeing: dict[str, Product], tmp_path: Path) -> None:
+    """Maps of damsm learn from true pictures alone, the generator from what they say of its own; losses are those of eq. 11 to 13."""
+    bare = {"matching": 0, "contrastive": 0, "r1": 0, "r2": 0, "loss": "hinge"}
+    family = built(seeing, damsm=0.5, matcher=DamsmConfig(embedding=6, grid=2), **bare).double()
+    captions = ("a small red circle", "a small red circle", "a large blue ring")
+    mean = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    text = family.text.encode(list(captions))
+    text = Text(tokens=text.tokens.double(), mask=text.mask, pooled=cast(Tensor, text.pooled).double())
+    batch = MomentBatch(mean=mean, std=None, caption=captions, size=torch.zeros(3, 6), position=torch.arange(3), text=text)
+    rng, own = Rng(0, batch.position), family.noise_of
+    for module in family.frozen():
+        module.double()
+    family.noise_of = lambda rng: own(rng).double()  # type: ignore[method-assign]
+    terms, gauges = family(batch, rng)
+    mine = gradients(family, torch.stack(list(terms.values())).sum())
+
+    tower = family.frozen()[2]
+    assert isinstance(tower, Tower) and tower.resolution == 16
+    right = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)  # equal captions are no wrong ones
+
+    def damsm(latents: Tensor) -> Tensor:
+        seen = F.interpolate(family.codec.decode(latents), (16, 16), mode="bicubic", antialias=True)
+        places, pictures = family.damsm.pictures(tower.network.seen(seen))
+        words, sentences = family.damsm.captions(text.tokens, cast(Tensor, text.pooled))
+        found = 0.0
+        for score in (word_scores(places, words, text.mask), pictures @ sentences.T):
+            odds = (10 * score).exp() * right  # eq. 11
+            found = found - (odds.diagonal() / odds.sum(1)).log().mean() - (odds.diagonal() / odds.sum(0)).log().mean()  # eq. 12, 13
+        return cast(Tensor, found)
+
+    fake, sentence = family.generator(own(rng).double(), [text]), cast(Tensor, text.pooled)
+    assert torch.allclose(terms["damsm"], 0.5 * damsm(mean)) and torch.allclose(gauges["damsm_made"], damsm(fake))
+    lessons = {
+        "generator": player("hinge", mean, family.discriminator(fake, sentence)) + 0.5 * damsm(fake),
+        "discriminator": judged("hinge", family.discriminator(mean, sentence), family.discriminator(fake.detach(), sentence)),
+        "damsm": 0.5 * damsm(mean),
+    }
+    for word, loss in lessons.items():
+        theirs = {name: value for name, value in gradients(family, loss).items() if name.startswith(word)}
+        found = {name: value for name, value in mine.items() if name.startswith(word)}
+        assert found.keys() == theirs.keys() and found
+        assert all(torch.allclose(found[name], value, rtol=1e-6, atol=1e-10) for name, value in theirs.items())
+    assert [group.name for group in family.parameter_groups()] == ["generator", "discriminator", "damsm"]
+
+
+def test_what_matches_words_is_kept_and_counted(seeing: dict[str, Product], products: dict[str, Product], tmp_path: Path) -> None:
+    family = built(seeing, damsm=1.0)
+    found = open_finished(folder_of(family, seeing, tmp_path))
+    assert torch.equal(found.sample(PROMPTS, [3, 4, 5]), family.sample(PROMPTS, [3, 4, 5]))
+    again = built(seeing, damsm=1.0, init=Product(tmp_path / "product", ""))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), family.state_dict().values(), strict=True))
+    tower = ImageTowerConfig(channels=(4, 8), embedding=12, grid=2)
+    others = {"text": Clip(text=TEXT, vocabulary=600, tower=tower), "autoencoder": KLModel(network=KL)}
+    stage = cast(Any, Train(model="gan", images=8, resolution=SIDE))
+    plain_one, told = (config.footprint(stage, SIDE, others, print) for config in (replace(family.config, damsm=0.0), family.config))
+    assert told.learned == {**plain_one.learned, "damsm": cost.count(family.damsm)} and told.passed
+    assert told.cost.forward > plain_one.cost.forward and told.frozen["image tower"] > 0
+    assert family.config.requires["text"] == "has_tower" and "matcher" in family.config.identity() and "matcher" not in TextGAN().identity()
+    with pytest.raises(UserError, match="matcher: damsm is 0"):
+        TextGAN(matcher=DamsmConfig(grid=2))
+    with pytest.raises(UserError, match="has no clip/, no CLIP of its own run"):
+        built(products, damsm=1.0)
 
 
 def test_a_gaussian_around_the_sentence_stands_in_its_place(products: dict[str, Product]) -> None:

@@ -19,6 +19,12 @@ TEXT = {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "h
 TOKENS = {"kind": "tokens", "network": {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}}
 SCENES = {"kind": "scenes", "tier": "one", "images": 16, "val": 4}
 JUDGE = {"channels": [8], "blocks": 1, "embedding": 8}
+GAN = {
+    "kind": "text_gan",
+    "autoencoder": "pixels",
+    "generator": {"channels": [8, 8], "blocks": 1, "heads": 2, "noise": 4, "style": 8},
+    "discriminator": JUDGE,
+}
 VIEW = {"view": "embedding", "port": "vector", "drop": 0.3}
 
 
@@ -42,12 +48,8 @@ def told_words() -> dict[str, Any]:
             "pixels": {"kind": "pixels"},
             "diffusion": PIXELS | {"autoencoder": "pixels", "conditions": [VIEW]},
             "up": {"kind": "latent_diffusion", "autoencoder": "pixels", "network": UNET, "after": "diffusion", "conditions": BEFORE},
-            "gan": {
-                "kind": "text_gan",
-                "autoencoder": "pixels",
-                "generator": {"channels": [8, 8], "blocks": 1, "heads": 2, "noise": 4, "style": 8},
-                "discriminator": JUDGE,
-            },
+            "gan": GAN,
+            "attngan": GAN | {"damsm": 0.5, "contrastive": 0},
         },
         "stages": {
             "text": learns("text"),
@@ -60,6 +62,7 @@ def told_words() -> dict[str, Any]:
             "diffusion": learns("diffusion", 16),
             "up": learns("up"),
             "gan": learns("gan", 16),
+            "attngan": learns("attngan", 16),
         },
     }
 
@@ -82,7 +85,7 @@ def steps(out: Path) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-@pytest.mark.timeout(600)  # ten stages, three processes
+@pytest.mark.timeout(600)  # eleven stages, three processes
 @pytest.mark.parametrize("system", ["words", "pictures"])
 def test_two_processes_learn_what_one_learns(system: str, tmp_path: Path) -> None:
     config = told_words() if system == "words" else translated()

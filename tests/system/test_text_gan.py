@@ -1,4 +1,4 @@
-"""configs/text-gan.yaml at a size of seconds: it trains, resumes to the bit, draws, is replayed, and says in a line what it cannot do."""
+"""configs/text-gan.yaml and attngan.yaml in seconds: they train, resume to the bit, draw, are replayed, and say what they cannot do."""
 
 from __future__ import annotations
 
@@ -35,9 +35,12 @@ def picture(folder: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_the_run_resumes_draws_and_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["text-gan", "attngan"])
+def test_the_run_resumes_draws_and_replays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
-    words, run, stopped = ["train", "configs/text-gan.yaml", *WORDS], tmp_path / "run", tmp_path / "stopped"
+    words, run, stopped = ["train", f"configs/{name}.yaml", *WORDS], tmp_path / "run", tmp_path / "stopped"
     assert main([*words, f"out={run}"]) == 0
     with monkeypatch.context() as patched:
         own = TextGANFamily.loss
@@ -53,6 +56,9 @@ def test_the_run_resumes_draws_and_replays(tmp_path: Path, monkeypatch: pytest.M
     assert "going on from" in capsys.readouterr().err
     product = Path("stages/gan/model/manifest.json")
     assert (run / product).read_bytes() == (stopped / product).read_bytes()
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    terms = [line["terms"].keys() for line in logged if line.get("stage") == "gan" and "terms" in line]
+    assert all(("damsm" in one) == (name == "attngan") for one in terms) and terms
     found = json.loads((run / "metrics.json").read_text())["evaluations"]["evaluation"]
     assert {"seen", "held_out"} <= found["adherence"].keys() and found["diversity"]["real"] > 0
     assert "diversity" in (run / "report.html").read_text(encoding="utf-8")

@@ -25,9 +25,9 @@ from ldm.families.tokens.drawing import Known, causal, first_step, masked, piece
 from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
 from ldm.families.tokens.writing import Writing, WritingFamily
 from ldm.formats.atomic import write_json
-from ldm.formats.clip_folder import load_tower
+from ldm.formats.clip_folder import load_own_tower
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
-from ldm.formats.model_folder import OWN_CLIP, RECORD, own_clip, read_record
+from ldm.formats.model_folder import OWN_CLIP, RECORD, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, save_part
 from ldm.formats.text_folder import TEXT_PARTS
 from ldm.models import cost
@@ -252,7 +252,7 @@ class Tokens(ModelConfig):
             raise UserError(f"models.{self.autoencoder}: a {type(codec.network).__name__} has no codebook; tokens need a VQ autoencoder")
         folder = context.products["text"].folder if "text" in context.products else None
         text = None if folder is None else PenultimateText.of_encoder(TextEncoder.load(folder))
-        tower = _tower(folder) if self.reads == "image" and folder is not None else None
+        tower = load_own_tower(folder)[0] if self.reads == "image" and folder is not None else None
         words = (0, 0) if text is None else (text.max_tokens, len(text.tokenizer))
         states, pooled = (0, 0) if text is None else (text.width, text.pooled_width)
         if tower is not None:
@@ -298,7 +298,7 @@ class Tokens(ModelConfig):
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
             raise UserError(f"{folder / RECORD}: defaults.size: got {size!r}, not [height, width] in px; copy the whole folder again")
         codec = None if not self.reads_codes else codec_of(folder) if self.writes == "codes" else load_codec(autoencoder_folder(folder))
-        family = self._family(network, codec, text, _tower(folder) if self.reads == "image" else None, size[0])
+        family = self._family(network, codec, text, load_own_tower(folder)[0] if self.reads == "image" else None, size[0])
         family.content_hash = content_hash(folder)
         return family
 
@@ -307,17 +307,6 @@ def _load(folder: Path) -> TokenTransformer:
     part = folder / PART
     shape = TokenShape.from_diffusers(read_config(part), str(part / "config.json"))
     return load_module(shape.build, load_weights(part), part)
-
-
-def _tower(folder: Path) -> TowerNetwork:
-    """The image tower of the CLIP in a product's or model's folder.
-
-    Raises:
-        UserError: where there is none.
-    """
-    if (clip := own_clip(folder)) is None:
-        raise UserError(f"{folder}: has no {OWN_CLIP}/, no CLIP of its own run, whose image tower could be read; train text by kind clip")
-    return load_tower(clip)[0]
 
 
 def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> TokenTransformer:
