@@ -31,6 +31,17 @@ _WANTED = {
 }
 
 
+def _joined_by_colon(here: Any, above: Any, path: str) -> str:
+    """What is wrong with `{kind:folder}`, which YAML reads as a name without a value."""
+    for one in (here, above):
+        for name, value in one.items() if isinstance(one, Mapping) else ():
+            first, colon, rest = str(name).partition(":")
+            if value is None and colon and rest and first.isidentifier():
+                at = path.removesuffix(f".{name}")
+                return f"{at}: {name} is one name to YAML; put a blank after the colon, as in {{{first}: {rest}}}"
+    return ""
+
+
 def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     """A pydantic validation error as one line: path, value, what is allowed."""
     steps, tag, owner, root = [], problem["type"], kind, kind
@@ -49,7 +60,7 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
         here = here[step] if known else None
         steps.append(str(step))
     path, allowed = ".".join(steps), list(members_of(without_annotation(kind)))
-    if said := _no_preset(problem, kind, owner, path):
+    if said := _no_preset(problem, kind, owner, path) or _joined_by_colon(here, above, path):
         return said
     # The entries of a mapping of which one may be meant where a name is not known.
     entries = [n for n in above if n != steps[-1]] if typing.get_origin(owner) is dict and isinstance(above, Mapping) else []

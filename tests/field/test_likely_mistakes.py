@@ -50,6 +50,8 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("data={kind:folder}", "data: kind:folder is one name to YAML; put a blank after the colon, as in {kind: folder}"),
+        ("models.diffusion.process={target:eps}", "models.diffusion.process: target:eps is one name to YAML; put a blank after the colon"),
         ("batch=4", "batch: unknown field; that is stages.NAME.batch"),
         ("batch_size=4", "batch_size: unknown field; that is stages.NAME.batch"),
         ("epochs=10", "epochs: unknown field; that is stages.NAME.images, which counts pictures seen"),

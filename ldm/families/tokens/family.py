@@ -350,7 +350,8 @@ class TokensFamily(Family, Prompted):
     @property
     def steps(self) -> int:
         """Network calls of a picture."""
-        return (self.resolution // self.factor) ** 2 if self.config.order == "causal" else self.config.defaults.steps
+        codes = (self.resolution // self.factor) ** 2
+        return codes if self.config.order == "causal" else min(codes, self.config.defaults.steps)
 
     def frozen(self) -> list[nn.Module]:
         """The autoencoder and the text encoder, if it reads by one."""
@@ -476,12 +477,15 @@ class TokensFamily(Family, Prompted):
         height, width = size or self.defaults["size"]
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
-        chosen, chunk, seeds = self.settings(settings), self.config.defaults.chunk, range(len(prompts)) if seeds is None else seeds
-        asked, avoided = [self._pieces(prompt, chosen.steps) for prompt in prompts], self._pieces(negative, chosen.steps)
-        known: Known | None = edits[-1] if edits else None  # a second pass of hires takes the first one's place
         places = (height // self.factor, width // self.factor)
+        chosen, chunk, seeds = self.settings(settings), self.config.defaults.chunk, range(len(prompts)) if seeds is None else seeds
         if self.config.order == "causal" and places[0] * places[1] != self.steps:
             raise UserError(f"size: got {width}x{height}; causal order has positions for {self.resolution}x{self.resolution} alone")
+        if chosen.steps > (most := places[0] * places[1]):
+            why = f"a picture of {width}x{height} px has {most} codes, and each step writes one at least; give no more"
+            raise UserError(f"steps: got {chosen.steps}; {why}")
+        asked, avoided = [self._pieces(prompt, chosen.steps) for prompt in prompts], self._pieces(negative, chosen.steps)
+        known: Known | None = edits[-1] if edits else None  # a second pass of hires takes the first one's place
         if known is not None and known.codes.shape[1:] != places:
             raise UserError(f"init: has {tuple(known.codes.shape[1:])} codes, but {places} are drawn; make the picture as large as size")
         image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)

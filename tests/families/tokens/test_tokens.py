@@ -166,6 +166,9 @@ def test_prompts_are_weighted_and_what_is_not_read_is_refused(family):
             family.sample(PROMPTS[:1], [0], size=(32, 40))
     else:
         assert family.sample(PROMPTS[:1], [0], size=(32, 40)).shape == (1, 32, 40, 3)
+        assert family.sample(PROMPTS[:1], [0], Wanted(steps=16)).shape == (1, 32, 32, 3)
+        with pytest.raises(UserError, match="steps: got 17; a picture of 32x32 px has 16 codes"):
+            family.sample(PROMPTS[:1], [0], Wanted(steps=17))
 
 
 @pytest.mark.parametrize("order", ["causal", "words"])
