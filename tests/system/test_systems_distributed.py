@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import several
 import yaml
-from test_systems_resume import BEFORE, PIXELS, UNET, VQ, stage
+from systems import BEFORE, PIXELS, UNET, VQ, stage
 
 ADAMW = {"kind": "adamw", "lr": 1e-3}
 TEXT = {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "heads": 2, "max_tokens": 20}}
