@@ -14,7 +14,7 @@ from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import option, options_of
-from ldm.families.draws import Draws
+from ldm.families.draws import PLAIN, Draws
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.given import Files
@@ -104,7 +104,7 @@ def grid(
     from ldm.sampling import jobs
     from ldm.sampling.init_images import init_image_of
 
-    place = device_for(place)
+    place = device_for(place or ("cpu" if PLAIN.following(old).other else ""))
     family, added = with_adapters(folder, place, loras, adapters.embedding, old, tell, vae=adapters.vae)
     given = Files(family.told, family.unheard)
     told = given.field(views.given, old, tell)

@@ -24,7 +24,7 @@ from ldm.sampling.unheard import in_lines
 
 if TYPE_CHECKING:
     from ldm.distributed.processes import Processes
-    from ldm.families.draws import Draws, Guide
+    from ldm.families.draws import Draws, Guide, Running
     from ldm.metrics.judges import Judge
     from ldm.sampling.writing import PictureWriter
 
@@ -44,7 +44,7 @@ def sample(request: Request) -> int:
         tell(said)
     request.base.shape(old)
     rest = request.fields(old)
-    folder, output, running = model_for(request.base.model), request.output, request.running
+    folder, output, running = model_for(request.base.model), request.output, request.running.following(old)
     output.out.mkdir(parents=True, exist_ok=True)
     if output.grid is not None:
         if output.grid.exists():
@@ -58,7 +58,7 @@ def sample(request: Request) -> int:
     from ldm.sampling.adapters import add, decoded_by
     from ldm.sampling.picture_files import read_pixels, save_sheet
 
-    device = request.device.device
+    device = request.device.device or ("cpu" if running.other else "")
     with processes(device == "cpu", Verb("sample", "The same command with --resume draws the rest")) as team:
         place = device_for(device, team.local)
         judge = judge_of(request.choice.judge, folder, place) if request.choice.best > 1 else None
@@ -70,7 +70,7 @@ def sample(request: Request) -> int:
         rest |= decoded_by(family, adapters.vae, old, tell)
         chosen = request.sampler.chosen(old, request.editing.usual, family.settings())
         family.ready(Path(folder), running, family.settings(chosen).precision)
-        rest |= {"model": name_of(folder), "model_hash": family.content_hash}
+        rest |= {"model": name_of(folder), "model_hash": family.content_hash, "backend": running.other}
         request.following.compare(old, folder, family.content_hash, tell)
         given = Files(family.told, family.unheard)
         rest["given"] = given.field(request.views.given, old, tell)
@@ -85,7 +85,7 @@ def sample(request: Request) -> int:
             made = _missing(request, made)
         writer, started = replace(_writer(request, guide, judge, team, place), given=given), time.monotonic()
         if len({one.loras for one in asked}) > 1:
-            writer = replace(writer, drawing=_by_loras(request, asked, family, rest["loras"], place))
+            writer = replace(writer, drawing=_by_loras(request, running, asked, family, rest["loras"], place))
         paths = writer.write(family, made, init_image)
         if team.rank == 0:
             if output.grid is not None and paths:
@@ -109,12 +109,14 @@ def _guide(request: Request, family: Draws, old: Mapping[str, Any]) -> Guide | N
     return guide
 
 
-def _by_loras(request: Request, asked: Sequence[Asked], family: Draws, loras: str, place: str) -> Callable[[Recipe], Draws]:
+def _by_loras(
+    request: Request, running: Running, asked: Sequence[Asked], family: Draws, loras: str, place: str
+) -> Callable[[Recipe], Draws]:
     """The model with the LoRAs of a recipe; another set than the last one's is merged into a model of its own."""
     from ldm.families.registry import open_finished
     from ldm.sampling.adapters import add, decoded_by
 
-    folder, running = model_for(request.base.model), request.running
+    folder = model_for(request.base.model)
     named = {told: own for own, told in told_by_loras(request, asked).items()}
     now = [(loras, family)]
 

@@ -43,6 +43,7 @@ FOREIGN = (
     "cross_replace",
     "self_replace",
     "watermark",
+    "backend",
     *TOLD,
 )  # fields of a recipe that the page has no place for
 
@@ -164,6 +165,8 @@ def order_of(catalogue: Catalogue, request: Request, largest: int) -> DrawOrder:
     rest["given"] = added["given"]
     if request.following.recipe is not None:
         request.following.compare(own, outfit.model, family.content_hash, tell)
+        if old.get("backend"):
+            tell(f"computed by {old['backend']}, and here by torch: the same to rounding")
         if differ(old, added):
             tell(f"drawn with {', '.join(told_shortly(added)) or 'no LoRAs or new words'}, the picture was not: it will differ")
     if (size := request.base.shape(own)) is not None and max(size) > largest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
 
@@ -342,6 +342,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield from tensors_of(one)
     for field in fields(value) if isinstance(value, Movable) else ():  # type: ignore[arg-type]
         yield from tensors_of(getattr(value, field.name))
+
+
+def filled(batch: C, tensors: Iterable[Tensor]) -> C:
+    """The same batch with other tensors, in the order of `tensors_of`."""
+    new = iter(tensors)
+    made: C = _each(batch, lambda value: next(new) if isinstance(value, Tensor) else value)
+    return made
 
 
 def _each(value: Any, take: Callable[[Any], Any]) -> Any:

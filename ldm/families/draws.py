@@ -6,7 +6,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SMALL = "small"  # the view that a picture, made smaller, is to what makes it larger
 BEFORE = "before"  # in a model folder: the model whose pictures it is told
 AFTER = "after"  # in a chain, the role of the model whose pictures one is told, among what that is assembled from
+BACKENDS = ("torch", "openvino")  # what may compute a network; torch computes all
 THRESHOLDS = ("none", "static", "dynamic")
 # How guidance changes over the share of the steps that is done; each has a mean of 1.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -173,9 +174,33 @@ class Running:
     """How a finished model runs: what changes time and memory, and pictures by no more than rounding."""
 
     attention: str | None = option(None, "Kernel: auto sdpa plain xformers sliced; default: auto.")
+    backend: str | None = option(None, "What computes the network: torch, or openvino (an extra) on CPUs; default: torch.")
     compiled: bool = option(False, "Compile the network first (torch.compile): minutes, then faster steps.", name="--compile")
     low_memory: bool = option(False, "One part of the model in memory at a time (CPU offload).")
     tile: int = option(512, "Decode pictures larger than TILE x TILE px in stripes (tiled VAE); 0: never.", low=0)
+
+    @property
+    def other(self) -> str:
+        """The backend's name where it is not torch."""
+        return "" if self.backend in (None, "", BACKENDS[0]) else str(self.backend)
+
+    def checked(self) -> Running:
+        """The same.
+
+        Raises:
+            UserError: for a backend that is not known, or what belongs to torch beside another one.
+        """
+        if self.other and self.other not in BACKENDS:
+            raise UserError(f"backend: got {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        for name in ("attention", "compiled", "low_memory"):
+            if self.other and getattr(self, name):
+                said = "compile" if name == "compiled" else name
+                raise UserError(f"{said}: is torch's, not {self.other}'s; leave it out, or give --backend torch")
+        return self
+
+    def following(self, old: Mapping[str, Any]) -> Running:
+        """The same with the backend of a recipe that is followed, unless one is asked for."""
+        return (replace(self, backend=str(old["backend"])) if old.get("backend") and not self.backend else self).checked()
 
 
 PLAIN = Running()
@@ -451,6 +476,8 @@ class Draws(Protocol):
         Raises:
             UserError: for what does not run here.
         """
+        if running.checked().other:
+            self.refuse(f"backend: got {running.backend}", "is computed by torch alone; leave it out")
         for name in ("attention", "compiled", "low_memory"):
             if getattr(running, name):
                 self.refuse(name, "has no such choice; leave it out")

@@ -50,13 +50,17 @@ def with_adapters(
     factor: float = 1.0,
     vae: Path | None = None,
 ) -> tuple[Draws, dict[str, str]]:
-    """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them; arguments and errors as `add`'s."""
+    """A model with LoRAs and words, ready to draw, and the fields of a recipe that tell of them.
+
+    The backend is that of the recipe that is followed. Arguments and errors as `add`'s.
+    """
     from ldm.families.registry import open_finished
 
     family = open_finished(folder, device)
     added = add(family, loras, embeddings, old, note, factor) | decoded_by(family, vae, old, note)
-    family.ready(Path(folder), PLAIN, "fp32")
-    return family, added
+    running = PLAIN.following(old)
+    family.ready(Path(folder), running, "fp32")
+    return family, added | {"backend": running.other}
 
 
 def scaled(loras: str, factor: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.version import __version__
-from ldm.families.draws import Settings
+from ldm.families.draws import BACKENDS, Settings
 from ldm.sampling.comfy_graph import read_graph
 from ldm.sampling.foreign_recipe import ForeignRecipe, shown
 from ldm.sampling.picture_texts import OURS, PARAMETERS, read_chunks
@@ -63,6 +63,7 @@ class Recipe(Settings):
     given: str = ""  # JSON: a list of {view, file, weight, hash, of}, views of the picture that the model was told
     classifier: str = ""  # SHA-256 of the file that guided it besides the prompt
     classifier_scale: float = 0.0  # and how strongly
+    backend: str = ""  # what computed the denoising network, where it was not torch
 
     def parameters(self) -> str:
         """The text that A1111's web UI writes and many programs read."""
@@ -201,6 +202,8 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         raise TypeError(f"{name}: {shown(value)!r} is no {kind}")
     if name in LIMITS and number_of(name, value) is None:
         raise ValueError("{}: got {}; from {:g} to {:g} is possible".format(name, shown(value), *LIMITS[name]))
+    if name == "backend" and value not in ("", *BACKENDS):
+        raise ValueError(f"backend: got {shown(value)}; {', '.join(BACKENDS)} are known here")
     if name == "outpaint" and not MARGINS.fullmatch(value):
         raise ValueError(f"outpaint: got {shown(value)!r}; four numbers with commas are needed")
     return value

@@ -98,6 +98,7 @@ SAMPLING = {
     "--out": "tests/cli/test_sample.py",
     "--resume": "tests/cli/test_sampling_options.py",
     "--json": "tests/cli/test_sample.py",
+    "--backend": "tests/families/latent_diffusion/test_openvino.py",
     "--attention": "tests/families/latent_diffusion/test_runtime.py",
     "--compile": "tests/families/latent_diffusion/test_runtime.py",
     "--low-memory": "tests/families/latent_diffusion/test_runtime.py",

@@ -145,13 +145,13 @@ ROWS = (
     ),
     Row(
         id="B8",
-        title="the same on OpenVINO",
-        peer=PIPELINE,
+        title="the same with --backend openvino",
+        peer=f"{PIPELINE}, and our own torch",
         goal="1.4x; 2.7x",
         where="cpu",
-        seconds=0,
-        prepare="",
-        missing="ldm draws with torch only: it has no OpenVINO backend",
+        seconds=150,
+        prepare="sampling:on_openvino",
+        needs=("diffusers", "openvino"),
     ),
     Row(
         id="B9",

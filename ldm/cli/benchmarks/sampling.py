@@ -11,8 +11,9 @@ import torch
 
 from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, ModelShape, build_family, counts, small, twin_pipeline
 from ldm.cli.benchmarks.rows import Case, Setup
-from ldm.families.draws import Wanted
+from ldm.families.draws import PLAIN, Running, Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
+from ldm.formats.openvino_graph import computes
 
 Precision = Literal["fp32", "bf16"]
 MLPERF_SD2 = 3.45  # images/s on one H200, the evaluations of MLPerf Training 4.0
@@ -32,6 +33,40 @@ def fifty_steps(setup: Setup) -> Iterator[Case]:
     shape = small(setup.tiny)
     yield drawing(setup, shape, "small UNet and VAE, 256 px, fp32", "equal", "fp32", "fp32")
     yield drawing(setup, shape, "the same, ours bf16, theirs fp32", "default", "bf16", "fp32")
+
+
+def on_openvino(setup: Setup) -> Iterator[Case]:
+    """B8: the forms that a model draws in; the first call, which converts the network, is not timed."""
+    shape = small(setup.tiny)
+    yield drawing(setup, shape, "small UNet and VAE, 256 px, fp32", "equal", "fp32", "fp32", running=Running(backend="openvino"))
+    yield beside_torch(setup, shape)
+    if computes("bf16"):
+        yield drawing(setup, shape, "the same, ours bf16, theirs fp32", "default", "bf16", "fp32", running=Running(backend="openvino"))
+
+
+def beside_torch(setup: Setup, shape: ModelShape) -> Case:
+    """OpenVINO's drawing beside our own by torch."""
+    noise = torch.randn(1, shape.autoencoder.latent_channels, shape.side, shape.side)
+    sides = []
+    for running in (Running(backend="openvino"), PLAIN):
+        family = build_family(shape, setup.device).eval()
+        family.ready(setup.folder, running, "fp32")
+        sides.append(drawer(family, noise, "fp32", shape.pixels, steps(setup)))
+
+    def check() -> float:
+        first, second = (side(0).astype(float) for side in sides)
+        return float(np.abs(first - second).max())
+
+    return Case(
+        name="the same, against our own torch",
+        kind="equal",
+        ours=_counting(sides[0]),
+        theirs=_counting(sides[1]),
+        check=check,
+        tolerance=TOLERANCE[LARGEST],
+        error=LARGEST,
+        notes={"ours": "openvino, fp32", "theirs": "torch, fp32", "steps": steps(setup), "guidance": GUIDANCE, **counts(shape)},
+    )
 
 
 def sd1(setup: Setup) -> Iterator[Case]:
@@ -56,8 +91,9 @@ def drawing(
     theirs: Precision,
     images: int = 1,
     compiled: bool = False,
+    running: Running | None = None,
 ) -> Case:
-    """One call that draws `images` pictures, text encoder and decoder included."""
+    """One call that draws `images` pictures, text encoder and decoder included; `running` brings ours into a form that only draws."""
     family = build_family(shape, setup.device, chunk=images).eval()
     pipeline = twin_pipeline(family)
     error = LARGEST if (ours, theirs) == ("fp32", "fp32") else MEAN
@@ -66,6 +102,8 @@ def drawing(
         pipeline.text_encoder = type(pipeline.text_encoder)(pipeline.text_encoder.config)
         pipeline.text_encoder.load_state_dict(family.text.model.state_dict())
         pipeline.to(setup.device, torch.bfloat16)
+    if running is not None:
+        family.ready(setup.folder, running, ours)
     if compiled:
         # A compiler is no part of what a toy shows.
         kwargs: dict[str, Any] = {"backend": "eager"} if setup.tiny else {"mode": "max-autotune", "fullgraph": True}
@@ -95,19 +133,11 @@ def drawers(
     family: LatentDiffusionFamily, pipeline: Any, noise: torch.Tensor, precision: Precision, pixels: int, steps: int
 ) -> tuple[Callable[[int], np.ndarray], Callable[[int], np.ndarray]]:
     """Both sides as functions of a number that is a part of the prompts, so that none is remembered; uint8 (N,H,W,3)."""
-    images = len(noise)
-
-    def prompts(number: int) -> list[str]:
-        return [f"{CAPTIONS[i % len(CAPTIONS)]} {number}" for i in range(images)]
-
-    def ours(number: int) -> np.ndarray:
-        wanted = Wanted(steps=steps, guidance=GUIDANCE, sampler="ddim", precision=precision)
-        return np.asarray(family.sample(prompts(number), list(range(images)), wanted, size=(pixels, pixels), latents=noise))
 
     def theirs(number: int) -> np.ndarray:
         weight = next(pipeline.vae.parameters())
         found = pipeline(
-            prompts(number),
+            prompts(len(noise), number),
             height=pixels,
             width=pixels,
             num_inference_steps=steps,
@@ -117,7 +147,24 @@ def drawers(
         ).images
         return (found * 255).round().astype(np.uint8)
 
-    return ours, theirs
+    return drawer(family, noise, precision, pixels, steps), theirs
+
+
+def drawer(
+    family: LatentDiffusionFamily, noise: torch.Tensor, precision: Precision, pixels: int, steps: int
+) -> Callable[[int], np.ndarray]:
+    """Our side of `drawers`."""
+    wanted, images = Wanted(steps=steps, guidance=GUIDANCE, sampler="ddim", precision=precision), len(noise)
+
+    def ours(number: int) -> np.ndarray:
+        return np.asarray(family.sample(prompts(images, number), list(range(images)), wanted, size=(pixels, pixels), latents=noise))
+
+    return ours
+
+
+def prompts(images: int, number: int) -> list[str]:
+    """So many prompts with a number in each."""
+    return [f"{CAPTIONS[i % len(CAPTIONS)]} {number}" for i in range(images)]
 
 
 def _counting(draw: Callable[[int], np.ndarray]) -> Callable[[], np.ndarray]:

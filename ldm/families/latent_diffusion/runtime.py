@@ -1,4 +1,4 @@
-"""Inference form of a finished model: attention kernel, half weights, torch.compile, offload and tiled decoding."""
+"""Inference form of a finished model: attention kernel, half weights, torch.compile, OpenVINO, offload and tiled decoding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from ldm.families.draws import Running
 from ldm.families.latent_diffusion.conditions import beside, conditioned, reads_of
 from ldm.families.latent_diffusion.engine import PRECISION
 from ldm.families.latent_diffusion.offload import Offload, rest
+from ldm.families.latent_diffusion.on_openvino import OnOpenVINO
 from ldm.formats.denoiser_folder import load_denoiser
 from ldm.formats.latent_codec import LatentCodec, Network, autoencoder_folder, load_codec
 from ldm.formats.model_folder import RECORD, open_model, read_record
+from ldm.formats.openvino_graph import check_openvino
 from ldm.models.attention import Kind, set_attention
 from ldm.models.denoiser import Denoiser
 from ldm.models.inference import check_compiler, prepare
@@ -47,9 +49,11 @@ def ready(family: Parts, folder: Path, running: Running, precision: str) -> None
         precision: that it will draw with; bf16 and fp16 halve the denoising network's weights.
 
     Raises:
-        UserError: for an attention kernel that does not run, or where nothing can compile.
+        UserError: for an attention kernel or a backend that does not run, or where nothing can compile.
     """
     device = next(family.denoiser.parameters()).device
+    if running.checked().other:
+        check_openvino(device, precision)
     if running.attention:
         set_attention(cast(Kind, running.attention), device)
     if running.compiled:
@@ -58,7 +62,8 @@ def ready(family: Parts, folder: Path, running: Running, precision: str) -> None
     if running.low_memory:
         _take_turns(family, open_model(folder).folder, device, precision)
     else:
-        family.denoiser = family.denoiser.for_inference(_cast(precision))
+        converted = running.other != ""  # of the network as it is; the autoencoder stays torch's, which decodes as fast
+        family.denoiser = OnOpenVINO(family.denoiser) if converted else family.denoiser.for_inference(_cast(precision))
         family.codec.network = prepare(family.codec.network, channels_last=True, in_place=True)
     if running.compiled:
         family.denoiser.compile(dynamic=False)

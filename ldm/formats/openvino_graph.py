@@ -1,0 +1,163 @@
+"""OpenVINO graph: a network converted from its torch module, kept on disk by what it was made of, and compiled for this machine's CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.errors import UserError
+from ldm.formats.atomic import Damaged, commit, verify
+from ldm.formats.integrity import cache_folder
+
+KEPT = "openvino"  # below the cache folder
+PRECISIONS = {"fp32": ("FP32", "f32"), "bf16": ("BF16", "bf16"), "fp16": ("FP16", "f16")}  # OpenVINO's names, as ability and as wish
+# How far its answer may lie from torch's, relative: beyond rounding, which is 2e-6 and 3e-2 of the networks that were measured.
+FARTHEST = {"fp32": 1e-4, "bf16": 0.2, "fp16": 0.05}
+OTHERWISE = "give --backend torch"
+
+
+def load_openvino() -> Any:
+    """The package, without the other one by which it would tell its makers that it is used.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    if find_spec("openvino") is None:
+        raise UserError(f"backend: openvino is not installed here; pip install 'ldm-train[openvino]', or {OTHERWISE}")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def check_openvino(device: torch.device, precision: str) -> None:
+    """Refuse where OpenVINO would not compute, or in another precision.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    if device.type != "cpu":
+        raise UserError(f"backend: openvino computes on CPUs, and the model lies on {device}; give --device cpu, or {OTHERWISE}")
+    if not computes(precision):
+        can = ", ".join(filter(computes, PRECISIONS))
+        raise UserError(f"precision: got {precision}, in which openvino does not compute on this CPU; choose {can}, or {OTHERWISE}")
+
+
+def computes(precision: str) -> bool:
+    """Whether this CPU computes in a precision by OpenVINO; another one would be taken in its place without a word."""
+    return PRECISIONS[precision][0] in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Compiled graph for inputs of one shape."""
+
+    request: Any  # OpenVINO's inference request
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output for inputs in the order of the module's."""
+        found = self.request.infer([value.contiguous().numpy() for value in inputs], share_inputs=True)
+        return torch.from_numpy(found[0])
+
+
+def compiled(module: nn.Module, inputs: Sequence[Tensor], precision: str, weights: str, said: str) -> Graph:
+    """A module's graph for inputs of these shapes, from the cache where it was converted before.
+
+    A fresh one is compared with what torch makes of the inputs.
+
+    Args:
+        module: in eval mode, of tensors alone; gives one tensor.
+        precision: fp32, bf16 or fp16, as `check_openvino` allows.
+        weights: the hash of the module's weights, see `weights_hash`.
+        said: what else the module computes by, such as its configuration.
+
+    Raises:
+        UserError: if it cannot be converted, or computes something else.
+    """
+    openvino = load_openvino()
+    core = openvino.Core()
+    folder = cache_folder() / KEPT / _key(module, inputs, weights, said, str(openvino.__version__))
+    model, fresh = _kept(core, folder), False
+    if model is None:
+        model, fresh = _converted(openvino, module, inputs), True
+        try:
+            _keep(folder, lambda place: openvino.save_model(model, place / "graph.xml", compress_to_fp16=False))
+        except OSError as error:
+            warnings.warn(f"backend: the converted network is not kept, and converted again next time ({error})", stacklevel=2)
+    wishes = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision][1],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,  # several processes would share the first core
+    }
+    graph = Graph(core.compile_model(model, "CPU", wishes).create_infer_request())
+    if fresh:
+        with torch.autocast("cpu", enabled=False):
+            right = module(*inputs)
+        apart = float((graph(inputs) - right).norm() / right.norm().clamp_min(1e-12))
+        if not apart <= FARTHEST[precision]:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"backend: openvino's answer lies {apart:.1e} from torch's; {OTHERWISE}")
+    return graph
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, names, shapes and types included."""
+    found = hashlib.sha256()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _key(module: nn.Module, inputs: Sequence[Tensor], weights: str, said: str, version: str) -> str:
+    """What a graph depends on: weights, shapes, versions, and the code of every layer."""
+    shapes = [(tuple(value.shape), str(value.dtype)) for value in inputs]
+    found = hashlib.sha256(f"{weights}\n{shapes}\n{said}\n{version}\n{torch.__version__}\n".encode())
+    for file in sorted({str(sys.modules[type(part).__module__].__file__) for part in module.modules()}):
+        found.update(Path(file).read_bytes())
+    return found.hexdigest()[:40]
+
+
+def _converted(openvino: Any, module: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return openvino.convert_model(torch.export.export(module, tuple(inputs)))
+    except Exception as error:  # converters refuse with many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"backend: openvino does not convert this network ({reason}); {OTHERWISE}") from error
+
+
+def _kept(core: Any, folder: Path) -> Any | None:
+    """The graph in a folder; None where there is none, or none that is whole."""
+    if not folder.is_dir():
+        return None
+    try:
+        verify(folder)
+        return core.read_model(folder / "graph.xml")
+    except (Damaged, OSError, RuntimeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _keep(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder of this process' own, and give it its name unless another process was faster."""
+    own = folder.with_name(f"{folder.name}.{os.getpid()}")
+    commit(own, write)
+    try:
+        own.rename(folder)
+    except OSError:
+        shutil.rmtree(own, ignore_errors=True)
