@@ -89,6 +89,7 @@ def index(
     out: Annotated[Path | None, typer.Option(help="The index file; otherwise beside the shards, or in the cache.")] = None,
     verify: Annotated[bool, typer.Option(help="Read all shards again and compare them with their hashes.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read shards; 1: threads of this one.", min=1, max=256)] = 1,
+    upload: Annotated[bool, typer.Option("--upload", help="Also put it beside shards in a store, for other machines.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Read tar shards once and keep where each sample lies; shards that have not changed are not read again.
@@ -96,6 +97,7 @@ def index(
     A call that was stopped is taken up by the next one, and calls at the same time, on several machines too, share the work.
     """
     from ldm.data.shard_index import open_index
+    from ldm.data.shard_index import upload as put_beside
     from ldm.data.shard_reader import ShardRecord
 
     told: set[str] = set()
@@ -108,6 +110,8 @@ def index(
         print(f"[{number}/{count}] {said}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
     found = open_index(path, renew=not verify, verify=verify, file=out, workers=workers, on_shard=tell)
+    if upload:
+        print(f"{put_beside(found)}: the index", file=sys.stderr)
     if as_json:
         shards = [asdict(record) for record in found.shards]
         print(json.dumps({"root": found.root, "samples": len(found), "shards": shards}, indent=1, ensure_ascii=False))

@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Positive
 from ldm.data.buckets import Buckets, assign, sizes_of
-from ldm.data.dataset import DataSet
+from ldm.data.dataset import DataSet, expect
 from ldm.data.images import Shape, mirrored
 from ldm.data.loader import ordered
 from ldm.diffusion.batch import Boxes, Graph, ImageBatch, Points, Text, View, cat
@@ -234,6 +234,7 @@ def _encode_shard(
     """The arrays of one shard, and by view what of it is no number."""
 
     def load(index: list[int], shape: Shape) -> Callable[[], ImageBatch]:
+        expect(data, index)  # a request for the whole cut, where its samples lie side by side
         return lambda: data.load(index, index, shape, plan.seed, False)
 
     tasks: Iterator[list[Callable[[], ImageBatch]]] = ([load(cut, shape or plan.resolution)] for cut, shape in cuts)

@@ -19,7 +19,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, Positive, config
 from ldm.data.buckets import sizes_of
 from ldm.data.content import HasMarks, mark
-from ldm.data.dataset import DataSet, HasViews, Split, asked, loaded
+from ldm.data.dataset import DataSet, HasViews, Split, asked, expect, loaded
 from ldm.data.fields import Fields, Known, gather
 from ldm.data.filter import HasFields
 from ldm.data.folder import FolderSource
@@ -88,6 +88,11 @@ class Concatenation:
         if any(batch.mask is not None for batch in found):  # a part without masks counts whole
             found = [batch if batch.mask is not None else replace(batch, mask=_all_of(batch.image)) for batch in found]
         return taken(cat(found), np.argsort(order).tolist())
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """As `ldm.data.dataset.ReadsAhead.ahead`, of the parts that do."""
+        for data, _, numbers in self._grouped(index):
+            expect(data, numbers)
 
     def views(self) -> Mapping[str, ViewKind]:
         """What all parts offer alike."""

@@ -83,6 +83,21 @@ def loaded(data: Samples[B], index: Sequence[int], position: Sequence[int], reso
 
 
 @runtime_checkable
+class ReadsAhead(Protocol):
+    """Data set that reads many samples by one request where it is told which will be wanted."""
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """These samples are loaded soon, each once; returns at once."""
+        ...
+
+
+def expect(data: Samples[B], index: Sequence[int]) -> None:
+    """Tell a data set what will be loaded, where it makes use of that."""
+    if isinstance(data, ReadsAhead):
+        data.ahead(index)
+
+
+@runtime_checkable
 class HasViews(Protocol):
     """Data set that knows more of its pictures than captions, and tells it where it is asked."""
 

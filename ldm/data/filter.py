@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, config, plain
-from ldm.data.dataset import DataSet, HasViews, asked, loaded
+from ldm.data.dataset import DataSet, HasViews, asked, expect, loaded
 from ldm.data.fields import Fields
 from ldm.data.images import Shape
 from ldm.data.views import ViewKind
@@ -110,6 +110,10 @@ class FilteredSamples:
     def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> ImageBatch:
         """As `ldm.data.dataset.Decoded.load_bytes`, where the data is such."""
         return loaded(self.data, self._rows(index), position, resolution, seed, flip)
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """As `ldm.data.dataset.ReadsAhead.ahead`, where the data does."""
+        expect(self.data, self._rows(index))
 
     def captions(self, index: Sequence[int], position: Sequence[int], seed: int) -> list[str]:
         """As `ldm.data.dataset.Samples.captions`."""

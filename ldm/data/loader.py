@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ldm.config.errors import UserError
-from ldm.data import threads
-from ldm.data.dataset import B, Samples, loaded
+from ldm.data import remote, threads
+from ldm.data.dataset import B, Samples, expect, loaded
 from ldm.data.images import Shape
-from ldm.data.order import BatchSampler, ShuffledBatches
+from ldm.data.order import AheadSampler, BatchSampler, ShuffledBatches
 from ldm.diffusion.batch import cat
 
 R = TypeVar("R")
@@ -68,6 +68,9 @@ def batches(
     def tasks() -> Iterator[list[Callable[[], B]]]:
         for step in count(start) if stop is None else range(start, stop):
             index, shape = order.at(step, number * size, size)
+            if isinstance(order, AheadSampler):
+                for numbers in order.ahead(step, number * size, size, begins=step == start, stop=stop):
+                    expect(data, numbers.tolist())
             first = step * batch + number * size
             yield [_Slice(data, i, p, shape, seed, flip) for i, p in _cut(index, np.arange(first, first + size), cuts)]
 
@@ -105,6 +108,20 @@ class _Slice(Generic[B]):
 
     def __str__(self) -> str:
         return ", ".join(self.data.origin(i) for i in self.index)
+
+
+def _result(future: Future[R], stalled_s: float) -> R:
+    """A task's result; one that waits for a store has as long as the store's requests take.
+
+    Raises:
+        TimeoutError: if nothing comes for `stalled_s`, and no request is under way.
+    """
+    while True:
+        try:
+            return future.result(stalled_s)
+        except TimeoutError:
+            if future.done() or not remote.under_way():
+                raise
 
 
 def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: float = STALLED_S) -> Iterator[list[R]]:
@@ -148,7 +165,7 @@ def ordered(groups: Iterator[list[Callable[[], R]]], workers: int, stalled_s: fl
             results: list[R] = []
             for future, task in running[0]:
                 try:
-                    results.append(future.result(stalled_s))
+                    results.append(_result(future, stalled_s))
                 except TimeoutError:
                     if future.done():  # the task's own
                         raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,15 @@ class BatchSampler(Protocol):
         ...
 
 
+@runtime_checkable
+class AheadSampler(BatchSampler, Protocol):
+    """Batch sampler that knows what is worth reading with one request."""
+
+    def ahead(self, step: int, first: int, count: int, *, begins: bool, stop: int | None) -> Iterator[NDArray[np.int64]]:
+        """What to read when these rows of batch `step` are prepared; `begins`: nothing was read before; `stop`: all ends there."""
+        ...
+
+
 class ShuffledBatches:
     """Shuffling batch sampler: every sample once in each epoch, in its own order; past the end the next begins, inside a batch too.
 
@@ -81,6 +90,86 @@ class ShuffledBatches:
     def numbers(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sample numbers at global positions."""
         return shuffled(self.seed, position, self.samples)
+
+
+class BlockBatches:
+    """Block-shuffling batch sampler: samples that lie side by side are seen near each other in time, and never in one batch.
+
+    An epoch's samples, turned by a random number, are cut into blocks of equal length, and the blocks are shuffled. Every row of a batch
+    has a block of its own, and takes one sample of it, in random order, at each of as many steps as a block is long: a block is read with
+    one request, by the one process that has the row. It is a shuffle buffer of batch x block samples that no process has to hold as a
+    whole, and still arithmetic on the position: any step can be addressed, and the order does not depend on how many processes there are.
+
+    Every sample is in one block of each epoch. Epochs overlap by at most batch x block samples, as the last blocks of one are seen beside
+    the first of the next.
+
+    Args:
+        seed: of the order.
+        samples: how many there are.
+        batch: rows of a global batch.
+        shapes: taken in turn from batch to batch.
+        block: samples of a block; where there are fewer than batch x block samples, as many as go into a batch's rows.
+    """
+
+    def __init__(self, seed: int, samples: int, batch: int, shapes: Sequence[Shape], block: int) -> None:
+        if samples < 1:
+            raise UserError("the data set is empty")
+        self.seed, self.samples, self.batch, self.shapes = seed, samples, batch, tuple(shapes)
+        self.block = max(1, min(block, samples // batch))
+
+    def at(self, step: int, first: int, count: int) -> tuple[NDArray[np.int64], Shape]:
+        """As `BatchSampler.at`."""
+        turn, within = divmod(step, self.block)
+        blocks = turn * self.batch + np.arange(first, first + count)
+        return self._samples(blocks, np.full(count, within)), self.shapes[step % len(self.shapes)]
+
+    def _samples(self, block: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample numbers at places in blocks."""
+        inside = shuffled(mix(self.seed, "within"), block * self.block + within, self.block)  # each block in an order of its own
+        return self._numbers(self._moved(block) * self.block + inside)
+
+    def _moved(self, block: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which block of the unshuffled line stands at each place: those that lie in one epoch as a whole change places."""
+        epoch = block * self.block // self.samples
+        first = -(-epoch * self.samples // self.block)  # whole blocks of an epoch: first to last - 1
+        last = (epoch + 1) * self.samples // self.block
+        found = block.copy()
+        for e in np.unique(epoch).tolist():
+            here = np.flatnonzero((epoch == e) & (block >= first) & (block < last))
+            if len(here):
+                begin, count = int(first[here[0]]), int(last[here[0]] - first[here[0]])
+                found[here] = begin + shuffled(mix(self.seed, "blocks", e), block[here] - begin, count)
+        return found
+
+    def _numbers(self, line: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample numbers along the line, which passes all of them in their order, from a random one on, in each epoch."""
+        epoch, place = np.divmod(line, self.samples)
+        turned = {e: mix(self.seed, "turned", e) % self.samples for e in np.unique(epoch).tolist()}
+        return (place + np.array([turned[e] for e in epoch.tolist()], np.int64)) % self.samples
+
+    def ahead(self, step: int, first: int, count: int, *, begins: bool, stop: int | None) -> Iterator[NDArray[np.int64]]:
+        """What to read when the rows first to first + count - 1 of batch `step` are prepared: the samples of whole blocks.
+
+        The rows' next blocks are asked for one after the other during the first three quarters of a turn, so that a store has its
+        requests spread over time.
+
+        Args:
+            begins: it is the first step, before which nothing was asked for: what the present blocks still have comes too.
+            stop: the step before which all ends; None: never.
+        """
+        turn, within = divmod(step, self.block)
+        rows = np.arange(first, first + count)
+        due = rows * self.block * 3 // (4 * self.batch)  # when in a turn the row's next block is asked for
+        if begins:
+            for row in rows.tolist():
+                yield self._block(turn * self.batch + row)[within : None if stop is None else stop - turn * self.block]
+        left = self.block if stop is None else stop - (turn + 1) * self.block  # of the next blocks
+        for row in rows[(due <= within) if begins else (due == within)].tolist():
+            if left > 0:
+                yield self._block((turn + 1) * self.batch + row)[:left]
+
+    def _block(self, block: int) -> NDArray[np.int64]:
+        return self._samples(np.full(self.block, block), np.arange(self.block))
 
 
 class BucketedBatches:

@@ -85,6 +85,7 @@ class _Work:
 
     rows: list[tuple[int, tuple[float, float], bool]]  # sample, place of the crop, mirrored
     under_way: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # sample, since when
+    reading: bool = False  # from a store that ends it by itself
     done: list[tuple[int, SeenView]] = field(default_factory=list)
     error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -104,6 +105,7 @@ class Photos(ABC):
     """
 
     mirrors = True  # whoever asks for flips knows that the captions name no sides
+    patient = False  # whether reading ends by itself, and is not counted in `max_seconds`
     _captions: Sequence[Sequence[str]]  # of each sample
     _fields: Fields
     _sizes: np.ndarray  # (N,2)
@@ -238,6 +240,9 @@ class Photos(ABC):
             threads.start(self._work, "decode", work, resolution)
             slow, since = work.under_way
             while not work.ended.wait(max(0.0, since + self._look.max_seconds - time.monotonic())):
+                if work.reading:
+                    slow, since = work.under_way[0], time.monotonic()
+                    continue
                 if work.under_way == (slow, since):
                     self._replace(slow, Rejected("too slow", f"not read and decoded within {self._look.max_seconds:g} s"))
                     break
@@ -264,16 +269,26 @@ class Photos(ABC):
             if self.name(here) not in self.replaced:
                 work.under_way = here, time.monotonic()
                 try:
-                    return here, self._seen(here, resolution, at, flip)
+                    return here, self._seen(here, self._read(work, here), resolution, at, flip)
                 except Rejected as error:
                     self._replace(here, error)
             i = self.after(i)
         why = f"{self.name(index)}: {self.replaced[self.name(index)]}"
         raise UserError(f"{self.where}: none of its {len(self)} images can be used any more, such as {why}")
 
-    def _seen(self, index: int, resolution: Shape, at: tuple[float, float], flip: bool) -> SeenView:
+    def _read(self, work: _Work, index: int) -> bytes:
+        """A sample's bytes; where reading ends by itself the time for decoding begins behind it."""
+        work.reading = self.patient
+        try:
+            return self.read(index)
+        finally:
+            if self.patient:
+                work.under_way = index, time.monotonic()  # before `reading` ends, so that nobody sees the old time without it
+            work.reading = False
+
+    def _seen(self, index: int, data: bytes, resolution: Shape, at: tuple[float, float], flip: bool) -> SeenView:
         """A sample's view, with the same part of its mask."""
-        data, most = self.read(index), self._look.max_pixels
+        most = self._look.max_pixels
         seen = view(data, resolution, at, flip, most)
         if maps := [name for name in self._asked if (kind := self.views().get(name)) and kind.form in ("map", "classes")]:
             shape = {name: sides(resolution) if name in APART else seen.size for name in maps}

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
-from ldm.data import parquet_index
+from ldm.data import parquet_index, remote
 from ldm.data.content import cache_folder
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, write
 from ldm.data.shard_reader import ShardRecord, read_shard, shard_part
-from ldm.data.storage import Stat, find, is_url, stat
+from ldm.data.storage import Stat, find_stats, is_url
 
 NAME = "ldm-index.bin"
 OLDER = "ldm-index.parquet"  # of formats before 3; it is read where the other is not there
@@ -147,7 +148,8 @@ def open_index(
     Raises:
         UserError: for a shard that is missing, unreadable or changed, an index that is damaged, or a path without shards.
     """
-    names = find(path, ".tar", outside)
+    stats = find_stats(path, ".tar", outside)
+    names = list(stats)
     root = common_root(names)
     shorts = [name[len(root) :].lstrip("/") if is_url(name) else os.path.relpath(os.path.abspath(name), root) for name in names]
     builder = _Builder(root, file, workers, on_shard)
@@ -156,10 +158,7 @@ def open_index(
         known = {} if found is None else {record.name: n for n, record in enumerate(found.records)}
         todo: list[tuple[str, Stat]] = []
         for name, short in zip(names, shorts, strict=True):
-            try:
-                now = stat(name)
-            except OSError as error:
-                raise UserError(f"{name}: cannot be read ({error.strerror or error}); restore it or leave it out of data.path") from None
+            now = stats[name]
             old = found.records[known[short]] if found is not None and short in known else None
             if old is None or (renew and (old.bytes, old.mtime_ns) != (now.bytes, now.mtime_ns)):
                 todo.append((short, now))
@@ -173,7 +172,25 @@ def open_index(
         builder.verify()
         if not todo and found is not None:
             return Index(root, found, [known[short] for short in shorts])
+        if builder.fetch(todo):
+            continue
         builder.add(found, todo)
+
+
+def upload(index: Index) -> str:
+    """Put an index beside its shards in their store, where other machines take it from; its URL.
+
+    Raises:
+        UserError: if the shards are in no store, or it refuses.
+    """
+    if not is_url(index.root):
+        raise UserError(f"--upload: is for shards in a store, and {index.root} is a folder; the index lies beside them there already")
+    url = join(index.root, NAME)
+    try:
+        remote.put(index.file.path, url)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be written ({error.strerror or error}); the index stays in {index.file.path}") from None
+    return url
 
 
 def _damaged(place: Path, root: str, error: Exception) -> UserError:
@@ -197,6 +214,7 @@ class _Builder:
             self.place = cache_folder() / f"index-{_named(str(file.absolute()))}.bin"
         self.pieces = self.place.with_name(f".{self.place.name}.parts")
         self.compare: list[tuple[ShardRecord, Stat]] = []  # shards that are to be as they were
+        self._fetched = not is_url(root) or file is not None  # whether the store's own was looked at
 
     def load(self) -> IndexFile | None:
         """The index as it is now; None: there is none. One of an older format is written anew."""
@@ -211,6 +229,32 @@ class _Builder:
             raise UserError(f"{place}: the index cannot be read ({error.strerror or error})") from None
         except DamagedIndex as error:
             raise _damaged(place, self.root, error) from None
+
+    def fetch(self, wanted: Sequence[tuple[str, Stat]]) -> bool:
+        """Take the index that lies beside the shards in their store, where it knows one of those that are wanted; whether that was so."""
+        if self._fetched:
+            return False
+        self._fetched = True
+        url, copy = join(self.root, NAME), self.place.with_name(f".{self.place.name}.{uuid4().hex}")
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with remote.stream(url) as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**22)
+            known = {record.name: record.bytes for record in IndexFile(copy).records}
+            if useful := any(known.get(short) == now.bytes for short, now in wanted):
+                copy.replace(self.place)
+                _log.info("%s: the index beside the shards, kept in %s", url, self.place)
+            return useful
+        except FileNotFoundError:
+            return False
+        except DamagedIndex as error:
+            raise UserError(f"{url}: the index beside the shards is damaged ({error}); remove it, and it is built anew") from None
+        except OSError as error:
+            _log.warning("%s: cannot be read (%s); the shards are read instead", url, error.strerror or error)
+            return False
+        finally:
+            with suppress(OSError):
+                copy.unlink(missing_ok=True)
 
     def _converted(self, older: Path) -> bool:
         """Write an index of an older format anew; whether it had any shard."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.kept import Kept
 from ldm.data.photos import LISTED, Photos, counted, refuse_bad, tolerated
+from ldm.data.read_ahead import Place, ReadAhead
 from ldm.data.shard_index import Index, open_index
 from ldm.data.shard_reader import FLOATS, place_in_split, sample_hash
 from ldm.data.storage import Ranges
@@ -112,8 +114,14 @@ def _extreme(index: Index, place: np.ndarray, usable: Kept, which: Any) -> int:
     return int(rows[np.flatnonzero(exact == which(exact))[0]])
 
 
+def _fetched(ranges: Ranges, index: Index, shard: int, offset: int, count: int) -> bytes:
+    return ranges.read(index.path(shard), offset, count)
+
+
 class ShardsData(Photos):
     """A split of a set of tar shards, in their order; every image is compared with the index's hash when it is read."""
+
+    patient = True
 
     def __init__(self, source: ShardsSource, split: Split) -> None:
         self.source = source
@@ -125,7 +133,8 @@ class ShardsData(Photos):
         super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + self.rejected.total()))
         self._refuse_empty()
         self._kept = train if split == "train" else val
-        self._ranges, self._lost = Ranges(), dict[int, str]()
+        self._ranges = Ranges()
+        self._ahead = ReadAhead(partial(_fetched, self._ranges, self.index))
         self._contents = _Hashes(self.index, self._kept)
         view_options = (split, source.val_share, source.crop, source.min_side, source.max_pixels)
         more = [source.prefix, source.suffix, source.masks]
@@ -155,31 +164,40 @@ class ShardsData(Photos):
         row = self._row(index)
         return f"{self.index.shards[int(self.index.shard_of(row))].name}/{self.index.entry(row).key}"
 
-    def read(self, index: int) -> bytes:
-        """As `Photos.read`; a shard that cannot be read any more is given up as a whole."""
-        row = self._row(index)
-        shard = int(self.index.shard_of(row))
-        if shard in self._lost:
-            raise Rejected("shard unreadable", self._lost[shard])
+    def _place(self, row: int) -> tuple[Place, int]:
+        """Where a row's bytes lie, and their hash."""
         entry = self.index.entry(row)
+        return Place(row, int(self.index.shard_of(row)), entry.offset, entry.size), entry.hash
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """As `ldm.data.dataset.ReadsAhead.ahead`: those that lie near each other in a shard are one request."""
+        self._ahead.expect([self._place(row)[0] for row in self._kept.rows(index).tolist()])
+
+    def read(self, index: int) -> bytes:
+        """As `Photos.read`. A shard that was there when the run began is never given up by one process for itself.
+
+        Raises:
+            UserError: if its shard cannot be read any more, after as many tries as `ldm.data.storage` makes.
+        """
+        place, wanted = self._place(self._row(index))
         try:
-            data = self._ranges.read(self.index.path(shard), entry.offset, entry.size)
+            data = self._ahead.take(place)
+            if data is None or sample_hash(data) != wanted:  # what came in a larger request may have been turned on its way
+                data = self._ranges.read(self.index.path(place.shard), place.offset, place.size)
         except OSError as error:
-            self._lost[shard] = str(error.strerror or error)
-            raise Rejected("shard unreadable", self._lost[shard]) from None
-        if len(data) < entry.size or sample_hash(data) != entry.hash:
-            raise Rejected(
-                "changed since it was indexed", f"{len(data)} of {entry.size} bytes" if len(data) < entry.size else "another hash"
-            )
+            raise UserError(
+                f"{self.index.path(place.shard)}: cannot be read any more ({error.strerror or error}); every process must see the same "
+                f"samples, so the run ends: restore the shard and start again, which goes on from the last checkpoint"
+            ) from None
+        if len(data) < place.size or sample_hash(data) != wanted:
+            said = f"{len(data)} of {place.size} bytes" if len(data) < place.size else "another hash"
+            raise Rejected("changed since it was indexed", said)
         return data
 
     def after(self, index: int) -> int:
-        """The next sample, behind the shard's end where the whole shard is lost."""
-        here = index % len(self)
-        shard = int(self.index.shard_of(self._row(here)))
-        if shard not in self._lost:
-            return index + 1
-        return index - here + self._kept.before(int(self.index.starts[shard + 1]))
+        """The next sample."""
+        self._ahead.drop(self._row(index % len(self)))  # it may have been passed over
+        return index + 1
 
     def all_captions(self, index: Sequence[int]) -> list[list[str]]:
         """As `ldm.data.dataset.Samples.all_captions`."""

@@ -1,4 +1,4 @@
-"""Storage of shards: local paths and fsspec URLs with brace expansion, streams and range reads."""
+"""Storage of shards: local paths and fsspec URLs (`ldm.data.remote`) with brace expansion, streams and range reads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from ldm.config.errors import UserError
+from ldm.data import remote
 from ldm.data.file_names import hidden, leads_out
 
 MOST = 10**6  # names that one pattern may give
-RETRIES, WAIT_S = 3, 0.5  # of a read that fails, the wait doubling
+RETRIES, WAIT_S = 3, 0.5  # of a local read that fails, the wait doubling
 _OPEN = 64  # local files that are kept open
 _RANGE = re.compile(r"\{([^{}]*)\}")
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -83,13 +85,30 @@ def find(path: str, suffix: str, outside: bool = False) -> list[str]:
     Raises:
         UserError: if there are none, or one is such a link.
     """
+    return list(find_stats(path, suffix, outside))
+
+
+def find_stats(path: str, suffix: str, outside: bool = False) -> dict[str, Stat]:
+    """As `find`, with the status of each, which is asked for many at the same time.
+
+    Raises:
+        UserError: as `find`, or if one cannot be looked at.
+    """
     names = expand(path)
-    found: list[str] = []
-    for name in names:
-        found += _find_url(name, suffix) if is_url(name) else _find_local(name, suffix, outside)
+    urls = [name for name in names if is_url(name)]
+    found = {name: Stat(size, 0) for name, size in _find_urls(urls, suffix).items()} if urls else {}
+    local = [inside for name in names if not is_url(name) for inside in _find_local(name, suffix, outside)]
+    found |= zip(local, remote.each(_stat_of, local), strict=True)
     if not found:
         raise UserError(f"data.path: no {suffix} files at {path}; give a folder of shards, or a pattern such as {{00000..00099}}{suffix}")
-    return sorted(dict.fromkeys(found))
+    return dict(sorted(found.items()))
+
+
+def _stat_of(name: str) -> Stat:
+    try:
+        return stat(name)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error}); restore it or leave it out of data.path") from None
 
 
 def _find_local(name: str, suffix: str, outside: bool) -> list[str]:
@@ -112,32 +131,24 @@ def matching(pattern: str) -> list[str]:
     return [f"{there}{found}" for found in glob.glob(rest, root_dir=there or None, recursive=True)]
 
 
-def _find_url(name: str, suffix: str) -> list[str]:
-    files, path = system(name)
-    try:
-        if glob.has_magic(path):
-            return [files.unstrip_protocol(p) for p in files.glob(path)]
-        if files.isdir(path):
-            return [files.unstrip_protocol(p) for p in files.glob(path.rstrip("/") + f"/**/*{suffix}")]
-        if not files.exists(path):
-            raise UserError(f"data.path: {name} does not exist; correct the URL or the range in braces")
-    except OSError as error:
-        raise UserError(f"data.path: {name} cannot be listed: {error}") from None
-    return [name]
-
-
-def system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
-
-    Raises:
-        UserError: if its protocol is unknown or the package for it is missing.
-    """
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data.path: {url} cannot be opened: {error}") from None
+def _find_urls(urls: Sequence[str], suffix: str) -> dict[str, int]:
+    """The files that URLs mean, with their bytes; -1: the store does not tell."""
+    files = [url for url in urls if url.endswith(suffix) and not glob.has_magic(url)]
+    found = remote.sizes(files)
+    for url in urls:
+        if url in found:
+            continue
+        try:
+            inside = remote.listed(url, suffix)
+        except FileNotFoundError:
+            raise UserError(f"data.path: {url} does not exist; correct the URL or the range in braces") from None
+        except OSError as error:
+            raise UserError(f"data.path: {url} cannot be listed: {error.strerror or error}") from None
+        root = url.rstrip("/") + "/"
+        below = {name: name.removeprefix(root) if root in name else name.rpartition("/")[2] for name in inside}
+        found |= {name: size for name, size in inside.items() if not hidden(below[name])}
+    unknown = [name for name, size in found.items() if size < 0]
+    return found | remote.sizes(unknown)
 
 
 def stat(name: str) -> Stat:
@@ -149,16 +160,14 @@ def stat(name: str) -> Stat:
     if not is_url(name):
         status = os.stat(name)
         return Stat(status.st_size, status.st_mtime_ns)
-    files, path = system(name)
-    return Stat(int(files.size(path) or 0), 0)
+    return Stat(remote.size(name), 0)
 
 
 def stream(name: str) -> BinaryIO:
     """A file from its beginning."""
     if not is_url(name):
         return open(name, "rb")
-    files, path = system(name)
-    return cast("BinaryIO", files.open(path, "rb", block_size=2**22))
+    return remote.stream(name)
 
 
 class Ranges:
@@ -180,16 +189,18 @@ class Ranges:
                 os.close(descriptor)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer past the end; tried RETRIES times.
+        """`size` bytes from `offset`, of a local file fewer past its end; a failure that may pass is tried again, a store's for minutes.
 
         Raises:
             OSError: as the last try said.
         """
+        if is_url(name):
+            return remote.read(name, offset, size)
         for attempt in range(RETRIES):
             try:
-                return self._remote(name, offset, size) if is_url(name) else self._local(name, offset, size)
+                return self._local(name, offset, size)
             except OSError as error:
-                if attempt == RETRIES - 1 or isinstance(error, FileNotFoundError):
+                if attempt == RETRIES - 1 or isinstance(error, (FileNotFoundError, PermissionError)):
                     raise
                 time.sleep(WAIT_S * 2**attempt)
         raise AssertionError
@@ -207,7 +218,3 @@ class Ranges:
             return os.pread(mine, size, offset)
         finally:
             os.close(mine)
-
-    def _remote(self, name: str, offset: int, size: int) -> bytes:
-        files, path = system(name)
-        return bytes(files.cat_file(path, start=offset, end=offset + size))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, config, refuse_unread
 from ldm.data.buckets import HasBuckets, sizes_of
-from ldm.data.dataset import B, HasViews, Samples, asked, loaded
+from ldm.data.dataset import B, HasViews, Samples, asked, expect, loaded
 from ldm.data.images import Shape
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import MomentBatch
@@ -102,6 +102,10 @@ class TaggedSamples(Generic[B]):
     def load_bytes(self, index: Sequence[int], position: Sequence[int], resolution: Shape, seed: int, flip: bool) -> B:
         """As `ldm.data.dataset.Decoded.load_bytes`, where the data is such."""
         return self._said(loaded(self.data, index, position, resolution, seed, flip), position, seed)
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """As `ldm.data.dataset.ReadsAhead.ahead`, where the data does."""
+        expect(self.data, index)
 
     def _said(self, batch: B, position: Sequence[int], seed: int) -> B:
         found = replace(batch, caption=tuple(self._vary(batch.caption, position, seed)))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, PathText, config
-from ldm.data.dataset import DataSet, Split
+from ldm.data.dataset import DataSet, Split, expect
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
@@ -88,6 +88,10 @@ class Unpaired:
         drawn = (Rng(seed, position).uniform("other domain").double() * len(self.b)).long().clamp(max=len(self.b) - 1).tolist()
         other = self.b.load(drawn, [mix(p, "other domain") % 2**62 for p in position], resolution, seed, flip and self.mirrors)
         return replace(first, views={**(first.views or {}), OTHER: (other.image + 1) / 2})
+
+    def ahead(self, index: Sequence[int]) -> None:
+        """As `ldm.data.dataset.ReadsAhead.ahead`: the first domain's; the other's are drawn from all over it."""
+        expect(self.a, index)
 
     def views(self) -> Mapping[str, ViewKind]:
         """The other domain's picture."""

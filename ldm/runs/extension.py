@@ -17,7 +17,10 @@ from ldm.training.post_hoc_ema import linked
 
 FILE = "extends.json"  # of a stage's folder: what it goes on from
 WORD = "--extend"
-SETTINGS = ("images", "batch", "micro_batch", "exact", "flip", "filter", "tags", "optim", "precision", "compile", "offload", "ema")
+SETTINGS = (
+    *("images", "batch", "micro_batch", "exact", "shuffle_block", "flip", "filter", "tags"),
+    *("optim", "precision", "compile", "offload", "ema"),
+)
 FREE = (
     "data",
     "inputs.latents",

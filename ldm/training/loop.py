@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.config.errors import UserError, out_of_memory
 from ldm.data.buckets import BucketedStage, bucket_stage, lines
 from ldm.data.loader import batches
-from ldm.data.order import BatchSampler, ShuffledBatches
+from ldm.data.order import BatchSampler, BlockBatches, ShuffledBatches
 from ldm.data.pictures import save_grid
 from ldm.data.sources import DataSet
 from ldm.diffusion.batch import rows
@@ -137,7 +137,14 @@ class Trainer:
         """Which samples make up each batch."""
         if self.buckets is not None:
             return self.buckets.order
-        return ShuffledBatches(self.seed, len(self.data), self.stage.batch, (self.stage.resolution, *self.stage.also))
+        stage, shapes = self.stage, (self.stage.resolution, *self.stage.also)
+        if not stage.shuffle_block:
+            return ShuffledBatches(self.seed, len(self.data), stage.batch, shapes)
+        order = BlockBatches(self.seed, len(self.data), stage.batch, shapes, stage.shuffle_block)
+        if order.block < stage.shuffle_block:
+            few = f"{len(self.data)} samples are fewer than batch x shuffle_block ({stage.batch} x {stage.shuffle_block})"
+            self.log.note(f"{self.folder.name}: {few}; blocks of {order.block} are shuffled")
+        return order
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the product to `folder/model`, and return what `finish` measured.

@@ -34,6 +34,7 @@ class Train:
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
     buckets: Buckets | None = None  # pictures in shapes near their own, of about resolution² pixels; null: squares
     exact: bool = False  # equal weights to the bit for any number of processes; needs micro_batch, and is slower
+    shuffle_block: Count = 0  # samples that lie side by side, are read with one request and seen in as many updates; 0: each by itself
     flip: bool = False  # mirror half of the images (data sets whose captions name sides ignore it)
     filter: Filter = Filter()  # which samples are seen (with cached latents: the encode stage's filter)
     caption_dropout: Fraction | None = None  # of this stage; null: as the model says
@@ -70,6 +71,8 @@ class Train:
         if self.offload and (self.exact or self.precision == "fp16"):
             other = "exact: true adds up gradients on the device" if self.exact else "precision: fp16 scales gradients on the device"
             raise UserError(f"offload: true moves gradients to the CPU, but {other}; leave one of the two out")
+        if self.shuffle_block and self.buckets is not None:
+            raise UserError(f"shuffle_block: {self.shuffle_block}, but buckets draws from all over the data; leave one of the two out")
         if self.exact and not self.micro_batch:
             raise UserError("exact: needs micro_batch, the samples that are computed together however many processes there are")
 
@@ -140,7 +143,9 @@ class Train:
             "checkpointing",
         }
         elsewhere = {"caption_dropout", "model"} | ({"filter"} if self.filter == Filter() else set())  # in the model's, in the data's
-        elsewhere |= {name for name in ("buckets", "compile", "offload", "post_hoc_ema", "tags") if not getattr(self, name)}
+        elsewhere |= {
+            name for name in ("buckets", "compile", "offload", "post_hoc_ema", "shuffle_block", "tags") if not getattr(self, name)
+        }
         elsewhere |= {"carry"} if self.carry == "ema" else set()
         found = {name: value for name, value in plain(self).items() if name not in watching | elsewhere}
         found["optim"] = {name: value for name, value in found["optim"].items() if value is not None}

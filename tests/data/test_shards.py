@@ -315,20 +315,22 @@ def test_no_cut_and_no_turned_bit_loses_a_sample_in_silence(tmp_path, count, ind
     assert results["refused"] + results["reported"] > count // 2  # every cut, and more
 
 
-def test_a_shard_that_changes_or_vanishes_is_named_and_the_others_go_on(tmp_path, caplog, monkeypatch):
+def test_a_shard_that_changes_or_vanishes_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "WAIT_S", 0.01)
     for i in range(3):
         shard(tmp_path, i, 8)
     data = build(tmp_path, max_bad=0.5)
     mine = [i for i in range(len(data)) if data.name(i).startswith("00001")]
-    before = data.load([mine[-1] + 1], [0], 16, 0, False)
+    data.load([mine[-1] + 1], [0], 16, 0, False)
     (tmp_path / "00001.tar").unlink()
-    with caplog.at_level(logging.WARNING):
-        batch = data.load([mine[0], mine[0] - 1], [0, 1], 16, 0, False)
-    assert torch.equal(batch.image[0], before.image[0]) and list(data.replaced) == [data.name(mine[0])]
-    assert "shard unreadable: No such file" in caplog.text
+    with pytest.raises(UserError, match=r"00001\.tar: cannot be read any more \(No such file or directory\); every process must see"):
+        data.load([mine[0] - 1, mine[0]], [0, 1], 16, 0, False)
+    assert not data.replaced  # or this process alone would see other samples from here on
     whole = (tmp_path / "00002.tar").read_bytes()
     (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2])
+    last = len(data) - 1  # cut off: what every process sees is replaced
+    assert data.name(last).startswith("00002") and list(data.load([last], [0], 16, 0, False).caption) == data.all_captions([0])[0]
+    assert "changed since it was indexed" in data.replaced[data.name(last)]
     with pytest.raises(UserError, match=r"00002\.tar: \d+ bytes, but \d+ when it was indexed with 8 samples.*ldm data index"):
         build(tmp_path / "{00002,00000}.tar")
     told = []

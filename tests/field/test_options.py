@@ -162,7 +162,10 @@ OTHERS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("--resolution", "--decode"), "tests/cli/test_data.py"),
         **{"--outside": "tests/field/test_data_leads_nowhere.py", "--model": "tests/field/test_foreign_data_sets.py"},
     },
-    "data index": dict.fromkeys(("--out", "--verify", "--json", "--workers"), "tests/cli/test_data.py"),
+    "data index": {
+        **dict.fromkeys(("--out", "--verify", "--json", "--workers"), "tests/cli/test_data.py"),
+        "--upload": "tests/data/test_stores.py",
+    },
     "data curate": {
         **dict.fromkeys(("--min-side", "--max-aspect", "--min-aesthetic", "--max-watermark", "--max-unsafe", "--min-similarity"), CURATE),
         **dict.fromkeys(("--min-caption", "--max-caption", "--match", "--remove", "--val-share", "--seed", "--min-pixels"), CURATE),

@@ -11,6 +11,8 @@ from finished_model import SIDE, UNET, Pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.config.errors import UserError
+from ldm.data.buckets import Buckets
+from ldm.data.order import BlockBatches, ShuffledBatches
 from ldm.diffusion.process import Process
 from ldm.distributed.processes import Learners
 from ldm.families.family import Context, Product
@@ -104,3 +106,16 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, products: dict[str, 
     monkeypatch.setattr(type(family), "compilable", Family.compilable)
     with pytest.raises(UserError, match=r"no network that torch.compile takes"):
         compile_networks(family, torch.device("cpu"))
+
+
+def test_blocks_of_samples_are_shuffled_where_a_stage_asks_for_them(tmp_path: Path, products: dict[str, Product]) -> None:
+    made = trainer(tmp_path, products, shuffle_block=64)
+    assert isinstance(made.order, BlockBatches) and made.order.block == len(DATA) // BATCH
+    told = (tmp_path / "log.jsonl").read_text()
+    assert f"{len(DATA)} samples are fewer than batch x shuffle_block (4 x 64); blocks of {len(DATA) // BATCH}" in told
+    made.run()
+    assert isinstance(trainer(tmp_path / "other", products).order, ShuffledBatches)
+    with pytest.raises(UserError, match="shuffle_block: 64, but buckets draws from all over the data"):
+        Train(model="diffusion", images=40, resolution=64, shuffle_block=64, buckets=Buckets())
+    kinds = [Train(model="diffusion", images=40, resolution=64, shuffle_block=block).identity() for block in (0, 64)]
+    assert "shuffle_block" not in kinds[0] and kinds[1]["shuffle_block"] == 64  # runs of before stay what they are
