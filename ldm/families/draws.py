@@ -70,7 +70,7 @@ class Settings:
     temperature: float = 1.0  # of the codes that are drawn (logits are divided by it); 0: the likeliest
     top_k: int = 0  # so many likeliest codes are drawn from; 0: all
     top_p: float = 1.0  # the likeliest codes that have this much probability together are drawn from
-    truncation: float = 1.0  # of GANs: how far styles lie from their mean
+    truncation: float = 1.0  # of GANs: how far styles lie from their mean; of VAEs: the scale of z
 
     def sizes(self, height: int, width: int) -> tuple[int, ...]:
         """What such a network is told of a picture that is drawn with these sides, px: original height and width, top, left, height, width.
@@ -154,7 +154,9 @@ class Wanted:
     temperature: float | None = option(None, "Of drawn codes (token models); 0: the likeliest; default: the model's.", low=0, high=100)
     top_k: int | None = option(None, "Draw from so many likeliest codes (token models); 0: all.", low=0, high=2**20)
     top_p: float | None = option(None, "Draw from the likeliest codes of so much probability together (token models).", low=0, high=1)
-    truncation: float | None = option(None, "Of GANs: 1 as it learned, less for surer pictures that are more alike.", low=0, high=1)
+    truncation: float | None = option(
+        None, "Of GANs and VAEs: 1 as it learned, less for surer pictures that are more alike.", low=0, high=1
+    )
 
     def over(self, old: Mapping[str, Any]) -> Wanted:
         """The same with another's numbers, a recipe's for example, where nothing is asked for.

@@ -13,6 +13,7 @@ from ldm.config.schema import BY_KIND
 from ldm.families.autoencoder import KL, VQ
 from ldm.families.chain import BEFORE, chained
 from ldm.families.clip import Clip
+from ldm.families.cvae import CVAE
 from ldm.families.cyclegan import CycleGAN
 from ldm.families.draws import PLAIN, Draws, Running
 from ldm.families.family import ModelConfig
@@ -40,6 +41,7 @@ Model = Annotated[
     | Prior
     | Tokens
     | TextGAN
+    | CVAE
     | Pix2Pix
     | CycleGAN,
     BY_KIND,

@@ -19,12 +19,14 @@ from ldm.metrics.neighbours import Neighbours
 from ldm.metrics.reconstruction import Reconstruction
 from ldm.metrics.told import ToldViews
 from ldm.metrics.translation import Translation
+from ldm.metrics.units import Units
 from ldm.metrics.written import Captions
 
 Evaluator = Annotated[
     Adherence
     | Abilities
     | Diversity
+    | Units
     | Completion
     | Reconstruction
     | Translation

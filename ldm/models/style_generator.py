@@ -76,7 +76,7 @@ class StyleGenerator(nn.Module):
         self.mapping = nn.ModuleList(nn.Linear(width, config.style) for width in inputs)
         context = states if config.tells == "words" else 0
         self.blocks = nn.ModuleList(
-            _Block(before, width, config.style, context if i % EVERY == EVERY - 1 else 0, config.heads)
+            StyleBlock(before, width, config.style, context if i % EVERY == EVERY - 1 else 0, config.heads)
             for i, (before, width) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True))
         )
         self.norm = nn.LayerNorm(widths[-1])
@@ -138,25 +138,26 @@ class StyleGenerator(nn.Module):
         return self.out(F.silu(self.norm(x)).permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
 
-class _Block(nn.Module):
-    """A modulated bottleneck with a depthwise convolution and noise, and attention to words, each beside places (B,h,w,C)."""
+class StyleBlock(nn.Module):
+    """A modulated bottleneck with a depthwise convolution and noise, if any, and attention to words, each beside places (B,h,w,C)."""
 
-    def __init__(self, before: int, width: int, style: int, context: int, heads: int) -> None:
+    def __init__(self, before: int, width: int, style: int, context: int, heads: int, noisy: bool = True) -> None:
         super().__init__()
         inner = 2 * width
         self.norm = nn.LayerNorm(before, elementwise_affine=False)
         self.widen, self.narrow = nn.Linear(before, inner), nn.Linear(inner, width)
         self.around = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.modulation = nn.Linear(style, 2 * before + width)
-        self.strength = nn.Parameter(torch.zeros(inner))  # of the noise
+        self.strength = nn.Parameter(torch.zeros(inner)) if noisy else None  # of the noise
         self.skip = nn.Identity() if before == width else nn.Linear(before, width)
         self.attention = _Words(width, context, heads) if context else None
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor, words: Tensor) -> Tensor:
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, words: Tensor) -> Tensor:
         before, width = x.shape[3], self.narrow.out_features
         scale, shift, gate = self.modulation(style)[:, None, None].split([before, before, width], 3)
         h = F.silu(self.widen(self.norm(x) * (1 + scale) + shift))
-        h = F.silu(neighbours(self.around, h) + self.strength * noise)
+        h = neighbours(self.around, h)
+        h = F.silu(h if self.strength is None or noise is None else h + self.strength * noise)
         x = self.skip(x) + self.narrow(h) * (1 + gate)
         return x if self.attention is None else x + self.attention(x, words)
 

@@ -42,7 +42,7 @@ class TextDiscriminator(nn.Module):
         widths = config.channels
         self.entry = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            nn.Sequential(*(_Block(before if k == 0 else width, width) for k in range(config.blocks)))
+            nn.Sequential(*(Bottleneck(before if k == 0 else width, width) for k in range(config.blocks)))
             for before, width in zip((widths[0], *widths[:-1]), widths, strict=True)
         )
         e = config.embedding
@@ -79,7 +79,7 @@ class TextDiscriminator(nn.Module):
         return self.judge(self.features(x), sentence)
 
 
-class _Block(nn.Module):
+class Bottleneck(nn.Module):
     """A bottleneck of a depthwise convolution beside the places (B,h,w,C) that come in."""
 
     def __init__(self, before: int, width: int) -> None:

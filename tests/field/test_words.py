@@ -22,6 +22,8 @@ from ldm.config.schema import PathText, config, dump, load
 # The text fields of a run that name no file, by class.
 NAMES = {
     "Condition.view",
+    "CVAE.autoencoder",
+    "CVAE.text",
     "CustomDiffusion.init",
     "CustomDiffusion.token",
     "Grounding.sampler",

@@ -25,6 +25,15 @@ GAN = {
     "generator": {"channels": [8, 8], "blocks": 1, "heads": 2, "noise": 4, "style": 8},
     "discriminator": JUDGE,
 }
+CVAE = {
+    "kind": "cvae",
+    "autoencoder": "pixels",
+    "units": 4,
+    "posterior": JUDGE,
+    "decoder": {"channels": [8, 8], "blocks": 1, "heads": 2, "style": 8},
+    "free_bits": 0.01,
+    "warmup_images": 16,
+}
 VIEW = {"view": "embedding", "port": "vector", "drop": 0.3}
 
 
@@ -50,6 +59,7 @@ def told_words() -> dict[str, Any]:
             "up": {"kind": "latent_diffusion", "autoencoder": "pixels", "network": UNET, "after": "diffusion", "conditions": BEFORE},
             "gan": GAN,
             "attngan": GAN | {"damsm": 0.5, "contrastive": 0},
+            "cvae": CVAE,
         },
         "stages": {
             "text": learns("text"),
@@ -63,6 +73,7 @@ def told_words() -> dict[str, Any]:
             "up": learns("up"),
             "gan": learns("gan", 16),
             "attngan": learns("attngan", 16),
+            "cvae": learns("cvae", 16),
         },
     }
 
@@ -85,7 +96,7 @@ def steps(out: Path) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-@pytest.mark.timeout(600)  # eleven stages, three processes
+@pytest.mark.timeout(600)  # a dozen stages, three processes
 @pytest.mark.parametrize("system", ["words", "pictures"])
 def test_two_processes_learn_what_one_learns(system: str, tmp_path: Path) -> None:
     config = told_words() if system == "words" else translated()
