@@ -21,7 +21,7 @@ from ldm.families.draws import AFTER, SMALL
 from ldm.families.family import Context, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.game import GameLoss, full
 from ldm.families.one_pass import OnePass, assemble, known_latents, lerped, pooled_of, size_of
-from ldm.families.translator import Shown
+from ldm.families.translator import shown_of
 from ldm.formats import atomic
 from ldm.formats.clip_folder import load_own_tower
 from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
@@ -386,11 +386,7 @@ class TextGANFamily(OnePass):
 
     def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[Any, ...]:
         """As `ldm.families.draws.Draws.tell`."""
-        if weak := [name for name, value in strength.items() if value != 1]:
-            self.refuse(f"given: {weak[0]}@{strength[weak[0]]:g}", "knows no weights of a view; leave @ out")
-        if unread := [name for name in given if name not in self.told]:
-            self.refuse(f"given: {unread[0]}", f"reads {', '.join(self.told) or 'no views'}; leave it out")
-        return tuple(Shown(2 * view.float() - 1) for view in given.values() if isinstance(view, Tensor))
+        return shown_of(self, given, strength)
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         """All noise of pictures, (N,noise_size): that of styles and that of every block."""

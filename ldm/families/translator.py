@@ -246,6 +246,19 @@ def words_of(prompt: str | Prompt) -> str:
     return prompt if isinstance(prompt, str) else " ".join(piece.text for part in prompt.at(0, 1) for piece in part)
 
 
+def shown_of(model: Draws, given: Views, strength: Mapping[str, float]) -> tuple[Shown, ...]:
+    """What a model without weights of views draws of, pictures that it is told.
+
+    Raises:
+        UserError: for a weight, or a view that it does not read.
+    """
+    if weak := [name for name, value in strength.items() if value != 1]:
+        model.refuse(f"given: {weak[0]}@{strength[weak[0]]:g}", "knows no weights of a view; leave @ out")
+    if unread := [name for name in given if name not in model.told]:
+        model.refuse(f"given: {unread[0]}", f"reads {', '.join(model.told) or 'no views'}; leave it out")
+    return tuple(Shown(2 * view.float() - 1) for view in given.values() if isinstance(view, Tensor))
+
+
 def _netg(config: UNetGeneratorConfig | ResNetGeneratorConfig) -> str:
     """What the published code calls a generator; empty: it builds no such one."""
     if isinstance(config, ResNetGeneratorConfig):

@@ -56,10 +56,25 @@ class TokenShape:
     context_width: Count  # of the text states that it attends to; 0: to none
     pooled_width: Count  # of the pooled text; 0: it is told none
     positions: Count  # of causal order, as many as a sequence has places; 0: masked order
+    small_codes: Count = 0  # that the codes of a smaller picture have, which every place is told; 0: it is told none
+    spread: Depth = 1  # so many places of a side lie over one of them
 
     @staticmethod
-    def of(size: TokenTransformerConfig, *, codes: int, vocabulary: int, context: int, pooled: int, positions: int) -> TokenShape:
-        """A configured size with what the other models decide."""
+    def of(
+        size: TokenTransformerConfig,
+        *,
+        codes: int,
+        vocabulary: int,
+        context: int,
+        pooled: int,
+        positions: int,
+        small: tuple[int, int] = (0, 1),
+    ) -> TokenShape:
+        """A configured size with what the other models decide.
+
+        Args:
+            small: how many codes a smaller picture's have, and the places of a side over one of them.
+        """
         blocks = (0 if positions else 3) if size.res_blocks is None else size.res_blocks
         inner = size.inner or size.width * 11 // 4
         return TokenShape(
@@ -74,6 +89,8 @@ class TokenShape:
             context_width=context,
             pooled_width=pooled,
             positions=positions,
+            small_codes=small[0],
+            spread=small[1],
         )
 
     def build(self) -> TokenTransformer:
@@ -82,8 +99,9 @@ class TokenShape:
 
     def to_diffusers(self, side: int) -> dict[str, Any]:
         """The content of config.json; `side` is that of the codes' map."""
-        if self.positions or not self.context_width:
-            return {"_class_name": OWN, "sample_size": side, **vars(self)}
+        if self.positions or not self.context_width or self.small_codes:
+            said = {name: value for name, value in vars(self).items() if self.small_codes or name not in ("small_codes", "spread")}
+            return {"_class_name": OWN, "sample_size": side, **said}
         return {
             "_class_name": STOCK,
             "hidden_size": self.width,
@@ -151,6 +169,7 @@ class Told:
     states: Tensor | None  # (B,S,W) text states as its layers see them
     cond: Tensor  # (B,W) after SiLU
     kept: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)  # by module: keys and values, scale and shift
+    places: Tensor | None = None  # (B,h*w,W), what every place is told of a smaller picture
 
 
 @dataclass
@@ -355,6 +374,23 @@ class Embed(nn.Module):
         return self.conv(self.layer_norm(self.embeddings(ids)))
 
 
+class SmallCodes(nn.Module):
+    """What places are told of a smaller picture's codes: each what it makes of the one below it, which differs by the place over that."""
+
+    def __init__(self, shape: TokenShape) -> None:
+        super().__init__()
+        self.spread = shape.spread
+        self.embeddings = nn.Embedding(shape.small_codes, shape.width)
+        self.layer_norm = RMSNorm(shape.width)
+        self.conv = Pointwise(shape.width, shape.spread**2 * shape.width)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes (B,h,w) to (B,h*s*w*s,W), row by row of the finer map."""
+        height, width = codes.shape[1:]
+        x = self.conv(self.layer_norm(self.embeddings(codes.flatten(1)))).view(len(codes), height, width, self.spread, self.spread, -1)
+        return x.permute(0, 1, 3, 2, 4, 5).flatten(1, 4)
+
+
 class Logits(nn.Module):
     """Logits over the codes."""
 
@@ -404,39 +440,51 @@ class TokenTransformer(nn.Module):
         self.mlm_layer = Logits(shape)
         if shape.positions:
             self.positions = nn.Embedding(shape.positions, w)
+        if shape.small_codes:
+            self.small = SmallCodes(shape)
 
     def tables(self) -> frozenset[nn.Parameter]:
         """What has a row for each code or place: embeddings, and the layer of the logits."""
         layers: list[nn.Module] = [self.embed.embeddings, self.mlm_layer.conv2, *([self.positions] if self.shape.positions else [])]
+        layers += [self.small.embeddings] if self.shape.small_codes else []
         return frozenset(parameter for layer in layers for parameter in layer.parameters())
 
     @torch.no_grad()
-    def know(self, codebook: Tensor) -> None:
+    def know(self, codebook: Tensor, small: Tensor | None = None) -> None:
         """Begin with codes that are alike where their vectors (K,c) are: the same features in the embedding and in the logits' layer.
 
         Random Fourier features (Rahimi and Recht 2007) of the vectors, whitened by channel, whose inner products are a Gaussian kernel:
         what is learned of a code then counts for those beside it, which a network that knows codes by their numbers cannot see.
+
+        Args:
+            small: the vectors of a smaller picture's codes, where it is told these.
         """
-        channels, width = codebook.shape[1], self.shape.width
-        white = (codebook - codebook.mean(0)) / codebook.std(0, correction=0).clamp_min(1e-6)
-        features = torch.cos(white @ torch.randn(channels, width) * (2 / channels**0.5) + 2 * torch.pi * torch.rand(width)) * 2**0.5
+        features = self._features(codebook)
         self.embed.embeddings.weight[: len(features)] = features
         out = self.mlm_layer.conv2.weight
         out[: len(features)] = features[..., None, None] * out.std()
+        if small is not None:
+            self.small.embeddings.weight[: len(small)] = self._features(small)
 
-    def told(self, states: Tensor | None, pooled: Tensor | None, size: Tensor) -> Told:
+    def _features(self, codebook: Tensor) -> Tensor:
+        channels, width = codebook.shape[1], self.shape.width
+        white = (codebook - codebook.mean(0)) / codebook.std(0, correction=0).clamp_min(1e-6)
+        return torch.cos(white @ torch.randn(channels, width) * (2 / channels**0.5) + 2 * torch.pi * torch.rand(width)) * 2**0.5
+
+    def told(self, states: Tensor | None, pooled: Tensor | None, size: Tensor, small: Tensor | None = None) -> Told:
         """What the layers are told.
 
         Args:
             states: (B,S,context_width) text states; None where it reads none.
             pooled: (B,pooled_width); None where it is told none.
             size: (B,5) as NUMBERS says.
+            small: (B,h,w) codes of a smaller picture; None where it is told none.
         """
         weight = self.embed.conv.weight
         numbers = waves(size.flatten(), self.shape.size_channels).view(len(size), -1).to(weight.dtype)
         cond = self.cond_embed(numbers if pooled is None else torch.cat([pooled, numbers], 1))
         seen = None if states is None else self.encoder_proj_layer_norm(self.encoder_proj(states))
-        return Told(seen, F.silu(cond))
+        return Told(seen, F.silu(cond), places=None if small is None else self.small(small))
 
     def remember(self, told: Told) -> Told:
         """The same, with what the layers make of it."""
@@ -447,7 +495,8 @@ class TokenTransformer(nn.Module):
 
     def forward(self, codes: Tensor, told: Told) -> Tensor:
         """Masked order: logits (B,h*w,K) of every place of a map of codes (B,h,w)."""
-        x = self.down_block(self.embed(codes.flatten(1)), told, codes.shape[1])
+        x = self.embed(codes.flatten(1))
+        x = self.down_block(x if told.places is None else x + told.places, told, codes.shape[1])
         x = self.project_to_hidden(self.project_to_hidden_norm(x))
         for layer in self.transformer_layers:
             x = layer(x, told)[0]

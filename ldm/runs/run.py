@@ -359,7 +359,7 @@ def _unreadable_latents(run: Run, stage: Train, encoded: dict[str, Encode], wher
     if cache is None:
         if not stage.cache:  # one that ldm data encode made says itself what it holds
             yield f"{where}.latents: {stage.latents!r} is no encode stage before this one, and no path, which has a slash"
-    elif model.reads_latents and cache.model not in model.inputs().values():
+    elif model.reads_latents and cache.model != model.inputs().get("autoencoder"):
         yield f"{where}.latents: {stage.latents} encodes with {cache.model}, which {stage.model} does not read"
     elif cache.resolution != stage.resolution:
         yield f"{where}.latents: {stage.latents} holds {cache.resolution} px, the stage wants {stage.resolution}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.__main__ import main
+from ldm.config.errors import UserError
+from ldm.families.tokens.family import TokensFamily
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -59,6 +62,53 @@ def test_the_run_draws_paints_and_replays(tmp_path: Path, monkeypatch: pytest.Mo
         out = tmp_path / ("film.png" if words.startswith("animate") else "grid.png" if words.startswith("grid") else "none")
         assert main([*words.replace("INIT", str(path)).split(), "--model", str(run), "--out", str(out)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_transformer_enlarges_what_the_first_one_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run, stopped, few = tmp_path / "run", tmp_path / "stopped", "stages.{}.metrics=[{{kind: adherence, tier: one, prompts: 2}}]"
+    small = [word for word in WORDS if not word.startswith("stages.evaluation")]
+    small += ["models.fine.network.channels=[8,8,8,8]", "models.fine.network.codes=20", "stages.fine.images=32", "stages.larger.images=48"]
+    small += [
+        "models.larger.network.width=16",
+        "models.larger.network.layers=1",
+        "models.larger.defaults.steps=3",
+        "stages.larger.batch=16",
+    ]
+    small += ["stages.larger.samples=2", "stages.larger.sample_every_images=32", "stages.larger.save_every_images=16"]
+    words = ["train", "configs/muse.yaml", *small, few.format("evaluation"), few.format("evaluation-larger")]
+    assert main([*words, f"out={run}"]) == 0
+    with monkeypatch.context() as patched:
+        own = TokensFamily.loss
+
+        def ends(self: Any, batch: Any, rng: Any) -> Any:
+            if self.config.enlarges and int(batch.position.max()) >= 32:
+                raise UserError("stopped here")
+            return own(self, batch, rng)
+
+        patched.setattr(TokensFamily, "loss", ends)
+        assert main([*words, f"out={stopped}"]) == 2
+    capsys.readouterr()
+    assert main([*words, f"out={stopped}"]) == 0
+    assert "going on from" in capsys.readouterr().err
+    product = Path("stages/larger/model/manifest.json")
+    assert (run / product).read_bytes() == (stopped / product).read_bytes()
+    found = json.loads((run / "metrics.json").read_text())["evaluations"]
+    assert found["evaluation"]["adherence"]["protocol"]["size"] == 32 and found["evaluation-larger"]["adherence"]["protocol"]["size"] == 64
+
+    def draw(name: str, *words: str) -> np.ndarray:
+        assert main(["sample", "a cyan square", *words, "--model", str(run), "--out", str(tmp_path / name)]) == 0
+        return picture(tmp_path / name)
+
+    assert draw("small", "--stop-after", "1").shape == (32, 32, 3)
+    whole = draw("whole")
+    [path], [large] = (tmp_path / "small").glob("*.png"), (tmp_path / "whole").glob("*.png")
+    assert whole.shape == (64, 64, 3) and np.array_equal(draw("given", "--given", f"small:2={path}"), whole)  # the same picture, told
+    assert np.array_equal(draw("again", "--from", str(large)), whole)
+    assert main(["grid", "a cyan square", "--x", "steps=2,3", "--model", str(run), "--out", str(tmp_path / "grid.png")]) == 0
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ class Known:
 
     def rows(self, rows: Sequence[int], rng: Rng) -> tuple[Tensor, Tensor]:
         """Codes and new places (B,h*w) of some pictures; of a strength below 1 a random part of the places."""
-        codes, new = (_own(value, rows).flatten(1) for value in (self.codes, self.new))
+        codes, new = (own_rows(value, rows).flatten(1) for value in (self.codes, self.new))
         if self.strength < 1:
             share = math.sin(self.strength * math.pi / 2)  # the mask schedule at the step that drawing begins with
             chance = rng.uniform("tokens/new", (codes.shape[1],)).to(codes.device).masked_fill(~new, 2.0)
@@ -88,10 +88,10 @@ class Known:
 
     def paste(self, drawn: Tensor, rows: Sequence[int]) -> Tensor:
         """Pictures (B,H,W,3) uint8 with the known pixels where these stay."""
-        return drawn if self.mask is None else torch.where(_own(self.mask, rows)[..., None], drawn, _own(self.image, rows))
+        return drawn if self.mask is None else torch.where(own_rows(self.mask, rows)[..., None], drawn, own_rows(self.image, rows))
 
 
-def _own(values: Tensor, rows: Sequence[int]) -> Tensor:
+def own_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
     """These pictures' rows of a tensor with one for each, or one for all."""
     return values[list(rows)] if len(values) > 1 else values.expand(len(rows), *values.shape[1:])
 

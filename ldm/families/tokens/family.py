@@ -16,17 +16,20 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, config, plain
 from ldm.data.pictures import to_uint8
 from ldm.data.scenes import marks
-from ldm.diffusion.batch import ImageBatch, MomentBatch
+from ldm.data.views import ViewKind, kind_of
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Views
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import OWN, Running, Settings, Wanted
+from ldm.families.chain import within
+from ldm.families.draws import AFTER, OWN, SMALL, Running, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.prompted import Prompted
-from ldm.families.tokens.drawing import Known, causal, first_step, masked, pieces_of, settings_of
-from ldm.families.tokens.folder import PART, assemble, assemble_writer, codec_of
+from ldm.families.tokens.drawing import Known, causal, first_step, masked, own_rows, pieces_of, settings_of
+from ldm.families.tokens.folder import PART, SMALL_CODEC, assemble, assemble_writer, codec_of
 from ldm.families.tokens.writing import Writing, WritingFamily
+from ldm.families.translator import Shown, shown_of
 from ldm.formats.atomic import write_json
 from ldm.formats.clip_folder import load_own_tower
-from ldm.formats.latent_codec import LatentCodec, autoencoder_folder, load_codec
+from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import OWN_CLIP, RECORD, read_record
 from ldm.formats.part import content_hash, load_module, load_weights, read_config, save_part
 from ldm.formats.text_folder import TEXT_PARTS
@@ -83,6 +86,9 @@ class Tokens(ModelConfig):
     # tower; a picture's codes, in one sequence; or nothing.
     reads: Literal["text", "words", "image", "codes", "none"] = "text"
     writes: Literal["codes", "caption", "scene"] = "codes"  # of a picture; its caption; or the marks of a scene, which are drawn
+    after: str = ""  # a chain: the model, by its name in models, whose picture this one makes larger (MUSE); empty: none
+    enlarges: Count = 0  # so many times, a picture whose codes it is told beside the text, its view small:N; 0: it is told none
+    small: str = ""  # the VQ autoencoder of these codes, by its name in models; empty: that whose codes are drawn
     network: TokenTransformerConfig = TokenTransformerConfig()
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     label_smoothing: Fraction = 0.1  # share of the target that is spread over all codes (MaskGIT, MUSE)
@@ -100,10 +106,18 @@ class Tokens(ModelConfig):
         if self.order == "masked" and (self.writes != "codes" or self.reads not in ("text", "image")):
             what = f"what reads {self.reads} writes one code" if self.writes == "codes" else f"a {self.writes} is written one token"
             raise UserError(f"order: {what} after another, which is causal order; set order: causal")
+        if self.enlarges == 1:
+            raise UserError("enlarges: got 1, which is no larger; take 2 or more")
+        if self.enlarges and (self.order, self.reads, self.writes) != ("masked", "text", "codes"):
+            raise UserError(f"enlarges: got {self.enlarges}; what is told smaller codes reads text and writes codes in masked order")
+        if not self.enlarges and (unread := self.after or self.small):
+            raise UserError(f"{'after' if self.after else 'small'}: got {unread}, whose picture is not read; set enlarges, such as 2")
 
     @property
     def answers(self) -> frozenset[str]:
         """Pictures; or captions, of captions alone their likelihood; or scenes."""
+        if self.enlarges:
+            return frozenset({"sample"})
         return frozenset({*ANSWERS[self.writes], *(("likelihood",) if (self.reads, self.writes) == ("none", "caption") else ())})
 
     @property
@@ -113,12 +127,12 @@ class Tokens(ModelConfig):
 
     @property
     def requires(self) -> Mapping[str, str]:
-        """A text encoder, or a CLIP whose image tower is read; and a VQ autoencoder."""
-        return {"text": "has_tower" if self.reads == "image" else "encodes_text", "autoencoder": "has_codes"}
+        """A text encoder, or a CLIP whose image tower is read; and VQ autoencoders."""
+        return {"text": "has_tower" if self.reads == "image" else "encodes_text", "autoencoder": "has_codes", SMALL: "has_codes"}
 
     def views(self) -> tuple[str, ...]:
-        """Of scenes their marks."""
-        return ("marks",) if self.writes == "scene" else ()
+        """Of scenes their marks; the smaller picture, if it is told one."""
+        return ("marks",) if self.writes == "scene" else (f"{SMALL}:{self.enlarges}",) if self.enlarges else ()
 
     def usage(self, prompt: str, model: str) -> str:
         """Of what writes captions, how to have them written."""
@@ -127,9 +141,14 @@ class Tokens(ModelConfig):
         return f"python -m ldm caption {'--count 8' if self.reads == 'none' else 'FOLDER --dry-run'} --model {model}"
 
     def inputs(self) -> dict[str, str]:
-        """The text encoder where words are read or written, and the autoencoder where codes are."""
+        """The text encoder where words are read or written, the autoencoder where codes are, and that of a smaller picture's."""
         worded = self.reads in ("text", "words", "image") or self.writes == "caption"
-        return ({"text": self.text} if worded else {}) | ({"autoencoder": self.autoencoder} if self.reads_codes else {})
+        found = ({"text": self.text} if worded else {}) | ({"autoencoder": self.autoencoder} if self.reads_codes else {})
+        return found | ({SMALL: self.small or self.autoencoder} if self.enlarges else {})
+
+    def assembled_from(self) -> dict[str, str]:
+        """Its inputs, and the model before it in a chain."""
+        return self.inputs() | ({AFTER: self.after} if self.after else {})
 
     def for_stage(self, stage: TrainingStage) -> Tokens:
         """With what the stage says of caption dropout."""
@@ -137,7 +156,7 @@ class Tokens(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """All but names and defaults of sampling."""
-        left_out, usual = ("defaults", "text", "autoencoder"), (("reads", "text"), ("writes", "codes"))
+        left_out, usual = ("defaults", "text", "autoencoder", "after", "small"), (("reads", "text"), ("writes", "codes"), ("enlarges", 0))
         return {name: value for name, value in plain(self).items() if name not in left_out and (name, value) not in usual}
 
     def shown(self) -> dict[str, Any]:
@@ -159,8 +178,20 @@ class Tokens(ModelConfig):
             yield f"{where}.also: causal order has positions for one resolution; leave it out"
 
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
-        """The autoencoder's."""
-        return others["autoencoder"].step_px({}) if "autoencoder" in others else 1
+        """The autoencoder's, and that of the smaller picture, as much larger."""
+        own = others["autoencoder"].step_px({}) if "autoencoder" in others else 1
+        return math.lcm(own, self.enlarges * others[SMALL].step_px({})) if SMALL in others else own
+
+    def spread(self, factor: int, small: int) -> int:
+        """Places of a side over one of the smaller picture's codes, of the downsampling factors of both autoencoders.
+
+        Raises:
+            UserError: where they do not lie over whole codes.
+        """
+        if self.enlarges * small % factor:
+            told = f"a code of the smaller picture stands for {self.enlarges * small} px, one that is drawn for {factor}"
+            raise UserError(f"enlarges: got {self.enlarges}; {told}, which does not divide that; take another factor or autoencoder")
+        return self.enlarges * small // factor
 
     @property
     def reads_prompts(self) -> bool:
@@ -177,13 +208,16 @@ class Tokens(ModelConfig):
         """It takes any."""
         return 0
 
-    def shape(self, codes: int, places: int, states: int, pooled: int, words: tuple[int, int]) -> TokenShape:
+    def shape(
+        self, codes: int, places: int, states: int, pooled: int, words: tuple[int, int], small: tuple[int, int] = (0, 1)
+    ) -> TokenShape:
         """The network that its autoencoder, its text encoder and its resolution make.
 
         Where it reads words, their numbers stand behind those of the codes and of the start.
 
         Args:
             words: how many a caption has, and how many there are.
+            small: how many codes a smaller picture's have, and the places of a side over one of them.
         """
         spoken = self.reads == "words" or self.writes == "caption"
         if self.reads not in ("text", "image"):
@@ -194,22 +228,24 @@ class Tokens(ModelConfig):
         if self.order == "masked":
             positions = 0
         written = every if spoken else symbols
-        return TokenShape.of(self.network, codes=written, vocabulary=every, context=states, pooled=pooled, positions=positions)
+        return TokenShape.of(self.network, codes=written, vocabulary=every, context=states, pooled=pooled, positions=positions, small=small)
 
     def counted_shape(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], side: int, width: int = 768) -> TokenShape:
         """The same, as a plan counts it."""
-        codes, places, states, pooled, words = 0, 0, 0, 0, (0, 0)
+        codes, places, states, pooled, words, small = 0, 0, 0, 0, (0, 0), (0, 1)
         if "autoencoder" in others:
             codec = others["autoencoder"].latent_network(note)
-            codes = codec.codes if isinstance(codec, VQConfig | PaletteConfig) else VQConfig().codes
-            places = (side // codec.factor) ** 2
+            codes, places = _codes(codec), (side // codec.factor) ** 2
+        if SMALL in others:
+            told = others[SMALL].latent_network(note)
+            small = _codes(told), self.spread(codec.factor, told.factor)
         if "text" in others:
             text = others["text"].text_shape(note, width)
             states, pooled, words = text.states, text.pooled, (text.tokens, text.vocabulary)
         if self.reads == "image":
             tower = others["text"].image_tower(side, note)
             states, pooled = tower.width + COORDINATES, tower.embedding
-        return self.shape(codes, places, states, pooled, words)
+        return self.shape(codes, places, states, pooled, words, small)
 
     def parameters(self, others: Mapping[str, ModelConfig], note: Callable[[str], None], width: int = 768) -> int:
         """Of the transformer, but for the positions of causal order."""
@@ -223,6 +259,11 @@ class Tokens(ModelConfig):
             codec = others["autoencoder"].latent_network(note)
             frozen["autoencoder"], encoding, _ = cost.autoencoder(codec, side, side)
             small, extra = side // codec.factor, 0 if stage.latents else encoding.forward
+        below = side // self.enlarges if self.enlarges else 0  # px of the smaller picture, whose codes are read at every step
+        if SMALL in others:
+            told_codec = others[SMALL].latent_network(note)
+            frozen["small autoencoder"], encoding, _ = cost.autoencoder(told_codec, below, below)
+            extra, below = extra + encoding.forward, below // told_codec.factor
         if "text" in others and self.reads != "image":
             text = others["text"].text_shape(note)
             frozen["text encoder"], seen = text.parameters, text.tokens
@@ -239,7 +280,8 @@ class Tokens(ModelConfig):
             numbers, stream = torch.zeros(IMAGES, SIZES), torch.zeros(IMAGES, shape.positions, dtype=torch.long)
 
             def call() -> Tensor:
-                told = network.told(states if shape.context_width else None, pooled if shape.pooled_width else None, numbers)
+                smaller = torch.zeros(IMAGES, below, below, dtype=torch.long) if shape.small_codes else None
+                told = network.told(states if shape.context_width else None, pooled if shape.pooled_width else None, numbers, smaller)
                 return network.sequence(stream, told) if shape.positions else network(codes, told)
 
             spent = cost.measure(network, call)
@@ -258,18 +300,38 @@ class Tokens(ModelConfig):
         if tower is not None:
             states, pooled = tower.config.width + COORDINATES, tower.config.embedding
         codes, places = (0, 0) if codec is None else (codec.codes, (context.resolution // codec.factor) ** 2)
-        shape = self.shape(codes, places, states, pooled, words)
-        network = shape.build() if context.init is None else _continued(context.init, shape, codec)
+        small, told = self._small_codec(autoencoder_folder(context.products[SMALL].folder) if self.enlarges else None), (0, 1)
+        if small is not None and codec is not None:
+            told = small.codes, self.spread(codec.factor, small.factor)
+        shape = self.shape(codes, places, states, pooled, words, told)
+        network = shape.build() if context.init is None else _continued(context.init, shape, codec, small)
         if context.init is None and codec is not None and self.reads_codes:
-            network.know(codec.vectors.float())
-        return self._family(network, codec, text, tower, context.resolution)
+            network.know(codec.vectors.float(), None if small is None else small.vectors.float())
+        return self._family(network, codec, text, tower, context.resolution, small)
+
+    def _small_codec(self, folder: Path | None) -> LatentCodec | None:
+        """The autoencoder of the smaller picture.
+
+        Raises:
+            UserError: where it has no codes.
+        """
+        found = None if folder is None else load_codec(folder)
+        if found is not None and not found.codes:
+            raise UserError(f"models.{self.small}: a {type(found.network).__name__} has no codebook; smaller codes need a VQ autoencoder")
+        return found
 
     def _family(
-        self, network: TokenTransformer, codec: LatentCodec | None, text: TextEncoder | None, tower: TowerNetwork | None, side: int
+        self,
+        network: TokenTransformer,
+        codec: LatentCodec | None,
+        text: TextEncoder | None,
+        tower: TowerNetwork | None,
+        side: int,
+        small: LatentCodec | None = None,
     ) -> TokensFamily | WritingFamily:
         if self.writes == "codes":
             assert codec is not None
-            return TokensFamily(self, network, codec, text, side)
+            return TokensFamily(self, network, codec, text, side, small)
         said = Writing(
             reads=self.reads,
             writes=self.writes,
@@ -288,7 +350,14 @@ class Tokens(ModelConfig):
         if self.writes != "codes":
             keep = {"image": (OWN_CLIP, *TEXT_PARTS), "codes": TEXT_PARTS}.get(self.reads, TEXT_PARTS)
             return assemble_writer(folders, target, {"kind": self.kind, "config": plain(self), "story": dict(story)}, keep)
-        assemble(folders, target, {"kind": self.kind, "config": plain(self), "story": dict(story)})
+        chain = products.get(AFTER)
+
+        def before(folder: Path) -> None:
+            assert chain is not None and chain.config is not None
+            chain.config.assemble(within(products), folder, story)
+
+        said = {"kind": self.kind, "config": plain(self), "story": dict(story)}
+        assemble(folders, target, said, None if chain is None or chain.config is None else before)
 
     def opened(self, folder: Path) -> TokensFamily | WritingFamily:
         """The family with the weights of a model folder."""
@@ -297,8 +366,9 @@ class Tokens(ModelConfig):
         size = read_record(folder).get("defaults", {}).get("size")
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 2**16 for side in size)):
             raise UserError(f"{folder / RECORD}: defaults.size: got {size!r}, not [height, width] in px; copy the whole folder again")
+        small = self._small_codec(folder / SMALL_CODEC if self.enlarges else None)
         codec = None if not self.reads_codes else codec_of(folder) if self.writes == "codes" else load_codec(autoencoder_folder(folder))
-        family = self._family(network, codec, text, load_own_tower(folder)[0] if self.reads == "image" else None, size[0])
+        family = self._family(network, codec, text, load_own_tower(folder)[0] if self.reads == "image" else None, size[0], small)
         family.content_hash = content_hash(folder)
         return family
 
@@ -309,9 +379,14 @@ def _load(folder: Path) -> TokenTransformer:
     return load_module(shape.build, load_weights(part), part)
 
 
-def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> TokenTransformer:
-    said = read_record(init.folder).get("autoencoder")
-    if codec is not None and said != codec.hash:
+def _codes(codec: Codec) -> int:
+    """Entries of an autoencoder's codebook, as far as is known."""
+    return codec.codes if isinstance(codec, VQConfig | PaletteConfig) else VQConfig().codes
+
+
+def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None, small: LatentCodec | None) -> TokenTransformer:
+    said = read_record(init.folder)
+    if any(one is not None and said.get(name) != one.hash for name, one in (("autoencoder", codec), (SMALL, small))):
         raise UserError(f"{init.folder}: these weights were trained on the codes of another autoencoder; train it anew or bring that one")
     network = _load(init.folder)
     if network.shape != shape:
@@ -320,16 +395,28 @@ def _continued(init: Product, shape: TokenShape, codec: LatentCodec | None) -> T
 
 
 class TokensFamily(Family, Prompted):
-    """A token transformer with its autoencoder and text encoder: it learns by `loss` and draws by `sample`."""
+    """A token transformer with its autoencoder and text encoder: it learns by `loss` and draws by `sample`.
+
+    Args:
+        small: the autoencoder of the smaller picture whose codes it is told; None: it is told none.
+    """
 
     kind = "tokens"
     redraws = True
 
-    def __init__(self, config: Tokens, network: TokenTransformer, codec: LatentCodec, text: TextEncoder | None, resolution: int) -> None:
+    def __init__(
+        self,
+        config: Tokens,
+        network: TokenTransformer,
+        codec: LatentCodec,
+        text: TextEncoder | None,
+        resolution: int,
+        small: LatentCodec | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.network, self.resolution = config, network, resolution
         self.reader, self.reads_prompts, self.able = text, config.reads_prompts, config.answers
-        self._frozen = (codec,)  # a tuple, so that it stays out of the module tree
+        self._frozen = (codec, *(() if small is None else (small,)))  # a tuple, so that they stay out of the module tree
         self.hidden = codec.codes  # the number that stands for a code that is not known, and before the first one
 
     @property
@@ -354,7 +441,7 @@ class TokensFamily(Family, Prompted):
         return codes if self.config.order == "causal" else min(codes, self.config.defaults.steps)
 
     def frozen(self) -> list[nn.Module]:
-        """The autoencoder and the text encoder, if it reads by one."""
+        """The autoencoders and the text encoder, if it reads by one."""
         return [*self._frozen, *(() if self.reader is None else (self.reader.model,))]
 
     # Training
@@ -413,7 +500,17 @@ class TokensFamily(Family, Prompted):
         size = batch.size.to(self.device, torch.float32)
         # The size that it comes out in, as is told when drawing: what it was cut out of says nothing of a picture that is drawn.
         numbers = torch.stack([size[:, 5], size[:, 4], *(torch.full_like(size[:, 0], value) for value in (0, 0, AESTHETIC))], 1)
-        return self.network.told(None if text is None else text.tokens, None if text is None else text.pooled, numbers)
+        small = None
+        if self.config.enlarges:
+            view = (batch.views or {})[self.config.views()[0]]
+            assert isinstance(view, Tensor)
+            small = self._small_codes(2 * view.to(self.device).float() - 1)
+        return self.network.told(None if text is None else text.tokens, None if text is None else text.pooled, numbers, small)
+
+    def _small_codes(self, image: Tensor) -> Tensor:
+        """Codes (B,h,w) of smaller pictures (B,3,H,W) in [-1,1], the same in training under autocast and in drawing without it."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self._frozen[1].encode_codes(image)
 
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text encoder reads."""
@@ -422,14 +519,16 @@ class TokensFamily(Family, Prompted):
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)
-        images = self.sample(captions, list(range(seed, seed + len(captions))))
+        edits = self.tell(batch.views or {}, {}, (self.resolution, self.resolution)) if self.told else ()
+        images = self.sample(captions, list(range(seed, seed + len(captions))), edits=edits)
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def save(self, folder: Path) -> None:
         """transformer/ under diffusers' names and ldm.json, which remembers the autoencoder and the size."""
         side = self.resolution // self.factor
         save_part(self.network.shape.to_diffusers(side), dict(self.network.state_dict()), folder / PART)
-        write_json(folder / RECORD, {"autoencoder": self.codec.hash, "defaults": {"size": [self.resolution, self.resolution]}})
+        small = {"small": self._frozen[1].hash} if self.config.enlarges else {}
+        write_json(folder / RECORD, {"autoencoder": self.codec.hash, **small, "defaults": {"size": [self.resolution, self.resolution]}})
 
     # Sampling
 
@@ -452,6 +551,32 @@ class TokensFamily(Family, Prompted):
         if mask is not None:
             new = F.max_pool2d(mask[:, None].float(), self.factor)[:, 0].bool().to(codes.device)
         return (Known(codes, new, float(strength), image, mask),)
+
+    @property
+    def told(self) -> Mapping[str, ViewKind]:
+        """The smaller picture, if it reads one."""
+        return {name: kind_of({}, name) for name in self.config.views()}
+
+    def tell(self, given: Views, strength: Mapping[str, float], size: tuple[int, int]) -> tuple[Any, ...]:
+        """As `ldm.families.draws.Draws.tell`."""
+        return shown_of(self, given, strength)
+
+    def _told_small(self, edits: Sequence[Any], size: tuple[int, int]) -> Tensor | None:
+        """Codes (1 or N,h,w) of the smaller pictures that a call is told, for pictures of `size`; None: it is told none.
+
+        Raises:
+            UserError: where there is none, or it has another size.
+        """
+        if not self.config.enlarges:
+            return None
+        view, by = self.config.views()[0], self.config.enlarges
+        shown = next((edit.value for edit in reversed(edits) if isinstance(edit, Shown)), None)
+        if shown is None:
+            self.refuse("given", f"makes a smaller picture larger; give one by --given {view}=FILE, or export it after the model before")
+        if tuple(shown.shape[2:]) != (size[0] // by, size[1] // by):
+            got, wanted = ("x".join(map(str, reversed(sides))) for sides in (shown.shape[2:], (size[0] // by, size[1] // by)))
+            self.refuse(f"given: {view} has {got} px", f"draws {size[1]}x{size[0]} of {wanted}; make them fit")
+        return torch.cat([self._small_codes(one[None].to(self.device)) for one in shown])
 
     @torch.no_grad()
     def sample(
@@ -485,7 +610,9 @@ class TokensFamily(Family, Prompted):
             why = f"a picture of {width}x{height} px has {most} codes, and each step writes one at least; give no more"
             raise UserError(f"steps: got {chosen.steps}; {why}")
         asked, avoided = [self._pieces(prompt, chosen.steps) for prompt in prompts], self._pieces(negative, chosen.steps)
-        known: Known | None = edits[-1] if edits else None  # a second pass of hires takes the first one's place
+        # A second pass of hires takes the first one's place.
+        known = next((edit for edit in reversed(edits) if isinstance(edit, Known)), None)
+        small = self._told_small(edits, (height, width))
         if known is not None and known.codes.shape[1:] != places:
             raise UserError(f"init: has {tuple(known.codes.shape[1:])} codes, but {places} are drawn; make the picture as large as size")
         image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
@@ -499,7 +626,9 @@ class TokensFamily(Family, Prompted):
                 rng = Rng(0, [seeds[row] for row in padded])
                 report = _offset(on_step, number * chosen.steps, len(starts) * chosen.steps)
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
-                    told, before = self._told([asked[row] for row in padded], avoided, chosen, (height, width))
+                    told, before = self._told(
+                        [asked[row] for row in padded], avoided, chosen, (height, width), None if small is None else own_rows(small, padded)
+                    )
                     blank = torch.full((chunk, places[0] * places[1]), self.hidden, device=self.device)
                     codes, new = (blank, blank == self.hidden) if known is None else known.rows(padded, rng)
                     first = first_step(chosen, known)
@@ -515,16 +644,26 @@ class TokensFamily(Family, Prompted):
         return pieces_of(self, prompt, steps, self.config.reads == "text")
 
     def _told(
-        self, prompts: list[tuple[Piece, ...]], negative: tuple[Piece, ...], chosen: Settings, size: tuple[int, int]
+        self,
+        prompts: list[tuple[Piece, ...]],
+        negative: tuple[Piece, ...],
+        chosen: Settings,
+        size: tuple[int, int],
+        small: Tensor | None = None,
     ) -> tuple[Told, Tensor]:
-        """What the network is told of a chunk of pictures, and what stands before their codes; with guidance also without their prompts."""
+        """What the network is told of a chunk of pictures, and what stands before their codes; with guidance also without their prompts.
+
+        Args:
+            small: codes (B,h,w) of smaller pictures.
+        """
         every = prompts + [negative] * len(prompts) if chosen.guidance != 1 else prompts
         numbers = torch.tensor([[size[1], size[0], 0, 0, AESTHETIC]]).expand(len(every), SIZES).to(self.device)
         before, _ = self._start(["".join(piece.text for piece in pieces) for pieces in every])
         if self.config.reads != "text":
             return self.network.remember(self.network.told(None, None, numbers)), before
         text = encode(self.text, every)
-        return self.network.remember(self.network.told(text.tokens, text.pooled, numbers)), before
+        twice = None if small is None else small.repeat(len(every) // len(prompts), 1, 1)
+        return self.network.remember(self.network.told(text.tokens, text.pooled, numbers, twice)), before
 
     def _draw(
         self, told: Told, before: Tensor, codes: Tensor, new: Tensor, chosen: Settings, first: int, rng: Rng, report: Callable[[int], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm.config.version import __version__
+from ldm.families.draws import BEFORE, SMALL
 from ldm.formats import atomic
 from ldm.formats.latent_codec import STATISTICS, LatentCodec, autoencoder_folder, load_codec
 from ldm.formats.model_folder import INDEX, OWN_CLIP, RECORD, own_clip, read_record
@@ -21,20 +22,21 @@ from ldm.models.palette import Palette
 from ldm.models.text_tower import TextTower
 from ldm.models.token_transformer import STOCK
 
-PART, CODEC = "transformer", "vqvae"
+PART, CODEC, SMALL_CODEC = "transformer", "vqvae", "small_vqvae"
 LAST = "decoder.conv_out"
 
 
-def assemble(products: Mapping[str, Path], target: Path, said: Mapping[str, Any]) -> None:
+def assemble(products: Mapping[str, Path], target: Path, said: Mapping[str, Any], before: Callable[[Path], None] | None = None) -> None:
     """Put a token model, its text encoder and its autoencoder together as a model folder, committed at once.
 
     AmusedPipeline decodes to [0,1], so the decoder's last convolution is scaled by a half and shifted; it reads a pooled text that is
     projected, and ours is not, so a CLIP is written with the identity as its projection.
 
     Args:
-        products: folders by role: text if it reads any, autoencoder, and the trained `model`.
+        products: folders by role: text if it reads any, autoencoder, that of a smaller picture if it reads one, and the trained `model`.
         target: the model folder; replaced when it is there.
         said: what ldm.json says: kind, config, story.
+        before: puts the model before it in a chain into a folder; None: there is none.
     """
     text, source = products.get("text"), autoencoder_folder(products["autoencoder"])
     record = read_record(products["model"])
@@ -49,6 +51,10 @@ def assemble(products: Mapping[str, Path], target: Path, said: Mapping[str, Any]
         save_part(config, state, folder / CODEC)
         if (source / STATISTICS).exists():
             shutil.copy(source / STATISTICS, folder / CODEC)
+        if SMALL in products:
+            shutil.copytree(autoencoder_folder(products[SMALL]), folder / SMALL_CODEC)
+        if before is not None:
+            before(folder / BEFORE)
         stock = text is not None and _text(text, folder, network["_class_name"] == STOCK) and f"{LAST}.weight" in state
         (folder / "scheduler").mkdir()
         codes = len(state["quantize.embedding.weight"])
