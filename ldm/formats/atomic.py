@@ -75,6 +75,19 @@ def verify(folder: Path) -> dict[str, str]:
     Raises:
         Damaged: naming the file that is missing, extra or changed.
     """
+    sums = listed(folder)
+    for name, expected in sums.items():
+        if sha256(folder / name) != expected:
+            raise Damaged(f"{folder / name}: its bytes differ from the manifest")
+    return sums
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """The checksums that a committed folder's manifest gives of its files, which are all there; their bytes are not read.
+
+    Raises:
+        Damaged: naming the file that is missing or extra.
+    """
     try:
         sums = {name: str(value) for name, value in read_object(folder / MANIFEST).items()}
     except (OSError, Damaged) as error:
@@ -82,9 +95,6 @@ def verify(folder: Path) -> dict[str, str]:
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if different := present ^ set(sums):
         raise Damaged(f"{folder}: missing or unexpected files: {', '.join(sorted(different))}")
-    for name, expected in sums.items():
-        if sha256(folder / name) != expected:
-            raise Damaged(f"{folder / name}: its bytes differ from the manifest")
     return sums
 
 

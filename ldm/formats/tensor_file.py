@@ -6,6 +6,7 @@ The library's own `load` holds a file twice, and its mapped files die with a fil
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -49,10 +50,29 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: as the file system says.
         ValueError: saying what is wrong with the file.
     """
+    return _read_all(file)[:2]
+
+
+def read_summed(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file and the SHA-256 sum of the whole file, from one reading of it.
+
+    Raises:
+        OSError, ValueError: as `read_tensors`.
+    """
+    tensors, _, header, order = _read_all(file)
+    digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+    for name in order:  # they lie one behind the other, and fill the file
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return tensors, digest.hexdigest()
+
+
+def _read_all(file: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, list[str]]:
+    """As `read_tensors`, with the header's bytes, and the names in the order of the file."""
     require_regular(file)
     with FileIO(file) as opened:  # unbuffered: large reads go straight into the tensors
         size = file.stat().st_size
-        length, values, texts = _header(opened, size)
+        header, values, texts = _header(opened, size)
+        length = len(header)
         wanted = {name: _described(name, value) for name, value in values.items()}
         found: dict[str, Tensor] = {}
         places: list[tuple[Tensor, int]] = []
@@ -67,7 +87,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"{size - 8 - length - place} bytes too many")
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
             list(readers.map(lambda part: _fill(opened.fileno(), *part), places))
-    return {name: found[name] for name in wanted}, texts
+    return {name: found[name] for name in wanted}, texts, header, [name for name in found if found[name].numel()]
 
 
 def read_texts(file: Path) -> dict[str, str]:
@@ -82,8 +102,8 @@ def read_texts(file: Path) -> dict[str, str]:
         return _header(opened, file.stat().st_size)[2]
 
 
-def _header(opened: FileIO, size: int) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Its length, what it says of each tensor, and its texts."""
+def _header(opened: FileIO, size: int) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+    """Its bytes, what it says of each tensor, and its texts."""
     length = int.from_bytes(_read(opened, 8), "little")
     if not 2 <= length <= min(HEADER, size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
@@ -101,7 +121,7 @@ def _header(opened: FileIO, size: int) -> tuple[int, dict[str, Any], dict[str, s
         raise ValueError(f"__metadata__ is no object of texts: {str(texts)[:100]}")
     if len(values) > TENSORS:
         raise ValueError(f"{len(values):,} tensors; at most {TENSORS:,} are read")
-    return length, values, {_readable(str(name)): _readable(str(text)) for name, text in texts.items()}
+    return raw, values, {_readable(str(name)): _readable(str(text)) for name, text in texts.items()}
 
 
 def _readable(text: str) -> str:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, config, plain
+from ldm.distributed.one_reader import one_reader
 from ldm.distributed.sharding import collected, like
 from ldm.formats import atomic, records
-from ldm.formats.tensor_file import read_tensors
+from ldm.formats.tensor_file import read_summed
 from ldm.training import optim
 from ldm.training.ema import Ema
 from ldm.training.offload import Offload
@@ -49,6 +50,9 @@ class Meta:
     ema_updates: Count = 0
     power_updates: Count = 0  # of the averages for `ldm ema`
     scaler: dict[str, int | float] = field(default_factory=dict)  # of fp16's loss scale; empty: none
+
+
+Loaded = tuple[Path, dict[str, dict[str, Tensor]], Meta]  # a state, and where it lies
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class States:
 
     def restore(self) -> int:
         """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
-        found = newest_valid(self.folder / "state", self.log.note)
+        found = one_reader(self.processes, lambda: newest_valid(self.folder / "state", self.log.note))
         if found is None:
             return 0
         path, tensors, meta = found
@@ -117,8 +121,7 @@ class States:
         Raises:
             UserError: where that is gone, damaged or does not fit.
         """
-        path = left_in(former.folder)[0]
-        tensors, meta = load_state(path)
+        path, tensors, meta = one_reader(self.processes, lambda: _whole(left_in(former.folder)[0]))
         if wrong := self._unfit(tensors, optimiser=former.optimiser, power=True):
             raise UserError(f"{path}: {wrong}; train this stage from the beginning, without --extend")
         self._take(tensors, meta, optimiser=former.optimiser, power=True)
@@ -175,7 +178,7 @@ class States:
         """
         folder = carried.folder
         try:
-            tensors, meta = load_state(folder, carried.hash)
+            _, tensors, meta = one_reader(self.processes, lambda: _whole(folder, carried.hash))
             if wrong := self._unfit(tensors, optimiser=optimiser):
                 raise atomic.Damaged(f"{folder}: {wrong}")
         except atomic.Damaged as error:
@@ -383,7 +386,7 @@ def newest_key(folder: Path) -> str:
 
 
 def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor]], Meta]:
-    """The tensors by file and the meta of a committed state; all sums are checked before anything is returned.
+    """The tensors by file and the meta of a committed state; each file is read once, all sums are checked before anything is returned.
 
     Files are read into memory, not mapped, so a later rewrite cannot kill the reader.
 
@@ -393,17 +396,35 @@ def load_state(path: Path, wanted: str = "") -> tuple[dict[str, dict[str, Tensor
     Raises:
         Damaged: as `verify`, and where it is not the state that is wanted.
     """
-    sums = atomic.verify(path)
+    sums = atomic.listed(path)
     if wanted and atomic.state_hash(sums) != wanted:
         raise atomic.Damaged(f"{path}: another state than the one that was kept here ({atomic.state_hash(sums)[:12]}, not {wanted[:12]})")
+    tensors: dict[str, dict[str, Tensor]] = {}
     try:
-        tensors = {p.stem: read_tensors(p)[0] for p in sorted(path.glob("*.safetensors"))}
+        for name, expected in sorted(sums.items()):
+            if name.endswith(".safetensors"):
+                tensors[Path(name).stem], found = _summed(path / name)
+            else:
+                found = atomic.sha256(path / name)
+            if found != expected:
+                raise atomic.Damaged(f"{path / name}: its bytes differ from the manifest")
         return tensors, records.read_as(path / "meta.json", Meta)
-    except (OSError, ValueError) as error:
-        raise atomic.Damaged(f"{path}: {error}") from None
+    except (OSError, records.Damaged) as error:
+        raise atomic.Damaged(str(error) if isinstance(error, records.Damaged) else f"{path}: {error}") from None
 
 
-def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], Meta] | None:
+def _summed(file: Path) -> tuple[dict[str, Tensor], str]:
+    try:
+        return read_summed(file)
+    except ValueError as error:
+        raise atomic.Damaged(f"{file}: its bytes differ from the manifest ({error})") from None
+
+
+def _whole(path: Path, wanted: str = "") -> Loaded:
+    return path, *load_state(path, wanted)
+
+
+def newest_valid(folder: Path, say: Callable[[str], None]) -> Loaded | None:
     """The newest state that verifies; damaged ones are reported through `say` and passed over."""
     for path in states(folder):
         try:
