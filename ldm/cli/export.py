@@ -1,4 +1,4 @@
-"""The export verb: a model as a diffusers pipeline folder or a single-file CompVis checkpoint."""
+"""The export verb: a model as a diffusers pipeline folder, as graphs (ONNX, OpenVINO) or as a single-file CompVis checkpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from ldm.families.draws import Draws
     from ldm.formats.rounding import Comparison
 
-SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "compvis-ckpt": ".ckpt", "published": ""}  # of what is written; empty: a folder
+SUFFIXES = {
+    "diffusers": "",
+    "single-file": ".safetensors",
+    "compvis-ckpt": ".ckpt",
+    "published": "",
+    "onnx": "",
+    "openvino": "",
+}  # of what is written; empty: a folder
 FORMS = tuple(SUFFIXES)
+GRAPHS = {"onnx": ("fp32",), "openvino": ("fp32", "fp16")}  # forms of graphs, and the precisions of their weights
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a weight
 Option = typer.Option
 
@@ -33,7 +41,7 @@ def main(words: Sequence[str]) -> int:
 
 def export(
     model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
-    to: Annotated[str, Option(help="diffusers: a folder; single-file: .safetensors; compvis-ckpt: .ckpt; published: latest_net_G.pth.")],
+    to: Annotated[str, Option(help="diffusers onnx openvino published: a folder; single-file: .safetensors; compvis-ckpt: .ckpt.")],
     out: Annotated[Path, Option(help="Where to: a folder, or a file with the suffix of its kind.")],
     dtype: Annotated[str, Option(help="Precision of the weights: fp32 fp16 bf16.")] = "fp32",
     variant: Annotated[str, Option(help="diffusers: fp16 puts .fp16 into the names of the weights.")] = "",
@@ -56,7 +64,13 @@ def export(
     _check_room(out, weights)
     notices = list(source.notices)
     done: list[Comparison] = []
-    if to == "diffusers":
+    if to in GRAPHS:
+        from ldm.formats.atomic import commit
+        from ldm.formats.graph_folder import check_graphs, write_graphs
+
+        check_graphs(source, to)
+        commit(out, lambda folder: done.extend(write_graphs(source, folder, to, dtype, _tell)))
+    elif to == "diffusers":
         from ldm.formats.atomic import commit
         from ldm.formats.pipeline_folder import write_pipeline
 
@@ -115,6 +129,8 @@ def _check_words(to: str, out: Path, dtype: str, variant: str, max_shard: float)
         raise UserError(f"--to: got {to!r}; choose one of {', '.join(FORMS)}")
     if dtype not in PRECISIONS:
         raise UserError(f"--dtype: got {dtype!r}; choose one of {', '.join(PRECISIONS)}")
+    if dtype not in GRAPHS.get(to, PRECISIONS):
+        raise UserError(f"--dtype: got {dtype}; --to {to} writes {' or '.join(GRAPHS[to])}")
     if not SUFFIXES[to] and out.suffix in (".safetensors", ".ckpt", ".pth"):
         form = next((f"--to {form}, or " for form, suffix in SUFFIXES.items() if suffix == out.suffix), "")
         raise UserError(f"--out: got {out}; {to} is a folder; write {form}a folder's name")
@@ -125,7 +141,7 @@ def _check_words(to: str, out: Path, dtype: str, variant: str, max_shard: float)
     if not 0 < max_shard < float("inf"):
         raise UserError(f"--max-shard: got {max_shard}; a positive number of GB is needed")
     if max_shard != 10.0 and to != "diffusers":
-        raise UserError(f"--max-shard: {to} is one file; leave it out, or write --to diffusers")
+        raise UserError(f"--max-shard: {to} is {'one file' if SUFFIXES[to] else 'not split'}; leave it out, or write --to diffusers")
 
 
 def _beside(file: Path) -> tuple[Path, ...]:
@@ -146,8 +162,10 @@ def _check_target(model: str, to: str, out: Path, overwrite: bool) -> None:
     source, target = Path(model).expanduser().resolve(), out.resolve()
     if source.exists() and (target == source or target in source.parents or source in target.parents):
         raise UserError(f"--out: {out} and the model {model} lie within each other; choose a place of its own")
-    if to == "diffusers" and there and not (out / "model_index.json").is_file():
-        raise UserError(f"--out: {out} holds no diffusers model that could be overwritten; choose another name")
+    if (to == "diffusers" or to in GRAPHS) and there and not (out / "model_index.json").is_file():
+        raise UserError(
+            f"--out: {out} holds no {'diffusers' if to == 'diffusers' else to} model that could be overwritten; choose another name"
+        )
     if to == "published" and there and not list(out.glob("latest_net_*.pth")):
         raise UserError(f"--out: {out} holds no published model that could be overwritten; choose another name")
     if SUFFIXES[to] and out.is_dir():

@@ -152,6 +152,28 @@ class FoldedUpsample(Upsample):
         return out
 
 
+class WholeUpsample(Upsample):
+    """Upsample in the two steps that it means, for sides that are not known: what other programs' graphs are made of."""
+
+    def __init__(self, layer: Upsample) -> None:
+        nn.Module.__init__(self)
+        self.conv = layer.conv
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B,C,h,w) -> (B,C,2h,2w), or (B,C,*size)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size))
+
+
+def unfolded(module: M) -> M:
+    """A network that computes what `module` does without telling sides apart; weights are shared, `module` stays as it is."""
+    made = shared_copy(module)
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if type(child) is Upsample:
+                setattr(parent, name, WholeUpsample(child))
+    return made
+
+
 def check_compiler(device: torch.device) -> None:
     """Refuse where torch.compile would find nothing to compile with.
 

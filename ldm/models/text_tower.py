@@ -209,7 +209,7 @@ class TextTower(nn.Module):
         x = self.final_layer_norm(x)
         # The first configurations name a wrong end token; the right one has the largest id there.
         end = ids.argmax(1) if self.config.eos_token_id == OLD_EOS else (ids == self.config.eos_token_id).int().argmax(1)
-        return TextStates(x, x[torch.arange(len(x), device=x.device), end.to(x.device)])
+        return TextStates(x, x[torch.arange(x.shape[0], device=x.device), end.to(x.device)])
 
     def get_input_embeddings(self) -> nn.Module:
         """Of tokens."""

@@ -184,7 +184,7 @@ def test_an_inpainting_model_names_its_pipeline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--to", "onnx", "--out", "x"), "--to: got 'onnx'; choose one of diffusers, single-file, compvis-ckpt"),
+        (("--to", "gguf", "--out", "x"), "--to: got 'gguf'; choose one of diffusers, single-file, compvis-ckpt"),
         (("--to", "diffusers", "--dtype", "int8", "--out", "x"), "--dtype: got 'int8'; choose one of fp32, fp16, bf16"),
         (("--to", "diffusers", "--out", "x.ckpt"), "diffusers is a folder; write --to compvis-ckpt"),
         (("--to", "single-file", "--out", "x"), "single-file is a file whose name ends in .safetensors"),
