@@ -165,6 +165,7 @@ class CVAEFamily(OnePass):
 
     def progress(self, images: int) -> None:
         """How far beta has risen."""
+        super().progress(images)
         self._seen = images
 
     @property

@@ -1,4 +1,4 @@
-"""Small runs of conditions by every port, codes, pixels and links of a chain, each in its last stage."""
+"""Small runs of conditions by every port, codes, pixels, links of a chain and what draws in one pass, each in its last stage."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ UNET = {"channels": [16, 16], "layers": 1, "attention": [False, True], "heads": 
 PIXELS = {"kind": "latent_diffusion", "network": UNET, "variance": {"weight": 1e-3}}
 BEFORE = [{"view": "small:2", "port": {"kind": "concat", "noise": 0.3}}]
 LINK = {"kind": "latent_diffusion", "network": UNET, "after": "diffusion", "conditions": BEFORE}
+
+JUDGE = {"channels": [8], "blocks": 1, "embedding": 8}
+GAN = {
+    "kind": "text_gan",
+    "autoencoder": "pixels",
+    "generator": {"channels": [8, 8], "blocks": 1, "heads": 2, "noise": 4, "style": 8},
+    "discriminator": JUDGE,
+}
+ATTNGAN = GAN | {"damsm": 0.5, "contrastive": 0}
+CVAE = {
+    "kind": "cvae",
+    "autoencoder": "pixels",
+    "units": 4,
+    "posterior": JUDGE,
+    "decoder": {"channels": [8, 8], "blocks": 1, "heads": 2, "style": 8},
+    "free_bits": 0.01,
+    "warmup_images": 16,
+}
 
 
 def stage(model: str, resolution: int = 32, **more: Any) -> dict[str, Any]:
@@ -44,14 +62,21 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
         models, network = {"autoencoder": {"kind": "pixels"}}, {**UNET, "heads": 1}
         models["diffusion"] = {"kind": "latent_diffusion", "text": "", "network": network}
         stages = {"last": stage("diffusion", 16)}
-    elif system in ("masked", "causal", "words"):
+    elif system in ("masked", "causal", "words", "larger"):
         models["autoencoder"] = {"kind": "vq", "network": VQ, "adversarial": {"weight": 0}}
-        order = "masked" if system == "masked" else "causal"
+        order = "masked" if system in ("masked", "larger") else "causal"
         network = {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}
         models["tokens"] = {"kind": "tokens", "order": order, "network": network, "reads": "words" if system == "words" else "text"}
         stages["autoencoder"] = stage("autoencoder")
         stages["codes"] = {"kind": "encode", "resolution": 32, "codes": True}
         stages["last"] = stage("tokens", latents="codes")
+        if system == "larger":
+            models["tokens"]["enlarges"] = 2
+            stages["codes"]["resolution"] = 64
+            stages["last"] = stage("tokens", 64, latents="codes")
+    elif system in ("gan", "attngan", "cvae"):
+        models |= {"pixels": {"kind": "pixels"}, system: {"gan": GAN, "attngan": ATTNGAN, "cvae": CVAE}[system]}
+        stages["last"] = stage(system, 16)
     elif system == "prior":
         models["prior"] = {"kind": "prior", "network": {"heads": 2, "head_width": 8, "layers": 1}}
         stages["last"] = stage("prior")
@@ -67,4 +92,20 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
     return {"data": data, "models": models, "stages": stages}
 
 
-SYSTEMS = [*PORTS, "masked", "causal", "words", "palette", "unconditional", "pixels", "link", "prior", "vector", "adapter"]
+SYSTEMS = [
+    *PORTS,
+    "masked",
+    "causal",
+    "words",
+    "larger",
+    "palette",
+    "unconditional",
+    "pixels",
+    "link",
+    "prior",
+    "gan",
+    "attngan",
+    "cvae",
+    "vector",
+    "adapter",
+]

@@ -12,28 +12,12 @@ from typing import Any
 import pytest
 import several
 import yaml
-from systems import BEFORE, PIXELS, UNET, VQ, stage
+from systems import ATTNGAN, BEFORE, CVAE, GAN, PIXELS, UNET, VQ, stage
 
 ADAMW = {"kind": "adamw", "lr": 1e-3}
 TEXT = {"kind": "clip", "vocabulary": 600, "text": {"width": 16, "layers": 1, "heads": 2, "max_tokens": 20}}
 TOKENS = {"kind": "tokens", "network": {"width": 16, "layers": 1, "heads": 2, "size_channels": 4}}
 SCENES = {"kind": "scenes", "tier": "one", "images": 16, "val": 4}
-JUDGE = {"channels": [8], "blocks": 1, "embedding": 8}
-GAN = {
-    "kind": "text_gan",
-    "autoencoder": "pixels",
-    "generator": {"channels": [8, 8], "blocks": 1, "heads": 2, "noise": 4, "style": 8},
-    "discriminator": JUDGE,
-}
-CVAE = {
-    "kind": "cvae",
-    "autoencoder": "pixels",
-    "units": 4,
-    "posterior": JUDGE,
-    "decoder": {"channels": [8, 8], "blocks": 1, "heads": 2, "style": 8},
-    "free_bits": 0.01,
-    "warmup_images": 16,
-}
 VIEW = {"view": "embedding", "port": "vector", "drop": 0.3}
 
 
@@ -59,7 +43,7 @@ def told_words() -> dict[str, Any]:
             "diffusion": PIXELS | {"autoencoder": "pixels", "conditions": [VIEW]},
             "up": {"kind": "latent_diffusion", "autoencoder": "pixels", "network": UNET, "after": "diffusion", "conditions": BEFORE},
             "gan": GAN,
-            "attngan": GAN | {"damsm": 0.5, "contrastive": 0},
+            "attngan": ATTNGAN,
             "cvae": CVAE,
         },
         "stages": {
