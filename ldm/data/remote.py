@@ -13,12 +13,13 @@ import glob
 import io
 import logging
 import random
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -300,6 +301,32 @@ def put(file: Path, url: str, patience_s: float | None = None) -> None:
             raise ShortRead(errno.EIO, f"{there} of {here} bytes are there")
 
     tried(url, ask, patience_s)
+
+
+def get(url: str, file: Path) -> None:
+    """Copy a file from a store, by large requests.
+
+    Raises:
+        OSError: if it is not there or refused, or as the disk says.
+    """
+    with stream(url) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, CHUNK)
+
+
+def remove(url: str) -> None:
+    """Remove a file, or all below a folder; what is not there is no failure.
+
+    Raises:
+        OSError: if it is refused.
+    """
+
+    def ask() -> None:
+        files, path = system(url)
+        files.invalidate_cache()
+        files.rm(path, recursive=True)
+
+    with suppress(FileNotFoundError):
+        tried(url, ask)
 
 
 class Stream(io.RawIOBase):

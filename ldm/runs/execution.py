@@ -39,6 +39,7 @@ from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside, sweep
 from ldm.text.lengths import spread
 from ldm.training.checkpoint import CARRIED, Former
+from ldm.training.copies import Copies, begin
 from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
@@ -58,6 +59,7 @@ class Execution:
         self.elsewhere = pretrained.find(run, self.log.note)
         if run.prior_preservation is not None:
             self.data = self._with_prior(run.prior_preservation)
+        self.copies = Copies(out, run.mirror, self.log.note) if run.mirror and processes.main else None
         self.made: dict[str, Product] = {}  # the parts from elsewhere, as stages read them
 
     def _with_prior(self, prior: PriorPreservation) -> Mixture:
@@ -103,6 +105,8 @@ class Execution:
             for name in self.run.stages:
                 self._stage(name)
         finally:
+            if self.copies is not None:
+                self.copies.close()
             if self.processes.main and self.done:
                 self._write_metrics()
                 path = report(self.out)
@@ -151,6 +155,8 @@ class Execution:
             }
             atomic.write_json(folder / DONE, values)
             shutil.rmtree(folder / "state", ignore_errors=True)
+            if self.copies is not None:
+                self.copies.stage(folder)
         self.processes.wait()
         have = finished(folder)
         assert have is not None, f"{folder} was just finished"
@@ -224,6 +230,7 @@ class Execution:
                 Product(self.out / "stages" / before / CARRIED, self.done[before].carried) if before else None,
                 stage.keep_state or self.run.carried_on(name),
                 self._former(folder),
+                self.copies,
             ),
         )
         try:
@@ -501,15 +508,19 @@ def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str
     work = shares(run, processes.launch)
     if lacking := list(missing(run, processes.device)):
         raise UserError("\n".join(lacking))
+    said: list[str] = []
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             sweep(out)
             (out / "config.yaml").write_text(dump(run))
+            said = begin(out, run.mirror, list(run.stages)) if run.mirror else []
         if processes.watchdog is not None:
             processes.watchdog.folder = out
         execution = Execution(run, out, processes, extend)
         execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
         for line in about(processes.launch, processes.device.type, work, file):
+            execution.log.note(line)
+        for line in said:
             execution.log.note(line)
         execution.log.record(record(processes.launch, processes.device.type, work))
         facts = {

@@ -14,6 +14,7 @@ from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source, has_masks
+from ldm.data.storage import is_url
 from ldm.data.views import divided, parted
 from ldm.families import registry
 from ldm.families.draws import AFTER, SMALL
@@ -97,6 +98,7 @@ class Run:
     prior_preservation: PriorPreservation | None = None  # pictures of the data's kind, learned beside it (DreamBooth); null: none
     models: dict[str, registry.Model] = field(default_factory=dict)  # what learns and what is read, by name
     stages: dict[str, Stage]  # what is done, in this order
+    mirror: PathText = ""  # a URL such as s3://bucket/NAME where checkpoints and finished stages are copied, and taken from; empty: none
     tracker: Literal["", "wandb", "tensorboard"] = ""  # log there too (wandb: offline unless WANDB_MODE=online); empty: log.jsonl only
     workers: Count = 2  # threads that load data
 
@@ -225,6 +227,8 @@ def problems(run: Run) -> Iterator[str]:
     """What is wrong between the fields of a run."""
     if not run.stages:
         yield "stages: none; a run needs at least one"
+    if run.mirror and not is_url(run.mirror):
+        yield f"mirror: got {run.mirror}; give a URL such as s3://bucket/NAME, or leave it out, as checkpoints lie in the run folder anyway"
     if run.prior_preservation is not None and run.prior_preservation.prompts and not run.init:
         yield "prior_preservation.prompts: the base model draws them; name it by init, or give prior_preservation.path"
     if (readers := [name for name, model in run.models.items() if model.reads_masks]) and not has_masks(run.data):

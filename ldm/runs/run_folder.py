@@ -57,7 +57,7 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-LEFT = re.compile(r"\.(?P<name>.+)\.(partial|old|cut)|\.(images|shard)-.*|\.\d+\.png")  # what is being written, and what it replaces
+LEFT = re.compile(r"\.(?P<name>.+)\.(partial|old|cut)|\.(images|shard|upload)-.*|\.\d+\.png")  # what is being written, and what it replaces
 
 
 def sweep(folder: Path) -> None:

@@ -33,6 +33,7 @@ from ldm.training.snapshot import BackgroundWriter, Snapshot
 if TYPE_CHECKING:
     from ldm.distributed.processes import Learners
     from ldm.families.family import Family, Product
+    from ldm.training.copies import Copies
     from ldm.training.log import Log
     from ldm.training.settings import Train
 
@@ -82,7 +83,7 @@ class Learning:
 
 
 class States:
-    """The checkpoints of one stage, in its folder's `state`.
+    """The checkpoints of one stage, in its folder's `state`, and copies of them elsewhere.
 
     Args:
         learning: what they hold.
@@ -91,11 +92,13 @@ class States:
         key: hash of everything the result depends on; a checkpoint of another key is not continued.
     """
 
-    def __init__(self, stage: Train, folder: Path, key: str, learning: Learning, *, processes: Learners, log: Log) -> None:
+    def __init__(
+        self, stage: Train, folder: Path, key: str, learning: Learning, *, processes: Learners, log: Log, copies: Copies | None = None
+    ) -> None:
         self.stage, self.folder, self.key, self.learning = stage, folder, key, learning
         self.family, self.optimizers, self.scaler = learning.family, learning.optimizers, learning.scaler
         self.ema, self.power = learning.ema, learning.power
-        self.processes, self.log = processes, log
+        self.processes, self.log, self.copies = processes, log, copies
         self.failed = 0  # saves in a row
         self._snapshot, self._writer = Snapshot(), BackgroundWriter()
         self._told: Callable[[OSError], None] = _raise  # what to do when the save under way fails
@@ -218,7 +221,7 @@ class States:
         copied = self._copied(groups) if beside else None
         tensors = self._collected(groups) if copied is None else copied
         if self.processes.main:
-            work = partial(save_state, self.folder / "state", meta.images, tensors, meta, self.stage.keep)
+            work = partial(self._written, tensors, meta)
             told = partial(self._failed, needed=size_of(tensors), images=meta.images, must=must)
             if copied is not None:
                 stalled = round(time.perf_counter() - began, 4)
@@ -229,6 +232,11 @@ class States:
                 self._end(work, told)
         if not beside:
             self.processes.wait()
+
+    def _written(self, tensors: dict[str, dict[str, Tensor]], meta: Meta) -> None:
+        path = save_state(self.folder / "state", meta.images, tensors, meta, self.stage.keep)
+        if self.copies is not None:
+            self.copies.state(path, self.stage.keep)
 
     def _copy_and(self, work: Callable[[], object]) -> None:
         self._snapshot.finish()
@@ -245,6 +253,8 @@ class States:
         Raises:
             UserError: when too many failed in a row.
         """
+        if self.copies is not None:
+            self.copies.tell()
         if not self._writer.waiting or (self._writer.busy and not wait):
             return
         failed = self.failed

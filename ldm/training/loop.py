@@ -32,6 +32,7 @@ from ldm.text.lengths import spread
 from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Former, Learning, States
+from ldm.training.copies import Copies
 from ldm.training.ema import Ema
 from ldm.training.held_out import HeldOutLoss, LossByLevel
 from ldm.training.library_optimisers import evaluated
@@ -53,6 +54,7 @@ class Handover:
     carried: Product | None = None
     keeps: bool = False
     former: Former | None = None  # a stage of other settings that this one goes on from
+    copies: Copies | None = None  # where checkpoints are copied to, by the first process
 
 
 class Trainer:
@@ -114,7 +116,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.power = PowerAverages(averaged, stage.post_hoc_ema.lengths) if stage.post_hoc_ema else None
         learning = Learning(family, self.optimizers, self.scaler, self.ema, self.power, self.offload)
-        self.states = States(stage, folder, key, learning, processes=processes, log=log)
+        self.states = States(stage, folder, key, learning, processes=processes, log=log, copies=handover.copies)
         self.step = self.states.restore()
         self.former = handover.former
         if self.former is not None and not self.step:
