@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import several
 import tiny
+import yaml
 from safetensors.numpy import load_file
+from systems import run_of
 
 from ldm.config.errors import UserError
 from ldm.config.schema import build
@@ -42,6 +45,24 @@ def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
         assert not images or f"going on from {images} of 48 images" in ended.said[0], ended.said
     expected = load_file(tmp_path / "whole" / PRODUCT)
     assert all((expected[name] == value).all() for name, value in load_file(tmp_path / "elastic" / PRODUCT).items())
+
+
+@pytest.mark.slow
+def test_a_vae_knows_no_pictures_beside_each_other(tmp_path: Path) -> None:
+    config = run_of("cvae", tmp_path)
+    config["stages"]["last"] |= {"batch": 8, "micro_batch": 2, "exact": True, "precision": "fp32", "optim": {"kind": "adamw", "lr": 1e-3}}
+    config["stages"]["text"]["precision"] = "fp32"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert several.train(1, f"out={tmp_path / 'one'}", config=str(file), sizes=()).codes == [0]
+    shutil.copytree(tmp_path / "one" / "stages" / "text", tmp_path / "two" / "stages" / "text")  # which is not exact
+    ended = several.train(2, f"out={tmp_path / 'two'}", config=str(file), sizes=())
+    assert ended.codes == [0, 0], ended.said
+    for name in ("encoder", "decoder"):
+        one, two = (
+            load_file(tmp_path / run / "stages/last/model" / name / "diffusion_pytorch_model.safetensors") for run in ("one", "two")
+        )
+        assert all((one[key] == value).all() for key, value in two.items()) and one.keys() == two.keys()
 
 
 @pytest.mark.parametrize(
