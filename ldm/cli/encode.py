@@ -49,15 +49,17 @@ def encode(
     model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub.")],
     out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept.")],
     options: Encoding,
+    part: Annotated[str, Option(help="One of several calls that share the work, such as 3/16 of 0/16 to 15/16.")] = "",
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
+    number, parts = _part(part)
     place = _model(model)
     source = _source(data)
     from ldm.cli.models import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step
-    from ldm.data.cache import CacheOptions, seal, write_cache
+    from ldm.data.cache import CacheOptions, missing, seal, write_cache
     from ldm.data.cached import CachedLatents
     from ldm.data.dataset import asked
     from ldm.distributed.processes import processes
@@ -102,12 +104,19 @@ def encode(
                 workers=options.workers,
                 rank=team.rank,
                 world=team.world,
+                part=(number, parts),
                 on_images=advance,
                 read=read,
             )
         team.wait()
         if team.main:
-            if team.world > 1:
+            if left := missing(out) if parts > 1 else 0:
+                told = {"folder": str(out), "part": number, "parts": parts, "missing": left}
+                print(
+                    json.dumps(told, indent=1) if as_json else f"{out}: part {part} is done; other parts still make {left:,} of its shards"
+                )
+                return 0
+            if team.world > 1 or parts > 1:
                 seal(out)
             described = CachedLatents(out).describe()
             if as_json:
@@ -119,6 +128,16 @@ def encode(
                 what = f"{'codes' if options.codes else 'latents'} of {count:,} pictures"
                 print(f"{out}: {what} at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Number and count of `3/16`; the whole where nothing is said."""
+    number, slash, count = text.partition("/")
+    if not text:
+        return 0, 1
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 10**6):
+        raise UserError(f"--part: got {text!r}; give a number from 0 and the count, such as 0/16 to 15/16")
+    return int(number), int(count)
 
 
 def _source(data: str) -> Any:

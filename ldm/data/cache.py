@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def write_cache(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    part: tuple[int, int] = (0, 1),
     on_images: Callable[[int], None] | None = None,
 ) -> None:
     """Encode every sample once into `folder`, in shards that are each whole or not there; finished ones are kept.
@@ -127,6 +129,7 @@ def write_cache(
         read: captions to their states, which are kept too, as float16; each sample must have one caption.
         batch: images per call of `encode`.
         workers: threads that decode ahead.
+        part: number and count of calls that share the work without knowing of each other; more than one do not `seal`.
         on_images: called with the number of images that have just been encoded or found finished.
 
     Raises:
@@ -156,10 +159,12 @@ def write_cache(
     tell = on_images or (lambda count: None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
+        if part[1] > 1:
+            _share_plan(folder, plan)
+        elif rank == 0:
             (folder / MANIFEST).unlink(missing_ok=True)
             write_json(folder / PLAN, asdict(plan))
-        for number in range(rank, plan.shards, world):
+        for number in range(part[0] * world + rank, plan.shards, part[1] * world):
             members = range(number * plan.shard_images, min((number + 1) * plan.shard_images, plan.images))
             if _whole(shard_folder(folder, number), plan):
                 tell(len(members))
@@ -171,7 +176,7 @@ def write_cache(
             tensors, words = _encode_shard(data, encode, read, cuts, plan, workers, tell)
             record |= {"words": words} if words else {}
             commit(shard_folder(folder, number), _writer(tensors, record))
-        if world == 1:
+        if world == part[1] == 1:
             seal(folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -181,6 +186,30 @@ def write_cache(
             f"{folder}: the disk is full ({error.strerror}; {free:.0f} MiB free); free some space and run again, "
             f"the finished shards are kept"
         ) from None
+
+
+def _share_plan(folder: Path, plan: Plan) -> None:
+    """Write the plan, or find it written by another part.
+
+    Raises:
+        UserError: if what is there is of another plan, which other parts may be working on.
+    """
+    while True:
+        try:
+            if read_as(folder / PLAN, Plan).hash != plan.hash:
+                raise UserError(
+                    f"{folder}: holds the cache of another autoencoder, data set or size; give another --out, or remove it before all parts"
+                )
+            return
+        except (FileNotFoundError, Damaged):
+            with suppress(FileNotFoundError):  # another part has just put its own there, which is the same
+                write_json(folder / PLAN, asdict(plan))
+
+
+def missing(folder: Path) -> int:
+    """How many shards of a cache are not there yet."""
+    plan = read_plan(folder)
+    return sum(not (shard_folder(folder, number) / MANIFEST).is_file() for number in range(plan.shards))
 
 
 def seal(folder: Path) -> None:
@@ -203,10 +232,14 @@ def seal(folder: Path) -> None:
         sums |= {f"{shard.name}/{name}": value for name, value in own.items()}
         sums[f"{shard.name}/{MANIFEST}"] = sha256(shard / MANIFEST)
     keep = {PLAN, *(shard.name for shard in shards)}
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if path.name not in keep and path.name.startswith(("shard-", ".shard-", f".{PLAN}", f".{MANIFEST}")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(folder / MANIFEST, sums)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        write_json(folder / MANIFEST, sums)
+    except FileNotFoundError:  # another part seals it at the same time, with the same sums
+        if not (folder / MANIFEST).is_file():
+            raise
 
 
 def _whole(shard: Path, plan: Plan) -> bool:

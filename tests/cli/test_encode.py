@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
+from ldm.data import cache
 from ldm.data.cached import CachedLatents
 from ldm.data.folder import FolderSource
 from ldm.formats.latent_codec import load_codec
@@ -58,6 +59,54 @@ def test_latents_and_text_states_are_those_of_the_networks(photographs: Path, kl
     cache.require_text(text.encode)
     with pytest.raises(UserError, match="another text encoder's"):
         cache.require_text(lambda captions: TextEncoder.encode(text, [f"other {caption}" for caption in captions]))
+
+
+def test_parts_in_any_order_and_stopped_anywhere_make_the_cache_of_one_call(
+    photographs: Path, kl_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert encode(photographs, kl_model, tmp_path / "whole", "--shard", "3") == 0
+    out, order = tmp_path / "parts", []
+    capsys.readouterr()
+    for part in ("2/3", "0/3"):
+        assert encode(photographs, kl_model, out, "--shard", "3", "--part", part, "--json") == 0
+        order.append(json.loads(capsys.readouterr().out)["missing"])
+        assert not (out / "manifest.json").exists()  # nobody reads it before it is whole
+    assert order == sorted(order, reverse=True) and order[-1] > 0
+    commit = cache.commit
+
+    def killed(target: Path, write: object) -> None:
+        (target.with_name(f".{target.name}.partial")).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "commit", killed)
+    assert encode(photographs, kl_model, out, "--shard", "3", "--part", "1/3") == 130
+    monkeypatch.setattr(cache, "commit", commit)
+    assert encode(photographs, kl_model, out, "--shard", "3", "--part", "1/3") == 0
+    assert "latents of" in capsys.readouterr().out and files(out) == files(tmp_path / "whole")
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*/*")}
+    assert encode(photographs, kl_model, out, "--shard", "3", "--part", "0/3") == 0  # queued again after all were done
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*/*")} == kept and files(out) == files(tmp_path / "whole")
+    capsys.readouterr()
+    assert encode(photographs, kl_model, out, "--shard", "3", "--part", "0/3", "--seed", "1") == 2
+    assert "holds the cache of another autoencoder, data set or size" in capsys.readouterr().err
+    for wrong in ("3/3", "1", "a/b", "-1/2", "1/0"):
+        assert encode(photographs, kl_model, out, f"--part={wrong}") == 2
+        assert "--part: got" in capsys.readouterr().err
+
+
+def test_parts_that_end_at_the_same_time_both_seal(
+    photographs: Path, kl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert encode(photographs, kl_model, tmp_path, "--shard", "5") == 0
+    whole, write = files(tmp_path), cache.write_json
+
+    def late(path: Path, value: object) -> None:
+        write(path, value)
+        raise FileNotFoundError(path)  # the other has renamed what both were writing
+
+    monkeypatch.setattr(cache, "write_json", late)
+    cache.seal(tmp_path)
+    assert files(tmp_path) == whole
 
 
 @pytest.mark.slow

@@ -99,6 +99,19 @@ def test_slurm_scripts_are_sound_and_their_commands_are_ours(name: str, tmp_path
         assert words[1:3] == ["python", "train.py"]
 
 
+def test_the_slurm_array_gives_each_task_its_part(tmp_path: Path) -> None:
+    script, said = ROOT / "configs" / "slurm" / "encode.sbatch", tmp_path / "said"
+    subprocess.run(["bash", "-n", script], check=True)
+    (tmp_path / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {said}\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "8"}
+    for more, part in (({"SLURM_ARRAY_TASK_COUNT": "16"}, "3/16"), ({"SLURM_ARRAY_TASK_COUNT": "1", "PARTS": "16"}, "3/16")):
+        subprocess.run(["bash", script, "a set", "--out", "x"], check=True, env=environment | more, cwd=ROOT)
+        words = said.read_text().splitlines()
+        assert words[1:9] == ["python", "-m", "ldm", "data", "encode", "a set", "--out", "x"]
+        assert words[words.index("--part") + 1] == part and words[words.index("--workers") + 1] == "8"
+
+
 def test_a_plan_under_srun_counts_its_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from ldm.__main__ import main
 

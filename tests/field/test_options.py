@@ -191,6 +191,7 @@ OTHERS: dict[str, dict[str, str]] = {
             "--max-aspect",
             "--images",
             "--shard",
+            "--part",
             "--json",
         ),
         "tests/cli/test_encode.py",
