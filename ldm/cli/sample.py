@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
+from ldm.cli.starting import loading
 from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
@@ -36,6 +37,11 @@ def main(words: Sequence[str]) -> int:
 
 def sample(request: Request) -> int:
     """Draw pictures of prompts. The same seed gives the same picture, whatever the batch and its neighbours."""
+    with loading() as loaded:
+        return _sample(request, loaded)
+
+
+def _sample(request: Request, loaded: Callable[[], None]) -> int:
     old = request.following.old(request.parts, tell)
     adapters = request.adapters
     asked = tagged(request.prompts.read(old.get("prompt")), adapters.lora_dir, adapters.lora, tell, request.following.literal)
@@ -70,6 +76,7 @@ def sample(request: Request) -> int:
         rest |= decoded_by(family, adapters.vae, old, tell)
         chosen = request.sampler.chosen(old, request.editing.usual, family.settings())
         family.ready(Path(folder), running, family.settings(chosen).precision)
+        loaded()
         rest |= {"model": name_of(folder), "model_hash": family.content_hash, "backend": running.other}
         request.following.compare(old, folder, family.content_hash, tell)
         given = Files(family.told, family.unheard)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.diffusion.batch import Cond, Text
 from ldm.models.autoencoder import KLConfig, VQAutoencoder, VQConfig
@@ -90,6 +89,8 @@ class Ledger(TorchFunctionMode):
 
 def measure(network: nn.Module, call: Callable[[], Tensor]) -> Cost:
     """What `call`, which runs `network` on IMAGES meta images, and the backward pass from its sum cost for each of them."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton where there is one
+
     with FlopCounterMode(display=False) as counter:
         with Ledger(network) as ledger, torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             out = call()
