@@ -180,7 +180,11 @@ class Tokens(ModelConfig):
     def step_px(self, others: Mapping[str, ModelConfig]) -> int:
         """The autoencoder's, and that of the smaller picture, as much larger."""
         own = others["autoencoder"].step_px({}) if "autoencoder" in others else 1
-        return math.lcm(own, self.enlarges * others[SMALL].step_px({})) if SMALL in others else own
+        if SMALL not in others:
+            return own
+        small = others[SMALL].step_px({})
+        self.spread(own, small)  # told before any work
+        return math.lcm(own, self.enlarges * small)
 
     def spread(self, factor: int, small: int) -> int:
         """Places of a side over one of the smaller picture's codes, of the downsampling factors of both autoencoders.
@@ -190,7 +194,7 @@ class Tokens(ModelConfig):
         """
         if self.enlarges * small % factor:
             told = f"a code of the smaller picture stands for {self.enlarges * small} px, one that is drawn for {factor}"
-            raise UserError(f"enlarges: got {self.enlarges}; {told}, which does not divide that; take another factor or autoencoder")
+            raise UserError(f"tokens: enlarges: got {self.enlarges}; {told}, which does not divide that; take another N or autoencoder")
         return self.enlarges * small // factor
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.schema import build
 from ldm.data.scenes.source import ScenesSource
 from ldm.diffusion.batch import ImageBatch, MomentBatch, rows
 from ldm.diffusion.rng import Rng, mix
@@ -26,6 +27,7 @@ from ldm.formats.latent_codec import save_codec
 from ldm.models import cost
 from ldm.models.autoencoder import VQConfig
 from ldm.models.token_transformer import TokenShape, TokenTransformerConfig
+from ldm.runs.run import Run
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 from ldm.training.settings import Train
 from tests.finished_model import CAPTIONS, STORY, Pictures
@@ -194,5 +196,13 @@ def test_the_plan_counts_its_networks(family: TokensFamily) -> None:
 def test_what_cannot_be_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Tokens(**fields)
-    with pytest.raises(UserError, match="a code of the smaller picture stands for 6 px, one that is drawn for 4"):
-        replace(LARGER, enlarges=3).spread(4, 2)
+
+
+def test_places_that_lie_over_parts_of_codes_are_refused_before_any_work() -> None:
+    coarse = {"kind": "vq", "network": {"channels": [8, 8, 8, 8, 8], "norm_groups": 4}}  # f16
+    fine = {"kind": "vq", "network": {"channels": [8, 8, 8], "norm_groups": 4}}  # f4
+    larger = {"kind": "tokens", "autoencoder": "coarse", "small": "fine", "enlarges": 2}
+    models = {"text": {"kind": "clip"}, "coarse": coarse, "fine": fine, "larger": larger}
+    made = {name: {"kind": "train", "model": name, "images": 8, "resolution": 64} for name in models}
+    with pytest.raises(UserError, match="enlarges: got 2; a code of the smaller picture stands for 8 px, one that is drawn for 16"):
+        build({"data": {"kind": "scenes"}, "models": models, "stages": made}, Run, "run.yaml")
