@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.config.errors import UserError
-from ldm.config.schema import NonNegative, config
+from ldm.config.schema import Fraction, NonNegative, config
 from ldm.data.unpaired import OTHER
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import ImageBatch
@@ -37,10 +37,15 @@ class CycleGAN(TranslatorConfig):
     adversarial: NonNegative = 1.0  # weight of the discriminators' opinions
     cycle: NonNegative = 10.0  # weight of the mean |difference| of a picture from itself, there and back
     identity_weight: NonNegative = 5.0  # of what a generator changes in a picture of its own target domain
+    # First share of the training, in which generators only learn to leave pictures of both domains as they are (CartoonGAN, Chen 2018,
+    # section 3.3): what follows starts there, and not where black for white makes yellow of blue.
+    begin_as_identity: Fraction = 0.0
 
     players: ClassVar[tuple[str, ...]] = ("_A", "_B")  # as published: G_A draws b of a, D_A judges b
 
     def __post_init__(self) -> None:
+        if self.begin_as_identity and not self.identity_weight:
+            raise UserError("begin_as_identity: needs identity_weight above 0, which weighs it; leave one of the two out")
         if len({name.casefold() for name in self.domains}) < 2 or not all(name.strip() for name in self.domains):
             raise UserError(f"domains: got {', '.join(map(repr, self.domains))}; two different names are needed, such as day, night")
 
@@ -54,7 +59,9 @@ class CycleGAN(TranslatorConfig):
 
     def build(self, context: Context) -> CycleGANFamily:
         """The family, ready to train."""
-        return CycleGANFamily(self, PICTURE, context.resolution, None if context.init is None else context.init.folder)
+        found = CycleGANFamily(self, PICTURE, context.resolution, None if context.init is None else context.init.folder)
+        found.total_images = context.total_images
+        return found
 
     def opened(self, folder: Path) -> CycleGANFamily:
         """With a model folder's weights."""
@@ -66,11 +73,17 @@ class CycleGANFamily(TranslatorFamily):
 
     config: CycleGAN
     paired = False  # whether its data has the true picture of each
+    images, total_images = 0, 0  # seen so far by the stage, and its length
 
     @property
     def plays(self) -> bool:
         """As configured."""
         return self.config.adversarial > 0
+
+    def progress(self, images: int) -> None:
+        """How far the stage is, for `begin_as_identity`; a new step begins."""
+        super().progress(images)
+        self.images = images
 
     @property
     def told(self) -> Mapping[str, ViewKind]:
@@ -87,6 +100,8 @@ class CycleGANFamily(TranslatorFamily):
     def loss(self, batch: ImageBatch, rng: Rng) -> tuple[Terms, Terms]:
         """For each direction the discriminator's opinion and lesson, the way back, and what stays as it is."""
         said, pictures = self.config, self.both(batch)
+        begins = self.images < said.begin_as_identity * self.total_images
+        heard = 0.0 if begins else said.adversarial
         terms: Terms = {}
         gauges: Terms = {}
         for i, player in enumerate(said.players):
@@ -94,7 +109,8 @@ class CycleGANFamily(TranslatorFamily):
             source, target = pictures[i], pictures[1 - i]
             if said.identity_weight:  # in one call: no layer couples samples
                 made, same = full(there(torch.cat([source, target]))).chunk(2)
-                terms[f"identity{player}"] = said.identity_weight * F.l1_loss(same, target)
+                change = F.l1_loss(same, target) + (F.l1_loss(made, source) if begins else 0)
+                terms[f"identity{player}"] = said.identity_weight * change
             else:
                 made = full(there(source))
             if said.cycle:
@@ -102,7 +118,7 @@ class CycleGANFamily(TranslatorFamily):
             if self.plays:
                 judge, leaf = self.discriminators[f"discriminator{player}"], made.detach().requires_grad_()
                 value, slope = game.opinion(judge, said.loss, leaf, target)
-                terms[f"adversarial{player}"] = game.through(made, said.adversarial * slope, said.adversarial * value)
+                terms[f"adversarial{player}"] = game.through(made, heard * slope, heard * value)
                 terms[f"discriminator{player}"], logits = game.lesson(judge, said.loss, target, leaf.detach())
                 gauges |= {f"{name}{player}": logit for name, logit in logits.items()}
         return terms, gauges

@@ -106,6 +106,24 @@ def test_cyclegan_learns_both_ways_by_the_papers_losses() -> None:
     same(family, mine, ("generators", player), ("discriminators", lesson))
 
 
+def test_a_cyclegan_may_begin_as_the_identity() -> None:
+    family, data = cyclegan(cycle=10.0, identity_weight=5.0, begin_as_identity=0.25), batch(other())
+    family.total_images = 100
+    own = family.both(data)
+    for images, begins in ((0, True), (24, True), (25, False), (99, False)):
+        family.progress(images)
+        terms, _ = family.loss(data, Rng(0, data.position))
+        for i, player in enumerate(("_A", "_B")):
+            made, same = (family.generators[f"generator{player}"](own[k]) for k in (i, 1 - i))
+            changed = (same - own[1 - i]).abs().mean() + (made - own[i]).abs().mean() * begins
+            torch.testing.assert_close(terms[f"identity{player}"], 5 * changed)
+            first = next(family.generators[f"generator{player}"].parameters())
+            (slope,) = torch.autograd.grad(terms[f"adversarial{player}"], first)
+            assert bool(slope.any()) is not begins
+    with pytest.raises(UserError, match="begin_as_identity: needs identity_weight above 0"):
+        CycleGAN(domains=("day", "night"), identity_weight=0, begin_as_identity=0.1)
+
+
 @pytest.mark.parametrize("make", [lambda: (pix2pix(), batch(labels(4), 4)), lambda: (cyclegan(), batch(other(4), 4))])
 def test_gradients_and_statistics_do_not_depend_on_how_a_batch_is_shared(make: Any) -> None:
     family, data = make()
