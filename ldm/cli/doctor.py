@@ -50,6 +50,11 @@ OPTIONAL = {
     "torch_fidelity": "FID",
     "prodigyopt": "optim.kind=prodigy",
     "material": "make docs",
+    "s3fs": "shards at s3://",
+    "aiohttp": "shards at http://",
+    "gcsfs": "shards at gs://",
+    "onnxruntime": "ldm export --to onnx",
+    "openvino": "ldm sample --backend openvino",
 }
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -123,6 +128,7 @@ def probe(name: str) -> tuple[str, bool]:
     """A package's version, or why it does not work, and whether it does."""
     former = {key: os.environ.get(key) for key in QUIET}
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what openvino would report itself by
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
