@@ -36,7 +36,10 @@ ASKED_AT_ONCE = 32  # requests for sizes
 LISTED = 64  # files of one folder from which on it is listed
 CHUNK = 2**24  # bytes of a request of a stream
 BUSY = (408, 425, 429)  # statuses that pass, beside those of 500 and more
-_LASTING = (errno.ENOSYS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+_LASTING = (
+    *(errno.ENOSYS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.EROFS, errno.ELOOP, errno.EXDEV, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
 _BUSY_WORDS = (
     "SlowDown",
     "RequestTimeout",
@@ -229,9 +232,25 @@ def system(url: str) -> tuple[Any, str]:
         found, path = fsspec.core.url_to_fs(url, **_limits(protocol))
         return found, str(path)
     except (ImportError, ValueError) as error:
-        extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http", "gs": "gcs", "gcs": "gcs"}.get(protocol)
-        fix = f'; python -m pip install "ldm-train[{extra}]"' if extra and isinstance(error, ImportError) else ""
-        raise UserError(f"{url} cannot be opened: {error}{fix}") from None
+        raise _unopened(url, error) from None
+
+
+def _unopened(url: str, error: Exception) -> UserError:
+    protocol = url.partition("://")[0].lower()
+    extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http", "gs": "gcs", "gcs": "gcs"}.get(protocol)
+    fix = f'; python -m pip install "ldm-train[{extra}]"' if extra and isinstance(error, ImportError) else ""
+    return UserError(f"{url} cannot be opened: {error}{fix}")
+
+
+def lacking(url: str) -> UserError | None:
+    """That the protocol of a URL is unknown or the package for it is missing, without asking the store."""
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(url.partition("://")[0].lower())
+    except (ImportError, ValueError) as error:
+        return _unopened(url, error)
+    return None
 
 
 def _limits(protocol: str) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class Execution:
         hashes = hashes_of(self.run, name, self.done, self.elsewhere)
         wanted = identity(self.run, name, self.data, self.val, hashes)
         key = key_of(wanted)
+        if self.run.mirror:
+            if self.copies is not None:
+                self.copies.finished(name, key, self._aside)
+            self.processes.wait()
         have = finished(folder)
         complete = have is not None and have.key == key
         if complete and not (isinstance(self.run.stages[name], Export) and not self._exported(have)):
@@ -133,6 +137,9 @@ class Execution:
             self._make_room(name, folder, wanted, have)
             folder.mkdir(parents=True, exist_ok=True)
             atomic.write_json(folder / IDENTITY, wanted | {"key": key})
+            if self.copies is not None:
+                stage = self.run.stages[name]
+                self.copies.newest(name, key, stage.keep if isinstance(stage, Train) else 1)
         self.processes.wait()
         started = time.monotonic()
         result, images = self._do(name, folder, key, self.products(name))
@@ -163,6 +170,9 @@ class Execution:
         self.done[name] = have
         self.log.note(f"{name}: finished in {have.seconds:.0f} s{_headline(result)}")
         self._judge(name, have.result)
+
+    def _aside(self, folder: Path) -> None:
+        self.log.note(f"{folder.name}: what was here is kept in {set_aside(folder)}")
 
     def _make_room(self, name: str, folder: Path, wanted: Mapping[str, Any], have: Finished | None) -> None:
         """Put a stage of another key aside, saying what differs, or go on from its state; an interrupted one of this key stays."""
@@ -508,19 +518,17 @@ def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str
     work = shares(run, processes.launch)
     if lacking := list(missing(run, processes.device)):
         raise UserError("\n".join(lacking))
-    said: list[str] = []
     with only_one(out) if processes.main else nullcontext():
         if processes.main:
             sweep(out)
             (out / "config.yaml").write_text(dump(run))
-            said = begin(out, run.mirror, list(run.stages)) if run.mirror else []
+            if run.mirror:
+                begin(out, run.mirror)
         if processes.watchdog is not None:
             processes.watchdog.folder = out
         execution = Execution(run, out, processes, extend)
         execution.log.note(f"ldm {__version__}, torch {torch.__version__}, {processes.world} x {processes.device}, {threads}")
         for line in about(processes.launch, processes.device.type, work, file):
-            execution.log.note(line)
-        for line in said:
             execution.log.note(line)
         execution.log.record(record(processes.launch, processes.device.type, work))
         facts = {

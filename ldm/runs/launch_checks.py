@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ldm.config.errors import UserError
+from ldm.data import remote
 from ldm.data.sources import ScenesSource
 from ldm.distributed.launcher import Launched, Work
 from ldm.metrics.evaluator import check_weights
@@ -61,6 +62,8 @@ def missing(run: Run, device: torch.device) -> Iterator[str]:
                 check_weights(one.metrics)
             except UserError as error:
                 yield f"stages.{name}.metrics: {error}"
+    if run.mirror and (error := remote.lacking(run.mirror)) is not None:
+        yield f"mirror: {error}"
 
 
 def idle(run: Run) -> Iterator[str]:

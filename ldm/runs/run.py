@@ -14,7 +14,6 @@ from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
 from ldm.data.sources import ScenesSource, Source, has_masks
-from ldm.data.storage import is_url
 from ldm.data.views import divided, parted
 from ldm.families import registry
 from ldm.families.draws import AFTER, SMALL
@@ -22,6 +21,7 @@ from ldm.families.family import ModelConfig
 from ldm.metrics.evaluator import Evaluator
 from ldm.runs.prior_preservation import PriorPreservation
 from ldm.runs.run_folder import is_stage_name
+from ldm.training.copies import overlap, wrong
 from ldm.training.settings import Train
 
 RUNS = Path("runs")
@@ -204,7 +204,7 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
     """The run with its name filled in, and its folder: `out`, else the config's own run folder, else runs/NAME.
 
     Raises:
-        UserError: for a setting that holds a password or the like.
+        UserError: for a setting that holds a password or the like, or a mirror in the folder.
     """
     if secret := list(exposed(plain(run))):
         raise UserError(
@@ -214,6 +214,8 @@ def place(run: Run, file: Path | None) -> tuple[Run, Path]:
     inside = file is not None and file.name == "config.yaml" and (file.parent / "stages").is_dir()
     name = run.name or (file.stem if file is not None else "run")
     out = Path(run.out) if run.out else file.parent if file is not None and inside else RUNS / name
+    if run.mirror and (said := overlap(run.mirror, out)):
+        raise UserError(said)
     # The folder is no part of what the run is: it may be moved, and its config.yaml repeats it there.
     return replace(run, name=name, out=""), out
 
@@ -227,8 +229,8 @@ def problems(run: Run) -> Iterator[str]:
     """What is wrong between the fields of a run."""
     if not run.stages:
         yield "stages: none; a run needs at least one"
-    if run.mirror and not is_url(run.mirror):
-        yield f"mirror: got {run.mirror}; give a URL such as s3://bucket/NAME, or leave it out, as checkpoints lie in the run folder anyway"
+    if run.mirror and (said := wrong(run.mirror)):
+        yield said
     if run.prior_preservation is not None and run.prior_preservation.prompts and not run.init:
         yield "prior_preservation.prompts: the base model draws them; name it by init, or give prior_preservation.path"
     if (readers := [name for name, model in run.models.items() if model.reads_masks]) and not has_masks(run.data):

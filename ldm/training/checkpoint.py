@@ -106,12 +106,10 @@ class States:
 
     def restore(self) -> int:
         """Continue the newest whole checkpoint of this very stage; returns the step to go on with."""
-        found = one_reader(self.processes, lambda: newest_valid(self.folder / "state", self.log.note))
+        found = one_reader(self.processes, lambda: newest_valid(self.folder / "state", self.log.note, self.key))
         if found is None:
             return 0
         path, tensors, meta = found
-        if meta.key != self.key:
-            return 0
         if wrong := self._unfit(tensors, optimiser=True, power=True):
             raise UserError(f"{path}: {wrong}; move it away to go on from the one before")
         self._take(tensors, meta, optimiser=True, power=True)
@@ -434,13 +432,16 @@ def _whole(path: Path, wanted: str = "") -> Loaded:
     return path, *load_state(path, wanted)
 
 
-def newest_valid(folder: Path, say: Callable[[str], None]) -> Loaded | None:
-    """The newest state that verifies; damaged ones are reported through `say` and passed over."""
+def newest_valid(folder: Path, say: Callable[[str], None], key: str = "") -> Loaded | None:
+    """The newest state that verifies, of a key where one is given; damaged ones and others' are reported through `say` and passed over."""
     for path in states(folder):
         try:
             tensors, meta = load_state(path)
         except atomic.Damaged as error:
             say(f"checkpoint {path.name} refused: {error}; trying the one before")
+            continue
+        if key and meta.key != key:
+            say(f"checkpoint {path.name} is of other settings; trying the one before")
             continue
         return path, tensors, meta
     return None

@@ -238,6 +238,9 @@ def test_the_index_beside_the_shards_serves_another_machine(tmp_path, monkeypatc
         (FileNotFoundError(errno.ENOENT, "No such key"), False),
         (PermissionError(errno.EACCES, "Access Denied"), False),
         (OSError(errno.EINVAL, "Invalid argument"), False),
+        (FileExistsError(errno.EEXIST, "File exists"), False),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
         (ValueError("no bucket"), False),
     ],
 )

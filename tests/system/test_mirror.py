@@ -44,8 +44,20 @@ def test_a_run_goes_on_without_its_folder(tmp_path: Path) -> None:
     assert weights(tmp_path / "third") == weights(whole)
 
 
-def test_no_mirror_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("{out}", "give a URL such as s3://bucket/NAME"),
+        ("file://{out}/store", "lie in each other"),
+        ("http://127.0.0.1:9/run", "http cannot be written"),
+        ("nothing://x", "nothing is no known protocol"),
+    ],
+)
+def test_what_no_mirror_can_be_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, said: str) -> None:
     from ldm.__main__ import main
 
-    assert main(["train", "configs/quickstart.yaml", f"out={tmp_path}", f"mirror={tmp_path}"]) == 2
-    assert "give a URL such as s3://bucket/NAME" in capsys.readouterr().err
+    words = ["train", "configs/quickstart.yaml", f"out={tmp_path}", f"mirror={url.format(out=tmp_path)}"]
+    for more in ([], ["--plan"]):
+        assert main([*words, *more]) == 2
+        assert (told := capsys.readouterr().err).count("mirror: ") == 1 and said in told, told
+    assert not list(tmp_path.iterdir())
