@@ -62,8 +62,8 @@ def missing(run: Run, device: torch.device) -> Iterator[str]:
                 check_weights(one.metrics)
             except UserError as error:
                 yield f"stages.{name}.metrics: {error}"
-    if run.mirror and (error := remote.lacking(run.mirror)) is not None:
-        yield f"mirror: {error}"
+    if run.mirror and (unopened := remote.lacking(run.mirror)) is not None:
+        yield f"mirror: {unopened}"
 
 
 def idle(run: Run) -> Iterator[str]:
