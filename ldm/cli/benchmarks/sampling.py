@@ -13,7 +13,6 @@ from ldm.cli.benchmarks.models import CAPTIONS, SD1, SD2, TINY, ModelShape, buil
 from ldm.cli.benchmarks.rows import Case, Setup
 from ldm.families.draws import PLAIN, Running, Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
-from ldm.formats.openvino_graph import computes
 
 Precision = Literal["fp32", "bf16"]
 MLPERF_SD2 = 3.45  # images/s on one H200, the evaluations of MLPerf Training 4.0
@@ -40,8 +39,6 @@ def on_openvino(setup: Setup) -> Iterator[Case]:
     shape = small(setup.tiny)
     yield drawing(setup, shape, "small UNet and VAE, 256 px, fp32", "equal", "fp32", "fp32", running=Running(backend="openvino"))
     yield beside_torch(setup, shape)
-    if computes("bf16"):
-        yield drawing(setup, shape, "the same, ours bf16, theirs fp32", "default", "bf16", "fp32", running=Running(backend="openvino"))
 
 
 def beside_torch(setup: Setup, shape: ModelShape) -> Case:

@@ -23,7 +23,7 @@ NAMES = {kind: name for name, kind in PRECISION.items()}
 class OnOpenVINO(Denoiser):
     """The network whose forward pass is OpenVINO's, with the conditions that it is told; engine and guidance take it for the network.
 
-    In fp32 its answer is torch's to rounding (2e-6 relative). Precision is that of autocast around the call.
+    Its answer is torch's in fp32 to rounding (2e-6 relative); in half precision, which is autocast around the call, it refuses.
 
     Args:
         network: on a CPU, with its adapters merged; its weights must not change any more.
@@ -33,7 +33,7 @@ class OnOpenVINO(Denoiser):
         super().__init__(network.config)
         self.network = network.eval().requires_grad_(False)
         self.joins = network.joins
-        self._graphs: dict[tuple[str, str], Graph] = {}
+        self._graphs: dict[str, Graph] = {}
         self._weights = ""
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, memory: Any = None, step: Any = None) -> Tensor:
@@ -41,12 +41,12 @@ class OnOpenVINO(Denoiser):
         precision = NAMES[torch.get_autocast_dtype("cpu")] if torch.is_autocast_enabled("cpu") else "fp32"
         inputs = tuple(value.float() if value.is_floating_point() else value for value in inputs_of(x, t, cond))
         shapes = _shape_of(cond) + str([tuple(value.shape) for value in inputs[:2]])
-        if (graph := self._graphs.get((precision, shapes))) is None:
-            check_openvino(x.device, precision)
+        check_openvino(x.device, precision)
+        if (graph := self._graphs.get(shapes)) is None:
             self._weights = self._weights or weights_hash(self.network)
             call = TensorCall(self.network, cond).eval()
-            graph = compiled(call, inputs, precision, self._weights, f"{self.network.config} {shapes}")
-            self._graphs[precision, shapes] = graph
+            graph = compiled(call, inputs, self._weights, f"{self.network.config} {shapes}")
+            self._graphs[shapes] = graph
         return graph(inputs).to(x.dtype)
 
     def exchanging(self, memory: Any, exchange: AttentionExchange) -> NoReturn:
