@@ -66,10 +66,12 @@ def export(
     done: list[Comparison] = []
     if to in GRAPHS:
         from ldm.formats.atomic import commit
-        from ldm.formats.graph_folder import check_graphs, write_graphs
+        from ldm.formats.graph_folder import beyond_onnx_pipeline, check_graphs, write_graphs
 
         check_graphs(source, to)
         commit(out, lambda folder: done.extend(write_graphs(source, folder, to, dtype, _tell)))
+        if unopened := beyond_onnx_pipeline(source, to):
+            notices.append(unopened)
     elif to == "diffusers":
         from ldm.formats.atomic import commit
         from ldm.formats.pipeline_folder import write_pipeline

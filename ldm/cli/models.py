@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 from ldm.config.errors import UserError
 
@@ -51,7 +52,8 @@ def device_for(wanted: str, local: int = 0) -> str:
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({str(error).splitlines()[0][:100]})") from None
+        reason = shorten(str(error).splitlines()[0], 120, placeholder=" ...")
+        raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({reason})") from None
     return wanted
 
 

@@ -34,6 +34,7 @@ FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("openvino",)}
 FARTHEST = {"fp32": 1e-4, "fp16": 2e-2}  # how far a graph's answer may lie from the network's, of its largest value
 SCALE = 0.18215  # the scaling factor that diffusers' OnnxStableDiffusionPipeline takes for every model's
+LATENTS = (4, 8)  # the channels and the factor that it takes
 Program = torch.export.ExportedProgram
 
 
@@ -63,6 +64,15 @@ def check_graphs(source: ExportedModel, form: str) -> None:
     )
     if obstacle:
         raise UserError(f"--to {form}: {obstacle}, and StableDiffusionPipeline's parts alone are written so; write --to diffusers")
+
+
+def beyond_onnx_pipeline(source: ExportedModel, form: str) -> str:
+    """Why diffusers' pipeline of ONNX does not draw with a model that `check_graphs` lets pass; empty if it does."""
+    codec = source.autoencoder
+    if form != "onnx" or not isinstance(codec, KLConfig) or (codec.latent_channels, codec.factor) == LATENTS:
+        return ""
+    own = f"{codec.latent_channels} channels of latents at factor {codec.factor}"
+    return f"diffusers' OnnxStableDiffusionPipeline draws 4 channels at factor 8, not {own}; onnxruntime runs the parts"
 
 
 class UNetCall(nn.Module):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -128,4 +129,5 @@ def _remember(file: Path, known: dict[str, str]) -> None:
         temporary.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=0))
         temporary.replace(file)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

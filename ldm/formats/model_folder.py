@@ -74,7 +74,10 @@ def open_model(name: Path | str, note: Callable[[str], None] = say) -> Model:
     """
     folder = root_of(name, note)
     if missing := _missing(folder):
-        fix = "its run is not finished: start it again" if (folder / "stages").is_dir() else AGAIN
+        if any(folder.glob("unet/model.onnx")) or any(folder.glob("unet/openvino_model.xml")):
+            raise UserError(f"{folder}: an ONNX or OpenVINO export, which ldm writes and does not open; give the model that it was made of")
+        unfinished = "its run is not finished, or its configuration has no export stage: start it again, or add one to stages"
+        fix = unfinished if (folder / "stages").is_dir() else AGAIN
         raise UserError(f"{folder}: not a whole model folder, {', '.join(missing)} missing; {fix}")
     return Model(folder, _present(folder))
 

@@ -30,6 +30,7 @@ from ldm.models.text_tower import CLIPS, TowerPair, towers
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
+NOTATION = re.compile(r"\b(?:AND|BREAK)\b")  # what in a prompt is no word
 OWN = 8192  # tokens: a vocabulary that was made of a run's own captions has fewer
 MOST = 16  # times as much as the encoder reads at once is looked at
 ZEROS = "force_zeros_for_empty_prompt"  # how the model_index.json of a pair says what no prompt is, as diffusers names it
@@ -206,7 +207,7 @@ class TextEncoder:
         """Words that a tokenizer which was made of few captions never met: it has letters of them alone."""
         if len(self.tokenizer) > OWN:
             return []
-        words = re.findall(r"[^\W\d_]{2,}", text)
+        words = re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))
         return [word for word in dict.fromkeys(words) if len(self.words(word)) >= len(word.encode("utf-8"))]
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 1) -> Text:

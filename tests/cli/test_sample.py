@@ -357,7 +357,7 @@ def test_a_run_folder_is_a_model(kl_model: Path, tmp_path: Path) -> None:
         (["--n", "0"], "--n"),
         (["--batch", "0"], "--batch"),
         (["--eta", "2"], "--eta"),
-        (["--device", "abacus"], "device: got 'abacus'"),
+        (["--device", "abacus"], "device: got 'abacus', which this machine or this torch lacks"),
         (["--colour", "red"], "--colour"),
         (["--prompts", "none.txt"], "not both"),
         (["--from", "none.png"], "none.png: No such file"),

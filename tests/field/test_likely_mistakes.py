@@ -165,6 +165,7 @@ def test_what_is_likely_a_mistake_is_told(kl_model: Path, tmp_path: Path, capsys
         drawn(kl_model, tmp_path, capsys, "a large ring", "--size", "96x96")
     )
     assert not drawn(kl_model, tmp_path, capsys, "a large red circle", "--size", "64x32")
+    assert "BREAK: " not in "\n".join(drawn(kl_model, tmp_path, capsys, "a large ring BREAK a circle"))
 
 
 def test_few_pictures_from_nothing_are_told_by_the_plan_and_the_run() -> None:

@@ -16,7 +16,7 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.families.registry import exported
 from ldm.formats import graph_folder
-from ldm.formats.graph_folder import FILES, NEEDS, _answers, check_graphs, parts_of
+from ldm.formats.graph_folder import FILES, NEEDS, _answers, beyond_onnx_pipeline, check_graphs, parts_of
 
 STEPS = 3
 PARTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -181,6 +181,9 @@ def test_models_that_no_such_pipeline_joins_are_refused(tmp_path: Path, monkeypa
     source = exported(str(finished_model(tmp_path)))
     monkeypatch.setattr(graph_folder, "find_spec", lambda name: object())
     check_graphs(source, "onnx")
+    codec = source.autoencoder
+    beyond = beyond_onnx_pipeline(replace(source, autoencoder=replace(codec, latent_channels=8)), "onnx")  # type: ignore[type-var]
+    assert f"draws 4 channels at factor 8, not 8 channels of latents at factor {codec.factor}" in beyond
     for changed, said in (
         (replace(source, network=replace(source.unet, size_channels=8)), "told sizes"),
         (replace(source, network=replace(source.unet, coordinates=True)), "ldm's own"),

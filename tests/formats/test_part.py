@@ -285,14 +285,17 @@ def test_what_is_no_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "half"
     (run / "stages").mkdir(parents=True)
+    graphs = whole(tmp_path / "graphs", "unet", "text_encoder", "tokenizer", "scheduler", "vae_decoder")
+    (graphs / "unet" / "model.onnx").write_bytes(b"")
     (tmp_path / "file.safetensors").write_bytes(b"")
     for name, words in {
-        "runs/half": "its run is not finished",
+        "runs/half": "its run is not finished, or its configuration has no export stage",
         "file.safetensors": "truncated or not a safetensors file",
         "/no/such/place": "no such folder",
         "runs/none": "no such folder or file; give",  # a folder `runs` is here, so this is no name on the hub
         "one": "no such folder",
         "": "missing",
+        str(graphs): "an ONNX or OpenVINO export, which ldm writes and does not open; give the model that it was made of",
         str(whole(tmp_path / "part", "unet", "scheduler")): "vae, text_encoder, tokenizer missing",
     }.items():
         with pytest.raises(UserError, match=words) as caught:

@@ -109,7 +109,9 @@ class Tokens(ModelConfig):
         if self.enlarges == 1:
             raise UserError("enlarges: got 1, which is no larger; take 2 or more")
         if self.enlarges and (self.order, self.reads, self.writes) != ("masked", "text", "codes"):
-            raise UserError(f"enlarges: got {self.enlarges}; what is told smaller codes reads text and writes codes in masked order")
+            told = (("order", self.order, "masked"), ("reads", self.reads, "text"), ("writes", self.writes, "codes"))
+            name, got, right = next(one for one in told if one[1] != one[2])
+            raise UserError(f"{name}: got {got}; what is told smaller codes (enlarges) takes {right}; set {name}: {right}")
         if not self.enlarges and (unread := self.after or self.small):
             raise UserError(f"{'after' if self.after else 'small'}: got {unread}, whose picture is not read; set enlarges, such as 2")
 
