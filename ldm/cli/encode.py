@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
 def encode(
     data: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, or a YAML file of a run.")],
     model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub.")],
-    out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept.")],
+    out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept, another one is refused.")],
     options: Encoding,
     part: Annotated[str, Option(help="One of several calls that share the work, such as 3/16 of 0/16 to 15/16.")] = "",
     device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
@@ -105,6 +105,7 @@ def encode(
                 rank=team.rank,
                 world=team.world,
                 part=(number, parts),
+                replaces=False,
                 on_images=advance,
                 read=read,
             )

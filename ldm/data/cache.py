@@ -116,6 +116,7 @@ def write_cache(
     rank: int = 0,
     world: int = 1,
     part: tuple[int, int] = (0, 1),
+    replaces: bool = True,
     on_images: Callable[[int], None] | None = None,
 ) -> None:
     """Encode every sample once into `folder`, in shards that are each whole or not there; finished ones are kept.
@@ -130,11 +131,12 @@ def write_cache(
         batch: images per call of `encode`.
         workers: threads that decode ahead.
         part: number and count of calls that share the work without knowing of each other; more than one do not `seal`.
+        replaces: whether a cache of another plan in the folder is made anew, by a single part; if not, it is refused.
         on_images: called with the number of images that have just been encoded or found finished.
 
     Raises:
-        UserError: if the disk is full (finished shards stay), a latent is not finite, or a sample whose caption's states
-            are to be kept has several.
+        UserError: if the disk is full (finished shards stay), a latent is not finite, a sample whose caption's states
+            are to be kept has several, or the folder holds the cache of another plan, which is not to be replaced.
     """
     buckets = options.buckets
     sizes = sizes_of(data) if buckets else None
@@ -159,7 +161,7 @@ def write_cache(
     tell = on_images or (lambda count: None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if part[1] > 1:
+        if part[1] > 1 or not replaces:
             _share_plan(folder, plan)
         elif rank == 0:
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -192,18 +194,24 @@ def _share_plan(folder: Path, plan: Plan) -> None:
     """Write the plan, or find it written by another part.
 
     Raises:
-        UserError: if what is there is of another plan, which other parts may be working on.
+        UserError: if what is there is of another plan, which is somebody's, or which other parts may be working on.
     """
     while True:
         try:
-            if read_as(folder / PLAN, Plan).hash != plan.hash:
-                raise UserError(
-                    f"{folder}: holds the cache of another autoencoder, data set or size; give another --out, or remove it before all parts"
-                )
+            there = read_as(folder / PLAN, Plan)
+            if there.hash != plan.hash:
+                old, new = asdict(there), asdict(plan)
+                other = ", ".join(_told(name, old[name], new[name]) for name in new if old[name] != new[name])
+                raise UserError(f"{folder}: holds a cache of another {other}; give another --out, or remove it first")
             return
         except (FileNotFoundError, Damaged):
             with suppress(FileNotFoundError):  # another part has just put its own there, which is the same
                 write_json(folder / PLAN, asdict(plan))
+
+
+def _told(name: str, old: object, new: object) -> str:
+    """What differs; both values where they can be read."""
+    return f"{name} ({old}, not {new})" if isinstance(old, int) and isinstance(new, int) else name.replace("_", " ")
 
 
 def missing(folder: Path) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,26 @@ def test_another_plan_makes_every_shard_anew(tmp_path, data):
     with pytest.raises(UserError, match="no mirrored copies"):
         second.load([0], [0], PIXELS, 0, True)
     second.require(autoencoder="bbbb", resolution=PIXELS, data=data.fingerprint())
+
+
+def test_a_cache_that_is_not_to_be_replaced_is_refused_and_its_own_goes_on(tmp_path, data):
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2, replaces=False)
+    first = folder_hash(tmp_path)
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"autoencoder": "bbbb"}, "autoencoder"),
+        ({"resolution": 2 * PIXELS}, rf"resolution \({PIXELS}, not {2 * PIXELS}\)"),
+    ]
+    for (change, said), rank in itertools.product(changes, (0, 1)):
+        with pytest.raises(UserError, match=f"holds a cache of another {said}; give another --out, or remove it first"):
+            write_cache(tmp_path, data, encode, CacheOptions(**(OPTIONS | change)), batch=2, replaces=False, rank=rank, world=2)
+    write_cache(tmp_path, data, lambda image: pytest.fail("all is there"), CacheOptions(**OPTIONS), batch=2, replaces=False)
+    assert folder_hash(tmp_path) == first
+    shutil.rmtree(tmp_path / "shard-000001")
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds a cache of another autoencoder"):  # parts may be working on it
+        write_cache(tmp_path, data, encode, CacheOptions(**(OPTIONS | {"autoencoder": "bbbb"})), batch=2, replaces=False)
+    write_cache(tmp_path, data, encode, CacheOptions(**OPTIONS), batch=2, replaces=False)
+    assert folder_hash(tmp_path) == first
 
 
 def test_shards_of_two_plans_are_never_mixed(tmp_path, data):
