@@ -109,7 +109,7 @@ def index(
         said += "".join(f"\n  damaged {place}" for place in record.damage[:5])
         print(f"[{number}/{count}] {said}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    found = open_index(path, renew=not verify, verify=verify, file=out, workers=workers, on_shard=tell)
+    found = open_index(path, renew=not verify, verify=verify, file=out, workers=workers, uploads=upload, on_shard=tell)
     if upload:
         print(f"{put_beside(found)}: the index", file=sys.stderr)
     if as_json:

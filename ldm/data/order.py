@@ -93,7 +93,7 @@ class ShuffledBatches:
 
 
 class BlockBatches:
-    """Block-shuffling batch sampler: samples that lie side by side are seen near each other in time, and never in one batch.
+    """Block-shuffling batch sampler: samples that lie side by side are seen near each other in time, but not in one batch.
 
     An epoch's samples, turned by a random number, are cut into blocks of equal length, and the blocks are shuffled. Every row of a batch
     has a block of its own, and takes one sample of it, in random order, at each of as many steps as a block is long: a block is read with
@@ -101,7 +101,7 @@ class BlockBatches:
     whole, and still arithmetic on the position: any step can be addressed, and the order does not depend on how many processes there are.
 
     Every sample is in one block of each epoch. Epochs overlap by at most batch x block samples, as the last blocks of one are seen beside
-    the first of the next.
+    the first of the next: a batch of such a seam may have samples that lie side by side, or one sample twice.
 
     Args:
         seed: of the order.

@@ -283,6 +283,32 @@ def size(url: str, patience_s: float | None = None) -> int:
     return tried(url, ask, patience_s)
 
 
+def check_ranges(url: str) -> None:
+    """Ask a web server for one byte, without taking more where it sends all.
+
+    Raises:
+        OSError: if it sends more: it serves no parts of files.
+    """
+    if url.partition("://")[0].lower() not in ("http", "https"):
+        return
+
+    def ask() -> None:
+        from fsspec.asyn import sync
+
+        files, path = system(url)
+
+        async def status() -> int:
+            session = await files.set_session()
+            async with session.get(files.encode_url(path), headers={"Range": "bytes=0-0"}) as answer:
+                answer.raise_for_status()
+                return int(answer.status)
+
+        if sync(files.loop, status) == 200:
+            raise OSError(errno.EINVAL, "the server knows no Range requests, by which samples are read; serve shards by one that does")
+
+    tried(url, ask)
+
+
 def read(url: str, offset: int, count: int, patience_s: float | None = None) -> bytes:
     """`count` bytes from `offset`, by one request.
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -129,6 +130,7 @@ def open_index(
     file: Path | None = None,
     outside: bool = False,
     workers: int = 1,
+    uploads: bool = False,
     on_shard: Callable[[ShardRecord, int, int], None] | None = None,
 ) -> Index:
     """Open or build the index of the shards that `path` means; shards that are not in it yet are read and added.
@@ -143,14 +145,23 @@ def open_index(
         file: where the index is kept; None: as `place_of` says.
         outside: follow links in a folder that lead out of it.
         workers: processes that read.
+        uploads: the index will be put beside the shards (`upload`), which is tried before any is read.
         on_shard: called with each shard that was read, its number and how many there are to read.
 
     Raises:
-        UserError: for a shard that is missing, unreadable or changed, an index that is damaged, or a path without shards.
+        UserError: for a shard that is missing, unreadable or changed, an index that is damaged, a path without shards, or a store that
+            serves no ranges, or cannot be written where that is to be.
     """
     stats = find_stats(path, ".tar", outside)
     names = list(stats)
     root = common_root(names)
+    if is_url(names[0]):
+        try:
+            remote.check_ranges(names[0])
+        except OSError as error:
+            raise UserError(f"data.path: {names[0]} cannot be read: {error.strerror or error}") from None
+    if uploads:
+        _try_upload(root)
     shorts = [name[len(root) :].lstrip("/") if is_url(name) else os.path.relpath(os.path.abspath(name), root) for name in names]
     builder = _Builder(root, file, workers, on_shard)
     while True:
@@ -183,14 +194,32 @@ def upload(index: Index) -> str:
     Raises:
         UserError: if the shards are in no store, or it refuses.
     """
-    if not is_url(index.root):
-        raise UserError(f"--upload: is for shards in a store, and {index.root} is a folder; the index lies beside them there already")
-    url = join(index.root, NAME)
+    url = _beside(index.root)
     try:
         remote.put(index.file.path, url)
     except OSError as error:
         raise UserError(f"{url}: cannot be written ({error.strerror or error}); the index stays in {index.file.path}") from None
     return url
+
+
+def _beside(root: str) -> str:
+    if not is_url(root):
+        raise UserError(f"--upload: is for shards in a store, and {root} is a folder; the index lies beside them there already")
+    return join(root, NAME)
+
+
+def _try_upload(root: str) -> None:
+    """Write a small file beside the shards and remove it."""
+    url = _beside(root)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "tried"
+        file.write_bytes(b"ldm data index --upload")
+        try:
+            remote.put(file, f"{url}.tried")
+        except OSError as error:
+            raise UserError(f"--upload: {url} cannot be written ({error.strerror or error}); leave it out, or get the right to") from None
+    with suppress(OSError):  # it may be written, but not removed
+        remote.remove(f"{url}.tried")
 
 
 def _damaged(place: Path, root: str, error: Exception) -> UserError:

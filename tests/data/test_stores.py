@@ -104,10 +104,36 @@ def test_a_silent_store_is_a_failure_that_passes(store, monkeypatch):
     assert len(remote.read(f"{store.url}/00000.tar", 0, 10)) == 10 and len(store.asked) == 3
 
 
-def test_a_server_without_ranges_or_lengths_is_refused(store):
+def test_a_server_without_ranges_or_lengths_is_refused(store, capsys):
     store.faults = lambda number, method, path: ("no ranges", 0)
     with pytest.raises(OSError, match=r"sends \d+ bytes where 100 are asked for: it knows no Range requests"):
         remote.read(f"{store.url}/00000.tar", 0, 100)
+    before = store.sent
+    for verb in ("index", "check"):
+        with pytest.raises(
+            UserError, match=r"^data\.path: http://[^ ]*/00000\.tar cannot be read: the server knows no Range requests"
+        ) as told:
+            data_verb([verb, f"{store.url}/{{00000..00002}}.tar"])
+        assert "\n" not in str(told.value) and not capsys.readouterr().out
+    assert all(path == "/00000.tar" for method, path, _ in store.asked if method == "GET") and before < 10**6
+
+
+def test_whether_a_store_can_be_written_is_tried_before_any_shard_is_read(tmp_path, monkeypatch, capsys):
+    import fsspec
+
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/shelf/0.tar", shard(tmp_path / "shards", 0, 4).read_bytes())
+    try:
+        with monkeypatch.context() as refusing:
+            refusing.setattr(type(memory), "put_file", lambda *words, **more: (_ for _ in ()).throw(PermissionError(13, "Access Denied")))
+            with pytest.raises(UserError, match=r"--upload: memory:///shelf/ldm-index\.bin cannot be written \(access refused"):
+                data_verb(["index", "memory://shelf", "--upload"])
+            assert not capsys.readouterr().out
+        assert data_verb(["index", "memory://shelf", "--upload"]) == 0
+        assert sorted(memory.find("/shelf")) == ["/shelf/0.tar", f"/shelf/{NAME}"]
+    finally:
+        memory.rm("/shelf", recursive=True)
 
 
 def test_a_shard_that_became_shorter_is_told_without_waiting(store):
