@@ -197,7 +197,7 @@ class Running:
         for name in ("attention", "compiled", "low_memory"):
             if self.other and getattr(self, name):
                 said = "compile" if name == "compiled" else name
-                raise UserError(f"{said}: is torch's, not {self.other}'s; leave it out, or give --backend torch")
+                raise UserError(f"{said}: is torch's, not {self.other}'s; leave it out, or draw by ldm sample --backend torch")
         return self
 
     def following(self, old: Mapping[str, Any]) -> Running:

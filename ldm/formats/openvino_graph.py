@@ -25,7 +25,7 @@ from ldm.formats.model_folder import say
 KEPT = "openvino"  # below the cache folder
 PRECISION = "fp32"
 FARTHEST = 1e-4  # how far its answer may lie from torch's, relative: beyond rounding, which is 2e-6 of the networks that were measured
-OTHERWISE = "give --backend torch"
+OTHERWISE = "torch draws it: ldm sample --backend torch"
 
 
 def load_openvino() -> Any:

@@ -102,7 +102,7 @@ def test_a_wrong_graph_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pyte
     torch.nn.init.normal_(other.get_parameter("proj_out.weight"))
     convert = openvino_graph._converted
     monkeypatch.setattr(openvino_graph, "_converted", lambda ov, call, inputs: convert(ov, type(call)(other, call.cond), inputs))
-    with pytest.raises(UserError, match=r"backend: openvino's answer lies .* from torch's; give --backend torch"):
+    with pytest.raises(UserError, match=r"backend: openvino's answer lies .* from torch's; torch draws it: ldm sample --backend torch"):
         OnOpenVINO(network)(torch.randn(3, 4, 8, 8), torch.tensor([500.0] * 3), told(network.config))
     assert not list((tmp_path / "openvino").iterdir())
 
@@ -133,7 +133,7 @@ def test_what_does_not_convert_is_refused_in_one_line() -> None:
 
     network: Any = filled_in(UNET)
     network.forward = Odd().forward
-    with pytest.raises(UserError, match=r"backend: openvino does not convert this network .*; give --backend torch"):
+    with pytest.raises(UserError, match=r"backend: openvino does not convert this network .*; torch draws it: ldm sample --backend torch"):
         OnOpenVINO(network)(torch.randn(3, 4, 8, 8), torch.tensor([500.0] * 3), told(UNET))
 
 
@@ -188,7 +188,7 @@ def test_merged_adapters_are_converted_with_the_network(model: Path) -> None:
     "running, said",
     [
         ({"backend": "tensorrt"}, "backend: got 'tensorrt'; choose one of torch, openvino"),
-        ({"attention": "plain"}, "attention: is torch's, not openvino's; leave it out, or give --backend torch"),
+        ({"attention": "plain"}, "attention: is torch's, not openvino's; leave it out, or draw by ldm sample --backend torch"),
         ({"compiled": True}, "compile: is torch's"),
         ({"low_memory": True}, "low_memory: is torch's"),
     ],
