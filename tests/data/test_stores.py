@@ -219,11 +219,12 @@ def test_requests_are_as_few_as_gaps_and_lengths_allow():
     assert [len(s.rows) for s in spans_of([Place(i, 0, i * large, large) for i in range(5)])] == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_slow_store_is_no_slow_sample_and_no_stall(store, monkeypatch):
-    far = of(f"{store.url}/{{00000..00002}}.tar", max_seconds=0.1)
-    store.delay_s = 0.5
+    far = of(f"{store.url}/{{00000..00002}}.tar", max_seconds=3)
+    store.delay_s = 5.0
     assert list(far.load([1], [1], 16, 0, False).caption) == far.all_captions([1])[0] and not far.replaced
-    (found,) = next(ordered(iter([[lambda: far.load([2], [2], 16, 0, False)]]), workers=1, stalled_s=0.1))
+    (found,) = next(ordered(iter([[lambda: far.load([2], [2], 16, 0, False)]]), workers=1, stalled_s=3))
     assert list(found.caption) == far.all_captions([2])[0]
     assert not remote.under_way()
 
