@@ -155,7 +155,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(fields: dict[str, Any], said
 def test_sharding_is_refused_and_a_missing_library_is_one_line_before_any_work(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = settings(kind)
     assert any(f"optim.kind: {kind} " in line for line in stage.unshardable())
-    run: Any = SimpleNamespace(stages={"tune": stage}, trained=lambda stage: SimpleNamespace(shards=lambda: True))
+    run: Any = SimpleNamespace(mirror="", stages={"tune": stage}, trained=lambda stage: SimpleNamespace(shards=lambda: True))
     with pytest.raises(UserError, match=rf"stages\.tune\.optim\.kind: {kind} .*use adamw"):
         launch_checks.shares(run, Launched(by="test", world=2, sharded=True))
     assert not list(launch_checks.missing(run, torch.device("cpu")))
