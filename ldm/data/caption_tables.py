@@ -159,7 +159,6 @@ def _json(path: Path) -> Any:
 
 
 def _parquet(path: Path, name: str) -> list[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     wanted = {alias for aliases in ALIASES.values() for alias in aliases} | {*FILES, WEIGHT, *VIEWS, *(c.lower() for c in COLUMNS)}
@@ -167,7 +166,7 @@ def _parquet(path: Path, name: str) -> list[Row]:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             found = list(tables.rows(file, [c for c in columns if c.lower() in wanted] or columns))
-    except (pa.ArrowException, OSError) as error:
+    except tables.reading_errors() as error:
         raise UserError(f"{path}: not a whole parquet file ({tables.in_a_line(error)}); write it again") from None
     return [(f"{name}:{number}", row) for number, row in enumerate(found, 1)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from ldm.config.schema import build
 from ldm.data.index_file import DamagedIndex, Part, ShardRecord
 from ldm.data.shard_reader import COLUMNS, shard_part
-from ldm.data.tables import in_a_line
+from ldm.data.tables import in_a_line, reading_errors
 
 FORMAT = 2
 _ROWS = 2**14  # that are in memory at a time
@@ -58,7 +58,9 @@ def parts(place: Path) -> Iterator[Part]:
                 raise DamagedIndex("samples are missing")
     except DamagedIndex:
         raise
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise DamagedIndex(in_a_line(error)) from None
+    except reading_errors() as error:
         raise DamagedIndex(in_a_line(error)) from None
 
 

@@ -233,7 +233,7 @@ def _beside(path: str, record: ShardRecord) -> dict[str, dict[str, Any]]:
                 return told
     except FileNotFoundError:
         pass
-    except (pa.ArrowException, OSError) as error:
+    except tables.reading_errors() as error:
         record.damage.append(f"the parquet file beside it cannot be read: {in_a_line(error)}")
     try:
         with stream(f"{stem}_stats.json") as raw:

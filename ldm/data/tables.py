@@ -14,6 +14,13 @@ _NESTED = ("STRUCT", "MAP", "UNION")
 _TIMES = ("TIME", "DATE", "INTERVAL")
 
 
+def reading_errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises while it opens or reads a damaged parquet file: names and texts may be no UTF-8, dates no days, too."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OSError, ValueError, OverflowError
+
+
 def rows(opened: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a pyarrow ParquetFile as plain values, texts cut at LONGEST."""
     for part in opened.iter_batches(batch_size=_ROWS, columns=list(columns)):
@@ -41,7 +48,6 @@ def damage(files: Sequence[str]) -> str | None:
 
     Reads row group by row group, so that a table of any size needs little memory. URLs are not looked at.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for file in files:
@@ -52,19 +58,17 @@ def damage(files: Sequence[str]) -> str | None:
                 for column in opened.schema_arrow.names:
                     if said := _column(opened, column):
                         return f"{file}: column {column} is damaged ({said})"
-        except (pa.ArrowException, OSError) as error:
+        except reading_errors() as error:
             return f"{file}: not a whole parquet file ({in_a_line(error)})"
     return None
 
 
 def _column(opened: Any, column: str) -> str | None:
-    import pyarrow as pa
-
     for group in range(opened.num_row_groups):
         try:
             for part in opened.iter_batches(batch_size=4096, row_groups=[group], columns=[column]):
                 part.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
+        except reading_errors() as error:
             return f"row group {group}: {in_a_line(error)}"
     return None
 

@@ -21,6 +21,7 @@ from ldm.data.caption_tables import read_tables
 from ldm.data.captions import clean, text_captions
 from ldm.data.images import Rejected, probe, view
 from ldm.data.shard_index import NAME, open_index
+from ldm.data.tables import damage
 from ldm.data.tar import Member, members
 from tests.ends_soon import ends_soon
 
@@ -94,6 +95,19 @@ def test_tables_of_parquet(tmp_path: Path, count: int) -> None:
         read_tables(tmp_path, ["metadata.parquet"], ["0.png"])
 
     fuzz(count, [out.getvalue()], read)
+
+
+@pytest.mark.parametrize("old", [b"caption_of", b"a bold cat"])
+def test_parquet_with_names_or_texts_that_are_no_utf_8(tmp_path: Path, old: bytes) -> None:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["0.png"], "caption_of": ["a"], "text": ["a bold cat"]}), out, compression="none", store_schema=False)
+    data = out.getvalue()
+    assert old in data
+    file = tmp_path / "metadata.parquet"
+    file.write_bytes(data.replace(old, b"\x80" * len(old)))
+    with pytest.raises(UserError, match=r"metadata\.parquet: not a whole parquet file \(.*utf-8"):
+        read_tables(tmp_path, [file.name], ["0.png"])
+    assert (said := damage([str(file)])) and said.startswith(str(file)) and "utf" in said.lower()
 
 
 @pytest.mark.parametrize("count", COUNTS)
