@@ -38,6 +38,7 @@ from ldm.text.encoder import TextEncoder
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOSEN = ("truncation", "precision")
 SHOWN = 3  # channels of a picture that is told
+APART = 0.1  # mean difference of two pictures whose values have a deviation of 1, as a share of that of their noise
 SHARPNESS = 10.0  # inverse temperature of contrastive terms (Zhang 2021, XMC-GAN, arXiv 2101.04702, section 4.1; gamma 3 of AttnGAN)
 
 
@@ -68,6 +69,10 @@ class TextGAN(ModelConfig):
     slope_share: Fraction = 0.25  # of every batch, at whose pictures slopes are taken: they cost more than all else
     matching: NonNegative = 1.0  # weight of true pictures beside another's words, which the discriminator takes for made ones
     interpolation: NonNegative = 0.0  # weight of pictures of texts half way between two, as the generator hears of them (GAN-INT)
+    diversity: NonNegative = 0.0  # weight of drawing unlike pictures of unlike noise (DSGAN)
+    diversity_bound: PositiveFloat = (
+        APART  # of which no more is asked: how far two pictures of a text lie apart, by how far their noise does
+    )
     contrastive: NonNegative = 1.0  # weight of telling by the discriminator which words of the batch are a picture's (XMC-GAN)
     damsm: NonNegative = 0.0  # weight of telling by the CLIP's image tower which words a picture and its places show (AttnGAN)
     matcher: DamsmConfig = DamsmConfig()  # of damsm: what the towers see, in one space
@@ -85,6 +90,9 @@ class TextGAN(ModelConfig):
     def __post_init__(self) -> None:
         if not self.damsm and self.matcher != DamsmConfig():
             raise UserError("matcher: damsm is 0, so there is nothing that it could act on; leave it out, or give damsm a weight")
+        if not self.diversity and self.diversity_bound != APART:
+            why = "diversity is 0, so there is nothing that it could act on"
+            raise UserError(f"diversity_bound: {why}; leave it out, or give diversity a weight")
         if self.kl and not self.generator.augmentation:
             raise UserError(f"kl: got {self.kl:g}, but generator.augmentation is 0, so there is nothing that it could act on; leave it out")
         if self.enlarges == 1:
@@ -120,10 +128,11 @@ class TextGAN(ModelConfig):
         return (f"{SMALL}:{self.enlarges}",) if self.enlarges else ()
 
     def identity(self) -> dict[str, Any]:
-        """All but names, defaults of sampling, and what only a picture that is told, or damsm, brings, where there is none."""
+        """All but names, defaults of sampling, and what only a picture that is told, damsm or diversity brings, where there is none."""
         left_out = {"defaults", "text", "autoencoder", "after"}
         left_out |= set() if self.enlarges else {"enlarges", "enlarged_noise", "consistency"}
         left_out |= set() if self.damsm else {"damsm", "matcher"}
+        left_out |= set() if self.diversity else {"diversity", "diversity_bound"}
         return {name: value for name, value in plain(self).items() if name not in left_out}
 
     def shown(self) -> dict[str, Any]:
@@ -162,7 +171,8 @@ class TextGAN(ModelConfig):
             words = Text(tokens=torch.empty(IMAGES, text.tokens, text.states), mask=torch.ones(IMAGES, text.tokens), pooled=pooled)
             noise, picture = torch.empty(IMAGES, made.noise_size), torch.empty(IMAGES, channels, small, small)
             seen = cost.measure(judge, lambda: judge(picture, pooled))
-            spent = cost.measure(made, lambda: made(noise, [words], shown)) + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
+            drawn = cost.measure(made, lambda: made(noise, [words], shown)) * (2 if self.diversity else 1)
+            spent = drawn + seen * (2.5 + (self.r1 > 0) + (self.r2 > 0))
         known, encoding, decoding = cost.autoencoder(codec, side, side)
         learned = {"generator": cost.count(made), "discriminator": cost.count(judge)}
         extra = text.cost.forward + (0 if stage.latents else encoding.forward)
@@ -320,6 +330,12 @@ class TextGANFamily(OnePass):
             terms["kl"] = said.kl * 0.5 * (full(mean).square() + full(logvar).exp() - 1 - full(logvar)).sum(1).mean()
         if said.interpolation:
             terms["interpolation"] = said.interpolation * self._between(text, wrong, (noise, shown), sure)
+        if said.diversity:
+            again_noise = self.noise_of(rng, "text_gan/again").to(real.device)
+            apart = (made - full(self.generator(again_noise, [text], shown))).abs().mean((1, 2, 3))
+            ratio = apart / (noise - again_noise).abs().mean(1)
+            terms["diversity"] = said.diversity * (said.diversity_bound - ratio).clamp_min(0).mean()
+            gauges["apart"] = ratio.detach().mean()
         some = evenly(len(real), said.slope_share)
         for name, weight, picture in (("r1", said.r1, real), ("r2", said.r2, leaf)):
             if weight:
@@ -363,9 +379,9 @@ class TextGANFamily(OnePass):
         (slope,) = torch.autograd.grad(opinion, leaf)
         return game.through(made, slope, opinion)
 
-    def noise_of(self, rng: Rng) -> Tensor:
+    def noise_of(self, rng: Rng, purpose: str = "text_gan/noise") -> Tensor:
         """Noise (B,N) of the generator, standard normal."""
-        return rng.normal("text_gan/noise", (self.generator.noise_size,))
+        return rng.normal(purpose, (self.generator.noise_size,))
 
     def averaged(self) -> list[nn.Parameter]:
         """The generator's."""

@@ -107,6 +107,7 @@ def slope(judge: Any, picture: Tensor, sentence: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["relativistic", "hinge", "non_saturating", "least_squares"])
 def test_each_player_has_the_gradients_of_its_own_papers_losses(kind: Any, products: dict[str, Product]) -> None:
     fields = {"matching": 0.5, "interpolation": 0.7, "contrastive": 0.3, "r1": 2.0, "r2": 3.0, "slope_share": 0.5}
+    fields |= {"diversity": 4.0, "diversity_bound": 0.07}
     family = built(products, loss=kind, **fields).double()
     made, judge, many = family.generator, family.discriminator, 4
     captions = ("a small red circle", "a small red circle", "a large blue ring", "a small green square")
@@ -116,10 +117,15 @@ def test_each_player_has_the_gradients_of_its_own_papers_losses(kind: Any, produ
     batch = MomentBatch(mean=mean, std=None, caption=captions, size=torch.zeros(many, 6), position=torch.arange(many), text=text)
     rng = Rng(0, batch.position)
     rng_noise = family.noise_of
-    family.noise_of = lambda rng: rng_noise(rng).double()  # type: ignore[method-assign]
+    family.noise_of = lambda *args: rng_noise(*args).double()  # type: ignore[method-assign]
     mine = gradients(family, torch.stack(list(family(batch, rng)[0].values())).sum())
 
-    noise, sentence, other = rng_noise(rng).double(), cast(Tensor, text.pooled), [2, 2, 3, 0]
+    noise, again, sentence, other = (
+        rng_noise(rng).double(),
+        rng_noise(rng, "text_gan/again").double(),
+        cast(Tensor, text.pooled),
+        [2, 2, 3, 0],
+    )
     fake = made(noise, [text])
     real, unreal = judge(mean, sentence), judge(fake, sentence)
     half = Text(tokens=(text.tokens + text.tokens[other]) / 2, mask=text.mask, pooled=(sentence + sentence[other]) / 2)
@@ -132,6 +138,9 @@ def test_each_player_has_the_gradients_of_its_own_papers_losses(kind: Any, produ
         return -0.5 * (logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean())
 
     drawing = player(kind, real.detach(), unreal) + 0.3 * contrast(judge.features(fake)) + 0.7 * player(kind, real.detach(), between)
+    apart = (fake - made(again, [text])).abs().mean((1, 2, 3)) / (noise - again).abs().mean(1)
+    assert (apart > 0.07).any() and (apart < 0.07).any()
+    drawing = drawing + 4 * (0.07 - torch.minimum(apart, torch.tensor(0.07))).mean()  # DSGAN (arXiv 1901.09024), eq. 2, from its bound on
     kept = fake.detach()
     judging = judged(kind, real, judge(kept, sentence)) + 0.5 * judged(kind, real, judge(mean, sentence[other]))
     judging = judging + 0.3 * contrast(judge.features(mean))
@@ -152,6 +161,9 @@ def test_terms_can_be_left_out(products: dict[str, Product]) -> None:
     batch = Pictures().load([0, 1, 2, 3], [0, 1, 2, 3], SIDE, 0, False)
     bare = built(products, matching=0, contrastive=0, r1=0, r2=0)
     assert set(bare(batch, Rng(0, range(4)))[0]) == {"adversarial", "discriminator"}
+    with pytest.raises(UserError, match=r"diversity_bound: diversity is 0, so there is nothing that it could act on; leave it out"):
+        TextGAN(diversity_bound=0.2)
+    assert "diversity" in TextGAN(diversity=1).identity() and not {"diversity", "diversity_bound"} & set(TextGAN().identity())
     spectral = built(products, discriminator=TextDiscriminatorConfig(channels=(8,), blocks=1, embedding=8, spectral=True))
     for _ in range(12):
         spectral(batch, Rng(0, range(4)))

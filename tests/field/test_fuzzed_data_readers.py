@@ -100,7 +100,9 @@ def test_tables_of_parquet(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("old", [b"caption_of", b"a bold cat"])
 def test_parquet_with_names_or_texts_that_are_no_utf_8(tmp_path: Path, old: bytes) -> None:
     out = io.BytesIO()
-    pq.write_table(pa.table({"file_name": ["0.png"], "caption_of": ["a"], "text": ["a bold cat"]}), out, compression="none", store_schema=False)
+    pq.write_table(
+        pa.table({"file_name": ["0.png"], "caption_of": ["a"], "text": ["a bold cat"]}), out, compression="none", store_schema=False
+    )
     data = out.getvalue()
     assert old in data
     file = tmp_path / "metadata.parquet"
