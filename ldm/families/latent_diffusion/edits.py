@@ -22,6 +22,7 @@ from ldm.text.prompt_syntax import Prompt, literal
 
 INVERTIBLE = ("ddim", "euler")
 ROUNDS = 4  # network calls for each step of an inversion
+JUDGED = 0.01  # alpha from which noisy latents are judged: of next to pure noise nothing can be told, and 1/alpha makes much of it
 
 
 def from_picture(
@@ -175,7 +176,7 @@ def towards(log_likelihood: Callable[[Tensor, Tensor], Tensor], scale: float = 1
     def guide(denoise: Denoise, canvas: Canvas) -> Denoise:
         def guided(x: Tensor, i: int) -> Tensor:
             x0, alpha, sigma = denoise(x, i), float(canvas.grid.alpha[i]), float(canvas.grid.sigma[i])
-            if alpha == 0:  # from pure noise nothing can be judged
+            if alpha < JUDGED:
                 return x0
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()

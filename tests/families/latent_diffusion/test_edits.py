@@ -17,6 +17,7 @@ from ldm.data.pictures import to_uint8
 from ldm.diffusion.batch import Cond
 from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedules import Cosine
 from ldm.families.draws import Wanted
 from ldm.families.latent_diffusion.edits import encoded, towards
 from ldm.families.latent_diffusion.engine import Canvas, Edit, shortened
@@ -215,6 +216,19 @@ def test_guidance_by_a_judge_is_bayes_rule() -> None:
         with torch.no_grad():
             found = guide(lambda x, i, a=a: a * x, canvas)(x, i)
         assert torch.allclose(found, a * x + s**2 / (s**2 + r**2) * (y - a * x), rtol=1e-9)
+
+
+def test_of_next_to_pure_noise_nothing_is_judged() -> None:
+    """A cosine schedule begins at an alpha of 5e-5, where the smallest gradient would become a shift of thousands."""
+    grid = Process(schedule=Cosine()).grid(20, "trailing")
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    canvas = Canvas(rows=(0,), grid=grid, noise=x, rng=None)  # type: ignore[arg-type]
+    guide = towards(lambda x, t: 0.01 * x.sum((1, 2, 3))).guide
+    assert guide is not None and 0 < float(grid.alpha[0]) < 1e-3
+    with torch.no_grad():
+        assert torch.equal(guide(lambda x, i: x, canvas)(x, 0), x)
+        a, s = float(grid.alpha[1]), float(grid.sigma[1])
+        torch.testing.assert_close(guide(lambda x, i: x, canvas)(x, 1), x + 0.01 * s**2 / a)
 
 
 def test_a_judge_is_followed(family: LatentDiffusionFamily) -> None:
