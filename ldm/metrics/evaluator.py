@@ -17,9 +17,11 @@ from ldm.metrics.language import Language
 from ldm.metrics.layout import Layout
 from ldm.metrics.neighbours import Neighbours
 from ldm.metrics.reconstruction import Reconstruction
+from ldm.metrics.subsets import Subsets
 from ldm.metrics.told import ToldViews
 from ldm.metrics.translation import Translation
 from ldm.metrics.units import Units
+from ldm.metrics.wobble import Wobble
 from ldm.metrics.written import Captions
 
 Evaluator = Annotated[
@@ -35,6 +37,8 @@ Evaluator = Annotated[
     | Neighbours
     | ToldViews
     | Grounding
+    | Wobble
+    | Subsets
     | Captions
     | Language
     | Layout,

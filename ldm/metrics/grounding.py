@@ -108,7 +108,7 @@ class Grounding:
             asked = prompts(self.tier, self.prompts, self.seed, pairs)
             seeds = [self.seed * 1_000_003 + i for i in range(len(asked))]
             edits = bench.model.tell(exact(asked.specs, names, size[0], self.seed), {}, size) if names else ()
-            texts = [_less(text, target, self.caption) for text, target in zip(asked.text, asked.targets, strict=True)]
+            texts = [less(text, target, self.caption) for text, target in zip(asked.text, asked.targets, strict=True)]
             images = bench.model.sample(texts, seeds, wanted, edits=edits, on_step=lambda i, n, pairs=pairs: bench.progress(i, n, pairs))
             reading = read(images.numpy())
             recall, overlap = grounded(asked.specs, reading)
@@ -125,7 +125,7 @@ class Grounding:
         return {**found, "protocol": protocol | bench.used(wanted)}
 
 
-def _less(text: str, target: Target, caption: str) -> str:
+def less(text: str, target: Target, caption: str) -> str:
     """A caption, without places and relations or empty where that is asked."""
     if caption == "whole":
         return text

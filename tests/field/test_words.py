@@ -42,6 +42,8 @@ NAMES = {
     "Tokens.small",
     "Tokens.text",
     "ToldViews.sampler",
+    "Subsets.sampler",
+    "Wobble.sampler",
     "Abilities.sampler",
     "Neighbours.sampler",
     "ClipScore.sampler",
