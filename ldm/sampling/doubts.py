@@ -33,7 +33,8 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""
         yield f"{', '.join(words[:5])}{more}: no text that the text encoder learned from had such a word"
     height, width = family.defaults["size"]
-    far = {(one.width, one.height) for one in recipes if not 1 / FAR <= (one.width * one.height / (width * height)) ** 0.5 <= FAR}
+    drawn = [] if "scene" in family.able else recipes  # marks of a scene are drawn at any size
+    far = {(one.width, one.height) for one in drawn if not 1 / FAR <= (one.width * one.height / (width * height)) ** 0.5 <= FAR}
     for size in sorted(far):
         fix = (
             f"; draw near that size, and enlarge with --hires {max(2, round(max(size) / max(width, height)))}" if max(size) > width else ""

@@ -203,12 +203,30 @@ class TextEncoder:
         """Whether a text has a learned word in it, as prompts are read: another word that only contains it is not it."""
         return set(self.words(word)[:1]) <= set(self.words(text))
 
+    @cached_property
+    def _met_whole(self) -> bool:
+        """Whether each word of the captions that the byte pairs were learned from is one token.
+
+        Where there was room for all pairs, a piece that no further pair takes up ends a word; a vocabulary that was cut has others.
+        """
+        said = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in said]
+        taken = {part for pair in pairs for part in pair}
+        return bool(pairs) and all(piece in taken or piece.endswith("</w>") for piece in map("".join, pairs))
+
     def unknown(self, text: str) -> list[str]:
-        """Words that a tokenizer which was made of few captions never met: it has letters of them alone."""
+        """Words that a tokenizer which was made of few captions never met.
+
+        They are not one token, or of a vocabulary with no room for all words, letters alone.
+        """
         if len(self.tokenizer) > OWN:
             return []
+        text = self._spelt(text)
+        for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True):  # such as a learned one's
+            text = text.replace(word, " ")
         words = re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))
-        return [word for word in dict.fromkeys(words) if len(self.words(word)) >= len(word.encode("utf-8"))]
+        most = 1 if self._met_whole else None
+        return [w for w in dict.fromkeys(words) if len(self.words(w)) > (most or len(w.encode("utf-8")) - 1)]
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 1) -> Text:
         """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from ldm.config.errors import UserError
 from ldm.text.encoder import BYTES, ROWS, SmallText, TextEncoder, small_clip_text, train_tokenizer
+from ldm.text.textual_inversion import add_word
 
 CAPTIONS = [f"a {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in ("ring", "circle")]
 SMALL = SmallText(width=16, layers=2, heads=2, max_tokens=12)
@@ -55,6 +57,38 @@ def test_learned_words_are_short_and_any_text_has_a_spelling(encoder: TextEncode
     for text in ("日本語 ü 🙂‍↔️", "unseen wörds", "\x00\x07", "<b>&amp;"):
         ids = encoder.tokenizer(text)["input_ids"][1:-1]
         assert encoder.tokenizer.unk_token_id not in ids and len(ids) >= 1
+
+
+def reading(captions: list[str], vocabulary: int) -> TextEncoder:
+    tokenizer = train_tokenizer(captions, vocabulary, SMALL.max_tokens)
+    return TextEncoder(small_clip_text(SMALL, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_all_words_fit_every_other_word_is_told_as_unknown(seed: int) -> None:
+    rng = random.Random(seed)
+    words = sorted({"".join(rng.choices("abcdeil", k=rng.randint(2, 7))) for _ in range(90)})
+    met, other = words[::2], words[1::2]
+    reader = reading([" ".join(rng.sample(met, 4)) for _ in range(60)] + met, 4096)
+    assert reader.unknown(" ".join(met).title()) == []
+    other = [word for word in other if not any(known.endswith(word) for known in met)]  # an end of a word is a token, too
+    assert reader.unknown(f"{met[0]}s, {' '.join(other)} BREAK {met[1]}") == [f"{met[0]}s", *other]
+
+
+def test_where_words_had_no_room_only_letters_alone_are_unknown() -> None:
+    rng = random.Random(0)
+    words = sorted({"".join(rng.choices("abcdeil", k=6)) for _ in range(90)})
+    reader = reading(words, BYTES + 2 + 20)
+    in_letters = [word for word in words if len(reader.words(word)) == 6]
+    assert len(in_letters) < 10 and reader.unknown(" ".join([*words, "zyxwvut"])) == [*in_letters, "zyxwvut"]
+
+
+def test_scenes_words_are_known_and_a_taught_word_too() -> None:
+    reader = reading(CAPTIONS, 4096)
+    assert reader.unknown("hello, two red circles and a ring: a painting") == ["hello", "two", "circles", "and", "painting"]
+    for word in ("<thing>", "EasyNeg"):
+        add_word(reader, word, torch.ones(1, reader.width))
+    assert reader.unknown("a <thing> ring, easyneg BREAK an EasyNeg") == ["an"]
 
 
 def test_case_and_blanks_fold_as_in_clip(encoder: TextEncoder) -> None:
