@@ -6,7 +6,8 @@
 Every storage carries a tag (which device it pretends to be on). A TorchFunctionMode answers `.device`, `.is_cuda`, `.to`, `.cpu`, `.cuda`,
 `.numpy` and the factories' `device=`; a TorchDispatchMode sees every ATen call (also those of the backward pass), refuses tensors of two
 devices as CUDA does ("Expected all tensors to be on the same device"), and tags what comes out. Kinds: `cuda`; `mps`, which also refuses
-float64 as Apple's GPUs do and has no pinned memory, no streams. Counted: copies from host to device, reads back (synchronisations).
+float64 as Apple's GPUs do and has no pinned memory, no streams. Counted: copies from host
+to device, those of them for which CUDA would wait (from memory that is not pinned, or not told otherwise), reads back (synchronisations).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 COUNT: Counter[str] = Counter()
 WHERE: Counter[str] = Counter()
 _tags: dict[int, tuple[StorageWeakRef, torch.device]] = {}
+_pinned: dict[int, StorageWeakRef] = {}
 _kind = "cuda"
 _lock = threading.RLock()
 
@@ -66,6 +68,20 @@ def set_tag(t: torch.Tensor, device: torch.device) -> torch.Tensor:
             if _kind == "mps" and t.dtype == torch.float64:
                 raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
             _tags[s._cdata] = (StorageWeakRef(s), device)
+    return t
+
+
+def is_pinned(t: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        s = torch.Tensor.untyped_storage(t)
+        ref = _pinned.get(s._cdata)
+        return ref is not None and not ref.expired() and ref.cdata == s._cdata
+
+
+def set_pinned(t: torch.Tensor) -> torch.Tensor:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        s = torch.Tensor.untyped_storage(t)
+        _pinned[s._cdata] = StorageWeakRef(s)
     return t
 
 
@@ -111,7 +127,7 @@ class Dispatch(TorchDispatchMode):
                 if name == "copy_":
                     a, b = tag_of(args[0]), tag_of(args[1])
                     if a != b and WILD not in (a, b):
-                        _moved(b, a, args[1])
+                        _moved(b, a, args[1], bool((args[2:3] or [kwargs.get("non_blocking")])[0]))
             elif len(devices) > 1:
                 host = devices.get(CPU, [])
                 others = [d for d in devices if d != CPU]
@@ -160,8 +176,11 @@ def _where(what: str) -> None:
             return
 
 
-def _moved(source: torch.device, target: torch.device, t) -> None:
+def _moved(source: torch.device, target: torch.device, t, non_blocking: bool) -> None:
     what = "host to device" if target.type != "cpu" else "device to host"
+    if what == "host to device" and not (non_blocking and is_pinned(t)):
+        COUNT["waited for"] += 1
+        _where("waited for")
     COUNT[what] += 1
     COUNT[f"{what}, bytes"] += t.numel() * t.element_size()
     _where(what)
@@ -173,7 +192,7 @@ class Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, device, dtype, non_blocking):
         ctx.source, ctx.dtype = tag_of(t), t.dtype
-        _moved(ctx.source, device, t)
+        _moved(ctx.source, device, t, non_blocking)
         with torch._C._DisableTorchDispatch():
             out = t.to(dtype=dtype or t.dtype, copy=True)
         return set_tag(out, device)
@@ -232,9 +251,9 @@ class Functions(TorchFunctionMode):
         if func is T.pin_memory:
             if tag_of(t).type != "cpu":
                 raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
-            return t
+            return t if is_pinned(t) else set_pinned(t.clone())
         if func is T.is_pinned:
-            return False
+            return is_pinned(t)
         if func in FACTORIES:
             device = kwargs.pop("device", None) if (kwargs := dict(kwargs)) else None
             made = self._call(func, args, kwargs)
@@ -243,7 +262,8 @@ class Functions(TorchFunctionMode):
             moved = move(made, device)
             return made if moved is None else moved
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
+            made = self._call(func, args, {**kwargs, "pin_memory": False, "device": CPU})
+            return set_pinned(made)
         device = kwargs.get("device")
         if device is not None and not isinstance(device, (str, int, torch.device)):
             return func(*args, **kwargs)

@@ -46,6 +46,9 @@ def device_for(wanted: str, local: int = 0) -> str:
     """The device, of several GPUs this process' own; the best there is where none is wanted."""
     import torch
 
+    from ldm.models.gpu_form import round_products
+
+    round_products(to_tf32=False)  # float32 pictures are float32's
     if not wanted:
         count = torch.cuda.device_count() if best_device() == "cuda" else 1  # a task may see its own GPU alone, as number 0
         return f"cuda:{local % count}" if count > 1 and local else best_device()

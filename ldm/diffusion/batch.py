@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.diffusion.rng import HOST, Draw
+
 T = TypeVar("T", bound="Movable")
 IN_CACHE = 2**16  # numbers, in float32
 
@@ -32,7 +34,30 @@ class Movable:
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {name: _moved(one, device) for name, one in value.items()}
-    return value.to(device) if isinstance(value, Tensor | Movable) else value
+    if isinstance(value, Tensor):
+        return sent(value, device)
+    return value.to(device) if isinstance(value, Movable) else value
+
+
+def sent(value: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on `device`; to a CUDA GPU from pinned memory, so that nobody waits until it has come there.
+
+    A copy from other memory would wait for all that the GPU was told to do before.
+    """
+    if value.device.type != "cpu" or torch.device(device).type != "cuda":
+        return value.to(device)
+    return pinned(value).to(device, non_blocking=True)
+
+
+def pinned(value: Any) -> Any:
+    """A tensor, or all tensors of a batch, in memory that a GPU reads by itself."""
+    if isinstance(value, Tensor):
+        return value if value.device.type != "cpu" or value.is_pinned() else value.pin_memory()
+    if isinstance(value, Mapping):
+        return {name: pinned(one) for name, one in value.items()}
+    if isinstance(value, Movable):
+        return type(value)(**{f.name: pinned(getattr(value, f.name)) for f in fields(value)})  # type: ignore[arg-type]
+    return value
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -270,6 +295,24 @@ class Noised(Movable):
     t: Tensor  # (B,) the time the network is told
     target: Tensor  # (B,c,h,w)
     weight: Tensor  # (B,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fed(Movable):
+    """A batch with what a loss draws for it, made ahead."""
+
+    batch: Any  # ImageBatch or MomentBatch
+    draws: Mapping[Draw, Tensor]  # for `Rng`, (B,...) each
+
+    @staticmethod
+    def of(batch: Any) -> Fed:
+        """A batch for which nothing was made ahead; one for which something was as it is."""
+        return batch if isinstance(batch, Fed) else Fed(batch=batch, draws={})
+
+    def to(self, device: torch.device | str) -> Fed:
+        """The same on `device`, but for draws that stay on the CPU."""
+        draws = {draw: value if draw[0] in HOST else sent(value, device) for draw, value in self.draws.items()}
+        return Fed(batch=self.batch.to(device), draws=draws)
 
 
 C = TypeVar("C", bound=Movable)

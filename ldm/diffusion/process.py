@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import BY_KIND, NonNegative, PositiveFloat, config
-from ldm.diffusion.batch import Noised
+from ldm.diffusion.batch import Noised, sent
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine, Flow, Linear, ScaledLinear, from_scheduler_config, to_scheduler_config
 
@@ -159,10 +159,10 @@ class Process:
 
     def noise_at(self, x0: Tensor, t: Tensor, rng: Rng) -> Noised:
         """As `noise`, at the given t (B,)."""
-        t = t.to(x0.device, torch.float32)
-        eps = rng.normal("eps", x0.shape[1:]).to(x0)
+        t = sent(t.to(torch.float32), x0.device)
+        eps = sent(rng.normal("eps", x0.shape[1:]), x0.device).to(x0)
         if self.offset_noise:
-            whole = rng.normal("offset", x0.shape[1:2]).to(x0)
+            whole = sent(rng.normal("offset", x0.shape[1:2]), x0.device).to(x0)
             eps = eps + self.offset_noise * whole.view(*whole.shape, *[1] * (x0.dim() - 2))
         alpha, sigma = self.alpha_sigma(t)
         x = _mix(alpha, x0, sigma, eps)

@@ -153,12 +153,15 @@ class Learners(Processes):
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
+        from ldm.models.gpu_form import round_products
+
         # Families keep their buffers equal themselves. Precision is the stage's, not the launcher's: stages of one run may differ.
         keywords = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=keywords)
         own = self.accelerator
         super().__init__(own.process_index, own.num_processes, own.local_process_index, watchdog=watchdog)
         self.device: torch.device = self.accelerator.device
+        round_products(to_tf32=False)  # but for stages that say otherwise
         self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
         self._stages = 0  # of training that have begun
 

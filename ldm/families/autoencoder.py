@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, PositiveFloat, config, plain
 from ldm.data.sources import DataSet
-from ldm.diffusion.batch import ImageBatch
+from ldm.diffusion.batch import ImageBatch, sent
 from ldm.diffusion.rng import Rng
 from ldm.families import game
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, ParameterGroup, Product, Terms, TrainingStage, agree
@@ -299,7 +299,7 @@ class AutoencoderFamily(Family):
         assert isinstance(self.config, KL) and isinstance(self.network, KLAutoencoder)
         mean, logvar = self.network.encode(image)
         mean, logvar = full(mean), full(logvar)
-        noise = rng.normal("posterior", mean.shape[1:]).to(mean.device)
+        noise = sent(rng.normal("posterior", mean.shape[1:]), mean.device)
         recon = full(self.network.decode(mean + (0.5 * logvar).exp() * noise))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)  # eq. 10 of Kingma and Welling 2013, per latent value
         terms = {"kl": self.config.weight * kl.sum() / image.numel()}

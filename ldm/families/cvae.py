@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config, plain
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Text
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.game import full
@@ -182,7 +182,7 @@ class CVAEFamily(OnePass):
         """
         x, text = self.truth(batch, rng), self.words(batch)
         mean, logvar = map(full, self.encoder(x, pooled_of(text)))
-        z = mean + (0.5 * logvar).exp() * rng.normal("cvae/z", (self.config.units,)).to(mean)
+        z = mean + (0.5 * logvar).exp() * sent(rng.normal("cvae/z", (self.config.units,)), mean.device).to(mean)
         made, deviation = full(self.decoder(z, [text])), full(self.decoder.deviation)
         error = 0.5 * ((x - made) / deviation.exp()).square() + deviation + 0.5 * math.log(2 * math.pi)
         each, values = divergence(mean, logvar), x[0].numel()

@@ -16,7 +16,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import plain
 from ldm.config.version import __version__
 from ldm.data.pictures import to_uint8
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import within
 from ldm.families.draws import AFTER, BEFORE, DIRECT, NUMBERS, OWN, Running, Settings, Wanted
@@ -87,7 +87,7 @@ class OnePass(Family, Prompted):
         """True latents (B,C,h,w) of a batch."""
         with torch.no_grad():
             mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
-            return full(mean) if std is None else full(mean) + full(std) * rng.normal("posterior", mean.shape[1:]).to(mean.device)
+            return full(mean) if std is None else full(mean) + full(std) * sent(rng.normal("posterior", mean.shape[1:]), mean.device)
 
     def words(self, batch: ImageBatch | MomentBatch) -> Text:
         """A batch's captions with their sentences, as cached or encoded now."""

@@ -29,6 +29,7 @@ from ldm.distributed.processes import Learners, Stopped, leave
 from ldm.distributed.rank_checks import agree
 from ldm.families.family import Context, Family, ModelConfig, Product
 from ldm.formats import atomic
+from ldm.models.gpu_form import round_products
 from ldm.runs import extension, pretrained
 from ldm.runs.changed_data import data_change, marks_of, remember
 from ldm.runs.evaluation import measure
@@ -211,6 +212,7 @@ class Execution:
 
     def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         stage = self.run.stages[name]
+        round_products(to_tf32=False)  # but where a training stage lets it
         if isinstance(stage, Train):
             return self._train(name, stage, folder, key, products), stage.images
         if isinstance(stage, Encode):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Positive, config
-from ldm.diffusion.batch import Text
+from ldm.diffusion.batch import Text, sent
 from ldm.formats.atomic import write_json
 from ldm.formats.model_folder import INDEX
 from ldm.formats.part import read_json, save_part
@@ -30,6 +30,7 @@ from ldm.models.text_tower import CLIPS, TowerPair, towers
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
+SELDOM = 16  # where of so many captions fewer than one came again until the memory was full, others are not remembered
 NOTATION = re.compile(r"\b(?:AND|BREAK)\b")  # what in a prompt is no word
 OWN = 8192  # tokens: a vocabulary that was made of a run's own captions has fewer
 MOST = 16  # times as much as the encoder reads at once is looked at
@@ -111,6 +112,10 @@ class EncodedPrompt:
     mask: Tensor  # (L,) bool
     pooled: Tensor | None  # (P,)
 
+    def alone(self) -> EncodedPrompt:
+        """The same in memory of its own."""
+        return EncodedPrompt(self.states.clone(), self.mask.clone(), None if self.pooled is None else self.pooled.clone())
+
 
 class TextEncoder:
     """Text encoder: a frozen text model with its tokenizer.
@@ -118,7 +123,8 @@ class TextEncoder:
     `encode` gives the states of all tokens after the last layer norm, padding included. Stable Diffusion's networks attend
     to the padding too, and so do ours, so that a model folder draws the same picture in diffusers; `Text.mask` tells
     padding from words for whoever wants to hide it. (Stable Diffusion 2's states of the layer before the last come from a
-    text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing.
+    text model that was stored one layer shorter.) Captions are remembered, so those that come again cost nothing; where hardly
+    any do, those alone that did.
 
     Args:
         model: a transformers CLIPTextModel, T5EncoderModel, Gemma or Qwen, or a `TowerPair`, whose two towers read the same words.
@@ -131,6 +137,8 @@ class TextEncoder:
         self.aliases: dict[str, str] = {}  # words of prompts that stand for an added one where they stand alone
         self.learned_words()
         self._memory: OrderedDict[Hashable, EncodedPrompt] = OrderedDict()
+        self._again: set[Hashable] = set()  # what was recalled
+        self._met, self._seldom = 0, False  # captions that were computed; whether they hardly ever come again
         self._place: tuple[torch.device, torch.dtype] | None = None  # of what is remembered
 
     @property
@@ -271,21 +279,19 @@ class TextEncoder:
     def _encode(self, keys: Sequence[K], tokens: Callable[[Sequence[K]], tuple[Tensor, Tensor]], clip_skip: int) -> Text:
         place = next((p.device, p.dtype) for p in self.model.parameters())
         if place != self._place:
-            self._memory.clear()
+            self.forget()
             self._place = place
         fresh: dict[Hashable, EncodedPrompt] = {}
         missing = [key for key in dict.fromkeys(keys) if (key, clip_skip) not in self._memory]
         for start in range(0, len(missing), ROWS):
             part = missing[start : start + ROWS]
             ids, mask = tokens(part + [part[-1]] * (ROWS - len(part)))
+            ids, mask = sent(ids, place[0]), sent(mask, place[0])
             # The states must be the same in training under autocast and in sampling without it.
             with torch.autocast(place[0].type, enabled=False):
-                states, pooled = self._run(ids.to(place[0]), mask.to(place[0]), clip_skip)
+                states, pooled = self._run(ids, mask, clip_skip)
             for i, key in enumerate(part):
-                # Copies, or one remembered caption would keep all of its call's.
-                fresh[key, clip_skip] = EncodedPrompt(
-                    states[i].clone(), mask[i].to(place[0]), None if pooled is None else pooled[i].clone()
-                )
+                fresh[key, clip_skip] = EncodedPrompt(states[i], mask[i], None if pooled is None else pooled[i])
         found = [fresh[key] if key in fresh else self._recall(key) for key in ((one, clip_skip) for one in keys)]
         self._remember(fresh)
         return Text(
@@ -304,13 +310,21 @@ class TextEncoder:
 
     def _recall(self, key: Hashable) -> EncodedPrompt:
         self._memory.move_to_end(key)
+        self._again.add(key)
         return self._memory[key]
 
     def _remember(self, fresh: dict[Hashable, EncodedPrompt]) -> None:
-        self._memory.update(fresh)
-        each = 4 * self.max_tokens * self.width
-        while len(self._memory) * each > MEMORY_BYTES:
-            self._memory.popitem(last=False)
+        self._met += len(fresh)
+        if self._seldom:
+            return
+        # Copies, or one remembered caption would keep all of its call's.
+        self._memory.update({key: row.alone() for key, row in fresh.items()})
+        most = MEMORY_BYTES // (4 * self.max_tokens * self.width)
+        if len(self._memory) > most and SELDOM * len(self._again) < self._met:
+            self._seldom = True
+            self._memory = OrderedDict((key, row) for key, row in self._memory.items() if key in self._again)
+        while len(self._memory) > most:
+            self._again.discard(self._memory.popitem(last=False)[0])
 
     def learned_words(self) -> None:
         """Find the words of several embeddings in the tokenizer, <a> with <a>_1 and so on: in a prompt the word stands for all of them."""
@@ -345,6 +359,8 @@ class TextEncoder:
     def forget(self) -> None:
         """Encode every caption anew: the model's weights have changed."""
         self._memory.clear()
+        self._again.clear()
+        self._met, self._seldom = 0, False
 
     def learn(self, captions: Sequence[str]) -> Text:
         """What `encode` gives, with gradients and without memory."""
@@ -356,14 +372,15 @@ class TextEncoder:
 
     def _learn(self, ids: Tensor, mask: Tensor) -> Text:
         device = next(self.model.parameters()).device
+        ids, mask = sent(ids, device), sent(mask, device)
         with torch.autocast(device.type, enabled=False):
-            states, pooled = self._run(ids.to(device), mask.to(device))
-        return Text(tokens=states, mask=mask.to(device), pooled=pooled)
+            states, pooled = self._run(ids, mask)
+        return Text(tokens=states, mask=mask, pooled=pooled)
 
     def forward_train(self, captions: Sequence[str], device: torch.device) -> Tensor:
         """CLIP's state at each caption's end token (B,D), with gradient."""
         ids, _ = self.tokens(captions)
-        return self.model(ids.to(device)).pooler_output
+        return self.model(sent(ids, device)).pooler_output
 
     def save(self, folder: Path) -> None:
         """text_encoder/ and tokenizer/ below `folder`, as any version of transformers reads them; of a pair those of both towers."""

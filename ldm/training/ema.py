@@ -28,6 +28,7 @@ class Ema:
         self.parameters = list(parameters)
         self.decay = decay
         self.updates = 0
+        self._apart: dict[int, Tensor] = {}  # own values that cannot take the averages' places, while these are applied
         self.averages: list[Tensor] = [p.detach().float().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -40,17 +41,27 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the EMA; afterwards their own values again, bit for bit."""
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            for p, average in zip(self.parameters, self.averages, strict=True):
-                p.copy_(average)
+        """Within the block the parameters hold the EMA; afterwards their own values again, bit for bit.
+
+        Meanwhile the averages hold the parameters' own values, so that no more than one weight is there a third time.
+        """
+        self._exchange()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, own in zip(self.parameters, kept, strict=True):
-                    p.copy_(own)
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for i, (p, average) in enumerate(zip(self.parameters, self.averages, strict=True)):
+            own = p.detach().clone()
+            p.copy_(average)
+            if own.dtype == average.dtype:
+                average.copy_(own)
+            elif i in self._apart:
+                p.copy_(self._apart.pop(i))
+            else:  # a half type would not hold the average
+                self._apart[i] = own
 
     def state(self) -> dict[str, Tensor]:
         """The EMA by position, to store."""

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ldm.config.errors import UserError, out_of_memory
 from ldm.data.buckets import BucketedStage, bucket_stage, lines
-from ldm.data.loader import batches
+from ldm.data.loader import Foreseen, fed
 from ldm.data.order import BatchSampler, BlockBatches, ShuffledBatches
 from ldm.data.pictures import save_grid
 from ldm.data.sources import DataSet
-from ldm.diffusion.batch import rows
-from ldm.diffusion.rng import Rng, mix
+from ldm.diffusion.batch import Fed, rows
+from ldm.diffusion.rng import Makers, Rng, mix
 from ldm.distributed.environment import computed_in
 from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
 from ldm.distributed.sharding import collected, gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
+from ldm.models.gpu_form import channel_last, round_products
 from ldm.models.inference import check_compiler
 from ldm.text.lengths import spread
 from ldm.training import checkpoint, core_share, optim
@@ -99,6 +100,9 @@ class Trainer:
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()
+        if self.device.type == "cuda":
+            channel_last((family, *family.frozen()))
+            round_products(to_tf32=self.precision != "fp32" and not stage.exact)
         if processes.split(family):
             log.note(f"{folder.name}: weights, optimiser and EMA are sharded over {processes.world} processes (FSDP2)")
         if stage.compile:
@@ -124,6 +128,7 @@ class Trainer:
         elif handover.carried is not None and not self.step:
             self.states.take_over(handover.carried, optimiser=stage.carry == "all")
         self.skipped = 0
+        self.foreseen: Foreseen = {}  # what the loss draws, so that the loader's threads make it
         self.levels: LossByLevel | None = None  # as measured last, on the first process
 
     @cached_property
@@ -157,8 +162,10 @@ class Trainer:
         """
         stage = self.stage
         model = self.processes.wrap(self.family)
-        feed = batches(
+        feed = fed(
             self.data,
+            foreseen=self.foreseen,
+            pin=self.device.type == "cuda",
             seed=self.seed,
             batch=stage.batch,
             order=self.order,
@@ -186,9 +193,9 @@ class Trainer:
             alarms = self._alarms() if self.processes.main else None
             self._at("reading data", 0)
             share = core_share.of_stage(stage.exact) if self.device.type == "cpu" else None
-            for batch in log.waiting(feed):
+            for shape, batch in log.waiting(feed):
                 began = time.perf_counter()
-                terms, gauges, stop = self._update(model, batch, stopping())
+                terms, gauges, stop = self._update(model, batch, stopping(), self.foreseen[shape])
                 if share is not None and (said := share.step(time.perf_counter() - began, self.order.at(self.step, 0, 1)[1])):
                     self.log.note(f"{name}: {said} (process {self.processes.rank}, step {self.step})")
                 self.step += 1
@@ -255,8 +262,15 @@ class Trainer:
         batch = self.stage.batch
         return (self.step * batch) // every_images > ((self.step - 1) * batch) // every_images
 
-    def _update(self, model: torch.nn.Module, batch: Any, stopping: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-        """One optimiser step; returns terms and gauges averaged over micro-batches, and whether any process is to stop."""
+    def _update(
+        self, model: torch.nn.Module, batch: Any, stopping: bool = False, asked: Makers | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+        """One optimiser step; returns terms and gauges averaged over micro-batches, and whether any process is to stop.
+
+        Args:
+            batch: of the data, or `Fed`.
+            asked: is told what the loss draws that was not made ahead.
+        """
         stage, step = self.stage, self.step
         self.family.progress(step * stage.batch)
         factor = optim.lr_factor(stage.optim, step * stage.batch, stage.images)
@@ -264,7 +278,7 @@ class Trainer:
         # Dropout inside networks draws from torch's own generator: address it too.
         torch.manual_seed(mix(self.seed, "torch", step, self.processes.rank) % 2**63)
         buffers = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
-        terms, gauges = self.gradients(model, batch)
+        terms, gauges = self.gradients(model, batch, asked)
         for parameter in self.family.idle():
             parameter.grad = None
         if self.offload is not None:
@@ -292,28 +306,30 @@ class Trainer:
             with torch.no_grad():
                 for name, buffer in self.family.named_buffers():
                     buffer.copy_(buffers[name])
-            self._skip(batch, norms)
+            self._skip(Fed.of(batch).batch, norms)
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return terms, gauges, stop
 
-    def gradients(self, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradients(self, model: torch.nn.Module, batch: Any, asked: Makers | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a batch's gradients up, a micro-batch at a time; returns terms and gauges averaged over these."""
+        whole = Fed.of(batch)
         if self.stage.exact:
-            return exact_gradients(self, model, batch)
-        count = len(batch.position)
+            return exact_gradients(self, model, whole, asked)
+        count = len(whole.batch.position)
         size = self.stage.micro_batch or count
         terms: dict[str, Tensor] = {}
         gauges: dict[str, Tensor] = {}
         for first in range(0, count, size):
-            here = rows(batch, first, first + size)
-            part, share = here.to(self.device), len(here.position) / count
+            here = rows(whole, first, first + size)
+            position = here.batch.position  # not the device's: reading them there would wait for it
+            part, share = here.to(self.device), len(position) / count
             waiting = first + size < count and self.processes.world > 1
             with self.processes.apart(model) if waiting else nullcontext():
                 self._at("forward pass", 2 * first + 1)
                 with self._autocast():
-                    found, seen = model(part, Rng(self.seed, here.position))  # not the device's: reading them there would wait for it
+                    found, seen = model(part.batch, Rng(self.seed, position, part.draws, asked))
                 self._at("backward pass", 2 * first + 2)
                 loss = torch.stack([value.float() for value in found.values()]).sum()
                 self.scaler.scale(loss * share).backward()
@@ -416,26 +432,29 @@ class Trainer:
         return result
 
 
-def exact_gradients(trainer: Trainer, model: torch.nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def exact_gradients(
+    trainer: Trainer, model: torch.nn.Module, whole: Fed, asked: Makers | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradients of a batch: of every micro-batch by itself, added one after the other in the order of its samples.
 
     Floating-point sums depend on their order. Here the order is that of the samples, whoever computes them: each process
     hands the sum so far to the next, and the last one tells all. Returns terms and gauges as `Trainer.gradients` does.
     """
     stage, device = trainer.stage, trainer.device
-    count, size = len(batch.position), stage.micro_batch
+    count, size = len(whole.batch.position), stage.micro_batch
     parameters = [parameter for group in trainer.groups for parameter in group.parameters]
     terms: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     parts: list[Tensor] = []
     live: list[torch.nn.Parameter] = []
     for first in range(0, count, size):
-        here = rows(batch, first, first + size)
+        here = rows(whole, first, first + size)
+        position, part = here.batch.position, here.to(device)
         # Dropout inside networks draws from torch's own generator: by the samples, not by who computes them.
-        torch.manual_seed(mix(trainer.seed, "torch", int(here.position[0])) % 2**63)
+        torch.manual_seed(mix(trainer.seed, "torch", int(position[0])) % 2**63)
         with trainer.processes.apart(model):
             with trainer._autocast():
-                found, seen = model(here.to(device), Rng(trainer.seed, here.position))
+                found, seen = model(part.batch, Rng(trainer.seed, position, part.draws, asked))
             loss = torch.stack([value.float() for value in found.values()]).sum()
             trainer.scaler.scale(loss * (size / stage.batch)).backward()
         live = [parameter for parameter in parameters if parameter.grad is not None]
@@ -445,8 +464,8 @@ def exact_gradients(trainer: Trainer, model: torch.nn.Module, batch: Any) -> tup
         for sums, values in ((terms, found), (gauges, seen)):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach() * (size / count)
-    whole = trainer.processes.chained(parts)
-    for parameter, values in zip(live, whole.split([parameter.numel() for parameter in live]), strict=True):
+    total = trainer.processes.chained(parts)
+    for parameter, values in zip(live, total.split([parameter.numel() for parameter in live]), strict=True):
         parameter.grad = values.view_as(parameter)
     return terms, gauges
 

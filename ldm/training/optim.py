@@ -200,6 +200,13 @@ def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tens
     return dict(sorted(found.items()))
 
 
+def _laid(value: Tensor, parameter: Tensor) -> Tensor:
+    """A state in its parameter's layout: fused optimisers go through both as they lie in memory."""
+    if value.shape != parameter.shape or is_split(value) or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -234,5 +241,5 @@ def restore_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: Mappin
                 continue
             parameter = held[int(place)]
             name, _, kind = name.partition(":")
-            whole_value: Any = NUMBERS[kind](value.item()) if kind else like(value.to(parameter.device), parameter)
+            whole_value: Any = NUMBERS[kind](value.item()) if kind else _laid(like(value.to(parameter.device), parameter), parameter)
             optimizer.state[parameter][name] = whole_value

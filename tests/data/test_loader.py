@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config.errors import UserError
-from ldm.data.loader import batches, ordered
+from ldm.data.loader import Foreseen, batches, fed, ordered
 from ldm.data.order import shuffled
 from ldm.diffusion.batch import ImageBatch
 from ldm.diffusion.rng import Rng
@@ -200,3 +200,26 @@ def test_a_timeout_of_the_task_itself_stays_what_it_is():
 
     with pytest.raises(TimeoutError, match="server"):
         list(ordered(iter([[fails]]), workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_what_is_drawn_for_a_shape_is_drawn_ahead_by_the_threads(workers: int) -> None:
+    threads: set[str] = set()
+
+    def masks(rng: Rng) -> torch.Tensor:
+        threads.add(threading.current_thread().name)
+        return rng.uniform("mask", (2,)) < 0.5
+
+    def drawn(rng: Rng) -> list[torch.Tensor]:
+        return [rng.normal("eps", (3, 2)), rng.uniform("t"), rng.made(("masks", "", (2,)), masks)]
+
+    foreseen: Foreseen = {}
+    ahead = []
+    for shape, batch in fed(Numbers(40), foreseen=foreseen, seed=7, batch=36, resolution=(2, 4), stop=9, workers=workers):
+        positions = batch.batch.position
+        assert shape == batch.batch.image.shape[-1]
+        ahead.append(len(batch.draws))
+        found = drawn(Rng(7, positions, batch.draws, foreseen[shape]))
+        assert all(torch.equal(a, b) for a, b in zip(found, drawn(Rng(7, positions)), strict=True))
+    assert ahead[:2] == [0, 0] and ahead[-2:] == [3, 3], "each shape is learned by itself"
+    assert not workers or any(name.startswith("loader-") for name in threads)

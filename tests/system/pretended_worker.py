@@ -1,6 +1,6 @@
 """Verbs on a pretended accelerator; prints a JSON object of exit codes and of copies and reads back for each step of training.
 
-python pretended_worker.py cuda|mps MODEL PICTURES OUT
+python pretended_worker.py cuda|mps MODEL PICTURES OUT [NAME ...]      only these jobs, where they are named
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretend_device import COUNT, WHERE, pretend
 from ldm.__main__ import main
 
 BATCH = 4
-kind, model, pictures, out = sys.argv[1], *map(Path, sys.argv[2:])
+kind, model, pictures, out = sys.argv[1], *map(Path, sys.argv[2:5])
 DRAW = ["sample", "a red circle", "--model", str(model), "--steps", "3", "--seed", "1"]
 START = ["--init", str(pictures / "0.png")]
 MASK = ["--mask", str(out / "mask.png")]
@@ -87,6 +87,8 @@ codes: dict[str, int | str] = {}
 counts: dict[str, dict[str, int]] = {}
 with pretend(kind):
     for name, words in jobs().items():
+        if sys.argv[5:] and name not in sys.argv[5:]:
+            continue
         begun = time.process_time()
         COUNT.clear()
         WHERE.clear()
@@ -96,5 +98,7 @@ with pretend(kind):
             traceback.print_exc()
             codes[name] = f"{type(error).__name__}: {error}"
         counts[name] = dict(COUNT)
+        if sys.argv[5:]:
+            print("\n".join(f"{count:6d}  {line}" for line, count in WHERE.most_common(20)), file=sys.stderr)
         print(f"{name}: {codes[name]}, {time.process_time() - begun:.1f} s", file=sys.stderr)
 print(json.dumps({"codes": codes, "counts": counts}))

@@ -198,6 +198,22 @@ def test_the_memory_is_bounded_and_drops_what_was_unused_longest(encoder: TextEn
     assert some.encode(CAPTIONS[:2]).tokens.shape[0] == 2 and not some._memory
 
 
+def test_where_captions_hardly_come_again_those_alone_that_did_are_remembered(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.text.encoder.MEMORY_BYTES", 40 * 4 * 12 * 16)
+    some = fresh(encoder)
+    for start in range(0, 48, 4):
+        found = some.encode(["", *(f"caption {number}" for number in range(start, start + 4))])
+        assert torch.equal(found.tokens[0], fresh(encoder).encode([""]).tokens[0])
+    assert [text for text, _ in some._memory] == [""]
+    some.encode(["caption 1", "caption 1", "caption 2"])
+    assert [text for text, _ in some._memory] == [""]
+    some.forget()  # as new weights do
+    some.encode(["caption 1"])
+    assert [text for text, _ in some._memory] == ["caption 1"]
+
+
 def test_other_weights_types_are_not_mixed_in_memory(encoder: TextEncoder) -> None:
     import copy
 

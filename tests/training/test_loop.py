@@ -13,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets
 from ldm.data.order import BlockBatches, ShuffledBatches
+from ldm.diffusion.batch import Fed
 from ldm.diffusion.process import Process
+from ldm.diffusion.rng import Rng
 from ldm.distributed.processes import Learners
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion
+from ldm.models.gpu_form import channel_last
 from ldm.training import optim
+from ldm.training.ema import Ema
 from ldm.training.log import Log
 from ldm.training.loop import Trainer
 from ldm.training.settings import Train
@@ -119,3 +123,55 @@ def test_blocks_of_samples_are_shuffled_where_a_stage_asks_for_them(tmp_path: Pa
         Train(model="diffusion", images=40, resolution=64, shuffle_block=64, buckets=Buckets())
     kinds = [Train(model="diffusion", images=40, resolution=64, shuffle_block=block).identity() for block in (0, 64)]
     assert "shuffle_block" not in kinds[0] and kinds[1]["shuffle_block"] == 64  # runs of before stay what they are
+
+
+def test_draws_made_ahead_change_no_bit_of_an_update(tmp_path: Path, products: dict[str, Product]) -> None:
+    def update(made: Trainer, ahead: bool) -> dict[str, torch.Tensor]:
+        asked: dict[Any, Any] = {}
+        for step in range(2):
+            positions = range(step * BATCH, (step + 1) * BATCH)
+            rng = Rng(made.seed, list(positions))
+            draws = {draw: make(rng) for draw, make in asked.items()} if ahead else {}
+            batch = Fed(batch=DATA.load([p % len(DATA) for p in positions], positions, SIDE, 0, False), draws=draws)
+            made._update(made.family, batch, False, asked)
+            made.step += 1
+        assert {(kind, purpose) for kind, purpose, _ in asked} >= {("normal", "eps"), ("normal", "posterior"), ("uniform", "t")}
+        return dict(made.family.state_dict())
+
+    own, other = (update(trainer(tmp_path / name, products, micro_batch=1), name == "ahead") for name in ("now", "ahead"))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_a_restored_optimiser_lies_as_its_weights_do() -> None:
+    torch.manual_seed(0)
+    through, again = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 6, 3)
+
+    def built(network: torch.nn.Conv2d) -> list[torch.optim.Optimizer]:
+        return optim.build(optim.AdamW(), [optim.ParameterGroup("model", list(network.parameters()))])
+
+    def step(network: torch.nn.Conv2d, optimizers: list[torch.optim.Optimizer]) -> None:
+        network.zero_grad()
+        network(torch.arange(100.0).view(1, 4, 5, 5).cos()).square().sum().backward()
+        optimizers[0].step()
+
+    first, second = built(through), built(again)
+    step(through, first)
+    again.load_state_dict(through.state_dict())
+    channel_last([again])
+    optim.restore_tensors(second, {name: value.clone() for name, value in optim.state_tensors(first).items()})
+    assert second[0].state[again.weight]["exp_avg"].stride() == again.weight.stride() != through.weight.stride()
+    step(through, first)
+    step(again, second)
+    torch.testing.assert_close(again.weight, through.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_averages_change_places_with_weights_and_back(kind: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=kind))
+    ema = Ema([weight], 0.5)
+    ema.averages[0].copy_(torch.tensor([1 / 3, 3.0]))
+    own, average = weight.detach().clone(), ema.averages[0].clone()
+    with ema.applied():
+        assert torch.equal(weight, average.to(kind))
+        assert kind != torch.float32 or torch.equal(ema.averages[0], own), "no third copy of all weights"
+    assert torch.equal(weight, own) and torch.equal(ema.averages[0], average)

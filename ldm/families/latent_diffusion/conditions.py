@@ -15,7 +15,7 @@ from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, build, config, plain
 from ldm.data.folder_views import MAPS, WORDS
 from ldm.data.views import ANY, ViewKind, parted
-from ldm.diffusion.batch import Boxes, Cond, Graph, Mixed, Told, View, Views, cat, taken
+from ldm.diffusion.batch import Boxes, Cond, Graph, Mixed, Told, View, Views, cat, sent, taken
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Flow
@@ -185,7 +185,7 @@ def told(reads: Sequence[Read], views: Views | None, frozen: Frozen, size: tuple
         device = frozen.codec.mean.device
         own = Told(value=value, strength=torch.ones(length(views[read.view]), device=device))
         if rng is not None and read.condition.drop:
-            own = silenced(read, own, (rng.uniform(f"told {read.view}") >= read.condition.drop).float().to(device))
+            own = silenced(read, own, sent((rng.uniform(f"told {read.view}") >= read.condition.drop).float(), device))
         found[read.view] = noised(read, own, frozen.process, rng, None)
     return found
 
@@ -211,9 +211,9 @@ def noised(read: Read, told: Told, process: Process, rng: Rng | None, share: flo
     if rng is None or share == 0:
         return replace(told, level=process.schedule.draw(clean).to(told.strength))
     u = rng.uniform(f"level {read.view}") * most if share is None else clean + share
-    level = process.schedule.draw(u.clamp(max=1 - 1e-9)).to(told.value.device, torch.float32)
+    level = sent(process.schedule.draw(u.clamp(max=1 - 1e-9)).to(torch.float32), told.value.device)
     alpha, sigma = (c.to(told.value).view(-1, *[1] * (told.value.dim() - 1)) for c in process.alpha_sigma(level))
-    noise = rng.normal(f"noise {read.view}", told.value.shape[1:]).to(told.value)
+    noise = sent(rng.normal(f"noise {read.view}", told.value.shape[1:]), told.value.device).to(told.value)
     return replace(told, value=alpha * told.value + sigma * noise, level=level)
 
 

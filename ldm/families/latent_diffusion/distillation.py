@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError
 from ldm.config.schema import NonNegative, Positive, PositiveFloat, config
-from ldm.diffusion.batch import Cond, LatentBatch, cat
+from ldm.diffusion.batch import Cond, LatentBatch, cat, sent
 from ldm.diffusion.process import LCM_LEVELS, Process
 from ldm.diffusion.rng import Rng
 from ldm.families.latent_diffusion.engine import Defaults
@@ -80,14 +80,14 @@ def errors(
     grid = process.grid(min(LCM_LEVELS, process.schedule.steps), SAMPLER)
     x0 = latents.x0
     place = x0.device
-    alpha, sigma = (values.float().to(place) for values in (grid.alpha, grid.sigma))
-    i = (rng.uniform("t") * len(grid.t)).long().clamp(max=len(grid.t) - 1).to(place)
-    times = grid.t.to(place)
+    alpha, sigma = (sent(values.float(), place) for values in (grid.alpha, grid.sigma))
+    i = sent((rng.uniform("t") * len(grid.t)).long().clamp(max=len(grid.t) - 1), place)
+    times = sent(grid.t, place)
     j = (i + asked.skip).clamp(max=len(times))  # where the base's step leads
     t, ahead = times[i], times[j.clamp(max=len(times) - 1)]
     noised = process.noise_at(x0, t, rng)
     low, high = asked.guidance
-    scale = (low + (high - low) * rng.uniform("guidance").float()).to(place)
+    scale = sent(low + (high - low) * rng.uniform("guidance").float(), place)
     cond = Cond(text=latents.cond.text, size=latents.cond.size, guidance=scale if asked.told else None)
 
     def row(values: Tensor) -> Tensor:

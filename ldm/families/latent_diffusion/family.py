@@ -18,7 +18,7 @@ from ldm.config.schema import Fraction, Positive, config, plain
 from ldm.data.dataset import offered
 from ldm.data.views import EMBEDDING, ViewKind, parted
 from ldm.diffusion import learned_variance
-from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, View, Views, where
+from ldm.diffusion.batch import Cond, ImageBatch, LatentBatch, MomentBatch, Noised, Text, View, Views, sent, where
 from ldm.diffusion.learned_variance import LearnedVariance
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
@@ -514,7 +514,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
             mean, std = (batch.mean, batch.std) if isinstance(batch, MomentBatch) else self.codec.moments(batch.image)
         x0 = full(mean)
         if std is not None:
-            x0 = x0 + full(std) * rng.normal("posterior", mean.shape[1:]).to(x0)
+            x0 = x0 + full(std) * sent(rng.normal("posterior", mean.shape[1:]), x0.device).to(x0)
         whole = self.text_learns or self.config.caption_chunks > 1  # states that are kept are one chunk's
         kept = batch.text if isinstance(batch, MomentBatch) and not whole else None
         text = self._told(list(batch.caption)) if kept is None else kept
@@ -538,7 +538,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         if self.config.distill is not None:
             return self._distilled(self.config.distill, latents, rng)
         if self.config.caption_dropout:
-            drop = (rng.uniform("caption_dropout") < self.config.caption_dropout).to(latents.x0.device)
+            drop = sent(rng.uniform("caption_dropout") < self.config.caption_dropout, latents.x0.device)
             latents = replace(latents, cond=where(drop, self._without_caption(latents.cond), latents.cond))
         latents = self._given(batch, latents, rng)
         noised = self.process.noise(latents.x0, rng)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, config
+from ldm.config.schema import Count, Fraction, config, plain
+from ldm.diffusion.batch import sent
 from ldm.diffusion.rng import Rng
 from ldm.formats.latent_codec import LatentCodec, full
 
@@ -39,6 +42,10 @@ def masks(asked: Inpainting, rng: Rng, size: tuple[int, int]) -> Tensor:
 
     No mask is empty: where nothing else is drawn, all is new.
     """
+    return rng.made(("masks", str(plain(asked)), size), partial(_masks, asked=asked, size=size))
+
+
+def _masks(rng: Rng, asked: Inpainting, size: tuple[int, int]) -> Tensor:
     height, width = size
     count = max(1, asked.rectangles + asked.strokes)
     draws = rng.uniform("mask", (count, 7)).float()  # (B,count,7)
@@ -79,7 +86,7 @@ def told(codec: LatentCodec, image: Tensor, mask: Tensor) -> Tensor:
     """What the network is told of pictures (B,3,H,W) in [-1,1] with masks (B,H,W): (B,1+c,h,w), the mask and then the latents that the
     pictures most likely have with grey where they are new, as `ldm.families.latent_diffusion.edits.fill` says it when drawing.
     """
-    hidden = mask[:, None].to(image.device)
+    hidden = sent(mask, image.device)[:, None]
     known = full(codec.moments(image.masked_fill(hidden, 0.0))[0])
     small = F.interpolate(hidden.to(known), size=known.shape[2:])  # every factor-th pixel counts
     return torch.cat([small, known], dim=1)

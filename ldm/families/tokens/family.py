@@ -17,7 +17,7 @@ from ldm.config.schema import Count, Fraction, NonNegative, Positive, config, pl
 from ldm.data.pictures import to_uint8
 from ldm.data.scenes import marks
 from ldm.data.views import ViewKind, kind_of
-from ldm.diffusion.batch import ImageBatch, MomentBatch, Views
+from ldm.diffusion.batch import ImageBatch, MomentBatch, Views, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import within
 from ldm.families.draws import AFTER, OWN, SMALL, Running, Settings, Wanted
@@ -485,7 +485,7 @@ class TokensFamily(Family, Prompted):
             length = flat.shape[1]
             share = (rng.uniform("mask_share") * math.pi / 2).cos()
             rank = rng.uniform("mask", (length,)).argsort(1).argsort(1)
-            hidden = (rank < (share * length).ceil()[:, None]).to(flat.device)
+            hidden = sent(rank < (share * length).ceil()[:, None], flat.device)
             logits = _full(self.network(codes.masked_fill(hidden.view_as(codes), self.hidden), told))
         error = F.cross_entropy(logits.transpose(1, 2), flat, reduction="none", label_smoothing=self.config.label_smoothing)  # (B,L)
         with torch.no_grad():
