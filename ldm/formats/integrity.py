@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from ldm.config.errors import UserError
 from ldm.config.files import read_bounded
+from ldm.formats import atomic
 from ldm.formats.atomic import MANIFEST, sha256
 
 COUNTED = (".json", ".txt", ".safetensors", ".model")  # the files that say what a model does
@@ -84,6 +86,26 @@ def _is_sum(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def folder_hash(folder: Path) -> str:
+    """Content hash of a committed folder, as `atomic.folder_hash`; files are read again only where one has changed since the last time.
+
+    Raises:
+        Damaged: as `verify`.
+    """
+    sums = atomic.listed(folder)
+    states = {name: (folder / name).stat() for name in (*sums, MANIFEST)}
+    told = [[name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns] for name, one in sorted(states.items())]
+    now = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    file = cache_folder() / "folders" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError):
+        if file.read_text() == now:
+            return atomic.state_hash(sums)
+    found = atomic.folder_hash(folder)
+    if time.time() - max(max(one.st_mtime, one.st_ctime) for one in states.values()) >= SETTLED_S:
+        _write_beside(file, now)
+    return found
+
+
 def checksums(files: Iterable[Path]) -> list[str]:
     """SHA-256 sums, in hexadecimal, from memory where a file is as it was when it was hashed."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as several:
@@ -123,10 +145,14 @@ def _known(file: Path) -> dict[str, str]:
 
 def _remember(file: Path, known: dict[str, str]) -> None:
     """Store the latest sums; a file that cannot be written costs time alone."""
+    _write_beside(file, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=0))
+
+
+def _write_beside(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=0))
+        temporary.write_text(text)
         temporary.replace(file)
     except OSError:
         with suppress(OSError):

@@ -125,7 +125,7 @@ class Execution:
             if self.copies is not None:
                 self.copies.finished(name, key, self._aside)
             self.processes.wait()
-        have = finished(folder)
+        have = self._finished(folder)
         complete = have is not None and have.key == key
         if complete and not (isinstance(self.run.stages[name], Export) and not self._exported(have)):
             assert have is not None
@@ -166,11 +166,15 @@ class Execution:
             if self.copies is not None:
                 self.copies.stage(folder)
         self.processes.wait()
-        have = finished(folder)
+        have = self._finished(folder)
         assert have is not None, f"{folder} was just finished"
         self.done[name] = have
         self.log.note(f"{name}: finished in {have.seconds:.0f} s{_headline(result)}")
         self._judge(name, have.result)
+
+    def _finished(self, folder: Path) -> Finished | None:
+        """The finished stage in a folder, read and hashed by the first process for all."""
+        return self.processes.gather([finished(folder) if self.processes.main else None])[0]  # type: ignore[no-any-return]
 
     def _aside(self, folder: Path) -> None:
         self.log.note(f"{folder.name}: what was here is kept in {set_aside(folder)}")

@@ -15,7 +15,8 @@ from ldm.data.cached import cache_hash
 from ldm.data.dataset import asked
 from ldm.data.filter import filter_samples
 from ldm.families.family import Found
-from ldm.formats import atomic, records
+from ldm.formats import records
+from ldm.formats.integrity import folder_hash
 from ldm.runs.run import Encode, Evaluate, Export, Run
 from ldm.training.settings import Train
 
@@ -150,7 +151,7 @@ def finished(folder: Path) -> Finished | None:
     """
     try:
         done = records.read_as(folder / DONE, Finished)
-        if done.product and (found := atomic.folder_hash(folder / "model")) != done.product:
+        if done.product and (found := folder_hash(folder / "model")) != done.product:
             raise records.Damaged(f"{folder / 'model'}: another product than the one that was made here ({found[:12]})")
     except FileNotFoundError:
         return None

@@ -209,8 +209,21 @@ class StageLog:
             self._waited += time.monotonic() - asked
             yield batch
 
-    def step(self, *, step: int, images: int, terms: Mapping[str, float], gauges: Mapping[str, float], lr: float) -> None:
-        """One logged step: a line in log.jsonl, the tracker's point, and the bar."""
+    def step(
+        self,
+        *,
+        step: int,
+        images: int,
+        terms: Mapping[str, float],
+        gauges: Mapping[str, float],
+        lr: float,
+        ranks: Mapping[str, list[float]] | None = None,
+    ) -> None:
+        """One logged step: a line in log.jsonl, the tracker's point, and the bar.
+
+        Args:
+            ranks: of each process, seconds a step until its batch was there, and in its forward passes; where there are several.
+        """
         now = time.monotonic()
         before, seen = self._window
         spent = max(now - before, 1e-9)
@@ -231,6 +244,7 @@ class StageLog:
             "gauges": dict(gauges),
             "lr": lr,
             **paces,
+            **({"ranks": dict(ranks)} if ranks else {}),
             "seconds": round(seconds, 3),
             "peak_memory_mb": memory,
             "time": round(time.time(), 3),

@@ -20,7 +20,7 @@ from ldm.data.loader import Foreseen, fed
 from ldm.data.order import BatchSampler, BlockBatches, ShuffledBatches
 from ldm.data.pictures import save_grid
 from ldm.data.sources import DataSet
-from ldm.diffusion.batch import Fed, rows
+from ldm.diffusion.batch import Fed, rows, sent
 from ldm.diffusion.rng import Makers, Rng, mix
 from ldm.distributed.environment import computed_in
 from ldm.distributed.processes import ALONE, Learners, Stopped, stop_requests
@@ -39,6 +39,7 @@ from ldm.training.held_out import HeldOutLoss, LossByLevel
 from ldm.training.library_optimisers import evaluated
 from ldm.training.log import Log
 from ldm.training.offload import Offload
+from ldm.training.pace import Pace, SlowRank, Spent, logged
 from ldm.training.post_hoc_ema import SNAPSHOTS, PostHocEma, PowerAverages, drop_beyond, keep
 from ldm.training.settings import PRECISION, Train
 
@@ -128,6 +129,7 @@ class Trainer:
         elif handover.carried is not None and not self.step:
             self.states.take_over(handover.carried, optimiser=stage.carry == "all")
         self.skipped = 0
+        self.pace, self.slow = Pace(self.device), SlowRank()
         self.foreseen: Foreseen = {}  # what the loss draws, so that the loader's threads make it
         self.levels: LossByLevel | None = None  # as measured last, on the first process
 
@@ -193,8 +195,10 @@ class Trainer:
             alarms = self._alarms() if self.processes.main else None
             self._at("reading data", 0)
             share = core_share.of_stage(stage.exact) if self.device.type == "cpu" else None
+            ended = time.perf_counter()
             for shape, batch in log.waiting(feed):
                 began = time.perf_counter()
+                self.pace.batch(began - ended)
                 terms, gauges, stop = self._update(model, batch, stopping(), self.foreseen[shape])
                 if share is not None and (said := share.step(time.perf_counter() - began, self.order.at(self.step, 0, 1)[1])):
                     self.log.note(f"{name}: {said} (process {self.processes.rank}, step {self.step})")
@@ -215,6 +219,7 @@ class Trainer:
                 if last or (stage.sample_every_images and self._due(stage.sample_every_images)):
                     self._sample(log)
                 self._at("reading data", 0)
+                ended = time.perf_counter()
             self.processes.alone(name, self.step, "finishing")
             self.states.close()
             return self._finish()
@@ -328,7 +333,7 @@ class Trainer:
             waiting = first + size < count and self.processes.world > 1
             with self.processes.apart(model) if waiting else nullcontext():
                 self._at("forward pass", 2 * first + 1)
-                with self._autocast():
+                with self.pace.forward(), self._autocast():
                     found, seen = model(part.batch, Rng(self.seed, position, part.draws, asked))
                 self._at("backward pass", 2 * first + 2)
                 loss = torch.stack([value.float() for value in found.values()]).sum()
@@ -369,12 +374,21 @@ class Trainer:
 
     def _report(self, log: StageLog, terms: dict[str, Tensor], gauges: dict[str, Tensor], alarms: Alarms | None) -> None:
         names = [*terms, *gauges]
-        values = torch.stack([v.detach().float().to(self.device) for v in (*terms.values(), *gauges.values())])
-        numbers = dict(zip(names, self.processes.mean(values).tolist(), strict=True))
+        rank, world = self.processes.rank, self.processes.world
+        own = self.pace.look()
+        paces = torch.zeros(world, 2)
+        paces[rank] = torch.tensor([own.data, own.forward]) * world  # each process fills its row, so the mean over them is all of them
+        values = [v.detach().float().to(self.device) for v in (*terms.values(), *gauges.values())]
+        found = self.processes.mean(torch.cat([torch.stack(values), sent(paces.flatten(), self.device)])).tolist()
+        numbers, rest = dict(zip(names, found, strict=False)), found[len(names) :]
+        spent = [Spent(*rest[2 * i : 2 * i + 2]) for i in range(world)]
         if alarms is not None:
             images, lr = self.step * self.stage.batch, self.optimizers[-1].param_groups[0]["lr"]
             summands, seen = ({name: numbers[name] for name in group} for group in (terms, gauges))
-            log.step(step=self.step, images=images, terms=summands, gauges=seen, lr=lr)
+            log.step(step=self.step, images=images, terms=summands, gauges=seen, lr=lr, ranks=logged(spent) if world > 1 else {})
+            if world > 1 and (said := self.slow.look(spent)):
+                self.log.note(f"warning: {self.folder.name}: {said}")
+                self.log.record({"alarm": said, "stage": self.folder.name, "images": images})
             for text in alarms.look(images, summands, seen, lr):
                 self.log.note(f"warning: {self.folder.name}: {text}")
                 self.log.record({"alarm": text, "stage": self.folder.name, "images": images})
@@ -453,7 +467,7 @@ def exact_gradients(
         # Dropout inside networks draws from torch's own generator: by the samples, not by who computes them.
         torch.manual_seed(mix(trainer.seed, "torch", int(position[0])) % 2**63)
         with trainer.processes.apart(model):
-            with trainer._autocast():
+            with trainer._autocast(), trainer.pace.forward():
                 found, seen = model(part.batch, Rng(trainer.seed, position, part.draws, asked))
             loss = torch.stack([value.float() for value in found.values()]).sum()
             trainer.scaler.scale(loss * (size / stage.batch)).backward()

@@ -13,7 +13,7 @@ from ldm.config.errors import UserError
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.families.registry import exported, load
-from ldm.formats import integrity
+from ldm.formats import atomic, integrity
 from ldm.formats.denoiser_folder import load_denoiser
 from ldm.formats.latent_codec import load_codec
 from ldm.formats.part import content_hash
@@ -135,3 +135,24 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path, monkeypa
     file.write_bytes(bytes(integrity.LARGE))
     integrity.checksums([file])
     assert not (tmp_path / "cache" / "checksums.json").exists()
+
+
+def test_a_product_is_read_again_only_where_a_file_of_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = tmp_path / "model"
+    atomic.commit(product, lambda folder: [(folder / name).write_text(name) for name in ("a.json", "b.json")])  # type: ignore[arg-type,return-value]
+    read: list[str] = []
+    own = atomic.sha256
+    monkeypatch.setattr(atomic, "sha256", lambda path: read.append(path.name) or own(path))
+    expected = atomic.folder_hash(product)
+    read.clear()
+    assert integrity.folder_hash(product) == expected and read == ["a.json", "b.json"]
+    assert integrity.folder_hash(product) == expected and len(read) == 4, "it is too new to be remembered"
+    monkeypatch.setattr(integrity, "SETTLED_S", -1.0)
+    for _ in range(3):
+        assert integrity.folder_hash(product) == expected and len(read) == 6
+    (product / "b.json").write_text("c")
+    with pytest.raises(atomic.Damaged, match=r"b\.json: its bytes differ"):
+        integrity.folder_hash(product)
+    (product / "b.json").unlink()
+    with pytest.raises(atomic.Damaged, match=r"missing or unexpected files: b\.json"):
+        integrity.folder_hash(product)

@@ -52,6 +52,8 @@ def loss(self: AutoencoderFamily, batch: Any, rng: Any) -> Any:
             resource.setrlimit(resource.RLIMIT_AS, limits)
     elif kind == "hang":
         time.sleep(1000)
+    elif kind == "slow":
+        time.sleep(0.4)
     elif kind == "pixel":
         image = batch.image.clone()
         image[-1, 0, 0, 0] = torch.nan

@@ -74,6 +74,15 @@ def test_a_hanging_process_ends_the_job_with_its_stacks(tmp_path: Path) -> None:
     assert "faulty.py" in (tmp_path / "stacks" / "rank-1.txt").read_text() and (tmp_path / "stacks" / "rank-0.txt").exists()
 
 
+def test_a_slow_process_is_named_and_the_log_says_what_each_spends(tmp_path: Path) -> None:
+    ended = several.train(2, *PLAIN, f"out={tmp_path}", fault=f"{'+'.join(['slow'] * 8)}:1:{'+'.join(map(str, range(8)))}", within_s=250)
+    assert ended.codes == [0, 0], ended.said
+    (alarm,) = (line["alarm"] for line in log(tmp_path, "alarm") if "slow" in line["alarm"])
+    assert alarm.startswith("rank 1 is slow: ") and "forward pass" in alarm
+    ranks = [line["ranks"] for line in log(tmp_path, "step") if line.get("ranks")]
+    assert len(ranks) == 8 and all(line["1"][1] >= 0.4 and list(line) == ["0", "1"] for line in ranks)
+
+
 def test_a_stopped_process_ends_the_job(tmp_path: Path) -> None:
     ended = several.train(2, *PLAIN, f"out={tmp_path}", fault="stop:1:3", limit_s=3)
     assert ended.codes[0] == 1 and "rank 1 gives no sign of life any more" in ended.said[0]
