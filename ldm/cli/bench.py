@@ -20,6 +20,7 @@ from ldm.config.errors import UserError
 from ldm.distributed.environment import keep_blocks
 
 Option = typer.Option
+GPU = ("B5", "B6", "B9", "B10", "B20")  # rows of the first hour on a CUDA GPU
 
 
 def main(words: Sequence[str]) -> int:
@@ -28,7 +29,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def bench(
-    rows: Annotated[list[str] | None, typer.Argument(metavar="[ROW ...]", help="Rows such as B1 b14; default: all.")] = None,
+    rows: Annotated[
+        list[str] | None, typer.Argument(metavar="[ROW ...]", help="Rows such as B1 b14; gpu: B5 B6 B9 B10 B20; default: all.")
+    ] = None,
     against: Annotated[str, Option(help="diffusers: each row's peer, in turn with ours; none: ours alone.")] = "diffusers",
     json_file: Annotated[Path | None, Option("--json", help="Also write everything to this file.")] = None,
     list_only: Annotated[bool, Option("--list", help="Say what would run here and about how long, and stop.")] = False,
@@ -62,12 +65,13 @@ def bench(
 
 
 def choose(words: Sequence[str]) -> list[Row]:
-    """The rows of these names, all where there are none.
+    """The rows of these names, of `gpu` those that need one, all where there are none.
 
     Raises:
         UserError: for a name that no row has.
     """
     known = {row.id: row for row in ROWS}
+    words = [each for word in words for each in (GPU if word.lower() == "gpu" else (word,))]
     for word in words:
         if word.upper() not in known:
             near = difflib.get_close_matches(word.upper(), known, 1)

@@ -187,6 +187,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["B15"] == "needs datasets, which is not installed" and said["B14"] == ""
 
 
+def test_one_word_is_the_first_hour_on_a_gpu() -> None:
+    chosen = bench.choose(["gpu"])
+    assert [row.id for row in chosen] == list(bench.GPU) and all(row.where == "cuda" and not row.missing for row in chosen)
+    assert [row.id for row in bench.choose(["b1", "GPU", "B5"])] == ["B1", *bench.GPU]
+    assert sum(row.seconds * (3 + 1.5) for row in chosen) < 600, "three rounds, in ten minutes"
+
+
 def test_a_list_costs_no_torch_and_names_every_row() -> None:
     code = "import sys; from ldm.__main__ import main; main(['bench', '--list']); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -62,7 +62,7 @@ def draw(side: str, size: str, device: str) -> Any:
 
 
 def train(side: str, size: str, device: str) -> Any:
-    """Two training steps in bf16 with recomputed activations, batch 1; the loss before the first."""
+    """Two training steps in bf16 with recomputed activations, batch 1, ours with offload; the loss before the first."""
     import tempfile
     from dataclasses import replace
     from pathlib import Path
@@ -85,7 +85,7 @@ def train(side: str, size: str, device: str) -> Any:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             loss = float(family.loss(batch.to(device), rng)[0]["denoising"])
         with tempfile.TemporaryDirectory() as folder:
-            update = our_update(family, batch, "bf16", Setup(device=device, folder=Path(folder)), shape.pixels)
+            update = our_update(family, batch, "bf16", Setup(device=device, folder=Path(folder)), shape.pixels, offload=True)
             for _ in range(2):
                 update()
         return loss

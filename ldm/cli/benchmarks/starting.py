@@ -93,7 +93,7 @@ def memory_of_drawing(setup: Setup) -> Iterator[Case]:
 
 def memory_of_training(setup: Setup) -> Iterator[Case]:
     """B20."""
-    yield _memory(setup, "train", "training step, batch 1, bf16, recomputed activations")
+    yield _memory(setup, "train", "training step, batch 1, bf16, recomputed; ours offloads")
 
 
 def _memory(setup: Setup, task: str, name: str) -> Case:
