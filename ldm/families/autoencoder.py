@@ -25,6 +25,7 @@ from ldm.formats.latent_codec import LatentCodec, Statistics, autoencoder_folder
 from ldm.formats.part import CONFIG, load_module, load_part, load_weights, read_config, save_part
 from ldm.models import cost
 from ldm.models.autoencoder import KLAutoencoder, KLConfig, VQAutoencoder, VQConfig, code_use, redraw_dead
+from ldm.models.coder import Bottom, CoderStage
 from ldm.models.cost import Cost
 from ldm.models.discriminator import DiscriminatorConfig
 
@@ -238,6 +239,10 @@ class AutoencoderFamily(Family):
     def frozen(self) -> list[nn.Module]:
         """The perceptual network, if there is one."""
         return list(self._frozen)
+
+    def compilable(self) -> list[nn.Module]:
+        """The autoencoder's blocks; its last layer, to which the adaptive weight goes back by itself, and the discriminator stay."""
+        return [block for block in self.network.modules() if isinstance(block, CoderStage | Bottom)]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The autoencoder and its discriminator."""

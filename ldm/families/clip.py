@@ -116,6 +116,10 @@ class ClipFamily(Family):
             right = (best == torch.arange(len(best), device=best.device)).float().mean()
         return {"contrastive": loss}, {"match_in_batch": right, "logit_scale": scale.detach()}
 
+    def compilable(self) -> list[nn.Module]:
+        """Both towers."""
+        return [self.tower, self.text_model]
+
     def cut_captions(self, captions: Sequence[str]) -> CutCaptions | None:
         """Those longer than the text tower reads."""
         return cut_captions(captions, lambda: self.tokenizer, TextEncoder(self.text_model, self.tokenizer).room)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, PositiveFloat, config, plain
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, sent
@@ -158,6 +158,10 @@ class CVAEFamily(OnePass):
         return self.codec.factor * self.config.step
 
     # Training
+
+    def compilable(self) -> list[nn.Module]:
+        """Both sides."""
+        return [self.encoder, self.decoder]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Both networks, which learn one loss."""

@@ -480,9 +480,20 @@ class Draws(Protocol):
         """
         if running.checked().other:
             self.refuse(f"backend: got {running.backend}", "is computed by torch alone; leave it out")
-        for name in ("attention", "compiled", "low_memory"):
+        for name in ("attention", "low_memory"):
             if getattr(running, name):
                 self.refuse(name, "has no such choice; leave it out")
+        if running.compiled:
+            if not (networks := self.compilable()):
+                self.refuse("compile", "has no network that torch.compile takes; leave it out")
+            from ldm.models.inference import check_compiler, compile_each
+
+            check_compiler(next(networks[0].parameters()).device)
+            compile_each(networks)
+
+    def compilable(self) -> list[nn.Module]:
+        """As `Family.compilable`: what is compiled where that is asked for."""
+        return []
 
     def learn_guide(self, cache: Path, training: GuideTraining, on_images: Callable[[int, float], None]) -> Guide:
         """A classifier that learned on a latent cache of this model; `on_images` is told images seen and the loss.

@@ -132,7 +132,6 @@ class ModelConfig:
         "tags": "reads no captions",
         "prompts": "draws nothing of prompts",
         "checkpointing": "has no blocks that can be recomputed",
-        "compile": "has no network that torch.compile takes",
         **dict.fromkeys(("held_out", "held_out_every_images"), "has no noise levels, by which held-out loss is told"),
     }
     encodes: ClassVar[bool] = False  # whether an encode stage can make latents with it
@@ -437,7 +436,10 @@ class Family(nn.Module, ABC):
         return [ParameterGroup(name="model", parameters=[p for p in self.parameters() if p.requires_grad])]
 
     def compilable(self) -> list[nn.Module]:
-        """The networks that nearly all of a training step goes through, as calls of their own."""
+        """The networks, or blocks of them, that nearly all of a training step goes through, as calls of their own.
+
+        No backward pass through one may be made twice or be differentiated itself, and none is called but as a module.
+        """
         return []
 
     def idle(self) -> list[nn.Parameter]:

@@ -224,6 +224,10 @@ class PriorFamily(Family, Draws):
 
     # Training
 
+    def compilable(self) -> list[nn.Module]:
+        """The network."""
+        return [self.network]
+
     def embedded(self, batch: ImageBatch | MomentBatch) -> Tensor:
         """Embeddings (B,E) of a batch's pictures."""
         view = None if batch.views is None else batch.views.get(EMBEDDING)

@@ -269,6 +269,10 @@ class TextGANFamily(OnePass):
 
     # Training
 
+    def compilable(self) -> list[nn.Module]:
+        """The generator: the discriminator's slope is differentiated."""
+        return [self.generator]
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Generator, discriminator, and the maps of damsm if there are any."""
         scales = {"discriminator": self.config.lr_scale}

@@ -123,6 +123,10 @@ class TranslatorFamily(Family, Draws):
 
     # Training
 
+    def compilable(self) -> list[nn.Module]:
+        """The generators."""
+        return list(self.generators.values())
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Generators and discriminators."""
         groups = [ParameterGroup("generator", list(self.generators.parameters()))]

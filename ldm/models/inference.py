@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from ldm.models.coder import MapAttention
 from ldm.models.transformer import CrossAttention
 
 M = TypeVar("M", bound=nn.Module)
+COMPILED = 64  # forms of one class's code
 
 
 def prepare(module: M, *, dtype: torch.dtype | None = None, channels_last: bool = False, in_place: bool = False) -> M:
@@ -172,6 +174,18 @@ def unfolded(module: M) -> M:
             if type(child) is Upsample:
                 setattr(parent, name, WholeUpsample(child))
     return made
+
+
+def compile_each(networks: Iterable[nn.Module]) -> None:
+    """Have torch compile networks, or blocks of them, in place, when they are first called; names of weights stay.
+
+    Blocks of one class share a place in the compiler's memory, which has room for eight shapes by its own choice.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(COMPILED, config.recompile_limit)
+    for network in networks:
+        network.compile()
 
 
 def check_compiler(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from ldm.distributed.sharding import collected, gathered
 from ldm.families.family import Context, Family, Product, Ranks
 from ldm.formats import atomic
 from ldm.models.gpu_form import channel_last, round_products
-from ldm.models.inference import check_compiler
+from ldm.models.inference import check_compiler, compile_each
 from ldm.text.lengths import spread
 from ldm.training import checkpoint, core_share, optim
 from ldm.training.alarms import Alarms
@@ -555,8 +555,7 @@ def compile_networks(family: Family, device: torch.device) -> None:
     if not networks:
         raise UserError("compile: this model has no network that torch.compile takes; leave it out")
     check_compiler(device)
-    for network in networks:
-        network.compile()
+    compile_each(networks)
 
 
 NAMED = 4  # samples in the line for the reader; log.jsonl names all

@@ -47,7 +47,7 @@ class Train:
     offload: bool = False  # float32 weights, optimiser and EMA in this machine's memory; the device holds weights of `precision`
     carry: Literal["ema", "weights", "all"] = "ema"  # what it begins with of the stage before it that trained this model
     checkpointing: bool | None = None  # recompute blocks in the backward pass; null: as the network says
-    compile: bool = False  # torch.compile of the denoising network; minutes first, then faster steps
+    compile: bool = False  # torch.compile of the networks that a step goes through; minutes first, then faster steps on a GPU
     save_every_images: Positive = 100_000  # between checkpoints
     keep: Positive = 2  # checkpoints
     keep_state: bool = True  # keep weights, EMA and optimiser at the stage's end, from which --extend goes on

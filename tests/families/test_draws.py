@@ -122,6 +122,7 @@ def test_it_stands_in_tables_and_on_the_page(stranger: Path) -> None:
         (["--save-steps"], "save_steps: this model of kind translation does not show its steps"),
         (["--hires", "2"], "hires: this model of kind translation draws no picture anew in part"),
         (["--low-memory"], "low_memory: this model of kind translation has no such choice"),
+        (["--compile"], "compile: this model of kind translation has no network that torch.compile takes"),
         (["--classifier", "in.png"], "classifier: this model of kind translation is guided by none"),
     ],
 )

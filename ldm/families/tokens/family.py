@@ -452,6 +452,10 @@ class TokensFamily(Family, Prompted):
 
     # Training
 
+    def compilable(self) -> list[nn.Module]:
+        """The transformer's layers."""
+        return list(self.network.transformer_layers)
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """The transformer."""
         return [ParameterGroup("model", list(self.network.parameters()), tables=self.network.tables())]

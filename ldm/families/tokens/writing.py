@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config.errors import UserError
@@ -98,6 +98,10 @@ class WritingFamily(Family, Prompted):
         return [one for one in (*self._codec, *self._tower, text) if one is not None]
 
     # Training
+
+    def compilable(self) -> list[nn.Module]:
+        """The transformer's layers."""
+        return list(self.network.transformer_layers)
 
     def loss(self, batch: ImageBatch | MomentBatch, rng: Rng) -> tuple[Terms, Terms]:
         """Cross-entropy of what is written, summed over each sequence and divided by the greatest length; gauge: bits of a sequence."""
