@@ -238,6 +238,38 @@ def test_what_is_not_run_says_why(block: Block) -> None:
     pytest.skip(f"{block}: {REASONS[block.reason]}")
 
 
+FILES = {"grid": ("--out",), "animate": ("--out",), "sample": ("--grid",), "export": ("--out",), "classifier": ("--out",)}
+OURS = [
+    (block, words, block.page.name == "README.md")
+    for block in ALL
+    if block.language == "bash" and block.page.name not in ELSEWHERE
+    for command in commands(block.text)
+    if (words := ours(command))
+]
+
+
+def test_no_page_writes_a_file_that_another_one_wrote() -> None:
+    """Who reads on in the same folder: what writes a file refuses one that is there."""
+    files = [
+        (word, str(block))
+        for block, words, _ in OURS
+        for before, word in zip(words, words[1:], strict=False)
+        if before in FILES.get(words[0], ())
+    ]
+    twice = {file: places for file, _ in files if len(places := [place for name, place in files if name == file]) > 1}
+    assert files and twice == {}
+
+
+def test_pages_name_the_model_that_they_draw_with() -> None:
+    """Who reads on has trained other models since the quickstart, and the newest is drawn with unless one is named."""
+    unnamed = [
+        (str(block), " ".join(words))
+        for block, words, first in OURS
+        if words[0] in ("sample", "grid", "animate", "classifier") and not first and "--model" not in words
+    ]
+    assert unnamed == []
+
+
 PAIR = re.compile(r"\b(red|green|blue|yellow|pink|cyan|orange|purple) (circle|square|triangle|diamond|cross|ring)\b")
 TAUGHT_THERE = {"cyan cross": "configs/finetune-lora.yaml", "red cross": "configs/finetune-lora.yaml"}
 
