@@ -14,6 +14,7 @@ from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import option
 from ldm.families.draws import Draws
+from ldm.sampling import doubts
 from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
@@ -128,7 +129,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, views: Views, adapt
 
 
 def _tell_words(recipes: Sequence[Recipe], family: Draws) -> None:
-    for said in in_words(recipes, family):
+    for said in (*in_words(recipes, family), *doubts.of(recipes, family)):
         tell(said)
 
 

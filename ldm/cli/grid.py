@@ -15,6 +15,7 @@ from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import option, options_of
 from ldm.families.draws import PLAIN, Draws
+from ldm.sampling import doubts
 from ldm.sampling.adapters import refuse, scaled, with_adapters
 from ldm.sampling.axes import Axis, cells, read_axis
 from ldm.sampling.given import Files
@@ -122,7 +123,7 @@ def grid(
     common = jobs.Common(seed=base.first(old), wanted=wanted, negative=base.avoided(old), size=shape, rest=rest)
     (first,) = jobs.recipes(family, [asked], common)
     made = cells(first, axes, lambda name: sampler.spacing or SAMPLERS[name].spacing)
-    for said in in_words(made, family):
+    for said in (*in_words(made, family), *doubts.of(made, family)):
         tell(said)
     started = time.monotonic()
     factors = next((axis.values for axis in axes if axis.name == "lora"), ())

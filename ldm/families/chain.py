@@ -239,6 +239,10 @@ class Chain(Draws):
         """As the leading link says."""
         return self.lead.unknown(prompt)
 
+    def misspelt(self, prompt: str) -> dict[str, str]:
+        """As the leading link says."""
+        return self.lead.misspelt(prompt)
+
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """All links."""
         root = root_of(folder)

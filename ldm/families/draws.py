@@ -467,6 +467,10 @@ class Draws(Protocol):
         """The words of a prompt that no caption can have had from which the model learned, as far as that can be told."""
         return []
 
+    def misspelt(self, prompt: str) -> dict[str, str]:
+        """The words of a prompt that no such caption can have had whole, and what each may be meant to be."""
+        return {}
+
     def ready(self, folder: Path, running: Running, precision: str) -> None:
         """Bring the networks into the form that only draws; they can neither learn nor be saved then.
 

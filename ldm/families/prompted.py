@@ -38,3 +38,7 @@ class Prompted(Draws):
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that a tokenizer of the run's own captions has never met."""
         return self.text.unknown(prompt) if self.reads_prompts else []
+
+    def misspelt(self, prompt: str) -> dict[str, str]:
+        """The words of a prompt that such a tokenizer reads in pieces, and the whole word that each is most like."""
+        return self.text.misspelt(prompt) if self.reads_prompts else {}

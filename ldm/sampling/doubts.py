@@ -17,8 +17,8 @@ def unquoted(prompts: Sequence[str]) -> Iterator[str]:
 
 
 def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
-    """Empty prompts, words that a model with a small vocabulary never learned, sizes far from the trained one."""
-    prompts = list(dict.fromkeys(one.prompt for one in recipes))
+    """Empty prompts, words that a model with a small vocabulary never learned or that are misspelt, sizes far from the trained one."""
+    prompts = list(dict.fromkeys(text for one in recipes for text in (one.prompt, one.to)))
     if not family.reads_prompts:
         if any(one.strip() for one in prompts):
             yield f"prompt: this model of kind {family.kind} reads none, so its words change nothing"
@@ -32,6 +32,9 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     if words:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""
         yield f"{', '.join(words[:5])}{more}: no text that the text encoder learned from had such a word"
+    meant = {word: near for one in prompts for word, near in family.misspelt(one).items() if word not in words}
+    for word, near in list(meant.items())[:5]:
+        yield f"{word}: the text encoder has no such word and reads it in pieces; did you mean {near}?"
     height, width = family.defaults["size"]
     drawn = [] if "scene" in family.able else recipes  # marks of a scene are drawn at any size
     far = {(one.width, one.height) for one in drawn if not 1 / FAR <= (one.width * one.height / (width * height)) ** 0.5 <= FAR}

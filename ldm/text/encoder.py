@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import re
 import unicodedata
@@ -32,6 +33,7 @@ ROWS = 8  # captions per call of the encoder, padded: floating-point results dep
 MEMORY_BYTES = 2**28  # of encoded captions that are remembered
 SELDOM = 16  # where of so many captions fewer than one came again until the memory was full, others are not remembered
 NOTATION = re.compile(r"\b(?:AND|BREAK)\b")  # what in a prompt is no word
+END = "</w>"  # of a token that ends a word
 OWN = 8192  # tokens: a vocabulary that was made of a run's own captions has fewer
 MOST = 16  # times as much as the encoder reads at once is looked at
 ZEROS = "force_zeros_for_empty_prompt"  # how the model_index.json of a pair says what no prompt is, as diffusers names it
@@ -235,6 +237,18 @@ class TextEncoder:
         words = re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))
         most = 1 if self._met_whole else None
         return [w for w in dict.fromkeys(words) if len(self.words(w)) > (most or len(w.encode("utf-8")) - 1)]
+
+    def misspelt(self, text: str) -> dict[str, str]:
+        """Words that such a tokenizer reads in pieces, with the whole word of its own that each is most like."""
+        if len(self.tokenizer) > OWN:
+            return {}
+        whole = [token.removesuffix(END) for token in self.tokenizer.get_vocab() if token.endswith(END)]
+        found = {}
+        for word in dict.fromkeys(re.findall(r"[^\W\d_]{3,}", NOTATION.sub(" ", text))):
+            own = [one for one in whole if len(one) > 2 and one[0] == word[0].lower()]  # others are mostly ends of words
+            if len(self.words(word)) > 1 and (near := difflib.get_close_matches(word.lower(), own, 1, 0.75)):
+                found[word] = near[0]
+        return found
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 1) -> Text:
         """Frozen states of prompts (at least one) on the model's device; each depends on its own prompt alone.
