@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
+        near = difflib.get_close_matches(verb, [*VERBS, "--version", "--help"], 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         from ldm.config.terminal import shown
 

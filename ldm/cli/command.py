@@ -46,11 +46,25 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     except typer.Exit as ending:
         return int(ending.exit_code)
     except mistake as error:
-        said = error.format_message()
+        said = _told(error, words)
         meant = option_meant(said, [known for one in command.params for known in one.opts]) if "o such option" in said else ""
         raise UserError(
             f"{said.partition(' (Possible')[0].rstrip('.') if meant else said}{meant} (`{name} --help` lists all options)"
         ) from None
+
+
+def _told(error: Any, words: Sequence[str]) -> str:
+    """What is wrong with the words: with the option, the value and what is allowed."""
+    said = error.format_message()
+    parameter: Any = getattr(error, "param", None)
+    names = parameter.opts if parameter is not None and parameter.opts[0].startswith("--") else []
+    if names and said.startswith("Missing option"):
+        return f"{said.rstrip('.')}: {str(parameter.help).rstrip('.')}"
+    wanted = error.message.partition(", unable to")[0].removeprefix("Input should ")
+    if not names or wanted == error.message:
+        return str(said)
+    given = next((word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""]) if word.partition("=")[0] in names), "")
+    return f"{names[0]}: got {given}; it should {wanted}"
 
 
 def _check_needs(function: Callable[..., int], given: Callable[[str], bool]) -> None:

@@ -73,7 +73,7 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
     grids = [path for stage in story.stages for path in sorted((stage.folder / "samples").glob("*.png"))]
     if grids:
         yield f"latest pictures: {max(grids, key=lambda path: path.stat().st_mtime)}"
-    yield from (f"  {note[: max(20, width - 2)]}" for note in story.notes[-NOTES:])
+    yield from (f"  {note}" for note in story.notes[-NOTES:])  # whole: they name commands to copy
     yield from (f"  damaged: {text}" for text in story.damaged)
     if story.failed:
         yield f"FAILED: {story.failed}"
@@ -85,9 +85,9 @@ def _headline(stage: StageRecord) -> str:
         amount = f"{stage.images:,} of {stage.wanted:,} images ({stage.images / stage.wanted:.0%})"
     elif stage.images:
         amount = f"{stage.images:,} images"
-    spent = f", {duration(stage.seconds)}" if stage.seconds else ""
     left = _left(stage)
-    return f"  {stage.name:<18} {stage.state:<10} {amount}{spent}{f', {duration(left)} left' if left else ''}"
+    told = [amount, duration(stage.seconds) if stage.seconds else "", f"{duration(left)} left" if left else ""]
+    return f"  {stage.name:<18} {stage.state:<10} {', '.join(filter(None, told))}".rstrip()
 
 
 def _left(stage: StageRecord) -> float:

@@ -94,7 +94,8 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
     if tag == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{path}: {text}" if path else text
-    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted(problem)}"
+    inside = _with_path(kind, path, problem["input"])
+    return f"{path or 'configuration'}: got {_short(problem['input'])}; it should {wanted(problem)}{inside}"
 
 
 def wanted(problem: Mapping[str, Any]) -> str:
@@ -115,11 +116,19 @@ def _no_preset(problem: Mapping[str, Any], kind: Any, owner: Any, path: str) -> 
 
 
 def _nearest(given: Any, names: list[str], otherwise: str) -> str:
+    names = [name for name in names if name]  # an empty one is what counts where nothing is said
     if not names:
         return ""
-    near = difflib.get_close_matches(str(given), names, 1, 0.5)
+    begun = [name for name in names if name.startswith(f"{given}_")]  # prior: prior_preservation
+    near = begun if len(begun) == 1 else difflib.get_close_matches(str(given), names, 1, 0.5)
     found = f"; did you mean {near[0]}?" if near else ""
     return f"{found} ({otherwise} {', '.join(names)})" if found else f"; {otherwise} {', '.join(names)}"
+
+
+def _with_path(kind: Any, place: str, given: Any) -> str:
+    """What is meant by a path that was written in the place of a mapping which may have one: the word, in quotation marks."""
+    words = [word for word, member in members_of(without_annotation(kind)).items() if "path" in hints_of(member)]
+    return f', such as "{place}={{kind: {words[0]}, path: {given}}}"' if words and isinstance(given, str) else ""
 
 
 def _chosen(kind: Any, here: Any) -> Any:

@@ -286,6 +286,11 @@ def _amount(stage: StagePlan) -> str:
     return ""
 
 
+def times(passes: float) -> str:
+    """How often the data is gone through, in three figures or whole."""
+    return f"{passes:.3g}" if passes < 1000 else f"{passes:,.0f}"
+
+
 def _details(stage: StagePlan) -> Iterator[str]:
     if stage.kind == "encode":
         size = f"; cache {size_of(stage.cache_bytes)}" if stage.cache_bytes else ""
@@ -293,7 +298,7 @@ def _details(stage: StagePlan) -> Iterator[str]:
     if stage.kind != "train":
         return
     if stage.samples:
-        yield f"{stage.images / stage.samples:.3g} times through {stage.samples:,} samples"
+        yield f"{times(stage.images / stage.samples)} times through {stage.samples:,} samples"
     split = f"{stage.passes} x {stage.micro_batch}" if stage.passes > 1 else str(stage.micro_batch)
     yield f"batch {stage.batch}: {split} on each process"
     yield from (f"bucket {line}" for line in lines(stage.buckets))

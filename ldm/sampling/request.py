@@ -18,7 +18,7 @@ from ldm.config.errors import UserError
 from ldm.config.introspection import default_of
 from ldm.config.options import option, options_of
 from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Settings, Wanted
-from ldm.sampling.foreign_recipe import shown
+from ldm.sampling.foreign_recipe import Reading, shown
 from ldm.sampling.prompt_files import Asked, read_prompts
 from ldm.sampling.recipe import Recipe, read_recipe, writable
 from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
@@ -240,7 +240,8 @@ class SamplerOptions(Wanted):
         ):
             value = getattr(self, name)
             if value and value not in known:
-                raise UserError(f"{name}: got {value!r}; choose one of {', '.join(known)}")
+                choice = _here(name, value) or f"choose one of {', '.join(known)}"
+                raise UserError(f"{name}: got {value!r}; {choice}")
         self.interval()
 
     def interval(self) -> dict[str, float]:
@@ -508,6 +509,14 @@ class Request:
         told = self.editing.passes(old) | self.guidance.guided(old) | self.editing.edited(self.base.size, old)
         watermark = old.get("watermark", "") if self.output.watermark is None else self.output.watermark
         return {**told, **self.following.carried(old), **self.choice.varied(), "watermark": watermark}
+
+
+def _here(name: str, said: str) -> str:
+    """What another program's name of a sampler or a spacing is here, as the end of a message; empty where nobody knows."""
+    reading = Reading()
+    {"sampler": reading.sampler, "spacing": reading.spacing}.get(name, reading.lose)(said)
+    found = [f"--{option} {reading.fields[option]}" for option in ("sampler", "spacing") if option in reading.fields]
+    return f"here that is {' '.join(found)}" if found else ""
 
 
 def clean(text: str) -> str:

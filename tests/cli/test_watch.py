@@ -52,7 +52,8 @@ def test_a_run_that_trains_shows_curves_time_left_pictures_and_notes(tmp_path: P
 
 def test_it_ends_with_the_run_and_shows_why_one_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run_of(tmp_path / "whole", step(1000, 0.5), done=True))]) == 0  # without --once
-    assert "mine: finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mine: finished" in said and "finished   ," not in said
     broken = run_of(tmp_path / "broken", step(100, 0.5), {"failed": "rank 1 is gone"})
     assert main(["watch", str(broken), "--once"]) == 0
     assert capsys.readouterr().out.strip().endswith("FAILED: rank 1 is gone")

@@ -38,6 +38,27 @@ def test_an_option_of_another_program_is_told_by_its_name_here(option: str, mean
     assert f"{option}; here that is {meant} (`ldm sample --help`" in fails(capsys, "sample", "a green ring", option, "7")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "--steps: got 0; it should be greater than or equal to 1 ("),
+        (["--seed=-1"], "--seed: got -1; it should be greater than or equal to 0 ("),
+        (["--guidance", "x"], "--guidance: got x; it should be a valid number ("),
+        (["--sampler", "DPM++ 2M Karras"], "sampler: got 'DPM++ 2M Karras'; here that is --sampler dpmpp_2m --spacing karras\n"),
+        (["--sampler", "Euler a"], "sampler: got 'Euler a'; here that is --sampler euler_a\n"),
+        (["--sampler", "eulr"], "sampler: got 'eulr'; choose one of ddpm, ddim"),
+        (["--spacing", "SGM Uniform"], "spacing: got 'SGM Uniform'; here that is --spacing trailing\n"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_with_what_can(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in fails(capsys, "sample", "a green ring", *words)
+
+
+def test_an_option_that_is_missing_says_what_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "export", "runs/x", "--out", "y")
+    assert "Missing option '--to': diffusers onnx openvino published: a folder; single-file: .safetensors" in said
+
+
 def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["sample", "--help"]) == 0
@@ -70,6 +91,9 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
         ("resume=true", "resume: unknown field; nothing needs to be said: the same command goes on"),
         ("data.path=pictures", "data.path: unknown field of kind scenes; "),
         ("data.path=pictures", "; folder or shards or datasets or unpaired has it"),
+        ("data=pictures", "data: got 'pictures'; it should be a mapping of fields, such as \"data={kind: folder, path: pictures}\""),
+        ("tracker=wanb", "tracker: got 'wanb'; did you mean wandb? (allowed are wandb, tensorboard)"),
+        ("prior=1", "prior: unknown field; did you mean prior_preservation?"),
     ],
 )
 def test_a_field_of_another_program_is_told_by_its_name_here(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +184,9 @@ def test_what_is_likely_a_mistake_is_told(kl_model: Path, tmp_path: Path, capsys
     assert "an empty prompt" in "\n".join(drawn(kl_model, tmp_path, capsys, ""))
     assert "wyxq: no text that the text encoder learned from had such a word" in "\n".join(
         drawn(kl_model, tmp_path, capsys, "a large wyxq")
+    )
+    assert "circl: the text encoder has no such word and reads it in pieces; did you mean circle?" in "\n".join(
+        drawn(kl_model, tmp_path, capsys, "a large circl")
     )
     assert "96x96 px is far from the 32x32 px that the model was trained at; draw near that size, and enlarge with --hires 3" in "\n".join(
         drawn(kl_model, tmp_path, capsys, "a large ring", "--size", "96x96")

@@ -20,7 +20,7 @@ from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.formats.part import load_part
 from ldm.models.unet import UNetConfig
 from ldm.runs.estimate import estimate
-from ldm.runs.plan import duration, expected, make, operations, size_of
+from ldm.runs.plan import duration, expected, make, operations, size_of, times
 from ldm.runs.run import Encode, Run, place
 from ldm.training import optim
 from ldm.training.ema import Ema
@@ -233,6 +233,7 @@ def test_data_that_is_not_there_is_planned_without(capsys: pytest.CaptureFixture
 
 
 def test_amounts_read_well() -> None:
+    assert [times(passes) for passes in (0.5, 3.125, 217.4, 13333.3)] == ["0.5", "3.12", "217", "13,333"]
     assert [size_of(n) for n in (0, 1023, 2**20, 3.5 * 2**30, 2**41)] == ["0 B", "1023 B", "1 MiB", "3.5 GiB", "2.0 TiB"]
     assert [duration(n) for n in (3, 150, 7200, 86400 * 30)] == ["3.0 s", "2.5 min", "2.0 hours", "30.0 days"]
     assert [operations(n) for n in (5e2, 2.5e8, 8.033e11, 2.4068e12, 4e13)] == [
