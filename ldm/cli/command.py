@@ -61,9 +61,10 @@ def _told(error: Any, words: Sequence[str]) -> str:
     if names and said.startswith("Missing option"):
         return f"{said.rstrip('.')}: {str(parameter.help).rstrip('.')}"
     wanted = error.message.partition(", unable to")[0].removeprefix("Input should ")
-    if not names or wanted == error.message:
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] in names), None)
+    if at is None or wanted == error.message:  # None: of the environment, or no option
         return str(said)
-    given = next((word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""]) if word.partition("=")[0] in names), "")
+    given = words[at].partition("=")[2] or "".join(words[at + 1 : at + 2])
     return f"{names[0]}: got {given}; it should {wanted}"
 
 

@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     check_version(file.parent)
     values = read(file, fields)
     _refuse_former(values, file)
-    told(partial(validated, values, file))
+    told(partial(validated, values, file, "--plan" not in options))
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place
 
@@ -117,16 +117,19 @@ def _manual(words: Sequence[str], part: str) -> str:
     return fields_said if part else f"{USAGE}\n{fields_said}"
 
 
-def validated(values: Mapping[str, Any], file: Path) -> str:
-    """Nothing, of values that make a run.
+def validated(values: Mapping[str, Any], file: Path, starts: bool = False) -> str:
+    """Nothing, of values that make a run; of one that starts, with its data there.
 
     Raises:
         UserError: telling every mistake at once.
     """
     from ldm.config.schema import build
+    from ldm.data.sources import lost
     from ldm.runs.run import Run, place
 
-    place(build(values, Run, str(file)), file)
+    run, _ = place(build(values, Run, str(file)), file)
+    if starts and (said := lost(run.data)):
+        raise UserError(said)
     return ""
 
 

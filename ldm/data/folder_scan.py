@@ -176,6 +176,11 @@ class _State(NamedTuple):
     st_mtime_ns: int
 
 
+def no_folder(root: Path) -> str:
+    """What is said of a folder that is not there."""
+    return f"data.path: {root} is not a folder; give the folder that holds your images"
+
+
 class Listing:
     """Files below a folder, by what they are for.
 
@@ -188,7 +193,7 @@ class Listing:
 
     def __init__(self, root: Path, outside: bool = False) -> None:
         if not root.is_dir():
-            raise UserError(f"data.path: {root} is not a folder; give the folder that holds your images")
+            raise UserError(no_folder(root))
         self.root = root
         digest = hashlib.blake2b(digest_size=16)
         self._names: list[str] = []

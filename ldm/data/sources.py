@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from ldm.config.schema import BY_KIND
 from ldm.data.concatenation import ConcatenationSource
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.folder import FolderSource
+from ldm.data.folder_scan import no_folder
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
@@ -35,6 +37,13 @@ def affixes(source: Source) -> list[tuple[str, str]]:
     if isinstance(source, ConcatenationSource):
         return [pair for part in source.parts for pair in affixes(part.source)]
     return [(source.prefix, source.suffix)] if isinstance(source, PHOTOGRAPHS) else []
+
+
+def lost(source: Source) -> str:
+    """What is wrong with where a source lies, as far as a look shows it; empty: nothing."""
+    if isinstance(source, ConcatenationSource):
+        return next(filter(None, (lost(part.source) for part in source.parts)), "")
+    return no_folder(Path(source.path)) if isinstance(source, FolderSource) and not Path(source.path).is_dir() else ""
 
 
 def has_masks(source: Source) -> bool:

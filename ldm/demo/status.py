@@ -59,6 +59,7 @@ footer { display: none !important }
   #ldm-left { display: contents }
   #ldm-halves { flex-direction: column; flex-wrap: nowrap }
   #ldm-ask { order: 1 } #ldm-right { order: 2 } #ldm-settings { order: 3 }
+  #ldm-history .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
 }
 """
 SCRIPT = """<script>

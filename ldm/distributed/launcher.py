@@ -29,7 +29,7 @@ class Launched:
     file: str = ""  # its configuration file, where it says
     world: int = 1
     machines: int = 1
-    world_from: str = "nobody asked for more"
+    world_from: str = "accelerate launch or torchrun start several"
     sharded: bool = False  # weights, optimiser and EMA split over the processes (FSDP2)
     overruled: tuple[str, ...] = ()  # what the launcher says and the stages know better
 
@@ -106,7 +106,7 @@ def launched(environment: Mapping[str, str], parent: list[str] | None = None) ->
     overruled += [
         f"{name.lower()} {said}" for name in OVERRULED_FSDP if sharded and (said := environment.get(name, "false").lower()) == "true"
     ]
-    by, file, asked = "python", "", "nobody asked for more"
+    by, file, asked = "python", "", "accelerate launch or torchrun start several"
     if "ACCELERATE_MIXED_PRECISION" in environment:
         by, file = "accelerate launch", accelerate_file(_parent() if parent is None else parent)
         asked = file or "accelerate's words"

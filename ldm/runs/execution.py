@@ -80,7 +80,7 @@ class Execution:
         from ldm.runs.report import report
 
         check_data(self.run, self.data, self.val)
-        for line in _about(self.data.describe()):
+        for line in data_lines(self.data.describe()):
             self.log.note(line)
         if self.processes.main:
             marks = marks_of(self.data)
@@ -454,10 +454,15 @@ class Execution:
             atomic.write_json(self.out / "metrics.json", {"version": __version__, "evaluations": metrics, "training": trained})
 
 
-def _about(described: Mapping[str, Any]) -> Iterator[str]:
+# How the console names what data sets tell of themselves.
+SPOKEN = {"images_in_both_parts": "with the held-out ones", "of_its_kind": "prior pictures", "captions_from": "captions from"}
+
+
+def data_lines(described: Mapping[str, Any]) -> Iterator[str]:
     """What a data set says of itself, in a line, and its rejected files in further ones."""
     plain = {k: v for k, v in described.items() if isinstance(v, int | str) and not isinstance(v, bool) and k != "fingerprint"}
-    yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in plain.items())
+    named = {SPOKEN.get(name, name): value for name, value in plain.items()}
+    yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in named.items())
     rejected = described.get("rejected")
     if isinstance(rejected, Mapping) and rejected:
         yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())

@@ -242,10 +242,12 @@ class TextEncoder:
         """Words that such a tokenizer reads in pieces, with the whole word of its own that each is most like."""
         if len(self.tokenizer) > OWN:
             return {}
-        whole = [token.removesuffix(END) for token in self.tokenizer.get_vocab() if token.endswith(END)]
+        ends = [token.removesuffix(END) for token in self.tokenizer.get_vocab() if token.endswith(END)]
+        # Whole words: no other token goes on to the left of them.
+        words = [end for end in ends if len(end) > 2 and not any(one != end and one.endswith(end) for one in ends)]
         found = {}
         for word in dict.fromkeys(re.findall(r"[^\W\d_]{3,}", NOTATION.sub(" ", text))):
-            own = [one for one in whole if len(one) > 2 and one[0] == word[0].lower()]  # others are mostly ends of words
+            own = [one for one in words if one[0] == word[0].lower()]
             if len(self.words(word)) > 1 and (near := difflib.get_close_matches(word.lower(), own, 1, 0.75)):
                 found[word] = near[0]
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import subprocess
@@ -104,3 +105,10 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert 1 <= environment.usable_cores() <= (os.cpu_count() or 1)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert environment.usable_cores() == (os.cpu_count() or 1)
+
+
+def test_what_a_library_misses_for_itself_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")  # a package for 4-bit products, which nothing here makes
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    environment.prepare()
+    assert not log.isEnabledFor(logging.WARNING) and log.isEnabledFor(logging.ERROR)

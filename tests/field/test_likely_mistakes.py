@@ -8,6 +8,7 @@ import pytest
 
 from ldm.__main__ import main
 from ldm.cli.command import FETCHES
+from ldm.cli.models import model_for
 from ldm.config import files, synonyms
 from ldm.config.manual import fields_of
 
@@ -134,12 +135,12 @@ def test_a_path_that_leads_nowhere_gets_the_nearest(
     (tmp_path / "words.txt").write_text("a green ring")
     for name, near in {
         "runs/quickstrat": "runs/quickstart",
-        "quickstart": "runs/quickstart",
         "runs/quikstart/model": "runs/quickstart/model",
         str(tmp_path / "runs/quickstrat"): str(tmp_path / "runs/quickstart"),
     }.items():
         assert f"{name}: no such folder or file; " in (said := fails(capsys, "sample", "a green ring", "--model", name))
         assert said.endswith(f"; did you mean {near}?\n")
+    assert model_for("quickstart") == "runs/quickstart"  # as the page says it
     assert fails(capsys, "sample", "--prompts", "word.txt").endswith("word.txt: No such file or directory; did you mean words.txt?\n")
     assert "did you mean" not in fails(capsys, "sample", "a green ring", "--model", "/nowhere/at/all")
     assert files.meant("lora: runs/mine/lora/koya.safetensors: no such file; give it") == "; did you mean runs/mine/lora/kohya.safetensors?"

@@ -68,6 +68,14 @@ def test_help_and_parts_that_are_not_there_need_no_torch() -> None:
     assert whole == (0, "", False)
 
 
+@pytest.mark.slow
+def test_data_that_is_not_there_needs_no_torch() -> None:
+    parts = "data={kind: several, parts: [{source: {kind: folder, path: configs}}, {source: {kind: folder, path: nowhere}}]}"
+    for code, said, loaded in asked("configs/folder.yaml|data.path=nowhere", f"configs/folder.yaml|{parts}"):
+        assert (code, loaded) == (2, False)
+        assert said == "ldm train: data.path: nowhere is not a folder; give the folder that holds your images\n"
+
+
 def test_what_only_the_packages_themselves_can_do_is_done_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> str:
         import colorsys

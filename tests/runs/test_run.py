@@ -8,6 +8,7 @@ import pytest
 
 from ldm.config.errors import UserError
 from ldm.config.schema import build
+from ldm.runs.execution import data_lines
 from ldm.runs.run import Read, Run
 
 
@@ -47,3 +48,12 @@ def test_what_a_base_brings_along_is_read_where_the_run_names_none() -> None:
 def test_a_model_that_nothing_has_made_is_named() -> None:
     with pytest.raises(UserError, match=r"stages.s0: needs a stage before it that trains small \(kind: train, model: small\)"):
         run_of("first")
+
+
+def test_the_console_names_what_data_tell_in_words() -> None:
+    told = {"kind": "folder", "images": 1500, "images_in_both_parts": 1600, "of_its_kind": 4, "fingerprint": "a", "captions_from": "auto"}
+    assert list(data_lines({**told, "rejected": {"no caption": 2}, "rejected_files": ["x.png: no caption"]})) == [
+        "data: kind folder, images 1,500, with the held-out ones 1,600, prior pictures 4, captions from auto",
+        "left out: 2 no caption",
+        "  x.png: no caption",
+    ]

@@ -293,10 +293,14 @@ def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: S
 
 
 def test_no_part_is_clipped_or_lies_over_another(browser: Any, server: Served) -> None:
-    page = User(browser, server).page  # of its own: it leaves every part open
+    eve = User(browser, server)  # of her own: she leaves every part open
+    page = eve.page
+    eve.draw(prompt="a red circle", many=5, steps=1)
     for part in ("start", "second", "several", "more"):
         page.click(f"#ldm-{part} > button")
-    assert problems(page) == []
+    for tab in ("Grid", "History", "Pictures"):
+        page.get_by_role("tab", name=tab).click()
+        assert problems(page) == [], tab
     page.set_viewport_size({"width": 390, "height": 844})
     order = [page.locator(name).bounding_box()["y"] for name in ("#ldm-generate", "#ldm-pictures", "#ldm-seed")]
     assert order == sorted(order), "on a phone the picture stands above the settings"

@@ -125,9 +125,10 @@ def _child(task: str, side: str, setup: Setup, *more: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The child's: this package and no other, one thread, no network."""
+    """The child's: this package and no other, one thread, no network; its bytecode is kept, as the peers' was by pip."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _seconds_of(command: Sequence[str], code: int = 0) -> float:
