@@ -53,16 +53,27 @@ SCRIPT = """() => {
     }
     return false
   }
+  const shownOf = b => { // what the ancestors that cut off leave of a box
+    let {left, right, top, bottom} = b.r
+    for (let up = b.e; up; up = up.parentElement) {
+      const style = getComputedStyle(up), side = up.getBoundingClientRect()
+      if (style.overflowX !== "visible") [left, right] = [Math.max(left, side.left), Math.min(right, side.right)]
+      if (style.overflowY !== "visible") [top, bottom] = [Math.max(top, side.top), Math.min(bottom, side.bottom)]
+    }
+    return {left, right, top, bottom}
+  }
   const seen = boxes.filter(b => !scrolled(b))
   for (const b of seen) if (b.kind !== "icon" && clipped(b)) found.push(`clipped: ${b.text}`)
+  const parts = seen.map(shownOf)
   for (let i = 0; i < seen.length; i++) for (let j = i + 1; j < seen.length; j++) {
     const a = seen[i], b = seen[j]
     if (a.e.contains(b.e) || b.e.contains(a.e)) continue
     if (new Set([a.kind, b.kind]).has("icon") && new Set([a.kind, b.kind]).has("field")) continue // an arrow in a chooser
     const [drawing, other] = [a.e.closest("svg"), b.e.closest("svg")]
     if (drawing && (drawing === other || (a.kind === "icon" && b.kind === "icon"))) continue
-    const across = Math.min(a.r.right, b.r.right) - Math.max(a.r.left, b.r.left)
-    const down = Math.min(a.r.bottom, b.r.bottom) - Math.max(a.r.top, b.r.top)
+    const [first, second] = [parts[i], parts[j]]
+    const across = Math.min(first.right, second.right) - Math.max(first.left, second.left)
+    const down = Math.min(first.bottom, second.bottom) - Math.max(first.top, second.top)
     if (across > 3 && down > 5) found.push(`${a.text} over ${b.text}`)
   }
   return [...new Set(found)]
