@@ -333,7 +333,7 @@ def peak_memory_mb() -> float:
 
 def seconds_by_stage(lines: list[dict[str, Any]]) -> dict[str, float]:
     """The time spent in each stage by the starts that led to its last logged step."""
-    return {line["stage"]: line["seconds"] for line in lines if "seconds" in line and "stage" in line}
+    return {line["stage"]: float(line["seconds"]) for line in lines if "seconds" in line and "stage" in line}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
