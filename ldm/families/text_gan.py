@@ -32,7 +32,7 @@ from ldm.models.cost import IMAGES
 from ldm.models.damsm import DamsmConfig, word_scores
 from ldm.models.style_generator import StyleGeneratorConfig
 from ldm.models.text_discriminator import TextDiscriminatorConfig
-from ldm.models.vision_tower import TowerNetwork
+from ldm.models.vision_tower import Tower
 from ldm.text.encoder import TextEncoder
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,20 +215,6 @@ class TextGAN(ModelConfig):
         family.load(folder)
         family.content_hash = content_hash(folder)
         return family
-
-
-class Tower(nn.Module):
-    """A frozen image tower, and the resolution in px that it learned at."""
-
-    def __init__(self, network: TowerNetwork, resolution: int) -> None:
-        super().__init__()
-        self.network, self.resolution = network, resolution
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The last map (B,C,h,w) and the embedding (B,D) of pictures (B,3,H,W) in [-1,1], seen at that resolution."""
-        size = (self.resolution, self.resolution)
-        image = image if image.shape[2:] == size else F.interpolate(image, size, mode="bicubic", antialias=True)
-        return self.network.seen(image)
 
 
 class TextGANFamily(OnePass):

@@ -178,6 +178,16 @@ class Denoiser(nn.Module):
         """The blocks that the backward pass computes anew where the configuration asks for `checkpointing`."""
         return ()
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        """The block whose states may learn to tell what is seen (`align`), and their channels.
+
+        It gives (B,C,h,w), or (B,N,C) of N patches, alone or first.
+
+        Raises:
+            UserError: for a network that has none.
+        """
+        raise UserError(f"align: {self.config.class_names[0]} has no block for it; leave it out")
+
     def for_inference(self, dtype: torch.dtype | None = None) -> Self:
         """The network, changed in place so that it only draws.
 

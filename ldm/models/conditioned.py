@@ -154,6 +154,10 @@ class Conditioned(Denoiser):
         """As the base's."""
         return self.base.recomputed()
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        """As the base's."""
+        return self.base.aligned()
+
     def for_inference(self, dtype: torch.dtype | None = None) -> Self:
         """The base in the form that only draws; conditions' networks as they are."""
         self.base = self.base.for_inference(dtype)

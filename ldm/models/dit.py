@@ -215,6 +215,10 @@ class DiT(Denoiser):
         """The transformer blocks."""
         yield from self.transformer_blocks
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        """The transformer block at two sevenths of the depth, as the eighth of 28 (REPA, section 4)."""
+        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1], self.config.width
+
     def _blocks(self) -> Iterator[DiTBlock]:
         for block in self.transformer_blocks:
             assert isinstance(block, DiTBlock)

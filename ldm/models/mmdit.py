@@ -191,6 +191,10 @@ class MMDiT(Denoiser):
         """The transformer blocks."""
         yield from self.transformer_blocks
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        """The transformer block at two sevenths of the depth, as the eighth of 28 (REPA, section 4)."""
+        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1], self.config.width
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -430,6 +430,12 @@ class UNet(UNetEncoder, Denoiser):
         if self.mid_block is not None:
             yield self.mid_block
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        """The last block of the second level on the way down, of the first where there is no other."""
+        number = min(1, len(self.config.channels) - 1)
+        found = _levels(self.down_blocks)[number]
+        return (found.attentions or found.resnets)[-1], self.config.channels[number]
+
     def for_inference(self, dtype: torch.dtype | None = None) -> UNet:
         """Fused, folded and laid out in place by `prepare`; to the bit what it was under autocast of `dtype`."""
         return prepare(self, dtype=dtype, channels_last=True, in_place=True)

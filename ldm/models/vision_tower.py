@@ -288,3 +288,17 @@ class VisionTower(nn.Module):
 
 
 TowerNetwork: TypeAlias = ImageTower | VisionTower
+
+
+class Tower(nn.Module):
+    """A frozen image tower, and the resolution in px that it learned at."""
+
+    def __init__(self, network: TowerNetwork, resolution: int) -> None:
+        super().__init__()
+        self.network, self.resolution = network, resolution
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map (B,C,h,w) and the embedding (B,D) of pictures (B,3,H,W) in [-1,1], seen at that resolution."""
+        size = (self.resolution, self.resolution)
+        image = image if image.shape[2:] == size else F.interpolate(image, size, mode="bicubic", antialias=True)
+        return self.network.seen(image)

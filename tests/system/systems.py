@@ -86,6 +86,8 @@ def run_of(system: str, base: Path) -> dict[str, Any]:
         if system in ("vector", "adapter"):
             told = {"view": "embedding", "port": "vector" if system == "vector" else "cross", "drop": 0.3}
             models["diffusion"] = PIXELS | {"conditions": [told]}
+        if system == "aligned":
+            models["diffusion"] = PIXELS | {"align": {"weight": 0.5}}
         if system == "link":
             models["up"] = LINK
             stages["last"] = stage("up")
@@ -108,4 +110,5 @@ SYSTEMS = [
     "cvae",
     "vector",
     "adapter",
+    "aligned",
 ]

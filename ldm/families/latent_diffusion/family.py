@@ -27,6 +27,7 @@ from ldm.families.chain import within
 from ldm.families.draws import AFTER, BEFORE, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
+from ldm.families.latent_diffusion.alignment import Aligned, Alignment, projection
 from ldm.families.latent_diffusion.classifier_guidance import Classifier, learn
 from ldm.families.latent_diffusion.conditions import Condition, Read
 from ldm.families.latent_diffusion.distillation import SAMPLER, Consistency, errors
@@ -48,6 +49,7 @@ from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText, confi
 from ldm.families.prompted import Prompted
 from ldm.formats.assembly import assemble
 from ldm.formats.atomic import write_json
+from ldm.formats.clip_folder import load_own_tower
 from ldm.formats.denoiser_folder import denoiser_folder, load_denoiser, read_denoiser, unconditional
 from ldm.formats.export_source import ExportedModel
 from ldm.formats.integrity import check
@@ -60,6 +62,7 @@ from ldm.models import cost, denoiser
 from ldm.models.conditioned import Conditioned, base_of
 from ldm.models.cost import TextShape
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
+from ldm.models.vision_tower import Tower
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
 from ldm.text.own_clip import OwnClip
@@ -74,6 +77,7 @@ OFF: tuple[tuple[str, Any], ...] = (  # fields that say nothing in an identity
     ("inpaint", None),
     ("masked_loss", None),
     ("variance", None),
+    ("align", None),
     ("caption_chunks", 1),
     ("conditions", []),
     ("learn", "all"),
@@ -95,6 +99,7 @@ class LatentDiffusion(ModelConfig):
     network: denoiser.Network = denoiser.DEFAULT  # in_channels, out_channels and context_width follow the autoencoder and the text encoder
     process: Process = Process()  # how data becomes noise, and what the network predicts
     variance: LearnedVariance | None = None  # learn the variance of ddpm's steps too (IDDPM, ADM, Imagen); null: it is the posterior's
+    align: Alignment | None = None  # lead inner states to what the CLIP's image tower sees (REPA); null: the denoising loss alone
     caption_chunks: Positive = 1  # of CLIP's 75 tokens (or what the text encoder reads) that a caption may have: kohya's 225 are 3
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt, for guidance
     defaults: Defaults = Defaults()  # how the finished model is sampled
@@ -123,8 +128,9 @@ class LatentDiffusion(ModelConfig):
         return self.masked_loss is not None
 
     def views(self) -> tuple[str, ...]:
-        """Those of its conditions."""
-        return tuple(each.view for each in self.conditions)
+        """Those of its conditions; to align with what is seen of them, the pictures."""
+        own = tuple(each.view for each in self.conditions)
+        return own if self.align is None or EMBEDDING in own else (*own, EMBEDDING)
 
     def inputs(self) -> dict[str, str]:
         """The text encoder, if it reads by one, and the autoencoder."""
@@ -237,6 +243,9 @@ class LatentDiffusion(ModelConfig):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
             yield f"{own}.distill: cannot be had beside conditions yet; leave one of the two out"
+        if self.align is not None and (self.adapt or self.distill or self.learn == "new"):
+            beside = "distill" if self.distill else "adapt" if self.adapt else "learn=new"
+            yield f"{own}.align: cannot be had beside {beside}, where no inner state learns as a whole; leave one of the two out"
         if self.adapt is not None and self.conditions:
             yield f"{own}.adapt: cannot be had beside conditions yet; learn one after the other, or leave one of the two out"
         if self.inpaint is None and not self.conditions and network.in_channels == 2 * network.out_channels + 1:
@@ -260,6 +269,7 @@ class LatentDiffusion(ModelConfig):
         if self.network.kind != "unet":
             yield f"{own}.network.kind: got {self.network.kind}; without a text encoder (text empty) there is unet"
         idle: dict[str, Any] = {"conditions": self.conditions, "adapt": self.adapt, "distill": self.distill, "after": self.after}
+        idle["align"] = self.align
         yield from (f"{own}.{name}: cannot be had without a text encoder yet; name one by text" for name, said in idle.items() if said)
         if self.caption_chunks > 1 or stage.caption_dropout is not None:
             name = f"{own}.caption_chunks" if self.caption_chunks > 1 else f"{where}.caption_dropout"
@@ -340,6 +350,14 @@ class LatentDiffusion(ModelConfig):
         known, encode, _ = cost.autoencoder(latent, side, side)
         extra = text.cost.forward + (0 if stage.latents else encode.forward)
         frozen = {"autoencoder": known} | ({"text encoder": text.parameters} if self.text else {})
+        aligning = {}
+        if self.align is not None:
+            tower = others["text"].image_tower(side, note)
+            with torch.device("meta"):
+                seeing, picture = tower.build(), torch.empty(cost.IMAGES, 3, side, side)
+                aligning = {"alignment": cost.count(projection(network.build().aligned()[1], tower.width))}
+                extra += cost.measure(seeing, lambda: seeing.seen(picture)[1]).forward
+            frozen["image tower"] = cost.count(seeing)
         if self.distill is not None:  # guided, with and without the prompt, and the target
             frozen["distilled network"], extra = learned, extra + 3 * spent.forward
         if self.conditions:
@@ -347,7 +365,7 @@ class LatentDiffusion(ModelConfig):
                 shape = conditions.Shape(latent.factor, latent.latent_width, text.embedding)
                 networks, inside = conditions.count(self.conditions, network.build(), shape)
             spent = spent * (1 + networks / learned)  # as if their weights were used as often as the base's
-            learns = {network.folder: learned, "conditions": networks}
+            learns = {network.folder: learned, "conditions": networks} | aligning
             if self.learn == "all":
                 return Footprint(learned=learns, frozen=frozen, cost=spent, extra=extra)
             spent, own = replace(spent, backward=spent.backward // 2), learned - inside
@@ -355,7 +373,7 @@ class LatentDiffusion(ModelConfig):
                 learned={"conditions": networks + inside}, frozen={network.folder: own} | frozen, cost=spent, extra=extra, passed=own
             )
         if self.adapt is None:
-            return Footprint(learned={network.folder: learned}, frozen=frozen, cost=spent, extra=extra)
+            return Footprint(learned={network.folder: learned} | aligning, frozen=frozen, cost=spent, extra=extra)
         # Gradients of the base's weights are not made; where captions are learned, the text encoder's are.
         spent = replace(spent, backward=spent.backward // 2)
         if self.adapt.text_learns:
@@ -420,6 +438,8 @@ class LatentDiffusion(ModelConfig):
             built = self.distill.told_by(built)
             network = cast("denoiser.Network", built.config)
         family = LatentDiffusionFamily(replace(self, network=network), built, codec, text, reads, teacher, clip)
+        if self.align is not None:
+            family.alignment = Aligned(built, Tower(*load_own_tower(context.products["text"].folder)))
         family.resolution = context.resolution
         if self.adapt is None:
             return family
@@ -459,6 +479,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         self.content_hash = ""
         self.turn: Callable[[nn.Module], None] = stay
         self.text_learns = False
+        self.alignment: Aligned | None = None  # in training, with what sees the clean pictures
         self.anew: Callable[[], denoiser.Denoiser] | None = None  # reads the denoising network's files again
         self.computed: Literal["", "bf16", "fp16"] = ""  # what its frozen weights lie in; empty: float32
 
@@ -499,8 +520,9 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         }
 
     def frozen(self) -> list[nn.Module]:
-        """The autoencoder, the text encoder, the network that is distilled, and the CLIP that embeds pictures."""
-        return [*self._frozen, *self._teacher, *(self.clip.networks() if self.clip else ())]
+        """The autoencoder, the text encoder, the network that is distilled, and what sees or embeds pictures."""
+        seeing = [*(self.clip.networks() if self.clip else ()), *([self.alignment.tower] if self.alignment else ())]
+        return [*self._frozen, *self._teacher, *seeing]
 
     # Training
 
@@ -544,6 +566,8 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         noised = self.process.noise(latents.x0, rng)
         error, bound = self._error(batch, latents, noised, rng)
         terms, gauges = {"denoising": (noised.weight * error).mean()}, {"error": error.detach().mean(), "latent_std": latents.x0.std()}
+        if self.alignment is not None and self.config.align is not None:
+            terms["alignment"] = self.config.align.weight * self.alignment(batch.views, (latents.x0.shape[2], latents.x0.shape[3]))
         if self.config.variance is not None:
             terms["variance"] = learned_variance.bits(self.process, self.config.variance.weight) * bound.mean()
         return terms, gauges
@@ -613,7 +637,8 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         d = self.defaults
         wanted = Wanted(steps=min(d["steps"], 20), guidance=d["guidance"], sampler=d["sampler"], precision=self.computed)
         size = (self.resolution, self.resolution)
-        edits = self.tell(batch.views, {}, size) if batch.views else ()
+        views = {name: view for name, view in (batch.views or {}).items() if name in self.told}
+        edits = self.tell(views, {}, size) if views else ()
         images = self.sample(captions, list(range(seed, seed + len(captions))), wanted, size=size, edits=edits)
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
