@@ -327,8 +327,9 @@ class ModelConfig:
         """Of the model before in a chain: what it adds to the folder of the one behind, which holds it, for a pipeline of diffusers."""
 
     def measured(self, products: Mapping[str, Product], scratch: Path, story: Mapping[str, Any], device: torch.device) -> Any:
-        """What a metric asks: the finished model, opened from its products as an export would assemble it."""
-        self.assemble(products, scratch, story)
+        """What a metric asks: the finished model, opened as an export would assemble it from its products, if that is not there yet."""
+        if not scratch.is_dir():
+            self.assemble(products, scratch, story)
         return self._opened(products, scratch, device)
 
     def _opened(self, products: Mapping[str, Product], folder: Path, device: torch.device) -> Any:

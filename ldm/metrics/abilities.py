@@ -128,7 +128,7 @@ class Abilities:
                 bench.progress(base + self.prompts * step // steps, len(groups) * self.prompts, name.replace("_", " "))
 
             seeds = [self.seed * 1_000_003 + i for i in range(self.prompts)]
-            images = bench.model.sample(group.text, seeds, wanted, size=size, on_step=on_step)
+            images = bench.sample(group.text, seeds, wanted, size=size, on_step=on_step)
             scores = adherence.score(images.numpy(), group.targets)
             found[name] = adherence.summary({name: scores[group.score]})[name]
             bench.show(f"abilities-{name}-{images.shape[1]}", floats(images[:8]), 8, group.text[:8])

@@ -186,7 +186,7 @@ class Adherence:
                 def on_step(step: int, steps: int, base: int = done, many: int = len(asked), scale: float = scale) -> None:
                     bench.progress(base + many * step // steps, total, f"guidance {scale:g}")
 
-                images = bench.model.sample(asked.text, seeds, replace(own, guidance=scale), size=size, on_step=on_step)
+                images = bench.sample(asked.text, seeds, replace(own, guidance=scale), size=size, on_step=on_step)
                 done += len(asked)
                 reading = read(images.numpy())
                 scores = grade(reading, asked.targets)

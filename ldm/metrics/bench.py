@@ -40,6 +40,18 @@ class Sampled(Protocol):
         ...
 
 
+class Team(Protocol):
+    """The processes that draw together; each runs the whole measurement, and draws its share of the pictures."""
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces are this process'."""
+        ...
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Everyone's values, in the order of their shares."""
+        ...
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a measurement may use."""
@@ -54,6 +66,7 @@ class Bench:
     train: DataSet | None = None  # what the model learned from
     asked: Wanted = OWN  # how pictures are drawn where a metric does not say it
     shown: set[str] = field(default_factory=set)  # names of the pictures written so far
+    team: Team | None = None  # None: this process draws all
     drawn: dict[Any, Tensor] = field(default_factory=dict)  # the pictures of the last captions, for the next metric that asks for the same
 
     def real(self, count: int) -> Any:
@@ -68,10 +81,28 @@ class Bench:
         key = (tuple(captions), seed, wanted)
         if key not in self.drawn:
             seeds = [seed + i for i in range(len(captions))]
-            images = self.model.sample(captions, seeds, wanted, on_step=lambda done, total: self.progress(done, total, what))
+            images = self.sample(captions, seeds, wanted, on_step=lambda done, total: self.progress(done, total, what))
             self.drawn.clear()
             self.drawn[key] = images
         return self.drawn[key]
+
+    def sample(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        wanted: Wanted,
+        *,
+        size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """As `Draws.sample`, shared by the processes of the team: a picture depends on its own prompt and seed alone."""
+        sized = {} if size is None else {"size": size}
+        if self.team is None:
+            return self.model.sample(captions, seeds, wanted, **sized, on_step=on_step)  # type: ignore[no-any-return]
+        own = self.team.share(len(captions))
+        rows = slice(own.start, own.stop)
+        part = [self.model.sample(list(captions)[rows], list(seeds)[rows], wanted, **sized, on_step=on_step).cpu()] if own else []
+        return torch.cat(self.team.gather(part))
 
     def wanted(self, metric: Sampled) -> Wanted:
         """The sampler settings that a metric asks for; what it leaves at 0 or empty is the model's own."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.metrics.bench import Team
 
 
 def measure(
@@ -19,6 +22,7 @@ def measure(
     progress: Callable[[int, int, str], None],
     train: Any = None,
     asked: Any = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """The results of measurements by their kind; a kind that stands there twice gets a number behind it.
 
@@ -31,6 +35,7 @@ def measure(
         progress: called as progress(done, in all, what).
         train: what the model learned from, or None.
         asked: a `Wanted`, how pictures are drawn where a metric does not say it; None: as the model says.
+        team: the processes that call this alike, and share the drawing; None: this one is alone.
     """
     from ldm.metrics.bench import Bench
     from ldm.metrics.evaluator import check_weights
@@ -38,6 +43,7 @@ def measure(
     check_weights(metrics)
 
     bench = Bench(model, data, resolution, seed, next(model.parameters()).device, pictures, progress, train)
+    bench = replace(bench, team=team)
     if asked is not None:
         bench = replace(bench, asked=asked)
     found: dict[str, Any] = {}

@@ -221,10 +221,9 @@ class Execution:
             return self._train(name, stage, folder, key, products), stage.images
         if isinstance(stage, Encode):
             return self._encode(name, stage, folder, products)
-        result: dict[str, Any] = {}
-        if self.processes.main:
-            result = self._evaluate(name, stage, folder, products) if isinstance(stage, Evaluate) else self._export(name, products)
-        return result, 0
+        if isinstance(stage, Evaluate):
+            return self._evaluate(name, stage, folder, products), 0
+        return (self._export(name, products) if self.processes.main else {}), 0
 
     def _seed(self, name: str) -> int:
         return mix(self.run.seed, name) % 2**63
@@ -391,20 +390,28 @@ class Execution:
         return self._last.usage(prompt, model)
 
     def _evaluate(self, name: str, stage: Evaluate, folder: Path, products: Mapping[str, Product]) -> dict[str, Any]:
-        of = self._measured(name)
+        of, main = self._measured(name), self.processes.main
         scratch = folder / "assembled"
-        model = self.run.models[of.model].measured(products, scratch, self.story(), self.processes.device)
-        shutil.rmtree(scratch, ignore_errors=True)
+        config, opened = self.run.models[of.model], []
+        if main:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a start that was killed
+        for turn in (main, not main):  # the first process assembles the model, the others open it
+            if turn:
+                opened.append(config.measured(products, scratch, self.story(), self.processes.device))
+            self.processes.wait()
+        if main:
+            shutil.rmtree(scratch, ignore_errors=True)
         with self.log.stage(name, 0, 0) as log:
             return measure(
-                model,
+                opened[0],
                 stage.metrics,
                 data=asked(self.val, self.run.models[of.model].views()),
                 resolution=of.resolution,
                 seed=self.run.seed,
-                pictures=folder / "samples",
+                pictures=folder / "samples" if main else None,
                 progress=log.progress,
                 train=self.data,
+                team=self.processes if self.processes.world > 1 else None,
             )
 
     def _export(self, name: str, products: Mapping[str, Product]) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from ldm.config.schema import build
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import ScenesSource, prompts
 from ldm.data.scenes.spec import COLOURS, PAIR_DEV, PAIR_TEST, SHAPES
+from ldm.distributed.processes import Processes
 from ldm.metrics.adherence import METRICS, Adherence, score
 from ldm.metrics.bench import Bench
 from ldm.metrics.distances import Frechet
@@ -201,3 +205,48 @@ def test_pictures_of_one_name_stand_beside_each_other(tmp_path: Path) -> None:
         shown.show("grid", torch.full((1, 3, 8, 8), value), 1, ["a"])
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["grid-2.png", "grid.png"]
     assert (tmp_path / "grid.png").read_bytes() != (tmp_path / "grid-2.png").read_bytes()
+
+
+class Both:
+    """Two threads that stand for two processes."""
+
+    def __init__(self) -> None:
+        self.meet, self.said = threading.Barrier(2, timeout=60), [[], []]  # type: ignore[var-annotated]
+
+    def member(self, rank: int) -> Any:
+        def share(count: int) -> range:
+            return Processes(rank, 2).share(count)
+
+        def gather(values: list[Any]) -> list[Any]:
+            self.said[rank] = values
+            self.meet.wait()
+            found = [*self.said[0], *self.said[1]]
+            self.meet.wait()
+            return found
+
+        return SimpleNamespace(share=share, gather=gather)
+
+
+def test_processes_share_the_drawing_and_all_find_what_one_finds() -> None:
+    metric = Adherence(tier="one", prompts=9)
+    alone = metric.run(bench(Painter(count=9)))
+    both, drawn, found = Both(), [0, 0], [{}, {}]  # type: ignore[var-annotated]
+
+    def work(rank: int) -> None:
+        painter = Painter(count=9)
+        own = painter.sample
+
+        def sample(captions: Any, *words: Any, **more: Any) -> Any:
+            drawn[rank] += len(captions)
+            return own(captions, *words, **more)
+
+        painter.sample = sample  # type: ignore[method-assign]
+        found[rank] = metric.run(replace(bench(painter), team=both.member(rank)))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert found == [alone, alone] and set(alone["seen"].values()) == {1.0}, "in the prompts' order"
+    assert drawn == [10, 8]
