@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.data import remote
 from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
 from ldm.data.fields import ALIASES, column_of
 from ldm.data.storage import expand, is_url, matching
@@ -67,7 +68,7 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
     started = time.monotonic()
     files = _files(inputs)
     out.mkdir(parents=True, exist_ok=True)
-    with _database(out, memory_mb, threads) as database, _told(files):
+    with _database(out, memory_mb, threads, files) as database, _told(files):
         _check_patterns(database, asked)
         columns = _columns(database, files)
         rules = rules_of(asked, columns, _removal(database, asked.remove, columns))
@@ -101,7 +102,7 @@ def _files(inputs: Sequence[str]) -> list[str]:
         for name in expand(os.path.expanduser(item)):
             place = Path(name)
             if is_url(name):
-                found.append(name)
+                found += _below(name)
             elif place.is_dir():
                 found += sorted(str(p) for p in place.rglob("*.parquet") if not p.name.startswith((".", "ldm-index")))
             elif place.is_file():
@@ -116,8 +117,24 @@ def _files(inputs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _below(url: str) -> list[str]:
+    """A table in a store, those that a star means, or all below a folder.
+
+    Raises:
+        UserError: if the store refuses, or nothing is there.
+    """
+    if wrong := remote.lacking(url):
+        raise wrong
+    if url.endswith(".parquet") and not glob.has_magic(url):
+        return [url]
+    try:
+        return sorted(remote.listed(url, ".parquet"))
+    except OSError as error:
+        raise UserError(f"{url}: cannot be listed ({error.strerror or error}); name the tables themselves") from None
+
+
 @contextmanager
-def _database(out: Path, memory_mb: int, threads: int) -> Iterator[Any]:
+def _database(out: Path, memory_mb: int, threads: int, files: Sequence[str]) -> Iterator[Any]:
     try:
         import duckdb
     except ImportError:
@@ -127,6 +144,10 @@ def _database(out: Path, memory_mb: int, threads: int) -> Iterator[Any]:
     try:
         database.execute(f"SET memory_limit='{memory_mb}MB'; SET threads={threads}; SET temp_directory={literal(str(folder))}")
         database.execute("SET preserve_insertion_order=true; SET enable_progress_bar=false")
+        if any(map(is_url, files)):
+            from ldm.data.curation.store import store
+
+            database.register_filesystem(store())
         yield database
     finally:
         database.close()
@@ -165,12 +186,18 @@ def _check_patterns(database: Any, asked: Curation) -> None:
 
 
 def _read(files: list[str]) -> str:
-    named = ", ".join(literal(file if is_url(file) else glob.escape(file)) for file in files)
+    named = ", ".join(literal(_named(file) if is_url(file) else glob.escape(file)) for file in files)
     return f"read_parquet([{named}], union_by_name=true, filename='ldm_file', file_row_number=true)"
 
 
 def _number(files: list[str]) -> str:
-    return f"(list_position([{', '.join(map(literal, files))}], ldm_file) - 1) * {_PART} + file_row_number"
+    names = ", ".join(literal(_named(file)) for file in files)
+    return f"(list_position([{names}], ldm_file) - 1) * {_PART} + file_row_number"
+
+
+def _named(file: str) -> str:
+    """A file as the database opens it and calls it: a URL by requests of our own."""
+    return f"ldm://{file}" if is_url(file) else file
 
 
 def _all(database: Any) -> list[str]:

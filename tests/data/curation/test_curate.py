@@ -306,3 +306,25 @@ def test_tables_with_different_columns_go_together(tmp_path):
     audit = curate([str(tmp_path)], tmp_path / "out", Curation(min_aesthetic=5.0))
     assert ids(tmp_path / "out") == [0] and audit.rules[0]["unknown"] == 1
     assert isinstance(audit, Audit) and set(audit.columns) == {"url", "aesthetic"}
+
+
+def test_tables_in_a_store_that_fails_give_what_those_on_a_disk_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp", reason='of the extra "http"')
+    from stores import served
+
+    from ldm.data import remote
+
+    monkeypatch.setattr(remote, "WAIT_S", 0.01)
+    folder = write(tmp_path / "in", raw(), "art", files=2)
+    asked = Curation(min_side=64, unique=("url",), val_share=0.1)
+    here = curate([str(folder)], tmp_path / "here", asked)
+    with served(folder) as server:
+        server.faults = lambda number, method, path: None if number % 3 == 2 else ("status", 503)
+        there = curate([f"{server.url}/{i}.parquet" for i in range(2)], tmp_path / "there", asked)
+        assert len(server.asked) > 6 and there.files[0] == f"{server.url}/0.parquet"
+        server.faults = lambda number, method, path: ("status", 403)
+        with pytest.raises(UserError, match=r"0\.parquet.*(403|refused)"):
+            curate([f"{server.url}/0.parquet"], tmp_path / "refused", asked)
+    for name in ("train", "val"):
+        assert ids(tmp_path / "here", name) == ids(tmp_path / "there", name)
+    assert here.rules == there.rules
