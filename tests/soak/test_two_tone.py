@@ -1,4 +1,5 @@
-"""A thing of two colours, a pair that the base was never shown, learned as a word (textual inversion) and by all weights (DreamBooth).
+"""A thing of two colours, a pair that the base was never shown, learned as a word (textual inversion), by all weights (DreamBooth), and by
+what keys and values make of a word (Custom Diffusion, a rank-one edit).
 
 `python -m pytest -m soak -s tests/soak/test_two_tone.py`, about 40 minutes of one core. An autoencoder that has seen
 objects of one colour only cannot draw it, so the base is the quickstart trained on pictures of which half show two colours. Prints the
@@ -27,6 +28,7 @@ from ldm.metrics.adherence import score
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 SIDE, SHOWN = 64, 60
+WORD_OF_TWO = ("models.diffusion.adapt.init=red and blue", "models.diffusion.adapt.vectors=3")
 LEFT, RIGHT, DISC = COLOURS.index("purple"), COLOURS.index("yellow"), SHAPES.index("circle")
 
 
@@ -195,3 +197,25 @@ def test_a_thing_and_what_is_kept(base: Path, tmp_path: Path, trained: Callable[
         kept[name] = bound(model)
         print(f"DreamBooth {name}: {share(model, 'sks circle'):.2f}, other discs bind {kept[name]:.2f}")
     assert kept["with prior"] > kept["without"]
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "file", "words"),
+    [
+        ("finetune-custom.yaml", "<thing> circle", "custom/pytorch_custom_diffusion_weights.safetensors", WORD_OF_TWO),
+        ("finetune-rank-one.yaml", "sks circle", "lora/kohya.safetensors", ()),
+    ],
+)
+def test_keys_and_values_of_a_word(
+    base: Path, tmp_path: Path, trained: Callable[..., Path], config: str, name: str, file: str, words: tuple[str, ...]
+) -> None:
+    """Eight pictures, and 96 of the base's own of 24 prompts; how large the file is, and what becomes of other discs."""
+    specs = scenes(9, 80)
+    pictures = folder(tmp_path / "pictures", specs, said(specs, name))
+    kind = ", ".join(others(84)[0][:24])
+    before = bound(base)
+    model = trained(config, pictures, f"prior_preservation.prompts=[{kind}]", "prior_preservation.images=96", *words)
+    found, after = share(model, name), bound(model)
+    size = (model.parent / file).stat().st_size / next((base / "unet").glob("*.safetensors")).stat().st_size
+    print(f"\n{config}, '{name}': {found:.2f}; other discs bind {before:.2f} and then {after:.2f}; file {size:.2%} of the U-Net's")
+    assert found > 0 and size < 0.05
