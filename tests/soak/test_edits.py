@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.scenes.captions import Target, say
-from ldm.data.scenes.checker import read
+from ldm.__main__ import main
+from ldm.data.scenes.captions import Phrase, Target, say
+from ldm.data.scenes.checker import colours, read
 from ldm.data.scenes.render import render, to_bytes
 from ldm.data.scenes.source import prompts
-from ldm.families.draws import OWN, Wanted
+from ldm.data.scenes.spec import CELLS, SHAPES, Specs
+from ldm.families.draws import OWN, VideoEdit, Wanted
 from ldm.families.latent_diffusion.family import LatentDiffusionFamily
 from ldm.families.registry import load
 from ldm.metrics.adherence import score
 from ldm.text.prompt_syntax import literal
+from ldm.text.prompt_syntax import read as prompt
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 RUNS = Path(os.environ.get("LDM_RUNS", "runs"))
@@ -146,3 +149,68 @@ def test_one_of_two_objects_by_inpainting(model: LatentDiffusionFamily) -> None:
         f"new shape {np.mean(shape):.3f}, both {both_right:.3f}"
     )
     assert torch.equal(drawn[~new], both[~new]) and np.mean(kept) >= 0.95 and np.mean(colour) >= 0.7
+
+
+def test_a_classifier_leads_where_the_network_is_told_nothing(model: LatentDiffusionFamily, tmp_path: Path) -> None:
+    """Guidance 0 leaves the prompt to the classifier alone; LDM_CLASSIFIER names one of the six shapes that is there already."""
+    file = Path(os.environ.get("LDM_CLASSIFIER", tmp_path / "shapes.safetensors"))
+    if not file.exists():
+        latents, base = tmp_path / "latents", str(RUNS / "quickstart" / "model")
+        config = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+        assert main(["data", "encode", config, "--model", base, "--out", str(latents), "--resolution", "64", "--images", "8000"]) == 0
+        words = ["--words", ",".join(SHAPES), "--images", "100000", "--out", str(file)]
+        assert main(["classifier", str(latents), "--model", base, *words]) == 0
+    guide, asked = model.guide(file), [shape for shape in range(len(SHAPES)) for _ in range(8)]
+    texts, targets = [f"a {SHAPES[shape]}" for shape in asked], [Target((Phrase(shape=shape),)) for shape in asked]
+    found = {}
+    for guidance in (0.0, 1.0):
+        for scale in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
+            edits = (guide.edit(texts, scale),) if scale else ()
+            images = model.sample(texts, range(len(texts)), Wanted(guidance=guidance), edits=edits).numpy()
+            graded = score(images, targets)
+            found[guidance, scale] = float(graded["shape"].mean())
+            told = f"shape {found[guidance, scale]:.3f}, one object {graded['count'].mean():.3f}"
+            print(f"\n{len(texts)} prompts, guidance {guidance:g}, classifier {scale:g}: {told}", end="")
+    assert found[0.0, 0.0] < 0.2 and np.mean([found[0.0, scale] for scale in (8.0, 16.0, 32.0)]) > found[0.0, 0.0] + 0.05
+
+
+def moving(frames: int) -> tuple[Specs, Target]:
+    """A ring that crosses the middle of the picture from left to right, and what its frames show whatever the place."""
+    asked = prompts("one", 400, seed=5)
+    row = next(
+        i
+        for i in range(400)
+        if asked.targets[i].objects[0].cell == CELLS.index("center") and asked.specs.shape[i, 0] == SHAPES.index("ring")
+    )
+    still = asked.specs.take(np.full(frames, row))
+    (phrase,) = asked.targets[row].phrases
+    return replace(still, x=np.linspace(0.25, 0.75, frames)[:, None]), replace(asked.targets[row], phrases=(replace(phrase, cell=-1),))
+
+
+def steadiness(frames: np.ndarray) -> float:
+    """Peak signal-to-noise ratio (dB) of the background of each frame beside the one before."""
+    values, ground = frames.astype(np.float64) / 255, colours(frames) < 0
+    found = []
+    for a, b, first, second in zip(values, values[1:], ground, ground[1:], strict=False):
+        both = np.repeat(np.repeat(first & second, values.shape[1] // ground.shape[1], 0), values.shape[2] // ground.shape[2], 1)
+        found.append(-10 * np.log10(max(float(((a - b)[both] ** 2).mean()), 1e-10)))
+    return float(np.mean(found))
+
+
+def test_a_clip_drawn_frame_by_frame_and_in_shuffled_sheets(model: LatentDiffusionFamily) -> None:
+    """Of 16 frames: whether they show the new colour, and how steady the background is; the quickstart's model cannot draw sheets."""
+    specs, target = moving(16)
+    frames, new = torch.from_numpy(to_bytes(render(specs, SIDE))), recoloured(target)
+    settings, found = model.settings(OWN), {}
+    print(f"\n16 frames themselves: background {steadiness(frames.numpy()):.1f} dB", end="")
+    for strength in (0.7, 0.9):
+        apart = model.sample([say(new)] * 16, range(16), edits=model.edits(frames, strength=strength))
+        made = {"each with noise of its own": apart}
+        for cells in (1, 2):
+            clip = VideoEdit(prompt=prompt(say(new)), negative=prompt(""), cells=cells, strength=strength, source=None, seed=0)
+            made[f"cells {cells}"] = model.restyle(frames, clip, settings, print)
+        for name, images in made.items():
+            bind, steady = float(score(images.numpy(), [new] * 16)["bind"].mean()), steadiness(images.numpy())
+            found[strength, name] = bind
+            print(f"\nstrength {strength:g}, {name}: bind {bind:.3f}, background {steady:.1f} dB", end="")
+    assert found[0.9, "cells 1"] >= 0.8
