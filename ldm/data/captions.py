@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.data.images import Rejected
@@ -32,6 +33,12 @@ def clean(text: str) -> str:
         else:
             kept.append(character)
     return " ".join("".join(kept).split())[:MAX_CHARACTERS].strip()
+
+
+def cut_at_most(captions: Iterable[str]) -> str:
+    """How many captions are cut by `clean`, in words; empty: none."""
+    count = sum(len(text) >= MAX_CHARACTERS - 1 for text in captions)  # a blank at the end has gone
+    return f"{count:,} captions are cut at {MAX_CHARACTERS:,} characters" if count else ""
 
 
 def decoded(data: bytes) -> str:

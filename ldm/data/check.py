@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
-from ldm.data.captions import MAX_CHARACTERS, from_folder
+from ldm.data.captions import cut_at_most, from_folder
 from ldm.data.file_names import printable
 from ldm.data.folder import FolderData, FolderSource, how_to_unpack
 from ldm.data.folder_scan import ARCHIVES, SUFFIXES
@@ -132,6 +132,7 @@ def check(
     plain = isinstance(source, FolderSource) and source.captions != "kohya"
     if plain and any(from_folder(part.name(i)) for part in parts for i in range(len(part))):
         found.notes.append("folders are named as kohya's scripts have them; captions=kohya reads repeats and words from the names")
+    found.notes += described.get("notes", [])
     if isinstance(source, FolderSource):
         found.notes += _views(parts)
     if "with_repeats" in described:
@@ -140,8 +141,8 @@ def check(
     if cut := cut_captions(texts, tokenizer or _usual_tokenizer, room):
         found.cut_captions = asdict(cut)
         found.notes.append(str(cut))
-    if whole := sum(len(text) >= MAX_CHARACTERS for text in texts):
-        found.notes.append(f"{whole:,} captions are cut at {MAX_CHARACTERS:,} characters")
+    if whole := cut_at_most(texts):
+        found.notes.append(whole)
     small = int((sizes.min(1) < resolution).sum())
     if small:
         found.notes.append(f"{small} images are enlarged to reach {resolution} px; a filter with min_side leaves them out")

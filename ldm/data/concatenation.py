@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Self, TypeVar
@@ -25,7 +24,7 @@ from ldm.data.filter import HasFields
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
-from ldm.data.photos import LISTED
+from ldm.data.photos import left_out
 from ldm.data.shards import ShardsSource
 from ldm.data.views import ViewKind
 from ldm.diffusion.batch import ImageBatch, cat, taken
@@ -139,20 +138,7 @@ class Concatenation:
     def describe(self) -> dict[str, object]:
         """Counts and rejections of all parts, what each says of itself, and the fingerprint."""
         said = [part.describe() for part in self.parts]
-        rejected: Counter[str] = Counter()
-        for each in said:
-            if isinstance(found := each.get("rejected"), Mapping):
-                rejected.update(found)
-        names = ("rejected_files", "rejected_samples", "rejected_rows")
-        files = [str(file) for each in said for name in names for file in _list(each.get(name))]
-        return {
-            "kind": "several",
-            "images": len(self),
-            "rejected": dict(rejected),
-            "rejected_files": files[:LISTED],
-            "parts": said,
-            "fingerprint": self.fingerprint(),
-        }
+        return {"kind": "several", "images": len(self), **left_out(said), "parts": said, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """Of the parts and how often they come."""
@@ -163,10 +149,6 @@ class Concatenation:
 def _all_of(image: torch.Tensor) -> torch.Tensor:
     """A mask of images in which everything counts."""
     return torch.full((len(image), 1, *image.shape[2:]), 255 if image.dtype == torch.uint8 else 1.0, dtype=image.dtype)
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
 
 
 @config

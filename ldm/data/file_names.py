@@ -12,13 +12,34 @@ from pathlib import Path
 # OneTrainer's names mean nothing else; the others are also words that a picture's own name may end with.
 _OWN_MARK = re.compile(r"(.+)-(mask|cond)label\d?", re.IGNORECASE)
 _MARKS = (
-    *("mask", "masks", "cond", "conditioning", "control", "canny", "depth", "normal", "pose", "openpose"),
-    *("seg", "segmentation", "lineart", "scribble", "softedge", "hed", "mlsd"),
+    *(
+        "mask",
+        "masks",
+        "masked",
+        "alpha",
+        "matte",
+        "trimap",
+        "cond",
+        "conditioning",
+        "control",
+        "canny",
+        "depth",
+        "normal",
+        "pose",
+        "openpose",
+    ),
+    *("dwpose", "seg", "segmap", "segmentation", "label", "lineart", "scribble", "sketch", "edge", "edges", "softedge", "hed", "mlsd"),
 )
-_MARK = re.compile(rf"(.+)[-_.]({'|'.join(_MARKS)})", re.IGNORECASE)
+_MASKS = ("mask", "masks", "alpha", "matte")  # white where it counts: a trimap says more, and one that is inverted the opposite
+_MARK = re.compile(rf"(.+)[-_.]({'|'.join(_MARKS)})(?:[-_.]?(\d{{1,2}}|inv|inverted))?", re.IGNORECASE)
+_MARK_BEFORE = re.compile(rf"({'|'.join(_MARKS)})[-_.](.+)", re.IGNORECASE)
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # @eaDir: Synology's thumbnails, which are pictures
-_MASK_FOLDERS = ("mask", "masks", "alpha_masks")
-_FOLDERS = (*_MASK_FOLDERS, "_controls", "control", "controls", "condition", "conditioning", "conditioning_images")  # _controls: ai-toolkit
+_MASK_FOLDERS = ("mask", "masks", "alpha_masks", "mattes")
+_FOLDERS = (  # _controls: ai-toolkit; conditioning_data: kohya's scripts
+    *(*_MASK_FOLDERS, "_controls", "control", "controls", "control_images", "controlnet", "condition", "conditions"),
+    *("conditioning", "conditioning_data", "conditioning_image", "conditioning_images", "trimap", "trimaps"),
+    *("thumbnail", "thumbnails", "thumbs"),
+)
 
 
 def is_text(name: str) -> bool:
@@ -104,9 +125,9 @@ class SidePicture:
 def side_pictures(names: Iterable[str], captioned: Iterable[str] = ()) -> dict[str, SidePicture]:
     """Which of some pictures' names are those of side pictures.
 
-    `x-masklabel.png` and `x-condlabel.png` (OneTrainer) always are. `x_mask.png`, `x.mask.png`, `x-depth.png` and the like are where
-    `x` is a picture too and they have no caption of their own; so are pictures in folders such as masks/, conditioning/ and
-    ai-toolkit's _controls/ of which an equal name lies in the folder above or in another one beside.
+    `x-masklabel.png` and `x-condlabel.png` (OneTrainer) always are. `x_mask.png`, `x.mask.png`, `x-depth.png`, `mask_x.png` and the
+    like are where `x` is a picture too and they have no caption of their own; so are pictures in folders such as masks/, conditioning/
+    and ai-toolkit's _controls/ of which an equal name lies in the folder above or in another one beside.
 
     Args:
         names: of pictures, with `/` between folders.
@@ -124,8 +145,8 @@ def side_pictures(names: Iterable[str], captioned: Iterable[str] = ()) -> dict[s
         folder, slash, last = split(name)[0].rpartition("/")
         if mark := _OWN_MARK.fullmatch(last):
             found[name] = SidePicture("mask" if mark[2].lower() == "mask" else "condition", by_stem.get(folder + slash + mark[1]))
-        elif (mark := _MARK.fullmatch(last)) and name not in own and (of := by_stem.get(folder + slash + mark[1])):
-            found[name] = SidePicture("mask" if mark[2].lower().startswith("mask") else "condition", of)
+        elif name not in own and (marked := _marked(last)) and (of := by_stem.get(folder + slash + marked[0])):
+            found[name] = SidePicture("mask" if marked[1] in _MASKS else "condition", of)
         else:
             rest.append(name)
     inside = {name for name in rest if any(part.lower() in _FOLDERS for part in name.split("/")[:-1])}
@@ -142,6 +163,37 @@ def side_pictures(names: Iterable[str], captioned: Iterable[str] = ()) -> dict[s
         if of := direct if direct not in inside and direct else beside.get((above, below)):
             found[name] = SidePicture("mask" if parts[at].lower() in _MASK_FOLDERS else "condition", of)
     return found
+
+
+def alike(names: Iterable[str], captioned: Iterable[str] = ()) -> list[str]:
+    """What to say of pictures that are named as if they belonged to others: `x_gt.png` of most `x.png`, none with a caption of its own.
+
+    No name says that they are side pictures, and so they are learned from.
+    """
+    listed, own = list(names), set(captioned)
+    by_stem = {split(name)[0]: name for name in listed}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in listed:
+        found = _ENDING.fullmatch(split(name)[0])
+        if found and name not in own and (of := by_stem.get(found[1])):
+            groups.setdefault(found[2], []).append((name, of))
+    most = {end: pairs for end, pairs in groups.items() if len(pairs) >= _FEW and 2 * len(pairs) > len(listed) - len(pairs)}
+    return [
+        f"{len(pairs):,} pictures are named like others with {end} behind it, such as {pairs[0][0]} and {pairs[0][1]};"
+        " they are learned from, too: where they are masks or conditions, move them away"
+        for end, pairs in most.items()
+    ]
+
+
+_FEW = 4
+_ENDING = re.compile(r"(.+?)([-_.][^\W\d_][\w-]{0,30})")
+
+
+def _marked(stem: str) -> tuple[str, str] | None:
+    """The stem of the picture that a name's mark may belong to, and the mark."""
+    if mark := _MARK.fullmatch(stem):
+        return mark[1], f"{mark[2]}{mark[3] if mark[3] and not mark[3].isdigit() else ''}".lower()
+    return (mark[2], mark[1].lower()) if (mark := _MARK_BEFORE.fullmatch(stem)) else None
 
 
 def is_side_column(name: str) -> bool:

@@ -215,6 +215,7 @@ class FolderData(Photos):
             "captions_from": self.tables or self.source.captions,
             "rejected": dict(Counter(r.reason for r in self.rejected)),
             "rejected_files": [str(r) for r in self.rejected[:LISTED]],
+            "notes": self._scan.file.told["notes"],
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }

@@ -24,7 +24,7 @@ from ldm.data.caption_tables import NEAR, CaptionTable, is_table, read_tables
 from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.fields import Known
-from ldm.data.file_names import OF_SYSTEMS, Names, is_text, leads_out, side_pictures, split
+from ldm.data.file_names import OF_SYSTEMS, Names, alike, is_text, leads_out, side_pictures, split
 from ldm.data.folder_views import FolderViews, Layout, find_views
 from ldm.data.images import FORMATS, Rejected, probe
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
@@ -32,10 +32,14 @@ from ldm.data.photos import Rejection, held_out
 from ldm.data.tags import affixed
 from ldm.diffusion.batch import View
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-OTHER_IMAGES = (".eps", ".heic", ".heif", ".jp2", ".jxl", ".pdf", ".psd", ".svg")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_IMAGES = (
+    *(".eps", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".pdf", ".psd", ".psb", ".svg", ".xcf", ".kra"),
+    *(".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".icns", ".dds", ".dib", ".exr", ".hdr", ".sgi", ".pcx"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),  # of cameras
+)
 ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
-FORMAT = 1  # of what is remembered
+FORMAT = 2  # of what is remembered
 _THREADS = 8
 _BLOCK = 512  # pictures that a thread looks at before it reports
 _IDLE = ("max_bad", "max_seconds", "path")  # settings that a scan does not depend on; the path counts by where it leads
@@ -171,6 +175,15 @@ def _remembered(place: Path, listing: Listing) -> Scan | None:
     return Scan(file, FolderViews(listing.root)) if file.told.get("listing") == listing.digest else None
 
 
+_UNSEEN = (  # reason and detail of what a walk finds and does not follow
+    ("link leads out", "of the folder; set data.outside=true to follow it"),
+    ("link leads nowhere", "what it points at is gone, or a link in a circle"),
+    ("unreadable file", "neither a file nor a folder"),
+    ("unreadable folder", "it may not be read"),
+)
+_OUT, _NOWHERE, _ODD, _LOCKED = range(len(_UNSEEN))
+
+
 class _State(NamedTuple):
     st_size: int
     st_mtime_ns: int
@@ -197,9 +210,9 @@ class Listing:
         self.root = root
         digest = hashlib.blake2b(digest_size=16)
         self._names: list[str] = []
-        self._states = array("q")  # length and time of each; -1: a link that leads out
+        self._states = array("q")  # length and time of each; -1 and the place in _UNSEEN of what is not followed
         for name, status in _walk(str(root), "", set(), outside):
-            size, time_ns = (-1, 0) if status is None else (status.st_size, status.st_mtime_ns)
+            size, time_ns = (-1, status) if isinstance(status, int) else (status.st_size, status.st_mtime_ns)
             digest.update(f"{name}\0{size}\0{time_ns}\0".encode("utf-8", "surrogateescape"))
             self._names.append(name)
             self._states.extend((size, time_ns))
@@ -216,7 +229,9 @@ class Listing:
         for number, name in enumerate(self._names):
             stem, suffix = split(name)
             if self._states[2 * number] < 0:
-                self.rejected.append(Rejection(name, "link leads out", "of the folder; set data.outside=true to follow it"))
+                self.rejected.append(
+                    Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), *_UNSEEN[self._states[2 * number + 1]])
+                )
             elif not is_text(name):
                 self.rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
             elif is_table(name.rpartition("/")[2]):
@@ -264,9 +279,9 @@ class Listing:
         return find_views(self.root, self.images, source.views, source.layout, table.views, None if alike else captioned)
 
     def text_of(self, name: str) -> str | None:
-        """The text file beside an image, in letters of any case."""
-        stem = split(name)[0]
-        return next((found for texts in self._texts if (found := texts.find(stem))), None)
+        """The text file beside an image, in letters of any case: x.txt of x.jpg, else x.jpg.txt, which downloaders write."""
+        stems = (split(name)[0], name)
+        return next((found for stem in stems for texts in self._texts if (found := texts.find(stem))), None)
 
 
 @dataclass
@@ -350,7 +365,8 @@ def _looked(
     rejected = [*found.rejected, *(Rejection(*row) for row in table.rejected)]
     rejected += [Rejection(name, "listed but missing") for name in sorted(set(table.absent))]
     names = [name for name in found.images if name not in views.files]
-    side = side_pictures(names, (name for name in names if table.captions.get(name) or found.text_of(name)))
+    captioned = {name for name in names if table.captions.get(name) or found.text_of(name)}
+    side = side_pictures(names, captioned)
     masks = {kept.of: name for name, kept in sorted(side.items(), reverse=True) if kept.kind == "mask" and kept.of}
     masks = masks if source.masks == "beside" else {}
     used = set(masks.values())
@@ -372,6 +388,7 @@ def _looked(
     told = {
         "listing": found.digest,
         "tables": table.files,
+        "notes": alike(usable, captioned),
         "rejected": [(one.name, one.reason, one.detail) for one in rejected],
         "val": np.flatnonzero(out).tolist(),
     }
@@ -455,28 +472,39 @@ def _times(name: str) -> int:
     return said[0]
 
 
-def _walk(root: str, prefix: str, visited: set[tuple[int, int]], outside: bool) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Every file below a folder, links followed once, hidden and __MACOSX ones left out; None for a link that leads out."""
+def _walk(root: str, prefix: str, visited: set[tuple[int, int]], outside: bool) -> Iterator[tuple[str, os.stat_result | int]]:
+    """Every file below a folder, links followed once, hidden and __MACOSX ones left out; the place in _UNSEEN of what is not followed."""
     folder = os.path.join(root, prefix)
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in visited:
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=_name)
+    except OSError:
+        yield prefix.rstrip("/") or ".", _LOCKED
         return
-    visited.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=_name)
     for entry in entries:
         name = entry.name
         if name.startswith(".") or name in OF_SYSTEMS:
             continue
         try:
             if entry.is_symlink() and not outside and leads_out(entry.path, root):
-                yield prefix + name, None
+                yield prefix + name, _OUT
             elif entry.is_dir():
                 yield from _walk(root, f"{prefix}{name}/", visited, outside)
             elif entry.is_file():
                 yield prefix + name, entry.stat()
-        except OSError:  # a folder that may not be read, or a file that has just gone
-            _log.warning("%s cannot be read", entry.path)
+            else:
+                yield prefix + name, _NOWHERE if entry.is_symlink() and not os.path.exists(entry.path) else _ODD
+        except OSError:  # a link in a circle, or a file that has just gone
+            yield prefix + name, _NOWHERE
+
+
+def _spelt(name: str) -> str:
+    """A name as text, with the bytes that are none written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _name(entry: os.DirEntry[str]) -> str:

@@ -135,8 +135,9 @@ class Levels:
 def levels(image: Image.Image) -> Levels | None:
     """What the values of a picture mean; None where it has bytes, whose meaning their mode tells.
 
-    16-bit numbers reach from 0 to 65535, or as far as the bits that a TIFF tells. Floats are 0 to 1 by convention; up to 255 or
-    65535 they are taken for such numbers as floats. What overshoots a little is clipped.
+    16-bit numbers reach from 0 to 65535, or as far as the bits that a TIFF tells; where none exceeds 255 they are bytes that a
+    program wrote as wider numbers, as Pillow and OpenCV do. Floats are 0 to 1 by convention; up to 255 or 65535 they are taken for
+    such numbers as floats. What overshoots a little is clipped.
 
     Raises:
         Rejected: where no range is meant for sure.
@@ -147,6 +148,8 @@ def levels(image: Image.Image) -> Levels | None:
     inverted = tags.get(262) == 0
     if image.mode.startswith("I;16"):
         bits = tags.get(258, (16,))[0]
+        if bits >= 16 and np.asarray(image).max() <= 255:
+            return Levels(255, inverted)
         return Levels(2.0**bits - 1 if 8 < bits <= 16 else 65535, inverted)
     low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
     if not math.isfinite(low + high):

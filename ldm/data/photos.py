@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from ldm.diffusion.batch import ImageBatch, View, cat
 from ldm.diffusion.rng import Rng, mix
 
 LISTED = 20  # rejected files that describe() names; `rejected` has all
+REJECTED = ("rejected_files", "rejected_samples", "rejected_rows")  # what describe() calls them
 TOLERATED = 10  # bad files that never stop a run, however small the data
 # Left out by a rule, not because they are broken.
 HARMLESS = ("too small", "format not supported", "no caption", "side picture", *(f"no {name}" for name in (*MAPS, *WORDS)))
@@ -343,6 +344,27 @@ def held_out(names: Sequence[str], share: float) -> np.ndarray:
 def counted(counts: Counter[str]) -> str:
     """Reasons with their counts, most frequent first."""
     return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none rejected"
+
+
+def left_out(said: Sequence[Mapping[str, object]]) -> dict[str, Any]:
+    """What several data sets leave out, by reason and the first of them, and what else they tell of.
+
+    Args:
+        said: what each describes itself as.
+    """
+    rejected: Counter[str] = Counter()
+    for each in said:
+        if isinstance(found := each.get("rejected"), Mapping):
+            rejected.update(found)
+    files = [str(file) for each in said for name in REJECTED for file in _list(each.get(name))]
+    notes = [note for each in said for note in _list(each.get("notes"))]
+    damaged = [each.get("damaged_shards") for each in said]
+    shards = {name: places for each in damaged if isinstance(each, Mapping) for name, places in each.items()}
+    return {"rejected": dict(rejected), "rejected_files": files[:LISTED], "notes": notes, **({"damaged_shards": shards} if shards else {})}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def refuse_bad(where: str, usable: int, rejected: Counter[str], first: str, max_bad: float) -> None:

@@ -15,6 +15,7 @@ from ldm.data.dataset import DataSet, Split, expect
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.images import Shape
+from ldm.data.photos import left_out
 from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
 from ldm.data.views import ViewKind
@@ -121,7 +122,8 @@ class Unpaired:
 
     def describe(self) -> dict[str, object]:
         """Of both domains."""
-        return {"kind": "unpaired", "images": len(self), "a": self.a.describe(), "b": self.b.describe(), "fingerprint": self.fingerprint()}
+        a, b = self.a.describe(), self.b.describe()
+        return {"kind": "unpaired", "images": len(self), **left_out([a, b]), "a": a, "b": b, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """Of both domains."""

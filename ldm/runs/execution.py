@@ -19,7 +19,9 @@ from ldm.config.schema import dump, plain
 from ldm.config.version import __version__
 from ldm.data.concatenation import Mixture
 from ldm.data.dataset import asked
+from ldm.data.file_names import printable
 from ldm.data.filter import Filter, filter_samples
+from ldm.data.photos import left_out
 from ldm.data.sources import affixes
 from ldm.data.tags import TaggedSamples
 from ldm.diffusion.rng import mix
@@ -470,12 +472,14 @@ def data_lines(described: Mapping[str, Any]) -> Iterator[str]:
     plain = {k: v for k, v in described.items() if isinstance(v, int | str) and not isinstance(v, bool) and k != "fingerprint"}
     named = {SPOKEN.get(name, name): value for name, value in plain.items()}
     yield "data: " + ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in named.items())
-    rejected = described.get("rejected")
-    if isinstance(rejected, Mapping) and rejected:
+    told = left_out([described])
+    if rejected := told["rejected"]:
         yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-    files = described.get("rejected_files")
-    if isinstance(files, list):
-        yield from (f"  {line}" for line in files)
+    yield from (f"  {line}" for line in told["rejected_files"])
+    yield from (
+        f"warning: {name} is damaged: {printable('; '.join(places[:3]))}" for name, places in told.get("damaged_shards", {}).items()
+    )
+    yield from (f"warning: {line}" for line in told["notes"])
 
 
 def _headline(result: Mapping[str, Any]) -> str:
