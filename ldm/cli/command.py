@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from ldm.config.errors import UserError
-from ldm.config.introspection import default_of, hints_of, without_null
+from ldm.config.introspection import default_of, hints_of, without_annotation, without_null
 from ldm.config.options import Option, options_of
 from ldm.config.synonyms import option_meant
 
@@ -34,20 +34,24 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
 
         typer.rich_utils.RANGE_STRING = "{:.0}"  # nothing: bounds stand in the placeholder
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    app.command()(expanded(function, hub=name.removeprefix("ldm ") in FETCHES))
+    whole = expanded(function, hub=name.removeprefix("ldm ") in FETCHES)
+    app.command()(whole)
     command: Any = get_command(app)
     # typer has its own copy of click in some versions, and click itself in others.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
         # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
         with command.make_context(name, list(words)) as context:
+            _check_words([one for one in command.params if one.param_type_name == "option"], words, _paths(whole))
             _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
             return int(command.invoke(context) or 0)
     except typer.Exit as ending:
         return int(ending.exit_code)
     except mistake as error:
         said = _told(error, words)
-        meant = option_meant(said, [known for one in command.params for known in one.opts]) if "o such option" in said else ""
+        unknown = "o such option" in said
+        meant = option_meant(said, [known for one in command.params for known in one.opts]) if unknown else ""
+        meant = meant or (_text_meant(words, name) if unknown else "")
         raise UserError(
             f"{said.partition(' (Possible')[0].rstrip('.') if meant else said}{meant} (`{name} --help` lists all options)"
         ) from None
@@ -66,6 +70,51 @@ def _told(error: Any, words: Sequence[str]) -> str:
         return str(said)
     given = words[at].partition("=")[2] or "".join(words[at + 1 : at + 2])
     return f"{names[0]}: got {given}; it should {wanted}"
+
+
+def _paths(function: Callable[..., int]) -> set[str]:
+    """The parameters that are files or folders."""
+    return {
+        name for name, one in inspect.signature(function).parameters.items() if without_null(without_annotation(one.annotation)) is Path
+    }
+
+
+def _check_words(options: Sequence[Any], words: Sequence[str], paths: Collection[str]) -> None:
+    """Refuse an option that is given twice with different values, of which one would be ignored, and an empty path, which would be
+    the current folder; both come of variables in shell scripts.
+
+    Args:
+        options: of the command.
+        paths: names of those that are files or folders.
+
+    Raises:
+        UserError: naming the option.
+    """
+    given: dict[str, list[str]] = {}
+    for one, value in _spoken(options, words):
+        if not value and (one.multiple or one.name in paths):
+            raise UserError(f"{one.name}: got an empty text; give {one.opts[0]} a value, or leave it out")
+        given.setdefault(one.name, []).append(value)
+        if not one.multiple and len(values := list(dict.fromkeys(given[one.name]))) > 1:
+            raise UserError(f"{one.name}: given as {' and as '.join(map(repr, values))}; give it once")
+
+
+def _spoken(options: Sequence[Any], words: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """Each option that has a value as it stands among the words, up to --."""
+    known = {name: one for one in options for name in one.opts if name.startswith("-") and not one.is_flag}
+    waiting = iter(words)
+    for word in waiting:
+        if word == "--":
+            return
+        name, sign, value = word.partition("=")
+        if name in known:
+            yield known[name], value if sign else next(waiting, "")
+
+
+def _text_meant(words: Sequence[str], name: str) -> str:
+    """How to give a text that begins with a dash, as the end of a message; empty where no word looks like one."""
+    text = next((word for word in words if word.startswith("-") and not word.startswith("--") and len(word) > 2), "")
+    return f"; a text that begins with a dash stands behind --, as in {name} --seed 1 -- {text[:40]!r}" if text else ""
 
 
 def _check_needs(function: Callable[..., int], given: Callable[[str], bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +16,7 @@ from ldm.cli.command import call
 from ldm.cli.train import validated
 from ldm.config.errors import UserError
 from ldm.config.stand_ins import told
+from ldm.config.terminal import shown
 
 if TYPE_CHECKING:
     from ldm.runs.plan import RunPlan
@@ -47,8 +49,10 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say what a run would do, why, and what it would cost; try its order of samples out. Nothing is trained or written."""
-    from ldm.config.schema import build, configuration, read
+    from ldm.config.schema import build, configuration, read, said_twice
 
+    for line in said_twice(words or []):
+        print(f"note: {shown(line)}", file=sys.stderr)
     count = _count(samples)
     if tflops and peak:
         raise UserError("tflops: not together with --peak, which gives the same by --mfu")

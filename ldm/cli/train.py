@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.stand_ins import told
 from ldm.config.synonyms import COUNTED, NEEDLESS, place_of
+from ldm.config.terminal import shown
 from ldm.distributed.environment import keep_blocks
 from ldm.runs.run_folder import check_version
 
@@ -53,8 +55,10 @@ def main(words: Sequence[str]) -> int:
         if torn := next((word for word in fields if any(word.count(a) != word.count(b) for a, b in ("{}", "[]"))), ""):
             raise UserError(f'{torn}: put the whole word into quotation marks, as the shell splits it at spaces: "{torn} ..."')
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
-    from ldm.config.schema import build, configuration, read
+    from ldm.config.schema import build, configuration, read, said_twice
 
+    for line in said_twice(fields):
+        print(f"note: {shown(line)}", file=sys.stderr)
     file = configuration(files[0])
     # The types of the fields stand beside the networks and load torch; what is wrong with the values is said before.
     check_version(file.parent)

@@ -13,6 +13,7 @@ from ldm.config.manual import paths_of
 from ldm.config.synonyms import COUNTED, FIELDS, field_meant
 
 _WANTED = {
+    "string_too_short": "a text that is not empty",
     "string_type": "a text, in quotes where it looks like something else",
     "int_type": "a whole number",
     "int_parsing": "a whole number",

@@ -37,6 +37,7 @@ __all__ = [
     "Finite",
     "Fraction",
     "NonNegative",
+    "PathGiven",
     "PathText",
     "Positive",
     "PositiveFloat",
@@ -71,7 +72,8 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 Share = Annotated[float, pydantic.Field(gt=0, lt=1)]  # neither nothing nor all
-PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # a file, folder or pattern, ~ for the home folder
+PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # a file, folder or pattern, ~ for the home folder; or none
+PathGiven = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(os.path.expanduser)]  # the same; an empty word is none
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -138,6 +140,18 @@ def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise UserError("\n".join(problems))
     return merge(_read(path, ()), above)
+
+
+def said_twice(words: Sequence[str]) -> list[str]:
+    """What to say of words that set a field which an earlier word has set to something else."""
+    said: dict[str, str] = {}
+    found = []
+    for word in words:
+        name, _, text = word.partition("=")
+        if said.get(name, text) != text:
+            found.append(f"{name}: said twice, as {said[name]} and as {text}; the later holds")
+        said[name] = text
+    return found
 
 
 def _together(first: Any, second: Any) -> Any:

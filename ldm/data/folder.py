@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config, refuse_unread
+from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config, refuse_unread
 from ldm.data.caption_tables import TABLES, CaptionTable
 from ldm.data.captions import SIDECARS
 from ldm.data.content import ContentHashes
@@ -37,7 +37,7 @@ class FolderSource:
     """Image folder: pictures below it, captioned by .txt files beside them, metadata.jsonl/csv/parquet or names."""
 
     kind: Literal["folder"] = "folder"
-    path: PathText  # the folder; folders inside it are read too
+    path: PathGiven  # the folder; folders inside it are read too
     # auto: metadata, else .txt; kohya: 10_sks dog/x.png; none: no words at all
     captions: Literal["auto", "txt", "metadata", "filename", "kohya", "none"] = "auto"
     # Where views lie: labels: maps/, boxes: instances.json (COCO), edges: auto (made of the pictures); others in folders of their names.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
+from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config
 from ldm.data.captions import COLUMNS, caption_texts
 from ldm.data.content import content_hash
 from ldm.data.dataset import Split
@@ -36,7 +36,7 @@ class DatasetsSource:
     """Hugging Face data set of images and captions: save_to_disk, parquet of bytes, or the hub."""
 
     kind: Literal["datasets"] = "datasets"
-    path: PathText  # a folder of save_to_disk, a .parquet file or a folder of them; with hub=true a name on the hub
+    path: PathGiven  # a folder of save_to_disk, a .parquet file or a folder of them; with hub=true a name on the hub
     hub: bool = False  # whether `path` is a name on the hub, to be downloaded
     part: str = "train"  # which split of a data set that has several
     image: str | None = None  # the column of images; null: the one that holds images

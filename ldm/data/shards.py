@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, PositiveFloat, config
+from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
@@ -33,8 +33,8 @@ class ShardsSource:
     """WebDataset tar shards of pictures (.jpg, .png, .webp, ...) with .txt or .json of the same name, read in place."""
 
     kind: Literal["shards"] = "shards"
-    path: PathText  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
-    index: PathText | None = None  # the index file; null: ldm-index.bin beside the shards, or in the cache
+    path: PathGiven  # a folder of shards, one shard, a pattern such as {00000..00099}.tar, or any URL that fsspec opens
+    index: PathGiven | None = None  # the index file; null: ldm-index.bin beside the shards, or in the cache
     prefix: str = ""  # before every caption, such as "sks style,"
     suffix: str = ""  # behind every caption
     val_share: Fraction = 0.02  # share held out by a hash of shard and key, at least one of several; 0: none

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, PathText, config
+from ldm.config.schema import BY_KIND, PathGiven, config
 from ldm.data.dataset import DataSet, Split, expect
 from ldm.data.folder import FolderSource
 from ldm.data.hugging_face import DatasetsSource
@@ -31,7 +31,7 @@ class UnpairedSource:
     """Two domains: the published layout trainA, trainB, testA, testB below `path`, or any two sources."""
 
     kind: Literal["unpaired"] = "unpaired"
-    path: PathText | None = None  # a folder with trainA and trainB, and testA and testB to look at
+    path: PathGiven | None = None  # a folder with trainA and trainB, and testA and testB to look at
     a: Domain | None = None  # the first domain, in place of a path
     b: Domain | None = None  # the second
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from ldm.config.schema import BY_KIND, NonNegative, PathText, config
+from ldm.config.schema import BY_KIND, NonNegative, PathGiven, config
 from ldm.families.family import Context, ModelConfig
 from ldm.formats.clip_folder import load_tower
 from ldm.formats.model_folder import OWN_CLIP
@@ -39,7 +39,7 @@ class PerceptualLpips:
     """LPIPS with VGG16 (Zhang 2018, arXiv 1801.03924), its weights read from a local file."""
 
     kind: Literal["lpips"] = "lpips"
-    weights: PathText  # a .safetensors or .pth file with the backbone and the linear heads
+    weights: PathGiven  # a .safetensors or .pth file with the backbone and the linear heads
     weight: NonNegative = 1.0  # of the distance
 
     def inputs(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, PathText, Positive, config, plain
+from ldm.config.schema import Count, PathGiven, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
@@ -55,7 +55,7 @@ class PretrainedText(ModelConfig):
     """A text encoder from a folder or from the Hugging Face Hub, used as it is."""
 
     kind: Literal["pretrained_text"] = "pretrained_text"
-    path: PathText  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
+    path: PathGiven  # a model folder, the folder of a CLIP, T5 or OpenCLIP, or its name on the hub as owner/name
     architecture: str = ""  # OpenCLIP's name for it, such as ViT-H-14, where path is a file of its weights; empty: the folder says it
     max_tokens: Positive = 77  # longer captions are cut; CLIP has no more than 77
     skip_last: Count = 0  # CLIP's layers left out at the end; 1 as in Stable Diffusion 2
@@ -140,7 +140,7 @@ class PretrainedAutoencoder(ModelConfig):
     """An autoencoder from elsewhere, used as it is."""
 
     kind: Literal["pretrained_autoencoder"] = "pretrained_autoencoder"
-    path: PathText  # a model folder, its vae or vqvae, a file in CompVis' naming, or a name on the hub as owner/name
+    path: PathGiven  # a model folder, its vae or vqvae, a file in CompVis' naming, or a name on the hub as owner/name
 
     answers = frozenset({"reconstruct"})
     encodes = True

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, PathText, config
+from ldm.config.schema import BY_KIND, PathGiven, config
 from ldm.formats import pickles
 from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.part import read_safetensors
@@ -189,7 +189,7 @@ class OwnFeatures:
     """The image tower of the CLIP that a model's own run has trained; figures compare pictures of that run alone."""
 
     kind: Literal["own"] = "own"
-    path: PathText  # a model or run folder
+    path: PathGiven  # a model or run folder
 
     def check(self) -> None:
         """Raises UserError if there is no such model, or it has no CLIP of its own."""

@@ -40,6 +40,15 @@ TEXTS = (
 VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "Value")
 JOINS = re.compile(r"concat|join|combine|append", re.IGNORECASE)
 BETWEEN = ("delimiter", "separator")
+# Nodes that give the text that they hold; of the others nobody knows what they make of it, such as language models and taggers.
+HOLDS = re.compile(
+    r"text|string|prompt|primitive|constant|literal|multiline|reroute|encode|loader|positive|negative|show|display|preview|wildcard|switch"
+    r"|input|sampler|save|note|list",
+    re.IGNORECASE,
+)
+WRITES = re.compile(
+    r"generat|random|llm|gpt|llama|gemini|qwen|claude|caption|tagger|interrogat|florence|translat|enhanc|expan", re.IGNORECASE
+)
 EMBEDDING = re.compile(r"embedding:([\w.\-/\\]{1,100})(?::[\d.]{1,8})?")
 
 
@@ -460,6 +469,6 @@ class Graph:
             pool = list(dict.fromkeys(links.values())) or list(words.values())
             named = pool[0] if len(pool) == 1 else None
         others = [name for name in words if name not in TEXTS and not re.search("show|display|preview", node.kind, re.IGNORECASE)]
-        if named is not None and links and others:
+        if named is not None and ((links and others) or not HOLDS.search(node.kind) or WRITES.search(node.kind)):
             self.found.lose(f"node {shown(node.kind)} on the prompt, which is taken as it comes in")
         return named

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -173,8 +174,8 @@ class Choice:
             found = [-1]
         if min(found) < 0 or max(found) > MAX_SEED:
             raise UserError(f"seeds: got {self.seeds!r}; whole numbers from 0 with commas are needed, such as 1,5,9")
-        if twice := [number for number in found if found.count(number) > 1]:
-            raise UserError(f"seeds: {twice[0]} stands there {found.count(twice[0])} times, and would draw the same again; each once")
+        if (twice := Counter(found).most_common(1)[0])[1] > 1:
+            raise UserError(f"seeds: {twice[0]} stands there {twice[1]} times, and would draw the same again; each once")
         return found
 
     def check(self, inverted: bool) -> None:

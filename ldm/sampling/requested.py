@@ -10,13 +10,16 @@ from ldm.sampling import doubts, jobs
 from ldm.sampling.given import parse
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.recipe import Recipe
-from ldm.sampling.request import Request
+from ldm.sampling.request import Choice, Request
 from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
     from ldm.families.draws import Draws
     from ldm.sampling.given import Files
     from ldm.sampling.init_images import InitImage
+
+
+MOST = 2**20  # pictures of one call: each is a recipe in memory
 
 
 def init_image_for(
@@ -48,6 +51,7 @@ def recipes_of(
     from ldm.text.prompt_syntax import literal, read
 
     base, choice = request.base, request.choice
+    _refuse_too_many(choice, asked)
     if not family.redraws and request.editing.strength is None and "strength" not in old:
         rest = {**rest, "strength": 1.0}  # nothing of a picture is kept, and nobody asked for it
     listed = choice.listed(base.seed)
@@ -75,6 +79,17 @@ def recipes_of(
         for one in made:
             check(rest["watermark"], (one.height, one.width))
     return made
+
+
+def _refuse_too_many(choice: Choice, asked: Sequence[Asked]) -> None:
+    """Refuse more pictures than one call can list.
+
+    Raises:
+        UserError: naming the option.
+    """
+    of_each = (choice.seeds.count(",") + 1 if choice.seeds else choice.n) * choice.best * (choice.variations + 1)
+    if len(asked) * of_each > MOST:
+        raise UserError(f"n: {len(asked) * of_each:,} pictures in all; at most {MOST:,} are drawn by one call")
 
 
 def told_by_lines(request: Request, asked: Sequence[Asked], given: Files | None, tell: Callable[[str], None]) -> dict[tuple[str, ...], str]:

@@ -154,9 +154,9 @@ def test_loras_and_layers_of_the_text_encoder() -> None:
         ({"8": node("MyOwnText", anything="a cat")}, "a cat", 0),
         ({"8": node("ShowText|pysssss", text=["9", 0], text_0="old"), "9": node("Text Multiline", text="a cat")}, "a cat", 0),
         ({"8": node("Reroute", x=["9", 0]), "9": node("String Literal", string="a cat")}, "a cat", 0),
-        ({"8": node("Concat", text_a="a", text_b=["9", 0], delimiter=" "), "9": node("S", string="cat")}, "a cat", 0),
-        ({"8": node("Replace", text=["9", 0], find="dog", replace="cat"), "9": node("S", string="a dog")}, "a dog", 1),
-        ({"8": node("Wild", wildcard_text="a {cat|dog}", populated_text="a cat", mode="populate")}, "a cat", 0),
+        ({"8": node("Concat", text_a="a", text_b=["9", 0], delimiter=" "), "9": node("String", string="cat")}, "a cat", 0),
+        ({"8": node("Replace", text=["9", 0], find="dog", replace="cat"), "9": node("String", string="a dog")}, "a dog", 1),
+        ({"8": node("Wildcards", wildcard_text="a {cat|dog}", populated_text="a cat", mode="populate")}, "a cat", 0),
     ],
 )
 def test_text_through_other_nodes(nodes: Graph, prompt: str, lines: int) -> None:
@@ -270,7 +270,7 @@ def test_webp_carries_it_in_exif(tmp_path: Path) -> None:
 
 def test_long_and_doubling_graphs_end_soon() -> None:
     long = {str(n): node("Reroute", x=[str(n + 1), 0]) for n in range(100, 4900)}
-    double = {f"d{n}": node("Concat", a=[f"d{n + 1}", 0], b=[f"d{n + 1}", 0]) for n in range(60)} | {"d60": node("S", string="x" * 99)}
+    double = {f"d{n}": node("Concat", a=[f"d{n + 1}", 0], b=[f"d{n + 1}", 0]) for n in range(60)} | {"d60": node("String", string="x" * 99)}
     fan = {f"f{n}": node("AnyNode", a=[f"f{n + 1}", 0], b=[f"f{n + 1}", 0], c=[f"f{n + 2}", 0]) for n in range(3000)}
     for changed in (
         {**long, "2": node("CLIPTextEncode", text=["100", 0], clip=["100", 0])},
@@ -280,3 +280,31 @@ def test_long_and_doubling_graphs_end_soon() -> None:
     ):
         with ends_soon():
             read_graph({"prompt": json.dumps({**PLAIN, **changed})})
+
+
+@pytest.mark.parametrize(
+    ("writer", "told"),
+    [
+        (node("OllamaGenerate", prompt="write me a prompt", model="x"), True),
+        (node("WD14Tagger|pysssss", image=["9", 0], exclude_tags="hat"), True),
+        (node("Some Custom Node", value="a ring"), True),
+        (node("DPRandomGenerator", text="a {red|blue} ring"), True),
+        (node("PrimitiveStringMultiline", value="a ring"), False),
+        (node("Text Multiline", text="a ring"), False),
+        (node("CR Prompt Text", prompt="a ring"), False),
+        (node("easy positive", positive="a ring"), False),
+    ],
+)
+def test_a_node_that_may_write_another_text_is_told(writer: Graph, told: bool) -> None:
+    graph = {"2": node("CLIPTextEncode", text=["8", 0], clip=["1", 1]), "8": writer, "9": node("LoadImage", image="x.png")}
+    fields, lost = read(graph)
+    assert bool(fields["prompt"]) and any("on the prompt" in one for one in lost) == told, (fields, lost)
+
+
+def test_shown_texts_come_through_what_wrote_them() -> None:
+    graph = {
+        "2": node("CLIPTextEncode", text=["8", 0], clip=["1", 1]),
+        "8": node("ShowText|pysssss", text=["9", 0]),
+        "9": node("LLM Party", prompt="write something"),
+    }
+    assert any("LLM Party on the prompt" in one for one in read(graph)[1])

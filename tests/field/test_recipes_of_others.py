@@ -151,7 +151,7 @@ def test_another_model_is_told(kl_model: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("code", ["utf-16-be", "utf-16-le", "utf-16", "ascii", "utf-8"])
-@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png", "avif"])
 def test_exif_comments_are_read(tmp_path: Path, code: str, suffix: str) -> None:
     text = PLAIN if code == "ascii" else PLAIN.replace("a red circle", "a red circle 中 ü")
     exif = Image.Exif()
