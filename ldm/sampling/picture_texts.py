@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import require_regular
 from ldm.sampling.webui_text import read_parameters
 
 PARAMETERS, OURS = "parameters", "ldm"  # the names of the web UI's chunk, and of ours
@@ -30,6 +31,7 @@ def read_chunks(path: Path) -> dict[str, str]:
     from PIL import Image
 
     try:
+        require_regular(path)
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path}: {image.width}x{image.height} px; at most {MAX_PIXELS} pixels are read")

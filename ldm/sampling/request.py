@@ -5,6 +5,7 @@ Verbs take these objects and get their options from them; nothing here loads tor
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import re
@@ -25,6 +26,7 @@ from ldm.sampling.recipe import Recipe, read_recipe, writable
 from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 
 MAX_MARGIN = 4096  # px
+MOST_TEXT = 2**26  # bytes of a list of prompts
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
 REPLACED = {"cross_replace": 0.8, "self_replace": 0.4}  # shares of the steps in which attention is taken, unless they are told
@@ -52,12 +54,31 @@ class PromptOptions:
             raise UserError('no prompt: write ldm sample "a green ring", or --prompts FILE, or send lines to standard input')
         source = "standard input" if file is None or str(file) == "-" else str(file)
         try:
-            text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8-sig")
+            text = _whole(None if file is None or str(file) == "-" else file)
         except UnicodeDecodeError:
             raise UserError(f"{source}: not UTF-8 text") from None
         except OSError as error:
             raise UserError(f"{source}: {error.strerror}") from None
         return read_prompts(clean(text), source)
+
+
+def _whole(file: Path | None) -> str:
+    """The text of a file, which may be a pipe, or of standard input.
+
+    Raises:
+        OSError: if it cannot be read, or has no end.
+        UnicodeDecodeError: if it is no UTF-8.
+    """
+    if file is None:
+        text = sys.stdin.read(MOST_TEXT + 1)
+        size = len(text)
+    else:
+        with file.open("rb") as opened:
+            data = opened.read(MOST_TEXT + 1)
+        text, size = "" if len(data) > MOST_TEXT else data.decode("utf-8-sig").replace("\r\n", "\n"), len(data)
+    if size > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"longer than {MOST_TEXT:,} bytes, which no list of prompts is")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)

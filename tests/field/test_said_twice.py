@@ -1,7 +1,9 @@
-"""Words that a shell script makes of its variables: said twice, empty, or a text that begins with a dash."""
+"""Words that a shell script makes of its variables: said twice, empty, without end, or a text that begins with a dash."""
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from ldm.config.errors import UserError
 from ldm.config.schema import config, load, said_twice
 from ldm.data.folder import FolderSource
 from ldm.sampling.prompt_files import Asked
-from ldm.sampling.request import Choice
+from ldm.sampling.recipe import read_recipe
+from ldm.sampling.request import Choice, PromptOptions
 from ldm.sampling.requested import MOST, _refuse_too_many
+from tests.ends_soon import ends_soon
 
 
 @pytest.mark.parametrize(
@@ -64,4 +68,24 @@ def test_fields_that_are_said_twice_are_told() -> None:
 )
 def test_more_pictures_than_can_be_listed_are_refused(choice: Choice, prompts: int) -> None:
     with pytest.raises(UserError, match="at most 1,048,576"):
-        _refuse_too_many(choice, [Asked("x")] * prompts)
+        _refuse_too_many(choice, [Asked(prompt="x")] * prompts)
+
+
+def test_prompts_without_end_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with ends_soon():
+        assert main(["sample", "--model", "x", "--prompts", "/dev/zero"]) == 2
+    assert "longer than 67,108,864 bytes" in capsys.readouterr().err
+
+
+def test_prompts_come_through_a_pipe_too(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"\xef\xbb\xbfa ring\r\na square\r\n",))
+    writer.start()
+    assert [one.prompt for one in PromptOptions(prompts=tmp_path / "pipe").read(None)] == ["a ring", "a square"]
+    writer.join()
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with ends_soon(), pytest.raises(UserError, match="not a regular file"):
+        read_recipe(tmp_path / "pipe.png")
