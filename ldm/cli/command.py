@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
@@ -14,6 +15,7 @@ from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, without_annotation, without_null
 from ldm.config.options import Option, options_of
 from ldm.config.synonyms import option_meant
+from ldm.config.terminal import shown
 
 # What may open models that are named owner/name, and so takes --hub (ldm.__main__ reads the word, before any module does).
 FETCHES = {"train", "plan", "sample", "demo", "grid", "animate", "classifier", "evaluate", "export", "data encode"}
@@ -80,8 +82,8 @@ def _paths(function: Callable[..., int]) -> set[str]:
 
 
 def _check_words(options: Sequence[Any], words: Sequence[str], paths: Collection[str]) -> None:
-    """Refuse an option that is given twice with different values, of which one would be ignored, and an empty path, which would be
-    the current folder; both come of variables in shell scripts.
+    """Tell of an option that is given several times, of which the last counts, as a script's `"$@"` means it; and refuse an empty path,
+    which would be the current folder, and comes of a variable that is not set.
 
     Args:
         options: of the command.
@@ -94,9 +96,12 @@ def _check_words(options: Sequence[Any], words: Sequence[str], paths: Collection
     for one, value in _spoken(options, words):
         if not value and (one.multiple or one.name in paths):
             raise UserError(f"{one.name}: got an empty text; give {one.opts[0]} a value, or leave it out")
-        given.setdefault(one.name, []).append(value)
-        if not one.multiple and len(values := list(dict.fromkeys(given[one.name]))) > 1:
-            raise UserError(f"{one.name}: given as {' and as '.join(map(repr, values))}; give it once")
+        if not one.multiple:
+            given.setdefault(one.name, []).append(value)
+    for name, values in given.items():
+        if len(set(values)) > 1:
+            said = " and as ".join(map(shown, dict.fromkeys(values)))
+            print(f"note: {name}: given as {said}; the last counts, {shown(values[-1])}", file=sys.stderr)
 
 
 def _spoken(options: Sequence[Any], words: Sequence[str]) -> Iterator[tuple[Any, str]]:

@@ -251,6 +251,7 @@ class Listing:
         self._states = array("q", (value for number in images for value in self._states[2 * number : 2 * number + 2]))
         self._names = []
         self._texts = [Names(found) for found in texts.values()]
+        self.twice = sorted(set.intersection(*(set(found) for found in texts.values())))  # stems of several text files
 
     def state(self, number: int) -> _State:
         """Length and time of modification of one of `images`."""
@@ -388,7 +389,7 @@ def _looked(
     told = {
         "listing": found.digest,
         "tables": table.files,
-        "notes": alike(usable, captioned),
+        "notes": [*alike(usable, captioned), *_texts_unread(source, found)],
         "rejected": [(one.name, one.reason, one.detail) for one in rejected],
         "val": np.flatnonzero(out).tolist(),
     }
@@ -500,6 +501,13 @@ def _walk(root: str, prefix: str, visited: set[tuple[int, int]], outside: bool) 
                 yield prefix + name, _NOWHERE if entry.is_symlink() and not os.path.exists(entry.path) else _ODD
         except OSError:  # a link in a circle, or a file that has just gone
             yield prefix + name, _NOWHERE
+
+
+def _texts_unread(source: FolderSettings, found: Listing) -> Iterator[str]:
+    """What to say of text files that are not read, since others of their pictures are."""
+    if found.twice and not source.caption and source.captions in ("auto", "txt", "kohya"):
+        read, other = SIDECARS
+        yield f"{len(found.twice):,} pictures have {read} and {other} files, such as {found.twice[0]}; {read} is read, {other} is not"
 
 
 def _spelt(name: str) -> str:

@@ -7,10 +7,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.config.errors import UserError
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images (N,3,H,W) in [-1,1] as bytes (N,H,W,3)."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def finished(images: Tensor) -> Tensor:
+    """What a network drew, (N,3,H,W) in [-1,1], as bytes (N,H,W,3).
+
+    Raises:
+        UserError: if there are values that are no numbers, which would be black.
+    """
+    if not images.isfinite().all():
+        raise UserError("model: the numbers of the network that makes the pixels are not finite; its weights may be damaged: copy it again")
+    return to_uint8(images)
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:

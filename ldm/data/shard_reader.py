@@ -173,7 +173,8 @@ def _take(group: _Group, suffix: str, member: Member) -> None:
         elif suffix in TEXTS:
             if member.size > MAX_SIDECAR_BYTES or member.data is None:
                 raise Rejected("caption too long", f"{suffix}: over {MAX_SIDECAR_BYTES} bytes")
-            group.captions = text_captions(member.data, suffix)
+            said = text_captions(member.data, suffix)
+            group.captions = said if suffix == TEXTS[0] or not group.captions else group.captions  # as in folders, in any order of members
         elif member.data is not None and member.size <= MAX_SIDECAR_BYTES:
             told = json.loads(member.data)
             group.table = told if isinstance(told, dict) else {}

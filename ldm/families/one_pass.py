@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import plain
 from ldm.config.version import __version__
-from ldm.data.pictures import to_uint8
+from ldm.data.pictures import finished
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import within
@@ -164,7 +164,7 @@ class OnePass(Family, Prompted):
                     told = [cat([texts[row][block] for row in padded]) for block in range(self.told_blocks)]
                     shown = self.shown(edits, padded, [numbers[row] for row in padded])
                     made = self.made(noise[list(padded)].to(self.device), told, shown, chosen.truncation)
-                    image[own_rows] = to_uint8(self.codec.decode(full(made)))[: len(own_rows)].cpu()
+                    image[own_rows] = finished(self.codec.decode(full(made)))[: len(own_rows)].cpu()
                 if on_step is not None:
                     on_step(own_rows[-1] + 1, len(prompts))
         finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.schema import build, plain
+from ldm.data.pictures import finished
 from ldm.data.views import ViewKind, grey, small
 from ldm.diffusion.batch import Views
 from ldm.diffusion.rng import Rng
@@ -242,7 +243,7 @@ class TranslatorFamily(Family, Draws):
             made.append(self.drawn(shown[i : i + 1], self.player(prompt)))
             if on_step is not None:
                 on_step(i + 1, len(prompts))
-        return ((torch.cat(made).permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu()
+        return finished(torch.cat(made))
 
 
 def words_of(prompt: str | Prompt) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from ldm.data.folder import FolderSource
 from ldm.data.folder_scan import Listing
 from ldm.data.images import mask_view, view
 from ldm.data.photos import left_out
+from ldm.data.shards import ShardsSource
 from ldm.data.unpaired import UnpairedSource
 from ldm.runs.execution import data_lines
 
@@ -171,3 +174,28 @@ def test_what_both_domains_leave_out_is_told(tmp_path: Path) -> None:
     lines = list(data_lines(said))
     assert left_out([said])["rejected"] == {"link leads nowhere": 1, "format not supported": 1}
     assert any("1 link leads nowhere" in line for line in lines) and any("x.heic" in line for line in lines)
+
+
+def test_of_two_text_files_the_one_that_is_read_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for number in range(6):
+        (tmp_path / f"{number}.caption").write_text("a caption")
+        if number < 2:
+            (tmp_path / f"{number}.txt").write_text("tags")
+    data = FolderSource(path=str(tmp_path), val_share=0).build("train")
+    assert [said for (said,) in data.all_captions(range(3))] == ["tags", "tags", "a caption"]
+    assert data.describe()["notes"] == ["2 pictures have .txt and .caption files, such as 0; .txt is read, .caption is not"]
+    assert FolderSource(path=str(tmp_path), caption="x").build("train").describe()["notes"] == []
+
+
+@pytest.mark.parametrize("first", [".txt", ".caption"])
+def test_shards_read_the_same_one_in_any_order(first: str, tmp_path: Path) -> None:
+    picture(tmp_path / "p.png")
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for number in range(3):
+            for ending in (".png", *sorted((".txt", ".caption"), key=lambda one: one != first)):
+                data = (tmp_path / "p.png").read_bytes() if ending == ".png" else ending[1:].encode()
+                member = tarfile.TarInfo(f"{number}{ending}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    assert ShardsSource(path=str(tmp_path), val_share=0).build("train").all_captions([0, 1, 2]) == [["txt"]] * 3

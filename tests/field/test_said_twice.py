@@ -22,9 +22,6 @@ from tests.ends_soon import ends_soon
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sample", "x", "--seed", "5", "--seed=6"], "seed: given as '5' and as '6'; give it once"),
-        (["grid", "x", "--x", "seed=1,2", "--steps", "3", "--steps", "4"], "steps: given as '3' and as '4'"),
-        (["data", "check", "here", "--resolution", "64", "--resolution=128"], "resolution: given as '64' and as '128'"),
         (["sample", "x", "--lora", ""], "lora: got an empty text"),
         (["sample", "x", "--init="], "init: got an empty text"),
         (["sample", "x", "--out", ""], "out: got an empty text"),
@@ -32,9 +29,22 @@ from tests.ends_soon import ends_soon
         (["sample", "-a red thing"], "stands behind --, as in ldm sample --seed 1 -- '-a red thing'"),
     ],
 )
-def test_one_of_two_values_or_nothing_at_all(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_at_all(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "x", "--seed", "5", "--seed=6"], "seed: given as 5 and as 6; the last counts, 6"),
+        (["grid", "x", "--x", "seed=1,2", "--steps", "3", "--steps", "4"], "steps: given as 3 and as 4"),
+        (["data", "check", "/nonexistent/data", "--resolution", "64", "--resolution=128"], "resolution: given as 64 and as 128"),
+    ],
+)
+def test_the_last_of_two_values_counts_and_is_told(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, *(["--model", "/nonexistent/model"] if words[0] != "data" else [])]) == 2
+    assert f"note: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,8 @@ def test_one_of_two_values_or_nothing_at_all(words: list[str], said: str, capsys
 )
 def test_what_is_meant_is_taken(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "x", "--model", "/nonexistent/model", *words]) == 2
-    assert "/nonexistent/model" in capsys.readouterr().err  # no word before it was refused
+    told = capsys.readouterr().err
+    assert "/nonexistent/model" in told and "given as" not in told
 
 
 @config

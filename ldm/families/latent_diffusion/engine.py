@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, NonNegative, Positive, config
-from ldm.data.pictures import to_uint8
+from ldm.data.pictures import finished
 from ldm.diffusion.batch import Cond, Movable, Text, taken, tensors_of
 from ldm.diffusion.guidance import composed
 from ldm.diffusion.learned_variance import share_of
@@ -201,7 +201,7 @@ class Engine:
                 x = self._denoise([read[row] for row in padded], avoided, kind, canvas, settings, edits, report)
                 drawn.append((rows, canvas, x))
             for rows, canvas, x in drawn:  # only now, so that each part has one turn
-                made = to_uint8(self._decode(x, settings))
+                made = finished(self._decode(x, settings))
                 for edit in edits:
                     made = made if edit.finish is None else edit.finish(made, canvas)
                 image[rows], x0[rows] = made[: len(rows)].cpu(), x[: len(rows)].cpu()
@@ -333,7 +333,7 @@ class Engine:
         with torch.autocast(x.device.type, kind, enabled=kind != torch.float32):
             image = self.codec.decode(x)
         whole = image.isfinite().flatten(1).all(1)
-        if not whole.all():
+        if kind != torch.float32 and not whole.all():
             self.note(f"the decoder overflowed in {settings.precision}; it was run again in float32")
             image = torch.where(whole.view(-1, 1, 1, 1), image.float(), self.codec.decode(x))
         return image

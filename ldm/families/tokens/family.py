@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, Positive, config, plain
-from ldm.data.pictures import to_uint8
+from ldm.data.pictures import finished
 from ldm.data.scenes import marks
 from ldm.data.views import ViewKind, kind_of
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Views, sent
@@ -643,7 +643,7 @@ class TokensFamily(Family, Prompted):
                     codes, new = (blank, blank == self.hidden) if known is None else known.rows(padded, rng)
                     first = first_step(chosen, known)
                     codes = self._draw(told, before, codes.unflatten(1, places), new, chosen, first, rng, report)
-                    made = to_uint8(self.codec.decode_codes(codes.unflatten(1, places)))
+                    made = finished(self.codec.decode_codes(codes.unflatten(1, places)))
                 image[rows] = (made if known is None else known.paste(made, padded))[: len(rows)]
         finally:
             self.network.train(was_training)
