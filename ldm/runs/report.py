@@ -118,6 +118,9 @@ def caption_of(stem: str) -> str:
         *pairs, size = rest.split("-") if rest[-1:].isdigit() else [*rest.split("-"), ""]
         told = "seen in training" if pairs == ["seen"] else "never seen in training"
         return f"colour-shape pairs {told}{f', {size} px' if size else ''}"
+    if kind == "abilities":
+        name, _, size = rest.rpartition("-")
+        return f"ability: {name.replace('_', ' ')}, {size} px"
     return stem
 
 

@@ -30,6 +30,7 @@ ABILITIES = (
     "wording",
 )
 SHARES = frozenset({*SHOWN, *ABILITIES, "ssim"})
+BOUND = "right colour and shape (bind)"  # in the words of whoever sees it first
 
 
 def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
@@ -41,9 +42,11 @@ def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
                 continue
             if kind == "adherence":
                 for pairs in ("seen", "held-out"):
-                    _note(found, mapping(values.get(pairs.replace("-", "_"))), "bind", f"bind, {pairs} pairs", ".3f", _first(values, pairs))
+                    _note(
+                        found, mapping(values.get(pairs.replace("-", "_"))), "bind", f"{BOUND}, {pairs} pairs", ".3f", _first(values, pairs)
+                    )
             elif kind == "reconstruction":
-                _note(found, values, "bind", "bind of reconstructions", ".3f")
+                _note(found, values, "bind", f"{BOUND}, reconstructions", ".3f")
                 _note(found, values, "psnr", "dB PSNR of reconstructions", ".1f")
             elif kind == "frechet":
                 floor = number(values.get("real_real_floor"))

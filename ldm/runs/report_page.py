@@ -36,18 +36,18 @@ th{font-weight:600;color:var(--soft);font-size:13px}th:first-child,td:first-chil
 td small{color:var(--soft);display:block;font-size:11.5px;line-height:1.1}
 .bar{background:linear-gradient(90deg,var(--tint) var(--share),transparent var(--share))}
 .good{color:var(--good)}.bad{color:var(--bad)}
-.row{display:flex;gap:12px;overflow-x:auto;align-items:flex-start}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .pixels{image-rendering:crisp-edges;image-rendering:pixelated}
-img{max-width:100%;border-radius:6px;display:block;background:#fff}.row figure{flex:0 1 auto;min-width:min(100%,300px);max-width:100%}
+img{max-width:100%;border-radius:6px;display:block;background:#fff}.row figure{min-width:0}
 .slides input{width:min(100%,520px);accent-color:var(--mark);display:block;margin:0 0 8px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--mark);font-size:14px}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:11px 13px;overflow:auto;max-height:520px;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:8px 0}
 ol.prompts{columns:2;font-size:13px;color:var(--soft);padding-left:26px;margin:8px 0}
-@media(max-width:640px){ol.prompts{columns:1}.row{flex-wrap:wrap}}@media print{nav{position:static}details{display:block}}
+@media(max-width:640px){ol.prompts{columns:1}}@media print{nav{position:static}details{display:block}}
 """
 
-# Without it every checkpoint's picture stands in a row that scrolls: nothing is lost.
+# Without it every checkpoint's picture is shown, row by row: nothing is lost.
 SCRIPT = """
 for(const box of document.querySelectorAll('.slides')){const all=[...box.querySelectorAll('figure')];if(all.length<2)continue;
 const bar=document.createElement('input');bar.type='range';bar.min=0;bar.max=all.length-1;bar.value=bar.max;

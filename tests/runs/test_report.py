@@ -387,6 +387,7 @@ def test_words_for_durations_counts_and_pictures():
     assert [short(n) for n in (999, 12_345, 2_500_000, 3e9)] == ["999", "12.3k", "2.5 M", "3 G"]
     assert "seen in training, 64 px" in caption_of("adherence-seen-64") and "never seen in training" in caption_of("adherence-held-out")
     assert "32 px" in caption_of("reconstruction-32") and caption_of("other") == "other"
+    assert caption_of("abilities-unseen_pair-64") == "ability: unseen pair, 64 px"
 
 
 def test_a_page_says_what_its_figures_mean(tmp_path: Path) -> None:
@@ -402,6 +403,7 @@ def test_nothing_is_clipped_or_lies_over_another_at_a_desk_and_on_a_phone(tmp_pa
         page.goto(report(make_run(tmp_path / "run", steps=4)).as_uri())
         page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
         assert problems(page) == []
+        assert not page.evaluate("[...document.querySelectorAll('.row')].some(one => one.scrollWidth > one.clientWidth)")
         said = page.inner_text("main")
         assert all(MEANINGS[name] in said for name in ("bind", "strict", "psnr", "ssim", "distance", "iou", "loss", "images/s"))
         (tmp_path / "data").mkdir()
