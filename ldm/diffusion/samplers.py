@@ -22,6 +22,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ldm.diffusion.batch import sent
 from ldm.diffusion.process import PURE_NOISE, Grid
 from ldm.diffusion.rng import Rng
 
@@ -263,7 +264,7 @@ def _extrapolate(a: list[float], s: list[float], i: int, x0: Tensor, last: Tenso
 
 
 def _noise(rng: Rng, i: int, x: Tensor) -> Tensor:
-    return rng.normal(f"step{i}", x.shape[1:]).to(x)
+    return sent(rng.normal(f"step{i}", x.shape[1:]), x.device).to(x)
 
 
 def _reached(after_step: AfterStep, x: Tensor, i: int) -> Tensor:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tiny
+from finished_model import token_model
 from pretend_device import COUNT, WHERE, pretend
 
 from ldm.__main__ import main
@@ -22,6 +23,7 @@ from ldm.__main__ import main
 BATCH = 4
 kind, model, pictures, out = sys.argv[1], *map(Path, sys.argv[2:5])
 DRAW = ["sample", "a red circle", "--model", str(model), "--steps", "3", "--seed", "1"]
+codes = token_model(out / "tokens")
 START = ["--init", str(pictures / "0.png")]
 MASK = ["--mask", str(out / "mask.png")]
 SAMPLERS = ["ddpm", "ddim", "plms", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"]
@@ -57,11 +59,20 @@ def tuning(adapt: str, images: int, *words: str) -> list[str]:
     return ["train", str(file), *words]
 
 
+def codes_in(steps: int) -> list[str]:
+    """A picture by codes in so many steps."""
+    return ["sample", "a red circle", "--model", str(codes), "--steps", str(steps), "--out", str(out / f"codes{steps}")]
+
+
 def jobs() -> dict[str, list[str]]:
     """What is done, by name."""
     drawn = {name: [*DRAW, *words, "--out", str(out / name.replace(" ", "_"))] for name, words in DRAWN.items()}
     return {
         **drawn,
+        **{f"drawn in {n} steps": [*DRAW, "--steps", n, "--out", str(out / f"steps{n}")] for n in ("4", "8")},
+        **{f"euler_a in {n} steps": [*DRAW, "--sampler", "euler_a", "--steps", n, "--out", str(out / f"ancestral{n}")] for n in ("4", "8")},
+        **{f"codes in {n} steps": codes_in(n) for n in (4, 8)},
+        "codes in part": [*codes_in(3), *START, *MASK, "--strength", "0.6"],
         "grid": ["grid", "--x", "guidance=1,3", "--y", "steps=2,3", "a red circle", "--model", str(model), "--out", str(out / "g.png")],
         "animate": [
             *["animate", "red", "--to", "blue", "--frames", "3", "--steps", "2"],
@@ -83,7 +94,7 @@ def jobs() -> dict[str, list[str]]:
     }
 
 
-codes: dict[str, int | str] = {}
+ended: dict[str, int | str] = {}
 counts: dict[str, dict[str, int]] = {}
 with pretend(kind):
     for name, words in jobs().items():
@@ -93,12 +104,12 @@ with pretend(kind):
         COUNT.clear()
         WHERE.clear()
         try:
-            codes[name] = main(words)
+            ended[name] = main(words)
         except Exception as error:
             traceback.print_exc()
-            codes[name] = f"{type(error).__name__}: {error}"
+            ended[name] = f"{type(error).__name__}: {error}"
         counts[name] = dict(COUNT)
         if sys.argv[5:]:
             print("\n".join(f"{count:6d}  {line}" for line, count in WHERE.most_common(20)), file=sys.stderr)
-        print(f"{name}: {codes[name]}, {time.process_time() - begun:.1f} s", file=sys.stderr)
-print(json.dumps({"codes": codes, "counts": counts}))
+        print(f"{name}: {ended[name]}, {time.process_time() - begun:.1f} s", file=sys.stderr)
+print(json.dumps({"codes": ended, "counts": counts}))

@@ -44,6 +44,16 @@ def test_everything_runs(found: dict[str, Any]) -> None:
     assert not {name: code for name, code in found["codes"].items() if code}, found["said"][-6000:]
 
 
+@pytest.mark.parametrize("drawing", ["drawn", "euler_a", "codes"])
+def test_a_step_of_drawing_waits_for_nothing(found: dict[str, Any], drawing: str) -> None:
+    few, more = (found["counts"][f"{drawing} in {steps} steps"] for steps in (4, 8))
+    each = {name: (more.get(name, 0) - few.get(name, 0)) / 4 for name in ("read back", "device to host", "waited for")}
+    if found["kind"] == "cuda":
+        assert max(each.values()) <= 0, each  # the first drawing also fills what is kept for later ones
+    else:
+        assert each["read back"] <= 0, each
+
+
 def test_a_step_reads_back_once_and_copies_little_without_waiting(found: dict[str, Any]) -> None:
     assert [found["codes"][name] for name in ("eight steps", "sixteen steps")] == [0, 0], found["said"][-6000:]
     short, long = (found["counts"][name] for name in ("eight steps", "sixteen steps"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.config.errors import UserError
 from ldm.config.schema import Fraction, NonNegative, Positive, config
 from ldm.data.pictures import finished
-from ldm.diffusion.batch import Cond, Movable, Text, taken, tensors_of
+from ldm.diffusion.batch import Cond, Movable, Text, sent, taken, tensors_of
 from ldm.diffusion.guidance import composed
 from ldm.diffusion.learned_variance import share_of
 from ldm.diffusion.process import SPACINGS, Grid, Process
@@ -240,7 +240,7 @@ class Engine:
         if exchanged is not None:
             prompts, canvas = exchanged.prompts, canvas.twice()
         height, width = (side * self.codec.factor for side in canvas.noise.shape[2:])
-        size = torch.tensor([settings.sizes(height, width)]).float().expand(len(prompts), 6).to(device)
+        size = sent(torch.tensor([settings.sizes(height, width)]).float().expand(len(prompts), 6), device)
 
         # A network that is told the scale draws as if guided by it in one call, so nothing is left to guide.
         told = torch.full((len(prompts),), settings.guidance, device=device) if self.denoiser.config.reads_guidance else None
@@ -254,7 +254,7 @@ class Engine:
         script = PromptSchedule(self.text, prompts, [negative] * len(prompts), shape, len(grid.t), about, settings.clip_skip)
         # Of the conditions that steps share; a few, for those that take turns.
         remembered: list[tuple[Cond, Any, list[Any]]] = []
-        times = grid.t.to(device)
+        times = sent(grid.t, device)
 
         def predict(x: Tensor, i: int, c: Cond) -> Tensor:
             self.turn(self.denoiser)
@@ -276,7 +276,7 @@ class Engine:
             return self.process.x0_from(output, x, t)
 
         steps = len(grid.t)
-        weights = script.weights().to(device)
+        weights = sent(script.weights(), device)
         denoise = composed(
             predict, script.told, weights, lambda i: settings.guidance_at(i, steps) if told is None else 1.0, settings.rescale
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.batch import sent
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import DIRECT, NUMBERS, Draws, Settings, Wanted, steps_taken
 from ldm.text.prompt_syntax import Piece, Prompt, literal
@@ -81,7 +82,9 @@ class Known:
         codes, new = (own_rows(value, rows).flatten(1) for value in (self.codes, self.new))
         if self.strength < 1:
             share = math.sin(self.strength * math.pi / 2)  # the mask schedule at the step that drawing begins with
-            chance = rng.uniform("tokens/new", (codes.shape[1],)).to(codes.device).masked_fill(~new, 2.0)
+            chance = rng.uniform("tokens/new", (codes.shape[1],))
+            chance = chance.float() if codes.device.type == "mps" else chance  # which has no float64
+            chance = sent(chance, codes.device).masked_fill(~new, 2.0)
             rank = chance.argsort(1).argsort(1)
             new = new & (rank < (new.sum(1, keepdim=True) * share).round())
         return codes, new
@@ -114,8 +117,10 @@ def narrowed(logits: Tensor, settings: Settings) -> Tensor:
 
 def drawn(logits: Tensor, chance: Tensor, settings: Settings) -> Tensor:
     """Codes (B,L) drawn from logits (B,L,K) by uniform numbers (B,L) in [0,1), through the inverse of the cumulative distribution."""
-    total = narrowed(logits, settings).double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(total, (chance.to(total) * total[..., -1])[..., None], right=True)
+    left = narrowed(logits, settings)
+    left = left.cpu() if left.device.type == "mps" else left  # which has no float64
+    total = left.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(total, (sent(chance, total.device) * total[..., -1])[..., None], right=True)
     return found[..., 0].clamp_max(logits.shape[-1] - 1)
 
 
@@ -146,11 +151,11 @@ def masked(guided: Guided, codes: Tensor, new: Tensor, hidden: int, settings: Se
         if i == steps - 1:
             return chosen
         # As many stay hidden as diffusers' AmusedScheduler has it, in its precision: at least one, and fewer than before.
-        ratio = torch.cos(torch.tensor(i + 1) / steps * math.pi / 2).to(codes.device)
+        ratio = sent(torch.cos(torch.tensor(i + 1) / steps * math.pi / 2), codes.device)
         keep = torch.minimum((total * ratio).floor(), unknown.sum(1, keepdim=True) - 1).clamp_min(1)
         sure = logits.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
         level = noise * (1 - i / max(1, steps - 1))
-        sure = sure + level * gumbel(rng.uniform(f"tokens/confidence/{i}", (length,))).to(sure)
+        sure = sure + level * sent(gumbel(rng.uniform(f"tokens/confidence/{i}", (length,))).to(sure.dtype), sure.device)
         rank = sure.masked_fill(~unknown, math.inf).argsort(1).argsort(1)
         codes = chosen.masked_fill(unknown & (rank < keep), hidden)
     return codes
@@ -174,7 +179,7 @@ def causal(guided: Guided, codes: Tensor, new: Tensor, start: int, settings: Set
         last = torch.where(new[:, i], chosen, codes[:, i])
         found.append(last)
         ended = ended | (last == end)
-        if ended.all():
+        if end >= 0 and ended.all():  # pictures end nowhere, and are not asked: a GPU would be waited for
             break
     rest = [torch.full_like(last, end)] * (codes.shape[1] - len(found))
     rows = torch.stack(found + rest, 1)
