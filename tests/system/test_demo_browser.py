@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from demo_server import Served, served, until
 from finished_model import SIDE
-from layout_boxes import chromium, opened, problems
+from layout_boxes import SCRIPT, chromium, opened, problems
 from PIL import Image
 
 from ldm.__main__ import main
@@ -296,11 +296,16 @@ def test_no_part_is_clipped_or_lies_over_another(browser: Any, server: Served) -
     eve = User(browser, server)  # of her own: she leaves every part open
     page = eve.page
     eve.draw(prompt="a red circle", many=5, steps=1)
+    page.set_viewport_size({"width": 390, "height": 900})
+    for tab in ("Grid", "History"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+        assert page.evaluate(SCRIPT) == [], tab
+    page.get_by_role("tab", name="Pictures").click()
+    page.set_viewport_size({"width": 1280, "height": 900})
     for part in ("start", "second", "several", "more"):
         page.click(f"#ldm-{part} > button")
-    for tab in ("Grid", "History", "Pictures"):
-        page.get_by_role("tab", name=tab).click()
-        assert problems(page) == [], tab
+    assert problems(page) == []
     page.set_viewport_size({"width": 390, "height": 844})
     order = [page.locator(name).bounding_box()["y"] for name in ("#ldm-generate", "#ldm-pictures", "#ldm-seed")]
     assert order == sorted(order), "on a phone the picture stands above the settings"
