@@ -56,7 +56,7 @@ def nearest(path: Path) -> Path | None:
         above = nearest(path.parent)
         return above / path.name if above and (above / path.name).exists() else None
     try:
-        beside = sorted(os.listdir(path.parent))
+        beside = sorted({*os.listdir(path.parent)} - {path.name})  # what is there under its very name is not what is meant
     except OSError:
         return None
     near = difflib.get_close_matches(path.name, beside, 1, 0.6)

@@ -48,6 +48,7 @@ PREDICTIONS = {
 }
 REFUSED = "a refiner of Stable Diffusion XL (one text encoder, an aesthetic score), which is not known here; give the base model"
 SIZES = {768: 512, HUGE: 768}  # px, what Stable Diffusion 1 and 2 draw, by the width of their text
+ROOTS = ("model", "model_ema", "first_stage_model", "cond_stage_model", "conditioner", "denoiser")  # of the names that such files have
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors by which files of XL say what their network predicts, and its schedule
 BETAS = (0.00085, 0.012)  # Stable Diffusion's
 
@@ -187,6 +188,8 @@ def _write(
     known = _yaml(file)
     parts = recipe.get("parts", {})
     state = _averaged(state, choices.ema, note, file)
+    if strange := sorted(name for name in state if "." in name and name.partition(".")[0] not in ROOTS):
+        note(f"{file}: {len(strange):,} weights are of no part that is read here, such as {strange[0]}; it is drawn without them")
     unet: UNetConfig | None = None
     if weights := inner("unet", state):
         unet = UNetConfig.from_diffusers(parts["unet"]) if "unet" in parts else unet_config(weights)

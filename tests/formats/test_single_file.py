@@ -368,3 +368,14 @@ def test_text_names_without_text_model_open_as_the_usual_ones(tmp_path: Path) ->
     for folder in folders[1:]:
         found, same = load_part(folder / "text_encoder")
         assert found == config and same.keys() == weights.keys() and all(torch.equal(same[key], weights[key]) for key in weights)
+
+
+@pytest.mark.slow
+def test_weights_of_no_part_are_told(tmp_path: Path) -> None:
+    """Such as the second network of a ControlNet's checkpoint, without which another picture is drawn."""
+    notes: list[str] = []
+    open_single(written(checkpoint(), tmp_path / "plain.safetensors"), note=notes.append)
+    assert not any("of no part" in note for note in notes)
+    more = {"control_model.zero_convs.0.0.weight": torch.zeros(2, 2), "control_model.zero_convs.0.0.bias": torch.zeros(2)}
+    open_single(written(checkpoint() | more, tmp_path / "more.safetensors"), note=notes.append)
+    assert sum("2 weights are of no part that is read here, such as control_model.zero_convs.0.0.bias" in note for note in notes) == 1
