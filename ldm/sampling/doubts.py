@@ -28,11 +28,11 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
         yield "an empty prompt: what is drawn is whatever the model likes"
     if not family.reads_seeds and len({one.seed for one in recipes}) > 1:
         yield f"seed: this model of kind {family.kind} draws one picture of each, whatever the seed, so they are alike"
-    words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one)))
+    meant = {word: near for one in prompts for word, near in family.misspelt(one).items()}
+    words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one) if word not in meant))
     if words:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""
         yield f"{', '.join(words[:5])}{more}: no text that the text encoder learned from had such a word"
-    meant = {word: near for one in prompts for word, near in family.misspelt(one).items() if word not in words}
     for word, near in list(meant.items())[:5]:
         yield f"{word}: the text encoder has no such word and reads it in pieces; did you mean {near}?"
     height, width = family.defaults["size"]
