@@ -179,7 +179,7 @@ def test_pix2pix_is_saved_opened_and_draws_by_colours_or_numbers_whatever_the_ne
     said: list[str] = []
     assert torch.equal(drawn[:1], found.sample([""], edits=found.edits(picture[:1], None, 0.5), note=said.append))
     assert said == ["strength: changes nothing here, whole pictures are drawn at once"]
-    asked: Any = SimpleNamespace(prompt="a word", width=32, height=32, seed=0, given="", negative="")
+    asked: Any = SimpleNamespace(prompt="a word", width=32, height=32, seed=0, given="", negative="", to="")
     assert list(doubts.of([asked], found)) == ["prompt: this model of kind pix2pix reads none, so its words change nothing"]
     asked.prompt = ""
     assert not list(doubts.of([asked], found))
