@@ -35,6 +35,13 @@ class ViewKind:
     colours: tuple[tuple[int, int, int], ...] = ()  # of classes, as a picture of them shows them
 
 
+def kept_bytes(kind: ViewKind, side: int) -> int:
+    """Bytes that a latent cache keeps of a view of a picture of `side` x `side` px; 0 for the few numbers and words of what is no map."""
+    if kind.form == "classes":
+        return 2 * side * side
+    return kind.channels * (side // kind.divide) ** 2 if kind.form in ("map", "embedding") else 0
+
+
 def parted(name: str) -> tuple[str, str]:
     """A view's name and its argument: `small:4` is `small` and `4`."""
     plain, _, argument = name.partition(":")

@@ -12,7 +12,9 @@ import torch
 
 from ldm.config.errors import UserError
 from ldm.data.buckets import bucket_stage, lines
+from ldm.data.dataset import offered
 from ldm.data.filter import filter_samples
+from ldm.data.views import kept_bytes
 from ldm.distributed.environment import usable_cores
 from ldm.distributed.launcher import Launched, here, unheeded
 from ldm.families.family import Found
@@ -201,6 +203,8 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, spee
         images = min(stage.images or samples, samples or stage.images)
         copies = 2 if stage.flip and (data is None or data.mirrors) else 1
         cost, each = parts.encoding(stage, copies)
+        kinds = {} if data is None else offered(data, run.views_kept(doing.name))
+        each += sum(kept_bytes(kind, stage.resolution) for kind in kinds.values())
         return StagePlan(
             **said,
             samples=samples,

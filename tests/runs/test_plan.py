@@ -14,7 +14,10 @@ from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import load
 from ldm.data.cache import DATA, CacheOptions, write_cache
+from ldm.data.dataset import asked, offered
 from ldm.data.scenes.source import ScenesSource
+from ldm.data.views import kept_bytes
+from ldm.families.latent_diffusion.alignment import projection
 from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.families.pretrained import PretrainedAutoencoder, PretrainedText
 from ldm.formats.part import load_part
@@ -61,7 +64,9 @@ def test_checkpoints_are_as_large_as_said() -> None:
         parts = estimate(run)
         model = parts.models["diffusion"]
         assert isinstance(model, LatentDiffusion)
-        network = model.fitted({role: parts.models[name] for role, name in model.inputs().items()}, print)[0].build()
+        denoiser = model.fitted({role: parts.models[name] for role, name in model.inputs().items()}, print)[0].build()
+        tower = parts.models["text"].image_tower(32, print)
+        network = torch.nn.ModuleList([denoiser, projection(denoiser.aligned()[1], tower.width)])  # the quickstart's is aligned
         player = optim.ParameterGroup("model", list(network.parameters()))
         optimizers = optim.build(stage.optim, [player])
         for parameter in network.parameters():
@@ -88,6 +93,23 @@ def test_a_latent_cache_is_as_large_as_said(tmp_path: Path, flip: bool) -> None:
     real = sum(file.stat().st_size for file in (tmp_path / "cache").rglob(DATA))
     _, each = parts.encoding(Encode(resolution=32), 2 if flip else 1)
     assert 64 * each == pytest.approx(real, rel=0.05)
+
+
+def test_a_cache_with_views_is_as_large_as_said(tmp_path: Path) -> None:
+    views, side = ("embedding", "labels", "small:4", "boxes"), 32
+    data = asked(ScenesSource(tier="one", images=64, val=4).build("train"), views)
+
+    def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(image), 1, 1, 1), torch.zeros(len(image), 1, 1, 1)
+
+    write_cache(tmp_path / "cache", data, encode, CacheOptions(autoencoder="x", resolution=side, views=views))
+    real = sum(file.stat().st_size for file in (tmp_path / "cache").rglob(DATA))
+    said = sum(kept_bytes(kind, side) for kind in offered(data, views).values())
+    assert said == 3 * side**2 + 2 * side**2 + 3 * 8**2 and 64 * said == pytest.approx(real, rel=0.05)
+    run = quickstart()
+    found = {stage.name: stage.cache_bytes / max(stage.images, 1) for stage in make(run, tmp_path / "run").stages}
+    assert run.views_kept("latents-high") == ("embedding",)
+    assert 3 * 64**2 < found["latents-high"] < 1.3 * 3 * 64**2 and 3 * 32**2 < found["latents-low"] < 1.3 * 3 * 32**2
 
 
 def test_memory_is_shared_out_by_what_it_is_for() -> None:
