@@ -35,6 +35,7 @@ CONNECT_S, SILENCE_S = 20.0, 30.0  # until a connection stands; without a byte
 ASKED_AT_ONCE = 32  # requests for sizes
 LISTED = 64  # files of one folder from which on it is listed
 CHUNK = 2**24  # bytes of a request of a stream
+OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # have no folders: asked for one, they would make a bucket that a typo names
 BUSY = (408, 425, 429)  # statuses that pass, beside those of 500 and more
 _LASTING = (
     *(errno.ENOSYS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR),
@@ -339,7 +340,8 @@ def put(file: Path, url: str, patience_s: float | None = None) -> None:
 
     def ask() -> None:
         files, path = system(url)
-        files.makedirs(files._parent(path), exist_ok=True)  # means nothing to a store of objects
+        if url.partition("://")[0].lower() not in OBJECTS:
+            files.makedirs(files._parent(path), exist_ok=True)
         files.put_file(str(file), path)
         files.invalidate_cache(files._parent(path))
         if (there := files.info(path).get("size")) != (here := file.stat().st_size):
