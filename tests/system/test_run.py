@@ -191,7 +191,7 @@ def test_the_same_on_a_users_own_folder(tmp_path: Path) -> None:
         (["stages.text.imgaes=3"], "did you mean images"),
         (["text.vocabulary=600"], "since ldm 0.2 it stands in models, with its kind: models.text"),
         (["stages.text.family=text"], "since ldm 0.2 it is stages.text.model"),
-        (["models.diffusion.text=autoencoder"], "models.diffusion.text: got autoencoder, a model of kind kl, which encodes no text"),
+        (["models.diffusion.text=autoencoder"], "models.diffusion.text: got autoencoder, a model of kind kl, which has no image tower"),
         (["models.diffusion.autoencoder=text"], "a model of kind clip, which makes no latents"),
         (["stages.text.model=txt"], "'txt' is no entry of models; did you mean text?"),
         (["stages.evaluation.of=text"], "kind clip has nothing that is measured so"),
