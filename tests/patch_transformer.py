@@ -55,6 +55,9 @@ class PatchTransformer(Denoiser):
             h = recompute(block, h, text) if self.checkpointing and torch.is_grad_enabled() else block(h, text)
         return self.proj_out(h.transpose(1, 2).unflatten(2, places))
 
+    def aligned(self) -> tuple[nn.Module, int]:
+        return self.blocks[0], self.config.width
+
 
 def register() -> None:
     """From here on `network: {kind: patches}` is read, built and opened."""

@@ -243,6 +243,12 @@ class LatentDiffusion(ModelConfig):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
             yield f"{own}.distill: cannot be had beside conditions yet; leave one of the two out"
+        if self.align is not None:
+            try:
+                with torch.device("meta"):
+                    network.build().aligned()
+            except UserError as error:
+                yield f"{own}.{error}"
         if self.align is not None and (self.adapt or self.distill or self.learn == "new"):
             beside = "distill" if self.distill else "adapt" if self.adapt else "learn=new"
             yield f"{own}.align: cannot be had beside {beside}, where no inner state learns as a whole; leave one of the two out"

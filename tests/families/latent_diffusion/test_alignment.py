@@ -25,6 +25,7 @@ from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusio
 from ldm.families.latent_diffusion.fine_tuning import LowRank
 from ldm.families.latent_diffusion.ports import Residual
 from ldm.formats.clip_folder import load_own_tower
+from ldm.models.backbone import Denoiser
 from ldm.models.dit import DiTConfig
 from ldm.models.mmdit import MMDiTConfig
 from ldm.models.vision_tower import Tower
@@ -125,7 +126,7 @@ def test_a_model_keeps_nothing_of_it_and_previews_draw(own_clip_model: Path, tmp
     assert "align" in family.config.identity() and "align" not in plain.config.identity()
 
 
-def test_what_it_cannot_be_had_with_is_refused_before_any_work(own_clip_model: Path) -> None:
+def test_what_it_cannot_be_had_with_is_refused_before_any_work(own_clip_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Train(model="diffusion", resolution=SIDE, images=8)
     told = Condition(view="labels", port=Residual())
 
@@ -135,6 +136,9 @@ def test_what_it_cannot_be_had_with_is_refused_before_any_work(own_clip_model: P
     assert "models.diffusion.align: cannot be had beside adapt" in said(adapt=LowRank())
     assert "models.diffusion.align: cannot be had beside learn=new" in said(conditions=(told,), learn="new")
     assert "models.diffusion.align: cannot be had without a text encoder" in said(text="")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(UNET.build()), "aligned", Denoiser.aligned)
+        assert "models.diffusion.align: UNet2DConditionModel has no block for it; leave it out" in said()
     assert "align" not in said() and "align" not in said(conditions=(told,))
     assert LatentDiffusion(align=Alignment()).requires["text"] == "has_tower"
     family = begun(own_clip_model)
