@@ -231,12 +231,15 @@ class TextEncoder:
         """
         if len(self.tokenizer) > OWN:
             return []
-        text = self._spelt(text)
-        for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True):  # such as a learned one's
-            text = text.replace(word, " ")
-        words = re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))
         most = 1 if self._met_whole else None
-        return [w for w in dict.fromkeys(words) if len(self.words(w)) > (most or len(w.encode("utf-8")) - 1)]
+        return [word for word in self._written(text) if len(self.words(word)) > (most or len(word.encode("utf-8")) - 1)]
+
+    def _written(self, text: str) -> list[str]:
+        """The words of two letters and more in a prompt, each once, without those that the model was taught (textual inversion)."""
+        text = self._spelt(text)
+        for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True):
+            text = text.replace(word, " ")
+        return list(dict.fromkeys(re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))))
 
     def misspelt(self, text: str) -> dict[str, str]:
         """Words that such a tokenizer reads in pieces, with the whole word of its own that each is most like."""
@@ -246,7 +249,7 @@ class TextEncoder:
         # Whole words: no other token goes on to the left of them.
         words = [end for end in ends if len(end) > 2 and not any(one != end and one.endswith(end) for one in ends)]
         found = {}
-        for word in dict.fromkeys(re.findall(r"[^\W\d_]{3,}", NOTATION.sub(" ", text))):
+        for word in (word for word in self._written(text) if len(word) > 2):
             own = [one for one in words if one[0] == word[0].lower()]
             if len(self.words(word)) > 1 and (near := difflib.get_close_matches(word.lower(), own, 1, 0.75)):
                 found[word] = near[0]

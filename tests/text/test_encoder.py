@@ -86,9 +86,11 @@ def test_where_words_had_no_room_only_letters_alone_are_unknown() -> None:
 def test_scenes_words_are_known_and_a_taught_word_too() -> None:
     reader = reading(CAPTIONS, 4096)
     assert reader.unknown("hello, two red circles and a ring: a painting") == ["hello", "two", "circles", "and", "painting"]
-    for word in ("<thing>", "EasyNeg"):
+    assert reader.misspelt("two red circls") == {"circls": "circle"}
+    for word in ("<thing>", "EasyNeg", "<circles>"):
         add_word(reader, word, torch.ones(1, reader.width))
     assert reader.unknown("a <thing> ring, easyneg BREAK an EasyNeg") == ["an"]
+    assert reader.misspelt("a <circles> ring") == {} and reader.unknown("a <circles> ring") == []
 
 
 def test_case_and_blanks_fold_as_in_clip(encoder: TextEncoder) -> None:
