@@ -229,11 +229,9 @@ class Listing:
         for number, name in enumerate(self._names):
             stem, suffix = split(name)
             if self._states[2 * number] < 0:
-                self.rejected.append(
-                    Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), *_UNSEEN[self._states[2 * number + 1]])
-                )
+                self.rejected.append(Rejection(_spelt(name), *_UNSEEN[self._states[2 * number + 1]]))
             elif not is_text(name):
-                self.rejected.append(Rejection(os.fsencode(name).decode("utf-8", "backslashreplace"), "name not UTF-8"))
+                self.rejected.append(Rejection(_spelt(name), "name not UTF-8"))
             elif is_table(name.rpartition("/")[2]):
                 self.tables_found.append(name)
             elif suffix in SUFFIXES:

@@ -19,6 +19,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.data import remote
 from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
+from ldm.data.curation.store import SCHEME, store
 from ldm.data.fields import ALIASES, column_of
 from ldm.data.storage import expand, is_url, matching
 from ldm.data.tables import damage, unfit
@@ -145,8 +146,6 @@ def _database(out: Path, memory_mb: int, threads: int, files: Sequence[str]) -> 
         database.execute(f"SET memory_limit='{memory_mb}MB'; SET threads={threads}; SET temp_directory={literal(str(folder))}")
         database.execute("SET preserve_insertion_order=true; SET enable_progress_bar=false")
         if any(map(is_url, files)):
-            from ldm.data.curation.store import store
-
             database.register_filesystem(store())
         yield database
     finally:
@@ -197,7 +196,7 @@ def _number(files: list[str]) -> str:
 
 def _named(file: str) -> str:
     """A file as the database opens it and calls it: a URL by requests of our own."""
-    return f"ldm://{file}" if is_url(file) else file
+    return f"{SCHEME}{file}" if is_url(file) else file
 
 
 def _all(database: Any) -> list[str]:
