@@ -31,6 +31,10 @@ class PatchesConfig(DenoiserConfig):
     depth: Positive = 2
     checkpointing: bool = field(default=False, compare=False)
 
+    @property
+    def aligned_width(self) -> int:
+        return self.width
+
     def build(self) -> PatchTransformer:
         return PatchTransformer(self)
 
@@ -55,8 +59,8 @@ class PatchTransformer(Denoiser):
             h = recompute(block, h, text) if self.checkpointing and torch.is_grad_enabled() else block(h, text)
         return self.proj_out(h.transpose(1, 2).unflatten(2, places))
 
-    def aligned(self) -> tuple[nn.Module, int]:
-        return self.blocks[0], self.config.width
+    def aligned(self) -> nn.Module:
+        return self.blocks[0]
 
 
 def register() -> None:

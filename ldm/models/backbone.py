@@ -55,6 +55,11 @@ class DenoiserConfig:
         return 1
 
     @property
+    def aligned_width(self) -> int:
+        """Channels of the states of `Denoiser.aligned`; 0: no block of it can be aligned (`align`)."""
+        return 0
+
+    @property
     def reads_pooled(self) -> bool:
         """Whether the network must be told the pooled text."""
         return False
@@ -178,15 +183,15 @@ class Denoiser(nn.Module):
         """The blocks that the backward pass computes anew where the configuration asks for `checkpointing`."""
         return ()
 
-    def aligned(self) -> tuple[nn.Module, int]:
-        """The block whose states may learn to tell what is seen (`align`), and their channels.
+    def aligned(self) -> nn.Module:
+        """The block whose states may learn to tell what is seen (`align`), with `aligned_width` of the configuration as channels.
 
         It gives (B,C,h,w), or (B,N,C) of N patches, alone or first.
 
         Raises:
-            UserError: for a network that has none.
+            ValueError: for a network that has none.
         """
-        raise UserError(f"align: {self.config.class_names[0]} has no block for it; leave it out")
+        raise ValueError(f"{self.config.class_names[0]} has no block that can be aligned")
 
     def for_inference(self, dtype: torch.dtype | None = None) -> Self:
         """The network, changed in place so that it only draws.

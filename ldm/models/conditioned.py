@@ -154,7 +154,7 @@ class Conditioned(Denoiser):
         """As the base's."""
         return self.base.recomputed()
 
-    def aligned(self) -> tuple[nn.Module, int]:
+    def aligned(self) -> nn.Module:
         """As the base's."""
         return self.base.aligned()
 

@@ -88,6 +88,11 @@ class DiTConfig(DenoiserConfig):
         return self.heads * self.head_width
 
     @property
+    def aligned_width(self) -> int:
+        """The width."""
+        return self.width
+
+    @property
     def multiple(self) -> int:
         """Sides of the latents must be multiples of it: the patch."""
         return self.patch
@@ -215,9 +220,9 @@ class DiT(Denoiser):
         """The transformer blocks."""
         yield from self.transformer_blocks
 
-    def aligned(self) -> tuple[nn.Module, int]:
+    def aligned(self) -> nn.Module:
         """The transformer block at two sevenths of the depth, as the eighth of 28 (REPA, section 4)."""
-        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1], self.config.width
+        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1]
 
     def _blocks(self) -> Iterator[DiTBlock]:
         for block in self.transformer_blocks:

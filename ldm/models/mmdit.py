@@ -73,6 +73,11 @@ class MMDiTConfig(DenoiserConfig):
         return self.heads * self.head_width
 
     @property
+    def aligned_width(self) -> int:
+        """The width."""
+        return self.width
+
+    @property
     def multiple(self) -> int:
         """Sides of the latents must be multiples of it: the patch."""
         return self.patch
@@ -191,9 +196,9 @@ class MMDiT(Denoiser):
         """The transformer blocks."""
         yield from self.transformer_blocks
 
-    def aligned(self) -> tuple[nn.Module, int]:
+    def aligned(self) -> nn.Module:
         """The transformer block at two sevenths of the depth, as the eighth of 28 (REPA, section 4)."""
-        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1], self.config.width
+        return self.transformer_blocks[max(round(2 * self.config.layers / 7), 1) - 1]
 
     def _initialise(self) -> None:
         for module in self.modules():

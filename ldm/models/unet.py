@@ -141,6 +141,11 @@ class UNetConfig(DenoiserConfig):
         return not (self.coordinates or self.pooled_text or self.mask_padding)
 
     @property
+    def aligned_width(self) -> int:
+        """Channels of the second level, of the first where there is no other."""
+        return self.channels[:2][-1]
+
+    @property
     def pooled_width(self) -> int:
         """Width of the pooled text, where it is read."""
         return self.pooled_channels or self.context_width
@@ -430,11 +435,10 @@ class UNet(UNetEncoder, Denoiser):
         if self.mid_block is not None:
             yield self.mid_block
 
-    def aligned(self) -> tuple[nn.Module, int]:
+    def aligned(self) -> nn.Module:
         """The last block of the second level on the way down, of the first where there is no other."""
-        number = min(1, len(self.config.channels) - 1)
-        found = _levels(self.down_blocks)[number]
-        return (found.attentions or found.resnets)[-1], self.config.channels[number]
+        found = _levels(self.down_blocks)[: len(self.config.channels[:2])][-1]
+        return (found.attentions or found.resnets)[-1]
 
     def for_inference(self, dtype: torch.dtype | None = None) -> UNet:
         """Fused, folded and laid out in place by `prepare`; to the bit what it was under autocast of `dtype`."""

@@ -66,7 +66,7 @@ def test_checkpoints_are_as_large_as_said() -> None:
         assert isinstance(model, LatentDiffusion)
         denoiser = model.fitted({role: parts.models[name] for role, name in model.inputs().items()}, print)[0].build()
         tower = parts.models["text"].image_tower(32, print)
-        network = torch.nn.ModuleList([denoiser, projection(denoiser.aligned()[1], tower.width)])  # the quickstart's is aligned
+        network = torch.nn.ModuleList([denoiser, projection(denoiser.config.aligned_width, tower.width)])  # the quickstart's is aligned
         player = optim.ParameterGroup("model", list(network.parameters()))
         optimizers = optim.build(stage.optim, [player])
         for parameter in network.parameters():

@@ -127,7 +127,8 @@ def test_a_launcher_that_starts_all_again_brings_the_run_back(tmp_path: Path) ->
         timeout=600,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "going on from 32 of 64 images" in found.stderr and weights(tmp_path)
+    # The kill may come before the save of step 4, which a thread of its own writes, is whole.
+    assert re.search(r"going on from (16|32) of 64 images", found.stderr) and weights(tmp_path)
 
 
 def test_the_start_says_what_was_resolved_and_where_from(tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_stop_waits_for_the_save_under_way_and_for_its_own(tmp_path: Path, mon
         return real(*words)
 
     monkeypatch.setattr(checkpoint, "save_state", save)
-    monkeypatch.setattr(made, "_update", lambda model, batch, stop: (*update(model, batch, stop)[:2], made.step == 1))
+    monkeypatch.setattr(made, "_update", lambda *words: (*update(*words)[:2], made.step == 1))
     with pytest.raises(UserError if failing else Stopped):
         made.run()
     assert saves == [4, 8] and not any(thread.name == "checkpoint" for thread in threading.enumerate())

@@ -39,11 +39,10 @@ class Aligned(nn.Module):
 
     def __init__(self, network: Denoiser, tower: Tower) -> None:
         super().__init__()
-        block, channels = network.aligned()
-        self.projection = projection(channels, tower.network.config.width)
+        self.projection = projection(network.config.aligned_width, tower.network.config.width)
         self._tower = (tower,)
         self._states: list[Tensor] = []
-        block.register_forward_hook(self._hear)
+        network.aligned().register_forward_hook(self._hear)
 
     @property
     def tower(self) -> Tower:

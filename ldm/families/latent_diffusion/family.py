@@ -243,12 +243,8 @@ class LatentDiffusion(ModelConfig):
             yield f"{own}.inpaint: cannot be had beside conditions that join the input channels (port concat); leave one of the two out"
         if self.distill is not None and self.conditions:
             yield f"{own}.distill: cannot be had beside conditions yet; leave one of the two out"
-        if self.align is not None:
-            try:
-                with torch.device("meta"):
-                    network.build().aligned()
-            except UserError as error:
-                yield f"{own}.{error}"
+        if self.align is not None and not network.aligned_width:
+            yield f"{own}.align: {network.class_names[0]} has no block for it; leave align out"
         if self.align is not None and (self.adapt or self.distill or self.learn == "new"):
             beside = "distill" if self.distill else "adapt" if self.adapt else "learn=new"
             yield f"{own}.align: cannot be had beside {beside}, where no inner state learns as a whole; leave one of the two out"
@@ -361,7 +357,7 @@ class LatentDiffusion(ModelConfig):
             tower = others["text"].image_tower(side, note)
             with torch.device("meta"):
                 seeing, picture = tower.build(), torch.empty(cost.IMAGES, 3, side, side)
-                aligning = {"alignment": cost.count(projection(network.build().aligned()[1], tower.width))}
+                aligning = {"alignment": cost.count(projection(network.aligned_width, tower.width))}
                 extra += cost.measure(seeing, lambda: seeing.seen(picture)[1]).forward
             frozen["image tower"] = cost.count(seeing)
         if self.distill is not None:  # guided, with and without the prompt, and the target

@@ -25,7 +25,7 @@ from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusio
 from ldm.families.latent_diffusion.fine_tuning import LowRank
 from ldm.families.latent_diffusion.ports import Residual
 from ldm.formats.clip_folder import load_own_tower
-from ldm.models.backbone import Denoiser
+from ldm.models.backbone import DenoiserConfig
 from ldm.models.dit import DiTConfig
 from ldm.models.mmdit import MMDiTConfig
 from ldm.models.vision_tower import Tower
@@ -65,8 +65,7 @@ def test_the_loss_is_one_minus_the_cosine_of_places(name: str, own_clip_model: P
     batch, found = batch_of(family, side), cast(Aligned, family.alignment)
     assert found.tower.resolution == SIDE
     heard: list[Any] = []
-    block, channels = family.denoiser.aligned()
-    block.register_forward_hook(lambda module, told, output: heard.append(output))
+    family.denoiser.aligned().register_forward_hook(lambda module, told, output: heard.append(output))
     terms = family.loss(batch, Rng(0, range(4)))[0]
     tower, _ = load_own_tower(own_clip_model)
     picture = 2 * batch.views["embedding"] - 1
@@ -77,7 +76,7 @@ def test_the_loss_is_one_minus_the_cosine_of_places(name: str, own_clip_model: P
     states = heard[0][0] if isinstance(heard[0], tuple) else heard[0]
     if states.dim() == 3:  # patches of 2x2 of 4x4 latents, row by row
         states = torch.stack([states[:, 0:2], states[:, 2:4]], dim=1).permute(0, 3, 1, 2)
-    assert states.shape[1] == channels
+    assert states.shape[1] == family.denoiser.config.aligned_width
     told = found.projection(states)
     size = max(told.shape[-1], seen.shape[-1])
     told, seen = (F.interpolate(one, size=(size, size), mode="bilinear") for one in (told, seen))
@@ -137,8 +136,8 @@ def test_what_it_cannot_be_had_with_is_refused_before_any_work(own_clip_model: P
     assert "models.diffusion.align: cannot be had beside learn=new" in said(conditions=(told,), learn="new")
     assert "models.diffusion.align: cannot be had without a text encoder" in said(text="")
     with monkeypatch.context() as patched:
-        patched.setattr(type(UNET.build()), "aligned", Denoiser.aligned)
-        assert "models.diffusion.align: UNet2DConditionModel has no block for it; leave it out" in said()
+        patched.setattr(type(UNET), "aligned_width", DenoiserConfig.aligned_width)
+        assert "models.diffusion.align: UNet2DConditionModel has no block for it; leave align out" in said()
     assert "align" not in said() and "align" not in said(conditions=(told,))
     assert LatentDiffusion(align=Alignment()).requires["text"] == "has_tower"
     family = begun(own_clip_model)
