@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ldm.config.errors import UserError
 from ldm.data.views import parted
@@ -65,6 +65,7 @@ class Chain(Draws):
                 raise UserError(f"chain: a model draws {drawn} px, but the next is told {wanted} px ({name}); make them equal")
             self.views.append((name, kind.divide))
         self.leads = next(k for k, link in enumerate(self.links) if link.draws_pictures)
+        self.able = self.links[-1].able & {"sample", "reconstruct"}
 
     @property
     def lead(self) -> Draws:
@@ -116,6 +117,11 @@ class Chain(Draws):
                 )
             steps = [link.settings(Wanted(steps=count)).steps for link, count in zip(self.others, said, strict=True)]
         return replace(first, link_steps=_joined(steps), stop_after=last if last < many else 0)
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Pictures (B,3,H,W) in [-1,1] after the last link's autoencoder, which none that it draws is better than."""
+        found: Tensor = cast(Any, self.links[-1]).reconstruct(image)
+        return found
 
     @property
     def _readers(self) -> dict[str, int]:

@@ -269,7 +269,7 @@ class Draws(Protocol):
     reads_seeds: bool = True  # whether pictures of other seeds are others
     redraws: bool = False  # whether `edits` draws pictures anew in part, as hires fix does
     hands: str = SMALL  # the view that the next model of a chain is told, without its argument
-    able: frozenset[str] = frozenset({"sample", "reconstruct"})  # what a metric may ask of it
+    able: frozenset[str] = frozenset({"sample"})  # what a metric may ask of it
     merged: frozenset[str] = frozenset()  # SHA-256 of the LoRA and embedding files that it has in its weights already
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ def test_a_given_picture_is_enlarged_by_the_last_link_and_what_is_not_asked_is_t
     shown = capsys.readouterr().out
     assert f"after the model in {model}/before of kind latent_diffusion, drawn with size [16, 16]" in shown
     assert f"after the model in {model}/before/before of kind latent_diffusion, drawn with size [8, 8]" in shown
+
+
+def test_a_chain_is_measured_as_any_model(model: Path, chain: Chain, tmp_path: Path) -> None:
+    assert all(callable(getattr(chain, name)) for name in chain.able)
+    assert main(["evaluate", str(model), "--tier", "one", "--n", "2", "--images", "4", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["reconstruction"]["psnr"] > 99  # pixels are their own latents
+    assert found["adherence"]["protocol"]["size"] == 32
 
 
 def test_noise_is_mixed_in_by_the_schedule_and_its_level_is_told() -> None:
