@@ -46,7 +46,7 @@ class Measurement:
     split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
-    clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score.")
+    clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score and R-precision; own: the CLIP of the model's run.")
     told: int = option(0, "Images whose views a model that reads any is told, and how far what it draws agrees; 0: none.", low=0)
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
@@ -72,6 +72,8 @@ class Measurement:
             raise UserError("model: the same is named twice; leave one out")
         if self.features == "own" and len(self.model) > 1:
             raise UserError("features: own is another space for each model, whose figures cannot be compared; measure each by itself")
+        if str(self.clip) == "own" and len(self.model) > 1:
+            raise UserError("clip: own is another space for each model, whose figures cannot be compared; measure each by itself")
         if self.split not in ("val", "train"):
             raise UserError(f"split: got {self.split}; there are val and train")
         for path in self.plot:
@@ -113,7 +115,7 @@ class Measurement:
             drawn = {"images": self.images, "steps": steps, "seed": self.seed, "sampler": sampler, "guidance": scale}
             found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
             if self.clip is not None:
-                found.append(build({"kind": "clip_score", "path": str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
+                found.append(build({"kind": "clip_score", "path": model if str(self.clip) == "own" else str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
         if self.told:
             own = {"images": self.told, "steps": steps, "seed": self.seed, "sampler": sampler}
             found.append(build({"kind": "told", **own, "guidance": next(iter(_numbers(self.guidance)), 0.0)}, ToldViews, "ldm evaluate"))
@@ -321,7 +323,9 @@ def table(result: dict[str, Any]) -> None:
         elif name.startswith("neighbours") and "skipped" not in found:
             console.print(_neighbours(found))
         elif name.startswith("clip_score"):
-            console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f}")
+            console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f} ({found['protocol']['clip']})")
+            many = f"the likest of {found['protocol']['captions']} captions"
+            console.print(f"own caption {many}{_scale(found)}: {found['retrieval']:.1%}; of the real images {found['retrieval_real']:.1%}")
 
 
 def _scale(found: dict[str, Any]) -> str:

@@ -1,22 +1,28 @@
-"""CLIP score (Hessel 2021, arXiv 2104.08718): how well pictures show their captions, by a CLIP."""
+"""CLIP score (Hessel 2021, arXiv 2104.08718) and R-precision: how well pictures show their captions, by a CLIP."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ldm.config.schema import Count, NonNegative, Positive, config
 from ldm.metrics.bench import Bench, Values
-from ldm.metrics.judges import ClipJudge
+from ldm.metrics.judges import ClipJudge, OwnJudge, has_clip
 
 
 @config
 class ClipScore:
-    """How well pictures show their captions, by a CLIP: 100 x the cosine similarity, mean over pictures (arXiv 2104.08718)."""
+    """How well pictures show their captions, by a CLIP: 100 x the cosine similarity, mean over pictures (arXiv 2104.08718).
+
+    Also the share of pictures whose own caption is the likest of all captions that are measured with (R-precision, Xu 2018, arXiv
+    1711.10485, section 4).
+    """
 
     kind: Literal["clip_score"] = "clip_score"
-    path: Path  # a folder that transformers' CLIPModel opens
-    images: Positive = 256  # validation captions
+    path: Path  # a folder that transformers' CLIPModel opens, or a run or model that has a CLIP of its own
+    images: Positive = 256  # captions
     steps: Count = 0  # denoising steps; 0: the model's own
     guidance: NonNegative = 0.0  # 0: the model's own
     sampler: str = ""  # empty: the model's own
@@ -26,21 +32,30 @@ class ClipScore:
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""
-        return ("score", "real")
+        return ("score", "real", "retrieval", "retrieval_real")
 
     def check_weights(self) -> None:
         """Raises UserError for weights that are not here."""
-        ClipJudge.check(self.path.expanduser())
+        if not has_clip(self.path.expanduser()):
+            ClipJudge.check(self.path.expanduser())
 
     def run(self, bench: Bench) -> Values:
-        """The mean score of pictures, and that of the validation images with the same captions."""
-        judge = ClipJudge.load(self.path.expanduser(), bench.device)
+        """Of pictures, and of the real images with the same captions."""
+        path = self.path.expanduser()
+        own = has_clip(path)
+        judge = OwnJudge.load(path, bench.device) if own else ClipJudge.load(path, bench.device)
         real = bench.real(self.images)
         many = len(real.image)
 
         wanted = bench.wanted(self)
         images = bench.draw(real.caption, self.seed, wanted, "clip score")
         true = ((real.image + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-        score, best = (100 * sum(judge.scores(of, real.caption)) / many for of in (images, true))
-        protocol = {"images": many, **bench.used(wanted), "clip": self.path.name}
-        return {"score": round(score, 3), "real": round(best, 3), "protocol": protocol}
+        captions = list(dict.fromkeys(real.caption))
+        right = torch.tensor([captions.index(caption) for caption in real.caption])
+        found: Values = {}
+        for of, name, share in ((images, "score", "retrieval"), (true, "real", "retrieval_real")):
+            likeness = judge.similarities(of, captions)  # (N,M)
+            found[name] = round(100 * float(likeness[torch.arange(many), right].mean()), 3)
+            found[share] = round(float((likeness.argmax(1) == right).double().mean()), 4)
+        clip = f"the own CLIP of {self.path.name}" if own else self.path.name
+        return {**found, "protocol": {"images": many, "captions": len(captions), **bench.used(wanted), "clip": clip}}

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.formats.model_folder import own_clip, root_of
+from ldm.formats.model_folder import own_clip, root_of, whole_clip
 from ldm.formats.part import read_json
 from ldm.text.own_clip import OwnClip
 
 SCENES, OWN = "scenes", "own"
+CHUNK = 64  # pictures or captions at a time
 
 
 class Judge(Protocol):
@@ -35,6 +36,11 @@ def judge_of(name: str, model: Path | str, device: str | torch.device = "cpu") -
     if name == OWN:
         return OwnJudge.load(model, device)
     return ClipJudge.load(Path(name).expanduser(), device)
+
+
+def has_clip(model: Path) -> bool:
+    """Whether a folder is a run or model with a CLIP of its own run, and not itself a CLIP."""
+    return not whole_clip(model) and own_clip(model / "model" if (model / "model").is_dir() else model) is not None
 
 
 class SceneJudge:
@@ -83,8 +89,15 @@ class OwnJudge:
 
     def scores(self, pictures: Tensor, prompts: Sequence[str]) -> list[float]:
         """From -1 to 1."""
-        image = pictures.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # (N,3,H,W)
-        return [float(value) for value in self.clip.similarity(image, prompts)]
+        return [float(value) for value in self.clip.similarity(self._images(pictures), prompts)]
+
+    def similarities(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarities (N,M) of N pictures with each of M prompts."""
+        told = torch.cat([self.clip.embed_captions(prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)])
+        return torch.cat([self.clip.embed_images(self._images(some)) @ told.T for some in pictures.split(CHUNK)]).cpu()
+
+    def _images(self, pictures: Tensor) -> Tensor:
+        return pictures.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # (N,3,H,W)
 
 
 class ClipJudge:
@@ -126,13 +139,22 @@ class ClipJudge:
     @torch.no_grad()
     def scores(self, pictures: Tensor, prompts: Sequence[str]) -> list[float]:
         """From -1 to 1."""
-        device = next(self.model.parameters()).device
-        found = []
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            values = self.processor(images=picture.numpy(), return_tensors="pt").pixel_values.to(device)
-            words = self.tokenizer(
-                [prompt], truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt"
-            ).to(device)
-            seen = self.model(pixel_values=values, **words)
-            found.append(float(torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)))
-        return found
+        return [float(self._seen(picture) @ self._told(prompt)) for picture, prompt in zip(pictures, prompts, strict=True)]
+
+    @torch.no_grad()
+    def similarities(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarities (N,M) of N pictures with each of M prompts."""
+        return (torch.stack([self._seen(picture) for picture in pictures]) @ torch.stack([self._told(prompt) for prompt in prompts]).T).cpu()
+
+    def _seen(self, picture: Tensor) -> Tensor:
+        """The embedding (E,) of a picture, of length 1."""
+        values = self.processor(images=picture.numpy(), return_tensors="pt").pixel_values.to(self.model.device)
+        found: Tensor = self.model.visual_projection(self.model.vision_model(pixel_values=values).pooler_output)[0]
+        return torch.nn.functional.normalize(found, dim=0)
+
+    def _told(self, prompt: str) -> Tensor:
+        """The embedding (E,) of a prompt, of length 1."""
+        most = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer([prompt], truncation=True, max_length=most, return_tensors="pt").to(self.model.device)
+        found: Tensor = self.model.text_projection(self.model.text_model(**words).pooler_output)[0]
+        return torch.nn.functional.normalize(found, dim=0)

@@ -33,6 +33,8 @@ MEANINGS = {
     "recall": "share of real images that lie near pictures: variety",
     "score": "100 x the likeness of pictures and captions by a CLIP",
     "real": "the same of the real images",
+    "retrieval": "share of pictures whose own caption is the likest of all to a CLIP (R-precision)",
+    "retrieval_real": "the same of the real images",
     # of a training
     "loss": "what is minimised; of a diffusion model its level depends on the noise, and only a fall tells something",
     "learning rate": "of the optimiser, with its schedule",

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from finished_model import CAPTIONS, KL, SIDE, TEXT, Pictures, autoencoder_product, diffusion_product
+from painters import Painter
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ldm.config.errors import UserError
 from ldm.config.schema import build, load, plain
+from ldm.data.scenes.source import ScenesSource
 from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.families.autoencoder import KL as Autoencoder
@@ -21,6 +23,8 @@ from ldm.families.family import Context, Product
 from ldm.families.perceptual_loss import PerceptualClip
 from ldm.families.tokens.family import Tokens
 from ldm.formats.assembly import assemble
+from ldm.metrics.bench import Bench
+from ldm.metrics.clip_score import ClipScore
 from ldm.metrics.extractors import OwnFeatures
 from ldm.metrics.judges import ClipJudge, OwnJudge
 from ldm.models.embeddings import COORDINATES
@@ -122,12 +126,31 @@ def test_its_sides_open_alone_and_its_processor_prepares_pictures_as_here(folder
     assert large.shape == (6, 3, SIDE, SIDE) and torch.cosine_similarity(theirs_large, ours).min() > 0.999  # Pillow rounds to 8 bits
 
 
-def test_judges_and_features_agree(root: Path, folder: Path) -> None:
+def test_judges_and_features_agree(root: Path, folder: Path, theirs: CLIPModel) -> None:
     eight = (pictures() * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
     own, any_clip = OwnJudge.load(root / "model"), ClipJudge.load(folder)
     assert own.scores(eight, CAPTIONS[:6]) == pytest.approx(any_clip.scores(eight, CAPTIONS[:6]), abs=1e-5)
+    for judge in (own, any_clip):
+        table = judge.similarities(eight, CAPTIONS[:6])
+        assert table.diagonal().tolist() == pytest.approx(judge.scores(eight, CAPTIONS[:6]), abs=1e-5)
+    with torch.no_grad():
+        logits = theirs(input_ids=ids(folder), pixel_values=pictures()).logits_per_image
+    torch.testing.assert_close(any_clip.similarities(eight, CAPTIONS), logits / theirs.logit_scale.exp().item(), rtol=0, atol=1e-5)
     features = OwnFeatures(path=str(root / "model")).load(torch.device("cpu")).features(pictures())
     torch.testing.assert_close(torch.from_numpy(features).float(), own.clip.embed_images(pictures()), rtol=0, atol=1e-6)
+
+
+def test_a_clip_score_tells_how_many_captions_are_found_again(root: Path, folder: Path) -> None:
+    data = ScenesSource(tier="one", val=12).build("val")
+    bench = Bench(Painter("one", count=24), data, SIDE, 0, torch.device("cpu"), None, lambda *line: None)
+    own, any_clip = (ClipScore(path=path, images=12).run(bench) for path in (root / "model", folder))
+    assert own["protocol"]["clip"] == "the own CLIP of model" and any_clip["protocol"]["clip"] == "clip"
+    assert {name: own[name] for name in ("score", "real")} == pytest.approx({name: any_clip[name] for name in ("score", "real")}, abs=0.01)
+    real = bench.real(12)
+    told = list(dict.fromkeys(real.caption))
+    likest = OwnClip.load(folder).logits(((real.image + 1) * 127.5).round() / 127.5 - 1, told).argmax(1)
+    assert own["retrieval_real"] == pytest.approx(sum(told[k] == c for k, c in zip(likest, real.caption, strict=True)) / 12, abs=1e-4)
+    assert set(ClipScore(path=folder).names(True)) <= set(own) and own["protocol"]["captions"] == len(told)
 
 
 def test_the_pipelines_own_text_encoder_is_plain(root: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +158,8 @@ def test_the_pipelines_own_text_encoder_is_plain(root: Path, folder: Path, caplo
     from transformers import CLIPTextModel
 
     found = StableDiffusionPipeline.from_pretrained(root / "model", safety_checker=None)
-    assert type(found.text_encoder) is CLIPTextModel and not caplog.records
+    assert type(found.text_encoder) is CLIPTextModel
+    assert not [line for line in caplog.records if line.name.startswith(("transformers", "diffusers"))]
     _, said = CLIPTextModel.from_pretrained(root / "model" / "text_encoder", output_loading_info=True)
     assert not any(said.values())
     alone, beside = load_pretrained(str(folder)), load_pretrained(str(root / "model"))  # as another model's text encoder
