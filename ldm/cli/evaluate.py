@@ -115,7 +115,8 @@ class Measurement:
             drawn = {"images": self.images, "steps": steps, "seed": self.seed, "sampler": sampler, "guidance": scale}
             found.append(build({"kind": "frechet", **drawn, **by}, Frechet, "ldm evaluate"))
             if self.clip is not None:
-                found.append(build({"kind": "clip_score", "path": model if str(self.clip) == "own" else str(self.clip), **drawn}, ClipScore, "ldm evaluate"))
+                path = model if str(self.clip) == "own" else str(self.clip)
+                found.append(build({"kind": "clip_score", "path": path, **drawn}, ClipScore, "ldm evaluate"))
         if self.told:
             own = {"images": self.told, "steps": steps, "seed": self.seed, "sampler": sampler}
             found.append(build({"kind": "told", **own, "guidance": next(iter(_numbers(self.guidance)), 0.0)}, ToldViews, "ldm evaluate"))
@@ -323,9 +324,10 @@ def table(result: dict[str, Any]) -> None:
         elif name.startswith("neighbours") and "skipped" not in found:
             console.print(_neighbours(found))
         elif name.startswith("clip_score"):
-            console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f} ({found['protocol']['clip']})")
-            many = f"the likest of {found['protocol']['captions']} captions"
-            console.print(f"own caption {many}{_scale(found)}: {found['retrieval']:.1%}; of the real images {found['retrieval_real']:.1%}")
+            told = found["protocol"]
+            console.print(f"CLIP score{_scale(found)} {found['score']:.2f}; of the real images {found['real']:.2f} ({told['clip']})")
+            likest = f"own caption the likest of {told['captions']}: {found['retrieval']:.1%}"
+            console.print(f"{likest}; of the real images {found['retrieval_real']:.1%}")
 
 
 def _scale(found: dict[str, Any]) -> str:

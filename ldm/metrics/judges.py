@@ -144,7 +144,8 @@ class ClipJudge:
     @torch.no_grad()
     def similarities(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine similarities (N,M) of N pictures with each of M prompts."""
-        return (torch.stack([self._seen(picture) for picture in pictures]) @ torch.stack([self._told(prompt) for prompt in prompts]).T).cpu()
+        seen, told = torch.stack([self._seen(one) for one in pictures]), torch.stack([self._told(one) for one in prompts])
+        return (seen @ told.T).cpu()
 
     def _seen(self, picture: Tensor) -> Tensor:
         """The embedding (E,) of a picture, of length 1."""

@@ -238,7 +238,7 @@ def test_stable_unclip_img2img_pipeline_draws_the_same_variation(
     model: Path, decoder: LatentDiffusionFamily, pictures: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model)
-    assert not caplog.records
+    assert not [line for line in caplog.records if line.name.startswith(("transformers", "diffusers"))]
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     eight = (pictures[:1] * 255).round()
