@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +17,7 @@ from ldm.config.errors import UserError
 from ldm.config.secrets import redacted
 from ldm.config.terminal import shown
 from ldm.distributed.launcher import here
-from ldm.distributed.rendezvous import Arrival, Meeting, host
+from ldm.distributed.rendezvous import Arrival, Meeting, host, way
 from ldm.distributed.sharding import shard
 from ldm.distributed.watchdog import TRAINING, Place, Verb, Watchdog, broken, limit_s
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ldm.families.family import Family, Ranks
 
 
+INTERFACE = "GLOO_SOCKET_IFNAME"  # the network interface that gloo uses
 LONG = timedelta(days=7)  # for the first process's work alone, an evaluation say; who stands still is the watchdog's to find
 ALONE = 1 << 30  # behind every other part of a step
 
@@ -117,10 +118,12 @@ def _arrival(meeting: Meeting, cpu: bool) -> Arrival:
     import torch
 
     device = None if cpu else torch.accelerator.current_accelerator()
-    if device is None or device.type != "cuda":
-        return Arrival(rank=meeting.rank, host=host(), device="cpu" if device is None else device.type)
-    own = torch.cuda.get_device_properties(meeting.local % torch.cuda.device_count())
-    return Arrival(rank=meeting.rank, host=host(), device=device.type, unit=str(getattr(own, "uuid", "")))
+    own, first = way(meeting.address, meeting.port)
+    come = Arrival(rank=meeting.rank, host=host(), device="cpu" if device is None else device.type, own=own, first=first)
+    if come.device != "cuda":
+        return come
+    card = torch.cuda.get_device_properties(meeting.local % torch.cuda.device_count())
+    return replace(come, unit=str(getattr(card, "uuid", "")))
 
 
 def _connected(cpu: bool, limit: float, verb: Verb) -> tuple[PartialState, Watchdog]:
@@ -128,9 +131,16 @@ def _connected(cpu: bool, limit: float, verb: Verb) -> tuple[PartialState, Watch
     from accelerate import PartialState
 
     meeting = Meeting.told(os.environ, limit)
-    store = meeting.meet(_arrival(meeting, cpu))
-    watchdog = Watchdog(meeting.connection("watchdog"), meeting.rank, meeting.world, limit, verb)
-    state = PartialState(cpu=cpu, store=store, rank=meeting.rank, world_size=meeting.world, timeout=LONG)
+    met = meeting.meet(_arrival(meeting, cpu))
+    watchdog = Watchdog(meeting.connection(met.session, "watchdog"), meeting.rank, meeting.world, limit, verb)
+    if met.interface:
+        os.environ.setdefault(INTERFACE, met.interface)
+    watchdog.at(Place(doing="connecting"))
+    try:
+        state = PartialState(cpu=cpu, store=met.store, rank=meeting.rank, world_size=meeting.world, timeout=LONG)
+    except RuntimeError as error:
+        took = f"{INTERFACE}={os.environ[INTERFACE]}" if INTERFACE in os.environ else f"{INTERFACE} is not set"
+        leave(watchdog.failed(error, f"; {took}: it and NCCL_SOCKET_IFNAME name the network by which the machines reach each other"))
     if state.num_processes != meeting.world:
         raise UserError(f"WORLD_SIZE: {meeting.world}, but {state.num_processes} processes are connected; start with torchrun")
     return state, watchdog

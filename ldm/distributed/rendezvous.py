@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ EVERY_S = 10.0  # between two words on who is awaited
 TRY_S = 5.0  # of one try to reach the store
 ANSWER_S = 20.0  # until a store that was reached must have answered
 LOOK_S = 0.1  # between two looks at who has come
+SESSION = "ldm/session"  # the key of the latest one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,17 @@ class Arrival:
     host: str  # its machine's name
     device: str  # the kind: cuda, xpu, mps, cpu
     unit: str = ""  # what tells this device from all others, where the device has such a name
+    own: str = ""  # its machine's address on the way to the first one; empty where that is unknown
+    first: str = ""  # the first machine's address, as it is known here
+
+
+@dataclass(frozen=True)
+class Met:
+    """What the processes of a launch share once all have come."""
+
+    session: str  # what tells this start from all others on the same store
+    store: Store  # that connects them, for a process group
+    interface: str  # of this machine's network, by which the others reach it; empty where all may be one machine, or it is unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,6 @@ class Meeting:
     """Where the processes of a launch meet.
 
     Args:
-        attempt: what tells a start of the launcher from the one before, whose keys may still stand in the launcher's store.
         kept: whether the launcher keeps the store; else the first process does.
         limit: seconds after which a missing process ends all others.
     """
@@ -48,7 +60,6 @@ class Meeting:
     local: int
     address: str
     port: int
-    attempt: str
     kept: bool
     limit: float
 
@@ -72,27 +83,28 @@ class Meeting:
             raise UserError(f"MASTER_PORT: got {port}; it is 1 to 65535")
         if not (address := environment.get("MASTER_ADDR", "")):
             raise UserError("MASTER_ADDR: got nothing; several processes need the first one's address there, which launchers set")
-        attempt = f"{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}.{world}"
         kept = environment.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
         local = numbers["LOCAL_RANK"]
-        return cls(rank=rank, world=world, local=local, address=address, port=port, attempt=attempt, kept=kept, limit=limit)
+        return cls(rank=rank, world=world, local=local, address=address, port=port, kept=kept, limit=limit)
 
     @property
     def keeper(self) -> str:
         """Who keeps the store, in words."""
         return "the launcher" if self.kept else "rank 0"
 
-    def connection(self, purpose: str) -> Store:
-        """A further connection to the store, for keys of that purpose alone."""
+    def connection(self, session: str, purpose: str) -> Store:
+        """A further connection to the store, for keys of that session and purpose alone."""
         from torch.distributed import PrefixStore, TCPStore
 
         store = TCPStore(self.address, self.port, None, False, timeout=timedelta(seconds=ANSWER_S))
-        return PrefixStore(f"ldm/{self.attempt}/{purpose}", store)
+        return PrefixStore(f"ldm/{session}/{purpose}", store)
 
-    def meet(self, arrival: Arrival) -> Store:
-        """Wait until all processes have come; the store that connects them, for a process group.
+    def meet(self, arrival: Arrival) -> Met:
+        """Wait until all processes have come.
 
-        The first that comes looks after the others, and says every ten seconds who is missing.
+        The first process opens a session of its own name and looks after the others, and says every ten seconds who is missing. A launcher
+        that starts all again keeps its store, with what former processes left there, and its agents count restarts apart: so those
+        who join a session go on only when its verdict names them, and else join the next one.
 
         Raises:
             UserError: naming who did not come within the limit, or processes whose devices do not go together.
@@ -102,11 +114,20 @@ class Meeting:
         begun = time.monotonic()
         base = self._store(begun)
         base.set_timeout(timedelta(seconds=self.limit))
-        store = PrefixStore(f"ldm/{self.attempt}/rendezvous", base)
+        own = os.urandom(8).hex()
+        text = json.dumps({"came": own, **asdict(arrival)})
+        known = ""
         try:
-            first = str(store.compare_set("first", "", str(self.rank)), "utf-8") == str(self.rank)
-            store.set(f"here/{self.rank}", json.dumps(asdict(arrival)))
-            said = self._look(store, begun) if first else self._verdict(store, begun)
+            if self.rank == 0:
+                session, store = own, _of(own, base)
+                store.set("here/0", text)
+                base.set(SESSION, session)
+                said = self._look(store, begun)
+            else:
+                session, said = self._join(base, own, text, begun)
+                store = _of(session, base)
+            if not said:
+                known = str(store.get("first machine"), "utf-8")
         except Exception as error:  # the store is gone, with whoever kept it
             raise UserError(
                 f"{self.keeper} ended while rank {self.rank} waited for the others ({str(error).splitlines()[0][:120]})"
@@ -114,7 +135,7 @@ class Meeting:
         if said:
             self._heard(store)
             raise UserError(said)
-        return PrefixStore(f"ldm/{self.attempt}/group", base)
+        return Met(session, PrefixStore(f"ldm/{session}/group", base), interface(arrival.own, known))
 
     def _heard(self, store: Store) -> None:
         """A refusal was heard; who keeps the store leaves last."""
@@ -169,24 +190,50 @@ class Meeting:
             missing, there = _ranks(absent), self.world - len(absent)
             if absent and now - begun > self.limit:
                 said = f"{missing} did not come within {self.limit:.0f} s (LDM_TIMEOUT_S): {there} of {self.world} processes were here"
-                store.set("verdict", said)
+                _decide(store, said, [key for rank, key in enumerate(keys) if rank not in absent])
                 return said
             if absent:
                 told = now
                 _tell(f"{there} of {self.world} processes are here; waiting for {missing}", now - begun, self.limit)
-        arrivals = [Arrival(**json.loads(store.get(f"here/{rank}"))) for rank in range(self.world)]
-        said = together(arrivals)
-        store.set("verdict", said)
-        return said
+        arrivals = _decide(store, None, keys)
+        return together(arrivals)
 
-    def _verdict(self, store: Store, begun: float) -> str:
-        """Wait for what the first one says."""
-        while not store.check(["verdict"]):
-            if time.monotonic() - begun > self.limit + 2 * TRY_S:
-                first = str(store.get("first"), "utf-8")
-                return f"rank {first}, which waited for all others, gives no sign of life after {self.limit:.0f} s (LDM_TIMEOUT_S)"
+    def _join(self, base: Store, own: str, text: str, begun: float) -> tuple[str, str]:
+        """Join the first process' session; its name, and what is wrong there."""
+        told, joined, over = begun, "", False
+        while True:
+            if base.check([SESSION]) and (session := str(base.get(SESSION), "utf-8")) != joined:
+                joined, over = session, False
+                _of(joined, base).set(f"here/{self.rank}", text)
+            if joined and not over and _of(joined, base).check(["verdict"]):
+                verdict = json.loads(_of(joined, base).get("verdict"))
+                if own in verdict["came"]:
+                    return joined, verdict["said"]
+                over = True  # a session of former processes
+            now = time.monotonic()
+            if now - begun > self.limit + 2 * TRY_S:
+                return joined, f"rank 0, which waits for all others, gives no sign of life after {self.limit:.0f} s (LDM_TIMEOUT_S)"
+            if now - told > EVERY_S and self.local < 2 and (over or not joined):
+                told = now
+                _tell(f"rank {self.rank} waits for rank 0", now - begun, self.limit)
             time.sleep(LOOK_S)
-        return str(store.get("verdict"), "utf-8")
+
+
+def _of(session: str, base: Store) -> Store:
+    """The keys of a session's rendezvous."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"ldm/{session}/rendezvous", base)
+
+
+def _decide(store: Store, said: str | None, keys: list[str]) -> list[Arrival]:
+    """Tell those who came what is wrong; None: what their devices say. Gives who came."""
+    came = [json.loads(store.get(key)) for key in keys]
+    names = [one.pop("came") for one in came]
+    arrivals = [Arrival(**one) for one in came]
+    store.set("first machine", next((one.first for one in arrivals if not _within(one.first)), ""))
+    store.set("verdict", json.dumps({"said": together(arrivals) if said is None else said, "came": names}))
+    return arrivals
 
 
 def together(arrivals: list[Arrival]) -> str:
@@ -213,6 +260,40 @@ def together(arrivals: list[Arrival]) -> str:
     return ""
 
 
+def way(address: str, port: int) -> tuple[str, str]:
+    """This machine's own address on the way to another one, and that one's; empty where the name is not known. Nothing is sent."""
+    with suppress(OSError):
+        family, kind, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as found:
+            found.connect(where)
+            return str(found.getsockname()[0]), str(found.getpeername()[0])
+    return "", ""
+
+
+def interface(own: str, first: str) -> str:
+    """The network interface by which other machines reach this one; empty where it is not known.
+
+    gloo would take the address that this machine's own name has. That is 127.0.1.1 as Debian installs it, and no other machine's
+    processes get there.
+
+    Args:
+        own: this machine's address on the way to the first one, which the first one itself may know as 127.0.1.1 alone.
+        first: the first machine's address as other machines know it.
+    """
+    import psutil
+
+    wanted = first if _within(own) else own
+    for name, addresses in psutil.net_if_addrs().items():
+        if wanted and any(one.address.partition("%")[0] == wanted for one in addresses):
+            return name
+    return ""
+
+
+def _within(address: str) -> bool:
+    """Whether an address leads nowhere but to the machine itself."""
+    return address in ("", "::1") or address.startswith("127.")
+
+
 def _ranks(ranks: list[int]) -> str:
     """`rank 3`, `ranks 1, 4-7`."""
     runs: list[list[int]] = []
@@ -231,6 +312,4 @@ def _tell(text: str, seconds: float, limit: float) -> None:
 
 def host() -> str:
     """This machine's name, as Slurm or the system has it."""
-    import socket
-
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,12 @@ class Watchdog:
         self._told = False
         self._gone: set[int] = set()
         self._cause, self._cause_at = "", 0.0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun's or accelerate's, whose child this is
+        self._asking = 0.0  # since when the store owes an answer; 0: it does not
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
+        self._closed = threading.Event()
+        threading.Thread(target=self._listen, daemon=True, name="watchdog of the store").start()
 
     def at(self, place: Place) -> None:
         """This process is there now."""
@@ -118,6 +123,7 @@ class Watchdog:
         """The work is done; nobody is looked after any more."""
         self._over.set()
         self._thread.join(5)
+        self._closed.set()
 
     # The thread
 
@@ -148,9 +154,34 @@ class Watchdog:
                 self._end(json.loads(verdict))
             self._follow(now)
 
+    def _listen(self) -> None:
+        """Ends this process where the store does not answer: its machine has no power, or its process is stopped.
+
+        A request waits then until the system gives the connection up, which takes a quarter of an hour or has no end.
+        """
+        before = time.monotonic()
+        while not self._closed.wait(self.period):
+            now, asking = time.monotonic(), self._asking
+            if now - before > self.silent / 2 and asking:  # this process itself was stopped for a while
+                self._asking = now
+            elif asking and now - asking > self.silent:
+                self._speak(f"{_keeper()} gives no sign of life any more, killed or stopped (rank {self.rank} waits in {self.place})")
+                os._exit(FAILED)
+            before = now
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Within it the store is asked something."""
+        with self._lock:
+            self._asking = time.monotonic()
+            try:
+                yield
+            finally:
+                self._asking = 0.0
+
     def _say(self) -> None:
         self._tick += 1
-        with self._lock:
+        with self._asked():
             self.store.set(f"at/{self.rank}", json.dumps([self._tick, self.moved, asdict(self.place)]))
 
     def _hear(self) -> None:
@@ -167,6 +198,11 @@ class Watchdog:
 
     def _judge(self, own: _Seen, now: float) -> dict[str, Any] | None:
         """Who is at fault, if anybody."""
+        if self._launcher not in (
+            0,
+            os.getppid(),
+        ):  # nobody would start this process again, nor end it; its successors would write beside it
+            return {"text": f"the launcher of rank {self.rank} is gone, killed or out of memory ({own.place})", "hung": []}
         quiet = {rank: seen for rank, seen in self._seen.items() if seen.tick >= 0 and now - seen.ticked_at > self.silent}
         if quiet:
             who = ", ".join(str(rank) for rank in sorted(quiet))
@@ -239,24 +275,27 @@ class Watchdog:
 
     # What ended the job
 
-    def failed(self, error: BaseException) -> int:
+    def failed(self, error: BaseException, hint: str = "") -> int:
         """Called by the main thread when it fails: tells what ended the job, unless another process does; gives the exit code.
 
         A broken connection is no cause: the word of the process that broke it is waited for, or its silence. Only the first
         cause is told.
+
+        Args:
+            hint: what is told behind the error where no process broke the connection.
         """
         self._over.set()
-        self._speak(self._cause_of(error))
+        self._speak(self._cause_of(error, hint))
         user = isinstance(error, UserError) or self._user_caused()
         self._bye()
         return 2 if user else FAILED
 
-    def _cause_of(self, error: BaseException) -> str:
+    def _cause_of(self, error: BaseException, hint: str) -> str:
         try:
             mine = json.dumps({"rank": self.rank, "place": str(self.place), "error": _named(error), "user": isinstance(error, UserError)})
             found = self._explained() if broken(error) else self._first("cause", mine)
             if not found:
-                return self._elected(f"the connection to the other processes broke ({_first_line(error)}; {self.place})")
+                return self._elected(f"the connection to the other processes broke ({_first_line(error)}; {self.place}){hint}")
             cause = json.loads(found)
             if cause["rank"] == self.rank:
                 return f"rank {cause['rank']} ({cause['place']}): {cause['error']}"
@@ -315,12 +354,12 @@ class Watchdog:
     # The store
 
     def _get(self, key: str) -> str:
-        with self._lock:
+        with self._asked():
             return str(self.store.get(key), "utf-8") if self.store.check([key]) else ""
 
     def _first(self, key: str, value: str) -> str:
         """What the first process that came here has put down under the key."""
-        with self._lock:
+        with self._asked():
             return str(self.store.compare_set(key, "", value), "utf-8")
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import several
 
 from ldm.config.errors import UserError
 from ldm.distributed import rendezvous
-from ldm.distributed.rendezvous import Arrival, Meeting, together
+from ldm.distributed.rendezvous import Arrival, Meeting, interface, together, way
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
 def meetings(world: int, limit: float = 60.0) -> list[Meeting]:
     port = several.free_port()
-    common = {"world": world, "address": "127.0.0.1", "port": port, "attempt": "0", "kept": False, "limit": limit}
+    common = {"world": world, "address": "127.0.0.1", "port": port, "kept": False, "limit": limit}
     return [Meeting(rank=rank, local=rank, **common) for rank in range(world)]  # type: ignore[arg-type]
 
 
@@ -28,7 +29,7 @@ def gathered(come: list[Meeting], devices: list[str] | None = None) -> dict[int,
 
     def one(meeting: Meeting, device: str) -> None:
         try:
-            found[meeting.rank] = meeting.meet(Arrival(rank=meeting.rank, host="here", device=device))
+            found[meeting.rank] = meeting.meet(Arrival(rank=meeting.rank, host="here", device=device)).store
         except UserError as error:
             found[meeting.rank] = str(error)
 
@@ -68,10 +69,10 @@ def test_without_the_first_process_the_others_say_where_they_look_for_it(
 ) -> None:
     monkeypatch.setattr(rendezvous, "EVERY_S", 0.3)
     monkeypatch.setattr(rendezvous, "TRY_S", 0.5)
-    come = meetings(3, limit=2.0)[1:]
+    come = meetings(3, limit=8.0)[1:]
     found = gathered(come)
     where = f"127.0.0.1:{come[0].port}"
-    assert all(str(said).startswith(f"rank 0 was not reached at {where} within 2 s (LDM_TIMEOUT_S)") for said in found.values())
+    assert all(str(said).startswith(f"rank 0 was not reached at {where} within 8 s (LDM_TIMEOUT_S)") for said in found.values())
     assert f"ldm: rank 1 waits for rank 0 at {where} (" in capfd.readouterr().err
 
 
@@ -95,10 +96,32 @@ def test_a_further_start_on_the_launchers_store_does_not_meet_those_of_the_forme
     agent = TCPStore("127.0.0.1", first[0].port, None, True, timedelta(seconds=20), wait_for_workers=False)
     kept = [replace(one, kept=True, limit=1.0) for one in first]
     assert all(not isinstance(one, str) for one in gathered(kept).values())
-    again = [replace(one, attempt="1") for one in kept]
-    assert "rank 1 did not come" in str(gathered(again[:1])[0])
-    assert all(not isinstance(one, str) for one in gathered([replace(one, attempt="2") for one in kept]).values())
+    assert "rank 1 did not come" in str(gathered(kept[:1])[0])
+    assert "rank 0, which waits for all others, gives no sign of life" in str(gathered(kept[1:])[1])
+    again = [replace(one, limit=60.0) for one in kept]
+    later = threading.Timer(1.0, lambda: found.update(gathered(again[:1])))  # who comes before the first process waits for its session
+    found: dict[int, object] = {}
+    later.start()
+    found |= gathered(again[1:])
+    later.join()
+    found[1].set("word", "said")  # type: ignore[attr-defined]
+    assert found[0].get("word") == b"said"  # type: ignore[attr-defined]
     del agent
+
+
+def test_the_interface_is_the_one_by_which_machines_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    class Address(NamedTuple):
+        address: str
+
+    here = {"lo": [Address("127.0.0.1")], "eth0": [Address("02:00"), Address("10.0.0.2")], "eth1": [Address("fe80::1%eth1")]}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: here)
+    assert interface("10.0.0.2", "10.0.0.1") == "eth0" and interface("fe80::1", "") == "eth1"
+    assert interface("127.0.1.1", "10.0.0.2") == "eth0"  # the first machine, whose own name leads to itself alone
+    assert interface("127.0.0.1", "") == "" and interface("10.0.0.9", "") == ""
+    own, first = way("127.0.0.1", 29500)
+    assert (own, first) == ("127.0.0.1", "127.0.0.1") and way("no such name.invalid", 1) == ("", "")
 
 
 def test_a_machine_without_its_driver_is_named_before_any_group_is_made() -> None:
