@@ -466,6 +466,7 @@ class Family(nn.Module, ABC):
         return None
 
     preview_columns: int = 8
+    preview_by_sample: bool = False  # what is shown of sample i depends on that sample and seed + i alone, so that processes share the work
 
     def finish(self, context: Context) -> dict[str, Any]:
         """Measurements on the final weights (latent statistics, say) that belong to the product; also logged."""

@@ -98,6 +98,8 @@ class OnePass(Family, Prompted):
         """Those longer than the text encoder reads."""
         return cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
 
+    preview_by_sample = True
+
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)

@@ -414,20 +414,25 @@ class Trainer:
         count = len(self.stage.prompts) or min(self.stage.samples, len(held_out))
         if not count:
             return
-        pictures = None
+        shared = self.family.preview_by_sample and not self.processes.sharded  # of sharded weights the first process alone has all
+        own = self.processes.share(count) if shared else range(count * self.processes.main)
+        drawn: list[Tensor] = []
         with self._averaged():
-            if self.processes.main:
-                index = [number % len(held_out) for number in range(count)]
+            if own:
+                index = [number % len(held_out) for number in own]
                 batch = held_out.load(index, index, self.stage.resolution, 0, False).to(self.device)
                 if self.stage.prompts:
-                    batch = replace(batch, caption=self.stage.prompts[:count])
+                    batch = replace(batch, caption=self.stage.prompts[own.start : own.stop])
                 with self._autocast():
-                    pictures = self.family.preview(batch, seed=0)
-        if pictures is None:
+                    pictures = self.family.preview(batch, seed=own.start)
+                drawn = [] if pictures is None else [pictures.cpu()]
+        if shared:
+            drawn = self.processes.gather(drawn)
+        if not self.processes.main or not drawn:
             return
         path = self.folder / "samples" / f"{self.step * self.stage.batch:09d}.png"
         try:
-            save_grid(pictures, path, self.family.preview_columns)
+            save_grid(torch.cat(drawn), path, self.family.preview_columns)
         except OSError as error:
             self.log.note(f"{path}: not written ({error.strerror or error}); training goes on")
             return

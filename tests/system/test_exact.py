@@ -51,6 +51,7 @@ def test_one_two_and_four_processes_make_the_same_bits(tmp_path: Path) -> None:
 def test_a_vae_knows_no_pictures_beside_each_other(tmp_path: Path) -> None:
     config = run_of("cvae", tmp_path)
     config["stages"]["last"] |= {"batch": 8, "micro_batch": 2, "exact": True, "precision": "fp32", "optim": {"kind": "adamw", "lr": 1e-3}}
+    config["stages"]["last"]["samples"] = 3  # of which two processes draw two and one
     config["stages"]["text"]["precision"] = "fp32"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -63,6 +64,8 @@ def test_a_vae_knows_no_pictures_beside_each_other(tmp_path: Path) -> None:
             load_file(tmp_path / run / "stages/last/model" / name / "diffusion_pytorch_model.safetensors") for run in ("one", "two")
         )
         assert all((one[key] == value).all() for key, value in two.items()) and one.keys() == two.keys()
+    alone, shared = (sorted((tmp_path / run / "stages/last/samples").glob("*.png")) for run in ("one", "two"))
+    assert alone and [file.read_bytes() for file in alone] == [file.read_bytes() for file in shared]
 
 
 @pytest.mark.parametrize(

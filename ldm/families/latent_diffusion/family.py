@@ -633,6 +633,8 @@ class LatentDiffusionFamily(Adaptable, Prompted):
             return None
         return cut_captions(captions, lambda: self.text.tokenizer, self.text.room * self.config.caption_chunks)
 
+    preview_by_sample = True
+
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)

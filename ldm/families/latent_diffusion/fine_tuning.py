@@ -132,6 +132,8 @@ class AdaptedFamily(Family):
         """Everything that learns."""
         return [p for group in self.parameter_groups() for p in group.parameters]
 
+    preview_by_sample = True
+
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """The base's."""
         self.inner.text.forget()

@@ -526,6 +526,8 @@ class TokensFamily(Family, Prompted):
         """Those longer than the text encoder reads."""
         return cut_captions(captions, lambda: self.text.tokenizer, self.text.room) if self.reader is not None else None
 
+    preview_by_sample = True
+
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor:
         """One picture for each of the batch's captions, with the default settings."""
         captions = list(batch.caption)

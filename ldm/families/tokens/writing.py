@@ -171,6 +171,8 @@ class WritingFamily(Family, Prompted):
         """Those longer than the text encoder reads, or than are written."""
         return None if self.reader is None else cut_captions(captions, lambda: self.text.tokenizer, self.text.room)
 
+    preview_by_sample = True
+
     def preview(self, batch: ImageBatch | MomentBatch, seed: int) -> Tensor | None:
         """Of a model of scenes one picture for each of the batch's captions."""
         if self.said.writes != "scene":

@@ -310,6 +310,8 @@ def test_previews_are_pictures_of_the_captions(products: Path) -> None:
     shown = family.preview(data, seed=5)
     drawn = family.sample(list(data.caption), [5, 6, 7]).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(shown, drawn)
+    shares = [family.preview(batch(0), seed=5), family.preview(batch(1, 2), seed=6)]  # as two processes draw them
+    assert family.preview_by_sample and torch.equal(shown, torch.cat(shares))
 
 
 # Folders
