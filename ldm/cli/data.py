@@ -137,6 +137,7 @@ def curate(
     subset: Annotated[str, typer.Option(help="laion-high-resolution or improved-aesthetics; filters tighten it.")] = "",
     memory_mb: Annotated[int, typer.Option(help="Of the database, which goes on on the disk.", min=64)] = 1024,
     threads: Annotated[int, typer.Option(help="Of the database.", min=1)] = 2,
+    ray: Annotated[str, typer.Option(help="Filter table by table on Ray's workers: local, auto or a cluster's address.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Filter tables of links or pictures; what each rule removed is told and kept in audit.json."""
@@ -146,7 +147,12 @@ def curate(
         raise UserError(f"--unique: got {wrong[0]!r}; there are {', '.join(UNIQUE)}")
     if subset:
         asked = curating.with_subset(subset, asked)
-    audit = curating.curate(tables, out, asked, memory_mb=memory_mb, threads=threads)
+    if ray:
+        from ldm.data.curation.spread import curate_spread, on_ray
+
+        audit = curate_spread(tables, out, asked, on_ray(ray, threads), memory_mb=memory_mb, threads=threads)
+    else:
+        audit = curating.curate(tables, out, asked, memory_mb=memory_mb, threads=threads)
     print(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str) if as_json else "\n".join(curating.lines(audit)))
     return 0
 

@@ -35,6 +35,7 @@ NEEDED = {
     "tokenizers": "text",
     "transformers": "text encoders",
     "accelerate": "training",
+    "psutil": "several machines",
     "diffusers": "pipelines",
     "datasets": "data sets of the hub",
     "peft": "low-rank adapters",
@@ -45,6 +46,7 @@ NEEDED = {
 OPTIONAL = {
     "xformers": "memory-saving attention on CUDA",
     "duckdb": "ldm data curate",
+    "ray": "ldm data curate --ray",
     "gradio": "ldm demo",
     "tensorboard": "tracker=tensorboard",
     "torch_fidelity": "FID",

@@ -172,6 +172,7 @@ OTHERS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("--language", "--reject", "--unique", "--subset", "--out", "--json"), "tests/cli/test_data.py"),
         "--near": "tests/data/curation/test_hashes.py",
         "--memory-mb": "tests/data/test_tables.py",
+        "--ray": "tests/data/curation/test_curate.py",
     },
     "data fetch": {
         **dict.fromkeys(("--out", "--shard", "--timeout", "--distributor", "--img2dataset", "--json"), "tests/data/curation/test_fetch.py"),

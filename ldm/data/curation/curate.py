@@ -67,7 +67,31 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
             audit.json is written, and the tables of an earlier curation stay.
     """
     started = time.monotonic()
-    files = _files(inputs)
+    files = files_of(inputs)
+    if not (audit := judged(files, out, asked, examples=examples, memory_mb=memory_mb, threads=threads)).rows:
+        raise UserError(f"{', '.join(files[:3])}: the table has no rows")
+    return accounted(audit, out, started)
+
+
+def accounted(audit: Audit, out: Path, started: float) -> Audit:
+    """Write audit.json of a curation that began at a time of the monotonic clock.
+
+    Raises:
+        UserError: if no row was kept.
+    """
+    audit.seconds = round(time.monotonic() - started, 2)
+    audit.peak_mb = round(_peak_mb(), 1)
+    (out / AUDIT).write_text(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    if audit.kept == 0:
+        worst = sorted(audit.rules, key=lambda rule: -rule["removed"])[:3]
+        counts = ((rule["removed"], rule["rule"], rule["unknown"] == audit.rows) for rule in worst if rule["removed"])
+        said = ", ".join(f"{removed:,} by {name}" + " (unknown)" * unknown for removed, name, unknown in counts)
+        raise UserError(f"none of {audit.rows:,} rows passes: {said}; relax these rules, {out / AUDIT} has examples of what they removed")
+    return audit
+
+
+def judged(files: list[str], out: Path, asked: Curation, *, examples: int, memory_mb: int, threads: int) -> Audit:
+    """Write the tables of the rows that pass, where some do; no audit.json."""
     out.mkdir(parents=True, exist_ok=True)
     with _database(out, memory_mb, threads, files) as database, _told(files):
         _check_patterns(database, asked)
@@ -86,18 +110,18 @@ def curate(inputs: Sequence[str], out: Path, asked: Curation, *, examples: int =
         _count(database, rules, audit, examples)
         _duplicates(database, asked, audit, examples)
         _write(database, out, asked, audit)
-    audit.seconds = round(time.monotonic() - started, 2)
-    audit.peak_mb = round(_peak_mb(), 1)
-    (out / AUDIT).write_text(json.dumps(asdict(audit), indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    if audit.kept == 0:
-        worst = sorted(audit.rules, key=lambda rule: -rule["removed"])[:3]
-        counts = ((rule["removed"], rule["rule"], rule["unknown"] == audit.rows) for rule in worst if rule["removed"])
-        said = ", ".join(f"{removed:,} by {name}" + " (unknown)" * unknown for removed, name, unknown in counts)
-        raise UserError(f"none of {audit.rows:,} rows passes: {said}; relax these rules, {out / AUDIT} has examples of what they removed")
     return audit
 
 
-def _files(inputs: Sequence[str]) -> list[str]:
+def write_empty(files: list[str], target: Path) -> None:
+    """A table without rows that has all columns of some tables, of the types that they have together."""
+    with _database(target.parent, 256, 1, files) as database, _told(files):
+        every = f"SELECT * EXCLUDE (ldm_file, file_row_number) FROM {_read(files)} LIMIT 0"
+        database.execute(f"COPY ({every}) TO {literal(str(target))} (FORMAT parquet)")
+
+
+def files_of(inputs: Sequence[str]) -> list[str]:
+    """The tables that files, folders, patterns and URLs mean, in order."""
     found: list[str] = []
     for item in inputs:
         for name in expand(os.path.expanduser(item)):
@@ -273,8 +297,6 @@ def _insert(database: Any, name: str, values: list[str]) -> None:
 def _count(database: Any, rules: list[Rule], audit: Audit, examples: int) -> None:
     sums = "".join(f", count_if({rule.removes}), count_if({rule.unknown})" for rule in rules)
     audit.rows, *counts = database.execute(f"SELECT count(*){sums} FROM judged").fetchone()
-    if audit.rows == 0:
-        raise UserError(f"{', '.join(audit.files[:3])}: the table has no rows")
     chosen = f"min(ldm_row, {examples})" if examples else "[]"
     groups = database.execute(f"SELECT verdict, count(*), {chosen} FROM judged GROUP BY verdict").fetchall()
     removed = {verdict: (count, ids) for verdict, count, ids in groups}

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.data.curation.curate import AUDIT, SUBSETS, Audit, Curation, curate, lines, with_subset
 from ldm.data.curation.hashes import near_duplicates
+from ldm.data.curation.spread import curate_spread, on_ray
 
 ROWS = 600
 
@@ -328,3 +333,93 @@ def test_tables_in_a_store_that_fails_give_what_those_on_a_disk_give(tmp_path: P
     for name in ("train", "val"):
         assert ids(tmp_path / "here", name) == ids(tmp_path / "there", name)
     assert here.rules == there.rules
+
+
+EVERYTHING = Curation(
+    min_side=300, max_aspect=2.5, max_unsafe=0.9, min_caption=12, reject="logo", unique=("url", "caption"), near=1, val_share=0.2, seed=5
+)
+
+
+def account(audit: Audit) -> Audit:
+    """What does not depend on who works."""
+    return replace(audit, seconds=0.0, peak_mb=0.0)
+
+
+def contents(file: Path) -> tuple[list[str], list[pa.DataType], list[dict[str, Any]]]:
+    """Names, types and rows of a table."""
+    table = pq.read_table(file)
+    return table.schema.names, table.schema.types, table.to_pylist()
+
+
+def one_after_the_other(task: Any, files: list[str]) -> list[Audit]:
+    return [task(number, file) for number, file in enumerate(files)]
+
+
+def hashed(folder: Path, files: int) -> Path:
+    """Tables with perceptual hashes, of which the last has one column less and the first none that passes."""
+    table = write(folder, raw(), "joined", files)
+    hashes = np.array(raw()["phash"], np.uint64)
+    for f in range(files):
+        part = pq.read_table(table / f"{f}.parquet")
+        mine = hashes[f * ROWS // files : f * ROWS // files + len(part)] & np.uint64(0xFFF)  # few bits, so that many are near
+        part = part.append_column("phash", pa.array(mine, pa.uint64()))
+        if f == 0:
+            part = part.set_column(part.schema.get_field_index("HEIGHT"), "HEIGHT", pa.array([1.0] * len(part)))
+        pq.write_table(part.drop(["LANGUAGE"]) if f == files - 1 else part, table / f"{f}.parquet")
+    return table
+
+
+def test_tables_judged_apart_give_the_same_rows_and_account(tmp_path: Path) -> None:
+    table = hashed(tmp_path / "tables", 4)
+    whole = curate([str(table)], tmp_path / "whole", EVERYTHING)
+    spread = curate_spread([str(table)], tmp_path / "spread", EVERYTHING, one_after_the_other)
+    assert 0 < whole.val < whole.kept and whole.rules[0]["removed"] and whole.rules[-1]["removed"]
+    assert account(spread) == account(whole)
+    for name in ("train", "val"):
+        assert contents(tmp_path / "spread" / f"{name}.parquet") == contents(tmp_path / "whole" / f"{name}.parquet")
+    assert sorted(path.name for path in (tmp_path / "spread").iterdir()) == ["audit.json", "train.parquet", "val.parquet"]
+
+
+def test_what_no_table_knows_alone_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="--val-share: on several workers rows are told apart by a column url, key"):
+        curate_spread([str(tmp_path)], tmp_path / "out", Curation(val_share=0.5), one_after_the_other)
+    with pytest.raises(UserError, match=r"none of 2 rows passes: 2 by caption >= 9 characters"):
+        curate_spread([str(tmp_path)], tmp_path / "out", Curation(min_caption=9), one_after_the_other)
+    with pytest.raises(UserError, match="--out must be a folder that all machines share"):
+        curate_spread(
+            [str(tmp_path)], tmp_path / "out", Curation(), lambda task, files: elsewhere(one_after_the_other(task, files), tmp_path)
+        )
+
+
+def elsewhere(found: list[Audit], folder: Path) -> list[Audit]:
+    """As if what the workers wrote lay on their own disks."""
+    for path in folder.glob("out/.curate-*/*/train.parquet"):
+        path.unlink()
+    return found
+
+
+def test_without_ray_the_option_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["data", "curate", str(tmp_path), "--out", str(tmp_path / "out"), "--ray", "local"]) == 2
+    assert '--ray needs ray: python -m pip install "ray>=2.40"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rays_workers_judge_alike(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is an extra")
+    import ray
+
+    table = hashed(tmp_path / "tables", 3)
+    whole = curate([str(table)], tmp_path / "whole", EVERYTHING)
+    try:
+        spread = curate_spread([str(table)], tmp_path / "spread", EVERYTHING, on_ray("local", 1), threads=1)
+        assert account(spread) == account(whole)
+        assert contents(tmp_path / "spread/train.parquet") == contents(tmp_path / "whole/train.parquet")
+        with pytest.raises(UserError, match="aesthetic > 5: the table has no column aesthetic"):
+            curate_spread([str(table)], tmp_path / "spread", Curation(min_aesthetic=5.0), on_ray("local", 1), threads=1)
+    finally:
+        ray.shutdown()
