@@ -65,7 +65,7 @@ class Needs:
         copied = self.checkpoint_bytes if self.stage.save_beside else 0
         return self.checkpoint_bytes + (FLOAT + through) * self.learned + copied
 
-    def memory(self, micro_batch: int, shards: int = 1) -> dict[str, int]:
+    def memory(self, micro_batch: int, processes: int = 1, *, sharded: bool = False) -> dict[str, int]:
         """Bytes on each device while a micro-batch is trained on, by what for.
 
         Weights, gradients, moments and EMA are in float32 whatever the precision. Activations are what the forward pass keeps,
@@ -73,8 +73,13 @@ class Needs:
         themselves, and there is a cast copy of the learned weights and of the float32 frozen ones that gradients pass through, which
         autocast makes anew at every use and the graph keeps. The allocator's own losses, workspaces and the frozen parts' passing
         activations are not in it. With `offload` weights and gradients are of the type that is computed in, and moments and EMA are in
-        the machine's memory. Over `shards` processes (FSDP2) gradients, moments and EMA are split; the weights are whole within a step.
+        the machine's memory. Over several processes that share weights (`sharded`, FSDP2) gradients, moments and EMA are split; the weights
+        are whole within a step.
+
+        A single process that trains on its batch in one pass has no gradients when the forward pass ends, and no activations when
+        the backward pass does: measured, at most a quarter of the lesser adds to the greater, and the rest is "freed in turn".
         """
+        shards = processes if sharded else 1
         full, offload = self.stage.precision == "fp32", self.stage.offload
         held = HALF if offload and not full else FLOAT  # vectors, which stay in float32, are few
         found = {
@@ -86,6 +91,9 @@ class Needs:
             "frozen parts": FLOAT * sum(self.footprint.frozen.values()) - (0 if full else HALF * self.footprint.halved),
             "activations": self.footprint.cost.activations * micro_batch // (1 if full else 2),
         }
+        if processes == 1 and micro_batch >= self.stage.batch and not offload:
+            kept = found["activations"] + (0 if full else HALF * self.learned)  # until the backward pass: autocast's copies, too
+            found["freed in turn"] = -3 * min(found["gradients"], kept) // 4
         return {name: value for name, value in found.items() if value}
 
 

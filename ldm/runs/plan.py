@@ -232,7 +232,7 @@ def _stage(run: Run, doing: Planned, data: DataSet | None, parts: Estimate, spee
         passes=passes,
         buckets=[] if shaped is None else shaped.rows,
         parameters=needs.parameters,
-        memory=needs.memory(micro, processes if split else 1),
+        memory=needs.memory(micro, processes, sharded=split),
         memory_of_machine=needs.host_bytes,
         flops_forward=needs.forward,
         flops=needs.flops,
@@ -307,7 +307,7 @@ def _details(stage: StagePlan) -> Iterator[str]:
     yield f"batch {stage.batch}: {split} on each process"
     yield from (f"bucket {line}" for line in lines(stage.buckets))
     yield f"{operations(stage.flops_forward)} forward, {operations(stage.flops)} in all an image: {duration(stage.seconds)}"
-    parts = ", ".join(f"{name} {size_of(value)}" for name, value in stage.memory.items())
+    parts = ", ".join(f"{name} {'-' * (value < 0)}{size_of(abs(value))}" for name, value in stage.memory.items())
     needs, room = sum(stage.memory.values()), stage.memory_of_device
     yield f"memory of each device, estimated: {size_of(needs)} ({parts})"
     if stage.memory_of_machine:
@@ -325,7 +325,8 @@ def _verdict(stage: StagePlan, needs: int, room: int) -> str:
     said = f"of the device's {size_of(room)}"
     if needs <= usable:
         return f"fits: {needs / room:.0%} {said}"
-    fitting = int((usable - (needs - stage.memory.get("activations", 0))) // each) if each else 0
+    rest = needs - stage.memory.get("activations", 0) - stage.memory.get("freed in turn", 0)  # gradients stay from pass to pass
+    fitting = int((usable - rest) // each) if each else 0
     if fitting >= 1:
         return f"does not fit: {needs / room:.0%} {said}; a micro_batch of {fitting} or less does"
     fixes = "recompute blocks (checkpointing), keep its state in the machine's memory (offload), shard (FSDP2), or learn a LoRA"
