@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 VERBS = {
     "train": ("ldm.cli.train", "train what a YAML file says: ldm train CONFIG [key=value ...]"),
@@ -98,7 +100,7 @@ def _call(verb: str, words: Sequence[str]) -> int:
         adopt_slurm(os.environ)
         if verb not in SHARED and [verb, *words[:1]] != ["data", "encode"]:
             works_alone(verb)
-        return int(importlib.import_module(VERBS[verb][0]).main(words))
+        return int(_imported(VERBS[verb][0]).main(words))
     except UserError as error:
         return _refused(verb, str(error))
     except ModuleNotFoundError as error:
@@ -126,6 +128,15 @@ def _call(verb: str, words: Sequence[str]) -> int:
         advice = FITS.get(verb, "close other programs, or use a machine with more")
         print(f"ldm {verb}: too little memory ({str(error).splitlines()[0][:200]}); {advice}", file=sys.stderr)
         return 2
+
+
+def _imported(name: str) -> Any:
+    """A verb's module. What imports make stays, so nothing is collected meanwhile: a tenth of the time of a mistake's answer."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.enable()
 
 
 def _refused(verb: str, said: str) -> int:

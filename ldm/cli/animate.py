@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import Given, option
 from ldm.families.draws import Draws
 from ldm.sampling import doubts
 from ldm.sampling.picture_files import save_all
@@ -41,7 +41,9 @@ class Film:
     to_seed: int | None = option(None, "And with which seed's noise; default: the same.", low=0, high=MAX_SEED)
     frames: int | None = option(None, "How many; default: 24.", low=2, high=512)
     loop: bool = option(False, "And back again.")
-    clip: Path | None = option(None, "Instead: a short film to draw anew (vid2vid); a folder of frames, or an animated file.")
+    clip: Path | None = option(
+        None, "Instead: a short film to draw anew (vid2vid): a folder of frames, or an animated file.", given=Given.FILE
+    )
     strength: float | None = option(None, "Denoising strength; default: 0.75, with SOURCE 1.", low=0, high=1, needs="clip")
     source: str | None = option(None, "What CLIP shows: start from the noise it comes from; guidance is 1 then by default.", needs="clip")
     cells: int = option(2, "Of CLIP: frames beside and above each other when drawn; 1: each alone.", low=1, high=8, needs="clip")

@@ -12,6 +12,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.config.options import Given
 
 Option = typer.Option
 
@@ -22,8 +23,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def classifier(
-    cache: Annotated[Path, typer.Argument(help="A latent cache that ldm data encode made with this model.")],
-    model: Annotated[str, Option(help="The model that will be guided: its autoencoder and its noise.")],
+    cache: Annotated[Path, typer.Argument(help="A latent cache that ldm data encode made with this model."), Given.CACHE],
+    model: Annotated[str, Option(help="The model that will be guided: its autoencoder and its noise."), Given.MODEL],
     words: Annotated[str, Option(help="What to tell apart: words of captions with commas, such as red,green,blue.")],
     out: Annotated[Path, Option(help="The file to write (.safetensors).")],
     images: Annotated[int, Option(min=1, help="So many are seen.")] = 200_000,
@@ -36,11 +37,11 @@ def classifier(
     known = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not known:
         raise UserError(f"words: got {words!r}; words of captions with commas are needed, such as red,green,blue")
-    from ldm.cli.models import device_for
+    from ldm.cli.models import device_for, model_for
     from ldm.families.draws import GuideTraining
     from ldm.families.registry import open_finished
 
-    family = open_finished(model, device_for(device))
+    family = open_finished(model_for(model), device_for(device))
     started, shown = time.monotonic(), 0.0
 
     def tell(seen: int, loss: float) -> None:

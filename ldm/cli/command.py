@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, without_annotation, without_null
-from ldm.config.options import Option, options_of
+from ldm.config.options import Given, Option, options_of
 from ldm.config.synonyms import option_meant
 from ldm.config.terminal import shown
 
@@ -46,6 +46,7 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
         with command.make_context(name, list(words)) as context:
             _check_words([one for one in command.params if one.param_type_name == "option"], words, _paths(whole))
             _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
+            _look(function, context.params)
             return int(command.invoke(context) or 0)
     except typer.Exit as ending:
         return int(ending.exit_code)
@@ -133,6 +134,31 @@ def _check_needs(function: Callable[..., int], given: Callable[[str], bool]) -> 
             if told.needs and given(name) and not given(told.needs):
                 words = [f"--{field.replace('_', '-')}" for field in (name, told.needs)]
                 raise UserError(f"{name}: changes nothing without {words[1]}; give that, too, or leave {words[0]} out")
+
+
+def _look(function: Callable[..., int], values: Mapping[str, Any]) -> None:
+    """Look for what the words name, before the verb begins: torch is not loaded for what is not there.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    for name, given in given_of(function).items():
+        value = values.get(name)
+        for word in value if isinstance(value, list | tuple) else [value]:
+            if word:
+                from ldm.cli.given import look
+
+                look(given, name, str(word))
+
+
+def given_of(function: Callable[..., int]) -> dict[str, Given]:
+    """The words of a verb that name what must be there, by the options of its dataclasses and the marks of its parameters."""
+    found: dict[str, Given] = {}
+    for name, kind in typing.get_type_hints(function, include_extras=True).items():
+        found |= {field: told.given for field, told in _options(kind).items() if told.given}
+        if mark := next((one for one in getattr(kind, "__metadata__", ()) if isinstance(one, Given)), None):
+            found[name] = mark
+    return found
 
 
 def _options(kind: Any) -> dict[str, Option]:

@@ -13,6 +13,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.config.errors import UserError
+from ldm.config.options import Given
 from ldm.data.curation.fetch import DownloadOptions
 from ldm.data.curation.rules import UNIQUE, Curation
 
@@ -44,7 +45,9 @@ def main(words: list[str]) -> int:
 
 
 def check(
-    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL.")],
+    path: Annotated[
+        str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, a saved data set, or a URL."), Given.DATA
+    ],
     resolution: Annotated[int, typer.Option(help="px; for the table of buckets.", min=8, max=8192)] = 512,
     captions: Annotated[str, typer.Option(help="Of a folder: auto, txt, metadata, filename, kohya or none.")] = "auto",
     outside: Annotated[bool, typer.Option("--outside", help="Also read what links and rows name outside the data set.")] = False,
@@ -54,11 +57,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say what was found, what was left out and why, and what training would see."""
+    if captions not in ("auto", "txt", "metadata", "filename", "kohya", "none"):
+        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya, none")
     from ldm.data import check as checking
     from ldm.data.folder import FolderSource
 
-    if captions not in ("auto", "txt", "metadata", "filename", "kohya", "none"):
-        raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya, none")
     source = checking.source_at(path, captions)
     if captions != "auto" and not isinstance(source, FolderSource):
         raise UserError(f"--captions: is of a folder of images, and changes nothing with {path}; leave it out")
@@ -85,7 +88,7 @@ def _tokenizer(model: str) -> Any:
 
 
 def index(
-    path: Annotated[str, typer.Argument(help="A folder of shards, a pattern such as {00000..00099}.tar, or a URL.")],
+    path: Annotated[str, typer.Argument(help="A folder of shards, a pattern such as {00000..00099}.tar, or a URL."), Given.DATA],
     out: Annotated[Path | None, typer.Option(help="The index file; otherwise beside the shards, or in the cache.")] = None,
     verify: Annotated[bool, typer.Option(help="Read all shards again and compare them with their hashes.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that read shards; 1: threads of this one.", min=1, max=256)] = 1,
@@ -179,7 +182,7 @@ def fetch(
 
 
 def hash_pictures(
-    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, or parquet with image bytes.")],
+    path: Annotated[str, typer.Argument(help="A folder of images, tar shards, or parquet with image bytes."), Given.DATA],
     out: Annotated[Path, typer.Option(help="The parquet table.")],
     threads: Annotated[int, typer.Option(help="That decode.", min=1)] = 2,
 ) -> int:

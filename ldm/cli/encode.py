@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.models import model_for
 from ldm.cli.progress import bar
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import Given, option
 
 Option = typer.Option
 
@@ -45,8 +46,10 @@ def main(words: list[str]) -> int:
 
 
 def encode(
-    data: Annotated[str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, or a YAML file of a run.")],
-    model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub.")],
+    data: Annotated[
+        str, typer.Argument(help="A folder of images, tar shards, parquet with image bytes, or a YAML file of a run."), Given.DATA
+    ],
+    model: Annotated[str, Option(help="Whose autoencoder: a folder or file of a model, or owner/name on the hub."), Given.MODEL],
     out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept, another one is refused.")],
     options: Encoding,
     part: Annotated[str, Option(help="One of several calls that share the work, such as 3/16 of 0/16 to 15/16.")] = "",
@@ -55,7 +58,7 @@ def encode(
 ) -> int:
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""
     number, parts = _part(part)
-    place = _model(model)
+    place = _model(model_for(model))
     source = _source(data)
     from ldm.cli.models import device_for
     from ldm.data.buckets import Buckets, sizes_of, wrong_step

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.command import call
+from ldm.cli.given import no_data
+from ldm.cli.models import model_for
 from ldm.config import terminal
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import Given, option
 from ldm.families.draws import OWN, Wanted
 from ldm.runs.evaluation import measure
 from ldm.runs.neighbours_page import neighbours_page
@@ -25,6 +27,7 @@ def main(words: Sequence[str]) -> int:
     return call(evaluate, words, "ldm evaluate")
 
 
+TIERS = ("one", "T0", "T1", "T2", "T3")  # as ldm.data.scenes.spec has them, which loads numpy and torch
 LEARNED = 10_000  # training scenes that neighbours are looked for among
 SHOWN = 64  # pictures on the page of neighbours, at most
 FEATURES = "inception=FILE, timm/MODEL=FILE, own for the CLIP of the model's run, or the FOLDER of a vision model of transformers"
@@ -34,7 +37,9 @@ FEATURES = "inception=FILE, timm/MODEL=FILE, own for the CLIP of the model's run
 class Measurement:
     """Measurement: of what model, on what, how often."""
 
-    model: tuple[str, ...] = option((), "Folders or files of models, or owner/name on the hub; several share one plot.", argument=True)
+    model: tuple[str, ...] = option(
+        (), "Folders or files of models, or owner/name on the hub; several share one plot.", argument=True, given=Given.MODEL
+    )
     on: str = option("scenes", "What to measure on: scenes, or captioned images: a folder, tar shards, parquet.")
     tier: str | None = option(None, "Of the scenes: one T0 T1 T2 T3; default: T0.")
     n: int | None = option(None, "Prompts of scenes: half with seen colour-shape pairs, half with held-out ones; default: 200.", low=2)
@@ -46,7 +51,9 @@ class Measurement:
     split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
-    clip: Path | None = option(None, "Folder of a CLIP, for the CLIP score and R-precision; own: the CLIP of the model's run.")
+    clip: Path | None = option(
+        None, "Folder of a CLIP, for the CLIP score and R-precision; own: the CLIP of the model's run.", given=Given.CLIP
+    )
     told: int = option(0, "Images whose views a model that reads any is told, and how far what it draws agrees; 0: none.", low=0)
     as_json: Path | None = option(None, "Also write the result to this file.", name="--json")
     pictures: Path | None = option(None, "Folder for example pictures.")
@@ -84,6 +91,12 @@ class Measurement:
                 raise UserError(f"plot: {self.on} has no prompts that can be read exactly; give --clip FOLDER, whose score is drawn then")
         if len(self.model) > 1 and self.pictures is not None:
             raise UserError("pictures: of one model at a time; leave --pictures out, or measure each by itself")
+        if self.on != "scenes" and (said := no_data("on", self.on)):
+            raise UserError(said)
+        if self.tier not in (None, *TIERS):
+            raise UserError(f"tier: got {self.tier!r}; there are {', '.join(TIERS)}")
+        if self.features:
+            _features(self.features, self.model[0])
         of_scenes = {"tier": self.tier, "n": self.n, "abilities": self.abilities or None, "diversity": self.diversity or None}
         for name, value in of_scenes.items():
             if self.on != "scenes" and value is not None:
@@ -159,6 +172,7 @@ class Drawn(SamplerOptions):
 
 def evaluate(wanted: Measurement, drawn: Drawn, device: Device) -> int:
     """Measure prompt adherence, reconstruction and Fréchet distance of a model, with the protocol beside every figure."""
+    wanted = replace(wanted, model=tuple(map(model_for, wanted.model)))
     wanted.check()
     other = drawn.other()
     for name, path in (("json", wanted.as_json), *(("plot", path) for path in wanted.plot)):
@@ -259,6 +273,8 @@ def _features(text: str, model: str) -> dict[str, str]:
         return {"kind": "own", "path": model}
     name, equals, file = text.partition("=")
     if not equals:
+        if not (Path(text).expanduser() / "config.json").is_file():
+            raise UserError(f"features: {text} has no config.json; a folder is needed as save_pretrained writes it")
         return {"kind": "transformers", "path": text}
     kind, _, model = name.partition("/")
     if kind not in ("inception", "timm") or (kind == "timm") != bool(model):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.models import model_for
 from ldm.config.errors import UserError
+from ldm.config.options import Given
 
 if TYPE_CHECKING:
     from ldm.families.draws import Draws
@@ -40,7 +42,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub.")],
+    model: Annotated[str, typer.Argument(help="A folder or file of a model, or owner/name on the hub."), Given.MODEL],
     to: Annotated[str, Option(help="diffusers onnx openvino published: a folder; single-file: .safetensors; compvis-ckpt: .ckpt.")],
     out: Annotated[Path, Option(help="Where to: a folder, or a file with the suffix of its kind.")],
     dtype: Annotated[str, Option(help="Precision of the weights: fp32 fp16 bf16.")] = "fp32",
@@ -51,6 +53,7 @@ def export(
 ) -> int:
     """Write a model in another form, read it back from disk and compare every weight; nothing is kept that differs."""
     _check_words(to, out, dtype, variant, max_shard)
+    model = model_for(model)
     _check_target(model, to, out, overwrite)
     began = time.monotonic()
 

@@ -23,7 +23,7 @@ from ldm.sampling.picture_files import save_all
 from ldm.sampling.prompt_files import Asked
 from ldm.sampling.prompt_tags import tagged
 from ldm.sampling.recipe import Recipe, save_picture
-from ldm.sampling.request import REPLACED, Base, Device, Editing, Following, NamedAdapters, SamplerOptions, Views, clean
+from ldm.sampling.request import REPLACED, Base, Device, Editing, Following, NamedAdapters, SamplerOptions, Views, check_sheet, clean
 from ldm.sampling.unheard import in_words
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class Plot:
         found = [read_axis(text, name) for name, text in (("z", self.z), ("y", self.y), ("x", self.x)) if text]
         if not found:
             raise UserError("x: what changes from picture to picture? Give --x guidance=1,3,7, and --y and --z for more")
-        if self.out.exists():
-            raise UserError(f"out: {self.out} is there already; choose another name")
+        check_sheet("out", self.out)
         return found
 
 

@@ -7,19 +7,16 @@ import sys
 from pathlib import Path
 from textwrap import shorten
 
+from ldm.cli.given import by_run
 from ldm.config.errors import UserError
+from ldm.formats.model_place import no_model
 
 
 def model_for(name: str) -> str:
     """The model that is meant: a folder, a file, a run's name or a name on the hub; by default the newest here."""
-    words = name.split("/")
-    place = Path(name.partition("::")[0]).expanduser()
-    hub = len(words) == 2 and all(words) and not name.startswith((".", "~")) and not Path(words[0]).is_dir()
-    if "/" not in name and not place.exists() and (Path("runs") / name / "model").is_dir():
-        return str(Path("runs") / name)  # a run by its name, as pictures and the page tell it
-    if name and not place.exists() and not hub:
-        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
-    return name or newest()
+    if name and (said := no_model(by_run(name))):
+        raise UserError(said)
+    return by_run(name) or newest()
 
 
 def newest() -> str:

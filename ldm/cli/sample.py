@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.cli.starting import loading
-from ldm.config.errors import UserError
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
 from ldm.sampling.given import Files
@@ -51,10 +50,9 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
     request.base.shape(old)
     rest = request.fields(old)
     folder, output, running = model_for(request.base.model), request.output, request.running.following(old)
+    output.check()
     output.out.mkdir(parents=True, exist_ok=True)
     if output.grid is not None:
-        if output.grid.exists():
-            raise UserError(f"grid: {output.grid} is there already; choose another name")
         output.grid.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.distributed.processes import processes

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 OPTION = "option"  # the key of a field's metadata
+
+
+class Given(Enum):
+    """What a word names that must be there before a verb begins: it is looked for before torch is loaded (`ldm.cli.given`)."""
+
+    MODEL = "model"
+    DATA = "data"
+    CACHE = "cache"
+    CLIP = "clip"
+    LORA = "lora"
+    EMBEDDING = "embedding"
+    FILE = "file"
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,7 @@ class Option:
         variable: of the environment, that counts where it is not given.
         argument: whether it is a word of its own, without a name.
         needs: the field without which it changes nothing, so that it is refused then; empty: none.
+        given: what it names that must be there; None: nothing.
     """
 
     help: str
@@ -28,6 +42,7 @@ class Option:
     variable: str = ""
     argument: bool = False
     needs: str = ""
+    given: Given | None = None
 
 
 def option(
@@ -40,9 +55,10 @@ def option(
     variable: str = "",
     argument: bool = False,
     needs: str = "",
+    given: Given | None = None,
 ) -> Any:
     """A dataclass's field that is an option of the verbs that take the dataclass; `dataclasses.MISSING` as default: it is required."""
-    return field(default=default, metadata={OPTION: Option(help, low, high, name, variable, argument, needs)})
+    return field(default=default, metadata={OPTION: Option(help, low, high, name, variable, argument, needs, given)})
 
 
 def bounds(*classes: type) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ldm.cli.command import call
 from ldm.cli.models import device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import Given, option
 from ldm.sampling.adapters import weighted
 from ldm.sampling.request import Adapters, Device
 
@@ -44,7 +44,9 @@ def main(words: Sequence[str]) -> int:
 class Door:
     """Page: the model, where it listens, and who may come in."""
 
-    model: str = option("", "A folder or file of a model, or owner/name on the hub; default: newest of runs/*.", argument=True)
+    model: str = option(
+        "", "A folder or file of a model, or owner/name on the hub; default: newest of runs/*.", argument=True, given=Given.MODEL
+    )
     host: str = option("127.0.0.1", "The address to listen on; any but this machine's own needs a token.")
     port: int = option(7860, "0: any that is free.", low=0, high=65535)
     token: str = option("", "What visitors must show; better set in the environment.", variable="LDM_DEMO_TOKEN")

@@ -13,6 +13,7 @@ from ldm.config.errors import UserError
 from ldm.config.foreign import short
 from ldm.formats.denoiser_folder import denoiser_folder, unconditional
 from ldm.formats.integrity import COUNTED
+from ldm.formats.model_place import mistaken
 from ldm.formats.part import AGAIN, CONFIG, PARTS, read_json
 from ldm.formats.single_file import REFUSED, named, open_single
 
@@ -37,9 +38,8 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
         UserError: saying what was looked for and where.
     """
     folder = Path(name).expanduser()
-    if folder.suffix in (".yaml", ".yml"):
-        run = f"runs/{folder.stem}" if folder.name != "config.yaml" else str(folder.parent)
-        raise UserError(f"{folder}: a configuration, and no model; train it, and give its run folder, such as {run}")
+    if said := mistaken(str(name)):
+        raise UserError(said)
     if file := named(str(name)):
         folder = open_single(*file, note=note)
         if "kind" not in read_record(folder) and (missing := _missing(folder)):
@@ -113,9 +113,8 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
     Raises:
         UserError: if it is no such name, or cannot be had.
     """
-    words = name.split("/")
-    if len(words) != 2 or not all(words) or name.startswith((".", "~")) or Path(words[0]).is_dir():
-        raise UserError(f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name")
+    if said := mistaken(name):
+        raise UserError(said)
     try:
         from huggingface_hub import snapshot_download
 

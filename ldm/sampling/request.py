@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of
-from ldm.config.options import option, options_of
+from ldm.config.options import Given, option, options_of
 from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Settings, Wanted
 from ldm.sampling.foreign_recipe import Reading, shown
 from ldm.sampling.prompt_files import Asked, read_prompts
@@ -27,6 +27,7 @@ from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 
 MAX_MARGIN = 4096  # px
 MOST_TEXT = 2**26  # bytes of a list of prompts
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # ends of picture files
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
 REPLACED = {"cross_replace": 0.8, "self_replace": 0.4}  # shares of the steps in which attention is taken, unless they are told
@@ -85,7 +86,7 @@ def _whole(file: Path | None) -> str:
 class Base:
     """Model and picture: what draws, and what all of its pictures have in common."""
 
-    model: str = option("", "A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.")
+    model: str = option("", "A folder or file of a model, or owner/name on the hub; default: the newest of runs/*.", given=Given.MODEL)
     seed: int | None = option(None, "Seed of each prompt's first picture; default: 0.", low=0, high=MAX_SEED)
     negative: str | None = option(None, "Negative prompt: what to stay away from; default: nothing.")
     size: str = option("", "WIDTHxHEIGHT in px, or one number for a square; default: the model's.")
@@ -181,7 +182,7 @@ class Choice:
     variations: int = option(0, "So many pictures near each one, in its place (variation seeds).", low=0)
     variation_strength: float | None = option(None, "How far away they are (variation strength); default: 0.2.", low=0, high=1)
     best: int = option(1, "Draw so many for each picture and keep the one that JUDGE likes best.", low=1)
-    judge: str = option("", "own: the model's CLIP; scenes: their checker; or a folder with a CLIP (transformers).")
+    judge: str = option("", "own: the model's CLIP; scenes: their checker; or a folder with a CLIP (transformers).", given=Given.CLIP)
 
     def listed(self, seed: int | None) -> list[int] | None:
         """The seeds of every prompt, where they are listed."""
@@ -444,9 +445,9 @@ class Guidance:
 class Adapters:
     """Adapters: LoRAs, words that textual inversion learned, and another autoencoder."""
 
-    lora: tuple[str, ...] = option((), "FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.")
-    embedding: tuple[str, ...] = option((), "FILE of a textual inversion embedding; may be repeated.")
-    vae: Path | None = option(None, "Another VAE than the model's: a folder (diffusers) or a file (CompVis).")
+    lora: tuple[str, ...] = option((), "FILE[:WEIGHT] of a LoRA (peft's, diffusers' or kohya's); may be repeated.", given=Given.LORA)
+    embedding: tuple[str, ...] = option((), "FILE of a textual inversion embedding; may be repeated.", given=Given.EMBEDDING)
+    vae: Path | None = option(None, "Another VAE than the model's: a folder (diffusers) or a file (CompVis).", given=Given.FILE)
 
     def check(self, low_memory: bool, old: Mapping[str, Any]) -> None:
         """Refuse them where weights are read again.
@@ -488,6 +489,32 @@ class Output:
     save_steps: bool = option(False, "Beside each picture, a strip of what it was at every step.")
     resume: bool = option(False, "Leave out the pictures that OUT holds already.")
     as_json: bool = option(False, "Print one JSON object per picture.", name="--json")
+
+    def check(self) -> None:
+        """Refuse a folder that is named as a picture, since whoever writes `--out ring.png` wants a file, and a sheet that is no PNG.
+
+        Raises:
+            UserError: saying what gives one.
+        """
+        if self.out.suffix.lower() in PICTURES and not self.out.is_dir():
+            raise UserError(
+                f"out: {self.out} is named as a file, and pictures go into a folder under numbers; give --out {self.out.with_suffix('')},"
+                f" or --grid {self.out.with_suffix('.png')}: one file with all of them, or with the only one"
+            )
+        if self.grid is not None:
+            check_sheet("grid", self.grid)
+
+
+def check_sheet(option: str, file: Path) -> None:
+    """Refuse a sheet of pictures under another format's name, or in the place of a file.
+
+    Raises:
+        UserError: naming the option and the file.
+    """
+    if file.exists():
+        raise UserError(f"{option}: {file} is there already; choose another name")
+    if file.suffix.lower() in PICTURES[1:]:
+        raise UserError(f"{option}: {file}: a PNG is written; give a name that ends in .png")
 
 
 @dataclass(frozen=True, kw_only=True)

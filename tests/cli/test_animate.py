@@ -109,7 +109,7 @@ def test_joined_prompts_need_as_many_parts(words: list[str], tmp_path: Path, cap
     ("said", "expected"),
     [
         ([], "to: where does the film go?"),
-        (["--to", "b", "--clip", "clip"], "clip: not together with --to"),
+        (["--to", "b", "--clip", "empty"], "clip: not together with --to"),
         (["--clip", "none"], "clip: none: No such file"),
         (["--clip", "empty"], "clip: empty: no pictures in it"),
         (["--clip", "text.png"], "clip: text.png:"),

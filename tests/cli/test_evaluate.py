@@ -33,6 +33,16 @@ from ldm.runs.tradeoff import curve_of
 from ldm.text.own_clip import OwnClip
 
 
+@pytest.fixture(autouse=True)
+def places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders where the models of these tests lie, as far as a look tells."""
+    here = tmp_path_factory.mktemp("here")
+    for name in ("MODEL", "other", "A", "B"):
+        (here / name).mkdir()
+        (here / name / "model_index.json").write_text("{}")
+    monkeypatch.chdir(here)
+
+
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     """Stands in for the model, whatever folder is named."""

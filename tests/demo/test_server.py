@@ -321,7 +321,7 @@ def test_mistakes_at_the_door(words: list[str], said: str, capsys: pytest.Captur
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["demo", "model"]) == 2
+    assert main(["demo", "owner/model"]) == 2
     assert capsys.readouterr().err == "ldm demo: demo: gradio is not installed; python -m pip install gradio\n"
 
 

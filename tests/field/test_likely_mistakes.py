@@ -131,6 +131,7 @@ def test_a_path_that_leads_nowhere_gets_the_nearest(
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/quickstart/model", "runs/mine/lora"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/quickstart/model/model_index.json").write_text("{}")
     (tmp_path / "runs/mine/lora/kohya.safetensors").touch()
     (tmp_path / "words.txt").write_text("a green ring")
     for name, near in {

@@ -282,7 +282,7 @@ def options_of(verb: str) -> Iterator[str]:
     """The names of a verb's options."""
     module, _, name = FUNCTIONS[verb].partition(":")
     for field, parameter in inspect.signature(expanded(getattr(importlib.import_module(module), name))).parameters.items():
-        [info] = parameter.annotation.__metadata__
+        info = next(one for one in parameter.annotation.__metadata__ if isinstance(one, typer.models.ParameterInfo))
         if not isinstance(info, typer.models.ArgumentInfo):
             names = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
             yield names[0] if names else f"--{field.replace('_', '-')}"

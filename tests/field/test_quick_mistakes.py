@@ -1,4 +1,4 @@
-"""Mistakes in a configuration are told before torch is loaded, in the words that torch's own classes would give."""
+"""Mistakes are told before torch is loaded: those of a configuration in the words that torch's own classes would give."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ldm.cli.command import given_of
+from ldm.cli.given import by_run
 from ldm.cli.train import validated
 from ldm.config import stand_ins
 from ldm.config.errors import UserError
+from ldm.config.options import Given
 from ldm.config.schema import read
+from ldm.formats.model_place import no_model
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -40,7 +44,7 @@ from ldm.__main__ import main
 answers = []
 for word in json.load(sys.stdin):
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        code = main(["train", *word.split("|")])
+        code = main(word.split("|"))
     answers.append((code, said.getvalue(), "torch" in sys.modules))
 print(json.dumps(answers))
 """
@@ -54,7 +58,7 @@ def asked(*words: str) -> list[tuple[int, str, bool]]:
 
 @pytest.mark.slow
 def test_mistakes_are_told_without_torch_and_in_the_same_words() -> None:
-    for word, (code, said, loaded) in zip(MISTAKES, asked(*(f"{QUICKSTART}|{word}" for word in MISTAKES)), strict=True):
+    for word, (code, said, loaded) in zip(MISTAKES, asked(*(f"train|{QUICKSTART}|{word}" for word in MISTAKES)), strict=True):
         with pytest.raises(UserError) as real:
             validated(read(ROOT / QUICKSTART, [word]), Path(QUICKSTART))
         assert (code, said) == (2, f"ldm train: {real.value}\n".replace("secret@", "")), word
@@ -63,7 +67,7 @@ def test_mistakes_are_told_without_torch_and_in_the_same_words() -> None:
 
 @pytest.mark.slow
 def test_help_and_parts_that_are_not_there_need_no_torch() -> None:
-    (code, said, loaded), whole = asked(f"{QUICKSTART}|--help|stages.difusion-low", f"{QUICKSTART}|--help")
+    (code, said, loaded), whole = asked(f"train|{QUICKSTART}|--help|stages.difusion-low", f"train|{QUICKSTART}|--help")
     assert code == 2 and "did you mean stages.diffusion-low" in said and not loaded
     assert whole == (0, "", False)
 
@@ -71,9 +75,84 @@ def test_help_and_parts_that_are_not_there_need_no_torch() -> None:
 @pytest.mark.slow
 def test_data_that_is_not_there_needs_no_torch() -> None:
     parts = "data={kind: several, parts: [{source: {kind: folder, path: configs}}, {source: {kind: folder, path: nowhere}}]}"
-    for code, said, loaded in asked("configs/folder.yaml|data.path=nowhere", f"configs/folder.yaml|{parts}"):
+    for code, said, loaded in asked("train|configs/folder.yaml|data.path=nowhere", f"train|configs/folder.yaml|{parts}"):
         assert (code, loaded) == (2, False)
         assert said == "ldm train: data.path: nowhere is not a folder; give the folder that holds your images\n"
+
+
+NOWHERE = "nowhere: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name"
+NO_MODEL = "docs: no model in this folder (neither model_index.json nor ldm.json); give the folder of a model or of a run"
+NO_DATA = "nowhere does not exist; give a folder of images, of tar shards or of parquet files"
+LOST = {  # words of a verb: what it says
+    "sample|a|--model|nowhere": NOWHERE,
+    "sample|a|--model|docs": NO_MODEL,
+    "sample|a|--model|MODEL|--lora|nowhere:0.5": "nowhere: no such file; give a LoRA's .safetensors file or its folder",
+    "sample|a|--model|MODEL|--n|2|--best|2|--judge|nowhere": "judge: nowhere: no CLIP here; a folder that transformers' CLIPModel opens"
+    " is needed, or own or scenes",
+    "sample|a|--model|MODEL|--vae|nowhere": "vae: nowhere: No such file or directory",
+    "sample|a|--model|MODEL|--out|ring.png": "out: ring.png is named as a file, and pictures go into a folder under numbers; give"
+    " --out ring, or --grid ring.png: one file with all of them, or with the only one",
+    "sample|a|--model|MODEL|--grid|ring.jpg": "grid: ring.jpg: a PNG is written; give a name that ends in .png",
+    "grid|a|--model|MODEL|--x|guidance=1,2|--out|ring.webp": "out: ring.webp: a PNG is written; give a name that ends in .png",
+    "grid|a|--model|nowhere|--x|guidance=1,2": NOWHERE,
+    "animate|a|--model|MODEL|--clip|nowhere": "clip: nowhere: No such file or directory",
+    "demo|nowhere": NOWHERE,
+    "evaluate|MODEL|nowhere": NOWHERE,
+    "evaluate|docs": NO_MODEL,
+    "evaluate|MODEL|--on|nowhere": NO_DATA,
+    "evaluate|MODEL|--tier|T9": "tier: got 'T9'; there are one, T0, T1, T2, T3",
+    "evaluate|MODEL|--features|nowhere": "features: nowhere has no config.json; a folder is needed as save_pretrained writes it",
+    "classifier|nowhere|--model|MODEL|--words|a,b|--out|f": "nowhere: no latent cache here (cache.json is missing)",
+    "export|docs|--to|diffusers|--out|made": NO_MODEL,
+    "export|configs/quickstart.yaml|--to|diffusers|--out|made": "configs/quickstart.yaml: a configuration, and no model; train it, and"
+    " give its run folder, such as runs/quickstart",
+    "data|check|nowhere": NO_DATA,
+    "data|index|nowhere": NO_DATA,
+    "data|hash|nowhere|--out|made": NO_DATA,
+    "data|encode|nowhere|--model|MODEL|--out|made": NO_DATA,
+    "data|encode|docs|--model|nowhere|--out|made": NOWHERE,
+}
+
+
+@pytest.mark.slow
+def test_what_is_not_there_is_told_by_every_verb_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    answers = asked(*(words.replace("MODEL", str(tmp_path)) for words in LOST))
+    for (words, told), (code, said, loaded) in zip(LOST.items(), answers, strict=True):
+        assert (code, said, loaded) == (2, f"ldm {words.split('|')[0]}: {told}\n", False), words
+
+
+def test_a_run_that_is_not_finished_and_one_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "begun" / "stages").mkdir(parents=True)
+    (tmp_path / "runs" / "done" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "done" / "model" / "ldm.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "not finished" in no_model("runs/begun") and "no such folder" in no_model("runs/don")
+    assert no_model("runs/done") == no_model("owner/name") == no_model(by_run("done")) == ""
+    assert by_run("done") == str(Path("runs/done")) and by_run("") == ""
+
+
+def test_every_model_cache_and_adapter_that_a_verb_is_told_is_looked_for() -> None:
+    from ldm.cli import animate, classifier, data, encode, evaluate, export, grid, sample
+    from ldm.demo import server
+
+    drawn = {"model": Given.MODEL, "lora": Given.LORA, "embedding": Given.EMBEDDING, "vae": Given.FILE}
+    assert given_of(sample.sample) == drawn | {"judge": Given.CLIP}
+    assert given_of(grid.grid) == drawn
+    assert given_of(animate.animate) == drawn | {"clip": Given.FILE}
+    assert given_of(server.demo) == drawn
+    assert given_of(evaluate.evaluate) == {"model": Given.MODEL, "clip": Given.CLIP}
+    assert given_of(classifier.classifier) == {"cache": Given.CACHE, "model": Given.MODEL}
+    assert given_of(export.export) == {"model": Given.MODEL}
+    assert given_of(encode.encode) == {"data": Given.DATA, "model": Given.MODEL}
+    assert [given_of(one) for one in (data.check, data.index, data.hash_pictures)] == [{"path": Given.DATA}] * 3
+
+
+def test_tiers_are_those_of_the_scenes() -> None:
+    from ldm.cli.evaluate import TIERS
+    from ldm.data.scenes import spec
+
+    assert tuple(spec.TIERS) == TIERS
 
 
 def test_what_only_the_packages_themselves_can_do_is_done_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

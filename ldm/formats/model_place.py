@@ -1,0 +1,33 @@
+"""Where a model lies, as far as a look at its place tells: what is no model is told without loading torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+OF_MODELS = ("model_index.json", "ldm.json", "scheduler")  # one of which every model folder has
+
+
+def mistaken(name: str) -> str:
+    """What is wrong with the name of a model; empty: nothing. A name on the hub may be there."""
+    place = Path(name.partition("::")[0]).expanduser()
+    if place.suffix in (".yaml", ".yml"):
+        run = f"runs/{place.stem}" if place.name != "config.yaml" else str(place.parent)
+        return f"{place}: a configuration, and no model; train it, and give its run folder, such as {run}"
+    words = name.split("/")
+    hub = len(words) == 2 and all(words) and not name.startswith((".", "~")) and not Path(words[0]).is_dir()
+    if hub or place.exists():
+        return ""
+    return f"{name}: no such folder or file; give a model or run folder, a weights file, or a hub name such as owner/name"
+
+
+def no_model(name: str) -> str:
+    """What is wrong with where a model lies; empty: nothing that a look shows."""
+    place = Path(name.partition("::")[0]).expanduser()
+    if (said := mistaken(name)) or not place.is_dir():
+        return said
+    if (place / "stages").is_dir() and not (place / "model").is_dir():
+        why = "its run is not finished, or its configuration has no export stage"
+        return f"{place}: a run without a model: {why}: start it again, or add one to stages"
+    if not any((root / file).exists() for root in (place, place / "model") for file in OF_MODELS):
+        return f"{place}: no model in this folder (neither model_index.json nor ldm.json); give the folder of a model or of a run"
+    return ""
