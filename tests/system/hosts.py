@@ -46,6 +46,7 @@ class Host:
     resolves: str
     folder: Path
     first: subprocess.Popen[bytes] = field(init=False)
+    entered: list[subprocess.Popen[bytes]] = field(init=False, default_factory=list)
     inside: int = field(init=False)  # its first process, by its number outside
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class Host:
         given |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
         with said.open("wb") as file:
             process = subprocess.Popen(self.words(*command), env=given, stdout=file, stderr=subprocess.STDOUT)
+        self.entered.append(process)
         return Started(self, process, said)
 
     def plug(self) -> None:
@@ -98,6 +100,9 @@ class Host:
         """All that runs here is killed."""
         self.first.kill()  # --kill-child: its child goes with it, and with that, the first process here, everything
         self.first.wait()
+        for process in self.entered:  # nsenter stays stopped where what it entered with was
+            process.kill()
+            process.wait()
 
 
 @dataclass
