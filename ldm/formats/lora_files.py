@@ -62,7 +62,7 @@ def read(path: str | Path) -> Lora:
     for (part, layer), weights in layers.items():
         made = _adapter(weights, stated.get(part), names[part, layer], f"{file}: {layer}")
         if made is None:
-            unknown.append(f"{layer} with {', '.join(sorted(weights))} alone")
+            unknown.append(f"{layer} with {', '.join(sorted(weights)) or 'alpha'} alone")
         else:
             pairs.setdefault(part, {})[layer] = made
     if unknown:
@@ -73,7 +73,16 @@ def read(path: str | Path) -> Lora:
     notes = [f"{path} brings the words {', '.join(bundled)}, which prompts may have now"] if bundled else []
     if (said := metadata.get("ss_network_alpha")) and not any(key.endswith(".alpha") for key in state):
         notes.append(f"{path}: its header tells alpha {said[:20]}, but its weights none; it is drawn at a scale of 1, as other programs do")
+    notes += _unmoved([one for part in pairs.values() for one in part.values()], str(path))
     return Lora(pairs=pairs, metadata=metadata, name=str(path), hash=sha256(file), words=words, notes=tuple(notes))
+
+
+def _unmoved(adapters: list[LayerAdapter], name: str) -> list[str]:
+    """What is told of a file where a scale of 0, or nothing but zeros, leaves the model as it is."""
+    if adapters and all(one.idle for one in adapters):
+        return [f"{name} changes nothing: in each of its layers alpha or a whole matrix is 0; it has not learned, or was saved wrong"]
+    still = sum(not one.scale for one in adapters)
+    return [f"{name}: {still} of its {len(adapters)} layers have the alpha 0, so they change nothing"] if still else []
 
 
 def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where: str) -> LayerAdapter | None:

@@ -44,6 +44,15 @@ class LayerAdapter(ABC):
         found = [part for value in vars(self).values() for part in (value if isinstance(value, tuple) else (value,))]
         return sum(part.numel() for part in found if isinstance(part, Tensor))
 
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves every weight as it is: its factor is 0, or a tensor of its product has zeros alone."""
+        if self.magnitude is not None or (self.bias is not None and bool(self.bias.any())):
+            return False
+        found = [part for name, value in vars(self).items() if name != "bias" for part in (value if isinstance(value, tuple) else (value,))]
+        parts = [part for part in found if isinstance(part, Tensor)]
+        return not self.scale or not parts or any(not bool(part.any()) for part in parts)
+
     def delta(self, weight: Tensor) -> Tensor:
         """What is added to `weight`, in its shape, at least in float32."""
         kind = torch.promote_types(weight.dtype, torch.float32)
@@ -214,6 +223,11 @@ class Whole(LayerAdapter):
     def scale(self) -> float:
         """1."""
         return 1.0
+
+    @property
+    def idle(self) -> bool:
+        """Never: zeros in a weight's place are a change."""
+        return False
 
     @property
     def shape(self) -> tuple[int, int] | None:

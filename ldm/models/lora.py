@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.models.blocks import Upsample
-from ldm.models.layer_adapters import Hadamard, Kronecker, LayerAdapter, Pair
+from ldm.models.layer_adapters import Difference, Hadamard, Kronecker, LayerAdapter, Pair
 
 # As adapter files name them; "unet" is the denoising network, whatever its shape, and the second text encoder is SDXL's.
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
@@ -78,7 +78,8 @@ def matched(
         aliases: other flat names of layers of the denoising network.
 
     Raises:
-        UserError: if there are none, or naming those that belong to no layer, to one that has another already, or have another shape.
+        UserError: if there are none, or naming those whose matrices do not fit together, that belong to no layer, to one that has another
+            already, or have another shape.
     """
     if not len(lora):
         raise UserError(f"{lora.name}: not a single LoRA weight in it; give another file")
@@ -90,6 +91,8 @@ def matched(
         if part == "unet" and aliases:
             known = {**aliases, **known}
         for name, pair in pairs.items():
+            if pair.shape is None and not isinstance(pair, Difference):
+                raise UserError(f"{lora.name}: {part}.{name[:100]}: its matrices do not fit together; the file is damaged")
             own = known.get(flat(name))
             if own is None:
                 foreign.append(f"{part}.{name}")
@@ -216,7 +219,7 @@ def continue_with(network: nn.Module, adapters: Mapping[str, LayerAdapter]) -> l
         adapters: by the layers' dotted names.
 
     Raises:
-        UserError: for others than LoRA, or DoRA, of all layers.
+        UserError: for others than LoRA, or DoRA, of all layers, and for an alpha of 0.
     """
     from peft import LoraConfig
 
@@ -224,6 +227,8 @@ def continue_with(network: nn.Module, adapters: Mapping[str, LayerAdapter]) -> l
     dora = {pair.magnitude is not None for pair in pairs.values()}
     if len(pairs) != len(adapters) or len(dora) != 1:
         raise UserError("only LoRA or DoRA is continued, without kernels between, biases and other kinds; merge the file and train anew")
+    if still := [name for name, pair in pairs.items() if not pair.alpha]:
+        raise UserError(f"the alpha of {_few(still)} is 0, so nothing would be learned there; give another file, or train anew")
     (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)[0]
     found = _put_in(
         network,

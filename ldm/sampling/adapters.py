@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def weighted(word: str) -> tuple[str, float]:
     """The file and the weight that FILE[:weight] names; 1 where it says none.
 
     Raises:
-        UserError: for a weight that is not finite.
+        UserError: for a weight that is no number within a million.
     """
     file, colon, number = word.rpartition(":")
     try:
@@ -35,8 +34,8 @@ def weighted(word: str) -> tuple[str, float]:
         weight = None  # a colon of the file's name
     if weight is None:
         return word, 1.0
-    if not file or not math.isfinite(weight):
-        raise UserError(f"lora: got {word!r}; FILE or FILE:WEIGHT is needed, such as lora.safetensors:0.8")
+    if not file or not abs(weight) <= MOST_WEIGHT:
+        raise UserError(f"lora: got {word!r}; FILE or FILE:WEIGHT is needed, such as lora.safetensors:0.8, at most {MOST_WEIGHT:g}")
     return file, weight
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError
 from ldm.formats.lora_files import read
-from ldm.models.lora import Lora, Merged
+from ldm.models.lora import Lora, Merged, continue_with
+from ldm.sampling.adapters import weighted
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -158,3 +159,54 @@ def test_a_header_that_is_none_is_refused_and_an_alpha_among_the_weights_counts_
         read(plain(tmp_path, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 16, "unet.r": 4})}, **alpha)).pairs["unet"].values()
     )
     assert pair.scale == 0.5
+
+
+HEAD = "lora_unet_mid_block_attn1_to_q"
+FACTORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lora": {"lora_down.weight": (2, 6), "lora_up.weight": (8, 2)},
+    "loha": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)},
+    "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)},
+}
+
+
+def of_kind(folder: Path, kind: str, alpha: float, zero: str = "", **more: Tensor) -> Lora:
+    weights = {f"{HEAD}.{end}": torch.full(shape, 0.0 if end == zero else 1.0) for end, shape in FACTORS[kind].items()}
+    save_file({**weights, f"{HEAD}.alpha": torch.tensor(alpha), **more}, folder / "x.safetensors")
+    return read(folder / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_a_file_that_changes_nothing_is_told(kind: str, tmp_path: Path) -> None:
+    for alpha, zero in ((0.0, ""), (2.0, list(FACTORS[kind])[-1])):
+        lora = of_kind(tmp_path, kind, alpha, zero)
+        assert "changes nothing" in " ".join(lora.notes)
+        assert all(torch.equal(value, Small(UNET).state_dict()[f"{name}.weight"]) for name, value in by_us(lora, UNET, "unet").items())
+    assert of_kind(tmp_path, kind, 2.0).notes == ()
+
+
+def test_layers_of_no_scale_beside_others_are_counted_and_what_changes_a_bias_or_a_magnitude_is_no_idle_file(tmp_path: Path) -> None:
+    other = {f"lora_unet_mid_block_attn1_to_v.{end}": torch.ones(shape) for end, shape in FACTORS["lora"].items()}
+    assert "1 of its 2 layers have the alpha 0" in " ".join(of_kind(tmp_path, "lora", 0.0, **other).notes)
+    assert "changes nothing" not in " ".join(
+        of_kind(tmp_path, "lora", 2.0, "lora_up.weight", **{f"{HEAD}.dora_scale": torch.ones(8, 1)}).notes
+    )
+    save_file({f"{HEAD}.diff_b": torch.zeros(8)}, tmp_path / "x.safetensors")
+    assert "changes nothing" in " ".join(read(tmp_path / "x.safetensors").notes)
+    save_file({f"{HEAD}.diff_b": torch.ones(8)}, tmp_path / "x.safetensors")
+    assert read(tmp_path / "x.safetensors").notes == ()
+
+
+def test_an_alpha_of_zero_is_not_continued_and_matrices_that_do_not_fit_together_are_damage(tmp_path: Path) -> None:
+    lora = of_kind(tmp_path, "lora", 0.0)
+    with pytest.raises(UserError, match=r"alpha of mid_block\.attn1\.to_q is 0"):
+        continue_with(Small(UNET), {"mid_block.attn1.to_q": lora.pairs["unet"]["mid_block_attn1_to_q"]})
+    odd = {f"{HEAD}.lora_down.weight": torch.ones(3, 6), f"{HEAD}.lora_up.weight": torch.ones(8, 2)}
+    save_file(odd, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"to_q: its matrices do not fit together; the file is damaged"):
+        Merged({"unet": Small(UNET)}, [(read(tmp_path / "x.safetensors"), 1.0)])
+
+
+@pytest.mark.parametrize("word", ["x:nan", "x:inf", "x:1e7", ":1", "x:-1e30"])
+def test_weights_of_no_size_are_refused_as_they_are_given(word: str) -> None:
+    with pytest.raises(UserError, match=r"lora: got .*at most 1e\+06"):
+        weighted(word)
