@@ -35,8 +35,12 @@ TEXTS = (
     "text_l",
     "text_positive",
     "positive",
+    "positive_prompt",
     "negative",
+    "text_negative",
+    "negative_prompt",
 )
+NEGATIVE = re.compile(r"negative|^neg(?:$|_)", re.IGNORECASE)  # inputs that hold the text of what is not wanted
 VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "Value")
 JOINS = re.compile(r"concat|join|combine|append", re.IGNORECASE)
 BETWEEN = ("delimiter", "separator")
@@ -96,7 +100,7 @@ class Graph:
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self.nodes, self.found = nodes, Reading()
-        self.said: dict[str, str | None] = {}  # texts of nodes, once they are known
+        self.said: dict[tuple[str, str], str | None] = {}  # texts of nodes by the role that they are read for, once they are known
 
     def at(self, link: Any) -> tuple[str, Node] | None:
         """The node that a link comes from."""
@@ -364,7 +368,7 @@ class Graph:
             node, inputs = found[1], found[1].inputs
             if file := next((inputs[name] for name in ("ckpt_name", "unet_name", "model_name") if isinstance(inputs.get(name), str)), None):
                 self.found.fields["model"] = re.split(r"[/\\]", file)[-1].rpartition(".")[0] or file
-            if "lora_name" in inputs:
+            if inputs.get("lora_name", "None") != "None":
                 weight, text = (self.value(inputs.get(name), name) for name in ("strength_model", "strength_clip"))
                 more = f" ({shown(text)} of the text encoder)" if text not in (None, weight) else ""
                 self.found.lora(inputs["lora_name"], weight, more)
@@ -381,8 +385,8 @@ class Graph:
         for _ in range(MAX_HOPS):
             if (found := self.at(link)) is None:
                 return None
-            if "stop_at_clip_layer" in found[1].inputs:
-                layer = self.value(found[1].inputs["stop_at_clip_layer"], "stop_at_clip_layer")
+            if name := next((name for name in ("stop_at_clip_layer", "clip_skip") if name in found[1].inputs), None):
+                layer = self.value(found[1].inputs[name], name)
                 return -layer if isinstance(layer, int) else layer
             link = found[1].inputs.get("clip")
         return None
@@ -411,13 +415,13 @@ class Graph:
         id, node = found
         inputs = node.inputs
         if self.at(inputs.get("clip")) or any(isinstance(inputs.get(name), str) for name in TEXTS):
-            skip = self._skip(inputs.get("clip"))
+            skip = self._skip(link) if self._skip(inputs.get("clip")) is None else self._skip(inputs.get("clip"))
             if skip not in (None, 1, self.found.fields.get("clip_skip", 1)):
                 self.found.number("clip_skip", skip, "stop_at_clip_layer")
-            texts = [self._text(inputs[name], 0) for name in ("text_g", "text_l", "clip_l", "t5xxl") if name in inputs]
+            texts = [self._text(inputs[name], role, 0) for name in ("text_g", "text_l", "clip_l", "t5xxl") if name in inputs]
             if len(set(texts)) > 1:
                 self.found.lose(f"node {shown(node.kind)}: different texts for its text encoders; the first is taken")
-            return texts[0] if texts and texts[0] is not None else self._of_node(id, 0)
+            return texts[0] if texts and texts[0] is not None else self._of_node(id, role, 0)
         if {"positive", "negative"} & inputs.keys():
             self._aside(node)
             chosen = {0: "positive", 1: "negative"}.get(link[1] if isinstance(link[1], int) else -1, role)
@@ -435,28 +439,31 @@ class Graph:
         if node.kind == "ConditioningZeroOut":
             self._aside(node)
             return ""
-        return self._of_node(id, 0)
+        return self._of_node(id, role, 0)
 
     def _aside(self, node: Node) -> None:
         self.found.lose(f"node {shown(node.kind)} on the prompt")
 
-    def _text(self, value: Any, hops: int) -> str | None:
+    def _text(self, value: Any, role: str, hops: int) -> str | None:
         """A text that stands here, or comes from another node."""
         if isinstance(value, str):
             return value
         found = self.at(value)
-        return None if found is None or hops > MAX_HOPS else self._of_node(found[0], hops + 1)
+        return None if found is None or hops > MAX_HOPS else self._of_node(found[0], role, hops + 1)
 
-    def _of_node(self, id: str, hops: int) -> str | None:
+    def _of_node(self, id: str, role: str, hops: int) -> str | None:
         """The text that a node gives: the one that it has or is told; of nodes that join texts all of them."""
-        if id not in self.said:
-            self.said[id] = None  # until it is known: for circles
-            self.said[id] = self._found(self.nodes[id], hops)
-        return self.said[id]
+        if (id, role) not in self.said:
+            self.said[id, role] = None  # until it is known: for circles
+            self.said[id, role] = self._found(self.nodes[id], role, hops)
+        return self.said[id, role]
 
-    def _found(self, node: Node, hops: int) -> str | None:
+    def _found(self, node: Node, role: str, hops: int) -> str | None:
         inputs = {name: value for name, value in node.inputs.items() if name not in ("clip", "model", "vae")}
-        links = {name: text for name, value in inputs.items() if self.at(value) and (text := self._text(value, hops)) is not None}
+        if refused := {name for name in inputs if NEGATIVE.search(name)}:  # a node that holds both texts gives each its own
+            chosen = {name: value for name, value in inputs.items() if (name in refused) == (role == "negative")}
+            inputs = chosen if any(name in TEXTS or name in refused for name in chosen) else inputs
+        links = {name: text for name, value in inputs.items() if self.at(value) and (text := self._text(value, role, hops)) is not None}
         words = {name: value for name, value in inputs.items() if isinstance(value, str)}
         if JOINS.search(node.kind):
             between = next((words[name] for name in BETWEEN if name in words), ", " if "delimiter" in inputs else "")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.files import require_regular
+from ldm.sampling.named_recipe import read_named
 from ldm.sampling.webui_text import read_parameters
 
 PARAMETERS, OURS = "parameters", "ldm"  # the names of the web UI's chunk, and of ours
@@ -94,4 +95,5 @@ def _meant(text: str) -> dict[str, str]:
         return {OURS: text}
     if named := NAMED.match(text):
         return {named[1].lower(): text[named.end() :]}
-    return {PARAMETERS: text} if len(text) <= MAX_TEXT and read_parameters(text) else {}
+    known = len(text) <= MAX_TEXT and (read_parameters(text) or read_named({PARAMETERS: text}))
+    return {PARAMETERS: text} if known else {}

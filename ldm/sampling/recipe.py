@@ -15,6 +15,7 @@ from ldm.config.version import __version__
 from ldm.families.draws import BACKENDS, Settings
 from ldm.sampling.comfy_graph import read_graph
 from ldm.sampling.foreign_recipe import ForeignRecipe, shown
+from ldm.sampling.named_recipe import read_named
 from ldm.sampling.picture_texts import OURS, PARAMETERS, read_chunks
 from ldm.sampling.recipe_values import LIMITS, NAMES, SCHEDULES, number_of
 from ldm.sampling.webui_text import NEGATIVE, read_parameters
@@ -27,6 +28,7 @@ ORIGIN = (
     "</rdf:RDF></x:xmpmeta>"
 )
 SCHEMA = 1
+KNOWN = "pictures of ldm, Stable Diffusion web UI, ComfyUI, InvokeAI, NovelAI, Fooocus, SwarmUI and Easy Diffusion have one"
 MARGINS = re.compile(r"(?:\d{1,4}(?:,\d{1,4}){3})?")  # of `outpaint`
 
 
@@ -163,7 +165,7 @@ def read_recipe(path: Path) -> Recipe | ForeignRecipe:
     """
     found = recipe_of(read_chunks(path), path)
     if found is None:
-        raise UserError(f"{path}: carries no recipe; pictures of ldm, Stable Diffusion web UI and ComfyUI do, unless they were edited")
+        raise UserError(f"{path}: carries no recipe that is known here; {KNOWN}, unless they were edited")
     return found
 
 
@@ -175,7 +177,7 @@ def recipe_of(text: Mapping[str, str], path: Path) -> Recipe | ForeignRecipe | N
     """
     if OURS in text:
         return _ours(text[OURS], path)
-    return read_parameters(text.get(PARAMETERS, "")) or read_graph(text)
+    return read_parameters(text.get(PARAMETERS, "")) or read_graph(text) or read_named(text)
 
 
 def _ours(text: str, path: Path) -> Recipe:

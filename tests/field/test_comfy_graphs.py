@@ -55,6 +55,28 @@ def test_a_plain_graph_is_followed_whole() -> None:
     assert read({}) == (FIELDS, [])
 
 
+STYLER = node("SDXLPromptStyler", text_positive="a red circle", text_negative="blurry", style="base")
+LOADER = node("Efficient Loader", positive="a red circle", negative="blurry", ckpt_name="dream_8.ckpt", clip_skip=-2, lora_name="None")
+ENCODED = {f"{n}": node("CLIPTextEncode", text=["9", n - 2], clip=["1", 1]) for n in (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "skip"),
+    [
+        ({"9": STYLER, **ENCODED}, 1),
+        ({"9": node("Prompts", positive_prompt="a red circle", negative_prompt="blurry"), **ENCODED}, 1),
+        ({"9": node("Text Loader", prompt="a red circle", neg="blurry"), **ENCODED}, 1),
+        ({"9": node("Prompts", positive=["8", 0], negative="blurry"), "8": node("String", value="a red circle"), **ENCODED}, 1),
+        ({"9": LOADER, "5": sampler(model=["9", 0], positive=["9", 1], negative=["9", 2])}, 2),
+    ],
+    ids=["styler", "by name", "short", "linked", "loader"],
+)
+def test_a_node_that_holds_both_texts_gives_each_its_own(changed: Graph, skip: int) -> None:
+    fields, lost = read(changed)
+    assert (fields["prompt"], fields["negative"], fields["model"]) == ("a red circle", "blurry", "dream_8")
+    assert fields.get("clip_skip", 1) == skip and lost == []
+
+
 def test_the_order_of_nodes_does_not_count() -> None:
     backwards = dict(reversed(PLAIN.items()))
     assert read({}, backwards) == (FIELDS, [])

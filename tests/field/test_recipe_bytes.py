@@ -71,8 +71,42 @@ ways = st.lists(st.tuples(numbers, numbers, numbers, numbers, numbers, st.text(m
 drawn = st.fixed_dictionaries({"nodes": st.lists(boxes | values, max_size=4), "links": ways | values})
 ours = st.dictionaries(st.sampled_from(list(OURS)), values, max_size=3).map(lambda changed: OURS | changed)
 
+NAMED_VALUES = [
+    "prompt",
+    "negative_prompt",
+    "positive_prompt",
+    "uc",
+    "steps",
+    "scale",
+    "cfg_scale",
+    "seed",
+    "sampler",
+    "scheduler",
+    "resolution",
+    "loras",
+]
+NAMED_VALUES += [
+    "width",
+    "height",
+    "clip_skip",
+    "strength",
+    "request_type",
+    "v4_prompt",
+    "sui_image_params",
+    "loraweights",
+    "lora_combined_1",
+    "model",
+]
+named = st.dictionaries(st.sampled_from(NAMED_VALUES), values, max_size=8)
+
 READERS: dict[str, Any] = {
-    "parameters": st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=30).map(", ".join) | st.text(),
+    "invokeai_metadata": named.map(json.dumps) | st.text(max_size=40),
+    "Comment": named.map(json.dumps),
+    "parameters": st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=30).map(", ".join)
+    | st.text()
+    | named.map(json.dumps)
+    | named.map(lambda one: json.dumps({"sui_image_params": one}))
+    | named.map(lambda one: json.dumps({"prompt": "a", "steps": 2, "sampler": "euler"} | one)),
     "prompt": graphs.map(json.dumps) | st.text(max_size=40),
     "workflow": (drawn | values).map(json.dumps) | st.text(max_size=40),
     "ldm": (ours | values).map(json.dumps) | st.text(max_size=40),
@@ -82,7 +116,7 @@ READERS: dict[str, Any] = {
 def check(name: str, text: str) -> None:
     try:
         with ends_soon():
-            found = recipe_of({name: text}, Path("x.png"))
+            found = recipe_of({name: text} | ({"Software": "NovelAI"} if name == "Comment" else {}), Path("x.png"))
     except UserError as error:
         assert name == "ldm" and "\n" not in str(error) and len(str(error)) < 500 and str(error).isprintable()
     else:
