@@ -13,6 +13,7 @@ from ldm.data.images import Rejected
 SIDECARS = (".txt", ".caption")
 COLUMNS = ("text", "caption", "captions", "prompt", "TEXT")
 MAX_CHARACTERS = 2000  # of one caption; the rest is cut
+UNSEEN = ("Cf", "Zs")  # categories of characters that show nothing: joiners, soft hyphens, blanks
 MAX_SIDECAR_BYTES = 2**20
 
 
@@ -20,7 +21,7 @@ def clean(text: str) -> str:
     """Normalised caption: one line, NFC, blanks joined, cut at MAX_CHARACTERS.
 
     Control characters and newlines become spaces; text-direction overrides, byte-order marks and lone surrogates go.
-    The joiners that emoji and some scripts need stay.
+    The joiners that emoji and some scripts need stay, but do not make a caption alone.
     """
     text = unicodedata.normalize("NFC", text[: 4 * MAX_CHARACTERS])
     kept: list[str] = []
@@ -32,7 +33,8 @@ def clean(text: str) -> str:
             continue
         else:
             kept.append(character)
-    return " ".join("".join(kept).split())[:MAX_CHARACTERS].strip()
+    found = " ".join("".join(kept).split())[:MAX_CHARACTERS].strip()
+    return found if any(unicodedata.category(character) not in UNSEEN for character in found) else ""
 
 
 def cut_at_most(captions: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ FILES: list[tuple[bytes, tuple[str, ...] | str]] = [
     ("\u2067right to left\u2069".encode(), ("right to left",)),
     ("\ufeff\ufefftwice marked".encode(), ("twice marked",)),
     ("\u200e\u200f".encode(), "empty caption"),
+    ("\u200b \ufeff\u00ad\u200d\n\u3000".encode(), "empty caption"),  # characters that show nothing
     (b"\0" * 5000, "empty caption"),
     (b"\x1b[31mred\x1b[0m", ("[31mred [0m",)),
     ("nbsp\u00a0and\u3000wide".encode(), ("nbsp and wide",)),
