@@ -84,7 +84,7 @@ def run(verb: str, words: Sequence[str]) -> int:
 
 
 def _call(verb: str, words: Sequence[str]) -> int:
-    from ldm.config.errors import UserError, out_of_memory
+    from ldm.config.errors import UserError, first_line, out_of_memory
 
     words = list(words)
     options = words[: words.index("--")] if "--" in words else words
@@ -126,7 +126,7 @@ def _call(verb: str, words: Sequence[str]) -> int:
         if not out_of_memory(error):
             raise
         advice = FITS.get(verb, "close other programs, or use a machine with more")
-        print(f"ldm {verb}: too little memory ({str(error).splitlines()[0][:200]}); {advice}", file=sys.stderr)
+        print(f"ldm {verb}: too little memory ({first_line(error)}); {advice}", file=sys.stderr)
         return 2
 
 

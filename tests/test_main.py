@@ -98,6 +98,7 @@ FULL = "No space left on device; make room and run the same command again, what 
         (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "ldm doctor: x.png: No such file or directory\n"),
         (OSError(28, "No space left on device"), 2, f"ldm doctor: {FULL}\n"),
         (MemoryError("Unable to allocate 9 GiB"), 2, f"ldm doctor: too little memory (Unable to allocate 9 GiB); {MORE}\n"),
+        (MemoryError(), 2, f"ldm doctor: too little memory (MemoryError); {MORE}\n"),
         (RuntimeError("CUDA out of memory. Tried\nto"), 2, f"ldm doctor: too little memory (CUDA out of memory. Tried); {MORE}\n"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from ldm.cli.given import by_run
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.formats.model_place import no_model
 
 
@@ -54,7 +54,7 @@ def device_for(wanted: str, local: int = 0) -> str:
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = shorten(str(error).splitlines()[0], 120, placeholder=" ...")
+        reason = shorten(first_line(error), 120, placeholder=" ...")
         raise UserError(f"device: got {wanted!r}, which this machine or this torch lacks ({reason})") from None
     return wanted
 

@@ -1,4 +1,4 @@
-"""UserError, the exception for user mistakes, and the test for out-of-memory errors."""
+"""UserError, the exception for user mistakes; the test for out-of-memory errors, and what an error says in a line."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or (isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said))
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says first, at most `most` characters of it; its kind where it says nothing, as EOFError does."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__

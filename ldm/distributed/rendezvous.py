@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -129,9 +129,7 @@ class Meeting:
             if not said:
                 known = str(store.get("first machine"), "utf-8")
         except Exception as error:  # the store is gone, with whoever kept it
-            raise UserError(
-                f"{self.keeper} ended while rank {self.rank} waited for the others ({str(error).splitlines()[0][:120]})"
-            ) from None
+            raise UserError(f"{self.keeper} ended while rank {self.rank} waited for the others ({first_line(error, 120)})") from None
         if said:
             self._heard(store)
             raise UserError(said)
@@ -158,7 +156,7 @@ class Meeting:
                 )
             except Exception as error:
                 raise UserError(
-                    f"MASTER_ADDR, MASTER_PORT: rank 0 cannot listen at {where} ({str(error).splitlines()[0][:120]});"
+                    f"MASTER_ADDR, MASTER_PORT: rank 0 cannot listen at {where} ({first_line(error, 120)});"
                     " the address must be this machine's, and the port a free one"
                 ) from None
         told = begun
@@ -166,7 +164,7 @@ class Meeting:
             try:
                 return TCPStore(self.address, self.port, None, False, timeout=timedelta(seconds=min(TRY_S, self.limit)))
             except Exception as error:
-                why = str(error).splitlines()[0][:120]
+                why = first_line(error, 120)
             now = time.monotonic()
             if now - begun > self.limit:
                 raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.formats.atomic import Damaged, commit, verify
 from ldm.formats.integrity import cache_folder
 from ldm.formats.model_folder import say
@@ -91,7 +91,7 @@ def compiled(module: nn.Module, inputs: Sequence[Tensor], weights: str, said: st
             _clear(folder.parent)
             _keep(folder, lambda place: openvino.save_model(model, place / "graph.xml", compress_to_fp16=False))
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             say(f"LDM_CACHE: the converted network is not kept, and converted again next time ({reason})")
     wishes = {
         "INFERENCE_PRECISION_HINT": "f32",

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.files import isolated
 
 SECONDS = 1800  # after which the child counts as hung
@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
         except Exception as error:  # of pickle, zipfile, torch: each damage has its own
             refused = REFUSED.search(str(error))
             if refused is None:
-                raise UserError(f"{path}: not a checkpoint that torch can read ({str(error).splitlines()[0][:160]})") from None
+                raise UserError(f"{path}: not a checkpoint that torch can read ({first_line(error, 160)})") from None
             name = refused[1]
             if name in allowed or not name.startswith((*HARMLESS, PARAMETERS)):
                 raise UserError(

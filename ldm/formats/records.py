@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.schema import build
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def read_as(path: Path, kind: type[T]) -> T:
     try:
         return build(read_object(path), kind, str(path))
     except UserError as error:
-        raise Damaged(str(error).splitlines()[0]) from None
+        raise Damaged(first_line(error, 1000)) from None
 
 
 def number(value: Any) -> float | None:

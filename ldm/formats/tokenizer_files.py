@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.files import read_bounded
 from ldm.formats.integrity import check
 from ldm.formats.part import AGAIN, read_json, write_whole
@@ -263,9 +263,3 @@ class quiet:
 
         logging.set_verbosity(self.level)
         logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says first, at most 200 characters of it."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.schema import BY_KIND, PathGiven, config
 from ldm.formats import pickles
 from ldm.formats.model_folder import own_clip, root_of
@@ -160,7 +160,7 @@ class VisionFolder:
             network = network.eval().requires_grad_(False).to(device)
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"features: {folder}: cannot be read ({str(error).strip().splitlines()[0][:200]})") from None
+            raise UserError(f"features: {folder}: cannot be read ({first_line(error)})") from None
         if wrong := sorted(str(name) for name in [*found["missing_keys"], *found["mismatched_keys"]] if "pooler" not in str(name)):
             raise UserError(f"features: {folder}: {wrong[0]} is missing or of another shape; copy the folder again")
 

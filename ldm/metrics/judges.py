@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.formats.model_folder import own_clip, root_of, whole_clip
 from ldm.formats.part import read_json
 from ldm.text.own_clip import OwnClip
@@ -127,7 +127,7 @@ class ClipJudge:
             model = CLIPModel.from_pretrained(folder, local_files_only=True)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"judge: {folder}: cannot be read ({str(error).strip().splitlines()[0][:200]})") from None
+            raise UserError(f"judge: {folder}: cannot be read ({first_line(error)})") from None
         settings: Any = model.config.vision_config
         side = settings.image_size
         if (folder / "preprocessor_config.json").is_file():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.data.buckets import bucket_stage, lines
 from ldm.data.dataset import offered
 from ldm.data.filter import filter_samples
@@ -167,7 +167,7 @@ def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
     try:
         return run.data.build("train"), run.data.build("val")
     except UserError as error:
-        notes.append(f"planned without the data, so without its counts ({str(error).splitlines()[0]})")
+        notes.append(f"planned without the data, so without its counts ({first_line(error, 1000)})")
         return None, None
 
 
@@ -175,7 +175,7 @@ def _elsewhere(run: Run, notes: list[str]) -> dict[str, Found] | None:
     try:
         found = find(run, notes.append)
     except UserError as error:
-        notes.append(f"planned without what it begins with ({str(error).splitlines()[0]})")
+        notes.append(f"planned without what it begins with ({first_line(error, 1000)})")
         return None
     check(run, found)
     return found

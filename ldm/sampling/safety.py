@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.formats.part import read_json
 
 CLASS = "StableDiffusionSafetyChecker"
@@ -47,7 +47,7 @@ class SafetyFilter:
         try:
             checker, told = kind.from_pretrained(own, local_files_only=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"safety: {own}: cannot be read ({str(error).strip().splitlines()[0][:200]})") from None
+            raise UserError(f"safety: {own}: cannot be read ({first_line(error)})") from None
         if missing := sorted(told["missing_keys"]):
             raise UserError(f"safety: {own}: {missing[0]} and {len(missing) - 1} more weights are missing; copy it again")
         places = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.foreign import short
 from ldm.formats.part import CONFIG, read_json
 
@@ -47,7 +47,7 @@ class PretrainedCaptioner:
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder}: cannot be read ({str(error).strip().splitlines()[0][:200]})") from None
+            raise UserError(f"{folder}: cannot be read ({first_line(error)})") from None
         model.eval()
         torch.nn.Module.to(model, device)
         return cls(model, processor, tokenizer)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config.errors import UserError, out_of_memory
+from ldm.config.errors import UserError, first_line, out_of_memory
 from ldm.data.buckets import BucketedStage, bucket_stage, lines
 from ldm.data.captions import cut_at_most
 from ldm.data.loader import Foreseen, fed
@@ -544,7 +544,7 @@ def _too_many(trainer: Trainer, error: Exception) -> str:
     if (blocks := _recomputing(trainer.family)) and not any(blocks):
         helps.append(f"stages.{name}.checkpointing=true")
     helps.append("a lower resolution")
-    return f"do not fit into the memory ({str(error).splitlines()[0][:200]}); {', or '.join(helps)}"
+    return f"do not fit into the memory ({first_line(error)}); {', or '.join(helps)}"
 
 
 def _recomputing(family: Family) -> list[bool]:

@@ -12,7 +12,7 @@ from finished_model import KL, UNET, VQ
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.diffusion.process import Process
 from ldm.families.latent_diffusion.folder import defaults_of, process_of
 from ldm.formats import integrity, pickles
@@ -239,6 +239,19 @@ def test_readers_end_with_a_value_or_one_line(tmp_path: Path) -> None:
     fuzz_configs(tmp_path, 150)
     fuzz_bytes(tmp_path, "x.safetensors", FILE, read_safetensors, 100)
     fuzz_bytes(tmp_path, "x.ckpt", checkpoint(tmp_path), read_pickle, 40)
+
+
+def test_a_checkpoint_that_ends_within_its_pickle(tmp_path: Path) -> None:
+    """Found by the soak: torch's EOFError says nothing, so there is no first line of it."""
+    import zipfile
+
+    checkpoint(tmp_path)
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(tmp_path / "x.ckpt", "w") as cut:
+        for name in whole.namelist():
+            cut.writestr(name, whole.read(name)[:-1] if name.endswith(".pkl") else whole.read(name))
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint that torch can read \(EOFError\)"):
+        read_pickle(tmp_path / "x.ckpt")
+    assert [first_line(error) for error in (MemoryError(), ValueError("  a\nb"), ValueError("x" * 900))] == ["MemoryError", "a", "x" * 200]
 
 
 @pytest.mark.soak

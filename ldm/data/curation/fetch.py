@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.config.options import option
 
 NAMES = {  # columns by what they hold, as LAION's tables call them in letters of any case; the first that is there counts
@@ -96,7 +96,7 @@ def columns_of(table: Path) -> Columns:
     try:
         there = parquet.read_schema(file).names
     except Exception as error:  # pyarrow raises many kinds on what is no parquet
-        raise UserError(f"fetch: {file}: no parquet table ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"fetch: {file}: no parquet table ({first_line(error, 100)})") from None
     small = {name.lower(): name for name in reversed(there)}
     url, caption = (next((small[name] for name in names if name in small), None) for names in NAMES.values())
     if url is None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.data.curation.curate import Audit, accounted, files_of, judged, write_empty
 from ldm.data.curation.rules import Curation
 
@@ -94,7 +94,7 @@ def on_ray(address: str, threads: int) -> Callable[[Sift, list[str]], list[Audit
             try:
                 ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
             except (ConnectionError, ValueError) as error:
-                raise UserError(f"--ray {address}: no cluster is there ({str(error).splitlines()[0][:160]})") from None
+                raise UserError(f"--ray {address}: no cluster is there ({first_line(error, 160)})") from None
 
         @ray.remote(num_cpus=threads)
         def judge(number: int, file: str) -> Audit:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.config.errors import UserError
+from ldm.config.errors import UserError, first_line
 from ldm.data.cached import CachedLatents
 from ldm.data.order import shuffled
 from ldm.diffusion.batch import MomentBatch
@@ -122,7 +122,7 @@ class Classifier:
         except OSError as error:
             raise UserError(f"classifier: {path}: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"classifier: {path}: cannot be read ({str(error).splitlines()[0][:150]}); make it by ldm classifier") from None
+            raise UserError(f"classifier: {path}: cannot be read ({first_line(error, 150)}); make it by ldm classifier") from None
         if about["autoencoder"] != autoencoder:
             raise UserError(f"classifier: {path} was trained on another autoencoder's latents; make one of this model by ldm classifier")
         if about["process"] != process.scheduler_config():
