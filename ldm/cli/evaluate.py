@@ -48,7 +48,9 @@ class Measurement:
     abilities: int = option(0, "Prompts of scenes for each ability, such as a place, two colours, an unseen pair; 0: none.", low=0)
     diversity: int = option(0, "Prompts of scenes of one object of which 8 pictures each are compared with each other; 0: none.", low=0)
     completion: int = option(0, "Images of which the upper half is shown and the lower is drawn; 0: none.", low=0)
-    split: str = option("val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val or train.")
+    split: str = option(
+        "val", "Part of the data that reconstruction, Fréchet distance and CLIP score take: val, train, or all of a folder."
+    )
     images: int = option(256, "Images for reconstruction and Fréchet distance.", low=4)
     features: str = option("", f"What pictures are compared by: {FEATURES}; default: random features.")
     clip: Path | None = option(
@@ -81,8 +83,11 @@ class Measurement:
             raise UserError("features: own is another space for each model, whose figures cannot be compared; measure each by itself")
         if str(self.clip) == "own" and len(self.model) > 1:
             raise UserError("clip: own is another space for each model, whose figures cannot be compared; measure each by itself")
-        if self.split not in ("val", "train"):
-            raise UserError(f"split: got {self.split}; there are val and train")
+        if self.split not in ("val", "train", "all"):
+            raise UserError(f"split: got {self.split}; there are val, train and all")
+        if self.split == "all" and (self.on == "scenes" or self.neighbours):
+            beside = "--on scenes, which are made by number" if self.on == "scenes" else "--neighbours, which compares with a training part"
+            raise UserError(f"split: all cannot be had beside {beside}; give val or train")
         for path in self.plot:
             check(path)
             if len(set(scales)) < 2:
@@ -203,7 +208,7 @@ def evaluate(wanted: Measurement, drawn: Drawn, device: Device) -> int:
         source: Any = build(asked, ScenesSource, "--tier")
     else:
         source = source_at(wanted.on)
-    data = source.build(wanted.split)
+    data = replace(source, val_share=0).build("train") if wanted.split == "all" else source.build(wanted.split)
     log = Log(Path("."), console=True, write=False)
     results: dict[str, dict[str, Any]] = {}
     for name in wanted.model:

@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
+from ldm.config.errors import UserError
 from ldm.config.schema import Count, NonNegative, Positive, config
+from ldm.formats.model_folder import whole_clip
 from ldm.metrics.bench import Bench, Values
 from ldm.metrics.judges import ClipJudge, OwnJudge, has_clip
 
@@ -36,11 +38,14 @@ class ClipScore:
 
     def check_weights(self) -> None:
         """Raises UserError for weights that are not here."""
-        if not has_clip(self.path.expanduser()):
-            ClipJudge.check(self.path.expanduser())
+        path = self.path.expanduser()
+        if not (has_clip(path) or whole_clip(path)):
+            what = "a folder that transformers' CLIPModel opens is needed, or a model with a CLIP of its own run"
+            raise UserError(f"clip: {path}: no CLIP here; {what}")
 
     def run(self, bench: Bench) -> Values:
         """Of pictures, and of the real images with the same captions."""
+        self.check_weights()
         path = self.path.expanduser()
         own = has_clip(path)
         judge = OwnJudge.load(path, bench.device) if own else ClipJudge.load(path, bench.device)

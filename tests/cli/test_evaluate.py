@@ -154,9 +154,15 @@ def test_pictures_are_drawn_as_is_asked_for_and_the_protocol_says_it(kl_model, t
         (["MODEL", "--features", "timm=x.safetensors"], "timm/MODEL=FILE"),
         (["MODEL", "--features", "inception=no.pth"], "no.pth is not here"),
         (["MODEL", "--clip", "no/clip"], "no CLIP here"),
+        (
+            ["MODEL", "--clip", "own"],
+            "no CLIP here; a folder that transformers' CLIPModel opens is needed, or a model with a CLIP of its own",
+        ),
+        (["MODEL", "other", "--clip", "own"], "clip: own is another space for each model"),
         (["MODEL", "--guidance", "0,2"], "0 leaves the prompt out"),
         (["MODEL", "MODEL"], "named twice"),
-        (["MODEL", "--split", "test"], "split: got test; there are val and train"),
+        (["MODEL", "--split", "test"], "split: got test; there are val, train and all"),
+        (["MODEL", "--split", "all"], "split: all cannot be had beside --on scenes"),
         (["MODEL", "--plot", "x.png"], "plot: a curve needs several scales"),
         (["MODEL", "--plot", "x.gif", "--guidance", "1,2"], "ends in .png, .svg, .html"),
         (["MODEL", "--on", "DATA", "--plot", "x.png", "--guidance", "1,2"], "give --clip FOLDER"),
@@ -248,6 +254,18 @@ def test_a_split_says_which_pictures_are_compared(painter, tmp_path):
         found[split] = json.loads((tmp_path / f"{split}.json").read_text())
     assert found["train"]["split"] == "train" and found["train"]["frechet"] != found["val"]["frechet"]
     assert found["train"]["adherence"] == found["val"]["adherence"]  # of prompts that no part of the data has
+
+
+def test_all_of_a_folder_is_measured_on(painter, tmp_path):
+    pictures = tmp_path / "held-out"
+    pictures.mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("a small red circle")
+    target = tmp_path / "found.json"
+    assert main(["MODEL", "--on", str(pictures), "--split", "all", "--images", "8", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found["split"] == "all" and found["reconstruction"]["protocol"]["images"] == 8
 
 
 def test_copies_are_nearer_than_held_out_pictures(monkeypatch, tmp_path, capsys):
