@@ -95,7 +95,7 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
         if team.rank == 0:
             if output.grid is not None and paths:
                 each = len(request.choice.listed(request.base.seed) or range(request.choice.n)) * max(1, request.choice.variations)
-                columns = each if each > 1 or len(asked) > 8 else min(len(asked), 8)
+                columns = each if each > 1 else min(len(asked), 8)
                 save_sheet([read_pixels(paths[number]) for number in sorted(paths)], output.grid, columns)
             where = f"{output.out}/{f', all on {output.grid}' if output.grid else ''}"
             said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"

@@ -485,7 +485,7 @@ class Output:
     watermark: str | None = option(None, "A short text to hide in the pixels; ldm info reads it.")
     batch: int = option(8, "Batch size; never changes a picture.", low=1)
     out: Path = option(Path("outputs"), "Folder of the pictures.")
-    grid: Path | None = option(None, "Also one PNG of all (contact sheet), a row for each prompt.")
+    grid: Path | None = option(None, "Also one PNG of all (contact sheet), a row for each prompt; of one picture each, eight in a row.")
     save_steps: bool = option(False, "Beside each picture, a strip of what it was at every step.")
     resume: bool = option(False, "Leave out the pictures that OUT holds already.")
     as_json: bool = option(False, "Print one JSON object per picture.", name="--json")

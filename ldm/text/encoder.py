@@ -242,16 +242,20 @@ class TextEncoder:
         return list(dict.fromkeys(re.findall(r"[^\W\d_]{2,}", NOTATION.sub(" ", text))))
 
     def misspelt(self, text: str) -> dict[str, str]:
-        """Words that such a tokenizer reads in pieces, with the whole word of its own that each is most like."""
+        """Words that such a tokenizer reads in pieces, with the whole word of its own that each is most like.
+
+        A vocabulary that was cut reads words of its captions in pieces, too: there the likeness must be a letter's.
+        """
         if len(self.tokenizer) > OWN:
             return {}
+        least = 0.75 if self._met_whole else 0.88
         ends = [token.removesuffix(END) for token in self.tokenizer.get_vocab() if token.endswith(END)]
         # Whole words: no other token goes on to the left of them.
         words = [end for end in ends if len(end) > 2 and not any(one != end and one.endswith(end) for one in ends)]
         found = {}
         for word in (word for word in self._written(text) if len(word) > 2):
             own = [one for one in words if one[0] == word[0].lower()]
-            if len(self.words(word)) > 1 and (near := difflib.get_close_matches(word.lower(), own, 1, 0.75)):
+            if len(self.words(word)) > 1 and (near := difflib.get_close_matches(word.lower(), own, 1, least)):
                 found[word] = near[0]
         return found
 

@@ -305,6 +305,8 @@ def test_a_grid_has_a_row_for_each_prompt(model: list[str], tmp_path: Path) -> N
     assert np.array_equal(sheet[SIDE + 2 :, SIDE + 2 : 2 * SIDE + 2], found[4])
     draw(tmp_path / "p", *model, "a red circle", "a blue ring", "a", "--grid", str(tmp_path / "line"))
     assert pixels(tmp_path / "line").shape == (SIDE, 3 * SIDE + 4, 3)
+    draw(tmp_path / "q", *model, *["a red circle"] * 9, "--grid", str(tmp_path / "eight"))
+    assert pixels(tmp_path / "eight").shape == (2 * SIDE + 2, 8 * SIDE + 14, 3)
 
 
 def test_long_and_odd_prompts_are_drawn_with_a_notice(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

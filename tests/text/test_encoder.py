@@ -83,6 +83,12 @@ def test_where_words_had_no_room_only_letters_alone_are_unknown() -> None:
     assert len(in_letters) < 10 and reader.unknown(" ".join([*words, "zyxwvut"])) == [*in_letters, "zyxwvut"]
 
 
+def test_where_words_had_no_room_only_what_is_hardly_another_word_is_misspelt() -> None:
+    reader = reading(["grinning rocks", "rock", "grinning"] * 9 + ["rocket"], BYTES + 2 + 10)
+    assert not reader._met_whole and {len(reader.words(word)) for word in ("rock", "grinning")} == {1} and len(reader.words("rocket")) > 1
+    assert reader.misspelt("rocket") == {} and reader.misspelt("a grining rock") == {"grining": "grinning"}
+
+
 def test_scenes_words_are_known_and_a_taught_word_too() -> None:
     reader = reading(CAPTIONS, 4096)
     assert reader.unknown("hello, two red circles and a ring: a painting") == ["hello", "two", "circles", "and", "painting"]
