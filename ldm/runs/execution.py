@@ -35,6 +35,7 @@ from ldm.models.gpu_form import round_products
 from ldm.runs import extension, pretrained
 from ldm.runs.changed_data import data_change, marks_of, remember
 from ldm.runs.evaluation import measure
+from ldm.runs.examples import varied
 from ldm.runs.keys import DONE, IDENTITY, Finished, check_data, finished, hashes_of, identity, key_of, plain_json
 from ldm.runs.launch_checks import by_heart, idle, missing, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
@@ -47,7 +48,7 @@ from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
 
-EXAMPLES = 6  # captions that a model remembers, for whoever asks what it can draw
+EXAMPLES, CANDIDATES = 6, 64  # captions that a model remembers, for whoever asks what it can draw; they are chosen from so many
 
 
 class Execution:
@@ -367,13 +368,13 @@ class Execution:
         }
         caption = next(iter(self.val.captions([0], [0], 0)), "a picture") if len(self.val) else "a picture"
         described = self.data.describe()
-        chosen = list(spread(len(self.val), EXAMPLES))
+        chosen = list(spread(len(self.val), CANDIDATES))
         captions = self.val.captions(chosen, chosen, 0) if chosen else []
         return {
             "name": self.run.name,
             "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
             "prompt": self._example_of(caption).replace('"', ""),
-            "examples": list(dict.fromkeys(self._example_of(text)[:200] for text in captions)),
+            "examples": varied([self._example_of(text)[:200] for text in captions], EXAMPLES),
             "use": self._usage("PROMPT", "MODEL"),
             "stages": stages,
         }
