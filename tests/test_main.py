@@ -129,7 +129,7 @@ def test_a_verb_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupt_ends_a_verb_with_130() -> None:
-    command = [sys.executable, "-m", "ldm", "sample", "--model", "x"]
+    command = [sys.executable, "-m", "ldm", "sample", "--model", "owner/name"]
     # A shell that starts the tests in the background has them, and so this process, ignore interrupts.
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     waiting = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)

@@ -199,7 +199,7 @@ def test_wrong_words_are_told_before_the_model_is_read(
     words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert export("nothing-here", *words) == 2
+    assert export("owner/name", *words) == 2
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1 and not list(tmp_path.iterdir())
 

@@ -78,6 +78,7 @@ def stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(ldm.families.registry, "open_finished", lambda folder, device="cpu", low_memory=False: Translation().eval())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ldm.json").write_text("{}")
     pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "in.png")
     return tmp_path

@@ -84,7 +84,7 @@ def test_more_pictures_than_can_be_listed_are_refused(choice: Choice, prompts: i
 
 def test_prompts_without_end_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with ends_soon():
-        assert main(["sample", "--model", "x", "--prompts", "/dev/zero"]) == 2
+        assert main(["sample", "--model", "owner/name", "--prompts", "/dev/zero"]) == 2
     assert "longer than 67,108,864 bytes" in capsys.readouterr().err
 
 

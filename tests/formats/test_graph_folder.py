@@ -169,7 +169,7 @@ def main_raising(model: Path, form: str, out: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
-    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 2
+    assert main(["export", "owner/name", "--out", str(tmp_path / "out"), *words]) == 2
     assert said in capsys.readouterr().err
 
 
