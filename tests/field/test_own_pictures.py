@@ -20,7 +20,14 @@ PAGE = (ROOT / "docs" / "own_pictures.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```yaml\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 BASES = {line.removeprefix("base: ") for text in FILES.values() for line in text.splitlines() if line.startswith("base: ")}
 SCENES_ALONE = {"text2scene.yaml"}
-OF_PHOTOS = {"folder.yaml", "sd1.yaml", "quickstart.yaml", "scenes-t0.yaml", "scenes-t1.yaml"}  # read folders themselves, or are the scenes
+OF_PHOTOS = {
+    "folder.yaml",
+    "emoji.yaml",
+    "sd1.yaml",
+    "quickstart.yaml",
+    "scenes-t0.yaml",
+    "scenes-t1.yaml",
+}  # read folders themselves, or are the scenes
 
 
 @pytest.fixture(scope="module")
