@@ -104,10 +104,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     """Refuse an archive that unpacks to more than its size: torch packs nothing."""
-    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(path) as archive:
-        total, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-        if total > size:
-            raise UserError(f"{path}: unpacks to {total:,} bytes, but the file has {size:,}; it is damaged or hostile")
+    total, size = 0, path.stat().st_size
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # each damage has its own; torch says what it is
+        total = sum(entry.file_size for entry in archive.infolist())
+    if total > size:
+        raise UserError(f"{path}: unpacks to {total:,} bytes, but the file has {size:,}; it is damaged or hostile")
 
 
 def require_plain(tensors: dict[str, Any], path: Path) -> None:

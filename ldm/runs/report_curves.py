@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LARGEST = 1e100  # of what is drawn: axes reckon in powers beyond their ends
 POINTS = 160  # at most in one line of a drawing; denser logs are averaged
 COLOURS = ("#3b7dd8", "#e07b39", "#2f9e73", "#b455a0", "#8a8d2a", "#5b6cc4")
 INK = "#010203"  # stands for the page's text colour while matplotlib draws
@@ -17,9 +18,9 @@ Point = tuple[float, float, float]  # mean and the ends of its interval
 
 
 def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The curve in order of x without values that are not finite; averages of neighbours where there are more than `points`."""
+    """The curve in order of x without values that are not finite or beyond LARGEST; averages of neighbours, at most `points` of them."""
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    kept = np.isfinite(a) & np.isfinite(b)
+    kept = (abs(a) <= LARGEST) & (abs(b) <= LARGEST)  # no number is neither
     a, b = a[kept], b[kept]
     order = np.argsort(a, kind="stable")
     a, b = a[order], b[order]
@@ -49,7 +50,7 @@ def curve(x: Sequence[float], y: Sequence[float]) -> str | None:
     axes.plot(a, b, color=COLOURS[0], linewidth=0.8, alpha=0.35)
     axes.plot(a, smooth, color=COLOURS[0], linewidth=1.6)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.3g}"))
-    if (b > 0).all() and b.max() > 30 * b.min():
+    if (b > 1 / LARGEST).all() and b.max() > 30 * b.min():
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0 if a[0] >= 0 else a[0], a[-1])
@@ -83,7 +84,7 @@ def lines(named: Mapping[str, Sequence[tuple[float, float]]], log_y: bool = Fals
         axes.plot(a, b, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=name)
     if drawn < 2:
         return None
-    if log_y and all(y > 0 for points in named.values() for _, y in points):
+    if log_y and all(1 / LARGEST < y <= LARGEST for points in named.values() for _, y in points):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.3g}"))

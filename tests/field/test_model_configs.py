@@ -251,6 +251,10 @@ def test_a_checkpoint_that_ends_within_its_pickle(tmp_path: Path) -> None:
             cut.writestr(name, whole.read(name)[:-1] if name.endswith(".pkl") else whole.read(name))
     with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint that torch can read \(EOFError\)"):
         read_pickle(tmp_path / "x.ckpt")
+    data = bytearray((tmp_path / "whole.ckpt").read_bytes())
+    data[data.rindex(b"whole/")] = 128  # a name in the list at its end, which is marked as UTF-8
+    (tmp_path / "x.ckpt").write_bytes(data)
+    one_line(lambda: read_pickle(tmp_path / "x.ckpt"))
     assert [first_line(error) for error in (MemoryError(), ValueError("  a\nb"), ValueError("x" * 900))] == ["MemoryError", "a", "x" * 200]
 
 

@@ -275,6 +275,12 @@ def test_an_odd_line_is_skipped_and_counted(odd: bytes, tmp_path: Path) -> None:
     assert "1 damaged lines" in render(read_story(tmp_path))
 
 
+@pytest.mark.parametrize("huge", [2.25e254, -1e300, 1e308, 5e-324, 1e99, 1e-99])
+def test_numbers_beyond_what_axes_reckon_with_are_left_out(huge: float, folder: Path) -> None:
+    """Found by the soak: a logged speed of 1e254 ended a report in an OverflowError."""
+    start_and_report(folder, json.dumps({**STEP, "images_per_s": huge, "terms": {"mse": huge}, "loss": huge}).encode())
+
+
 def test_a_line_that_is_being_written_is_not_damage(tmp_path: Path) -> None:
     (tmp_path / LOG).write_bytes(line(STEP) + line(STEP)[:20])
     assert read_counted(tmp_path / LOG) == ([STEP], 0)
