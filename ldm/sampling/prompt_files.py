@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
@@ -17,6 +16,8 @@ from ldm.sampling.recipe_values import LIMITS
 # A word that begins with -- is a flag: its name, and its value if that stands in quotation marks.
 FLAG = re.compile(r"""(?:^|(?<=\s))--(?P<name>[^\W_][\w-]*)(?:=|(?=\s|$))(?:\s*(?P<quoted>"(?:[^"\\]|\\.)*"|'[^']*')(?=\s|$))?""")
 LINE = re.compile(r"\r\n|\n|\r")  # str.splitlines also takes U+2028 and others, which are parts of a text
+OPENS = re.compile(r"[\ufeff\s]*\[\s*[{\"]")  # a list of objects or texts
+DASHED = re.compile(r"(?:^|(?<=\s))[\u2013\u2014](?P<name>[A-Za-z][\w-]*)(?=\s*=|\s+\S)")  # as editors turn -- into a dash
 LISTS = ("given",)  # fields that are lists of words; flags may be repeated
 FLAGS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
 NAMES = {
@@ -82,8 +83,11 @@ def _entries(text: str, source: str) -> Iterator[tuple[str, str | Pairs]]:
     """Where each prompt stands, and its line, or its fields as pairs."""
     listed: Any = None
     if text.lstrip("\ufeff \t\r\n").startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):  # else a prompt that begins with a bracket
+        try:
             listed = json.loads(text.lstrip("\ufeff"), object_pairs_hook=Pairs)
+        except (ValueError, RecursionError) as error:
+            if OPENS.match(text):  # else a prompt that begins with a bracket
+                raise UserError(f"{source}: a JSON list that is torn or mistyped ({error}); write it again") from None
     if listed is not None:
         if not all(isinstance(one, str | Pairs) for one in listed):
             raise UserError(f'{source}: a list of texts and of objects is needed, such as [{{"prompt": "a green ring"}}]')
@@ -97,6 +101,9 @@ def _entries(text: str, source: str) -> Iterator[tuple[str, str | Pairs]]:
 
 
 def _flagged(line: str, where: str) -> Asked:
+    for dashed in DASHED.finditer(line):
+        if len(dashed["name"]) > 1 and _meant(f"--{dashed['name']}"):
+            raise UserError(f"{where}: {dashed.group()} begins with a dash that an editor made of two; write --{dashed['name']}")
     flags = list(FLAG.finditer(line))
     words = line[: flags[0].start()].strip() if flags else line
     given = [("prompt", words)] if words or not flags else []

@@ -26,6 +26,7 @@ from ldm.sampling.recipe import Recipe, read_recipe, writable
 from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 
 MAX_MARGIN = 4096  # px
+TABLES = (".yaml", ".yml", ".toml", ".csv", ".tsv", ".parquet")  # lists of other forms, whose lines are no prompts
 MOST_TEXT = 2**26  # bytes of a list of prompts
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # ends of picture files
 EDGES = ("left", "top", "right", "bottom")
@@ -54,6 +55,8 @@ class PromptOptions:
         if file is None and sys.stdin.isatty():
             raise UserError('no prompt: write ldm sample "a green ring", or --prompts FILE, or send lines to standard input')
         source = "standard input" if file is None or str(file) == "-" else str(file)
+        if file is not None and file.suffix.lower() in TABLES:
+            raise UserError(f"{source}: {file.suffix} is not read; write a prompt a line, or JSON")
         try:
             text = _whole(None if file is None or str(file) == "-" else file)
         except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from ldm.config.errors import UserError
 from ldm.sampling.jobs import Common, recipes
 from ldm.sampling.prompt_files import Asked, read_prompts
+from ldm.sampling.request import PromptOptions
 
 LINES: list[tuple[str, dict[str, Any]]] = [
     ('a blue ring --negative_prompt "blurry, low" --cfg_scale 7', {"prompt": "a blue ring", "negative": "blurry, low", "guidance": 7}),
@@ -19,6 +21,7 @@ LINES: list[tuple[str, dict[str, Any]]] = [
     ('--prompt "a --w 3 ring" --width 512', {"prompt": "a --w 3 ring", "width": 512}),
     ('a ring --negative-prompt "say \\"no\\"" twice', {"prompt": "a ring", "negative": 'say "no" twice'}),
     ('a ring --n "as it stands" --d 9007199254740992', {"prompt": "a ring", "negative": '"as it stands"', "seed": 2**53}),
+    ("a ring \u2014 red \u2014n \u2014ring b", {"prompt": "a ring \u2014 red \u2014n \u2014ring b"}),
     ("a -- b --> c --- d -n e", {"prompt": "a -- b --> c --- d -n e"}),
     ("a\u2028b\x0bc\x85d", {"prompt": "a\u2028b\x0bc\x85d"}),
     ("[V] dog", {"prompt": "[V] dog"}),
@@ -30,6 +33,8 @@ REFUSED = [
     ("a --Negative_prompt b", "--Negative_prompt is no flag"),
     ("a --restore-faces", "--restore-faces is no flag"),
     ("a --7 b", "--7 is no flag"),
+    ("a ring \u2014steps 3", "\u2014steps begins with a dash that an editor made of two; write --steps"),
+    ("a ring \u2013cfg_scale=3", "write --cfg_scale"),
     ("a --n b --negative_prompt c", "--negative_prompt says negative, which stands there twice"),
     ("--n b", "no prompt"),
     ("a --d 9007199254740993", "--d is '9007199254740993'; seed needs a whole number from 0 to 9007199254740992"),
@@ -50,6 +55,19 @@ def test_a_line_says(line: str, fields: dict[str, Any]) -> None:
 def test_a_line_is_refused_by_its_number(line: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"list\.txt, line 2: .*{said}"):
         read_prompts(f"a red circle\r\n{line}", "list.txt")
+
+
+@pytest.mark.parametrize("torn", ['[{"prompt": "a cat"}', '["a cat",\n"a dog"', '\ufeff [\n{"prompt": "a",}]'])
+def test_a_torn_list_is_no_prompt(torn: str) -> None:
+    with pytest.raises(UserError, match=r"list\.json: a JSON list that is torn or mistyped"):
+        read_prompts(torn, "list.json")
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.YML", "a.toml", "a.csv", "a.tsv", "a.parquet"])
+def test_files_of_another_form_are_no_prompts(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt: a cat\n")
+    with pytest.raises(UserError, match=rf"{name}: \.\w+ is not read; write a prompt a line, or JSON"):
+        PromptOptions(prompts=tmp_path / name).read(None)
 
 
 def test_a_list_of_anything_else_is_refused() -> None:
