@@ -47,10 +47,10 @@ def test_what_a_model_was_made_with_is_refused(adapt: Any, kl_model: Path, tmp_p
     for file in kept:
         with pytest.raises(UserError, match="the model was made with it and has it already; leave it out, or give its base by --model"):
             told(model, f"{file}:0.8" if "lora" in file.parts else str(file))
-    assert told(kl_model, str(kept[0])) == []
+    assert not [line for line in told(kl_model, str(kept[0])) if "changes nothing" not in line]  # it has not learned
 
 
 def test_another_lora_of_the_same_base_is_taken(kl_model: Path, tmp_path: Path) -> None:
     model, _ = tuned(kl_model, BOTH, tmp_path / "one")
     _, others = tuned(kl_model, LowRank(rank=3, targets=("to_k",)), tmp_path / "other")
-    assert told(model, str(others[0])) == []
+    assert not [line for line in told(model, str(others[0])) if "changes nothing" not in line]
