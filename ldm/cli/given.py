@@ -45,8 +45,12 @@ def _no_cache(option: str, name: str) -> str:
 
 
 def _no_clip(option: str, name: str) -> str:
-    there = name in ("own", "scenes") or (Path(name).expanduser() / "config.json").is_file()
-    return "" if there else f"{option}: {name}: no CLIP here; a folder that transformers' CLIPModel opens is needed, or own or scenes"
+    judge, folder = option == "judge", Path(name).expanduser()
+    names, others = (["own", "scenes"], list[str]()) if judge else (["own"], ["clip", "model/clip"])  # others: of a model and of a run
+    if name in names or (folder / "config.json").is_file() or any((folder / own).is_dir() for own in others):
+        return ""
+    wanted = "a folder that transformers' CLIPModel opens is needed, or " + ("a model with a CLIP of its own run, or " if others else "")
+    return f"{option}: {name}: no CLIP here; {wanted}{' or '.join(names)}"
 
 
 def _no_lora(option: str, name: str) -> str:

@@ -420,9 +420,9 @@ class Family(nn.Module, ABC):
             level: (B,) in [0,1), the noise level of each as a share of the schedule, from clean to noisy.
 
         Raises:
-            NotImplementedError: where the family is not `noised`.
+            ValueError: where the family is not `noised`.
         """
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} adds no noise, so it has no loss by noise level")
 
     def known(self, batch: ImageBatch | MomentBatch) -> MomentBatch | None:
         """What frozen networks make of a batch, which `loss_at` takes in its place; None: nothing that may be kept."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.cli.command import given_of
-from ldm.cli.given import by_run
+from ldm.cli.given import by_run, look
 from ldm.cli.train import validated
 from ldm.config import stand_ins
 from ldm.config.errors import UserError
@@ -153,6 +153,17 @@ def test_tiers_are_those_of_the_scenes() -> None:
     from ldm.data.scenes import spec
 
     assert tuple(spec.TIERS) == TIERS
+
+
+def test_a_clip_is_looked_for_where_its_option_finds_one(own_clip_model: Path, tmp_path: Path) -> None:
+    look(Given.CLIP, "clip", str(own_clip_model))
+    for option, name, said in (
+        ("judge", str(own_clip_model), "or own or scenes"),
+        ("clip", str(tmp_path), "or own$"),
+        ("clip", "scenes", "or own$"),
+    ):
+        with pytest.raises(UserError, match=f"^{option}: .*no CLIP here; .*{said}"):
+            look(Given.CLIP, option, name)
 
 
 def test_what_only_the_packages_themselves_can_do_is_done_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
