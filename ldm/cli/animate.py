@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.models import device_for, model_for, name_of, tell
+from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import Given, option
 from ldm.families.draws import Draws
@@ -84,6 +84,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, views: Views, adapt
     film.hears(base.seed)
     sampler.check()
     folder = model_for(base.model)
+    check_sides(base.shape({}), folder)
     ends = [Asked(prompt=clean(text)) for text in (film.prompt, film.to) if text is not None]
     asked = tagged(ends, adapters.lora_dir, adapters.lora, tell)
     if asked[-1].loras != asked[0].loras:

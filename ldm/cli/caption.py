@@ -13,7 +13,7 @@ from ldm.cli.command import call
 from ldm.cli.models import device_for, tell
 from ldm.cli.progress import bar
 from ldm.config.errors import UserError
-from ldm.config.options import option
+from ldm.config.options import Given, option
 
 Option = typer.Option
 
@@ -38,12 +38,12 @@ def main(words: list[str]) -> int:
 def caption(
     model: Annotated[str, Option(help="A run or model folder that writes captions, or a folder of transformers: BLIP, GIT, ViT-GPT2.")],
     words: Words,
-    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of pictures, or pictures.")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of pictures, or pictures."), Given.PICTURES] = None,
     count: Annotated[int, Option(help="Without pictures: so many captions, of a model of captions alone.", min=0)] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Write captions anew that stand beside pictures already.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print captions, and write nothing.")] = False,
     batch: Annotated[int, Option(help="Pictures at a time.", min=1)] = 16,
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is."), Given.DEVICE] = "",
 ) -> int:
     """Write a caption into a text file beside each picture that has none; start it again and it goes on."""
     if not paths and not count:

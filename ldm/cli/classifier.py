@@ -31,7 +31,7 @@ def classifier(
     batch: Annotated[int, Option(min=1, help="Of a step.")] = 128,
     rate: Annotated[float, Option(min=0, help="Learning rate at the start.")] = 1e-3,
     seed: Annotated[int, Option(min=0, help="Of order, noise and first weights.")] = 0,
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is."), Given.DEVICE] = "",
 ) -> int:
     """Learn which words captions say of noisy latents. Then: ldm sample "a green ring" --classifier FILE --classifier-scale 2."""
     known = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))

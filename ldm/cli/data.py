@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.given import check_captioned
 from ldm.config.errors import UserError
 from ldm.config.options import Given
 from ldm.data.curation.fetch import DownloadOptions
@@ -59,6 +60,8 @@ def check(
     """Say what was found, what was left out and why, and what training would see."""
     if captions not in ("auto", "txt", "metadata", "filename", "kohya", "none"):
         raise UserError(f"--captions: got {captions!r}; there are auto, txt, metadata, filename, kohya, none")
+    if captions == "auto":
+        check_captioned(path)
     from ldm.data import check as checking
     from ldm.data.folder import FolderSource
 
@@ -187,6 +190,7 @@ def hash_pictures(
     threads: Annotated[int, typer.Option(help="That decode.", min=1)] = 2,
 ) -> int:
     """Write a table that `ldm data curate --unique sha256 --near 3` understands."""
+    check_captioned(path)
     from ldm.data.check import source_at
     from ldm.data.curation.hashes import write
 

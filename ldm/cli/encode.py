@@ -53,7 +53,7 @@ def encode(
     out: Annotated[Path, Option(help="The folder of the cache; what is there of the same cache is kept, another one is refused.")],
     options: Encoding,
     part: Annotated[str, Option(help="One of several calls that share the work, such as 3/16 of 0/16 to 15/16.")] = "",
-    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is.")] = "",
+    device: Annotated[str, Option(help="cuda, mps or cpu; default: the best there is."), Given.DEVICE] = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Encode pictures to latents, each once, for `latents:` of a training stage; start it again and it goes on."""

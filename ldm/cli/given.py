@@ -1,16 +1,22 @@
-"""What words name must be there: models, data, adapters are looked for before a verb loads torch."""
+"""What words name must be there: models, data, adapters, pictures are looked for before a verb loads torch."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ldm.config.errors import UserError
 from ldm.config.options import Given
+from ldm.config.stand_ins import told
+from ldm.data.file_names import FORMATS, bare
 from ldm.data.storage import is_url
 from ldm.formats.model_place import no_model
 from ldm.sampling.adapters import weighted
+
+DEVICES = ("cuda", "mps", "cpu", "xpu", "mtia")  # kinds that torch may have been built for
 
 
 def look(given: Given, option: str, name: str) -> None:
@@ -67,6 +73,57 @@ def _no_file(option: str, name: str) -> str:
     return "" if Path(name).expanduser().exists() else f"{option}: {name}: No such file or directory"
 
 
+def _no_picture(option: str, name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return f"{option}: {name}: {'Is a directory' if path.is_dir() else 'No such file or directory'}"
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
+            return ""
+    except UnidentifiedImageError:
+        return f"{option}: {name}: not an image: none of {', '.join(FORMATS)}"
+    except Exception:  # Pillow raises many kinds; who reads the picture says what is damaged
+        return ""
+
+
+def _no_pictures(option: str, name: str) -> str:
+    path = Path(name).expanduser()
+    return told(partial(_found, path)) if not path.is_dir() or bare(path) else ""
+
+
+def _found(path: Path) -> str:
+    from ldm.sampling.captioning import find
+
+    find([path], lambda text: None)
+    return ""
+
+
+def check_captioned(name: str) -> None:
+    """Refuse a folder without pictures, or with nothing that could be their captions, and a file that is no data.
+
+    Raises:
+        UserError: as the data set that would be made of it.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or (path.is_dir() and bare(path)):
+        told(partial(_made, name))
+
+
+def _made(name: str) -> str:
+    from ldm.data.check import source_at
+    from ldm.data.sources import lost
+
+    return lost(source_at(name))
+
+
+def _no_device(option: str, name: str) -> str:
+    kind, colon, number = name.partition(":")
+    known = kind in DEVICES and (not colon or number.isdecimal())
+    return "" if known else f"{option}: got {name!r}; give cuda, or one of several such as cuda:1, or mps or cpu"
+
+
 _LOOKS: dict[Given, Callable[[str, str], str]] = {
     Given.MODEL: lambda option, name: no_model(by_run(name)),
     Given.DATA: no_data,
@@ -75,4 +132,7 @@ _LOOKS: dict[Given, Callable[[str, str], str]] = {
     Given.LORA: _no_lora,
     Given.EMBEDDING: _no_embedding,
     Given.FILE: _no_file,
+    Given.PICTURE: _no_picture,
+    Given.PICTURES: _no_pictures,
+    Given.DEVICE: _no_device,
 }

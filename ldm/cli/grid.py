@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.models import device_for, model_for, name_of, tell
+from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
 from ldm.config.errors import UserError
 from ldm.config.options import option, options_of
 from ldm.families.draws import PLAIN, Draws
@@ -98,6 +98,8 @@ def grid(
     if rest["hires"] == 1 and any(axis.name == "hires_strength" for axis in axes):
         raise UserError("hires_strength: changes nothing without a second pass; give --hires 2")
     folder, shape, place = model_for(base.model), base.shape(old), device.device
+    if editing.picture is None and not any(axis.name in ("size", "hires") for axis in axes):
+        check_sides(shape, folder, float(rest["hires"]))
     plot.out.parent.mkdir(parents=True, exist_ok=True)
 
     from ldm.diffusion.samplers import SAMPLERS

@@ -9,7 +9,8 @@ from textwrap import shorten
 
 from ldm.cli.given import by_run
 from ldm.config.errors import UserError, first_line
-from ldm.formats.model_place import no_model
+from ldm.formats.model_place import factor_of, no_model
+from ldm.sampling.jobs import check_size
 
 
 def model_for(name: str) -> str:
@@ -17,6 +18,16 @@ def model_for(name: str) -> str:
     if name and (said := no_model(by_run(name))):
         raise UserError(said)
     return by_run(name) or newest()
+
+
+def check_sides(shape: tuple[int, int] | None, folder: str, hires: float = 1.0) -> None:
+    """Refuse sides (height, width) px that a model's folder says it cannot draw; what else there is, drawing tells.
+
+    Raises:
+        UserError: naming the size and the fix.
+    """
+    if shape is not None:
+        check_size(*shape, factor_of(folder), hires)
 
 
 def newest() -> str:

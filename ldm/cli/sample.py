@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
-from ldm.cli.models import device_for, model_for, name_of, tell
+from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
 from ldm.cli.starting import loading
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
@@ -47,9 +47,10 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
     request.choice.listed(request.base.seed)
     for said in (*in_lines(request, asked), *doubts.unquoted(request.prompts.prompt)):
         tell(said)
-    request.base.shape(old)
     rest = request.fields(old)
     folder, output, running = model_for(request.base.model), request.output, request.running.following(old)
+    if request.editing.picture is None:
+        check_sides(request.base.shape(old), folder, rest.get("hires", 1.0))
     output.check()
     output.out.mkdir(parents=True, exist_ok=True)
     if output.grid is not None:

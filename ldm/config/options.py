@@ -19,6 +19,9 @@ class Given(Enum):
     LORA = "lora"
     EMBEDDING = "embedding"
     FILE = "file"
+    PICTURE = "picture"
+    PICTURES = "pictures"
+    DEVICE = "device"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import cut_at_most, from_folder
-from ldm.data.file_names import printable
+from ldm.data.file_names import SUFFIXES, printable
 from ldm.data.folder import FolderData, FolderSource, how_to_unpack
-from ldm.data.folder_scan import ARCHIVES, SUFFIXES
+from ldm.data.folder_scan import ARCHIVES
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos

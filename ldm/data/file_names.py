@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # of files in them
+GLANCE = 10_000  # files that are looked at before a folder is taken for one of captioned pictures
 # OneTrainer's names mean nothing else; the others are also words that a picture's own name may end with.
 _OWN_MARK = re.compile(r"(.+)-(mask|cond)label\d?", re.IGNORECASE)
 _MARKS = (
@@ -54,6 +57,17 @@ def is_text(name: str) -> bool:
 def printable(text: str) -> str:
     """A stranger's text for a terminal or a log: control codes and half characters are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def bare(folder: Path) -> bool:
+    """Whether a folder has no picture, or pictures and nothing that could be their captions, as a glance at its files' suffixes tells."""
+    pictures = others = False
+    for count, name in enumerate(name for _, _, names in os.walk(folder) for name in names):
+        known = split(name)[1] in SUFFIXES
+        pictures, others = pictures or known, others or not known
+        if (pictures and others) or count == GLANCE:
+            return False
+    return True
 
 
 def hidden(name: str) -> bool:

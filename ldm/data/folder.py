@@ -21,10 +21,10 @@ from ldm.data.captions import SIDECARS
 from ldm.data.content import ContentHashes
 from ldm.data.dataset import Split
 from ldm.data.fields import Fields
-from ldm.data.file_names import split
+from ldm.data.file_names import FORMATS, split
 from ldm.data.folder_scan import Listing, scan
 from ldm.data.folder_views import MAPS, Layout, half
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, read_file
+from ldm.data.images import MAX_PIXELS, Rejected, read_file
 from ldm.data.kept import Kept, Repeated
 from ldm.data.photos import LISTED, Photos, Rejection, counted, refuse_bad, tolerated
 from ldm.data.view_files import tells
@@ -238,7 +238,8 @@ def _refuse_empty(source: FolderSource, found: Listing, usable: int, rejected: l
     root, counts = found.root, Counter(r.reason for r in rejected)
     if usable == 0 and not rejected:
         if packed := found.archives:
-            raise UserError(f"{root}: no images here, but {len(packed)} archives ({packed[0]}); {how_to_unpack(packed[0])}")
+            many = f"{len(packed)} archives" if packed[1:] else "an archive"
+            raise UserError(f"{root}: no images here, but {many} ({packed[0]}); {how_to_unpack(packed[0])}")
         raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it or correct data.path")
     uncaptioned = counts["no caption"] + counts["empty caption"]
     if usable == 0 and uncaptioned:

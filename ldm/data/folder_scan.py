@@ -24,15 +24,14 @@ from ldm.data.caption_tables import NEAR, CaptionTable, is_table, read_tables
 from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.fields import Known
-from ldm.data.file_names import OF_SYSTEMS, Names, alike, is_text, leads_out, side_pictures, split
+from ldm.data.file_names import FORMATS, OF_SYSTEMS, SUFFIXES, Names, alike, is_text, leads_out, side_pictures, split
 from ldm.data.folder_views import FolderViews, Layout, find_views
-from ldm.data.images import FORMATS, Rejected, probe
+from ldm.data.images import Rejected, probe
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
 from ldm.data.photos import Rejection, held_out
 from ldm.data.tags import affixed
 from ldm.diffusion.batch import View
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_IMAGES = (
     *(".eps", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".pdf", ".psd", ".psb", ".svg", ".xcf", ".kra"),
     *(".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".icns", ".dds", ".dib", ".exr", ".hdr", ".sgi", ".pcx"),
@@ -287,7 +286,7 @@ class Listing:
 class _Block:
     """What was seen of some pictures."""
 
-    part: Part
+    part: Part | None  # of those that are usable; None: none is
     names: list[str]
     rejected: list[Rejection]
     views: dict[str, Mapping[str, View]]
@@ -326,6 +325,8 @@ class _Looker:
             names.append(name)
             if told:
                 views[name] = told
+        if not rows:
+            return _Block(None, names, rejected, views)
         column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
         numbers_of = {name: np.array(column[name], np.float32 if name in _FLOATS else np.uint64) for name in COLUMNS}
         record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
@@ -383,7 +384,7 @@ def _looked(
     usable = [name for block in blocks for name in block.names]
     refuse(found, len(usable), rejected, table)
     out = held_out(usable, source.val_share)
-    parts = [block.part for block in blocks if block.names]
+    parts = [block.part for block in blocks if block.part is not None]
     told = {
         "listing": found.digest,
         "tables": table.files,

@@ -17,7 +17,8 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an allow-list: no other decoder ever runs (EPS would start Ghostscript)
+from ldm.data.file_names import FORMATS
+
 MAX_BYTES = 2**28  # of one file
 MAX_PIXELS = 61_000_000  # of one image: 233 MiB as Pillow holds RGB
 WEIGHT = {"WEBP": 4, "AVIF": 4}  # pixels of these count so much, of progressive JPEGs 2: their decoders hold a picture several times

@@ -17,10 +17,10 @@ from ldm.config.errors import UserError
 from ldm.data import tables
 from ldm.data.captions import MAX_SIDECAR_BYTES, caption_texts, clean, text_captions
 from ldm.data.fields import ALIASES, Known, column_of, known
-from ldm.data.file_names import hidden, is_text, printable, side_pictures, split
+from ldm.data.file_names import FORMATS, SUFFIXES, hidden, is_text, printable, side_pictures, split
 from ldm.data.folder import how_to_unpack
-from ldm.data.folder_scan import OTHER_IMAGES, SUFFIXES
-from ldm.data.images import FORMATS, MAX_BYTES, Rejected, probe
+from ldm.data.folder_scan import OTHER_IMAGES
+from ldm.data.images import MAX_BYTES, Rejected, probe
 from ldm.data.index_file import Part, ShardRecord, part_of
 from ldm.data.storage import Stat, stream
 from ldm.data.tables import in_a_line

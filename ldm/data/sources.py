@@ -8,6 +8,7 @@ from typing import Annotated
 from ldm.config.schema import BY_KIND
 from ldm.data.concatenation import ConcatenationSource
 from ldm.data.dataset import DataSet, Samples, Split
+from ldm.data.file_names import bare
 from ldm.data.folder import FolderSource
 from ldm.data.folder_scan import no_folder
 from ldm.data.hugging_face import DatasetsSource
@@ -40,10 +41,20 @@ def affixes(source: Source) -> list[tuple[str, str]]:
 
 
 def lost(source: Source) -> str:
-    """What is wrong with where a source lies, as far as a look shows it; empty: nothing."""
+    """What is wrong with where a source lies, as far as a look shows it; empty: nothing.
+
+    Raises:
+        UserError: for a folder that has no pictures, or none with a caption, as its data set says it.
+    """
     if isinstance(source, ConcatenationSource):
         return next(filter(None, (lost(part.source) for part in source.parts)), "")
-    return no_folder(Path(source.path)) if isinstance(source, FolderSource) and not Path(source.path).is_dir() else ""
+    if not isinstance(source, FolderSource):
+        return ""
+    if not Path(source.path).is_dir():
+        return no_folder(Path(source.path))
+    if source.captions == "auto" and not source.caption and bare(Path(source.path)):
+        source.build("train")
+    return ""
 
 
 def has_masks(source: Source) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 OF_MODELS = ("model_index.json", "ldm.json", "scheduler")  # one of which every model folder has
@@ -31,3 +32,17 @@ def no_model(name: str) -> str:
     if not any((root / file).exists() for root in (place, place / "model") for file in OF_MODELS):
         return f"{place}: no model in this folder (neither model_index.json nor ldm.json); give the folder of a model or of a run"
     return ""
+
+
+def factor_of(name: str) -> int:
+    """What sides of pictures are multiples of, px, as a model folder with a U-Net tells by its autoencoder; 1: it does not tell."""
+    root = Path(name).expanduser()
+    place = next((folder for folder in (root, root / "model") if (folder / "unet").is_dir()), None)
+    if place is None:
+        return 1
+    try:
+        said = json.loads((place / "vae" / "config.json").read_text(encoding="utf-8"))
+        halved = len(said["block_out_channels"]) - 1 if said["_class_name"] in ("AutoencoderKL", "VQModel") else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+    return int(2**halved)

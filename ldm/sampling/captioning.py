@@ -11,8 +11,8 @@ import numpy as np
 
 from ldm.config.errors import UserError
 from ldm.data.captions import SIDECARS, clean
-from ldm.data.file_names import printable, side_pictures, split
-from ldm.data.folder_scan import SUFFIXES, Listing
+from ldm.data.file_names import SUFFIXES, printable, side_pictures, split
+from ldm.data.folder_scan import Listing
 from ldm.data.images import Rejected, probe, read_file, view
 from ldm.families.draws import Wanted
 from ldm.formats.part import write_whole

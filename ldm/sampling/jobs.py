@@ -69,27 +69,27 @@ def recipes(family: Draws, asked: Sequence[Asked], common: Common) -> list[Recip
             raise UserError(f"seed: {first} and {common.n - 1} more lead beyond {MAX_SEED}; choose a smaller one")
         for number in numbers:
             recipe = Recipe(seed=number, **told)
-            check_size(recipe, family.factor)
+            check_size(recipe.height, recipe.width, family.factor, recipe.hires)
             if recipe.hires != 1 and not family.redraws:
                 family.refuse("hires", "draws no picture anew in part; leave --hires out")
             found += [replace(recipe, variation_seed=number + 1 + k) for k in range(common.variations)] or [recipe]
     return found
 
 
-def check_size(recipe: Recipe, factor: int) -> None:
+def check_size(height: int, width: int, factor: int, hires: float = 1.0) -> None:
     """Refuse sides, of a first pass too, that are no multiples of the autoencoder's factor, or beyond MAX_SIDE.
 
     Raises:
         UserError: naming the size and the fix.
     """
-    shown = f"{recipe.width}x{recipe.height}"
-    if max(recipe.width, recipe.height) > MAX_SIDE:
+    shown = f"{width}x{height}"
+    if max(width, height) > MAX_SIDE:
         raise UserError(f"size: got {shown}; at most {MAX_SIDE} px a side")
-    if recipe.width % factor or recipe.height % factor:
+    if width % factor or height % factor:
         raise UserError(f"size: got {shown}; both must be multiples of {factor}")
-    for side in (recipe.width / recipe.hires, recipe.height / recipe.hires):
+    for side in (width / hires, height / hires):
         if side != int(side) or int(side) % factor:
-            raise UserError(f"hires: {shown} divided by {recipe.hires:g} is not a multiple of {factor} px; choose another size or factor")
+            raise UserError(f"hires: {shown} divided by {hires:g} is not a multiple of {factor} px; choose another size or factor")
 
 
 def alike(found: Sequence[Recipe], many: int) -> Iterator[list[int]]:

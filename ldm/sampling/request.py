@@ -295,11 +295,17 @@ class SamplerOptions(Wanted):
 class Editing:
     """Start from a picture: img2img (SDEdit), inpainting, outpainting and DDIM inversion; and hires fix, a second, larger pass."""
 
-    init: Path | None = option(None, "A picture to start from (img2img); where it is transparent in parts, these are new.")
+    init: Path | None = option(
+        None, "A picture to start from (img2img); where it is transparent in parts, these are new.", given=Given.PICTURE
+    )
     strength: float | None = option(None, "Denoising strength: how much of INIT is drawn anew, 0 to 1; default: 0.75, with MASK 1.")
-    mask: Path | None = option(None, "Inpainting: as large as INIT, white or painted where it is to be new; the rest keeps its bytes.")
+    mask: Path | None = option(
+        None, "Inpainting: as large as INIT, white or painted where it is to be new; the rest keeps its bytes.", given=Given.PICTURE
+    )
     outpaint: str = option("", "Go on beyond INIT's edges, in px: left=64,right=64 (also top, bottom), or 64 for all.")
-    invert: Path | None = option(None, "A picture to edit by its prompt (DDIM inversion): start from the noise that it comes from.")
+    invert: Path | None = option(
+        None, "A picture to edit by its prompt (DDIM inversion): start from the noise that it comes from.", given=Given.PICTURE
+    )
     source: str | None = option(None, "The prompt of the picture as it was: INVERT's, or the one that the seed draws (prompt-to-prompt).")
     cross_replace: float | None = option(
         None, "Share of the steps in which words attend as SOURCE's (cross_replace_steps); default: 0.8, with INVERT 0.", low=0, high=1
@@ -524,7 +530,7 @@ def check_sheet(option: str, file: Path) -> None:
 class Device:
     """Device: where it is drawn."""
 
-    device: str = option("", "cuda, mps or cpu; default: the best there is.")
+    device: str = option("", "cuda, mps or cpu; default: the best there is.", given=Given.DEVICE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ldm.data import images
-from ldm.data.images import FORMATS, MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, view
+from ldm.data.file_names import FORMATS
+from ldm.data.images import MAX_PIXELS, Rejected, cover, mirrored, probe, sides, to_rgb, view
 from ldm.diffusion.batch import to_unit
 
 

@@ -213,7 +213,7 @@ def test_packed_folders_say_how_to_unpack(tmp_path):
     assert "gunzip -c 'a b.tar.gz' > 'a b.tar'" in told(tmp_path)
     assert "a b.tar.gz is an archive; unpack it" in told(tmp_path / "a b.tar.gz")
     (tmp_path / "a b.tar.gz").rename(tmp_path / "x.zip")
-    assert "1 archives (x.zip); unpack it to a folder of pictures first" in told(tmp_path)
+    assert "an archive (x.zip); unpack it to a folder of pictures first" in told(tmp_path)
 
 
 def test_the_bytes_say_what_a_picture_is(tmp_path):

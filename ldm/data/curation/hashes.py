@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.data.images import FORMATS, Rejected, to_rgb
+from ldm.data.file_names import FORMATS
+from ldm.data.images import Rejected, to_rgb
 from ldm.data.photos import Photos
 
 SIDE, KEPT = 32, 8  # of the small grey picture, and of the corner of its spectrum that is kept
