@@ -21,6 +21,7 @@ from collections import Counter
 
 import torch
 import torch._dynamo  # before anything is patched: it looks at torch as it is
+import torch.utils.checkpoint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -424,6 +425,16 @@ def pretend(kind: str = "cuda"):
     for place in (foreach, clipping, optimizer):
         put(place, "_group_tensors_by_device_and_dtype", grouping)
 
+    engine = torch.autograd._engine_run_backward
+
+    def backward(*args, **kwargs):  # what is recomputed in it asks for devices, too; torch takes the mode away while it handles `backward`
+        with contextlib.nullcontext() if torch._C._is_torch_function_mode_enabled() else Functions():
+            return engine(*args, **kwargs)
+
+    put(torch.autograd, "_engine_run_backward", backward)
+    checkpoint = torch.utils.checkpoint
+    seen = {"default": lambda t: {"shape": t.shape, "dtype": t.dtype}}  # not the device: what torch itself keeps says "cpu"
+    put(checkpoint, "_allowed_determinism_checks_to_fns", checkpoint._allowed_determinism_checks_to_fns | seen)
     inner = threading.Thread.run
 
     def run(self):

@@ -88,6 +88,7 @@ def jobs() -> dict[str, list[str]]:
         "LoRA": tuning(", adapt: {kind: lora, rank: 2}", 16),
         "textual inversion": tuning(", adapt: {kind: textual_inversion, token: <thing>, init: red}", 16),
         "offload": tuning("", 16, "stages.tune.offload=true", "stages.tune.precision=bf16"),
+        "recomputed": tuning("", 16, "stages.tune.checkpointing=true", "stages.tune.offload=true", "stages.tune.precision=bf16"),
         "inpainting U-Net": tuning(", inpaint: {}", 16),
         "eight steps": tuning("", 8 * BATCH),
         "sixteen steps": tuning("", 16 * BATCH),
