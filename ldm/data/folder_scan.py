@@ -26,9 +26,9 @@ from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.fields import Known
 from ldm.data.file_names import FORMATS, OF_SYSTEMS, SUFFIXES, Names, alike, is_text, leads_out, side_pictures, split
 from ldm.data.folder_views import FolderViews, Layout, find_views
-from ldm.data.images import Rejected, probe
+from ldm.data.images import FIRST, Rejected, header
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
-from ldm.data.photos import Rejection, held_out
+from ldm.data.photos import Rejection, held_out, remarks
 from ldm.data.tags import affixed
 from ldm.diffusion.batch import View
 
@@ -38,7 +38,7 @@ OTHER_IMAGES = (
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),  # of cameras
 )
 ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
-FORMAT = 2  # of what is remembered
+FORMAT = 3  # of what is remembered
 _THREADS = 8
 _BLOCK = 512  # pictures that a thread looks at before it reports
 _IDLE = ("max_bad", "max_seconds", "path")  # settings that a scan does not depend on; the path counts by where it leads
@@ -290,6 +290,7 @@ class _Block:
     names: list[str]
     rejected: list[Rejection]
     views: dict[str, Mapping[str, View]]
+    several: list[str]  # names of those that are more than one picture
 
 
 class _Looker:
@@ -310,10 +311,11 @@ class _Looker:
         names: list[str] = []
         rejected: list[Rejection] = []
         views: dict[str, Mapping[str, View]] = {}
+        several: list[str] = []
         for number in numbers:
             name = self.found.images[number]
             try:
-                row, said, told = self._one(name, number)
+                row, said, told, more = self._one(name, number)
             except Rejected as error:
                 rejected.append(Rejection(name, error.reason, error.detail))
                 continue
@@ -325,19 +327,21 @@ class _Looker:
             names.append(name)
             if told:
                 views[name] = told
+            several += [name] if more else []
         if not rows:
-            return _Block(None, names, rejected, views)
+            return _Block(None, names, rejected, views, several)
         column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
         numbers_of = {name: np.array(column[name], np.float32 if name in _FLOATS else np.uint64) for name in COLUMNS}
         record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
-        return _Block(part_of(record, numbers_of, words), names, rejected, views)
+        return _Block(part_of(record, numbers_of, words), names, rejected, views, several)
 
-    def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View]]:
+    def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View], bool]:
         source, root = self.source, self.found.root
         times = _times(name) if source.captions == "kohya" else 1
         captions = [affixed(said, source.prefix, source.suffix) for said in _captions(self.found, name, source, self.table)]
         path = root / name
-        size = probe(path, source.max_pixels)
+        head = header(path, source.max_pixels)
+        size = head.height, head.width
         told = self.table.known.get(name, Known()).over(Known(*size))
         size = (size[0], size[1] // 2) if source.layout == "ab" else size
         views = self.views.entries(name, size)
@@ -347,7 +351,7 @@ class _Looker:
         if mask := self.masks.get(name, ""):
             content += self.hashes.of(root / mask, mask, (root / mask).stat())
         row = (*size, told.height, told.width, told.aesthetic, told.watermark, times)
-        return row, [name, content, mask, *captions], views
+        return row, [name, content, mask, *captions], views, head.several
 
 
 COLUMNS = ("height", "width", "original_height", "original_width", "aesthetic", "watermark", "times")
@@ -382,13 +386,14 @@ def _looked(
     looker.hashes.save([*(found.images[number] for number in chosen), *used])
     rejected += [one for block in blocks for one in block.rejected]
     usable = [name for block in blocks for name in block.names]
+    several = [name for block in blocks for name in block.several]
     refuse(found, len(usable), rejected, table)
     out = held_out(usable, source.val_share)
     parts = [block.part for block in blocks if block.part is not None]
     told = {
         "listing": found.digest,
         "tables": table.files,
-        "notes": [*alike(usable, captioned), *_texts_unread(source, found)],
+        "notes": [*alike(usable, captioned), *_texts_unread(source, found), *remarks((FIRST, name, 1) for name in several)],
         "rejected": [(one.name, one.reason, one.detail) for one in rejected],
         "val": np.flatnonzero(out).tolist(),
     }

@@ -21,14 +21,16 @@ from ldm.data.content import content_hash
 from ldm.data.dataset import Split
 from ldm.data.fields import ALIASES, Known, column_of, gather, known
 from ldm.data.file_names import is_side_column, leads_out
-from ldm.data.images import MAX_PIXELS, Rejected, probe, read_file
-from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, tolerated
+from ldm.data.images import FIRST, MAX_PIXELS, Rejected, header, read_file
+from ldm.data.photos import LISTED, Photos, Rejection, counted, held_out, refuse_bad, remarks, tolerated
 from ldm.data.storage import find
 from ldm.data.tags import affixed
 
 IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes")  # columns, if none says its type
 THREADS, ROWS = 4, 128  # that look at headers; rows that one looks at together
 _CELLS = 512  # of a column that are in memory at a time
+
+_Header = tuple[int, int, str, str, bool]  # height and width px, path, content hash, whether it is several pictures
 
 
 @config
@@ -79,6 +81,7 @@ class DatasetsData(Photos):
         told = [known(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)] or [Known()] * len(captions)
         looked = self._headers()
         self.rejected: list[Rejection] = []
+        several: list[tuple[str, str, int]] = []
         usable: list[int] = []
         sizes: list[tuple[int, int]] = []
         places: list[str] = []
@@ -89,13 +92,14 @@ class DatasetsData(Photos):
             elif not texts:
                 self.rejected.append(Rejection(f"row {row}", "no caption", f"column {self.caption_column}"))
             else:
-                height, width, path, content = found
+                height, width, path, content, more = found
+                several += [(FIRST, f"row {row}", 1)] if more else []
                 contents.append(content)
                 told[row] = told[row].over(Known(height, width))
                 usable.append(row)
                 sizes.append((height, width))
                 places.append(path or str(row))
-        self.total = len(usable)
+        self.total, self.notes = len(usable), remarks(several)
         super().__init__(source.path, source, split, tolerated(source.max_bad, self.total + len(self.rejected)))
         self._refuse_empty()
         mine = held_out(places, source.val_share) == (split == "val")
@@ -115,25 +119,25 @@ class DatasetsData(Photos):
         for start in range(0, len(column), _CELLS):
             yield from column[start : start + _CELLS][name].to_pylist()
 
-    def _headers(self) -> list[tuple[int, int, str, str] | Rejected]:
-        """Height, width by its header, path and content hash of every image."""
+    def _headers(self) -> list[_Header | Rejected]:
+        """Height, width by its header, path, content hash, and whether it is several pictures, of every image."""
 
-        def look(start: int) -> list[tuple[int, int, str, str] | Rejected]:
+        def look(start: int) -> list[_Header | Rejected]:
             column = self._table[start : start + ROWS][self.image_column]
             return [self._header(entry) for entry in column]
 
         with ThreadPoolExecutor(THREADS) as pool:
             return [found for part in pool.map(look, range(0, len(self._table), ROWS)) for found in part]
 
-    def _header(self, entry: Any) -> tuple[int, int, str, str] | Rejected:
+    def _header(self, entry: Any) -> _Header | Rejected:
         try:
             data, path = self._bytes(entry)
-            height, width = probe(data, self.source.max_pixels)
-            if min(height, width) < self.source.min_side:
-                raise Rejected("too small", f"{width}x{height}; at least {self.source.min_side} px")
+            head = header(data, self.source.max_pixels)
+            if min(head.height, head.width) < self.source.min_side:
+                raise Rejected("too small", f"{head.width}x{head.height}; at least {self.source.min_side} px")
         except Rejected as error:
             return error
-        return height, width, path, content_hash(data)
+        return head.height, head.width, path, content_hash(data), head.several
 
     def _bytes(self, entry: Any) -> tuple[bytes, str]:
         return _bytes(entry, self._roots, self.source.outside)
@@ -167,6 +171,7 @@ class DatasetsData(Photos):
             "captions": sum(map(len, self._captions)),
             "columns": {"image": self.image_column, "caption": self.caption_column},
             "rejected": dict(Counter(r.reason for r in self.rejected)),
+            "notes": self.notes,
             "rejected_rows": [str(r) for r in self.rejected[:LISTED]],
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),

@@ -72,13 +72,31 @@ def probe(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         Rejected: if the bytes are not an image of FORMATS or the header promises more than `max_pixels`.
     """
+    found = header(file, max_pixels)
+    return found.height, found.width
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture's file tells before a pixel is decoded."""
+
+    height: int  # px, upright where it tells
+    width: int
+    several: bool  # whether more pictures of the same rank follow: frames of an animation, pages of a TIFF
+
+
+FIRST = "an animation or several pages, of which the first is taken"  # what is said of those
+
+
+def header(file: Path | bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """As `probe`, with what else it tells; raises as that."""
     if isinstance(file, Path):
         _check_length(file.stat().st_size)
         with file.open("rb") as stream, _open(stream, max_pixels) as image:
-            return _upright(image)
+            return Header(*_upright(image), _several(image))
     _check_length(len(file))
     with _open(io.BytesIO(file), max_pixels) as image:
-        return _upright(image)
+        return Header(*_upright(image), _several(image))
 
 
 def read_file(path: Path) -> bytes:
@@ -93,6 +111,17 @@ def read_file(path: Path) -> bytes:
         raise Rejected("unreadable file", "not an ordinary file")
     _check_length(status.st_size)
     return path.read_bytes()
+
+
+def _several(image: Image.Image) -> bool:
+    """Whether the file holds more than its first picture; a TIFF's smaller copies of it (tag 254) are no pages."""
+    try:
+        if image.format != "TIFF":
+            return image.format in ("GIF", "PNG", "WEBP", "AVIF") and bool(getattr(image, "is_animated", False))
+        image.seek(1)
+        return not image.tag_v2.get(254, 0) & 1  # type: ignore[attr-defined]
+    except Exception:  # as in _open; there is no second one that could be read
+        return False
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:

@@ -50,6 +50,7 @@ class ShardRecord:
     examples: list[list[str]] = field(default_factory=list)  # key, reason, detail
     damage: list[str] = field(default_factory=list)  # places where the archive is not as it was written
     other: dict[str, int] = field(default_factory=dict)  # members that mean nothing here, by suffix
+    remarks: dict[str, tuple[str, int]] = field(default_factory=dict)  # what of usable samples is not taken: the first key, how many
 
 
 class DamagedIndex(ValueError):

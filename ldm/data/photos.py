@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -344,6 +344,16 @@ def held_out(names: Sequence[str], share: float) -> np.ndarray:
 def counted(counts: Counter[str]) -> str:
     """Reasons with their counts, most frequent first."""
     return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none rejected"
+
+
+def remarks(found: Iterable[tuple[str, str, int]]) -> list[str]:
+    """Lines about samples that are taken, though not all of what they bring: (what, a sample's name, how many such)."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for what, name, count in found:
+        counts[what] += count
+        first.setdefault(what, name)
+    return [f"{count:,} with {what}; the first is {first[what]}" for what, count in counts.items()]
 
 
 def left_out(said: Sequence[Mapping[str, object]]) -> dict[str, Any]:

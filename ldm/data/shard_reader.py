@@ -20,7 +20,7 @@ from ldm.data.fields import ALIASES, Known, column_of, known
 from ldm.data.file_names import FORMATS, SUFFIXES, hidden, is_text, printable, side_pictures, split
 from ldm.data.folder import how_to_unpack
 from ldm.data.folder_scan import OTHER_IMAGES
-from ldm.data.images import MAX_BYTES, Rejected, probe
+from ldm.data.images import FIRST, MAX_BYTES, Rejected, header
 from ldm.data.index_file import Part, ShardRecord, part_of
 from ldm.data.storage import Stat, stream
 from ldm.data.tables import in_a_line
@@ -42,6 +42,7 @@ class _Group:
     captions: tuple[str, ...] = ()
     table: dict[str, Any] = field(default_factory=dict)
     problem: Rejected | None = None  # of image or caption, the first
+    remarks: list[str] = field(default_factory=list)  # what of it is not taken
 
 
 def sample_hash(data: bytes) -> int:
@@ -134,6 +135,9 @@ def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, 
             continue
         for column, value in zip(COLUMNS, row, strict=True):
             columns[column].append(value)
+        for what in group.remarks:
+            first, count = record.remarks.get(what, (printable(key), 0))
+            record.remarks[what] = first, count + 1
     record.samples = len(columns["key"])
     record.rejected = dict(Counter(reason for _, reason, _ in rejected))
     record.examples = [[clean(k)[:200], reason, printable(detail)[:300]] for k, reason, detail in rejected[:EXAMPLES]]
@@ -165,7 +169,9 @@ def _take(group: _Group, suffix: str, member: Member) -> None:
             group.image = member
             if member.data is None:
                 raise Rejected("file too large", f"{member.size} bytes; at most {MAX_BYTES}")
-            group.size = probe(member.data, 2**62)
+            head = header(member.data, 2**62)
+            group.size = head.height, head.width
+            group.remarks += [FIRST] if head.several else []
             group.hash = sample_hash(member.data)
             group.image = Member(member.name, member.offset, member.size, None)  # the bytes are not kept
         elif suffix in OTHER_IMAGES:
@@ -175,13 +181,25 @@ def _take(group: _Group, suffix: str, member: Member) -> None:
                 raise Rejected("caption too long", f"{suffix}: over {MAX_SIDECAR_BYTES} bytes")
             said = text_captions(member.data, suffix)
             group.captions = said if suffix == TEXTS[0] or not group.captions else group.captions  # as in folders, in any order of members
-        elif member.data is not None and member.size <= MAX_SIDECAR_BYTES:
-            told = json.loads(member.data)
-            group.table = told if isinstance(told, dict) else {}
+        elif member.data is None or member.size > MAX_SIDECAR_BYTES:
+            group.remarks.append(f"a JSON file of over {MAX_SIDECAR_BYTES} bytes, which is not read")
+        else:
+            group.table = _object(member.data, group)
     except Rejected as error:
         group.problem = group.problem or error
-    except (ValueError, RecursionError):  # of the JSON, which a caption in a text file makes needless
-        group.table = {}
+
+
+def _object(data: bytes, group: _Group) -> dict[str, Any]:
+    """What a JSON file tells of its picture; one that cannot be read is told, as a caption in a text file may make it needless."""
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError):
+        group.remarks.append("a JSON file that cannot be read, so nothing of it is taken")
+        return {}
+    if not isinstance(told, dict):
+        group.remarks.append(f"a JSON file that holds no object but a {type(told).__name__}, so nothing of it is taken")
+        return {}
+    return told
 
 
 def _row(key: str, group: _Group, listed: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from ldm.data.dataset import Split
 from ldm.data.fields import Fields
 from ldm.data.images import MAX_PIXELS, Rejected
 from ldm.data.kept import Kept
-from ldm.data.photos import LISTED, Photos, counted, refuse_bad, tolerated
+from ldm.data.photos import LISTED, Photos, counted, refuse_bad, remarks, tolerated
 from ldm.data.read_ahead import Place, ReadAhead
 from ldm.data.shard_index import Index, open_index
 from ldm.data.shard_reader import FLOATS, place_in_split, sample_hash
@@ -234,6 +234,7 @@ class ShardsData(Photos):
             "rejected": dict(self.rejected),
             "rejected_samples": [f"{s.name}: {': '.join(e)}" for s in shards for e in s.examples][:LISTED],
             "damaged_shards": {s.name: s.damage[:LISTED] for s in shards if s.damage},
+            "notes": remarks((what, f"{s.name}/{first}", n) for s in shards for what, (first, n) in s.remarks.items()),
             "replaced_when_decoded": dict(sorted(self.replaced.items())[:LISTED]),
             "fingerprint": self.fingerprint(),
         }

@@ -13,7 +13,7 @@ from ldm.config.errors import UserError
 from ldm.data.captions import SIDECARS, clean
 from ldm.data.file_names import SUFFIXES, printable, side_pictures, split
 from ldm.data.folder_scan import Listing
-from ldm.data.images import Rejected, probe, read_file, view
+from ldm.data.images import FIRST, Rejected, header, read_file, view
 from ldm.families.draws import Wanted
 from ldm.formats.part import write_whole
 
@@ -122,7 +122,10 @@ def caption(
         for one, seed in zip(pictures[start : start + batch], seeds[start : start + batch], strict=True):
             try:
                 data = read_file(one.path)
-                pixels.append(view(data, captioner.shape(*probe(data))).pixels)
+                head = header(data)
+                pixels.append(view(data, captioner.shape(head.height, head.width)).pixels)
+                if head.several:
+                    tell(f"{one.path}: {FIRST}")
                 part.append((one, seed))
             except (Rejected, OSError) as error:
                 bad += 1

@@ -105,6 +105,8 @@ class Files:
             if self.kept:
                 self.contents[own] = path.read_bytes()
             entries.append({**entry, "file": path.name if self.kept else shown_path(given.file), "hash": own})
+            if remark := _remark(path):
+                tell(f"given: {view}={given.file}: {remark}")
             self._doubt(entries[-1], self.view(entries[-1], (64, 64)), tell)  # what cannot be read is told before anything is drawn
         for one, other in zip(before, entries, strict=False) if not words else ():
             if one["hash"] != other["hash"]:
@@ -199,6 +201,16 @@ class Files:
         )
         weight = torch.tensor([[float(one["weight"]) for one in (*seen, *said)]])
         return Mixed(image=pictures, words=(tuple(str(one["file"]) for one in said),), weight=weight)
+
+
+def _remark(path: Path) -> str:
+    """What is to be said of a picture that is taken; what is wrong with it is told where it is read."""
+    from ldm.data.images import FIRST, Rejected, header
+
+    try:
+        return FIRST if header(path).several else ""
+    except (Rejected, OSError):
+        return ""
 
 
 def _again(entry: Mapping[str, Any]) -> Given:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.config.errors import UserError
-from ldm.data.images import Rejected, probe, to_rgb
+from ldm.data.images import FIRST, Rejected, header, to_rgb
 from ldm.sampling.masks import RULE, fitted, hole_of, novelty_of
 
 T = TypeVar("T")
@@ -65,14 +65,14 @@ def read_init_image(init: Path, mask: Path | None, size: tuple[int, int]) -> Ini
     Raises:
         UserError: if a file is missing or no picture, if the two differ in size, or if nothing in the mask is new.
     """
-    (picture, hole), init_hash = _read("init", init, lambda image: (to_rgb(image), None if mask else hole_of(image)))
+    (picture, hole), init_hash, notices = _read("init", init, lambda image: (to_rgb(image), None if mask else hole_of(image)))
     height, width = size
-    notices = []
     if picture.size != (width, height):
         notices.append(f"{init}: {picture.width}x{picture.height} px, resized and cropped to {width}x{height}")
     new, mask_hash = None, ""
     if mask is not None:
-        (novelty, how), mask_hash = _read("mask", mask, novelty_of)
+        (novelty, how), mask_hash, more = _read("mask", mask, novelty_of)
+        notices += more
         if novelty.shape[::-1] != picture.size:
             sides = f"{novelty.shape[1]}x{novelty.shape[0]} px, but {init} is {picture.width}x{picture.height}"
             raise UserError(f"mask: {mask} is {sides}; make them equal")
@@ -94,12 +94,12 @@ def read_outpainted(init: Path, margins: tuple[int, int, int, int]) -> InitImage
     Raises:
         UserError: if the file is missing or no picture.
     """
-    picture, init_hash = _read("init", init, to_rgb)
+    picture, init_hash, notices = _read("init", init, to_rgb)
     left, top, right, bottom = margins
     pixels = np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), mode="edge")
     new = np.ones(pixels.shape[:2], bool)
     new[top : top + picture.height, left : left + picture.width] = False
-    return InitImage(pixels, new, init_hash, "")
+    return InitImage(pixels, new, init_hash, "", tuple(notices))
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -117,13 +117,14 @@ def hole_in(init: Path) -> bool:
         return False
 
 
-def _read(option: str, path: Path, use: Callable[[Image.Image], T]) -> tuple[T, str]:
-    """What is made of a picture, turned upright, and the hash of its file."""
+def _read(option: str, path: Path, use: Callable[[Image.Image], T]) -> tuple[T, str, list[str]]:
+    """What is made of a picture, turned upright, the hash of its file, and what is to be told of it."""
     try:
-        probe(path)  # refuses what is no picture, or too large, before a pixel is decoded
+        several = header(path).several  # refuses what is no picture, or too large, before a pixel is decoded
+        notices = [f"{option}: {path}: {FIRST}"] if several else []
         data = path.read_bytes()
         with Image.open(path) as image:
-            return use(ImageOps.exif_transpose(image)), hashlib.sha256(data).hexdigest()
+            return use(ImageOps.exif_transpose(image)), hashlib.sha256(data).hexdigest(), notices
     except Rejected as error:
         raise UserError(f"{option}: {path}: {error}") from None
     except OSError as error:

@@ -13,6 +13,7 @@ from ldm.config.errors import UserError
 from ldm.data import folder_scan
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.folder import FolderData, FolderSource
+from ldm.data.images import Header
 from ldm.data.kept import Kept, Repeated
 
 
@@ -32,13 +33,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The pictures that are looked at from now on."""
     found: list[object] = []
-    real = folder_scan.probe
+    real = folder_scan.header
 
-    def probe(path: Path, most: int) -> tuple[int, int]:
+    def header(path: Path, most: int) -> Header:
         found.append(path)
         return real(path, most)
 
-    monkeypatch.setattr(folder_scan, "probe", probe)
+    monkeypatch.setattr(folder_scan, "header", header)
     monkeypatch.setattr(ContentHashes, "_in_memory", {})
     return found
 
