@@ -1,13 +1,13 @@
-"""Recipes by names in pictures of InvokeAI, NovelAI, Fooocus, SwarmUI and Easy Diffusion: JSON, or a chunk for each value."""
+"""Recipes by names in pictures of InvokeAI, NovelAI and others (`ldm.sampling.dialects`): JSON, a chunk for each value, or a line."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ldm.sampling.dialects import DRAW_THINGS, DREAM, EASY, FOOOCUS, INVOKE, INVOKE_2, KOHYA, NOVEL, RUINED, SWARM, Dialect
 from ldm.sampling.foreign_recipe import ForeignRecipe, Reading, shown
 from ldm.sampling.recipe_values import number_of
 
@@ -16,132 +16,37 @@ PROMPTS = ("prompt", "negative")
 NUMBERS = ("steps", "guidance", "seed", "width", "height", "rescale")
 UNUSED = (None, False, "", 0, "None", "none", "[]", "null")  # values by which a setting has no part in the picture
 LORA_WORDS = re.compile(r"(.{1,300}?) : (-?[\d.]{1,20})")  # Fooocus: `name : weight`
-SIZE = re.compile(r"\((\d{1,5}), (\d{1,5})\)")
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How a program names what it writes.
-
-    Args:
-        program: its name.
-        names: our field by the name there; besides them `sampler`, `spacing`, `model`, `loras`, `clip_skip`, `size` and `init`.
-        idle: names of what changes no picture here.
-        first_skip: what the program calls reading the text encoder's last layer, from which it counts on.
-        marks: what in a prompt has another meaning here, and what it is.
-    """
-
-    program: str
-    names: Mapping[str, str]
-    idle: frozenset[str] = frozenset()
-    first_skip: int = 1
-    marks: tuple[str, str] = ("", "")
-
-
-INVOKE = Dialect(
-    "InvokeAI",
-    {
-        "positive_prompt": "prompt",
-        "negative_prompt": "negative",
-        "steps": "steps",
-        "cfg_scale": "guidance",
-        "cfg_rescale_multiplier": "rescale",
-        "seed": "seed",
-        "width": "width",
-        "height": "height",
-        "scheduler": "sampler",
-        "model": "model",
-        "loras": "loras",
-        "clip_skip": "clip_skip",
-        "strength": "init",
-    },
-    frozenset({"app_version", "rand_device", "generation_mode", "type", "_canvas_objects"}),
-    first_skip=0,
-    marks=(r"[\w)][+-]{2,}|\)[+-]|\.(?:and|blend|swap)\(", "weights of InvokeAI's notation (++, .and()), which are words here"),
-)
-NOVEL = Dialect(
-    "NovelAI",
-    {
-        "prompt": "prompt",
-        "uc": "negative",
-        "steps": "steps",
-        "scale": "guidance",
-        "cfg_rescale": "rescale",
-        "seed": "seed",
-        "width": "width",
-        "height": "height",
-        "sampler": "sampler",
-        "noise_schedule": "spacing",
-    },
-    frozenset({"n_samples", "signed_hash", "request_type", "version", "params_version", "legacy", "legacy_v3_extend", "hide_debug_overlay"})
-    | {"dynamic_thresholding_percentile", "dynamic_thresholding_mimic_scale", "uncond_scale", "v4_prompt", "v4_negative_prompt"}
-    | {"strength", "noise"},
-    marks=(r"[{}\[\]]", "brackets, by which a word weighs 1.05 times more or less there"),
-)
-FOOOCUS = Dialect(
-    "Fooocus",
-    {
-        "prompt": "prompt",
-        "negative_prompt": "negative",
-        "steps": "steps",
-        "guidance_scale": "guidance",
-        "seed": "seed",
-        "resolution": "size",
-        "sampler": "sampler",
-        "scheduler": "spacing",
-        "base_model": "model",
-        "loras": "loras",
-        "clip_skip": "clip_skip",
-    },
-    frozenset({"version", "base_model_hash", "full_prompt", "full_negative_prompt", "created_by", "metadata_scheme", "lora_combined"}),
-)
-SWARM = Dialect(
-    "SwarmUI",
-    {
-        "prompt": "prompt",
-        "negativeprompt": "negative",
-        "steps": "steps",
-        "cfgscale": "guidance",
-        "seed": "seed",
-        "width": "width",
-        "height": "height",
-        "sampler": "sampler",
-        "scheduler": "spacing",
-        "model": "model",
-        "clipstopatlayer": "clip_skip",
-        "initimagecreativity": "init",
-    },
-    frozenset({"swarm_version", "aspectratio", "images", "date", "generation_time", "sidelength"}),
-)
-EASY = Dialect(
-    "Easy Diffusion",
-    {
-        "prompt": "prompt",
-        "negative_prompt": "negative",
-        "num_inference_steps": "steps",
-        "guidance_scale": "guidance",
-        "seed": "seed",
-        "width": "width",
-        "height": "height",
-        "sampler_name": "sampler",
-        "use_stable_diffusion_model": "model",
-        "prompt_strength": "init",
-    },
-)
+SIZE = re.compile(r"\(?(\d{1,5})(?:, |x)(\d{1,5})\)?")
+RUINED_LORA = re.compile(r"(-?[\d.]{1,20}) - (.{1,300})")  # `weight - name`
+BRACKETED = re.compile(r"\[([^\[\]]*)\]")  # words of InvokeAI 2 that count against
+KOHYA_MORE = (*KOHYA.idle, "negative-scale", "clip-prompt", "crop-top", "crop-left")
+OPTION = re.compile(r"-([A-Za-z])(.*)")
 
 
 def read_named(text: Mapping[str, str]) -> ForeignRecipe | None:
     """What the chunks of a picture tell, if they are of one of these programs; None otherwise."""
     if found := _object(text.get("invokeai_metadata")):
         return _read(INVOKE, found)
+    if found := _object(text.get("sd-metadata")):
+        return _by_invoke_2(found)
+    for name in ("dream", "Dream"):
+        if (line := text.get(name, "")).startswith('"'):
+            return _by_dream(line)
     if text.get("Software") == "NovelAI" and (found := _object(text.get("Comment"))):
         return _read(NOVEL, {"prompt": text.get("Description", ""), **found}, _by_novel)
     if found := _object(text.get("parameters")):
         if isinstance(swarm := found.get("sui_image_params"), dict):
             return _read(SWARM, swarm, _by_swarm)
+        if found.get("software") == RUINED.program:
+            return _read(RUINED, found)
+        if {"c", "scale", "steps", "sampler"} <= found.keys():
+            return _read(DRAW_THINGS, found, _by_draw_things)
         return _read(FOOOCUS, found, _by_fooocus) if {"prompt", "steps", "sampler"} <= found.keys() else None
     easy = {name: value for name, value in text.items() if name in EASY.names or name.startswith(("use_", "lora_"))}
-    return _read(EASY, easy) if {"prompt", "num_inference_steps", "seed"} <= easy.keys() else None
+    if {"prompt", "num_inference_steps", "seed"} <= easy.keys():
+        return _read(EASY, easy)
+    kohya = {name: value for name, value in text.items() if name in KOHYA.names or name in KOHYA_MORE}
+    return _read(KOHYA, kohya, _by_kohya) if {"prompt", "steps", "scale", "seed"} <= kohya.keys() else None
 
 
 def _object(text: str | None) -> dict[str, Any]:
@@ -214,7 +119,7 @@ def _take(dialect: Dialect, theirs: str, field: str, value: Any, found: Reading)
 
 
 def _loras(value: Any, found: Reading) -> None:
-    """InvokeAI's list of {model or lora: {name}, weight}, and Fooocus' of [name, weight, hash]."""
+    """InvokeAI's list of {model or lora: {name}, weight}, and lists of [name, weight, hash] or [hash, "weight - name"]."""
     if not isinstance(value, list):
         return found.lose(f"LoRAs: {shown(value)}", "lora")
     for one in value[:MOST_VALUES]:
@@ -222,11 +127,75 @@ def _loras(value: Any, found: Reading) -> None:
             named = one.get("model") or one.get("lora")
             name = (named.get("name") or named.get("model_name")) if isinstance(named, dict) else named
             found.lora(name, one.get("weight"))
+        elif isinstance(one, list) and len(one) == 2 and (ruined := RUINED_LORA.fullmatch(str(one[1])[:400])):
+            found.lora(ruined[2], ruined[1])
         elif isinstance(one, list) and len(one) >= 2:
             found.lora(one[0], one[1])
         else:
             found.lose(f"LoRA {shown(one)}", "lora")
     return None
+
+
+def _by_invoke_2(said: Mapping[str, Any]) -> ForeignRecipe:
+    """What stands in `image`, whose prompt is words, or a list of them with their weights."""
+    inner = said.get("image")
+    found: dict[str, Any] = {name: value for name, value in said.items() if name != "image"} | (inner if isinstance(inner, dict) else {})
+    words = found.get("prompt")
+    if isinstance(words, list) and len(words) == 1 and isinstance(words[0], dict):
+        words = words[0].get("prompt")
+    if isinstance(words, str):
+        found |= _for_and_against(words)
+    return _read(INVOKE_2, found, _out_of_a_picture)
+
+
+def _by_dream(line: str) -> ForeignRecipe:
+    """`"prompt [negative]" -s 50 -S 7 -W 512 -H 512 -C 7.5 -A k_euler_a`: the command line that drew it."""
+    end = line.rfind('"')
+    found: dict[str, Any] = dict(_for_and_against(line[1:end]))
+    name = ""
+    for word in line[end + 1 :].split()[: 4 * MOST_VALUES]:
+        if option := OPTION.fullmatch(word):
+            name = DREAM.get(option[1], f"-{option[1]}")
+            found[name] = option[2]
+        elif name:
+            found[name] = f"{found[name]} {word}".strip()
+    return _read(INVOKE_2, {one: True if value == "" and one.startswith("-") else value for one, value in found.items()}, _out_of_a_picture)
+
+
+def _out_of_a_picture(said: Mapping[str, Any], found: Reading) -> set[str]:
+    """A picture that it was drawn out of, told without a strength."""
+    if (said.get("type") == "img2img" or said.get("init_image_path")) and "strength" not in said:
+        found.init("img2img")
+    return set()
+
+
+def _for_and_against(words: str) -> dict[str, str]:
+    """A prompt of InvokeAI 2, whose brackets hold what counts against."""
+    against = " ".join(BRACKETED.findall(words))
+    return {"prompt": " ".join(BRACKETED.sub(" ", words).split(" ")) if against else words, "negative": against}
+
+
+def _by_draw_things(said: Mapping[str, Any], found: Reading) -> set[str]:
+    """A strength below 1, which a picture was drawn out of by; a second pass; what stands in its own form (`v2`) alone."""
+    strength = said.get("strength")
+    if strength is not None and strength != 1:
+        found.number("strength", strength, "strength")
+        found.init(f"img2img at strength {shown(strength)}")
+    form = said.get("v2")
+    if isinstance(form, dict) and "clip_skip" not in said:
+        found.number("clip_skip", form.get("clipSkip", 1), "clipSkip")
+    for name in ("controls", "refinerModel", "upscaler", "faceRestoration", "hiresFix", "zeroNegativePrompt"):
+        if isinstance(form, dict) and not _unused(form.get(name)):
+            found.lose(f"{name}: {shown(form[name])}")
+    return {"strength", "shift"} if said.get("shift") == 1 else {"strength"}
+
+
+def _by_kohya(said: Mapping[str, Any], found: Reading) -> set[str]:
+    """Its pictures do not tell their size."""
+    found.lose("size: such pictures do not tell it; give it by --size", "size")
+    if said.get("negative-scale") in (None, said.get("scale")):
+        return {"negative-scale"}
+    return set()
 
 
 def _by_novel(said: Mapping[str, Any], found: Reading) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ MAX_TEXT = 2**22  # characters of one text
 DESCRIPTION = 0x010E  # EXIF's field for text, where a format has no named ones
 EXIF_TEXTS = (DESCRIPTION, 0x010F, 0x0110, 0x9C9C)  # make and model are ComfyUI's in WebP; the last is Windows' comment
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+XMP_COMMENT = "<exif:UserComment"
 NAMED = re.compile(r"\s{0,9}(prompt|workflow)\s{0,9}:\s{0,9}(?=\{)", re.IGNORECASE)
 
 
@@ -52,6 +54,8 @@ def _unnamed(image: Any) -> Iterator[str]:
     """Texts that have no name of their own: EXIF's, and the comments of GIF and JPEG."""
     if isinstance(comment := image.info.get("comment"), bytes):
         yield comment.decode("utf-8", "replace")
+    if isinstance(packet := image.info.get("xmp"), bytes) and len(packet) <= 4 * MAX_TEXT:
+        yield from _xmp_comments(packet.decode("utf-8", "replace"))
     try:
         exif = image.getexif()
         values = [exif.get_ifd(EXIF_IFD).get(USER_COMMENT), *(exif.get(tag) for tag in EXIF_TEXTS)]
@@ -62,6 +66,15 @@ def _unnamed(image: Any) -> Iterator[str]:
             yield exif_text(value)
         elif isinstance(value, str):
             yield value
+
+
+def _xmp_comments(packet: str) -> Iterator[str]:
+    """What XMP has as EXIF's comment, in one language or several: Draw Things' way. It is searched for and not parsed, in linear time."""
+    start, end = packet.find(XMP_COMMENT), packet.find(f"</{XMP_COMMENT[1:]}")
+    if not 0 <= start < end:
+        return
+    for item in packet[start:end].split("<rdf:li")[1:]:
+        yield unescape(item.partition(">")[2].partition("</rdf:li>")[0])
 
 
 def exif_text(value: bytes) -> str:

@@ -28,7 +28,10 @@ ORIGIN = (
     "</rdf:RDF></x:xmpmeta>"
 )
 SCHEMA = 1
-KNOWN = "pictures of ldm, Stable Diffusion web UI, ComfyUI, InvokeAI, NovelAI, Fooocus, SwarmUI and Easy Diffusion have one"
+KNOWN = (
+    "pictures of ldm, Stable Diffusion web UI, ComfyUI, InvokeAI, NovelAI, Fooocus, SwarmUI, Easy Diffusion, Draw Things and kohya have one"
+)
+MENTIONED = 4  # texts of a picture that are named where none is a recipe
 MARGINS = re.compile(r"(?:\d{1,4}(?:,\d{1,4}){3})?")  # of `outpaint`
 
 
@@ -163,10 +166,17 @@ def read_recipe(path: Path) -> Recipe | ForeignRecipe:
     Raises:
         UserError: if the file is no picture, or carries no recipe.
     """
-    found = recipe_of(read_chunks(path), path)
+    texts = read_chunks(path)
+    found = recipe_of(texts, path)
     if found is None:
-        raise UserError(f"{path}: carries no recipe that is known here; {KNOWN}, unless they were edited")
+        raise UserError(f"{path}: carries no recipe that is known here{_mentioned(texts)}; {KNOWN}, unless they were edited")
     return found
+
+
+def _mentioned(texts: Mapping[str, str]) -> str:
+    """What a picture tells in place of a recipe, such as the program that wrote it."""
+    there = [f"{shown(name)}: {shown(text)}" for name, text in texts.items() if name != XMP][:MENTIONED]
+    return f" (its texts: {'; '.join(there)})" if there else ""
 
 
 def recipe_of(text: Mapping[str, str], path: Path) -> Recipe | ForeignRecipe | None:

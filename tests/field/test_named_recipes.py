@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldm.__main__ import main
+from ldm.config.errors import UserError
 from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.recipe import Recipe, read_recipe, recipe_of
 
@@ -175,3 +176,135 @@ def test_exif_of_other_formats_holds_it_too(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=exif)
     found = read_recipe(tmp_path / "x.jpg")
     assert isinstance(found, ForeignRecipe) and (found.program, found.fields["prompt"]) == ("SwarmUI", "a red circle")
+
+
+DRAW: dict[str, Any] = {
+    **{"c": "a red circle", "uc": "blurry", "steps": 20, "sampler": "DPM++ 2M Karras", "scale": 7.5, "seed": 42, "size": "64x32"},
+    **{
+        "model": "dream_f16.ckpt",
+        "strength": 1,
+        "seed_mode": "Scale Alike",
+        "mask_blur": 2.5,
+        "lora": [],
+        "shift": 1,
+        "tiled_decoding": False,
+    },
+}
+INVOKE_2: dict[str, Any] = {
+    **{"model": "stable diffusion", "model_weights": "dream", "app_id": "invoke-ai/InvokeAI", "app_version": "2.2.5", "model_hash": "0a"},
+    "image": {
+        **{"prompt": [{"prompt": "a red circle [blurry]", "weight": 1}], "steps": 9, "cfg_scale": 4, "seed": 5, "width": 64, "height": 32},
+        **{"sampler": "k_euler_a", "type": "txt2img", "threshold": 0, "perlin": 0, "seamless": False, "hires_fix": False, "variations": []},
+    },
+}
+RUINED: dict[str, Any] = {
+    **{"Prompt": "a red circle", "Negative": "blurry", "steps": 9, "cfg": 4, "width": 64, "height": 32, "seed": 5, "start_step": 0},
+    **{"sampler_name": "dpmpp_2m_sde_gpu", "scheduler": "karras", "base_model_name": "dream.safetensors", "loras": [], "denoise": None},
+    **{"clip_skip": 1, "software": "RuinedFooocus"},
+}
+KOHYA = {"prompt": "a red circle", "negative-prompt": "blurry", "steps": "9", "scale": "4.0", "seed": "5", "sampler": "euler_a"}
+
+
+def invoke_2(**more: Any) -> dict[str, str]:
+    return {"sd-metadata": json.dumps(INVOKE_2 | {"image": INVOKE_2["image"] | more})}
+
+
+def dream(more: str = "", words: str = "a red circle [blurry]") -> dict[str, str]:
+    return {"Dream": f'"{words}" -s 9 -S 5 -W 64 -H 32 -C 4.0 -A k_euler_a{more}'}
+
+
+def xmp(tmp_path: Path, ending: str, **more: Any) -> Path:
+    """A picture as Draw Things writes it: JSON in XMP's form of EXIF's comment."""
+    said = json.dumps(DRAW | more).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    packet = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description'
+        ' xmlns:exif="http://ns.adobe.com/exif/1.0/"><exif:UserComment><rdf:Alt><rdf:li xml:lang="x-default">'
+        f"{said}</rdf:li></rdf:Alt></exif:UserComment></rdf:Description></rdf:RDF></x:xmpmeta>"
+    )
+    file = tmp_path / f"x.{ending}"
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", packet)
+    Image.new("RGB", (8, 8)).save(file, **({"pnginfo": chunks} if ending == "png" else {"xmp": packet.encode()}))
+    return file
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_draw_things_writes_it_as_xmp(ending: str, tmp_path: Path) -> None:
+    found = read_recipe(xmp(tmp_path, ending, c='a "red" circle & <more>'))
+    assert isinstance(found, ForeignRecipe) and not found.unfollowed and found.program == "Draw Things"
+    assert found.fields == BOTH | {
+        **{"prompt": 'a "red" circle & <more>', "seed": 42, "steps": 20, "guidance": 7.5, "sampler": "dpmpp_2m", "spacing": "karras"},
+        **{"model": "dream_f16.ckpt"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [
+        ({"lora": [{"model": "sty.ckpt", "weight": 0.6}]}, "LoRA sty.ckpt at weight 0.6"),
+        ({"strength": 0.7}, "img2img at strength 0.7"),
+        ({"hires_fix": True, "first_stage_size": "32x32"}, "hires_fix: True"),
+        ({"shift": 3.0}, "shift: 3"),
+        ({"refiner": "x.ckpt", "refiner_start": 0.8}, "refiner: x.ckpt"),
+        ({"v2": {"controls": [{"file": "x"}], "clipSkip": 1}}, "controls"),
+        ({"size": "64"}, "size: 64"),
+        ({"sampler": "DPM++ 2M AYS"}, "sampler DPM++ 2M AYS"),
+    ],
+)
+def test_what_of_draw_things_cannot_be_followed_is_told(more: dict[str, Any], lost: str, tmp_path: Path) -> None:
+    found = read_recipe(xmp(tmp_path, "png", **more))
+    assert isinstance(found, ForeignRecipe) and any(lost in str(line) for line in found.unfollowed)
+
+
+INVOKED = BOTH | {"seed": 5, "steps": 9, "guidance": 4.0, "sampler": "euler_a"}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "program", "fields"),
+    [
+        (invoke_2(), "InvokeAI 2", INVOKED | {"model": "dream"}),
+        (invoke_2(prompt="a red circle [blurry]"), "InvokeAI 2", INVOKED | {"model": "dream"}),
+        (dream(), "InvokeAI 2", INVOKED),
+        (
+            {"parameters": json.dumps(RUINED)},
+            "RuinedFooocus",
+            INVOKED | {"sampler": "dpmpp_2m_sde", "spacing": "karras", "model": "dream", "clip_skip": 1},
+        ),
+        (KOHYA, "kohya's gen_img", {name: value for name, value in INVOKED.items() if name not in ("width", "height")}),
+    ],
+    ids=["sd-metadata", "sd-metadata-words", "dream", "ruined", "kohya"],
+)
+def test_older_programs_are_followed_whole(chunks: dict[str, str], program: str, fields: dict[str, Any]) -> None:
+    assert read(chunks) == (program, fields, ["size: such pictures do not tell it; give it by --size"] * ("width" not in fields))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lost"),
+    [
+        (invoke_2(prompt=[{"prompt": "a", "weight": 1}, {"prompt": "b", "weight": 2}]), "prompt"),
+        (invoke_2(type="img2img", strength=0.4), "img2img at strength 0.4"),
+        (invoke_2(type="img2img"), "img2img"),
+        (invoke_2(variations=[{"seed": 1, "weight": 0.2}]), "variations"),
+        (invoke_2(postprocessing=[{"type": "esrgan"}]), "postprocessing"),
+        (invoke_2(prompt="a (red)++ circle"), "weights of InvokeAI's notation"),
+        (dream(" -I a.png -f 0.4"), "img2img at strength 0.4"),
+        (dream(" -I a.png"), "img2img"),
+        (dream(" -U 2 0.75 -G 0.8"), "upscaling: 2 0.75"),
+        (dream(" -q"), "-q: True"),
+        (dream(" -A k_lms"), "sampler k_lms"),
+        ({"parameters": json.dumps(RUINED | {"loras": [["0a", "0.5 - sty.safetensors"]]})}, "LoRA sty.safetensors at weight 0.5"),
+        (KOHYA | {"negative-scale": "2.0"}, "negative-scale: 2.0"),
+        (KOHYA | {"clip-prompt": "a dog"}, "clip-prompt: a dog"),
+    ],
+)
+def test_what_older_programs_did_besides_is_told(chunks: dict[str, str], lost: str) -> None:
+    assert any(lost in line for line in read(chunks)[2])
+
+
+def test_texts_that_are_no_recipe_are_named(tmp_path: Path) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("Description", "a red circle --v 6.1 Job ID: \x1b[2J0")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=chunks)
+    with pytest.raises(UserError, match=r"no recipe that is known here .its texts: Description: .*--v 6.1") as told:
+        read_recipe(tmp_path / "x.png")
+    assert str(told.value).isprintable()

@@ -99,14 +99,20 @@ NAMED_VALUES += [
 ]
 named = st.dictionaries(st.sampled_from(NAMED_VALUES), values, max_size=8)
 
+DREAMT = ["a ring", "[", "]", '"', "-s 5", "-S7", "-W", "64", "-A k_euler_a", "-I a.png", "-f 0.5", "-", "--", "-C", "1e999", "-U 2 0.75"]
+
 READERS: dict[str, Any] = {
     "invokeai_metadata": named.map(json.dumps) | st.text(max_size=40),
     "Comment": named.map(json.dumps),
+    "sd-metadata": named.map(lambda one: json.dumps({"image": one})) | named.map(json.dumps) | st.text(max_size=40),
+    "dream": st.lists(st.sampled_from(DREAMT) | st.text(max_size=5), max_size=20).map(lambda words: '"' + " ".join(words)),
     "parameters": st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=30).map(", ".join)
     | st.text()
     | named.map(json.dumps)
     | named.map(lambda one: json.dumps({"sui_image_params": one}))
-    | named.map(lambda one: json.dumps({"prompt": "a", "steps": 2, "sampler": "euler"} | one)),
+    | named.map(lambda one: json.dumps({"prompt": "a", "steps": 2, "sampler": "euler"} | one))
+    | named.map(lambda one: json.dumps({"c": "a", "steps": 2, "scale": 2, "sampler": "euler", "v2": one} | one))
+    | named.map(lambda one: json.dumps({"software": "RuinedFooocus"} | one)),
     "prompt": graphs.map(json.dumps) | st.text(max_size=40),
     "workflow": (drawn | values).map(json.dumps) | st.text(max_size=40),
     "ldm": (ours | values).map(json.dumps) | st.text(max_size=40),
@@ -138,10 +144,30 @@ def check_exif(data: bytes) -> None:
         assert all(isinstance(text, str) for text in _unnamed(image))
 
 
+def check_xmp(parts: list[str]) -> None:
+    """As XMP's form of EXIF's comment, of any number of languages, open or closed."""
+    from ldm.sampling.picture_texts import _meant, _xmp_comments
+
+    with ends_soon():
+        assert all(isinstance(name, str) for text in _xmp_comments("".join(parts)) for name in _meant(text))
+
+
+XMP = [
+    "<exif:UserComment>",
+    "</exif:UserComment>",
+    "<rdf:li",
+    ' xml:lang="x-default">',
+    "</rdf:li>",
+    "&lt;",
+    "&#0;",
+    "&#99999999999;",
+    "{}",
+]
 codes = st.sampled_from([b"UNICODE\0", b"ASCII\0\0\0", b"JIS\0\0\0\0\0", b"\0" * 8])
 exif_bytes = st.binary(max_size=200) | st.tuples(codes, st.binary()).map(b"".join)
 CASES: dict[str, tuple[Any, Callable[[Any], None]]] = {name: (texts, partial(check, name)) for name, texts in READERS.items()}
 CASES["exif"] = (exif_bytes, check_exif)
+CASES["xmp"] = (st.lists(st.sampled_from(XMP) | st.text(max_size=9), max_size=40), check_xmp)
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
