@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.data.loader import ordered
-from ldm.training.core_share import IN_A_ROW, QUIET, CoreShare, of_stage
+from ldm.training.core_share import IN_A_ROW, QUIET, CoreShare, of_stage, waited
 
 Step = Callable[[int, int], float]  # seconds of a step, by its number and the threads
 
@@ -16,9 +16,9 @@ Step = Callable[[int, int], float]  # seconds of a step, by its number and the t
 class Machine:
     """So many threads, and what steps take with them."""
 
-    def __init__(self, threads: int, seconds: Step, fixed: str = "") -> None:
-        self.threads, self.seconds, self.said = threads, seconds, [""]
-        self.share = CoreShare(fixed, lambda: self.threads, self.use)
+    def __init__(self, threads: int, seconds: Step, fixed: str = "", waiting: float = 0.0) -> None:
+        self.threads, self.seconds, self.now, self.waiting = threads, seconds, 0.0, waiting
+        self.share = CoreShare(fixed, lambda: self.threads, self.use, (lambda: self.now, lambda: self.now * self.waiting))
         self.used = [threads]
 
     def use(self, count: int) -> None:
@@ -26,7 +26,11 @@ class Machine:
         self.used.append(count)
 
     def train(self, steps: int, first: int = 0) -> list[tuple[int, str]]:
-        told = [(step, self.share.step(self.seconds(step, self.threads), step % 2)) for step in range(first, first + steps)]
+        told = []
+        for step in range(first, first + steps):
+            took = self.seconds(step, self.threads)
+            self.now += took
+            told.append((step, self.share.step(took, step % 2)))
         return [(step, line) for step, line in told if line]
 
 
@@ -72,6 +76,34 @@ def test_where_fewer_help_nothing_the_number_is_as_before() -> None:
 def test_what_is_no_collapse_changes_nothing(seconds: Step) -> None:
     machine = Machine(2, seconds)
     assert not machine.train(400) and machine.used == [2]
+
+
+def at_once(step: int, threads: int) -> float:
+    """Others use the cores from the beginning; the first step is slower still."""
+    return (4.0 if threads > 1 else 0.5) + 9.0 * (step == 0)
+
+
+def test_a_run_that_is_slow_from_its_first_step_has_fewer_threads_after_a_few() -> None:
+    machine = Machine(2, at_once, waiting=0.8)
+    told = machine.train(100)
+    assert machine.used == [2, 1] and [step for step, _ in told] == [IN_A_ROW, 2 * IN_A_ROW]
+    assert told[0][1].startswith("the first steps were without a core for 80% of their time, as where others use the cores: trying 1 of 2")
+    assert told[1][1] == "with 1 of 2 threads a step is 8 times as fast"
+
+
+def test_first_steps_that_had_their_cores_or_gain_nothing_change_nothing() -> None:
+    assert not Machine(2, at_once).train(100)
+    machine = Machine(4, lambda step, threads: 1.0, waiting=0.5)
+    assert [line for _, line in machine.train(100)][-1] == "fewer threads are no faster; going on with 4" and machine.used == [4, 2, 1, 4]
+    assert not Machine(1, at_once, waiting=0.9).train(100)
+    fixed = Machine(2, at_once, "OMP_NUM_THREADS says so many; a smaller one may be faster", waiting=0.9)
+    ((step, said),) = fixed.train(100)
+    assert step == IN_A_ROW and fixed.used == [2] and said.endswith("OMP_NUM_THREADS says so many; a smaller one may be faster")
+
+
+def test_a_thread_knows_how_long_it_waited() -> None:
+    first, second = waited(), waited()
+    assert 0 <= first <= second < 1e6
 
 
 def test_one_thread_stays_and_a_number_that_was_chosen_stays() -> None:
