@@ -18,13 +18,13 @@ from ldm.config.errors import UserError
 from ldm.config.files import read_bounded
 from ldm.formats.atomic import MANIFEST
 from ldm.formats.integrity import COUNTED, check, checksums
+from ldm.formats.signature import instead
 from ldm.formats.tensor_file import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # file stems, diffusers' first, then transformers'
 PARTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 JSON_BYTES = 2**26  # at most; the tokenizer.json of a large vocabulary has 35 MB
-LFS = b"version https://git-lfs"  # how the note begins that git leaves where a large file was not fetched
 AGAIN = "copy the whole model folder again"
 M = TypeVar("M", bound=nn.Module)
 
@@ -139,9 +139,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        with file.open("rb") as opened:
-            if opened.read(len(LFS)) == LFS:
-                raise UserError(f"{file}: only a Git LFS pointer stands here, not the weights; run `git lfs pull` in that folder") from None
+        if found := instead(file):
+            raise UserError(f"{file}: {found}") from None
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it again") from None
 
 

@@ -28,6 +28,7 @@ COPIES, ROOM = 4, 2**29  # of the tensors in memory at a time; bytes that torch 
 HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "omegaconf.", "argparse.", "easydict.")
 PARAMETERS = "torch.nn.modules.container.ParameterDict"  # in the web UI's embeddings of 2022
 EMBEDDING = "string_to_param"  # where its embeddings have their vectors, by what stands for the word
+REASON = re.compile(r"WeightsUnpickler error: ([^\n]+)")
 REFUSED = re.compile(r"(?:Unsupported global|Unsupported class): (?:GLOBAL )?([\w.]+)")
 
 
@@ -82,12 +83,13 @@ def read(path: Path) -> dict[str, Any]:
     allowed: set[str] = set()
     while True:
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as opened:  # by its name torch would take it for something else
+                found = torch.load(opened, map_location="cpu", weights_only=True)
             break
         except Exception as error:  # of pickle, zipfile, torch: each damage has its own
             refused = REFUSED.search(str(error))
             if refused is None:
-                raise UserError(f"{path}: not a checkpoint that torch can read ({first_line(error, 160)})") from None
+                raise UserError(f"{path}: not a checkpoint that torch can read ({_reason(error)})") from None
             name = refused[1]
             if name in allowed or not name.startswith((*HARMLESS, PARAMETERS)):
                 raise UserError(
@@ -102,11 +104,28 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _reason(error: Exception) -> str:
+    """What of torch's error says something: it advises at length to read without safety before it tells what was wrong."""
+    said = str(error)
+    if "Invalid magic number" in said:
+        return "a pickle that torch.save did not write; save its tensors by torch.save, or as .safetensors"
+    if "Unsupported operand" in said:
+        return "pickled with a protocol that is not read safely; save it by torch.save without `pickle_protocol`, or as .safetensors"
+    found = REASON.search(said)
+    return found[1].strip()[:160] if found else first_line(error, 160)
+
+
 def _check_archive(path: Path) -> None:
     """Refuse an archive that unpacks to more than its size: torch packs nothing."""
     total, size = 0, path.stat().st_size
+    names: list[str] = []
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:  # each damage has its own; torch says what it is
         total = sum(entry.file_size for entry in archive.infolist())
+        names = archive.namelist()
+    if names and not any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
+        raise UserError(
+            f"{path}: an archive of {len(names)} files, such as {ascii(names[0])[:100]}, and no checkpoint of torch's; unpack it"
+        )
     if total > size:
         raise UserError(f"{path}: unpacks to {total:,} bytes, but the file has {size:,}; it is damaged or hostile")
 

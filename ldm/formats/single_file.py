@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.files import read_bounded, require_regular
+from ldm.config.files import read_bounded
 from ldm.formats import atomic, translator_file
 from ldm.formats.compvis import (
     HUGE,
@@ -31,12 +30,11 @@ from ldm.formats.compvis import (
     with_dots,
 )
 from ldm.formats.integrity import cache_folder, is_whole
-from ldm.formats.part import compare, content_hash, read_safetensors, save_part
-from ldm.formats.tensor_file import read_texts
+from ldm.formats.part import compare, content_hash, save_part
+from ldm.formats.weights_file import read_weights
 from ldm.models.autoencoder import KLConfig, VQConfig
 from ldm.models.unet import UNetConfig
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 RECIPE = "ldm.recipe"  # where a file of ours says how it was made
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -134,23 +132,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    try:
-        require_regular(file)
-        with file.open("rb") as opened:
-            head = opened.read(64)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    if head.lstrip()[:1] == b"<":
-        raise UserError(f"{file}: a web page, not weights; the download needs another address or a log-in")
-    if file.suffix not in PICKLES and head[:2] != b"PK":
-        return read_safetensors(file), read_texts(file)
-    from ldm.formats.pickles import convert
-
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        converted = Path(folder) / "weights.safetensors"
-        convert(file, converted)
-        return read_safetensors(converted), read_texts(converted)
+    return read_weights(file, cache_folder())
 
 
 def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ldm.config.errors import UserError, first_line
 from ldm.config.schema import BY_KIND, PathGiven, config
-from ldm.formats import pickles
 from ldm.formats.model_folder import own_clip, root_of
-from ldm.formats.part import read_safetensors
+from ldm.formats.weights_file import read_weights
 from ldm.metrics import frechet
 from ldm.text.own_clip import OwnClip
 
@@ -300,11 +299,7 @@ def _fill(network: nn.Module, state: dict[str, Tensor], file: Path, spare: tuple
 
 def _state(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickle that a child process reads."""
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    with tempfile.TemporaryDirectory() as folder:
-        pickles.convert(file, Path(folder) / "weights.safetensors")
-        return read_safetensors(Path(folder) / "weights.safetensors")
+    return read_weights(file)[0]
 
 
 def _hash(*files: Path) -> str:

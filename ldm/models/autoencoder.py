@@ -63,11 +63,14 @@ class KLConfig:
         _check(self.channels, self.attention, self.norm_groups, self.layers)
         for name, other in (("latents_mean", "latents_std"), ("latents_std", "latents_mean")):
             value = getattr(self, name)
-            if value is not None and (len(value) != self.latent_channels or getattr(self, other) is None or self.shift_factor):
-                raise UserError(
-                    f"{name} has {len(value)} numbers; it needs one for each of {self.latent_channels} latent channels, {other} beside it"
-                    " and no shift_factor"
-                )
+            if value is None:
+                continue
+            if len(value) != self.latent_channels:
+                raise UserError(f"{name} has {len(value)} numbers; it needs {self.latent_channels}, one for each of latent_channels")
+            if getattr(self, other) is None:
+                raise UserError(f"{name} stands without {other}; give both, or neither")
+            if self.shift_factor:
+                raise UserError(f"{name} and shift_factor ({self.shift_factor:g}) are both subtracted from latents; leave one out")
 
     @property
     def factor(self) -> int:

@@ -171,7 +171,7 @@ def break_file(part: Path, what: str) -> str:
             return "git lfs pull"
         case "empty":
             weights.write_bytes(b"")
-            return "truncated or not a safetensors file"
+            return "empty; copy it again"
         case "shard missing":
             weights.unlink()
             index.write_text(json.dumps({"weight_map": {"a": f"{STEM}-00001-of-00001.safetensors"}}))
@@ -290,7 +290,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "file.safetensors").write_bytes(b"")
     for name, words in {
         "runs/half": "its run is not finished, or its configuration has no export stage",
-        "file.safetensors": "truncated or not a safetensors file",
+        "file.safetensors": "empty; copy it again",
         "/no/such/place": "no such folder",
         "runs/none": "no such folder or file; give",  # a folder `runs` is here, so this is no name on the hub
         "one": "no such folder",
