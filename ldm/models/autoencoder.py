@@ -20,6 +20,7 @@ from ldm.models.coder import CoderShape, Decoder, Encoder
 from ldm.models.diffusers_config import (
     CONFIG,
     KL_PLAIN,
+    LEVEL_NAMES,
     VQ_PLAIN,
     kl_from_diffusers,
     kl_to_diffusers,
@@ -108,7 +109,7 @@ class KLConfig:
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return typed(kl_from_diffusers(values, where), cls, where, names_of(KL_PLAIN))
+        return typed(kl_from_diffusers(values, where), cls, where, names_of(KL_PLAIN) | LEVEL_NAMES)
 
 
 @named("vq")
@@ -176,7 +177,7 @@ class VQConfig:
         Raises:
             UserError: for a field whose value this network does not have.
         """
-        return typed(vq_from_diffusers(values, where), cls, where, names_of(VQ_PLAIN))
+        return typed(vq_from_diffusers(values, where), cls, where, names_of(VQ_PLAIN) | LEVEL_NAMES)
 
 
 class KLAutoencoder(nn.Module):

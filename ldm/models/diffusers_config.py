@@ -194,6 +194,9 @@ def names_of(plain: Plain) -> dict[str, str]:
     return {ours: theirs for theirs, ours, _ in plain}
 
 
+LEVEL_NAMES = {"attention": "down_block_types"}  # besides them, of U-Nets and autoencoders
+
+
 def require_buildable(channels: Sequence[int], blocks: int) -> None:
     """Refuse a network of so many blocks that building it would take minutes.
 
@@ -311,11 +314,13 @@ def _coder_from_diffusers(name: str, values: Mapping[str, object], where: str, f
     name = f"{where} of {name}"
     _check_fields(name, values, fixed, plain, {"down_block_types", "up_block_types"})
     fields = {ours: _tuple(values.get(theirs, default)) for theirs, ours, default in plain}
+    if not isinstance(fields["channels"], tuple) or not fields["channels"]:
+        raise _refusal(name, "block_out_channels", values.get("block_out_channels"), "a list of whole numbers, one for each level,")
     down = values.get("down_block_types", ["DownEncoderBlock2D"])
     levels = _attention(name, "down_block_types", down, "AttnDownEncoderBlock2D", "DownEncoderBlock2D")
     mirrored = ["AttnUpDecoderBlock2D" if on else "UpDecoderBlock2D" for on in reversed(levels)]
     _check_mirror(name, values.get("up_block_types", ["UpDecoderBlock2D"]), mirrored)
-    if len(levels) != len(fields["channels"] if isinstance(fields["channels"], tuple) else ()):
+    if len(levels) != len(fields["channels"]):
         raise _refusal(name, "down_block_types", down, f"one for each of block_out_channels ({short(fields['channels'])})")
     scale = fields["scaling_factor"]
     return fields | {"attention": levels if any(levels) else None, "scaling_factor": 1.0 if scale is None else scale}

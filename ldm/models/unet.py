@@ -20,6 +20,7 @@ from ldm.models.blocks import Downsample, ResnetBlock, TimeShifts, Upsample, rec
 from ldm.models.coder import MapAttention
 from ldm.models.diffusers_config import (
     CONFIG,
+    LEVEL_NAMES,
     OWN_UNET,
     STOCK_UNET,
     TEXTLESS_PLAIN,
@@ -220,7 +221,7 @@ class UNetConfig(DenoiserConfig):
             UserError: for a field whose value this network does not have.
         """
         plain = TEXTLESS_PLAIN if values.get("_class_name") == TEXTLESS_UNET else UNET_PLAIN
-        return typed(unet_from_diffusers(values), cls, CONFIG, names_of(plain))
+        return typed(unet_from_diffusers(values), cls, CONFIG, names_of(plain) | LEVEL_NAMES)
 
 
 class UNetEncoder(nn.Module):

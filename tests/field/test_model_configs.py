@@ -23,6 +23,8 @@ from ldm.formats.model_folder import read_record
 from ldm.formats.part import read_safetensors
 from ldm.formats.text_folder import text_builder
 from ldm.formats.tokenizer_files import load_tokenizer
+from ldm.models.autoencoder import KLConfig, VQConfig
+from ldm.models.unet import UNetConfig
 from tests.ends_soon import ends_soon
 
 CLIP = {"architectures": ["CLIPTextModel"], "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -233,6 +235,34 @@ def checkpoint(folder: Path) -> bytes:
 
 def read_pickle(file: Path) -> None:
     pickles.require_plain(pickles.weights(pickles.read(file))[0], file)
+
+
+@pytest.mark.parametrize("value", [None, [], 0, "x", True, {}])
+@pytest.mark.parametrize("config", [KLConfig, VQConfig])
+def test_the_field_that_is_wrong_is_named(config: Any, value: Any) -> None:
+    with pytest.raises(UserError, match="block_out_channels is ") as told:
+        config.from_diffusers({"block_out_channels": value, "down_block_types": ["DownEncoderBlock2D"] * 2})
+    assert "down_block_types is" not in str(told.value)
+
+
+def test_levels_that_do_not_fit_are_told_by_diffusers_names() -> None:
+    levels = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    with pytest.raises(UserError, match="down_block_types has 2 entries for the 4 levels of block_out_channels"):
+        UNetConfig.from_diffusers({"block_out_channels": None, **levels})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4}, "latents_mean has 3 numbers; it needs 4, one for each of latent_channels"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean stands without latents_std"),
+        ({"latents_std": [1.0] * 4}, "latents_std stands without latents_mean"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "shift_factor .0.1. are both subtracted"),
+    ],
+)
+def test_statistics_of_latents_say_which_rule_they_break(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        KLConfig.from_diffusers({"block_out_channels": [64], "down_block_types": ["DownEncoderBlock2D"], **more})
 
 
 def test_readers_end_with_a_value_or_one_line(tmp_path: Path) -> None:
