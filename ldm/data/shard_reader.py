@@ -136,8 +136,8 @@ def read_shard(path: str, name: str, now: Stat) -> tuple[ShardRecord, dict[str, 
         for column, value in zip(COLUMNS, row, strict=True):
             columns[column].append(value)
         for what in group.remarks:
-            first, count = record.remarks.get(what, (printable(key), 0))
-            record.remarks[what] = first, count + 1
+            named, count = record.remarks.get(what, (printable(key), 0))
+            record.remarks[what] = named, count + 1
     record.samples = len(columns["key"])
     record.rejected = dict(Counter(reason for _, reason, _ in rejected))
     record.examples = [[clean(k)[:200], reason, printable(detail)[:300]] for k, reason, detail in rejected[:EXAMPLES]]
