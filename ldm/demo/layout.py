@@ -42,7 +42,7 @@ def build(page: Page) -> Any:
                 with gr.Column(elem_id="ldm-settings"):
                     views = _views(page, start)
                     fresh = _numbers(box, start, page)
-                    with gr.Accordion("Start from a picture (img2img, inpainting)", open=False, elem_id="ldm-start"):
+                    with gr.Accordion("Start from a picture (img2img, inpainting)", open=False, elem_id="ldm-start") as begun:
                         editor = _editor(start)
                         box["strength"] = gr.Slider(**SHARE, value=start.strength, label="Denoising strength", elem_id="ldm-strength")
                     with gr.Accordion("Hires. fix", open=False, elem_id="ldm-second"), gr.Row():
@@ -79,22 +79,22 @@ def build(page: Page) -> Any:
             album.gallery.select(chosen_place, None, album.chosen, **QUIET)
             picked = album.reuse.click(at_place, [album.paths, album.chosen], album.picked, **QUIET)
             picked.then(page.read, [album.picked, *inputs], [live, *inputs, fresh], **QUIET)
-            album.go_on.click(background, [album.paths, album.chosen], [editor, live], **QUIET)
+            album.go_on.click(background, [album.paths, album.chosen], [editor, live, begun], **QUIET)
             for button, function in ((album.near, page.near), (album.enlarge, page.enlarged)):
                 picked = button.click(at_place, [album.paths, album.chosen], album.picked, **QUIET)
                 picked.then(function, [album.picked, *inputs], told, **QUIET)
-        past.select(page.history, None, [history.gallery, history.paths], **QUIET)
-        picked = drop.click(at_place, [history.paths, history.chosen], history.picked, **QUIET)
-        picked.then(page.drop, history.picked, [history.gallery, history.paths], **QUIET)
-        forget.click(page.forget, None, [history.gallery, history.paths], **QUIET)
+        past.select(page.history, None, [history.gallery, history.paths, history.chosen], **QUIET)
+        drop.click(page.drop, [history.paths, history.chosen], [history.gallery, history.paths, history.chosen, live], **QUIET)
+        forget.click(page.forget, None, [history.gallery, history.paths, history.chosen], **QUIET)
         dropped.upload(page.read, [dropped, *inputs], [live, *inputs, fresh], **QUIET)
         listed.upload(lambda data: (data or b"").decode("utf-8-sig", "replace"), listed, box["lines"], **QUIET)
         examples.click(lambda sample: sample[0], examples, box["prompt"], **QUIET)
         loras.input(add_tag, [box["prompt"], loras], [box["prompt"], loras], **QUIET)
         chosen = box["model"].input(page.choose, box["model"], [live, head, examples, *(box[name] for name in CHOSEN)], **QUIET)
         chosen.then(page.inputs_for, box["model"], [views.whole, *views.every], **QUIET)
-        for one in (box["prompt"].change, box["model"].change, blocks.load):
-            one(page.tokens, [box["prompt"], box["notation"], box["model"]], tokens, trigger_mode="always_last", **QUIET)
+        # One event, so that what the empty page asks does not answer after what was typed meanwhile.
+        counted = [box["prompt"].change, box["notation"].change, box["model"].change, blocks.load]
+        gr.on(counted, page.tokens, [box["prompt"], box["notation"], box["model"]], tokens, trigger_mode="always_last", **QUIET)
         blocks.load(page.choices, None, [box["model"], loras, box["vae"]], **QUIET)
         blocks.unload(page.leave)
         gr.api(page.call, api_name="draw", concurrency_limit=ACTIVE)
@@ -162,7 +162,7 @@ def _album(name: str, columns: int) -> Album:
     with gr.Row():
         for what, text in (("reuse", "Use its settings"), ("go-on", "Start from it"), ("near", "Variations"), ("enlarge", "Enlarge x2")):
             made[what.replace("-", "_")] = gr.Button(text, size="sm", elem_id=f"{name}-{what}", min_width=110)
-    return Album(gallery, **made, paths=gr.State([]), chosen=gr.State(0), picked=gr.State(None))
+    return Album(gallery, **made, paths=gr.State([]), chosen=gr.State(-1), picked=gr.State(None))
 
 
 @dataclass
@@ -202,7 +202,7 @@ def _prompts(box: Box, page: Page) -> tuple[Any, Any]:
     box["prompt"] = gr.Textbox(
         label="Prompt", lines=3, max_lines=12, max_length=MAX_PROMPT, placeholder=hint, elem_id="ldm-prompt", autofocus=True
     )
-    tokens = gr.HTML("", elem_id="ldm-tokens", padding=False)
+    tokens = gr.HTML(page.tokens("", True, ""), elem_id="ldm-tokens", padding=False)
     examples = gr.Dataset(
         components=["textbox"], samples=samples, show_label=False, layout="gallery", elem_id="ldm-examples", container=False
     )
@@ -261,7 +261,7 @@ def _canvas(name: str, start: Form, kind: ViewKind | None, **said: Any) -> Any:
 def _several(box: Box, start: Form) -> Any:
     """Variations, and several prompts; the button that loads these."""
     with gr.Row():
-        box["variations"] = gr.Slider(0, 16, 0, step=1, label="Variations of each picture", elem_id="ldm-variations")
+        box["variations"] = gr.Slider(0, 16, 0, step=1, label="Variations", elem_id="ldm-variations")
         box["variation_strength"] = gr.Slider(
             **SHARE, value=start.variation_strength, label="Variation strength", elem_id="ldm-variation-strength"
         )

@@ -331,21 +331,22 @@ class Page:
             gr.update(choices=[(OWN_VAE, ""), *((name, name) for name in vaes)]),
         )
 
-    def history(self, request: gr.Request) -> tuple[Any, list[str]]:
-        """What this user drew: pictures with captions, and their paths."""
+    def history(self, request: gr.Request) -> tuple[Any, list[str], int]:
+        """What this user drew: pictures with captions, their paths, and that none is chosen."""
         found = self.shelf.history(user_of(request))
-        return [(str(one.path), f"{one.recipe.prompt} · seed {one.recipe.seed}") for one in found], [str(one.path) for one in found]
+        return [(str(one.path), f"{one.recipe.prompt} · seed {one.recipe.seed}") for one in found], [str(one.path) for one in found], -1
 
-    def drop(self, request: gr.Request, path: str | None) -> tuple[Any, list[str]]:
-        """Remove one picture of this user: what is left, as `history`."""
-        if path is not None:
-            self.shelf.forget(user_of(request), Path(path))
-        return self.history(request)
+    def drop(self, request: gr.Request, paths: list[str], place: int) -> tuple[Any, ...]:
+        """Remove the picture of this user that is chosen, and no other: what is left, as `history`, and the panel."""
+        if not 0 <= place < len(paths):
+            return *[gr.skip()] * 3, panel("Choose the picture to delete first.", bad=True)
+        self.shelf.forget(user_of(request), Path(paths[place]))
+        return *self.history(request), panel("The picture is deleted.")
 
-    def forget(self, request: gr.Request) -> tuple[Any, list[str]]:
+    def forget(self, request: gr.Request) -> tuple[Any, list[str], int]:
         """Remove what this user drew."""
         self.shelf.forget(user_of(request))
-        return [], []
+        return [], [], -1
 
     async def call(self, wanted: dict[str, Any], request: gr.Request) -> dict[str, Any]:
         """Draw what a client of gradio asks for: the fields of /api/schema; answers as /api/draw does."""
@@ -424,12 +425,13 @@ def add_tag(prompt: str | None, lora: str | None) -> tuple[str, None]:
     return (f"{prompt or ''} <lora:{lora}:1>".strip() if lora else prompt or ""), None
 
 
-def background(paths: list[str], place: int) -> tuple[Any, str]:
-    """What the editor shows, the chosen picture without paint; and the panel."""
+def background(paths: list[str], place: int) -> tuple[Any, str, Any]:
+    """What the editor shows, the chosen picture without paint; the panel; and the part of the page with the editor, opened."""
     path = at_place(paths, place)
     if path is None or not Path(path).is_file():
-        return gr.skip(), panel("Choose a picture first.", bad=True)
-    return {"background": path, "layers": [], "composite": None}, panel("The picture is in the editor, under Start from a picture.")
+        return gr.skip(), panel("Choose a picture first.", bad=True), gr.skip()
+    said = panel("The picture is in the editor, under Start from a picture.")
+    return {"background": path, "layers": [], "composite": None}, said, gr.update(open=True)
 
 
 def varied(base: DrawOrder, down: tuple[str, str], across: tuple[str, str], spacing: str) -> tuple[list[Axis], DrawOrder]:

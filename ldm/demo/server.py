@@ -268,6 +268,8 @@ def application(
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
         input_shadow="none",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_400",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )

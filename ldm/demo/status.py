@@ -46,6 +46,8 @@ CSS = """
 #ldm-tokens { min-height: 0 !important; margin: -8px 0 }
 .gradio-container .label-wrap { text-align: left }
 #ldm-examples .gallery { gap: 6px }
+#ldm-width input[type=number], #ldm-height input[type=number] { width: 52px; padding-inline: 4px }
+#ldm-width [data-testid=block-info], #ldm-height [data-testid=block-info] { white-space: nowrap }
 #ldm-drop { white-space: normal }
 body.ldm-over::after { content: "Drop the picture to take its settings"; position: fixed; inset: 10px; z-index: 99; display: grid;
   place-items: center; pointer-events: none; border: 3px dashed var(--color-accent); border-radius: 12px; font-size: 20px;
@@ -59,6 +61,8 @@ footer { display: none !important }
   #ldm-left { display: contents }
   #ldm-halves { flex-direction: column; flex-wrap: nowrap }
   #ldm-ask { order: 1 } #ldm-right { order: 2 } #ldm-settings { order: 3 }
+  #ldm-examples > .gallery { flex-wrap: nowrap; overflow-x: auto; padding-bottom: 4px }
+  #ldm-examples .gallery-item { flex: none; max-width: 80% }
   #ldm-history .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
 }
 """

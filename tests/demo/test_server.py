@@ -368,3 +368,10 @@ def test_an_interrupt_ends_the_verb_and_leaves_nothing(kl_model: Path, tmp_path:
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
     assert not list(tmp_path.glob("ldm-demo-*"))
+
+
+def test_an_early_prompt_is_counted_although_the_page_asks_for_its_own_at_first(page: Any) -> None:
+    from ldm.demo.layout import build
+
+    (counting,) = [one for one in build(page).fns.values() if one.name == "tokens"]  # one event: no answer passes another
+    assert len(counting.targets) == 4 and counting.trigger_mode == "always_last"

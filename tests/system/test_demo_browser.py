@@ -177,8 +177,8 @@ def test_typing_and_drawing_shows_the_picture_of_sample(ann: User, kl_model: Pat
 
 def test_painting_draws_anew_under_the_paint_alone(ann: User, tmp_path: Path) -> None:
     (before,) = ann.draw(prompt="a red circle")
-    ann.page.click("#ldm-pictures-go-on")
-    ann.page.click("#ldm-start > button")
+    assert not ann.page.is_visible("#ldm-editor")
+    ann.page.click("#ldm-pictures-go-on")  # which opens the editor, too
     canvas = ann.page.locator("#ldm-editor canvas").first
     ann.page.click("#ldm-editor button[aria-label=Brush]")
     canvas.scroll_into_view_if_needed()
@@ -292,9 +292,37 @@ def test_tokens_are_counted_and_examples_fill_in_the_prompt(ann: User, server: S
     assert "Denoising (sampling) steps" in str(ann.page.get_attribute("#ldm-steps", "title"))
 
 
+def test_delete_takes_the_chosen_picture_and_no_other(browser: Any, server: Served) -> None:
+    dan = User(browser, server)
+    page = dan.page
+    dan.draw(prompt="a red circle", many=3, steps=1)
+    page.get_by_role("tab", name="History").click()
+    page.wait_for_selector("#ldm-history .grid-wrap img")
+    shown = "all => all.map(one => one.src)"
+    before = page.eval_on_selector_all("#ldm-history .grid-wrap img", shown)
+    page.click("#ldm-delete")
+    dan.wait("Choose the picture to delete first")
+    assert page.eval_on_selector_all("#ldm-history .grid-wrap img", shown) == before and len(before) == 3
+    page.click("#ldm-history .grid-wrap button >> nth=1")
+    page.click("#ldm-delete")
+    dan.wait("The picture is deleted")
+    page.reload()
+    page.wait_for_selector("#ldm-generate")
+    page.get_by_role("tab", name="History").click()
+    page.wait_for_selector("#ldm-history .grid-wrap img")
+    names = [[address.rpartition("/")[2] for address in all_] for all_ in (before, page.eval_on_selector_all("#ldm-history img", shown))]
+    assert names[1] == [names[0][0], names[0][2]]
+    page.context.close()
+
+
 def test_no_part_is_clipped_or_lies_over_another(browser: Any, server: Served) -> None:
     eve = User(browser, server)  # of her own: she leaves every part open
     page = eve.page
+    label = page.locator("#ldm-height [data-testid=block-info]").bounding_box()
+    assert label["height"] < 30, "one line"
+    page.set_viewport_size({"width": 390, "height": 844})
+    examples, pictures = (page.locator(name).bounding_box() for name in ("#ldm-examples", "#ldm-pictures"))
+    assert examples["height"] < 100 and pictures["y"] < 700, "examples stand beside each other on a phone, and the picture is in sight"
     eve.draw(prompt="a red circle", many=5, steps=1)
     page.set_viewport_size({"width": 390, "height": 900})
     for tab in ("Grid", "History"):
