@@ -93,6 +93,8 @@ def read_as(path: Path, kind: type[T]) -> T:
 
 def number(value: Any) -> float | None:
     """A finite number as it is, None for anything else."""
+    if type(value) is float and -LARGEST < value < LARGEST:  # as most are, and a log has millions
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST or not math.isfinite(value):
         return None
     return float(value)

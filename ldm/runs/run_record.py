@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ldm.training import log
 
 PLAIN = ("loss", "lr", "images_per_s", "data_wait", "mfu", "seconds", "peak_memory_mb")  # numbers of a logged step
 GROWS = ("seconds", "peak_memory_mb")
-MOST = 1024  # steps of a stage that are told apart at least; of more, two beside each other count as one
+MOST = 1024  # steps of a stage that are told apart at least; of more, as many beside each other count as one as make that possible
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,16 @@ class StoryReader:
 class _Logged:
     """What the log tells of a stage."""
 
-    steps: list[StepRecord] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
     levels: list[LevelRecord] = field(default_factory=list)
     buckets: list[Mapping[str, float]] = field(default_factory=list)
+    _spans: list[_Span] = field(default_factory=list)  # all of `_stride` steps, but for the last
+    _stride: int = 1
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """Its steps by images; of very many, means of those beside each other, all of as many."""
+        return [span.record() for span in sorted(self._spans, key=lambda span: span.images)]
 
     def take(self, line: Mapping[str, Any]) -> None:
         """One line more."""
@@ -189,25 +195,61 @@ class _Logged:
             self.alarms.append(line["alarm"])
         images = number(line.get("images"))
         if "step" in line and images is not None and images >= 0:
-            values = numbers({key: line.get(key) for key in PLAIN})
-            self.steps.append(StepRecord(images, values, numbers(line.get("terms")), numbers(line.get("gauges"))))
-            if len(self.steps) > 2 * MOST:
-                self.steps.sort(key=lambda step: step.images)
-                self.steps = [_mean(*self.steps[i : i + 2]) for i in range(0, len(self.steps), 2)]
+            if not self._spans or self._spans[-1].count == self._stride:
+                self._halve()
+                self._spans.append(_Span(images))
+            self._spans[-1].take(images, line)
         if "loss_by_level" in line and images is not None:
             self.levels.append(LevelRecord(images, **line["loss_by_level"]))
 
+    def _halve(self) -> None:
+        if len(self._spans) < 2 * MOST:
+            return
+        self._spans.sort(key=lambda span: span.images)
+        for first, second in zip(self._spans[::2], self._spans[1::2], strict=True):
+            first.add(second)
+        self._spans, self._stride = self._spans[::2], 2 * self._stride
 
-def _mean(first: StepRecord, second: StepRecord | None = None) -> StepRecord:
-    """Two steps as one: means of what both tell, but for what only grows."""
-    if second is None:
-        return first
 
-    def of(name: str) -> dict[str, float]:
-        one, other = getattr(first, name), getattr(second, name)
-        return {**one, **{key: (one.get(key, value) + value) / 2 if key not in GROWS else value for key, value in other.items()}}
+class _Span:
+    """Logged steps beside each other, as one: means of what they tell, but for what only grows."""
 
-    return StepRecord(second.images, of("values"), of("terms"), of("gauges"))
+    __slots__ = ("count", "images", "told")
+
+    def __init__(self, images: float) -> None:
+        self.images, self.count = images, 0
+        self.told: tuple[_Sums, _Sums, _Sums] = ({}, {}, {})  # of values, terms and gauges
+
+    def take(self, images: float, line: Mapping[str, Any]) -> None:
+        """One line more."""
+        self.images, self.count = images, self.count + 1
+        values, terms, gauges = self.told
+        _sum(values, ((key, line[key]) for key in PLAIN if key in line))
+        _sum(terms, line.get("terms", {}).items())
+        _sum(gauges, line.get("gauges", {}).items())
+
+    def add(self, later: _Span) -> None:
+        """The steps of the next span, too."""
+        self.images, self.count = later.images, self.count + later.count
+        for own, others in zip(self.told, later.told, strict=True):
+            for key, (total, often) in others.items():
+                known, before = own.get(key, _NONE)
+                own[key] = (total, often) if key in GROWS else (known + total, before + often)
+
+    def record(self) -> StepRecord:
+        """As one step."""
+        return StepRecord(self.images, *({key: total / often for key, (total, often) in sums.items()} for sums in self.told))
+
+
+_Sums = dict[str, tuple[float, int]]  # by name the sum, and of how many; of what only grows the last alone
+_NONE = (0.0, 0)
+
+
+def _sum(sums: _Sums, told: Iterable[tuple[str, Any]]) -> None:
+    for key, value in told:
+        if (found := number(value)) is not None:
+            total, often = _NONE if key in GROWS else sums.get(key, _NONE)
+            sums[key] = total + found, often + 1
 
 
 def read_told(path: Path, damaged: list[str] | None = None) -> Mapping[str, Any]:

@@ -383,7 +383,8 @@ class Follower:
 
 
 def _count(value: Any) -> bool:
-    return (number(value) or 0) >= 0 and number(value) is not None
+    found = number(value)
+    return found is not None and found >= 0
 
 
 def _real(value: Any) -> bool:
@@ -421,6 +422,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         line = parse(raw)
     except ValueError:
         return {}
-    if not isinstance(line, dict) or not all(fits(line[name]) for name, fits in FIELDS.items() if name in line):
+    if not isinstance(line, dict):
         return {}
+    for name, value in line.items():
+        if (fits := FIELDS.get(name)) is not None and not fits(value):
+            return {}
     return line

@@ -68,3 +68,16 @@ def test_of_many_steps_two_beside_each_other_count_as_one(tmp_path: Path) -> Non
     assert MOST <= len(stage.steps) <= 2 * MOST and stage.images == 2 * MOST + 1
     assert stage.steps[0].values["loss"] == 1.5 and stage.steps[0].images == 2 and stage.steps[0].terms == {"mse": 1.0}
     assert stage.seconds == pytest.approx((2 * MOST + 1) / 10)
+
+
+def test_a_curve_of_very_many_steps_covers_all_of_the_run_evenly(tmp_path: Path) -> None:
+    (tmp_path / "stages" / "a").mkdir(parents=True)
+    count = 9 * MOST + 77
+    (tmp_path / log.LOG).write_bytes(b"".join(line(i, loss=float(i), terms={"mse": 1.0} if i > MOST else {}) for i in range(1, count + 1)))
+    steps = read_story(tmp_path).stages[0].steps
+    assert MOST <= len(steps) <= 2 * MOST
+    width = steps[0].images
+    assert [step.images for step in steps] == [*(width * i for i in range(1, len(steps))), count]
+    assert [step.values["loss"] for step in steps[:-1]] == [width * i - (width - 1) / 2 for i in range(1, len(steps))]
+    assert steps[0].terms == {} and all(step.terms == {"mse": 1.0} for step in steps[-MOST // 2 :])
+    assert steps[9].values["seconds"] == steps[9].images / 10  # what only grows is not averaged
