@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from ldm.config.errors import UserError
 from ldm.data.images import FIRST, Rejected, header, to_rgb
-from ldm.sampling.masks import RULE, fitted, hole_of, novelty_of
+from ldm.sampling.masks import RULE, fitted, hole_of, is_clear, novelty_of
 
 T = TypeVar("T")
 
@@ -65,8 +65,12 @@ def read_init_image(init: Path, mask: Path | None, size: tuple[int, int]) -> Ini
     Raises:
         UserError: if a file is missing or no picture, if the two differ in size, or if nothing in the mask is new.
     """
-    (picture, hole), init_hash, notices = _read("init", init, lambda image: (to_rgb(image), None if mask else hole_of(image)))
+    (picture, hole, clear), init_hash, notices = _read(
+        "init", init, lambda image: (to_rgb(image), None if mask else hole_of(image), is_clear(image))
+    )
     height, width = size
+    if clear:
+        notices.append(f"{init}: transparent everywhere, so it is plain white; draw out of another picture, or save it without its alpha")
     if picture.size != (width, height):
         notices.append(f"{init}: {picture.width}x{picture.height} px, resized and cropped to {width}x{height}")
     new, mask_hash = None, ""
@@ -79,7 +83,8 @@ def read_init_image(init: Path, mask: Path | None, size: tuple[int, int]) -> Ini
         notices += [f"{mask}: {how}"] if how else []
         new = fitted(novelty, size)
         if not new.any():
-            raise UserError(f"mask: {mask} has no white in it, so nothing would be new; {RULE}")
+            most = f"; its brightest is {novelty.max()} of 255" if novelty.max() else ""
+            raise UserError(f"mask: {mask} has no white in it, so nothing would be new{most}; {RULE}")
     elif hole is not None:
         new, mask_hash = fitted(hole, size), init_hash
         notices.append(f"{init}: where it is transparent it is new, the rest is kept; give --mask for another choice")

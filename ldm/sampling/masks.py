@@ -49,6 +49,13 @@ def hole_of(image: Image.Image) -> np.ndarray | None:
     return None if alpha.max() < HALF or alpha.min() >= HALF else 255 - alpha
 
 
+def is_clear(image: Image.Image) -> bool:
+    """Whether nothing of a picture is opaque enough to be seen, whatever its colours are."""
+    if not image.has_transparency_data:
+        return False
+    return int(np.asarray(image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA").getchannel("A")).max()) == 0
+
+
 def fitted(novelty: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Which pixels are new (H,W) bool once it covers `size` (height, width)."""
     height, width = size

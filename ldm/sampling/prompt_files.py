@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,11 @@ from ldm.sampling.recipe_values import LIMITS
 FLAG = re.compile(r"""(?:^|(?<=\s))--(?P<name>[^\W_][\w-]*)(?:=|(?=\s|$))(?:\s*(?P<quoted>"(?:[^"\\]|\\.)*"|'[^']*')(?=\s|$))?""")
 LINE = re.compile(r"\r\n|\n|\r")  # str.splitlines also takes U+2028 and others, which are parts of a text
 OPENS = re.compile(r"[\ufeff\s]*\[\s*[{\"]")  # a list of objects or texts
-DASHED = re.compile(r"(?:^|(?<=\s))[\u2013\u2014](?P<name>[A-Za-z][\w-]*)(?=\s*=|\s+\S)")  # as editors turn -- into a dash
+DASHED = re.compile(r"(?:^|(?<=\s))[\u2010-\u2015\u2212]{1,2}(?P<name>[A-Za-z][\w-]*)(?=\s*=|\s+(?P<value>\S+))")  # of editors, for --
+MARKED = re.compile(r"(?:[-*+\u2022]|(?P<number>\d{1,6})[.)])\s+\S")  # an entry of a list of Markdown or YAML
+SECTION = re.compile(r"\[\[?[A-Za-z][\w.]*\]\]?")  # of TOML, as kohya's scripts read it
+SETTING = re.compile(r"[A-Za-z]\w*\s*=\s*\S")
+COLUMNS = re.compile(r"\s*[,;\t|]\s*")  # between the names of a table's columns
 LISTS = ("given",)  # fields that are lists of words; flags may be repeated
 FLAGS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
 NAMES = {
@@ -94,15 +98,42 @@ def _entries(text: str, source: str) -> Iterator[tuple[str, str | Pairs]]:
         for number, one in enumerate(listed, 1):
             yield f"{source}, entry {number}", Pairs([("prompt", one)]) if isinstance(one, str) else one
         return
-    for number, line in enumerate(LINE.split(text), 1):
-        line = line.strip().removeprefix("\ufeff")
-        if line and not line.startswith("#"):
-            yield f"{source}, line {number}", line
+    lines = {number: line.strip().removeprefix("\ufeff") for number, line in enumerate(LINE.split(text), 1)}
+    lines = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+    _refuse_other_forms(lines, source)
+    for number, line in lines.items():
+        yield f"{source}, line {number}", line
+
+
+def _refuse_other_forms(lines: Mapping[int, str], source: str) -> None:
+    """Refuse a table, a marked list, Markdown or TOML, of which every line would be drawn as it stands.
+
+    Raises:
+        UserError: naming the line, and what it looks like.
+    """
+    instead = "; give a prompt a line, with flags or as JSON"
+    for number, line in lines.items():
+        if line.startswith("```"):
+            raise UserError(f"{source}, line {number}: a fence of Markdown, no prompt; leave it out")
+    number, first = next(iter(lines.items()), (1, ""))
+    columns = [name.strip().strip('"').lower() for name in COLUMNS.split(first)]
+    if len(columns) > 1 and any(NAMES.get(name) == "prompt" for name in columns) and all(re.fullmatch(r"\w+", name) for name in columns):
+        raise UserError(f"{source}, line {number}: {first[:60]!r} are the columns of a table, which is not read{instead}")
+    if SECTION.fullmatch(first) and any(SETTING.match(line) for line in lines.values()):
+        raise UserError(f"{source}, line {number}: {first[:60]!r} begins a section of TOML, which is not read{instead}")
+    entries = list(lines.values())[1 if re.fullmatch(r"\w+:", first) else 0 :]
+    marks = [MARKED.match(line) for line in entries]
+    numbers = [int(mark["number"]) for mark in marks if mark and mark["number"]]
+    if len(marks) > 1 and all(marks) and (not numbers or numbers == list(range(numbers[0], numbers[0] + len(marks)))):
+        raise UserError(
+            f"{source}, line {number}: every line begins as an entry of a list ({entries[0][:20]!r}); take the marks away{instead}"
+        )
 
 
 def _flagged(line: str, where: str) -> Asked:
     for dashed in DASHED.finditer(line):
-        if len(dashed["name"]) > 1 and _meant(f"--{dashed['name']}"):
+        letter = len(dashed["name"]) == 1 and not re.fullmatch(r"[\d.]+", dashed["value"] or "")  # of a sentence
+        if not letter and _meant(f"--{dashed['name']}"):
             raise UserError(f"{where}: {dashed.group()} begins with a dash that an editor made of two; write --{dashed['name']}")
     flags = list(FLAG.finditer(line))
     words = line[: flags[0].start()].strip() if flags else line

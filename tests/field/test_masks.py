@@ -131,3 +131,19 @@ def test_a_picture_with_a_hole_is_its_own_mask(kl_model: Path, tmp_path: Path, c
     again = [*words[:1], *words[2:], str(tmp_path / "b"), "--from", str(tmp_path / "a" / "00000_seed0.png")]
     assert main(again) == 0 and "differ" not in capsys.readouterr().err
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b" / "00000_seed0.png")), drawn)
+
+
+def test_a_picture_that_is_transparent_everywhere_is_told(tmp_path: Path) -> None:
+    """It is laid over white, so nothing of what its colours show is drawn out of."""
+    Image.fromarray(np.zeros((SIDE, SIDE, 4), np.uint8)).save(tmp_path / "clear.png")
+    found = read_init_image(tmp_path / "clear.png", None, (SIDE, SIDE))
+    assert found.mask is None and (found.pixels == 255).all() and "transparent everywhere" in found.notices[0]
+    Image.fromarray(np.full((SIDE, SIDE, 4), 127, np.uint8)).save(tmp_path / "half.png")
+    assert not read_init_image(tmp_path / "half.png", None, (SIDE, SIDE)).notices
+
+
+def test_a_mask_without_white_says_how_bright_it_is(tmp_path: Path) -> None:
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "init.png")
+    Image.fromarray(np.where(NEW, 100, 0).astype(np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="its brightest is 100 of 255"):
+        read_init_image(tmp_path / "init.png", tmp_path / "mask.png", (SIDE, SIDE))

@@ -35,6 +35,10 @@ REFUSED = [
     ("a --7 b", "--7 is no flag"),
     ("a ring \u2014steps 3", "\u2014steps begins with a dash that an editor made of two; write --steps"),
     ("a ring \u2013cfg_scale=3", "write --cfg_scale"),
+    ("a ring \u2014s 3", "\u2014s begins with a dash that an editor made of two; write --s"),
+    ("a ring \u2013\u2013steps 3", "write --steps"),
+    ("a ring \u2212\u2212d 3", "write --d"),
+    ("```", "a fence of Markdown"),
     ("a --n b --negative_prompt c", "--negative_prompt says negative, which stands there twice"),
     ("--n b", "no prompt"),
     ("a --d 9007199254740993", "--d is '9007199254740993'; seed needs a whole number from 0 to 9007199254740992"),
@@ -55,6 +59,33 @@ def test_a_line_says(line: str, fields: dict[str, Any]) -> None:
 def test_a_line_is_refused_by_its_number(line: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"list\.txt, line 2: .*{said}"):
         read_prompts(f"a red circle\r\n{line}", "list.txt")
+
+
+OTHER_FORMS = {
+    "csv": ("prompt,negative\na cat,bad", "'prompt,negative' are the columns of a table"),
+    "csv of others": ('"id";"caption"\n1;a cat', "are the columns of a table"),
+    "tsv": ("seed\tprompt\n1\ta cat", "are the columns of a table"),
+    "yaml": ("- a cat\n- a dog", "every line begins as an entry of a list ('- a cat')"),
+    "yaml by name": ("prompts:\n  - a cat\n  - a dog", "every line begins as an entry of a list"),
+    "markdown": ("* a cat\n* a dog\n", "every line begins as an entry of a list"),
+    "numbered": ("1. a cat\n2. a dog\n\n3. a cow", "every line begins as an entry of a list"),
+    "toml": ('[prompt]\nwidth = 512\n[[prompt.subset]]\nprompt = "a cat"', "'[prompt]' begins a section of TOML"),
+    "fence": ("```text\na cat\n```", "a fence of Markdown"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_other_forms_are_known_by_what_they_hold(name: str) -> None:
+    text, said = OTHER_FORMS[name]
+    with pytest.raises(UserError, match=rf"list\.txt, line 1: .*{re.escape(said)}"):
+        read_prompts(text, "list.txt")
+
+
+@pytest.mark.parametrize(
+    "text", ["- a cat", "- a cat\na dog", "2. a cat\n1. a dog", "[cat]\na dog", "prompt engineering, a robot", "a cat, a dog\nprompt, b"]
+)
+def test_prompts_that_only_look_alike_stay(text: str) -> None:
+    assert [one.prompt for one in read_prompts(text, "list.txt")] == text.split("\n")
 
 
 @pytest.mark.parametrize("torn", ['[{"prompt": "a cat"}', '["a cat",\n"a dog"', '\ufeff [\n{"prompt": "a",}]'])
