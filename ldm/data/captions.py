@@ -108,6 +108,18 @@ def text_captions(data: bytes, name: str) -> tuple[str, ...]:
     raise Rejected("empty caption", name)
 
 
+MARKS = re.compile(r"<\w{1,20}:[^<>]{1,100}>|\([^()]{1,100}:\d?\.\d{1,4}\)|\{[^{}|]{1,100}\|[^{}]{1,200}\}|\b__\w{1,60}__\b")
+
+
+def prompt_marks(captions: Iterable[str]) -> str:
+    """What to say of captions with marks that web UIs read in prompts, and which are words here; empty where there are none."""
+    found = [(said[0], caption) for caption in captions if (said := MARKS.search(caption))]
+    if not found:
+        return ""
+    mark, caption = found[0]
+    return f"{len(found):,} captions have marks of prompts, such as {mark} in {caption[:60]!r}; in training they are words like others"
+
+
 def caption_texts(value: object) -> tuple[str, ...]:
     """The captions in one entry of a table: a text, or a list of them; what is no text is none."""
     lines = (clean(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))

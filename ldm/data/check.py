@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
-from ldm.data.captions import cut_at_most, from_folder
+from ldm.data.captions import cut_at_most, from_folder, prompt_marks
 from ldm.data.file_names import SUFFIXES, printable
 from ldm.data.folder import FolderData, FolderSource, how_to_unpack
 from ldm.data.folder_scan import ARCHIVES
@@ -141,6 +141,8 @@ def check(
     if cut := cut_captions(texts, tokenizer or _usual_tokenizer, room):
         found.cut_captions = asdict(cut)
         found.notes.append(str(cut))
+    if marked := prompt_marks(texts):
+        found.notes.append(marked)
     if whole := cut_at_most(texts):
         found.notes.append(whole)
     small = int((sizes.min(1) < resolution).sum())

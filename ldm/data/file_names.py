@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,9 @@ class Names:
         self._rules: list[tuple[Callable[[str], str], Callable[[str], str]]] = [(_composed, _composed), (_folded, _folded)]
         self._rules += [(_bare, _folded)] if bare else []
         self._levels: dict[int, dict[str, str]] = {}  # of each rule, made when it is first needed, which is seldom
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names.values())
 
     def find(self, name: str) -> str | None:
         """What a name stands for; None: nothing, or one of several."""

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,9 +35,11 @@ from ldm.diffusion.batch import View
 OTHER_IMAGES = (
     *(".eps", ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".pdf", ".psd", ".psb", ".svg", ".xcf", ".kra"),
     *(".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".icns", ".dds", ".dib", ".exr", ".hdr", ".sgi", ".pcx"),
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv"),  # films, of which frames can be taken
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),  # of cameras
 )
 ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
+ABOUT = ("readme", "license", "licence", "notice", "credits", "classes", "sources")  # texts of a folder that are no captions
 FORMAT = 3  # of what is remembered
 _THREADS = 8
 _BLOCK = 512  # pictures that a thread looks at before it reports
@@ -276,6 +278,10 @@ class Listing:
         alike = bool(source.caption) or source.captions in ("filename", "none")
         return find_views(self.root, self.images, source.views, source.layout, table.views, None if alike else captioned)
 
+    def texts(self) -> set[str]:
+        """All text files that may hold captions; not those that are about the folder."""
+        return {name for texts in self._texts for name in texts if split(name.rpartition("/")[2])[0].lower() not in ABOUT}
+
     def text_of(self, name: str) -> str | None:
         """The text file beside an image, in letters of any case: x.txt of x.jpg, else x.jpg.txt, which downloaders write."""
         stems = (split(name)[0], name)
@@ -291,6 +297,7 @@ class _Block:
     rejected: list[Rejection]
     views: dict[str, Mapping[str, View]]
     several: list[str]  # names of those that are more than one picture
+    contents: list[str]  # the hash of each
 
 
 class _Looker:
@@ -312,6 +319,7 @@ class _Looker:
         rejected: list[Rejection] = []
         views: dict[str, Mapping[str, View]] = {}
         several: list[str] = []
+        contents: list[str] = []
         for number in numbers:
             name = self.found.images[number]
             try:
@@ -325,15 +333,16 @@ class _Looker:
             rows.append(row)
             words.append(said)
             names.append(name)
+            contents.append(said[1])
             if told:
                 views[name] = told
             several += [name] if more else []
         if not rows:
-            return _Block(None, names, rejected, views, several)
+            return _Block(None, names, rejected, views, several, contents)
         column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
         numbers_of = {name: np.array(column[name], np.float32 if name in _FLOATS else np.uint64) for name in COLUMNS}
         record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
-        return _Block(part_of(record, numbers_of, words), names, rejected, views, several)
+        return _Block(part_of(record, numbers_of, words), names, rejected, views, several, contents)
 
     def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View], bool]:
         source, root = self.source, self.found.root
@@ -387,13 +396,19 @@ def _looked(
     rejected += [one for block in blocks for one in block.rejected]
     usable = [name for block in blocks for name in block.names]
     several = [name for block in blocks for name in block.several]
+    again = _again((name, content) for block in blocks for name, content in zip(block.names, block.contents, strict=True))
     refuse(found, len(usable), rejected, table)
     out = held_out(usable, source.val_share)
     parts = [block.part for block in blocks if block.part is not None]
     told = {
         "listing": found.digest,
         "tables": table.files,
-        "notes": [*alike(usable, captioned), *_texts_unread(source, found), *remarks((FIRST, name, 1) for name in several)],
+        "notes": [
+            *alike(usable, captioned),
+            *_texts_unread(source, found, table, usable),
+            *remarks((FIRST, name, 1) for name in several),
+            *again,
+        ],
         "rejected": [(one.name, one.reason, one.detail) for one in rejected],
         "val": np.flatnonzero(out).tolist(),
     }
@@ -507,11 +522,39 @@ def _walk(root: str, prefix: str, visited: set[tuple[int, int]], outside: bool) 
             yield prefix + name, _NOWHERE
 
 
-def _texts_unread(source: FolderSettings, found: Listing) -> Iterator[str]:
-    """What to say of text files that are not read, since others of their pictures are."""
-    if found.twice and not source.caption and source.captions in ("auto", "txt", "kohya"):
+def _texts_unread(source: FolderSettings, found: Listing, table: CaptionTable, usable: Sequence[str]) -> Iterator[str]:
+    """What to say of text files that are not read, since others of their pictures are, or a table, or that have no picture; and of
+    pictures that share one."""
+    if source.caption or source.captions not in ("auto", "txt", "kohya"):
+        return
+    if found.twice:
         read, other = SIDECARS
         yield f"{len(found.twice):,} pictures have {read} and {other} files, such as {found.twice[0]}; {read} is read, {other} is not"
+    texts = {name: text for name in found.images if (text := found.text_of(name))}
+    listed = [name for name in usable if name in texts and table.captions.get(name)] if source.captions == "auto" else []
+    if listed:
+        yield f"{len(listed):,} pictures have a caption in a table and a text file, such as {listed[0]}; the table is read, the file is not"
+    readers: dict[str, list[str]] = {}
+    for name in usable:
+        if name in texts:
+            readers.setdefault(texts[name], []).append(name)
+    shared = {text: names for text, names in readers.items() if len(names) > 1}
+    if shared:
+        text, names = next(iter(shared.items()))
+        of = ", ".join(names[:3])
+        yield f"{len(shared):,} text files are those of several pictures that differ by their ending alone, such as {text} of {of}"
+    stems = {split(text)[0] for text in texts.values()}
+    alone = sorted(text for text in found.texts() - set(texts.values()) if split(text)[0] not in stems)
+    if alone:
+        yield f"{len(alone):,} text files belong to no picture here, such as {alone[0]}"
+
+
+def _again(contents: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """What to say of pictures that are the same file as another, which may be in the other part."""
+    first: dict[str, str] = {}
+    same = [(name, first[content]) for name, content in contents if first.setdefault(content, name) != name]
+    if same:
+        yield f"{len(same):,} pictures are the same file as another, such as {same[0][0]} and {same[0][1]}; each is learned from"
 
 
 def _spelt(name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.config.errors import UserError, first_line, out_of_memory
 from ldm.data.buckets import BucketedStage, bucket_stage, lines
-from ldm.data.captions import cut_at_most
+from ldm.data.captions import cut_at_most, prompt_marks
 from ldm.data.loader import Foreseen, fed
 from ldm.data.order import BatchSampler, BlockBatches, ShuffledBatches
 from ldm.data.pictures import save_grid
@@ -184,6 +184,8 @@ class Trainer:
             looked_at = [text for texts in self.data.all_captions(spread(len(self.data))) for text in texts]
             if cut := self.family.cut_captions(looked_at):
                 self.log.note(f"{name}: {cut}")
+            if marked := prompt_marks(looked_at):
+                self.log.note(f"{name}: {marked}")
             if whole := cut_at_most(looked_at):
                 self.log.note(f"{name}: {whole}")
         measuring = self._measuring()

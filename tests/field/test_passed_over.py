@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.captions import MAX_CHARACTERS
+from ldm.data.captions import MAX_CHARACTERS, prompt_marks
 from ldm.data.check import check
 from ldm.data.folder import FolderSource
 from ldm.data.folder_scan import Listing
@@ -122,7 +122,7 @@ def test_side_pictures_of_more_names(name: str, kind: str, tmp_path: Path) -> No
 def test_names_that_look_like_side_pictures_are_told_and_learned(tmp_path: Path) -> None:
     pictures(tmp_path)
     for number in range(6):
-        picture(tmp_path / f"{number}_gt.png")
+        picture(tmp_path / f"{number}_gt.png", number + 6)
     data = FolderSource(path=str(tmp_path), caption="a thing", val_share=0).build("train")
     told = [line for line in data_lines(data.describe()) if line.startswith("warning")]
     assert (
@@ -136,7 +136,7 @@ def test_names_that_look_like_side_pictures_are_told_and_learned(tmp_path: Path)
 def test_series_and_captioned_pictures_are_not_told(own: bool, tmp_path: Path) -> None:
     pictures(tmp_path)
     for number in range(6):
-        picture(tmp_path / (f"{number}_gt.png" if own else f"{number}-2.png"))
+        picture(tmp_path / (f"{number}_gt.png" if own else f"{number}-2.png"), number + 6)
         if own:
             (tmp_path / f"{number}_gt.txt").write_text("of its own")
     assert not FolderSource(path=str(tmp_path), caption="a thing").build("train").describe()["notes"]
@@ -199,3 +199,65 @@ def test_shards_read_the_same_one_in_any_order(first: str, tmp_path: Path) -> No
                 member.size = len(data)
                 shard.addfile(member, io.BytesIO(data))
     assert ShardsSource(path=str(tmp_path), val_share=0).build("train").all_captions([0, 1, 2]) == [["txt"]] * 3
+
+
+def notes(root: Path, **more: object) -> list[str]:
+    """What is told of a folder besides counts."""
+    return FolderSource(path=str(root), val_share=0, max_bad=1.0, **more).build("train").describe()["notes"]  # type: ignore[arg-type, return-value]
+
+
+def captioned(root: Path, count: int = 6) -> None:
+    """Numbered pictures with a text file each."""
+    pictures(root, count=count)
+    for number in range(count):
+        (root / f"{number}.txt").write_text(f"thing {number}")
+
+
+def test_the_same_file_twice_is_told(tmp_path: Path) -> None:
+    captioned(tmp_path)
+    assert notes(tmp_path) == []
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
+    (tmp_path / "sub" / "copy.txt").write_text("another caption")
+    assert notes(tmp_path) == ["1 pictures are the same file as another, such as sub/copy.png and 3.png; each is learned from"]
+
+
+def test_text_files_that_nothing_reads_are_told(tmp_path: Path) -> None:
+    captioned(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n2.png,of the table\n")
+    (tmp_path / "lost.txt").write_text("a picture that went away")
+    (tmp_path / "README.txt").write_text("about these pictures")
+    assert notes(tmp_path) == [
+        "1 pictures have a caption in a table and a text file, such as 2.png; the table is read, the file is not",
+        "1 text files belong to no picture here, such as lost.txt",
+    ]
+    assert notes(tmp_path, captions="txt") == ["1 text files belong to no picture here, such as lost.txt"]
+    assert notes(tmp_path, caption="a thing") == []  # none is asked for
+
+
+def test_pictures_that_share_a_text_file_are_told(tmp_path: Path) -> None:
+    captioned(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "4.jpg")
+    assert notes(tmp_path) == [
+        "1 text files are those of several pictures that differ by their ending alone, such as 4.txt of 4.jpg, 4.png"
+    ]
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webm", ".MOV"])
+def test_films_are_counted(ending: str, tmp_path: Path) -> None:
+    captioned(tmp_path)
+    (tmp_path / f"film{ending}").write_bytes(b"anything")
+    assert reasons(tmp_path) == {f"film{ending}": "format not supported"}
+
+
+MARKED = ["a <lora:sty:0.8> dog", "a (red:1.3) dog", "a {red|blue} dog", "a __colour__ dog"]
+
+
+@pytest.mark.parametrize("caption", MARKED)
+def test_marks_of_prompts_in_captions_are_told(caption: str) -> None:
+    assert "1 captions have marks of prompts, such as " in prompt_marks(["a plain dog", caption])
+
+
+def test_plain_captions_have_no_marks() -> None:
+    assert not prompt_marks(["a dog (red), 2:3", "<3 hearts", "a {cat}", "a|b", "snake_case __x", "a (big) [dog]", ":(", "(ratio 16:9)"])
+    assert not prompt_marks(["<" * 9999 + "(" * 9999 + "{" * 9999 + "_" * 9999])
