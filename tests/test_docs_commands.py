@@ -43,6 +43,8 @@ TINY = [
     "models.diffusion.network.channels=[32,32,32]",
     "models.diffusion.network.heads=1",
     "models.diffusion.defaults.steps=2",
+    "models.tokens.network.width=32",
+    "models.tokens.defaults.steps=2",
 ]
 
 
@@ -116,7 +118,7 @@ def smaller(words: list[str]) -> list[str]:
     if values.get("prior_preservation"):
         cut += ["prior_preservation.images=2"]
     if not values.get("init"):
-        cut += TINY
+        cut += [word for word in TINY if word.split(".")[1] in values["models"]]
     for name, stage in values["stages"].items():
         if stage and stage["kind"] == "train":
             cut += [f"stages.{name}.{field}" for field in ("batch=8", "samples=2")]

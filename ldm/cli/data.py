@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -41,7 +42,10 @@ def main(words: list[str]) -> int:
 
         return encode(words[1:])
     if words[0] not in verbs:
-        raise UserError(f"{words[0]}: no such word; there are {', '.join((*verbs, 'encode'))}")
+        known = (*verbs, "encode")
+        near = difflib.get_close_matches(words[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{words[0]}: no such word; {hint}")
     return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")
 
 

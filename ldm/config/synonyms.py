@@ -68,16 +68,56 @@ FIELDS = {
     "output_name": "name",
     "pretrained_model_name_or_path": "init",
     "train_data_dir": "data.path",
+    "instance_data_dir": "data.path",
+    "instance_prompt": "data.caption",
+    "unet_lr": "optim.lr",
+    "text_encoder_lr": "adapt.text_lr",
+    "train_text_encoder": "adapt.text_rank",
+    "network_train_unet_only": "adapt.text_rank",
+    "network_weights": "adapt.init",
+    "optimizer_type": "optim.kind",
+    "optimizer": "optim.kind",
+    "use_8bit_adam": "optim.kind",
+    "lr_warmup_steps": "warmup_images",
+    "max_grad_norm": "clip",
+    "use_ema": "ema",
+    "snr_gamma": "weighting.gamma",
+    "min_snr_gamma": "weighting.gamma",
+    "noise_offset": "offset_noise",
+    "cache_latents": "latents",
+    "enable_bucket": "buckets",
+    "random_flip": "flip",
+    "flip_aug": "flip",
+    "shuffle_caption": "tags.shuffle",
+    "keep_tokens": "tags.keep",
+    "caption_tag_dropout_rate": "tags.dropout",
+    "caption_dropout_rate": "caption_dropout",
+    "max_token_length": "caption_chunks",
+    **dict.fromkeys(("reg_data_dir", "class_data_dir"), "prior_preservation.path"),
+    "class_prompt": "prior_preservation.prompts",
+    "num_class_images": "prior_preservation.images",
+    "prior_loss_weight": "prior_preservation.weight",
+    **dict.fromkeys(("save_every_n_epochs", "checkpointing_steps"), "save_every_images"),
+    **dict.fromkeys(("sample_prompts", "validation_prompt", "validation_prompts"), "prompts"),
+    **dict.fromkeys(("sample_every_n_steps", "sample_every_n_epochs", "validation_epochs"), "sample_every_images"),
+    **dict.fromkeys(("max_data_loader_n_workers", "dataloader_num_workers"), "workers"),
 }
 # And what other programs must be told and this one needs not.
 NEEDLESS = {
     **dict.fromkeys(
         ("device", "gpu", "gpus", "cuda", "num_processes", "n_gpu"),
-        "there is no such field: a GPU is used where there is one, several with accelerate launch",
+        "nothing needs to be said: a GPU is used where there is one, several with accelerate launch",
     ),
     **dict.fromkeys(
         ("resume", "resume_from_checkpoint", "resume_from", "save_state", "continue"),
         "nothing needs to be said: the same command goes on from the last checkpoint",
+    ),
+    **dict.fromkeys(
+        ("xformers", "sdpa", "enable_xformers_memory_efficient_attention"), "nothing needs to be said: attention is torch's fused one"
+    ),
+    **dict.fromkeys(
+        ("v_parameterization", "prediction_type"),
+        "nothing needs to be said: the base tells it; of a file that does not, init=FILE::prediction=v does",
     ),
 }
 COUNTED = {"images": ", which counts pictures seen: epochs times pictures, or steps times batch"}

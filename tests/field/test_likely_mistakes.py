@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
         ("stages.text.epochs=10", "stages.text.epochs: unknown field; that is images, which counts pictures seen"),
         ("learning_rate=1e-4", "learning_rate: unknown field; that is stages.NAME.optim.lr"),
         ("output_dir=x", "output_dir: unknown field; that is out"),
-        ("device=cuda", "device: unknown field; there is no such field: a GPU is used where there is one"),
+        ("device=cuda", "device: unknown field; nothing needs to be said: a GPU is used where there is one"),
         ("--epochs", "--epochs: no such option; fields are words without dashes, such as stages.NAME.images=..., which counts"),
         ("--batch_size=4", "--batch_size: no such option; fields are words without dashes, such as stages.NAME.batch=4"),
         ("--output_dir=x", "--output_dir: no such option; fields are words without dashes, such as out=x"),
@@ -88,7 +89,7 @@ def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], mo
         ("--report_to=wandb", "--report_to: no such option; fields are words without dashes, such as tracker=wandb"),
         ("--resume", "--resume: no such option; nothing needs to be said: the same command goes on from the last checkpoint"),
         ("--resume_from_checkpoint=latest", "nothing needs to be said: the same command goes on from the last checkpoint"),
-        ("--gpus=2", "--gpus: no such option; there is no such field: a GPU is used where there is one"),
+        ("--gpus=2", "--gpus: no such option; nothing needs to be said: a GPU is used where there is one"),
         ("resume=true", "resume: unknown field; nothing needs to be said: the same command goes on"),
         ("data.path=pictures", "data.path: unknown field of kind scenes; "),
         ("data.path=pictures", "; folder or shards or datasets or unpaired has it"),
@@ -106,6 +107,33 @@ def test_every_field_that_is_told_is_one() -> None:
 
     paths = [path for path, *_ in fields_of(Run)]
     assert [meant for meant in synonyms.FIELDS.values() if not synonyms.field_meant(meant, paths)] == []
+
+
+def test_arguments_that_the_page_of_fine_tuning_names_are_told_as_it_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from ldm.runs.run import Run
+
+    page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split("## The arguments that you know")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `") or line.startswith("| a ")]
+    paths = {path for path, *_ in fields_of(Run)}
+    assert len(rows) > 25
+    for *others, here in rows:
+        told = [
+            word.replace("stages.lora", "stages.NAME").replace("models.diffusion", "models.NAME")
+            for word in re.findall("`([^`=:]+)`", here)
+        ]
+        fields = [word for word in told if word not in ("encode", "latents", "batch", "10_sks dog")]
+        assert [word for word in fields if word not in paths] == []
+        for name in re.findall("`--([a-z_]+)`", " ".join(others)):
+            meant = synonyms.FIELDS.get(name, "")
+            field = synonyms.place_of(name, paths) if meant or name in paths else ""
+            assert field in fields or (not fields and name in synonyms.NEEDLESS) or f".{name}" in str(fields), (name, meant, field, fields)
+    assert "unet_lr: unknown field; that is stages.NAME.optim.lr" in fails(capsys, "train", QUICKSTART, "unet_lr=1e-4")
+    assert "such as stages.NAME.optim.kind=AdamW8bit" in fails(capsys, "train", QUICKSTART, "--optimizer_type=AdamW8bit")
+
+
+def test_a_word_of_data_that_is_nearly_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "data", "chek", "x").endswith("chek: no such word; did you mean check?\n")
+    assert "there are check, index" in fails(capsys, "data", "photographs", "x")
 
 
 def test_configurations_and_folders_are_told_apart(
