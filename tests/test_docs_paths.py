@@ -59,6 +59,8 @@ def test_nothing_installs_the_project_that_the_index_calls_ldm() -> None:
     stranger = re.compile(r"pip3?\s+install[^\n`]*[ '\"=]ldm(?:$|[\s'\"\[=`])", re.MULTILINE)
     assert stranger.search("pip install 'ldm[data]'") and not stranger.search('pip install -e ".[data]"  # ldm-train')
     assert [str(file) for file in said if file.is_file() and stranger.search(file.read_text(encoding="utf-8"))] == []
+    # Pages speak to people in the clone: nobody has published the distribution, and an index knows it as little.
+    assert [page.name for page in PAGES if "ldm-train[" in page.read_text(encoding="utf-8")] == []
     assert 'name = "ldm-train"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import sys
@@ -11,6 +12,7 @@ from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from ldm.cli import examples
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, without_annotation, without_null
 from ldm.config.options import Given, Option, options_of
@@ -37,12 +39,13 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
         typer.rich_utils.RANGE_STRING = "{:.0}"  # nothing: bounds stand in the placeholder
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
     whole = expanded(function, hub=name.removeprefix("ldm ") in FETCHES)
-    app.command()(whole)
+    app.command(epilog=examples.shown(name.removeprefix("ldm ")))(whole)
     command: Any = get_command(app)
     # typer has its own copy of click in some versions, and click itself in others.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
         # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
+        command.get_help_option(typer.Context(command)).metavar = ""
         with command.make_context(name, list(words)) as context:
             _check_words([one for one in command.params if one.param_type_name == "option"], words, _paths(whole))
             _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
@@ -186,7 +189,7 @@ def expanded(function: Callable[..., int], hub: bool = False) -> Callable[..., i
         if is_dataclass(kinds[name]):
             plain |= {one.name: one for one in _parameters(kinds[name])}
         else:
-            plain[name] = parameter.replace(annotation=kinds[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            plain[name] = parameter.replace(annotation=_with_placeholder(kinds[name]), kind=inspect.Parameter.KEYWORD_ONLY)
 
     def run(**words: Any) -> int:
         words = {name: _at_home(value) for name, value in words.items()}
@@ -194,7 +197,7 @@ def expanded(function: Callable[..., int], hub: bool = False) -> Callable[..., i
 
     own = list(inspect.signature(function).parameters)
     if hub:
-        shown = Annotated[bool, typer.Option("--hub", help=HUB)]
+        shown = Annotated[bool, typer.Option("--hub", help=HUB, metavar="")]
         plain["hub"] = inspect.Parameter("hub", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=shown)
     run.__signature__ = inspect.Signature(list(plain.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in plain.items()}
@@ -224,19 +227,31 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
             hint, default = list[typing.get_args(hint)[0]] | None, None  # type: ignore[misc]
         names = (told.name or f"--{name.replace('_', '-')}",)
         shown: Any = {"help": told.help, "min": told.low, "max": told.high, "rich_help_panel": panel, "envvar": told.variable or None}
-        if not told.argument and (placeholder := _placeholder(hint, told)):
-            shown["metavar"] = placeholder
+        if not told.argument:
+            shown["metavar"] = _placeholder(hint, told)
         info = typer.Argument(help=told.help) if told.argument else typer.Option(*names, **shown)
         default = inspect.Parameter.empty if default is MISSING else default
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
+
+
+def _with_placeholder(kind: Any) -> Any:
+    """A parameter's annotation whose option, where it is one of typer's own, has the placeholder that the fields of dataclasses have."""
+    import typer
+
+    marks = [copy.copy(mark) if isinstance(mark, typer.models.OptionInfo) else mark for mark in getattr(kind, "__metadata__", ())]
+    for mark in marks:
+        if isinstance(mark, typer.models.OptionInfo) and mark.metavar is None:
+            mark.metavar = _placeholder(without_annotation(kind), Option("", low=mark.min, high=mark.max))
+    return Annotated[(without_annotation(kind), *marks)] if marks else kind
 
 
 def _placeholder(hint: Any, told: Option) -> str:
     """What stands for an option's value in the help: the bounds of a number, or what it is; empty for what is said or not."""
     kind = without_null(hint)
     if kind in (int, float):
-        return "NUMBER" if told.low is None else f"{told.low:g}..{'' if told.high is None or told.high > 2**31 else f'{told.high:g}'}"
-    return {str: "TEXT", list[str]: "TEXT", Path: "PATH"}.get(kind, "")
+        high = "" if told.high is None or told.high >= 2**20 else f"{told.high:g}"
+        return "NUMBER" if told.low is None and not high else f"{'' if told.low is None else f'{told.low:g}'}..{high}"
+    return {str: "TEXT", list[str]: "TEXT", Path: "PATH", list[Path]: "PATH"}.get(kind, "")
 
 
 def _built(kind: Any, words: Mapping[str, Any]) -> Any:
