@@ -30,7 +30,8 @@ USAGE = """usage: python train.py CONFIG [key=value ...] [--extend] [--plan] [--
     --tflops X      if each does 10^12 X floating-point operations a second
     --json          as JSON
   --hub       models and data named owner/name may be fetched; without it no network is used
-  --help      this text, and the fields of CONFIG's parts: type, value, default, meaning; without a CONFIG every field of every kind
+  --help      this text, and the fields of CONFIG's parts, of the kinds that it chooses: type, value, default, meaning; without a CONFIG
+              every field of every kind
   --help PART a part alone, with every kind that it may be: --help data, --help models.autoencoder, --help stages.NAME.optim
 """
 

@@ -47,7 +47,7 @@ def describe(kind: Any, given: Any = MISSING, part: str = "") -> str:
         kind: the class.
         given: a configuration's plain values, with presets and kinds spelt out; without it entries of mappings are called NAME.
         part: a path whose fields alone are described, every kind of them; empty: everything, and a configuration's own parts with the
-            kind that each is.
+            kinds that they and what is in them are.
 
     Raises:
         UserError: for a part that is not there, naming the nearest ones.
@@ -63,7 +63,7 @@ def describe(kind: Any, given: Any = MISSING, part: str = "") -> str:
         return _section(part, found) if found else _no_part(part, kind, given)
     own = [rows for head, rows in sections if not head]
     said = [_section("the run", [row for rows in own for row in rows])]
-    said += [_section(head, _chosen(head, rows)) for head, rows in sections if head]
+    said += [_section(head, _chosen(rows, given)) for head, rows in sections if head]
     return "\n\n".join(said)
 
 
@@ -85,10 +85,25 @@ def _sections(kind: Any, given: Any) -> Iterator[tuple[str, list[Row]]]:
             yield path, list(rows)
 
 
-def _chosen(head: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows of a part that are there with the kind that the configuration chooses; all where it chooses none."""
-    chosen = next((row.given for row in rows if row.path == f"{head}.kind" and row.given is not MISSING), "")
-    return [row for row in rows if not chosen or not row.kinds or row.kinds[0] == chosen]
+def _chosen(rows: Sequence[Row], given: Any) -> list[Row]:
+    """The rows of a part that are there with the kinds that the configuration chooses, of what is within it too; all without one.
+
+    What is not there and may be, such as an optional block, has the fields of every kind.
+    """
+    if given is MISSING:
+        return list(rows)
+    chosen: dict[tuple[str, tuple[str, ...]], Any] = {}  # by where a kind stands and the kinds around it
+    found: list[Row] = []
+    for row in rows:
+        around = [
+            max((at for at in chosen if at[1] == row.kinds[:n] and row.path.startswith(at[0])), default=None) for n in range(len(row.kinds))
+        ]
+        if all(at is None or chosen[at] in ("", kind) for at, kind in zip(around, row.kinds, strict=True)):
+            found.append(row)
+            if row.path.endswith(".kind"):
+                kind = row.default if row.given is MISSING else row.given
+                chosen[row.path.removesuffix("kind"), row.kinds] = kind if isinstance(kind, str) else ""
+    return found
 
 
 def _part(path: str, name: str, kind: Any) -> str:
@@ -153,7 +168,7 @@ def _no_part(part: str, kind: Any, given: Any) -> str:
     """
     sections = list(_sections(kind, given))
     # What the configuration has comes before what it might have.
-    rows = [row for head, rows in sections for row in _chosen(head, rows)] + [row for _, rows in sections for row in rows]
+    rows = [row for _, rows in sections for row in _chosen(rows, given)] + [row for _, rows in sections for row in rows]
     known = list(dict.fromkeys(".".join(row.path.split(".")[:n]) for row in rows for n in range(1, row.path.count(".") + 2)))
     last = {path: path.rpartition(".")[2] for path in known}
     part_here = FIELDS.get(part, part)
@@ -175,7 +190,7 @@ def _section(head: str, rows: Sequence[Row]) -> str:
             kind = row.kinds[shared] if len(row.kinds) > shared else ""
             lines += ["", f"{head} (kind {kind})" if kind else head]
         shown = _shown(row)
-        line = f"  {row.path:<44} {row.type:<26} {shown}".rstrip()
+        line = f"  {row.path:<44} {row.type:<26}  {shown}".rstrip()
         meaning = f"{_labels(row.kinds[shared + 1 :])}{row.meaning}"
         lines += [line, *([f"{'':<8}{meaning}"] if meaning else [])]
     return "\n".join(lines)

@@ -51,6 +51,15 @@ def test_a_configuration_is_described_by_its_own_parts_and_values() -> None:
     assert lines["stages.diffusion-low.buckets.step"] == "integer 0" and "models.diffusion.adapt.rank" in lines  # blocks that are not there
 
 
+def test_what_a_configuration_has_not_chosen_stands_in_the_help_of_a_part_alone() -> None:
+    text = describe(Run, given(LORA, "stages.lora.optim.kind=adamw"))
+    assert {"models.diffusion.adapt.rank", "stages.lora.optim.betas", "models.diffusion.inpaint.full"} <= paths(text)
+    other = {"models.diffusion.adapt.token", "stages.lora.optim.momentum", "models.diffusion.network.head_width"}
+    assert not other & paths(text) and "stages.lora.optim.momentum" in paths(describe(Run, given(LORA), "stages.lora.optim"))
+    assert "stages.lora.optim.momentum" in paths(describe(Run, given(LORA, "stages.lora.optim.kind=muon")))
+    assert "models.diffusion.adapt.token" in paths(describe(Run, given(QUICKSTART)))  # there is none: of every kind
+
+
 def test_a_part_is_described_alone_with_every_kind_of_it() -> None:
     text = describe(Run, given(LORA), "models.diffusion.adapt")
     assert {path.rpartition(".")[0] for path in paths(text)} == {"models.diffusion.adapt"}
