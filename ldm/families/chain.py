@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ldm.config.errors import UserError
 from ldm.data.views import parted
 from ldm.diffusion.rng import mix
-from ldm.families.draws import AFTER, BEFORE, OWN, Draws, Running, Settings, Wanted
+from ldm.families.draws import AFTER, BEFORE, OWN, Draws, Running, SamplingCall, Settings, Wanted
 from ldm.formats.model_folder import root_of
 
 if TYPE_CHECKING:
@@ -154,31 +154,17 @@ class Chain(Draws):
             sizes.insert(0, (sizes[0][0] // by, sizes[0][1] // by))
         return sizes
 
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
+    def draw(self, call: SamplingCall) -> Tensor:
         """One picture for each (prompt, seed); with `stop_after` those of an earlier link, which are smaller.
 
         Args:
-            size: of the last link's pictures.
-            latents: the leading link's noise.
-            edits: of the leading link, and what `tell` gave.
+            call: `size` is of the last link's pictures, `latents` the leading link's noise; `edits` its own, and what `tell` gave.
         """
-        chosen, seeds = self.settings(settings), list(range(len(prompts)) if seeds is None else seeds)
-        last, sizes = chosen.stop_after or len(self.links), self._sizes(size or self.defaults["size"])
-        told = [edit for edit in edits if isinstance(edit, ForLink)]
+        chosen, settings, note, on_step = self.settings(call.settings), call.settings, call.note, call.on_step
+        last, sizes = chosen.stop_after or len(self.links), self._sizes(call.size)
+        told = [edit for edit in call.edits if isinstance(edit, ForLink)]
         own = {k: tuple(e for edit in told if edit.link == k for e in edit.edits) for k in range(len(self.links))}
-        own[self.leads] = (*(edit for edit in edits if not isinstance(edit, ForLink)), *own[self.leads])
+        own[self.leads] = (*(edit for edit in call.edits if not isinstance(edit, ForLink)), *own[self.leads])
         begin = max((edit.link for edit in told if edit.begins), default=0)
         if begin >= last or any(own[k] for k in range(begin)):
             raise UserError(
@@ -194,18 +180,17 @@ class Chain(Draws):
 
         def drawn(k: int, before: Tensor | None, hands: bool) -> Tensor:
             link, leads = self.links[k], k == self.leads
-            call = link.handed if hands else link.sample
-            return call(
-                prompts,
-                seeds if leads else [mix(seed, "link", k) % SEEDS for seed in seeds],
-                replace(settings, link_steps=None, stop_after=None) if leads else Wanted(steps=steps[k], precision=settings.precision),
+            wanted = replace(settings, link_steps=None, stop_after=None) if leads else Wanted(steps=steps[k], precision=settings.precision)
+            asked = replace(
+                call,
+                seeds=call.seeds if leads else [mix(seed, "link", k) % SEEDS for seed in call.seeds],
+                settings=wanted,
                 size=sizes[k],
-                negative=negative,
-                latents=latents if leads else None,
+                latents=call.latents if leads else None,
                 edits=(*own[k], *(link.tell({self.views[k - 1][0]: before}, {}, sizes[k]) if before is not None else ())),
                 on_step=None if on_step is None else lambda done, of: on_step((k - begin) * of + done, (last - begin) * of),
-                note=note,
             )
+            return link.hand(asked) if hands else link.draw(asked)
 
         def of_link(k: int, before: Tensor | None, hands: bool) -> Tensor:
             try:

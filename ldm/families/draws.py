@@ -255,10 +255,25 @@ class GuideTraining:
     seed: int  # of order, noise and first weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingCall:
+    """What is asked of a model in one call of `Draws.sample`, whose arguments these are."""
+
+    prompts: Sequence[str | Prompt]
+    seeds: Sequence[int]  # as many
+    settings: Wanted = OWN
+    size: tuple[int, int]  # (height, width), px
+    negative: str | Prompt = ""
+    latents: Tensor | None = None
+    edits: Sequence[Any] = ()
+    on_step: Callable[[int, int], None] | None = None
+    note: Callable[[str], None] | None = None
+
+
 class Draws(Protocol):
     """A finished model that draws pictures, of prompts or of other pictures.
 
-    A family that draws names it as a base class behind `Family`, gives `kind`, `defaults` and `sample`, and answers what else it
+    A family that draws names it as a base class behind `Family`, gives `kind`, `defaults` and `draw`, and answers what else it
     can; the defaults here say that it cannot. Picture i depends on its own prompt, seed, size and settings alone.
     """
 
@@ -302,7 +317,6 @@ class Draws(Protocol):
                 self.refuse(f"{name}: got {getattr(wanted, name)!r}", "has no such setting; leave it out")
         return DIRECT
 
-    @abstractmethod
     def sample(
         self,
         prompts: Sequence[str | Prompt],
@@ -322,28 +336,35 @@ class Draws(Protocol):
             prompts: N texts, taken as they stand, or what `ldm.text.prompt_syntax.read` makes of their notation.
             seeds: N integers; by default 0, 1, 2, ...
             size: (height, width) in px, multiples of `factor`; None: `defaults["size"]`.
-            latents: noise as `noise` makes it, in place of the seeds' own.
+            latents: (N,...) noise of unit variance as `noise` makes it, in place of the seeds' own.
             edits: what `edits`, `inverted`, `exchanged`, `watch` and a guide gave.
             on_step: called as on_step(steps done, steps in all) over the whole call.
             note: told what a user should know, one line each; None: a warning.
-        """
 
-    def handed(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """What the next model of a chain is told, its view `hands`: the pictures (N,3,H,W) in [0,1]; arguments as `sample` has them."""
-        made = self.sample(prompts, seeds, settings, size=size, negative=negative, latents=latents, edits=edits, on_step=on_step, note=note)
-        return made.permute(0, 3, 1, 2).float() / 255
+        Raises:
+            UserError: for a setting that the model has not, or a size that it does not draw.
+        """
+        return self.draw(
+            SamplingCall(
+                prompts=prompts,
+                seeds=list(range(len(prompts)) if seeds is None else seeds),
+                settings=settings,
+                size=size or self.defaults["size"],
+                negative=negative,
+                latents=latents,
+                edits=edits,
+                on_step=on_step,
+                note=note,
+            )
+        )
+
+    @abstractmethod
+    def draw(self, call: SamplingCall) -> Tensor:
+        """What `sample` gives: one picture for each (prompt, seed), uint8 (N,H,W,3)."""
+
+    def hand(self, call: SamplingCall) -> Tensor:
+        """What the next model of a chain is told, its view `hands`: the pictures (N,3,H,W) in [0,1]."""
+        return self.draw(call).permute(0, 3, 1, 2).float() / 255
 
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Any, ...]:
         """What `sample` is told to draw out of pictures (1 or N,H,W,3) uint8, of which `mask` (1 or N,H,W) or all is to be new."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ldm.data.pictures import finished
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Text, cat, rows, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import within
-from ldm.families.draws import AFTER, BEFORE, DIRECT, NUMBERS, OWN, Running, Settings, Wanted
+from ldm.families.draws import AFTER, BEFORE, DIRECT, NUMBERS, OWN, Running, SamplingCall, Settings, Wanted
 from ldm.families.family import Family, ModelConfig, Product
 from ldm.families.game import full
 from ldm.families.prompted import Prompted
@@ -127,48 +127,35 @@ class OnePass(Family, Prompted):
         return self.codec.reconstruct(image)
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
+    def draw(self, call: SamplingCall) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3).
 
         The networks always see `defaults["chunk"]` pictures, padded where fewer are asked for, so that no picture depends on the others.
 
         Raises:
             UserError: on settings that it has not, or another size than it learned to draw.
         """
-        chosen, chunk, own = self.settings(settings), self.chunk, (self.resolution, self.resolution)
-        if tuple(size or own) != own:
-            self.refuse(f"size: got {size[1]}x{size[0]}" if size else "size", f"draws {own[1]}x{own[0]} alone; leave it out")
-        if words_of(negative).strip():
+        chosen, chunk, own = self.settings(call.settings), self.chunk, (self.resolution, self.resolution)
+        if tuple(call.size) != own:
+            self.refuse(f"size: got {call.size[1]}x{call.size[0]}", f"draws {own[1]}x{own[0]} alone; leave it out")
+        if words_of(call.negative).strip():
             self.refuse("negative", "reads no negative prompt; leave it out")
-        texts = self._texts([literal(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
-        numbers = list(range(len(prompts)) if seeds is None else seeds)
-        noise = self.noise(numbers, own) if latents is None else latents
-        image = torch.empty(len(prompts), *own, 3, dtype=torch.uint8)
+        texts, many = self._texts([literal(prompt) if isinstance(prompt, str) else prompt for prompt in call.prompts]), len(call.prompts)
+        noise = self.noise(call.seeds, own) if call.latents is None else call.latents
+        image = torch.empty(many, *own, 3, dtype=torch.uint8)
         was_training, kind = self.training, PRECISION[chosen.precision]
         self.eval()
         try:
-            for start in range(0, len(prompts), chunk):
-                own_rows = list(range(start, min(start + chunk, len(prompts))))
+            for start in range(0, many, chunk):
+                own_rows = list(range(start, min(start + chunk, many)))
                 padded = (*own_rows, *[own_rows[-1]] * (chunk - len(own_rows)))
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
                     told = [cat([texts[row][block] for row in padded]) for block in range(self.told_blocks)]
-                    shown = self.shown(edits, padded, [numbers[row] for row in padded])
+                    shown = self.shown(call.edits, padded, [call.seeds[row] for row in padded])
                     made = self.made(noise[list(padded)].to(self.device), told, shown, chosen.truncation)
                     image[own_rows] = finished(self.codec.decode(full(made)))[: len(own_rows)].cpu()
-                if on_step is not None:
-                    on_step(own_rows[-1] + 1, len(prompts))
+                if call.on_step is not None:
+                    call.on_step(own_rows[-1] + 1, many)
         finally:
             self.train(was_training)
         return image

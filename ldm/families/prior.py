@@ -23,7 +23,7 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedules import Cosine
 from ldm.families.chain import BEFORE
-from ldm.families.draws import DIRECT, OWN, Draws, Settings, Wanted
+from ldm.families.draws import DIRECT, OWN, Draws, SamplingCall, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, Product, Terms, TrainingStage
 from ldm.families.latent_diffusion.engine import Defaults, choose
 from ldm.formats import atomic
@@ -263,7 +263,7 @@ class PriorFamily(Family, Draws):
         index = list(range(count))
         batch = context.val.load(index, index, context.resolution, context.seed, False).to(context.device)
         true, captions = self.embedded(batch), list(batch.caption)
-        drawn = self.handed(captions, index)
+        drawn = self.hand(SamplingCall(prompts=captions, seeds=index, size=self.defaults["size"]))
         words = self.clip.read(captions).pooled
         assert words is not None
         found = {"cosine": drawn, "text_cosine": words, "other_cosine": drawn.roll(1, 0)}
@@ -291,45 +291,33 @@ class PriorFamily(Family, Draws):
                 self.refuse(f"{name}: got {getattr(chosen, name)!r}", "draws embeddings and has no such setting; leave it out")
         return chosen
 
-    def sample(self, prompts: Sequence[str | Prompt], seeds: Sequence[int] | None = None, settings: Wanted = OWN, **asked: Any) -> Tensor:
+    def draw(self, call: SamplingCall) -> Tensor:
         """It draws none."""
         self.refuse("sample", "draws embeddings, which no eye can see; export a model that has it as `after`, and draw with that")
 
     @torch.no_grad()
-    def handed(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
+    def hand(self, call: SamplingCall) -> Tensor:
         """Embeddings (N,E) of the pictures that the prompts describe, each a function of its own prompt and seed.
 
-        Words of a prompt count alike, as they stand at the first step; arguments as `Draws.sample` has them.
+        Words of a prompt count alike, as they stand at the first step.
         """
-        chosen, chunk, seeds = self.settings(settings), self.config.defaults.chunk, range(len(prompts)) if seeds is None else seeds
+        chosen, chunk, many = self.settings(call.settings), self.config.defaults.chunk, len(call.prompts)
         grid, entry = self.config.process.grid(chosen.steps, chosen.spacing), SAMPLERS[chosen.sampler]
-        times, words, without = grid.t.to(self.device), [_words(prompt) for prompt in prompts], _words(negative)
-        found = torch.empty(len(prompts), self.shape.embedding)
+        times, words, without = grid.t.to(self.device), [_words(prompt) for prompt in call.prompts], _words(call.negative)
+        found = torch.empty(many, self.shape.embedding)
         was_training = self.network.training
         self.network.eval()
-        starts = range(0, len(prompts), chunk)
+        starts = range(0, many, chunk)
         try:
             for number, start in enumerate(starts):
-                rows = list(range(start, min(start + chunk, len(prompts))))
+                rows = list(range(start, min(start + chunk, many)))
                 padded = (*rows, *[rows[-1]] * (chunk - len(rows)))
                 cond, uncond = (Cond(text=self.clip.read(said)) for said in ([words[row] for row in padded], [without] * chunk))
-                rng = Rng(0, [seeds[row] for row in padded])
+                rng = Rng(0, [call.seeds[row] for row in padded])
 
                 def denoise(x: Tensor, i: int, cond: Cond = cond, uncond: Cond = uncond, number: int = number) -> Tensor:
-                    if on_step is not None:
-                        on_step(number * chosen.steps + i + 1, len(starts) * chosen.steps)
+                    if call.on_step is not None:
+                        call.on_step(number * chosen.steps + i + 1, len(starts) * chosen.steps)
                     scale = chosen.guidance_at(i, chosen.steps)
                     return guided(predict, cond, uncond, scale, chosen.rescale)(x, i)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from ldm.data.pictures import finished
 from ldm.data.views import ViewKind, grey, small
 from ldm.diffusion.batch import Views
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import OWN, Draws, Wanted
+from ldm.families.draws import Draws, SamplingCall
 from ldm.families.family import Family, Footprint, Found, ModelConfig, ParameterGroup, Terms, TrainingStage
 from ldm.families.latent_diffusion.ports import as_map, resized
 from ldm.formats import translator_file
@@ -214,35 +214,23 @@ class TranslatorFamily(Family, Draws):
         """Which generator draws a prompt."""
         return self.config.players[0]
 
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
+    def draw(self, call: SamplingCall) -> Tensor:
         """One picture for each prompt, of the pictures that `edits` was told; seeds change nothing."""
-        self.settings(settings)
-        if words_of(negative).strip():
+        self.settings(call.settings)
+        if words_of(call.negative).strip():
             self.refuse("negative", "reads no negative prompt; leave it out")
-        if not edits:
+        if not call.edits:
             self.refuse("init", "draws of a picture alone; give one by --init FILE")
-        if len(edits) > 1:
+        if len(call.edits) > 1:
             self.refuse("given", "draws of one picture; leave --init out, or --given")
-        if edits[-1].strength != 1 and note is not None:
-            note("strength: changes nothing here, whole pictures are drawn at once")
-        shown = edits[-1].value.expand(len(prompts), -1, -1, -1)
+        if call.edits[-1].strength != 1 and call.note is not None:
+            call.note("strength: changes nothing here, whole pictures are drawn at once")
+        shown = call.edits[-1].value.expand(len(call.prompts), -1, -1, -1)
         made = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(call.prompts):
             made.append(self.drawn(shown[i : i + 1], self.player(prompt)))
-            if on_step is not None:
-                on_step(i + 1, len(prompts))
+            if call.on_step is not None:
+                call.on_step(i + 1, len(call.prompts))
         return finished(torch.cat(made))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ldm.demo.catalogue import Catalogue, Opened
 from ldm.demo.orders import blank, order_of_form
 from ldm.demo.studio import Studio
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import NUMBERS, OWN, Draws, GuideTraining, Settings, VideoEdit, Wanted
+from ldm.families.draws import NUMBERS, Draws, GuideTraining, SamplingCall, Settings, VideoEdit, Wanted
 from ldm.families.family import Family, Terms
 from ldm.sampling.recipe import Recipe, read_recipe
 from ldm.text.prompt_syntax import literal
@@ -53,24 +52,12 @@ class Translation(Family, Draws):
         return (image,)
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Any],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: Any = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
+    def draw(self, call: SamplingCall) -> Tensor:
         """Translations of the picture that all begin with, or of grey."""
-        height, width = size or self.defaults["size"]
-        start = torch.cat(edits) if edits else torch.full((1, height, width, 3), 128, dtype=torch.uint8)
+        height, width = call.size
+        start = torch.cat(list(call.edits)) if call.edits else torch.full((1, height, width, 3), 128, dtype=torch.uint8)
         made = self.generator(start.permute(0, 3, 1, 2) / 127.5 - 1).clamp(-1, 1)
-        return ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(len(prompts), -1, -1, -1).clone()
+        return ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(len(call.prompts), -1, -1, -1).clone()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine
 from ldm.families.chain import Chain
 from ldm.families.clip import Clip
-from ldm.families.draws import Wanted
+from ldm.families.draws import SamplingCall, Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
 from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
@@ -52,6 +52,10 @@ DECODER = LatentDiffusion(
     defaults=Defaults(steps=2, chunk=2, guidance=2.0, sampler="ddim"),
 )
 WORDS = ["a red circle", "a small blue ring", "a green square"]
+
+
+def of(words: list[str], seeds: list[int]) -> SamplingCall:
+    return SamplingCall(prompts=words, seeds=seeds, size=(SIDE, SIDE))
 
 
 def context(products: dict[str, Product]) -> Context:
@@ -149,11 +153,11 @@ def test_a_loss_is_the_error_of_the_clean_embedding(prior: PriorFamily) -> None:
 
 
 def test_nothing_drawn_depends_on_its_neighbours(chain: Chain, prior: PriorFamily) -> None:
-    together, images = prior.handed(WORDS, [5, 6, 7]), chain.sample(WORDS, [5, 6, 7])
+    together, images = prior.hand(of(WORDS, [5, 6, 7])), chain.sample(WORDS, [5, 6, 7])
     for i, seed in enumerate([5, 6, 7]):
-        assert torch.equal(prior.handed([WORDS[i]], [seed])[0], together[i])
+        assert torch.equal(prior.hand(of([WORDS[i]], [seed]))[0], together[i])
         assert torch.equal(chain.sample([WORDS[i]], [seed])[0], images[i])
-    assert not torch.equal(together[0], prior.handed([WORDS[0]], [6])[0])
+    assert not torch.equal(together[0], prior.hand(of([WORDS[0]], [6]))[0])
 
 
 def test_a_chain_draws_what_its_links_draw(
@@ -162,7 +166,7 @@ def test_a_chain_draws_what_its_links_draw(
     from ldm.families.chain import SEEDS, mix
 
     seeds = [5, 6, 7]
-    told = prior.handed(WORDS, [mix(seed, "link", 0) % SEEDS for seed in seeds])
+    told = prior.hand(of(WORDS, [mix(seed, "link", 0) % SEEDS for seed in seeds]))
     edits = decoder.tell({"embedding": told}, {}, (SIDE, SIDE))
     assert torch.equal(chain.sample(WORDS, seeds), decoder.sample(WORDS, seeds, edits=edits))
     given = chain.tell({"embedding": pictures[:1]}, {}, (SIDE, SIDE))  # then the prior is not asked

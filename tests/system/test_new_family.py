@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ldm.config.introspection import without_annotation
 from ldm.config.schema import BY_KIND, NonNegative, Positive, config, plain
 from ldm.families import registry
-from ldm.families.draws import OWN, Draws, Wanted
+from ldm.families.draws import Draws, SamplingCall
 from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Terms, TrainingStage
 from ldm.formats.part import load_module, load_part, save_part
 from ldm.models.cost import IMAGES, count, measure
@@ -98,9 +98,9 @@ class TranslationFamily(Family, Draws):
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Tensor, ...]:
         return (image.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1,)
 
-    def sample(self, prompts: Any, seeds: Any = None, settings: Wanted = OWN, *, size: Any = None, edits: Any = (), **other: Any) -> Tensor:
-        given = edits[0] if edits else torch.zeros(1, 3, *(size or self.defaults["size"]))
-        made = self.reconstruct(given.expand(len(prompts), -1, -1, -1)).clamp(-1, 1)
+    def draw(self, call: SamplingCall) -> Tensor:
+        given = call.edits[0] if call.edits else torch.zeros(1, 3, *call.size)
+        made = self.reconstruct(given.expand(len(call.prompts), -1, -1, -1)).clamp(-1, 1)
         return ((made.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu()
 
     def save(self, folder: Path) -> None:

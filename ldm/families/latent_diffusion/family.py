@@ -24,7 +24,21 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.thresholding import RATIO
 from ldm.families.chain import within
-from ldm.families.draws import AFTER, BEFORE, DIRECT, OF_CODES, OF_GANS, OWN, GuideTraining, Running, See, Settings, VideoEdit, Wanted
+from ldm.families.draws import (
+    AFTER,
+    BEFORE,
+    DIRECT,
+    OF_CODES,
+    OF_GANS,
+    OWN,
+    GuideTraining,
+    Running,
+    SamplingCall,
+    See,
+    Settings,
+    VideoEdit,
+    Wanted,
+)
 from ldm.families.family import Context, Family, Footprint, Found, ModelConfig, Product, Terms, TrainingStage, agree, in_words
 from ldm.families.latent_diffusion import conditions
 from ldm.families.latent_diffusion.alignment import Aligned, Alignment, projection
@@ -737,42 +751,27 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         return replace(chosen, threshold="")
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Edit] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
+    def draw(self, call: SamplingCall) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3).
 
         The networks always see `defaults["chunk"]` images, padded where fewer are asked for, so how many are asked for in
         one call does not change a bit.
 
-        Args:
-            latents: (N,c,h,w) initial noise of unit variance.
-
         Raises:
             UserError: on an unknown sampler or a size that is not a multiple of `factor`.
         """
-        seeds, size = range(len(prompts)) if seeds is None else seeds, size or self.defaults["size"]
-        if wants_mask(self.denoiser, self.codec):
-            edits = (all_new(self.codec, size), *edits)
-        chosen, engine = self.settings(settings), self.engine(note or warn)
+        edits = (*([all_new(self.codec, call.size)] if wants_mask(self.denoiser, self.codec) else ()), *call.edits)
+        chosen, engine = self.settings(call.settings), self.engine(call.note or warn)
         if unheard := self.text.unheard_skip(chosen.clip_skip):
             engine.note(unheard)
         if self.config.network.reads_guidance:
-            if str(negative):
+            if str(call.negative):
                 engine.note("negative: this model is told the guidance scale, and draws without a negative prompt; it changes nothing")
             if chosen.sampler != SAMPLER:
                 engine.note(f"sampler: this model is made for {SAMPLER}; {chosen.sampler} takes its answers for a denoiser's")
-        return engine.draw(prompts, seeds, chosen, size, negative=negative, latents=latents, edits=edits, on_step=on_step)[0]
+        return engine.draw(
+            call.prompts, call.seeds, chosen, call.size, negative=call.negative, latents=call.latents, edits=edits, on_step=call.on_step
+        )[0]
 
     @torch.no_grad()
     def edits(self, image: Tensor, mask: Tensor | None = None, strength: float | None = None) -> tuple[Edit, ...]:

@@ -20,7 +20,7 @@ from ldm.data.views import ViewKind, kind_of
 from ldm.diffusion.batch import ImageBatch, MomentBatch, Views, sent
 from ldm.diffusion.rng import Rng
 from ldm.families.chain import within
-from ldm.families.draws import AFTER, OWN, SMALL, Running, Settings, Wanted
+from ldm.families.draws import AFTER, OWN, SMALL, Running, SamplingCall, Settings, Wanted
 from ldm.families.family import Context, Family, Footprint, ModelConfig, ParameterGroup, Product, Terms, TrainingStage
 from ldm.families.prompted import Prompted
 from ldm.families.tokens.drawing import Known, causal, first_step, masked, own_rows, pieces_of, settings_of
@@ -591,52 +591,40 @@ class TokensFamily(Family, Prompted):
         return torch.cat([self._small_codes(one[None].to(self.device)) for one in shown])
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """One picture for each (prompt, seed), uint8 (N,H,W,3); arguments as `Draws.sample` has them.
+    def draw(self, call: SamplingCall) -> Tensor:
+        """One picture for each (prompt, seed), uint8 (N,H,W,3).
 
         The networks always see `defaults["chunk"]` pictures, padded where fewer are asked for, so that no picture depends on the others.
 
         Raises:
             UserError: on settings that it has not, or a size that is no multiple of `factor`.
         """
-        height, width = size or self.defaults["size"]
+        (height, width), many = call.size, len(call.prompts)
         if height % self.factor or width % self.factor or min(height, width) < self.factor:
             raise UserError(f"size: got {width}x{height}; both must be multiples of {self.factor}")
         places = (height // self.factor, width // self.factor)
-        chosen, chunk, seeds = self.settings(settings), self.config.defaults.chunk, range(len(prompts)) if seeds is None else seeds
+        chosen, chunk = self.settings(call.settings), self.config.defaults.chunk
         if self.config.order == "causal" and places[0] * places[1] != self.steps:
             raise UserError(f"size: got {width}x{height}; causal order has positions for {self.resolution}x{self.resolution} alone")
         if chosen.steps > (most := places[0] * places[1]):
             why = f"a picture of {width}x{height} px has {most} codes, and each step writes one at least; give no more"
             raise UserError(f"steps: got {chosen.steps}; {why}")
-        asked, avoided = [self._pieces(prompt, chosen.steps) for prompt in prompts], self._pieces(negative, chosen.steps)
+        asked, avoided = [self._pieces(prompt, chosen.steps) for prompt in call.prompts], self._pieces(call.negative, chosen.steps)
         # A second pass of hires takes the first one's place.
-        known = next((edit for edit in reversed(edits) if isinstance(edit, Known)), None)
-        small = self._told_small(edits, (height, width))
+        known = next((edit for edit in reversed(call.edits) if isinstance(edit, Known)), None)
+        small = self._told_small(call.edits, (height, width))
         if known is not None and known.codes.shape[1:] != places:
             raise UserError(f"init: has {tuple(known.codes.shape[1:])} codes, but {places} are drawn; make the picture as large as size")
-        image = torch.empty(len(prompts), height, width, 3, dtype=torch.uint8)
+        image = torch.empty(many, height, width, 3, dtype=torch.uint8)
         was_training = self.network.training
         self.network.eval()
-        starts, kind = range(0, len(prompts), chunk), PRECISION[chosen.precision]
+        starts, kind = range(0, many, chunk), PRECISION[chosen.precision]
         try:
             for number, start in enumerate(starts):
-                rows = list(range(start, min(start + chunk, len(prompts))))
+                rows = list(range(start, min(start + chunk, many)))
                 padded = (*rows, *[rows[-1]] * (chunk - len(rows)))
-                rng = Rng(0, [seeds[row] for row in padded])
-                report = _offset(on_step, number * chosen.steps, len(starts) * chosen.steps)
+                rng = Rng(0, [call.seeds[row] for row in padded])
+                report = _offset(call.on_step, number * chosen.steps, len(starts) * chosen.steps)
                 with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
                     told, before = self._told(
                         [asked[row] for row in padded], avoided, chosen, (height, width), None if small is None else own_rows(small, padded)

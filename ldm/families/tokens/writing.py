@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ldm.data.scenes import marks
 from ldm.data.scenes.render import render, to_bytes
 from ldm.diffusion.batch import ImageBatch, MomentBatch
 from ldm.diffusion.rng import Rng
-from ldm.families.draws import OWN, Settings, Wanted
+from ldm.families.draws import OWN, SamplingCall, Settings, Wanted
 from ldm.families.family import Family, Terms
 from ldm.families.prompted import Prompted
 from ldm.families.tokens.drawing import causal, pieces_of, settings_of
@@ -258,33 +258,20 @@ class WritingFamily(Family, Prompted):
             found.append(self._write(lines, every, None, chosen, Rng(0, [seeds[row] for row in rows])))
         return torch.cat(found)[: len(prompts)].cpu().numpy() if found else np.zeros((0, marks.LENGTH), np.int64)
 
-    def sample(
-        self,
-        prompts: Sequence[str | Prompt],
-        seeds: Sequence[int] | None = None,
-        settings: Wanted = OWN,
-        *,
-        size: tuple[int, int] | None = None,
-        negative: str | Prompt = "",
-        latents: Tensor | None = None,
-        edits: Sequence[Any] = (),
-        on_step: Callable[[int, int], None] | None = None,
-        note: Callable[[str], None] | None = None,
-    ) -> Tensor:
+    def draw(self, call: SamplingCall) -> Tensor:
         """One picture for each (prompt, seed), uint8 (N,H,W,3), of the scene that is written, by the renderer of scenes.
 
         Raises:
             UserError: for a model of captions, settings that it has not, or a picture that is no square.
         """
         self._draws_scenes()
-        height, width = size or self.defaults["size"]
+        height, width = call.size
         if height != width or height < 16:
             raise UserError(f"size: got {width}x{height}; scenes are drawn as squares of at least 16 px")
-        own = list(range(len(prompts)) if seeds is None else seeds)
-        found = self.marks_of(prompts, own, settings, negative)
-        specs = marks.from_marks(found, np.array(own, np.int64))
-        if on_step is not None:
-            on_step(1, 1)
+        found = self.marks_of(call.prompts, call.seeds, call.settings, call.negative)
+        specs = marks.from_marks(found, np.array(call.seeds, np.int64))
+        if call.on_step is not None:
+            call.on_step(1, 1)
         return torch.from_numpy(to_bytes(render(specs, height)))
 
     @torch.no_grad()

@@ -220,7 +220,7 @@ def test_families_without_such_a_network_refuse_it(tmp_path: Path) -> None:
         def defaults(self) -> dict[str, Any]:
             return {"size": (SIDE, SIDE), "chunk": 1}
 
-        def sample(self, *args: Any, **more: Any) -> torch.Tensor:
+        def draw(self, call: Any) -> torch.Tensor:
             raise AssertionError
 
     with pytest.raises(UserError, match="backend: got openvino: this model of kind direct is computed by torch alone"):
