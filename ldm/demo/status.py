@@ -212,11 +212,15 @@ def idle() -> str:
     return '<div class="ldm-live"><p class="ldm-quiet">Write a prompt and press Generate, or Ctrl+Enter.</p></div>'
 
 
-def panel(text: str, share: float | None = None, preview: Any = None, bad: bool = False) -> str:
-    """A line of text under a bar, over a preview (H,W,3) uint8."""
+def panel(text: str, share: float | None = None, preview: Any = None, bad: bool = False, notes: Sequence[str] = ()) -> str:
+    """A line of text under a bar, over notes and a preview (H,W,3) uint8."""
     bar = "" if share is None else f'<div class="ldm-bar"><i style="width:{100 * share:.0f}%"></i></div>'
     image = "" if preview is None else f'<img alt="preview" src="{data_address(preview)}">'
-    return f'<div class="ldm-live{" ldm-bad" * bad}">{bar}<p>{escape(text)}</p>{image}</div>'
+    return f'<div class="ldm-live{" ldm-bad" * bad}">{bar}<p>{escape(text)}</p>{_noted(notes)}{image}</div>'
+
+
+def _noted(notes: Sequence[str]) -> str:
+    return "".join(f'<p class="ldm-quiet">{escape(note)}</p>' for note in notes)
 
 
 def progress(job: Job, ahead: int, waiting: tuple[int, int] = (1, 0)) -> str:
@@ -229,10 +233,10 @@ def progress(job: Job, ahead: int, waiting: tuple[int, int] = (1, 0)) -> str:
     queue = f" In the queue: {waiting[0]} orders, {waiting[1]} pictures." if waiting[0] > 1 else ""
     if job.state == "waiting":
         before = f"{ahead} turn{'s' * (ahead != 1)} before yours" if ahead else "next"
-        return panel(f"Waiting: {before}.{queue}", 0.0)
+        return panel(f"Waiting: {before}.{queue}", 0.0, notes=job.notes)
     which = f"picture {min(len(job.pictures) + 1, many)} of {many}" if many > 1 else "the picture"
     step = f", step {job.steps} of {job.of}" if job.of else ""
-    return panel(f"Drawing {which}{step}.{queue}", job.progress, job.preview)
+    return panel(f"Drawing {which}{step}.{queue}", job.progress, job.preview, notes=job.notes)
 
 
 def token_count(found: tuple[int, int] | None) -> str:
@@ -252,9 +256,8 @@ def finished(job: Job, extra: str = "") -> str:
     done, many = len(job.pictures), len(job.order.recipes)
     if job.state == "cancelled":
         return panel(f"Cancelled after {done} of {many}." if many > 1 else "Cancelled.")
-    notes = "".join(f'<p class="ldm-quiet">{escape(note)}</p>' for note in job.notes)
     said = f"{many} picture{'s' * (many != 1)} in {job.seconds:.1f} s"
-    return f'<div class="ldm-live"><p>{said}</p>{notes}{extra}</div>'
+    return f'<div class="ldm-live"><p>{said}</p>{_noted(job.notes)}{extra}</div>'
 
 
 def command(recipes: Sequence[Recipe], form: Form, init_image: Sequence[Path] = ()) -> str:

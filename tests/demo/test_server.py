@@ -141,6 +141,11 @@ def test_a_fresh_seed_is_told_and_differs(page: Any) -> None:
     assert len(set(seeds)) == 3 and all(0 <= seed < 2**32 for seed in seeds)
 
 
+def test_an_empty_prompt_is_told_before_anything_is_drawn(page: Any) -> None:
+    panel, paths, told = generated(page, replace(blank(page.family), prompt=""))
+    assert "an empty prompt" in told[0][0] and told[0][1] == [] and "an empty prompt" in panel and len(paths) == 1
+
+
 def sheet_of(page: Any, form: Form, x: tuple[str, str], y: tuple[str, str], editor: Any = None) -> tuple[str, Any]:
     """The last panel and the table's file."""
 
