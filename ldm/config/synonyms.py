@@ -101,6 +101,14 @@ FIELDS = {
     **dict.fromkeys(("sample_prompts", "validation_prompt", "validation_prompts"), "prompts"),
     **dict.fromkeys(("sample_every_n_steps", "sample_every_n_epochs", "validation_epochs"), "sample_every_images"),
     **dict.fromkeys(("max_data_loader_n_workers", "dataloader_num_workers"), "workers"),
+    "image_dir": "data.path",
+    "caption_prefix": "data.prefix",
+    "caption_suffix": "data.suffix",
+    "alpha_mask": "data.masks",
+    **dict.fromkeys(("r", "dim", "lora_rank", "network_rank"), "adapt.rank"),
+    "lora_alpha": "adapt.alpha",
+    "target_modules": "adapt.targets",
+    **dict.fromkeys(("algo", "algorithm", "use_dora", "dora", "dora_wd", "weight_decompose", "network_module"), "adapt.method"),
 }
 # And what other programs must be told and this one needs not.
 NEEDLESS = {
@@ -120,7 +128,11 @@ NEEDLESS = {
         "nothing needs to be said: the base tells it; of a file that does not, init=FILE::prediction=v does",
     ),
 }
-COUNTED = {"images": ", which counts pictures seen: epochs times pictures, or steps times batch"}
+COUNTED = {
+    "images": ", which counts pictures seen: epochs times pictures, or steps times batch",
+    "warmup_images": ", which counts pictures: steps times batch",
+    "method": ": lora, dora, loha or lokr",
+}
 
 
 def option_meant(message: str, known: Iterable[str]) -> str:

@@ -34,6 +34,15 @@ class Tags:
         if not self.shuffle and not self.dropout:
             refuse_unread(self, ("keep", "separator"), "where tags stay as they are; set shuffle=true or dropout, or leave tags out")
 
+    def idle(self, captions: Sequence[str]) -> str:
+        """What to say where none of some captions, prefixes included, can be said in another way, or nothing is left of them."""
+        behind = [len(caption.split(self.separator)) - self.keep for caption in captions if self.separator in caption]
+        if captions and max(behind, default=0) < (1 if self.dropout else 2):
+            return f"tags: no caption has more than keep={self.keep} tags with {self.separator!r} between them; they stay as they are"
+        if self.dropout == 1:
+            return f"tags: dropout=1 leaves out every tag behind the first {self.keep}, each time"
+        return ""
+
 
 def affixed(caption: str, prefix: str, suffix: str) -> str:
     """A caption between fixed words, a blank apart unless the suffix begins with a punctuation mark."""

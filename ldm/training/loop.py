@@ -184,6 +184,8 @@ class Trainer:
             looked_at = [text for texts in self.data.all_captions(spread(len(self.data))) for text in texts]
             if cut := self.family.cut_captions(looked_at):
                 self.log.note(f"{name}: {cut}")
+            if idle := stage.tags.idle(looked_at) if stage.tags is not None else "":
+                self.log.note(f"{name}: {idle}")
             if marked := prompt_marks(looked_at):
                 self.log.note(f"{name}: {marked}")
             if whole := cut_at_most(looked_at):

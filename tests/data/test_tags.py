@@ -108,3 +108,21 @@ def test_one_picture_is_a_data_set_and_nothing_need_be_held_out(tmp_path):
         data = ShardsSource(path=str(tmp_path / "s")).build(split)  # type: ignore[arg-type]
         assert len(data) == count and data.describe()["images"] == count and len(data.sizes()) == count
     assert not held_out(["a"], 0.5).any() and not held_out(["a", "b"], 0.0).any() and held_out(["a", "b"], 1e-9).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "captions", "said"),
+    [
+        (Tags(shuffle=True, keep=99), ["a, b, c", "d"], "no caption has more than keep=99 tags"),
+        (Tags(shuffle=True), ["a cat", "a dog"], "no caption has more than keep=0 tags with ',' between them"),
+        (Tags(shuffle=True, keep=1), ["a, b"], "no caption has more than keep=1 tags"),  # one that is left has no other place
+        (Tags(dropout=0.5, keep=2), ["a, b"], "no caption has more than keep=2 tags"),
+        (Tags(shuffle=True, separator=";"), ["a, b"], "with ';' between them"),
+        (Tags(dropout=1.0, keep=1), ["a, b"], "dropout=1 leaves out every tag behind the first 1"),
+        (Tags(shuffle=True, keep=1), ["a", "a, b, c"], ""),
+        (Tags(dropout=0.5), ["a, b"], ""),
+        (Tags(shuffle=True), [], ""),
+    ],
+)
+def test_tags_that_change_nothing_are_told(tags: Tags, captions: list[str], said: str) -> None:
+    assert said in tags.idle(captions) if said else not tags.idle(captions)
