@@ -105,10 +105,10 @@ FIELDS = {
     "caption_prefix": "data.prefix",
     "caption_suffix": "data.suffix",
     "alpha_mask": "data.masks",
-    **dict.fromkeys(("r", "dim", "lora_rank", "network_rank"), "adapt.rank"),
-    "lora_alpha": "adapt.alpha",
-    "target_modules": "adapt.targets",
-    **dict.fromkeys(("algo", "algorithm", "use_dora", "dora", "dora_wd", "weight_decompose", "network_module"), "adapt.method"),
+    **dict.fromkeys(("r", "dim", "lora_rank", "network_rank"), "rank"),
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    **dict.fromkeys(("algo", "algorithm", "use_dora", "dora", "dora_wd", "weight_decompose", "network_module"), "method"),
 }
 # And what other programs must be told and this one needs not.
 NEEDLESS = {

@@ -103,7 +103,7 @@ def matched(
             else:
                 found[part, own] = pair
     if foreign:
-        few = f"{len(foreign)} of its {len(lora)} layers are" if found or misshapen else f"none of its {len(lora)} layers is"
+        few = f"{len(foreign)} of its {len(lora)} layers are not" if found or misshapen else f"none of its {len(lora)} layers is"
         raise UserError(f"{lora.name}: {few} in this model: {_few(foreign)}; it was made for another kind of model")
     if misshapen:
         raise UserError(f"{lora.name}: made for a model of another size: {_few(misshapen)} do not fit; use the model it was made for")

@@ -109,6 +109,11 @@ def add(
     for kind, file, own in given_files:
         if own in family.merged:
             raise UserError(f"{kind}: {file}: the model was made with it and has it already; leave it out, or give its base by --model")
+    for own in dict.fromkeys(lora.hash for lora, _ in found):
+        same = [(lora.name, weight) for lora, weight in found if lora.hash == own]
+        if len(same) > 1:
+            also = "" if len({name for name, _ in same}) == 1 else f" ({', '.join(name for name, _ in same[1:])} is the same file)"
+            note(f"lora: {same[0][0]} is given {len(same)} times{also}, so it is applied at {sum(weight for _, weight in same):g}")
     for lora, weight in found:
         if not weight:
             note(f"lora: {lora.name} has the weight 0, so it changes nothing; leave it out, or give it another weight")

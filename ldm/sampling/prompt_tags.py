@@ -114,6 +114,7 @@ def _file(tag: Tag, folder: Path, known: dict[str, list[Path]]) -> Path:
         return files[0]
     if files:
         raise UserError(f"prompt: {tag.text}: {len(files)} in {folder} are called so: {', '.join(map(str, files[:3]))}; give one by --lora")
-    near = get_close_matches(tag.name, known, 1)
+    plain = tag.name.removesuffix(Path(tag.name).suffix if Path(tag.name).suffix in ENDINGS else "").lower()
+    near = [name for name in known if name.lower() == plain] or get_close_matches(tag.name, known, 1)
     hint = f"; is {near[0]} meant?" if near else ""
     raise UserError(f"prompt: {tag.text}: no {tag.name[:80]}{ENDINGS[0]} in {folder}{hint}")

@@ -25,7 +25,7 @@ from ldm.data.tables import damage
 from ldm.data.tar import Member, members
 from tests.ends_soon import ends_soon
 
-COUNTS = [40, pytest.param(10_000, marks=pytest.mark.soak)]
+COUNTS = [40, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 MOST_MB = 400
 
 

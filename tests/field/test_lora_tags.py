@@ -93,6 +93,8 @@ def test_tables_and_films_draw_with_them_too(base: Path) -> None:
     ("words", "said"),
     [
         (["red <lora:onne:1>", "--lora-dir", "loras"], "no onne.safetensors in loras; is one meant?"),
+        (["red <lora:ONE:1>", "--lora-dir", "loras"], "no ONE.safetensors in loras; is one meant?"),
+        (["red <lora:one.safetensors:1>", "--lora-dir", "loras"], "is one meant?"),
         (["red <lora:../one:1>", "--lora-dir", "loras"], "no ../one.safetensors in loras"),
         (["red <lora:one:much>", "--lora-dir", "loras"], "one weight of the whole LoRA"),
         (["red <lora:one:te=1:unet=0.5>", "--lora-dir", "loras"], "one weight of the whole LoRA"),

@@ -219,7 +219,7 @@ def test_what_matches_nothing_is_refused_and_changes_nothing(family: LatentDiffu
     before = {k: v.clone() for k, v in family.denoiser.state_dict().items()}
     for names, said in (
         (("nowhere.to_q",), "none of its 1 layers is in this model: unet.nowhere.to_q"),
-        ((good, "nowhere.to_q"), "1 of its 2 layers are in this model"),
+        ((good, "nowhere.to_q"), "1 of its 2 layers are not in this model: unet.nowhere.to_q"),
     ):
         lora = Lora(pairs={"unet": dict.fromkeys(names, pair)}, name="x.safetensors")
         if "2 layers" in said:

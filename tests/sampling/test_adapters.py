@@ -191,3 +191,8 @@ def test_files_and_weights(word: str, meant: tuple[str, float]) -> None:
 def test_a_weight_without_a_file() -> None:
     with pytest.raises(UserError, match="FILE:WEIGHT"):
         weighted(":2")
+
+
+def test_a_lora_that_is_given_twice_is_told(base: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(base, "red", "--lora", "one.safetensors:0.5", "--lora", "one.safetensors") == 0
+    assert "lora: one.safetensors is given 2 times, so it is applied at 1.5" in capsys.readouterr().err
