@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.sampling.recipe_values import LIMITS, NAMES, SCHEDULES, WHOLE, number_of
 
+DECIDING = {"seed": "seed", "steps": "steps", "guidance": "guidance", "sampler": "sampler", "size": "width"}  # a field of each
 ALSO = {"eulerancestral": "euler_a", "unipcbh2": "unipc"}  # ComfyUI's names where they differ
 SPACED = {  # the spacings of other programs, by the same rule
     "karras": "karras",
@@ -107,7 +108,12 @@ class Reading:
         self.lose(f"{what}; give the picture that it was drawn out of by --init", "init")
 
     def made(self, program: str) -> ForeignRecipe:
-        """The whole."""
+        """The whole; what decides every picture and is neither taken nor told as lost, was not there."""
+        lost = {one.option for one in self.unfollowed}
+        lost |= {"size"} if lost & {"width", "height", "init"} else set()  # a picture that it is drawn out of has its size
+        for name, theirs in DECIDING.items():
+            if theirs not in self.fields and name not in lost:
+                self.lose(f"{name}: not told by the picture; give it by --{name}", name)
         return ForeignRecipe(program, self.fields, tuple(self.unfollowed))
 
 

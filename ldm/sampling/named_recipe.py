@@ -191,8 +191,7 @@ def _by_draw_things(said: Mapping[str, Any], found: Reading) -> set[str]:
 
 
 def _by_kohya(said: Mapping[str, Any], found: Reading) -> set[str]:
-    """Its pictures do not tell their size."""
-    found.lose("size: such pictures do not tell it; give it by --size", "size")
+    """A guidance of its own for the negative prompt, told where there is none, too."""
     if said.get("negative-scale") in (None, said.get("scale")):
         return {"negative-scale"}
     return set()

@@ -45,9 +45,17 @@ def read_chunks(path: Path) -> dict[str, str]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or 'not a picture'}") from None
+        raise UserError(f"{path}: {error.strerror or _no_picture(path)}") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())[:200]})") from None
+
+
+def _no_picture(path: Path) -> str:
+    """What a file is that no decoder knows, as far as its first bytes tell."""
+    with path.open("rb") as opened:
+        head = opened.read(9)
+    weights = head[8:] == b"{" or head.startswith((b"PK\x03\x04", b"\x80"))
+    return "weights, and not a picture; of weights its folder or run can be asked, if they are a model's" if weights else "not a picture"
 
 
 def _unnamed(image: Any) -> Iterator[str]:

@@ -275,7 +275,7 @@ INVOKED = BOTH | {"seed": 5, "steps": 9, "guidance": 4.0, "sampler": "euler_a"}
     ids=["sd-metadata", "sd-metadata-words", "dream", "ruined", "kohya"],
 )
 def test_older_programs_are_followed_whole(chunks: dict[str, str], program: str, fields: dict[str, Any]) -> None:
-    assert read(chunks) == (program, fields, ["size: such pictures do not tell it; give it by --size"] * ("width" not in fields))
+    assert read(chunks) == (program, fields, ["size: not told by the picture; give it by --size"] * ("width" not in fields))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from ldm.__main__ import main
@@ -225,3 +226,20 @@ def test_damaged_adapters_of_a_recipe_are_one_line(loras: str) -> None:
     with pytest.raises(UserError, match="the recipe's loras cannot be read"):
         remembered({"loras": loras}, "loras")
     assert remembered({"loras": loras}, "loras", given=True) == []
+
+
+@pytest.mark.parametrize("missing", ["Seed: 3", "Steps: 20", "CFG scale: 7", "Sampler: DDIM", "Size: 64x64"])
+def test_what_decides_a_picture_and_is_not_told_is_said(missing: str) -> None:
+    """Else the model's own, or seed 0, takes its place without a word."""
+    text = ", ".join(one for one in ("Steps: 20", "Sampler: DDIM", "CFG scale: 7", "Seed: 3", "Size: 64x64") if one != missing)
+    found = read_parameters(f"a cat\n{text}")
+    name = {"Seed": "seed", "Steps": "steps", "CFG scale": "guidance", "Sampler": "sampler", "Size": "size"}[missing.partition(":")[0]]
+    assert found is not None and [str(lost) for lost in found.unfollowed] == [f"{name}: not told by the picture; give it by --{name}"]
+
+
+def test_weights_are_no_picture_and_are_called_so(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="weights, and not a picture"):
+        read_recipe(tmp_path / "x.safetensors")

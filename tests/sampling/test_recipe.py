@@ -151,10 +151,11 @@ def with_chunks(path: Path, **chunks: str) -> Path:
 
 
 def test_pictures_of_other_programs_tell_what_they_can(tmp_path: Path) -> None:
-    path = with_chunks(tmp_path / "x.png", parameters="a cat\nSteps: 5, Seed: 3, Size: 64x64, Sampler: DDIM")
+    path = with_chunks(tmp_path / "x.png", parameters="a cat\nSteps: 5, CFG scale: 4, Seed: 3, Size: 64x64, Sampler: DDIM")
     found = read_recipe(path)
     assert isinstance(found, ForeignRecipe) and not found.unfollowed
-    assert found.fields == {"prompt": "a cat", "negative": "", "steps": 5, "seed": 3, "width": 64, "height": 64, "sampler": "ddim"}
+    told = {"steps": 5, "guidance": 4.0, "seed": 3, "width": 64, "height": 64, "sampler": "ddim"}
+    assert found.fields == {"prompt": "a cat", "negative": "", **told}
 
 
 @pytest.mark.parametrize(
