@@ -25,6 +25,7 @@ WEIGHT = {"WEBP": 4, "AVIF": 4}  # pixels of these count so much, of progressive
 DRAFT = 1.5  # a scaled JPEG is at least so many times as large as needed: within 1.5 levels of the full one
 BAND = 2**20  # pixels of a large image that are made RGB at a time
 LARGE = 2**22  # pixels above which an image is large
+SQUEEZED = 0.1  # share by which a mask or a map may be wider or narrower than its picture
 WHOLE = 2.5  # images up to so many times the result's pixels are resized as a whole, others cropped first
 
 Shape = int | tuple[int, int]  # px: the side of a square, or height and width
@@ -295,7 +296,7 @@ def mask_view(data: bytes, seen: View, flip: bool, alpha: bool, max_pixels: int 
         alpha: take the opacity of the picture instead; one without transparency counts whole.
 
     Raises:
-        Rejected: if the bytes cannot be decoded completely.
+        Rejected: if the bytes cannot be decoded completely, or show another shape than the picture.
     """
     _check_length(len(data))
     with _open(io.BytesIO(data), max_pixels) as image:
@@ -313,6 +314,9 @@ def mask_view(data: bytes, seen: View, flip: bool, alpha: bool, max_pixels: int 
         except Exception as error:  # as in _open
             raise Rejected("damaged mask", f"{type(error).__name__}: {error}") from None
     height, width, top, left, high, wide = seen.size
+    if abs(grey.width - grey.height * width / height) > max(1.5, SQUEEZED * grey.width):
+        said = f"{grey.width}x{grey.height} px, of a picture of {width}x{height}"
+        raise Rejected("mask of other proportions", f"{said}; what it shows would lie elsewhere: cut both alike")
     rows, columns = cover(height, width, (high, wide))
     start = columns - wide - left if flip else left
     down, across = grey.height / rows, grey.width / columns

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ldm.data.images import MAX_PIXELS, Rejected, Shape, cover, probe, sides, to_rgb
+from ldm.data.images import MAX_PIXELS, SQUEEZED, Rejected, Shape, cover, probe, sides, to_rgb
 from ldm.data.views import ViewKind, grey, mirrored_view
 from ldm.diffusion.batch import Boxes, Graph, Points, View
 
@@ -23,7 +23,6 @@ NUMBERED = ("1", "L", "P", "F", "I", "I;16", "I;16L", "I;16B")  # modes of pictu
 UNKNOWN = 255  # in a picture of class numbers: of no class
 SAME = 12  # how far the colours of a palette may lie from those of classes
 NEAR = 48  # how far a pixel's colour may lie from its class's, as the sum of three differences
-SQUEEZED = 0.1  # share by which a map may be wider or narrower than its picture
 MANY = 1000  # boxes, points or triples of a picture, at most
 
 

@@ -21,7 +21,7 @@ from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
 from ldm.data.concatenation import Concatenation
 from ldm.data.folder import FolderSource
-from ldm.data.images import mask_view, view
+from ldm.data.images import Rejected, mask_view, view
 from ldm.data.shards import ShardsSource
 from ldm.diffusion.batch import MomentBatch
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
@@ -150,3 +150,16 @@ def test_masks_without_their_loss_and_a_loss_without_masks_are_refused():
     with pytest.raises(UserError, match=r"models\.diffusion\.masked_loss: no picture has a mask"):
         build(configuration("none", {}), Run, "run.yaml")
     build(configuration("alpha", {"unmasked": 0.1}), Run, "run.yaml")
+
+
+def test_a_mask_of_other_proportions_is_left_out_and_told(tmp_path: Path) -> None:
+    """Stretched over its picture it would mask what it does not show."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    seen = view((tmp_path / "x.png").read_bytes(), 32)
+    for size, fits in (((64, 64), True), ((128, 128), True), ((33, 32), True), ((64, 32), False), ((32, 64), False)):
+        Image.new("L", size, 255).save(tmp_path / "m.png")
+        if fits:
+            assert (mask_view((tmp_path / "m.png").read_bytes(), seen, False, False) == 255).all()
+            continue
+        with pytest.raises(Rejected, match=r"mask of other proportions: .* of a picture of 64x64"):
+            mask_view((tmp_path / "m.png").read_bytes(), seen, False, False)
