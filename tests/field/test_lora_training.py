@@ -191,3 +191,11 @@ def test_a_run_is_told_apart_by_the_file_and_not_by_newer_fields(base: Path, tmp
     one, other = (LatentDiffusion(adapt=LowRank(init=str(path))).identity()["adapt"] for path in (file, moved))
     assert one == other != usual
     assert build(plain(LowRank(method="lokr", factor=4)), LowRank, "x") == LowRank(method="lokr", factor=4)
+
+
+@pytest.mark.parametrize(("method", "name"), [("loha", "LoHa"), ("lokr", "LoKr")])
+def test_other_kinds_are_not_continued_and_that_is_known_before_any_work(method: Any, name: str, base: Path, tmp_path: Path) -> None:
+    """The message said that a LoHa is of another kind than LoHa."""
+    file, _ = in_style(base, tmp_path, "kohya", method)
+    with pytest.raises(UserError, match=rf"init: .*kohya\.safetensors holds {name}; only LoRA and DoRA are continued"):
+        LowRank(init=str(file), method=method).check()

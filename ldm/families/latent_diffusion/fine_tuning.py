@@ -33,6 +33,7 @@ from ldm.models.lora import (
     TEXT_TARGETS,
     Lora,
     Method,
+    Pair,
     Part,
     adapted_count,
     continue_with,
@@ -416,9 +417,13 @@ class LowRank(AdaptConfig):
         pairs: Mapping[Part, Mapping[str, Any]] = continued(self.init).pairs
         text = [pair for part, own in pairs.items() if part != "unet" for pair in own.values()]
         unet = list(pairs.get("unet", {}).values())
+        others = sorted({type(pair).__name__ for pair in (*unet, *text) if not isinstance(pair, Pair) or pair.mid is not None})
+        if others:
+            kinds = ", ".join(KINDS.get(name, "LoCon with kernels between") for name in others)
+            raise UserError(f"init: {self.init} holds {kinds}; only LoRA and DoRA are continued: merge the file and train anew")
         said = (("method", "method", [*unet, *text]), ("rank", "rank", unet), ("alpha", "alpha", unet), ("text_rank", "rank", text))
         for name, field, own in said:
-            got, theirs = getattr(self, name), {getattr(pair, field, "another kind") for pair in own}
+            got, theirs = getattr(self, name), {getattr(pair, field) for pair in own}
             if got != getattr(USUAL, name) and theirs != {got}:
                 has = ", ".join(str(value) for value in sorted(theirs)[:3]) or "none"
                 raise UserError(f"{name}: got {got}, but init continues {self.init}, which has {has}; leave it out")
@@ -454,6 +459,7 @@ class LowRank(AdaptConfig):
 
 
 USUAL = LowRank()
+KINDS = {"Hadamard": "LoHa", "Kronecker": "LoKr", "Difference": "whole differences", "Whole": "whole weights"}
 
 
 @lru_cache(maxsize=1)
