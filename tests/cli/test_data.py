@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_said_in_one_line(tmp_path, capsys):
     assert "there are auto, txt" in said(capsys, "check", mute, "--captions", "guess", code=2)
     (mute / "a.txt").write_text("a")
     assert "is one file" in said(capsys, "check", mute / "a.png", code=2)
-    assert "there are check, index, curate" in said(capsys, "chek", code=2)
+    assert "chek: no such word; did you mean check?" in said(capsys, "chek", code=2)
     assert "Missing" in said(capsys, "fetch", code=2)
     assert "usage: ldm data" in said(capsys)
 
