@@ -273,7 +273,9 @@ def test_pages_name_the_model_that_they_draw_with() -> None:
 
 
 PAIR = re.compile(r"\b(red|green|blue|yellow|pink|cyan|orange|purple) (circle|square|triangle|diamond|cross|ring)\b")
-TAUGHT_THERE = {"cyan cross": "configs/finetune-lora.yaml", "red cross": "configs/finetune-lora.yaml"}
+TAUGHT_THERE = {"cyan cross": "configs/finetune-lora.yaml", "red cross": "configs/finetune-lora.yaml"} | {
+    "cyan circle": "configs/finetune-dreambooth.yaml"
+}
 
 
 def test_examples_ask_for_what_the_model_was_taught() -> None:

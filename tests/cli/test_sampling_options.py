@@ -166,13 +166,14 @@ def test_going_on_makes_what_is_missing(model: list[str], tmp_path: Path, capsys
         (["--hires", "3"], "hires: 32x32 divided by 3 is not a multiple of 8 px"),
         (["--hires", "0.5"], "--hires"),
         (["--hires-strength", "0.5"], "no second pass"),
-        (["--hires", "2", "--init", "x.png"], "not together with --init"),
+        (["--hires", "2", "--init", "x.PNG"], "not together with --init"),
     ],
 )
 def test_mistakes_are_one_line(
     model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], expected: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("x.PNG")
     assert main(["sample", *model, "a red circle", "--out", "pictures", *words]) == 2
     said = capsys.readouterr().err.strip()
     assert expected in said and "\n" not in said and not list(tmp_path.rglob("*.png"))

@@ -11,7 +11,7 @@ import torch
 
 from ldm.config.errors import UserError
 from ldm.families.cyclegan import CycleGAN, CycleGANFamily
-from ldm.families.draws import DIRECT
+from ldm.families.draws import DIRECT, SamplingCall
 from ldm.families.tokens.writing import WritingFamily
 from ldm.families.translator import PICTURE
 from ldm.models.translation import PatchGANConfig, ResNetGeneratorConfig
@@ -84,4 +84,4 @@ def test_a_model_of_captions_says_how_they_are_had(reads: str, how: str) -> None
     torch.nn.Module.__init__(family)
     family.said = SimpleNamespace(writes="caption", reads=reads)  # type: ignore[assignment]
     with pytest.raises(UserError, match=f"sample: this model of kind tokens writes captions; {how}"):
-        family.sample(["a red ring"])
+        family.draw(SamplingCall(prompts=["a red ring"], seeds=[0], size=(32, 32)))
