@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,7 +297,7 @@ class _Block:
     rejected: list[Rejection]
     views: dict[str, Mapping[str, View]]
     several: list[str]  # names of those that are more than one picture
-    contents: list[str]  # the hash of each
+    contents: np.ndarray  # uint64, of the hash of each
 
 
 class _Looker:
@@ -319,7 +319,7 @@ class _Looker:
         rejected: list[Rejection] = []
         views: dict[str, Mapping[str, View]] = {}
         several: list[str] = []
-        contents: list[str] = []
+        contents: list[int] = []
         for number in numbers:
             name = self.found.images[number]
             try:
@@ -333,16 +333,16 @@ class _Looker:
             rows.append(row)
             words.append(said)
             names.append(name)
-            contents.append(said[1])
+            contents.append(int.from_bytes(hashlib.blake2b(said[1].encode(), digest_size=8).digest()))
             if told:
                 views[name] = told
             several += [name] if more else []
         if not rows:
-            return _Block(None, names, rejected, views, several, contents)
+            return _Block(None, names, rejected, views, several, np.zeros(0, np.uint64))
         column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
         numbers_of = {name: np.array(column[name], np.float32 if name in _FLOATS else np.uint64) for name in COLUMNS}
         record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
-        return _Block(part_of(record, numbers_of, words), names, rejected, views, several, contents)
+        return _Block(part_of(record, numbers_of, words), names, rejected, views, several, np.array(contents, np.uint64))
 
     def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View], bool]:
         source, root = self.source, self.found.root
@@ -396,7 +396,7 @@ def _looked(
     rejected += [one for block in blocks for one in block.rejected]
     usable = [name for block in blocks for name in block.names]
     several = [name for block in blocks for name in block.several]
-    again = _again((name, content) for block in blocks for name, content in zip(block.names, block.contents, strict=True))
+    again = _again(usable, np.concatenate([np.zeros(0, np.uint64), *(block.contents for block in blocks)]))
     refuse(found, len(usable), rejected, table)
     out = held_out(usable, source.val_share)
     parts = [block.part for block in blocks if block.part is not None]
@@ -530,31 +530,43 @@ def _texts_unread(source: FolderSettings, found: Listing, table: CaptionTable, u
     if found.twice:
         read, other = SIDECARS
         yield f"{len(found.twice):,} pictures have {read} and {other} files, such as {found.twice[0]}; {read} is read, {other} is not"
-    texts = {name: text for name in found.images if (text := found.text_of(name))}
-    listed = [name for name in usable if name in texts and table.captions.get(name)] if source.captions == "auto" else []
+    first: dict[str, str] = {}  # by text file the first picture that has it
+    shared: dict[str, list[str]] = {}
+    listed: list[str] = []
+    for name in usable:
+        if (text := found.text_of(name)) is None:
+            continue
+        if (other := first.setdefault(text, name)) != name:
+            shared.setdefault(text, [other]).append(name)
+        if source.captions == "auto" and table.captions.get(name):
+            listed.append(name)
     if listed:
         yield f"{len(listed):,} pictures have a caption in a table and a text file, such as {listed[0]}; the table is read, the file is not"
-    readers: dict[str, list[str]] = {}
-    for name in usable:
-        if name in texts:
-            readers.setdefault(texts[name], []).append(name)
-    shared = {text: names for text, names in readers.items() if len(names) > 1}
     if shared:
         text, names = next(iter(shared.items()))
         of = ", ".join(names[:3])
         yield f"{len(shared):,} text files are those of several pictures that differ by their ending alone, such as {text} of {of}"
-    stems = {split(text)[0] for text in texts.values()}
-    alone = sorted(text for text in found.texts() - set(texts.values()) if split(text)[0] not in stems)
-    if alone:
+    if spare := found.texts() - first.keys():
+        taken = {text for name in found.images if (text := found.text_of(name))}  # by pictures that are left out, too
+        stems = {split(text)[0] for text in taken}
+        spare = {text for text in spare - taken if split(text)[0] not in stems}
+    if alone := sorted(spare):
         yield f"{len(alone):,} text files belong to no picture here, such as {alone[0]}"
 
 
-def _again(contents: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """What to say of pictures that are the same file as another, which may be in the other part."""
-    first: dict[str, str] = {}
-    same = [(name, first[content]) for name, content in contents if first.setdefault(content, name) != name]
-    if same:
-        yield f"{len(same):,} pictures are the same file as another, such as {same[0][0]} and {same[0][1]}; each is learned from"
+def _again(names: Sequence[str], contents: np.ndarray) -> list[str]:
+    """What to say of pictures that are the same file as another, which may be in the other part.
+
+    Args:
+        contents: uint64 (N,), one for each name; equal where the files are.
+    """
+    order = np.argsort(contents, kind="stable")
+    same = np.flatnonzero(contents[order[1:]] == contents[order[:-1]])
+    if not len(same):
+        return []
+    at = same[order[same + 1].argmin()]
+    pair = f"{names[order[at + 1]]} and {names[order[at]]}"
+    return [f"{len(same):,} pictures are the same file as another, such as {pair}; each is learned from"]
 
 
 def _spelt(name: str) -> str:

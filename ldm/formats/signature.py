@@ -32,9 +32,23 @@ def is_pickle(file: Path) -> bool:
     Raises:
         OSError: as the file system says.
     """
-    with file.open("rb") as opened:
-        head = opened.read(LENGTH + 1)
+    head = _head(file, LENGTH + 1)
     return head.startswith((ZIP, *PICKLED)) and head[LENGTH:] != b"{"
+
+
+def is_weights(file: Path) -> bool:
+    """Whether it begins as a safetensors file or as what torch saves.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    head = _head(file, LENGTH + 1)
+    return head[LENGTH:] == b"{" or head.startswith((ZIP, *PICKLED))
+
+
+def _head(file: Path, many: int) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(many)
 
 
 def instead(file: Path) -> str:

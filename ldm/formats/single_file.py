@@ -132,7 +132,6 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: naming what is missing or damaged.
     """
-    cache_folder().mkdir(parents=True, exist_ok=True)
     return read_weights(file, cache_folder())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from torch import Tensor
 
@@ -31,7 +31,13 @@ def read_weights(file: Path, room: Path | None = None) -> tuple[dict[str, Tensor
         raise UserError(f"{file}: {error.strerror}; {AGAIN}") from None
     if not pickled:
         return read_safetensors(file), read_texts(file)
-    with TemporaryDirectory(dir=room) as folder:
-        target = Path(folder) / "weights.safetensors"
+    try:
+        if room is not None:
+            room.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(dir=room)
+    except OSError as error:
+        raise UserError(f"{room or gettempdir()}: no room to convert {file.name} in ({error.strerror or error})") from None
+    with folder as made:
+        target = Path(made) / "weights.safetensors"
         convert(file, target)
         return read_safetensors(target), read_texts(target)

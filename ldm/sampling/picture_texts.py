@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.config.errors import UserError
 from ldm.config.files import require_regular
+from ldm.formats.signature import is_weights
 from ldm.sampling.named_recipe import read_named
 from ldm.sampling.webui_text import read_parameters
 
@@ -52,10 +53,11 @@ def read_chunks(path: Path) -> dict[str, str]:
 
 def _no_picture(path: Path) -> str:
     """What a file is that no decoder knows, as far as its first bytes tell."""
-    with path.open("rb") as opened:
-        head = opened.read(9)
-    weights = head[8:] == b"{" or head.startswith((b"PK\x03\x04", b"\x80"))
-    return "weights, and not a picture; of weights its folder or run can be asked, if they are a model's" if weights else "not a picture"
+    return (
+        "weights, and not a picture; give the folder of the model, or of the run, that they belong to"
+        if is_weights(path)
+        else "not a picture"
+    )
 
 
 def _unnamed(image: Any) -> Iterator[str]:

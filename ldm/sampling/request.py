@@ -19,6 +19,7 @@ from typing import Any
 from ldm.config.errors import UserError
 from ldm.config.introspection import default_of
 from ldm.config.options import Given, option, options_of
+from ldm.data.file_names import SUFFIXES
 from ldm.families.draws import CURVES, PRECISIONS, THRESHOLDS, Running, Settings, Wanted
 from ldm.sampling.foreign_recipe import Reading, shown
 from ldm.sampling.prompt_files import Asked, read_prompts
@@ -28,7 +29,6 @@ from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
 MAX_MARGIN = 4096  # px
 TABLES = (".yaml", ".yml", ".toml", ".csv", ".tsv", ".parquet")  # lists of other forms, whose lines are no prompts
 MOST_TEXT = 2**26  # bytes of a list of prompts
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # ends of picture files
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
 REPLACED = {"cross_replace": 0.8, "self_replace": 0.4}  # shares of the steps in which attention is taken, unless they are told
@@ -505,7 +505,7 @@ class Output:
         Raises:
             UserError: saying what gives one.
         """
-        if self.out.suffix.lower() in PICTURES and not self.out.is_dir():
+        if self.out.suffix.lower() in SUFFIXES and not self.out.is_dir():
             raise UserError(
                 f"out: {self.out} is named as a file, and pictures go into a folder under numbers; give --out {self.out.with_suffix('')},"
                 f" or --grid {self.out.with_suffix('.png')}: one file with all of them, or with the only one"
@@ -522,7 +522,7 @@ def check_sheet(option: str, file: Path) -> None:
     """
     if file.exists():
         raise UserError(f"{option}: {file} is there already; choose another name")
-    if file.suffix.lower() in PICTURES[1:]:
+    if file.suffix.lower() in SUFFIXES and file.suffix.lower() != ".png":
         raise UserError(f"{option}: {file}: a PNG is written; give a name that ends in .png")
 
 

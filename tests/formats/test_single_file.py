@@ -219,6 +219,16 @@ def test_old_checkpoints_are_read_by_a_child(tmp_path: Path, monkeypatch: pytest
     assert read_file(tmp_path / "a.ckpt")[1]["global_step"] == "7"
 
 
+def test_only_a_pickle_needs_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file" / "cache"))  # no folder can be made there
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.ckpt")
+    assert torch.equal(read_file(tmp_path / "w.safetensors")[0]["w"], torch.ones(2))
+    with pytest.raises(UserError, match=r"cache: no room to convert w\.ckpt in"):
+        read_file(tmp_path / "w.ckpt")
+
+
 @pytest.mark.slow
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
