@@ -16,7 +16,8 @@ from ldm.families.autoencoder import measure
 from ldm.families.clip import Clip
 from ldm.families.family import Context
 from ldm.families.latent_diffusion.conditions import Condition
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.formats.assembly import assemble
 from ldm.formats.latent_codec import autoencoder_folder, load_codec, save_codec
 from ldm.models.autoencoder import KLConfig, VQConfig
@@ -184,7 +185,8 @@ def told_model(base: Path, conditions: tuple[Condition, ...], root: Path) -> Pat
 def token_model(root: Path) -> Path:
     """A whole model folder, root/model, that draws codes of a VQ autoencoder."""
     from ldm.families.family import Product
-    from ldm.families.tokens.family import TokenDefaults, Tokens
+    from ldm.families.tokens.configuration import TokenDefaults
+    from ldm.families.tokens.family import Tokens
     from ldm.models.token_transformer import TokenTransformerConfig
 
     folders = {"text": text_product(root / "text"), "autoencoder": autoencoder_product(root / "autoencoder", "vq")}

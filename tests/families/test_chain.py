@@ -25,7 +25,8 @@ from ldm.families.chain import SEEDS, Chain
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition, Read, noised
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.families.latent_diffusion.ports import Concat
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.registry import open_finished

@@ -18,7 +18,8 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine, Flow
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.pretrained import PretrainedText
 from ldm.formats.assembly import assemble

@@ -28,7 +28,8 @@ from ldm.families.clip import Clip
 from ldm.families.draws import SamplingCall, Wanted
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.conditions import Condition
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.families.latent_diffusion.ports import Cross, Port, Vector, embedded
 from ldm.families.prior import Prior, PriorFamily
 from ldm.families.registry import open_finished

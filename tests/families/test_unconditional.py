@@ -18,7 +18,8 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Linear
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.families.pixels import PixelAutoencoder
 from ldm.families.registry import load, open_finished
 from ldm.models.unet import UNetConfig

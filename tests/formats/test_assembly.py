@@ -163,7 +163,8 @@ def test_folded_latents_have_unit_variance(kl_model: Path) -> None:
 
 def test_the_model_draws_what_its_products_drew(kl_model: Path) -> None:
     from ldm.families.family import Context, Product
-    from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion
+    from ldm.families.latent_diffusion.engine import Defaults
+    from ldm.families.latent_diffusion.family import LatentDiffusion
 
     root = kl_model.parent
     products = {name: Product(root / name, "") for name in ("text", "autoencoder")}

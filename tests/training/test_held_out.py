@@ -22,7 +22,8 @@ from ldm.diffusion.rng import Rng
 from ldm.diffusion.schedules import Cosine, Flow
 from ldm.distributed.processes import Learners
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.runs.report import report
 from ldm.runs.run import Run
 from ldm.training.held_out import HeldOutLoss, LossByLevel

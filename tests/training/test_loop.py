@@ -18,7 +18,8 @@ from ldm.diffusion.process import Process
 from ldm.diffusion.rng import Rng
 from ldm.distributed.processes import Learners
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion
 from ldm.models.gpu_form import channel_last
 from ldm.training import optim
 from ldm.training.ema import Ema

@@ -17,7 +17,8 @@ from ldm.cli.benchmarks.training import GRADIENTS, gradients
 from ldm.families.draws import Wanted
 from ldm.families.family import Product
 from ldm.families.registry import open_finished
-from ldm.families.tokens.family import TokenDefaults, Tokens, TokensFamily
+from ldm.families.tokens.configuration import TokenDefaults
+from ldm.families.tokens.family import Tokens, TokensFamily
 from ldm.formats.latent_codec import LatentCodec, Statistics, save_codec
 from ldm.models.autoencoder import VQConfig
 from ldm.models.token_transformer import TokenTransformerConfig

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ldm.diffusion.batch import MomentBatch
 from ldm.diffusion.process import Process
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily
 from ldm.formats.latent_codec import LatentCodec, Statistics
 from ldm.models.autoencoder import KLAutoencoder, KLConfig
 from ldm.models.unet import UNetConfig

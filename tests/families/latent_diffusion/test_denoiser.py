@@ -19,7 +19,8 @@ from ldm.config.schema import build
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Running, Wanted
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.latent_diffusion.fine_tuning import LoraFamily, LowRank
 from ldm.families.latent_diffusion.inpainting import Inpainting
 from ldm.families.registry import exported as read_source

@@ -20,7 +20,8 @@ from ldm.diffusion.process import MinSnr, Process
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
-from ldm.families.latent_diffusion.family import Defaults, LatentDiffusion, LatentDiffusionFamily, load
+from ldm.families.latent_diffusion.engine import Defaults
+from ldm.families.latent_diffusion.family import LatentDiffusion, LatentDiffusionFamily, load
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss
 from ldm.formats.latent_codec import autoencoder_folder
 from ldm.text.encoder import TextEncoder, small_clip_text

@@ -22,7 +22,8 @@ from ldm.families.clip import Clip
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.registry import open_finished
-from ldm.families.tokens.family import TokenDefaults, Tokens, TokensFamily
+from ldm.families.tokens.configuration import TokenDefaults
+from ldm.families.tokens.family import Tokens, TokensFamily
 from ldm.formats.latent_codec import save_codec
 from ldm.models import cost
 from ldm.models.autoencoder import VQConfig

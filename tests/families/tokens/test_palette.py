@@ -15,7 +15,8 @@ from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.palette import PaletteAutoencoder, found, pixels
 from ldm.families.registry import open_finished
-from ldm.families.tokens.family import TokenDefaults, Tokens, TokensFamily
+from ldm.families.tokens.configuration import TokenDefaults
+from ldm.families.tokens.family import Tokens, TokensFamily
 from ldm.models.token_transformer import TokenTransformerConfig
 from tests.finished_model import STORY
 

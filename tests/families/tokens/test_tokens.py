@@ -17,8 +17,9 @@ from ldm.families.autoencoder import measure
 from ldm.families.draws import DIRECT, Wanted
 from ldm.families.family import Context, Product
 from ldm.families.registry import load, open_finished
+from ldm.families.tokens.configuration import TokenDefaults
 from ldm.families.tokens.drawing import causal, drawn, masked, narrowed
-from ldm.families.tokens.family import TokenDefaults, Tokens, TokensFamily
+from ldm.families.tokens.family import Tokens, TokensFamily
 from ldm.formats.latent_codec import save_codec
 from ldm.models.autoencoder import VQConfig
 from ldm.models.token_transformer import TokenTransformerConfig

@@ -18,7 +18,8 @@ from ldm.families.autoencoder import measure
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
 from ldm.families.registry import open_finished
-from ldm.families.tokens.family import TokenDefaults, Tokens
+from ldm.families.tokens.configuration import TokenDefaults
+from ldm.families.tokens.family import Tokens
 from ldm.families.tokens.writing import WritingFamily
 from ldm.formats.latent_codec import save_codec
 from ldm.models.autoencoder import VQConfig
