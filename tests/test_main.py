@@ -103,12 +103,14 @@ FULL = "No space left on device; make room and run the same command again, what 
     ],
 )
 def test_what_escapes_a_verb(
-    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> int:
         raise error
 
     verb_that(fail, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("grid.png").touch()  # of the same ending, and not what is meant
     assert entry.main(["doctor"]) == code
     assert capsys.readouterr().err == said
 

@@ -38,6 +38,7 @@ def require_regular(file: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
+ALIKE = 0.6  # difflib's measure of two names, from which on one may be meant by the other
 LOST = re.compile(r"(?:^|: )(?P<path>[^:;]+?)(?:: no such f|: No such f|: there is no such f| does not exist)")
 
 
@@ -59,8 +60,13 @@ def nearest(path: Path) -> Path | None:
         beside = sorted({*os.listdir(path.parent)} - {path.name})  # what is there under its very name is not what is meant
     except OSError:
         return None
-    near = difflib.get_close_matches(path.name, beside, 1, 0.6)
+    near = [name for name in difflib.get_close_matches(path.name, beside, 8, ALIKE) if _alike(Path(name), path)]
     return path.parent / near[0] if near else None
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether two names that are alike as a whole are so without their ending, where that is the same."""
+    return one.suffix != other.suffix or difflib.SequenceMatcher(None, one.stem, other.stem).ratio() >= ALIKE
 
 
 def isolated(module: str, *words: str) -> list[str]:
