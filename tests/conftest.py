@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ TESTS = Path(__file__).parent
 # Helpers are imported by their names: tests/*.py, tests/data/tars.py, tests/system/tiny.py and so on.
 sys.path[:0] = [str(TESTS / folder) for folder in (".", "data", "system", "training")]
 
+CLONED = ("configs", "docs", "ldm", "tests", "README.md", "pyproject.toml", "mkdocs.yml", "sample.py", "train.py")
 NETWORK = "tests open no connection to other machines"
 
 
@@ -45,6 +47,17 @@ def no_network() -> None:
         return look_up(host, *rest, **more)
 
     socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_look_up  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def as_cloned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests see what a fresh clone has, not the runs and pictures that its user has made there."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("clone")
+    for name in CLONED:
+        (folder / name).symlink_to(TESTS.parent / name)
+    os.chdir(folder)
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

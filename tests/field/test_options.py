@@ -351,9 +351,8 @@ def test_an_option_of_sampling_changes_what_is_drawn(files: dict[str, str], tmp_
 
 @pytest.mark.parametrize(("words", "said"), REFUSED)
 def test_an_option_that_changes_nothing_is_refused(
-    files: dict[str, str], words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: dict[str, str], words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
     model = ["--model", files["MODEL"]] if words.split()[0] in ("sample", "grid", "animate") else []
     assert main([*spelt(words, files), *model]) == 2
     assert said in capsys.readouterr().err

@@ -154,7 +154,6 @@ def test_a_plan_refuses_a_secret_and_tells_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GITHUB_PAT", "marked-value")
-    monkeypatch.chdir(Path(__file__).parents[2])
     for words in (["plan", "configs/quickstart.yaml"], ["train", "configs/quickstart.yaml", "--plan"]):
         assert main([*words, "name=marked-value"]) == 2
         said = "".join(capsys.readouterr())
@@ -178,7 +177,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return home
 
 
-def test_paths_and_machines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_machines(place: Path) -> None:
     told = {
         f"reading {place}/pics/a.png on {HOST}": "reading ~/pics/a.png on ***",
         f"{HOST}.local, un{HOST}": f"***.local, un{HOST}",
@@ -194,7 +193,7 @@ def test_paths_and_machines(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert unplaced(text) == text
 
 
-def test_log_report_and_trackers_do_not_tell(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_report_and_trackers_do_not_tell(place: Path) -> None:
     from ldm.runs.report import report
 
     folder = place / "runs" / "one"

@@ -31,7 +31,6 @@ CANNOT = {  # what is asked for, and why not
 
 
 def test_the_run_resumes_draws_and_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
     words, run, stopped = ["train", "configs/cvae.yaml", *WORDS], tmp_path / "run", tmp_path / "stopped"
     assert main([*words, f"out={run}"]) == 0
     with monkeypatch.context() as patched:

@@ -39,7 +39,6 @@ def picture(folder: Path) -> np.ndarray:
 def test_the_run_resumes_draws_and_replays(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
     words, run, stopped = ["train", f"configs/{name}.yaml", *WORDS], tmp_path / "run", tmp_path / "stopped"
     assert main([*words, f"out={run}"]) == 0
     with monkeypatch.context() as patched:
@@ -81,8 +80,7 @@ def test_the_run_resumes_draws_and_replays(
         assert said in capsys.readouterr().err
 
 
-def test_a_second_stage_enlarges_the_first_ones_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_second_stage_enlarges_the_first_ones_picture(tmp_path: Path) -> None:
     run, few = tmp_path / "run", "stages.{}.metrics=[{{kind: adherence, tier: one, prompts: 2}}]"
     words = ["data.images=48", "data.val=8", "models.text.vocabulary=600", "models.text.text.width=16", "stages.text.images=32"]
     for model in ("gan", "larger"):

@@ -39,8 +39,7 @@ def picture(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_the_run_draws_paints_and_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_run_draws_paints_and_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["train", "configs/tokens.yaml", *WORDS, f"out={run}"]) == 0
     assert {"seen", "held_out"} <= json.loads((run / "metrics.json").read_text())["evaluations"]["evaluation"]["adherence"].keys()
@@ -68,7 +67,6 @@ def test_the_run_draws_paints_and_replays(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_second_transformer_enlarges_what_the_first_one_drew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
     run, stopped, few = tmp_path / "run", tmp_path / "stopped", "stages.{}.metrics=[{{kind: adherence, tier: one, prompts: 2}}]"
     small = [word for word in WORDS if not word.startswith("stages.evaluation")]
     small += ["models.fine.network.channels=[8,8,8,8]", "models.fine.network.codes=20", "stages.fine.images=32", "stages.larger.images=48"]
@@ -112,8 +110,7 @@ def test_a_second_transformer_enlarges_what_the_first_one_drew(
 
 
 @pytest.mark.slow
-def test_pictures_are_completed_without_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
+def test_pictures_are_completed_without_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, data = str(tmp_path / "run"), ["data.images=48", "data.val=16"]
     small = ["models.pixels.network.width=16", "models.pixels.network.layers=1", "stages.pixels.images=32", "stages.pixels.samples=2"]
     few = "stages.evaluation.metrics=[{kind: completion, images: 16}]"
@@ -147,10 +144,7 @@ WRITERS = {  # by configuration: words that make it small, and what the finished
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_writes_captions_and_scenes_trains_and_writes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_what_writes_captions_and_scenes_trains_and_writes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"text2scene": "scene"}.get(name, name)
     small = ["data.images=48", "data.val=8", "models.text.vocabulary=600", "stages.text.images=32", "stages.text.batch=16"]
     few = {

@@ -31,7 +31,6 @@ OF = {
 def test_a_translator_is_trained_resumed_measured_exported_and_draws(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
     words = ["train", f"configs/{system}.yaml", *SMALL, *OF[system]]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main([*words, f"out={whole}"]) == 0
