@@ -55,7 +55,7 @@ print(json.dumps(answers))
 
 def asked(*words: str) -> list[tuple[int, str, bool]]:
     """Exit code, what was said, and whether torch was loaded, of calls in one fresh process."""
-    done = subprocess.run([sys.executable, "-c", ASKED], input=json.dumps(words), capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", ASKED], input=json.dumps(words), capture_output=True, text=True, check=True)
     return [tuple(one) for one in json.loads(done.stdout)]
 
 
