@@ -197,8 +197,11 @@ def hash_pictures(
     check_captioned(path)
     from ldm.data.check import source_at
     from ldm.data.curation.hashes import write
+    from ldm.data.folder_scan import one_look
 
     source = source_at(path)
-    count = write([source.build("train"), source.build("val")], out, threads)
+    with one_look():
+        parts = [source.build("train"), source.build("val")]
+    count = write(parts, out, threads)
     print(f"{out}: {count:,} pictures")
     return 0

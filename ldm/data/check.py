@@ -17,7 +17,7 @@ from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import cut_at_most, from_folder, prompt_marks
 from ldm.data.file_names import SUFFIXES, printable
 from ldm.data.folder import FolderData, FolderSource, how_to_unpack
-from ldm.data.folder_scan import ARCHIVES
+from ldm.data.folder_scan import ARCHIVES, one_look
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
@@ -102,7 +102,8 @@ def check(
     Raises:
         UserError: if it is missing, empty or without captions.
     """
-    parts: list[Photos] = [source.build("train"), source.build("val")]
+    with one_look():
+        parts: list[Photos] = [source.build("train"), source.build("val")]
     described: dict[str, Any] = parts[0].describe()  # type: ignore[attr-defined]
     sizes = np.concatenate([part.sizes() for part in parts])
     texts = [text for part in parts for captions in _all(part) for text in dict.fromkeys(captions)]

@@ -10,7 +10,7 @@ from ldm.data.concatenation import ConcatenationSource
 from ldm.data.dataset import DataSet, Samples, Split
 from ldm.data.file_names import bare
 from ldm.data.folder import FolderSource
-from ldm.data.folder_scan import no_folder
+from ldm.data.folder_scan import no_folder, one_look
 from ldm.data.hugging_face import DatasetsSource
 from ldm.data.scenes.source import ScenesSource
 from ldm.data.shards import ShardsSource
@@ -31,6 +31,16 @@ __all__ = [
     "Split",
     "UnpairedSource",
 ]
+
+
+def both_parts(source: Source) -> tuple[DataSet, DataSet]:
+    """The training and the held-out part, of one look at each folder.
+
+    Raises:
+        UserError: as the source's `build`.
+    """
+    with one_look():
+        return source.build("train"), source.build("val")
 
 
 def affixes(source: Source) -> list[tuple[str, str]]:

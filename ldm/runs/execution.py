@@ -22,7 +22,7 @@ from ldm.data.dataset import asked
 from ldm.data.file_names import printable
 from ldm.data.filter import Filter, filter_samples
 from ldm.data.photos import left_out
-from ldm.data.sources import affixes
+from ldm.data.sources import affixes, both_parts
 from ldm.data.tags import TaggedSamples
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
@@ -56,8 +56,7 @@ class Execution:
 
     def __init__(self, run: Run, out: Path, processes: Learners, extend: bool = False) -> None:
         self.run, self.out, self.processes, self.extend = run, out, processes, extend
-        self.data = run.data.build("train")
-        self.val = run.data.build("val")
+        self.data, self.val = both_parts(run.data)
         self.log = Log(out, tracker=run.tracker, console=self.processes.main, write=self.processes.main)
         self.done: dict[str, Finished] = {}
         self.elsewhere = pretrained.find(run, self.log.note)

@@ -14,6 +14,7 @@ from ldm.config.errors import UserError, first_line
 from ldm.data.buckets import bucket_stage, lines
 from ldm.data.dataset import offered
 from ldm.data.filter import filter_samples
+from ldm.data.sources import both_parts
 from ldm.data.views import kept_bytes
 from ldm.distributed.environment import usable_cores
 from ldm.distributed.launcher import Launched, here, unheeded
@@ -165,7 +166,7 @@ def make(
 
 def _data(run: Run, notes: list[str]) -> tuple[DataSet | None, DataSet | None]:
     try:
-        return run.data.build("train"), run.data.build("val")
+        return both_parts(run.data)
     except UserError as error:
         notes.append(f"planned without the data, so without its counts ({first_line(error, 1000)})")
         return None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from tars import painted
 
 from ldm.config.errors import UserError
 from ldm.data import folder_scan
+from ldm.data.concatenation import ConcatenationSource, RepeatedSource
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.folder import FolderData, FolderSource
 from ldm.data.images import Header
 from ldm.data.kept import Kept, Repeated
+from ldm.data.sources import both_parts
 
 
 @pytest.fixture
@@ -64,6 +67,28 @@ def test_both_parts_and_the_next_start_look_once(root, monkeypatch, options):
     assert [state(source.build(part)) for part in ("train", "val")] == first and len(seen) > len(set(seen))
     monkeypatch.setenv("LDM_CACHE", "/dev/null/nowhere")
     assert [state(source.build(part)) for part in ("train", "val")] == first
+
+
+def test_both_parts_see_a_folder_in_one_state(root, monkeypatch):
+    source, found = FolderSource(path=str(root), val_share=0.5), []
+    apart = [state(source.build(part)) for part in ("train", "val")]
+    walk = folder_scan._walk
+
+    def listed(folder: str, prefix: str, *rest: object) -> Iterator[tuple[str, os.stat_result | int]]:
+        found.extend([folder] * (not prefix))
+        yield from walk(folder, prefix, *rest)
+
+    monkeypatch.setattr(folder_scan, "_walk", listed)
+    assert [state(part) for part in both_parts(source)] == apart and found == [str(root)]
+    other = FolderSource(path=str(root), caption="other words")
+    twice = ConcatenationSource(parts=(RepeatedSource(source=source), RepeatedSource(source=other)))
+    assert [len(part) for part in both_parts(twice)] and found == [str(root)] * 3  # each of the two is looked at
+    with folder_scan.one_look():
+        train = source.build("train")
+        (root / "new.png").write_bytes(painted(5, kind="PNG"))
+        (root / "new.txt").write_text("new")
+        assert [state(train), state(source.build("val"))] == apart
+    assert sum(len(part) for part in both_parts(source)) == 31
 
 
 @pytest.mark.parametrize("change", ["caption", "picture", "removed", "added", "table", "touched"])
