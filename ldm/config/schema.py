@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import operator
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 import yaml
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from ldm.config.errors import UserError
 from ldm.config.introspection import (
@@ -59,7 +63,32 @@ __all__ = [
 
 T = TypeVar("T")
 
-BY_KIND = pydantic.Discriminator("kind")
+_KINDS: ContextVar[frozenset[str] | None] = ContextVar("kinds", default=None)  # that a validator is made for; None: every one
+
+
+class _ByKind:
+    """Tells the members of a union apart by `kind`. A validator for some kinds alone knows no other member: most are never chosen."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        kinds, members = _KINDS.get(), members_of(source)
+        if kinds is not None and members:
+            found = [cls for kind, cls in members.items() if kind in kinds]
+            if not found:
+                return {"type": "function-plain", "function": {"type": "no-info", "function": _not_chosen}}
+            source = functools.reduce(operator.or_, [*found, *([None] if type(None) in typing.get_args(source) else [])])
+        return handler(Annotated[source, pydantic.Field(discriminator="kind")])
+
+
+def _not_chosen(value: Any) -> Any:
+    """Refuse as pydantic's union does a value that chooses no member."""
+    if not isinstance(value, Mapping | Written):  # one that keeps its text has attributes, among which pydantic looks for a kind
+        raise PydanticKnownError("model_attributes_type")
+    raise PydanticCustomError(
+        "union_tag_invalid" if isinstance(value, Mapping) and "kind" in value else "union_tag_not_found", "Input should be of another kind"
+    )
+
+
+BY_KIND = _ByKind()
 Positive = Annotated[int, pydantic.Field(gt=0)]
 Width = Annotated[int, pydantic.Field(gt=0, le=2**16)]  # channels of a layer, or its groups and heads
 Depth = Annotated[int, pydantic.Field(gt=0, le=2**8)]  # how often a block is repeated
@@ -177,16 +206,30 @@ def build(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """
     data = resolved(data, kind)
     try:
-        return adapter(cast("type", kind)).validate_python(data)
+        return adapter(cast("type", kind), frozenset(_kinds_in(data))).validate_python(data)
     except pydantic.ValidationError as error:
         lines = [explain(problem, data, kind) for problem in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
+def _kinds_in(data: Any) -> Iterator[str]:
+    """Every kind that is named anywhere in the data."""
+    if isinstance(data, Mapping):
+        if isinstance(kind := data.get("kind"), str):
+            yield str(kind)
+        data = list(data.values())
+    for value in data if isinstance(data, list | tuple) else ():
+        yield from _kinds_in(value)
+
+
 @cache
-def adapter(kind: type) -> pydantic.TypeAdapter[Any]:
-    """Pydantic's validator of a type."""
-    return pydantic.TypeAdapter(kind)
+def adapter(kind: type, kinds: frozenset[str] | None = None) -> pydantic.TypeAdapter[Any]:
+    """Pydantic's validator of a type; of `kinds` alone in its unions, where given."""
+    before = _KINDS.set(kinds)
+    try:
+        return pydantic.TypeAdapter(kind)
+    finally:
+        _KINDS.reset(before)
 
 
 def merge(below: Any, above: Any) -> Any:

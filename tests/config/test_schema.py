@@ -6,14 +6,15 @@ import random
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config.errors import UserError
 from ldm.config.manual import describe, fields_of
-from ldm.config.schema import BY_KIND, Count, Fraction, Positive, PositiveFloat, build, config, dump, load, read
-from ldm.config.yaml_reader import Written
+from ldm.config.schema import BY_KIND, Count, Fraction, Positive, PositiveFloat, adapter, build, config, dump, load, read
+from ldm.config.yaml_reader import Written, spoken
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TRAIN = "stages: {a: {kind: train, images: 8}}\n"
@@ -456,3 +457,36 @@ def test_every_field_of_a_run_has_a_meaning_and_null_is_only_a_default() -> None
     for path, kind, default, meaning in fields_of(Run):
         assert meaning, path
         assert "null" not in kind or default is None, f"{path}: null means the default, so it can be no other value"
+
+
+# A validator of the kinds that are named knows what one of all kinds knows
+
+
+@config
+class Chooses:
+    """Unions in all the places that one may stand."""
+
+    own: Annotated[AdamW | Muon, BY_KIND] = AdamW()  # a field
+    spare: Annotated[AdamW | Muon, BY_KIND] | None = None  # one that may be missing
+    named: dict[str, Annotated[AdamW | Muon, BY_KIND]] = dataclasses.field(default_factory=dict)  # entries
+
+
+@pytest.mark.parametrize(
+    "value", ["adam", 3, [1], {}, None, {"kind": "adan"}, {"kind": None}, {"kind": [1]}, {"kind": 3}, {"lr": 1.0}, spoken("7")]
+)
+@pytest.mark.parametrize("kinds", [frozenset[str](), frozenset({"adamw"}), frozenset({"adamw", "muon"})])
+def test_what_chooses_no_member_is_refused_alike_whatever_the_validator_was_made_for(value: Any, kinds: frozenset[str]) -> None:
+    def said(kinds: frozenset[str] | None, data: dict[str, Any]) -> Any:
+        try:
+            return adapter(Chooses, kinds).validate_python(data)
+        except pydantic.ValidationError as error:
+            return [(problem["type"], problem["loc"]) for problem in error.errors()]
+
+    for data in ({"own": value}, {"spare": value}, {"named": {"a": value}}):
+        assert said(kinds, data) == said(None, data)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_validator_of_named_kinds_reads_them(kind: str) -> None:
+    data = {"own": {"kind": kind, "lr": 0.5}, "named": {"a": {"kind": kind}}}
+    assert adapter(Chooses, frozenset({kind})).validate_python(data) == adapter(Chooses).validate_python(data)
