@@ -46,6 +46,9 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
     try:
         # Not command.main(), which would turn an interrupt and the end of a pipe into its own exceptions.
         command.get_help_option(typer.Context(command)).metavar = ""
+        for one in command.params:
+            if one.param_type_name == "argument":
+                _by_name(one)
         with command.make_context(name, list(words)) as context:
             _check_words([one for one in command.params if one.param_type_name == "option"], words, _paths(whole))
             _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
@@ -63,12 +66,21 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
         ) from None
 
 
+def _by_name(argument: Any) -> None:
+    """Show an argument by its name, as CONFIG, and without typer's word for its type."""
+    several = argument.nargs != 1 and argument.metavar is None
+    argument.metavar = argument.metavar or f"{argument.name.upper()}{'...' if several else ''}"
+    usage = argument.metavar if argument.required or argument.metavar.startswith("[") else f"[{argument.metavar}]"
+    argument.get_usage_pieces = lambda context: [usage]
+    argument.display_type_rich = lambda ctx: None
+
+
 def _told(error: Any, words: Sequence[str]) -> str:
     """What is wrong with the words: with the option, the value and what is allowed."""
     said = error.format_message()
     parameter: Any = getattr(error, "param", None)
     names = parameter.opts if parameter is not None and parameter.opts[0].startswith("--") else []
-    if names and said.startswith("Missing option"):
+    if said.startswith(("Missing option", "Missing argument")):
         return f"{said.rstrip('.')}: {str(parameter.help).rstrip('.')}"
     wanted = error.message.partition(", unable to")[0].removeprefix("Input should ")
     at = next((i for i, word in enumerate(words) if word.partition("=")[0] in names), None)

@@ -70,6 +70,21 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in said for word in ("Say something.", "--times", "How often.", "--out", "What to say."))
 
 
+def test_arguments_go_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    def other(config: Annotated[Path, typer.Argument(help="A file.")]) -> int:
+        """Read something."""
+        return len(config.parts)
+
+    assert call(verb, ["--help"], "ldm verb") == 0
+    said = capsys.readouterr().out
+    assert "ldm verb [OPTIONS] [WORD...]" in said and "list[" not in said and "<" not in said
+    assert call(other, ["--help"], "ldm other") == 0
+    said = capsys.readouterr().out
+    assert "ldm other [OPTIONS] CONFIG" in said and "<path>" not in said
+    with pytest.raises(UserError, match=r"^Missing argument 'CONFIG': A file \("):
+        call(other, [], "ldm other")
+
+
 def test_sizes() -> None:
     assert size_of("512") == (512, 512) and size_of("640x480") == (480, 640) and size_of("32X64") == (64, 32)
     for text in ("", "x", "0x8", "8x", "8x8x8", "-8x8", "8.5", "8 x 8", "²x8", "9" * 5000):

@@ -30,4 +30,4 @@ def test_help_ends_with_them_and_says_no_type_in_brackets(
     assert main([*words, "--help"]) == 0
     said = capsys.readouterr().out
     assert all(f" ldm {one}" in said for one in EXAMPLES[" ".join(words)])
-    assert "<bool>" not in said and "<int range>" not in said
+    assert "<bool>" not in said and "<int range>" not in said and "<str>" not in said and "list[" not in said
