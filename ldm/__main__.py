@@ -102,7 +102,9 @@ def _call(verb: str, words: Sequence[str]) -> int:
             works_alone(verb)
         return int(_imported(VERBS[verb][0]).main(words))
     except UserError as error:
-        return _refused(verb, str(error))
+        from ldm.config.own_words import in_own_words
+
+        return _refused(verb, in_own_words(str(error), " ".join([verb, *words[:1]]) if verb == "data" else verb))
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name in ("", "ldm"):

@@ -162,7 +162,7 @@ def _model_lines(found: dict[str, Any]) -> Iterator[str]:
         yield from (line for line in _model_lines(before) if line.startswith("  after"))
     for view, kind in (found["told"] or {}).items():
         what = {"classes": f"{kind.get('channels')} classes: {', '.join(kind.get('names', []))}"}.get(kind["form"], kind["form"])
-        yield f"  is told {view} ({what}) by port {kind['port']}: --given {view}=FILE"
+        yield f"  is told {view} ({what}) by port {kind['port']}: ldm sample --given {view}=FILE"
     if found["told"] == {}:
         yield "  is told nothing but prompts"
 

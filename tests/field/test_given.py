@@ -103,7 +103,7 @@ def test_what_a_model_is_told_is_shown_and_what_it_is_not_is_refused(
 ) -> None:
     assert main(["info", str(model)]) == 0
     said = capsys.readouterr().out
-    assert "is told grey (map) by port concat: --given grey=FILE" in said
+    assert "is told grey (map) by port concat: ldm sample --given grey=FILE" in said
     assert "is told labels (11 classes: black, gray, white, red" in said
     (files / "wide.png").write_bytes(png(np.full((SIDE, SIDE), 12, np.uint8)))
     (files / "no.png").write_text("no picture")
