@@ -173,7 +173,12 @@ class Learners(Processes):
         self.device: torch.device = self.accelerator.device
         round_products(to_tf32=False)  # but for stages that say otherwise
         self.sharded = self.launch.sharded and self.world > 1  # what families allow it for
-        self._stages = 0  # of training that have begun
+        self._stages = 0  # that have begun, those of training twice
+
+    def begin(self, stage: str, doing: str) -> None:
+        """This process has come to a stage; what it does there before any step may take its time."""
+        self._stages += 1
+        self.alone(stage, -1, doing)
 
     def at(self, stage: str, step: int, doing: str, part: int) -> None:
         """This process has come to that part of a training step, and should soon go on."""

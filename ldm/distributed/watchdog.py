@@ -54,7 +54,7 @@ TRAINING = Verb("train", "The same command goes on from the last checkpoint")
 class Place:
     """Where a process is: equal places are reached in the same order by all."""
 
-    stage: int = 0  # how many stages of training it has begun
+    stage: int = 0  # how many stages it has begun
     step: int = -1
     part: int = 0  # within the step
     doing: str = "starting"

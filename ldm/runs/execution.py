@@ -48,6 +48,7 @@ from ldm.training.log import Log
 from ldm.training.loop import Handover, Trainer, too_large
 from ldm.training.settings import Train
 
+_DOING = {"train": "loading", "encode": "encoding", "evaluate": "evaluating", "export": "exporting"}
 EXAMPLES, CANDIDATES = 6, 64  # captions that a model remembers, for whoever asks what it can draw; they are chosen from so many
 
 
@@ -218,6 +219,7 @@ class Execution:
 
     def _do(self, name: str, folder: Path, key: str, products: Mapping[str, Product]) -> tuple[dict[str, Any], int]:
         stage = self.run.stages[name]
+        self.processes.begin(name, _DOING[stage.kind])
         round_products(to_tf32=False)  # but where a training stage lets it
         if isinstance(stage, Train):
             return self._train(name, stage, folder, key, products), stage.images

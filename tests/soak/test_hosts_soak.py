@@ -1,6 +1,7 @@
-"""Two hosts in network namespaces, and what breaks between them: a peer that does not come, cables, launchers, stopped processes, restarts.
+"""Two hosts in network namespaces, and what breaks between them: a peer that does not come, cables, launchers, stopped processes, restarts,
+a host that is lost in each stage.
 
-About ten minutes of two cores.
+About twenty minutes of two cores.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import hosts
 import pytest
+import tiny
 from hosts import DEBIAN, Host, Started
-from test_hosts import LONG, WORDS, as_tasks, product
+from test_hosts import LONG, SLURM, WORDS, as_tasks, product
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(hosts.missing()), reason=hosts.missing()), pytest.mark.timeout(900)]
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
@@ -122,3 +124,47 @@ def test_one_host_goes_on_where_the_other_is_lost(tmp_path: Path) -> None:
         assert started[0].wait(400) == 0
         assert re.search(r"going on from [\d,]+ of 1600 images", started[0].said), started[0].said
         assert "autoencoder: batch 8, precision" in started[0].said and product(tmp_path / "run")
+
+
+EACH_LONG = [  # so that each of the quickstart's stages goes on for some seconds
+    "data.images=4000",
+    "data.val=400",
+    "stages.text.images=8000",
+    "stages.text.save_every_images=800",
+    "stages.autoencoder.images=800",
+    "stages.autoencoder.save_every_images=80",
+    "stages.autoencoder-gate.metrics=[{kind: reconstruction, images: 400}]",
+    "stages.diffusion-low.images=3200",
+    "stages.diffusion-low.save_every_images=320",
+    "stages.diffusion-high.images=3200",
+    "stages.diffusion-high.save_every_images=320",
+    "stages.evaluation.metrics=[{kind: adherence, tier: one, prompts: 200, steps: 10}]",
+    "stages.evaluation.require=null",
+]
+STAGES = ["text", "autoencoder", "autoencoder-gate", "latents-low", "diffusion-low", "latents-high", "diffusion-high", "evaluation"]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_is_lost_in_any_stage_is_named_and_the_next_start_goes_on(lost: int, tmp_path: Path) -> None:
+    def both_start(both: list[Host]) -> list[Started]:
+        words = [sys.executable, "train.py", "configs/quickstart.yaml", *tiny.WORDS, *EACH_LONG, f"out={tmp_path / 'run'}"]
+        return [host.start(*words, SLURM_PROCID=str(host.number), **SLURM, LDM_TIMEOUT_S="30") for host in both]
+
+    for stage in STAGES:
+        with hosts.hosts(tmp_path) as both:
+            started = both_start(both)
+            end = time.monotonic() + 400
+            while not re.search(rf"^{stage} +[1-9]\d?% ", started[0].said, re.MULTILINE):
+                assert time.monotonic() < end and started[0].process.poll() is None, f"{stage} was not seen:\n{started[0].said}"
+                time.sleep(0.02)
+            both[lost].die()
+            left = started[1 - lost]
+            assert left.wait(120) == 1, left.said
+            assert re.match(rf"ldm train: rank {lost} (is gone|gives no sign of life any more)", last(left)), left.said
+            assert f"waits in {stage}" in last(left), left.said
+    with hosts.hosts(tmp_path) as both:
+        started = both_start(both)
+        assert [one.wait(600) for one in started] == [0, 0], started[0].said
+        assert "going on from" in started[0].said or "done already" in started[0].said
+    assert product(tmp_path / "run")
