@@ -87,7 +87,7 @@ def build(page: Page) -> Any:
         drop.click(page.drop, [history.paths, history.chosen], [history.gallery, history.paths, history.chosen, live], **QUIET)
         forget.click(page.forget, None, [history.gallery, history.paths, history.chosen], **QUIET)
         dropped.upload(page.read, [dropped, *inputs], [live, *inputs, fresh], **QUIET)
-        listed.upload(lambda data: (data or b"").decode("utf-8-sig", "replace"), listed, box["lines"], **QUIET)
+        listed.upload(page.load_lines, listed, [live, box["lines"]], **QUIET)
         examples.click(lambda sample: sample[0], examples, box["prompt"], **QUIET)
         loras.input(add_tag, [box["prompt"], loras], [box["prompt"], loras], **QUIET)
         chosen = box["model"].input(page.choose, box["model"], [live, head, examples, *(box[name] for name in CHOSEN)], **QUIET)

@@ -20,7 +20,7 @@ from ldm.demo.api import answer_of, order_of_call
 from ldm.demo.catalogue import Catalogue, Opened, Outfit, fixed
 from ldm.demo.files import Shelf
 from ldm.demo.guard import USER
-from ldm.demo.orders import MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
+from ldm.demo.orders import MAX_LINES, MAX_PICTURES, MAX_PROMPT, NAMES, Form, blank, check_upload, fill_in, order_of_form, read_form
 from ldm.demo.status import command, finished, heading, idle, panel, progress, token_count
 from ldm.demo.studio import DrawOrder, Job, Studio
 from ldm.demo.view_inputs import COMPONENTS, SLOTS, ViewInput, colour_of, components, says, told_by
@@ -281,6 +281,20 @@ class Page:
         except UserError as error:
             return panel(str(error), bad=True), *[gr.skip()] * len(NAMES), gr.skip()
         return panel(" ".join(["The picture's settings are filled in.", *notes])), *self.shown(form), False
+
+    def load_lines(self, data: bytes | None) -> tuple[Any, Any]:
+        """What a file of prompts says, with a note; the note alone where it is none."""
+        try:
+            text = (data or b"").decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return panel("This is no file of prompts: it is no text in UTF-8.", bad=True), gr.skip()
+        if not text.strip() or "\0" in text:
+            return panel("This is no file of prompts: it says nothing.", bad=True), gr.skip()
+        if len(text) > MAX_LINES:
+            return panel(
+                f"This is no file of prompts: it has {len(text):,} characters, of which at most {MAX_LINES:,} fit.", bad=True
+            ), gr.skip()
+        return panel("The prompts are filled in, in place of the one above."), "\n".join(text.splitlines()) + "\n"
 
     async def choose(self, model: str | None) -> AsyncIterator[tuple[Any, ...]]:
         """Open a model: the panel, the heading, its examples, then the form's CHOSEN fields as it begins with them."""

@@ -233,6 +233,35 @@ def test_two_users_at_once_have_their_own_pictures(ann: User, bob: User, tmp_pat
         user.page.get_by_role("tab", name="Pictures").click()
 
 
+def test_a_file_of_prompts_is_loaded_and_every_line_drawn(browser: Any, server: Served, tmp_path: Path) -> None:
+    kim = User(browser, server)
+    page = kim.page
+    page.click("#ldm-several > button")
+    field = "#ldm-lines textarea"
+
+    def load(name: str, data: bytes) -> None:
+        (tmp_path / name).write_bytes(data)
+        with page.expect_file_chooser() as asked:
+            page.click("#ldm-load")
+        asked.value.set_files(tmp_path / name)
+
+    load("prompts.txt", b"\xef\xbb\xbfa blue ring --d 5 --s 2\r\na green triangle --d 6 --s 1\r\n")  # as Windows writes it
+    page.wait_for_function("area => document.querySelector(area).value.startsWith('a blue ring')", arg=field)
+    assert page.input_value(field) == "a blue ring --d 5 --s 2\na green triangle --d 6 --s 1\n"
+    told = [settings(data, tmp_path) for data in kim.draw(prompt="of no interest", many=1)]
+    assert [(one.prompt, one.seed, one.steps) for one in told] == [("a blue ring", 5, 2), ("a green triangle", 6, 1)]
+    load("prompts.json", b'[{"prompt": "a pink cross", "seed": 7, "steps": 1}]')
+    page.wait_for_function("area => document.querySelector(area).value.includes('pink')", arg=field)
+    assert [settings(data, tmp_path).seed for data in kim.draw()] == [7]
+    load("photo.txt", b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(range(256)))
+    kim.wait("no file of prompts")
+    assert "a pink cross" in page.input_value(field), "what was there stays"
+    page.fill(field, "")
+    assert [settings(data, tmp_path).prompt for data in kim.draw(prompt="a grey star", steps=1)] == ["a grey star"]
+    page.context.close()
+    assert not kim.problems
+
+
 def test_a_dropped_picture_fills_in_its_settings(ann: User, bob: User, tmp_path: Path) -> None:
     (drawn,) = ann.draw(prompt="a (green:1.2) ring", steps=7, guidance=3.5, many=1)
     (tmp_path / "drawn.png").write_bytes(drawn)
