@@ -208,7 +208,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared
 
 
-# Two minutes of one core with the model that they share; the others take a quarter of a minute and more each, and run with `make test-soak`.
+# Two minutes of one core with the model that they share; the others take a quarter of a minute and more each (`make test-soak`).
 NORMAL = {"README.md", "python.md", "conditions.md", "data.md", "demo.md", "export.md", "gallery.md", "models.md", "tokens.md"}
 RUN = [
     pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in NORMAL else pytest.mark.soak)

@@ -12,7 +12,7 @@ from ldm.runs.estimate import estimate
 from ldm.runs.plan import make
 from ldm.runs.run import Run, place
 from ldm.training.settings import Train
-from ldm.training.throughput import peak
+from ldm.training.throughput import card, peak
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "configs" / "presets").glob("lora-*gb.yaml"))
@@ -41,6 +41,20 @@ def test_times_of_cards_follow_from_operations_and_peaks() -> None:
         assert [float(cell) for cell in seconds] == [pytest.approx(value, rel=0.02) for value in wanted]
     counted = {row[0].strip("`"): row[-1] for row in rows(page("presets"), "Memory")}
     assert [row[1] for row in body[1:]] == [counted["sd1"], counted["sdxl"]]
+
+
+def test_cards_by_name_are_those_that_plan_knows() -> None:
+    work = [(1950, 2.8), (2407, 18.5), (20231, 59.4)]  # GFLOP a picture and GiB, as the tables above have them
+    body = rows(page("hardware"), "Cards by name")[1:]
+    assert len(body) > 20
+    for name, memory, tflops, *seconds in body:
+        found = card(name.strip("`"))
+        assert (f"{found.memory / 1e9:.0f}", f"{found.half / 1e12:g}") == (memory, tflops), name
+        for told, (gflop, needed) in zip(seconds, work, strict=True):
+            if needed > 0.9 * found.memory / 2**30:
+                assert told == "-", name
+            else:
+                assert float(told) == pytest.approx(gflop / (found.half / 1e12 * MFU), rel=0.05), name
 
 
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)

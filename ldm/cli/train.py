@@ -55,6 +55,9 @@ def main(words: Sequence[str]) -> int:
     if len(files) != 1:
         if torn := next((word for word in fields if any(word.count(a) != word.count(b) for a, b in ("{}", "[]"))), ""):
             raise UserError(f'{torn}: put the whole word into quotation marks, as the shell splits it at spaces: "{torn} ..."')
+        if at := next((n for n, word in enumerate(words) if n and (word == "=" or (word[:1] == "=" and word[1:]))), 0):
+            value = words[at][1:] or "".join(words[at + 1 : at + 2])
+            raise UserError(f"{words[at - 1]} {words[at]}: a field and its value are one word, without blanks: {words[at - 1]}={value}")
         raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
     from ldm.config.schema import build, configuration, read, said_twice
 

@@ -359,9 +359,12 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise (error if isinstance(error, UserError) else UserError(f"{path}: {said}")) from None
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"{path}: {error.strerror or error}{hint}") from None
+        beside = {one.stem: one for one in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+        near = [beside[name] for name in difflib.get_close_matches(path.stem, beside, 1)]
+        if below and CONFIGS is not None and (CONFIGS / path.name).is_file():
+            near = [Path(os.path.relpath(CONFIGS / path.name, below[-1].parent))]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{f'{below[-1]}: base: ' if below else ''}{path}: {error.strerror or error}{hint}") from None
     data = parse(text, str(path))
     data = {} if data is None else data
     if not isinstance(data, dict):

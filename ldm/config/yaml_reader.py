@@ -178,4 +178,6 @@ def parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark and "\n" in text.strip() else ""
         said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        if "'\\t' that cannot start" in said:
+            said = "begins with a tab; YAML is indented with blanks"
         raise UserError(f"{where}{line}: {said}") from None

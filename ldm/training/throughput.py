@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ldm.config.errors import UserError
 
 # Dense peaks in TFLOP/s of bfloat16 or float16 (of matrix units, sums in float32) and of float32 without TF32, and memory in GB,
-# by makers' data sheets; names as torch.cuda.get_device_name gives them, the more special ones first.
+# by makers' data sheets; names as torch.cuda.get_device_name gives them, the more special ones first. Of GeForce cards float32 is
+# 2 x cores x boost clock, and half types with float32 sums twice that, as NVIDIA's white papers of GA102, AD102 and GB202 have it.
 PEAKS: tuple[tuple[str, float, float, float], ...] = (
     (r"B200", 2250, 75, 180),
     (r"H200", 989, 67, 141),
@@ -22,8 +23,23 @@ PEAKS: tuple[tuple[str, float, float, float], ...] = (
     (r"L4", 121, 30.3, 24),
     (r"A10G?", 125, 31.2, 24),
     (r"A40", 150, 37.4, 48),
+    (r"RTX 5090", 209.5, 104.8, 32),
+    (r"RTX 5080", 112.6, 56.3, 16),
+    (r"RTX 5070 Ti", 87.9, 43.9, 16),
+    (r"RTX 5070", 61.7, 30.9, 12),
     (r"RTX 4090", 165, 82.6, 24),
+    (r"RTX 4080", 97.5, 48.7, 16),
+    (r"RTX 4070 Ti SUPER", 88.2, 44.1, 16),
+    (r"RTX 4070 Ti", 80.2, 40.1, 12),
+    (r"RTX 4070 SUPER", 71, 35.5, 12),
+    (r"RTX 4070", 58.3, 29.1, 12),
+    (r"RTX 4060 Ti", 44.1, 22.1, 8),
+    (r"RTX 4060", 30.2, 15.1, 8),
     (r"RTX 3090", 71, 35.6, 24),
+    (r"RTX 3080", 59.5, 29.8, 10),
+    (r"RTX 3070", 40.6, 20.3, 8),
+    (r"RTX 3060 Ti", 32.4, 16.2, 8),
+    (r"RTX 3060", 25.5, 12.7, 12),
     (r"V100.32GB|V100 32GB", 125, 15.7, 32),
     (r"V100", 125, 15.7, 16),
     (r"T4", 65, 8.1, 16),
@@ -67,7 +83,8 @@ def card(name: str) -> Card:
     """
     said = re.sub(r"[\s_-]+", " ", name.upper()).strip()
     said = re.sub(r"^(NVIDIA |GEFORCE |TESLA )+", "", said)
-    found = _card(f"RTX {said}" if re.fullmatch(r"[345]0\d0", said) else said, name)
+    said = re.sub(r"(?<=\d) ?(TI|SUPER)\b", r" \1", said)
+    found = _card(f"RTX {said}" if re.match(r"[345]0\d0\b", said) else said, name)
     if found is None:
         known = ", ".join(pattern.split("|")[-1].replace("?", "") for pattern, *_ in PEAKS)
         raise UserError(f"device: got {name!r}; known are {known}; of others say --peak, or --tflops")
@@ -75,6 +92,8 @@ def card(name: str) -> Card:
 
 
 def _card(device: str, name: str) -> Card | None:
+    if re.search(r"\blaptop\b", device, re.IGNORECASE):  # other chips, under the same names
+        return None
     for pattern, half, single, memory in PEAKS:
         if re.search(rf"\b({pattern})\b", device, re.IGNORECASE):
             return Card(name, 1e12 * half, 1e12 * single, 1e9 * memory)

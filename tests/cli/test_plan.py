@@ -105,6 +105,24 @@ def test_a_card_that_is_not_here_gives_speed_and_memory(capsys: pytest.CaptureFi
     assert "does not fit" not in capsys.readouterr().out
 
 
+def test_cards_of_one_number_are_told_apart() -> None:
+    said = {
+        "3060": 12,
+        "RTX 3060 Ti": 8,
+        "4070": 12,
+        "geforce rtx 4070 ti super": 16,
+        "4070ti": 12,
+        "4070 Super": 12,
+        "5090": 32,
+        "5070-ti": 16,
+    }
+    assert {name: card(name).memory / 1e9 for name in said} == said
+    assert card("4070ti").half > card("4070 super").half > card("4070").half
+    assert card("NVIDIA GeForce RTX 4080").half == 97.5e12
+    with pytest.raises(UserError, match="known are"):
+        card("RTX 4070 Laptop GPU")
+
+
 @pytest.mark.parametrize("name", ["h200", "RTX 4090", "4090", "A100-40GB", "NVIDIA A100-SXM4-80GB", "nvidia_l40s"])
 def test_cards_are_known_as_people_and_drivers_call_them(name: str) -> None:
     assert card(name).memory == {"h200": 141e9, "A100-40GB": 40e9, "nvidia_l40s": 48e9}.get(name, 80e9 if "80GB" in name else 24e9)

@@ -270,3 +270,17 @@ def test_no_grid_is_written_over_another_file(kl_model: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert f"grid: {tmp_path / 'g.png'} is there already; choose another name" in fails(capsys, *words)
     assert (tmp_path / "g.png").read_bytes() == before and len(list((tmp_path / "o").glob("*.png"))) == 1
+
+
+def test_blanks_around_the_sign_of_a_field_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["data.path", "=", "pictures"], ["data.path", "=pictures"]):
+        said = fails(capsys, "train", "configs/folder.yaml", *words)
+        assert said.count("\n") == 1 and said.endswith("without blanks: data.path=pictures\n")
+
+
+def test_a_tab_and_a_base_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tab.yaml").write_text("data:\n\tkind: folder\n")
+    (tmp_path / "mine.yaml").write_text("base: quickstart.yaml\nseed: 1\n")
+    assert "tab.yaml, line 2: begins with a tab; YAML is indented with blanks" in fails(capsys, "train", str(tmp_path / "tab.yaml"))
+    said = fails(capsys, "train", str(tmp_path / "mine.yaml"))
+    assert "mine.yaml: base: " in said and re.search(r"did you mean \S+/configs/quickstart\.yaml\?\n$", said) and "tab.yaml" not in said
