@@ -63,9 +63,13 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, [*VERBS, "--version", "--help"], 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        from ldm.config import synonyms
         from ldm.config.terminal import shown
+
+        near = difflib.get_close_matches(verb, [*VERBS, "--version", "--help"], 1)
+        known = synonyms.VERBS.get(verb.lower(), "")
+        said = f"{known} {verb}" if known == "data" else known
+        hint = f"that is ldm {said}" if known else f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
 
         print(f"ldm {shown(verb)}: no such verb; {hint}", file=sys.stderr)
         return 2

@@ -87,7 +87,8 @@ def _told(error: Any, words: Sequence[str]) -> str:
     if at is None or wanted == error.message:  # None: of the environment, or no option
         return str(said)
     given = words[at].partition("=")[2] or "".join(words[at + 1 : at + 2])
-    return f"{names[0]}: got {given}; it should {wanted}"
+    random = "; for another picture each time: --seed $RANDOM" if (names[0], given) == ("--seed", "-1") else ""
+    return f"{names[0]}: got {given}; it should {wanted}{random}"
 
 
 def _paths(function: Callable[..., int]) -> set[str]:

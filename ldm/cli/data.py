@@ -45,6 +45,8 @@ def main(words: list[str]) -> int:
         known = (*verbs, "encode")
         near = difflib.get_close_matches(words[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        if Path(words[0]).expanduser().exists():
+            hint = f"did you mean check {words[0]}?"
         raise UserError(f"{words[0]}: no such word; {hint}")
     return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")
 
@@ -130,7 +132,8 @@ def index(
     for record in found.shards:
         for reason, count in record.rejected.items():
             reasons[reason] = reasons.get(reason, 0) + count
-    print(f"{len(found):,} samples in {len(found.shards):,} shards, {sum(r.bytes for r in found.shards) / 2**20:,.1f} MiB")
+    many, size = len(found.shards), sum(record.bytes for record in found.shards) / 2**20
+    print(f"{len(found):,} samples in {many:,} shard{'s' * (many != 1)}, {size:,.1f} MiB")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"  {count:>9,}  left out: {reason}")
     for record in found.shards:  # of shards that an earlier call read

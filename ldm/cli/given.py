@@ -76,7 +76,7 @@ def _no_file(option: str, name: str) -> str:
 def _no_picture(option: str, name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
-        return f"{option}: {name}: {'Is a directory' if path.is_dir() else 'No such file or directory'}"
+        return f"{option}: {name}: {'a folder; give one picture' if path.is_dir() else 'No such file or directory'}"
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -55,6 +55,8 @@ def about(path: Path, at_hand: dict[str, str] | None = None) -> dict[str, Any]:
     from PIL import Image
 
     if path.is_dir():
+        if next(path.glob("*.png"), None) and not any((path / name).exists() for name in ("model", "stages", "unet", "model_index.json")):
+            raise UserError(f"{path}: a folder of pictures, and no model; name the pictures, such as {path}/*.png")
         return about_model(path)
     chunks = read_chunks(path)
     try:

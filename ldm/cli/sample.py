@@ -45,7 +45,7 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
     adapters = request.adapters
     asked = tagged(request.prompts.read(old.get("prompt")), adapters.lora_dir, adapters.lora, tell, request.following.literal)
     request.choice.listed(request.base.seed)
-    for said in (*in_lines(request, asked), *doubts.unquoted(request.prompts.prompt)):
+    for said in (*in_lines(request, asked), *doubts.unquoted(request.prompts.prompt), *doubts.files_named(request.prompts.prompt)):
         tell(said)
     rest = request.fields(old)
     folder, output, running = model_for(request.base.model), request.output, request.running.following(old)
@@ -98,10 +98,17 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
                 each = len(request.choice.listed(request.base.seed) or range(request.choice.n)) * max(1, request.choice.variations)
                 columns = each if each > 1 else min(len(asked), 8)
                 save_sheet([read_pixels(paths[number]) for number in sorted(paths)], output.grid, columns)
-            where = f"{output.out}/{f', all on {output.grid}' if output.grid else ''}"
+            where = f"{_named(output.out, [paths[number] for number in sorted(paths)])}{f', all on {output.grid}' if output.grid else ''}"
             said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"
             print(said, file=sys.stderr)
     return 0
+
+
+def _named(folder: Path, files: Sequence[Path]) -> str:
+    """Where pictures are: numbers go on in a folder, so the first and the last are named."""
+    if not files:
+        return f"{folder}/"
+    return str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
 
 
 def _guide(request: Request, family: Draws, old: Mapping[str, Any]) -> Guide | None:

@@ -58,7 +58,11 @@ def main(words: Sequence[str]) -> int:
         if at := next((n for n, word in enumerate(words) if n and (word == "=" or (word[:1] == "=" and word[1:]))), 0):
             value = words[at][1:] or "".join(words[at + 1 : at + 2])
             raise UserError(f"{words[at - 1]} {words[at]}: a field and its value are one word, without blanks: {words[at - 1]}={value}")
-        raise UserError(f"one CONFIG file is needed, got {' '.join(files) or 'none'}\n\n{USAGE}")
+        if not files:
+            raise UserError(f"one CONFIG file is needed, got none\n\n{USAGE}")
+        needless = next((NEEDLESS[word] for word in files if word in NEEDLESS), "")
+        hint = f"; {needless}" if needless else "; fields are words with =, such as seed=1"
+        raise UserError(f"one CONFIG file is needed, got {' '.join(files)}{hint}")
     from ldm.config.schema import build, configuration, read, said_twice
 
     for line in said_twice(fields):

@@ -101,6 +101,8 @@ def explain(problem: Mapping[str, Any], data: Any, kind: Any) -> str:
 
 def wanted(problem: Mapping[str, Any]) -> str:
     """What a value should be, of a pydantic validation error."""
+    if problem["type"] in ("tuple_type", "list_type") and isinstance(problem.get("input"), str):
+        return f"be a list, such as [{problem['input']}]"
     message = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
     return f"be {_WANTED[problem['type']]}" if problem["type"] in _WANTED else message[0].lower() + message[1:]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # Options of sampling programs (diffusers' scripts, web UI, ComfyUI), by what is left of them without dashes.
 OPTIONS = {
@@ -40,6 +40,19 @@ OPTIONS = {
     "batch_size": "--batch",
     "half": "--precision fp16",
     "fp16": "--precision fp16",
+    "listen": "--host 0.0.0.0 --token",
+    "o": "--out",
+    "m": "--model",
+}
+# Verbs of other programs, and what people call them.
+VERBS = {
+    **dict.fromkeys(("generate", "draw", "txt2img", "img2img", "infer", "inference", "predict"), "sample"),
+    **dict.fromkeys(("ui", "gui", "web", "webui", "serve", "server", "app"), "demo"),
+    **dict.fromkeys(("finetune", "fine-tune", "lora", "dreambooth", "fit", "run"), "train"),
+    **dict.fromkeys(("resume", "continue"), "train, with the words of before: it goes on from the last checkpoint"),
+    **dict.fromkeys(("eval", "test", "validate"), "evaluate"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("check", "index", "encode", "curate", "fetch", "hash"), "data"),
 }
 # Fields of training programs.
 FIELDS = {
@@ -135,10 +148,12 @@ COUNTED = {
 }
 
 
-def option_meant(message: str, known: Iterable[str]) -> str:
+def option_meant(message: str, known: Collection[str]) -> str:
     """What an unknown option is called here, as the end of a message that names it; empty where nobody knows."""
-    found = re.search(r"--([\w-]+)", message)
+    found = re.search(r"(?<![\w-])--?([\w-]+)", message)
     meant = OPTIONS.get(found[1].replace("-", "_").lower(), "") if found else ""
+    if found and not found[0].startswith("--") and f"--{found[1]}" in known:
+        meant = f"--{found[1]}"
     return f"; here that is {meant}" if meant and (not meant.startswith("--") or meant.split()[0] in set(known)) else ""
 
 

@@ -245,7 +245,7 @@ def _refuse_empty(source: FolderSource, found: Listing, usable: int, rejected: l
     if usable == 0 and uncaptioned:
         near = f"; {found.near[0]} lies there, and a table is read under the name {_nearest(found.near[0])}" if found.near else ""
         raise UserError(
-            f"{root}: {uncaptioned} images but no captions (data.captions={source.captions}); "
+            f"{root}: {uncaptioned} image{'s' * (uncaptioned != 1)} but no captions (data.captions={source.captions}); "
             + (table.unmatched + "; correct it, or " if table.unmatched else "")
             + f"write x{SIDECARS[0]} beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
             f" or kohya for folders such as '10_sks dog'{near}"

@@ -138,6 +138,8 @@ class StoryReader:
     def read(self) -> Story:
         """As `read_story`."""
         folder = self.folder
+        if not folder.exists():
+            raise UserError(f"{folder}: no such folder; a run folder is needed, such as runs/quickstart")
         if not any((folder / name).exists() for name in ("config.yaml", log.LOG, "stages")):
             raise UserError(f"{folder}: no run here; a folder with config.yaml, {log.LOG} or stages/ was expected")
         damaged: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ldm.families.draws import Draws
 from ldm.sampling.recipe import Recipe
@@ -14,6 +15,13 @@ def unquoted(prompts: Sequence[str]) -> Iterator[str]:
     """Several prompts of a word each: most likely one prompt that the shell has split."""
     if len(prompts) > 1 and all(len(one.split()) == 1 for one in prompts):
         yield f'{len(prompts)} prompts of a word each; one prompt of several words needs quotation marks: "{" ".join(prompts)}"'
+
+
+def files_named(prompts: Sequence[str]) -> Iterator[str]:
+    """Prompts that are names of files: most likely a list of prompts."""
+    for prompt in prompts:
+        if prompt.endswith((".txt", ".json", ".jsonl")) and Path(prompt).is_file():
+            yield f"{prompt} is a file here, and its name is drawn; --prompts {prompt} reads the prompts in it"
 
 
 def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:

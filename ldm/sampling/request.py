@@ -62,7 +62,12 @@ class PromptOptions:
         except UnicodeDecodeError:
             raise UserError(f"{source}: not UTF-8 text") from None
         except OSError as error:
-            raise UserError(f"{source}: {error.strerror}") from None
+            hint = (
+                "; --prompts names a file, a prompt itself stands without an option"
+                if " " in source and error.errno == errno.ENOENT
+                else ""
+            )
+            raise UserError(f"{source}: {error.strerror}{hint}") from None
         return read_prompts(clean(text), source)
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_said_in_one_line(tmp_path, capsys):
     mute = tmp_path / "mute"
     mute.mkdir()
     Image.new("RGB", (64, 64)).save(mute / "a.png")
-    assert "1 images but no captions" in said(capsys, "check", mute, code=2)
+    assert "1 image but no captions" in said(capsys, "check", mute, code=2)
     assert "there are auto, txt" in said(capsys, "check", mute, "--captions", "guess", code=2)
     (mute / "a.txt").write_text("a")
     assert "is one file" in said(capsys, "check", mute / "a.png", code=2)

@@ -47,7 +47,7 @@ def test_files_are_in_the_order_of_the_prompts(model: list[str], tmp_path: Path,
     told = [json.loads(line) for line in said.out.splitlines()]
     assert [Path(t["file"]).name for t in told] == names
     assert [(t["prompt"], t["seed"]) for t in told] == [("a red circle", 5), ("a red circle", 6), ("a blue ring", 5), ("a blue ring", 6)]
-    assert "4 pictures of" in said.err
+    assert "4 pictures of" in said.err and said.err.endswith(f"{tmp_path}/00000_seed5.png to 00003_seed6.png\n")
     assert all(image.shape == (SIDE, SIDE, 3) for image in found) and len({image.tobytes() for image in found}) == 4
 
 

@@ -64,7 +64,7 @@ def test_it_ends_with_the_run_and_shows_why_one_failed(tmp_path: Path, capsys: p
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "none"), "--once"]) == 2
-    assert "no run here" in capsys.readouterr().err
+    assert "no such folder; a run folder is needed" in capsys.readouterr().err
 
 
 def test_curves_keep_their_ends_and_their_order() -> None:

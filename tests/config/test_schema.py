@@ -140,7 +140,7 @@ def test_yaml_traps(tmp_path: Path, text: str, value: Any) -> None:
     [
         ("a: 1\nb: 2\na: 3", "line 3: the key a stands here twice"),
         ("x: {b: 1, b: 2}\n\n", "the key b stands here twice"),
-        ("a: 1\n\tb: 2", "line 2: found character"),
+        ("a: 1\n\tb: 2", "line 2: begins with a tab"),
         ("a: [1", "expected ',' or ']'"),
         ("- 1\n- 2", "a mapping of fields was expected, got list"),
         ("~: 1\nb: 2", "the key None is not a word"),
@@ -261,7 +261,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
             "net.widht: unknown field; did you mean width? (known are width, flip)",
             "net.flip: got 'maybe'; it should be true or false",
             "net.width: got -1; it should be greater than 0",
-            "prompts: got 'x'; it should be a list, such as [1, 2]",
+            "prompts: got 'x'; it should be a list, such as [x]",
             "stages.a.kind: got 'trian'; did you mean train? (allowed are train, rest)",
             "stages.b: images: got 9; a multiple of 8 is needed",
             "stages.c.kind: required, but not given (allowed are train, rest)",

@@ -12,6 +12,7 @@ from ldm.cli.command import FETCHES
 from ldm.cli.models import model_for
 from ldm.config import files, synonyms
 from ldm.config.manual import fields_of
+from ldm.sampling import doubts
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -44,7 +45,7 @@ def test_an_option_of_another_program_is_told_by_its_name_here(option: str, mean
     ("words", "said"),
     [
         (["--steps", "0"], "--steps: got 0; it should be greater than or equal to 1 ("),
-        (["--seed=-1"], "--seed: got -1; it should be greater than or equal to 0 ("),
+        (["--seed=-1"], "--seed: got -1; it should be greater than or equal to 0; for another picture"),
         (["--guidance", "x"], "--guidance: got x; it should be a valid number ("),
         (["--sampler", "DPM++ 2M Karras"], "sampler: got 'DPM++ 2M Karras'; here that is --sampler dpmpp_2m --spacing karras\n"),
         (["--sampler", "Euler a"], "sampler: got 'Euler a'; here that is --sampler euler_a\n"),
@@ -63,7 +64,7 @@ def test_an_option_that_is_missing_says_what_it_may_be(capsys: pytest.CaptureFix
 
 def test_every_option_that_is_told_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["sample", "--help"]) == 0
+    assert main(["sample", "--help"]) == main(["demo", "--help"]) == 0
     said = capsys.readouterr().out
     assert [meant for meant in synonyms.OPTIONS.values() if meant.startswith("--") and f"{meant.split()[0]} " not in said] == []
     # A verb without the option keeps its own list of what is possible.
@@ -284,3 +285,56 @@ def test_a_tab_and_a_base_elsewhere_are_told(tmp_path: Path, monkeypatch: pytest
     assert "tab.yaml, line 2: begins with a tab; YAML is indented with blanks" in fails(capsys, "train", str(tmp_path / "tab.yaml"))
     said = fails(capsys, "train", str(tmp_path / "mine.yaml"))
     assert "mine.yaml: base: " in said and re.search(r"did you mean \S+/configs/quickstart\.yaml\?\n$", said) and "tab.yaml" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("resume", "that is ldm train, with the words of before: it goes on from the last checkpoint"),
+        ("lora", "that is ldm train"),
+        ("txt2img|a ring", "that is ldm sample"),
+        ("webui", "that is ldm demo"),
+        ("check|pictures", "that is ldm data check"),
+        (
+            "train|resume|runs/quickstart",
+            "got resume runs/quickstart; nothing needs to be said: the same command goes on from the last checkpoint",
+        ),
+        ("train|a.yaml|b.yaml", "one CONFIG file is needed, got a.yaml b.yaml; fields are words with =, such as seed=1"),
+        ("sample|a ring|-n|4", "No such option: -n; here that is --n"),
+        ("sample|a ring|-o|x", "No such option: -o; here that is --out"),
+        ("demo|--listen", "No such option: --listen; here that is --host 0.0.0.0 --token"),
+        (
+            "sample|--prompts|a pink ring",
+            "a pink ring: No such file or directory; --prompts names a file, a prompt itself stands without an option",
+        ),
+        ("sample|a ring|--init|.", "init: .: a folder; give one picture"),
+        (
+            "sample|a ring|--seed|-1",
+            "--seed: got -1; it should be greater than or equal to 0; for another picture each time: --seed $RANDOM",
+        ),
+        ("watch|nowhere", "nowhere: no such folder; a run folder is needed"),
+        ("report|tiny", "tiny: no such folder; a run folder is needed, such as runs/quickstart; did you mean runs/tiny?"),
+        ("data|pictures", "pictures: no such word; did you mean check pictures?"),
+        ("info|pictures", "pictures: a folder of pictures, and no model; name the pictures, such as pictures/*.png"),
+    ],
+)
+def test_words_that_beginners_try(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(capsys, *words.split("|"))
+
+
+def test_a_list_in_brackets_and_a_file_as_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = str(ROOT / "configs" / "finetune-lora.yaml")
+    assert "it should be a list, such as [to_q]" in fails(capsys, "train", lora, "models.diffusion.adapt.targets=to_q")
+    (tmp_path / "prompts.txt").write_text("a ring")
+    monkeypatch.chdir(tmp_path)
+    assert list(doubts.files_named(["a ring", "prompts.txt", "other.txt"])) == [
+        "prompts.txt is a file here, and its name is drawn; --prompts prompts.txt reads the prompts in it"
+    ]

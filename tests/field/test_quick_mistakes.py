@@ -17,6 +17,7 @@ from ldm.cli.train import validated
 from ldm.config import stand_ins
 from ldm.config.errors import UserError
 from ldm.config.options import Given
+from ldm.config.own_words import in_own_words
 from ldm.config.schema import read
 from ldm.data.file_names import bare
 from ldm.formats.model_place import factor_of, no_model
@@ -102,7 +103,7 @@ LOST = {  # words of a verb: what it says
     "animate|a|--to|b|--model|MODEL|--size|64x66": "size: got 64x66; both must be multiples of 4",
     "sample|a|--model|MODEL|--device|bla": "device: got 'bla'; give cuda, or one of several such as cuda:1, or mps or cpu",
     "sample|a|--model|MODEL|--init|nowhere": "init: nowhere: No such file or directory",
-    "sample|a|--model|MODEL|--init|configs": "init: configs: Is a directory",
+    "sample|a|--model|MODEL|--init|configs": "init: configs: a folder; give one picture",
     "sample|a|--model|MODEL|--init|configs/quickstart.yaml": "init: configs/quickstart.yaml: not an image: none of PNG, JPEG, WEBP, GIF,"
     " BMP, TIFF, AVIF",
     "sample|a|--model|MODEL|--vae|nowhere": "vae: nowhere: No such file or directory",
@@ -128,8 +129,8 @@ LOST = {  # words of a verb: what it says
     " are read",
     "data|check|configs": f"configs: {NO_IMAGES}",
     "data|check|train.py": "train.py is one file; give a folder of images, tar shards, or parquet with image bytes",
-    "data|check|MODEL/bare": f"MODEL/bare: {NO_CAPTIONS}",
-    "data|hash|MODEL/bare|--out|made": f"MODEL/bare: {NO_CAPTIONS}",
+    "data|check|MODEL/bare": in_own_words(f"MODEL/bare: {NO_CAPTIONS}", "data check"),
+    "data|hash|MODEL/bare|--out|made": in_own_words(f"MODEL/bare: {NO_CAPTIONS}", "data hash"),
     "train|configs/folder.yaml|data.path=configs": f"configs: {NO_IMAGES}",
     "train|configs/folder.yaml|data.path=MODEL/bare": f"MODEL/bare: {NO_CAPTIONS}",
     "data|check|nowhere": NO_DATA,

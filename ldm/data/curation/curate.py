@@ -389,7 +389,7 @@ def _peak_mb() -> float:
 def lines(audit: Audit) -> list[str]:
     """The audit for a terminal."""
     named = ", ".join(f"{k} ({v})" if k != v else k for k, v in audit.columns.items())
-    said = [f"{audit.rows:,} rows in {len(audit.files)} files; columns: {named or 'none that is known'}"]
+    said = [f"{audit.rows:,} rows in {len(audit.files)} file{'s' * (len(audit.files) != 1)}; columns: {named or 'none that is known'}"]
     for rule in audit.rules:
         alone = f", {rule['alone']:,} alone" if rule["alone"] is not None else ""
         unknown = f", {rule['unknown']:,} of them unknown" if rule["unknown"] else ""
