@@ -32,6 +32,7 @@ Network = KLAutoencoder | VQAutoencoder | DCAutoencoder | Pixels
 # By diffusers' names, which has none for pixels and palettes.
 KINDS: dict[str, type[Codec]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig, DC: DCConfig, PIXELS: PixelsConfig, PALETTE: PaletteConfig}
 TILE = 512  # px
+AGREE = 0.8  # latents that agree less are another model's
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,32 @@ class LatentCodec(nn.Module):
 def full(x: Tensor) -> Tensor:
     """x as float32 where it is of a half type."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def alike(model: LatentCodec, *others: LatentCodec) -> tuple[LatentCodec, float]:
+    """Of autoencoders of one shape that whose latents of a picture are most like the model's, and how alike these are.
+
+    Of equals it is the first, and so it is where none agrees to `AGREE`.
+
+    A finetuned autoencoder has the latents of the one that it was made of. The weights of a model's own may hold its
+    statistics, so that what a file states is no guide.
+
+    Returns:
+        The autoencoder and its agreement: 1 less the mean square of the difference over that of the model's latents; 1: equal.
+    """
+    side = max(64, 8 * model.factor)
+    picture = torch.rand(1, 3, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
+    picture = nn.functional.interpolate(2 * picture - 1, (side, side), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+    def latents(one: LatentCodec) -> Tensor:
+        return one.moments(picture.to(one.mean.device, one.dtype))[0].double()
+
+    own = latents(model)
+    found = [1 - float((latents(one) - own).square().mean() / own.square().mean().clamp_min(1e-12)) for one in others]
+    found = [value if math.isfinite(value) else -math.inf for value in found]
+    best = max(found)
+    return others[found.index(best) if best >= AGREE else 0], best
 
 
 def save_codec(folder: Path, network: Network, statistics: Statistics) -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.__main__ import main
+from ldm.config.errors import UserError
 from ldm.formats.compvis import to_compvis
-from ldm.formats.latent_codec import load_codec
+from ldm.formats.latent_codec import LatentCodec, Statistics, load_codec
 from ldm.formats.part import save_part
-from ldm.models.autoencoder import KLConfig
+from ldm.models.autoencoder import KLConfig, fold_latent_stats
 from ldm.sampling.recipe import Recipe, read_recipe
 
 # Under CompVis' names nothing says how many groups the norms have: 32, as in Stable Diffusion.
@@ -56,7 +57,42 @@ def test_latents_are_decoded_as_by_the_other_network(kl_model: Path, others: Pat
         codec = load_codec(kl_model / "vae")
         wanted = diffusers.AutoencoderKL.from_pretrained(others / "other").decode(x0 * codec.std + codec.mean).sample
         assert torch.allclose(model.decode(x0), wanted, atol=1e-5) and not torch.allclose(own, wanted, atol=1e-2)
-    assert len(told) == 1 and "another scale" in told[0]  # the model has measured its own
+    assert len(told) == 1 and "other latents than the model's" in told[0]
+    with pytest.raises(UserError, match="channels"):
+        model.take_autoencoder(others / "wide", told.append)
+
+
+@pytest.mark.parametrize("name", ["shifted", "by channel", "half a model's"])
+def test_the_scale_is_that_on_which_latents_are_the_models(kl_model: Path, tmp_path: Path, name: str) -> None:
+    """The model's weights hold its statistics; the file has the weights from before, and states them, or states what is not so."""
+    from ldm.families.registry import open_finished
+
+    model, told = open_finished(kl_model), list[str]()
+    x0 = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    config, state = load_codec(kl_model / "vae").network.config, dict(load_codec(kl_model / "vae").network.state_dict())
+    assert isinstance(config, KLConfig)
+    model._frozen = (unscaled(load_codec(kl_model / "vae")), model._frozen[1])
+    with torch.no_grad():
+        own = model.decode(x0)
+        spread = (0.5, 0.5, 0.5, 0.5) if name == "shifted" else (0.5, 0.7, 1.1, 2.0)
+        mean = (0.4, 0.4, 0.4, 0.4) if name == "shifted" else (0.4, -0.2, 0.1, 0.9)
+        if name == "half a model's":  # states a scale that is nobody's, as files do whose makers left the default
+            stated = replace(config, scaling_factor=3.0)
+        else:  # latents of the file are mean + spread times the model's
+            back = [-m / s for m, s in zip(mean, spread, strict=True)]
+            config, state = fold_latent_stats(config, state, back, [1 / s for s in spread])
+            stated = replace(config, scaling_factor=1.0, latents_mean=mean, latents_std=spread)
+            if name == "shifted":
+                stated = replace(config, scaling_factor=1 / spread[0], shift_factor=mean[0])
+        save_part(stated.to_diffusers(), state, tmp_path / "vae")
+        model.take_autoencoder(tmp_path / "vae", told.append)
+        torch.testing.assert_close(model.decode(x0), own, rtol=1e-3, atol=1e-3)
+    assert not told
+
+
+def unscaled(codec: LatentCodec) -> LatentCodec:
+    """An autoencoder on the scale of its weights, as where they hold the statistics."""
+    return LatentCodec(codec.network, Statistics((0.0,) * codec.channels, (1.0,) * codec.channels, 0, 0))
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ from ldm.formats.atomic import write_json
 from ldm.formats.clip_folder import load_own_tower
 from ldm.formats.denoiser_folder import load_denoiser, read_denoiser, unconditional
 from ldm.formats.export_source import ExportedModel
-from ldm.formats.latent_codec import AUTOENCODERS, LatentCodec, autoencoder_folder, full, load_codec, pixels
+from ldm.formats.latent_codec import AGREE, AUTOENCODERS, LatentCodec, alike, autoencoder_folder, full, load_codec, pixels
 from ldm.formats.lora_keys import sgm_names
 from ldm.formats.model_folder import RECORD, open_model, read_record
 from ldm.formats.part import content_hash, save_part
@@ -355,16 +355,18 @@ class LatentDiffusionFamily(Adaptable, Prompted):
     # Sampling
 
     def take_autoencoder(self, path: Path, note: Callable[[str], None]) -> str:
-        """Another network between pixels and latents, whose statistics stay the model's, which its network was trained on."""
+        """Another network between pixels and latents, on the model's scale or on its own: that which encodes more as the model's does."""
         own, other = self.codec, load_codec(autoencoder_folder(path if path.is_dir() else open_single(path, note=note)))
         shapes = [f"{one.channels} channels at 1/{one.factor} ({type(one.network).__name__})" for one in (own, other)]
         if shapes[0] != shapes[1]:
             raise UserError(f"vae: {path}: its latents have {shapes[1]}, the model's {shapes[0]}; give one that was made for this model")
-        if not torch.allclose(own.std, other.std.to(own.std), rtol=0.05) or not torch.allclose(
-            own.mean, other.mean.to(own.mean), atol=0.05
-        ):
-            note(f"vae: {path} says another scale of its latents than the model's, which stays: it may be made for another model")
-        codec = LatentCodec(other.network, own.statistics, other.hash).to(self.device)
+        other.to(self.device)
+        codec, agreement = alike(own, LatentCodec(other.network, own.statistics, other.hash).to(self.device), other)
+        if agreement < AGREE:
+            note(
+                f"vae: {path} encodes a picture to other latents than the model's (they agree to {100 * max(0.0, agreement):.0f} %), "
+                "and the model's scale stays: it may be made for another model"
+            )
         self._frozen = (codec, self._frozen[1])
         return other.hash
 
