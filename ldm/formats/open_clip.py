@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,17 @@ def from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         "ln_final.bias": "final_layer_norm.bias",
     }
     return {new: state[old] for old, new in outer.items() if old in state} | _blocks(state, layers, "", "")
+
+
+def tower_size(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the weights of an OpenCLIP tell of its text tower, by the names of its text_cfg; what they do not tell is left out."""
+    found: dict[str, int] = {}
+    for name, sides in (("token_embedding.weight", ("vocab_size", "width")), ("positional_embedding", ("context_length", "width"))):
+        value = next((state[prefix + name] for prefix in ("", "text.") if prefix + name in state), None)
+        if value is not None and value.ndim == 2:
+            found |= dict(zip(sides, value.shape, strict=True))
+    numbers = [int(told[1]) for name in state if (told := re.match(r"(?:text\.)?transformer\.resblocks\.(\d{1,4})\.", name))]
+    return found | ({"layers": max(numbers) + 1} if numbers else {})
 
 
 def vision_from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:

@@ -150,7 +150,14 @@ def refuse_others(state: Mapping[str, Tensor], file: Path) -> None:
         raise UserError(f"{file}: learned words (textual inversion: {', '.join(names)}), not a model; give the model they were learned for")
     if not any(name.startswith((*PREFIX.values(), "model_ema.diffusion_model")) for name in names) and not _bare(state):
         stranger = sorted(names)[0] if names else "nothing"
-        raise UserError(f"{file}: holds {stranger} and no names of CompVis' checkpoints; give the folder of a diffusers model as a folder")
+        if any(name.removeprefix("module.").removeprefix("text.") == "token_embedding.weight" for name in names):
+            raise UserError(
+                f"{file}: an OpenCLIP ({stranger}), no whole model; models.text.kind=pretrained_text takes it beside its architecture=, "
+                "such as ViT-H-14"
+            )
+        raise UserError(
+            f"{file}: holds {stranger} and no names of CompVis' checkpoints; of a diffusers model give the folder that has its config.json"
+        )
 
 
 def _bare(state: Mapping[str, Tensor]) -> Part | None:

@@ -17,7 +17,7 @@ from ldm.formats.atomic import commit, write_tensors
 from ldm.formats.clip_folder import tower_shape
 from ldm.formats.integrity import cache_folder, check, checksums, is_whole
 from ldm.formats.model_folder import INDEX, OWN_CLIP, clip_in, hub_folder
-from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer, vision_from_open_clip
+from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer, tower_size, vision_from_open_clip
 from ldm.formats.part import content_hash, load_module, read_json
 from ldm.formats.text_folder import TEXT_PARTS, load_text_model, tower_state
 from ldm.formats.tokenizer_files import load_tokenizer
@@ -221,6 +221,8 @@ def load_open_clip(folder: Path) -> TextEncoder:
         pad_token_id=tokenizer.pad_token_id,
     )
     state = _weights(folder)
+    if odd := [f"{side} {getattr(shape, side)} (the weights: {n})" for side, n in tower_size(state).items() if n != getattr(shape, side)]:
+        raise UserError(f"{folder / OPEN_CLIP}: text_cfg says {', '.join(odd)}; copy the whole folder again")
     if any(name.startswith("text.transformer.") for name in state):  # OpenCLIP's towers apart
         state = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     state = from_open_clip(state, shape.layers)
@@ -260,11 +262,27 @@ def open_clip_folder(path: str, architecture: str) -> Path:
         text = {name: value for name, value in state.items() if not name.startswith("visual.")}
         if not any("token_embedding" in name for name in text):
             raise UserError(f"{file}: holds {short(min(state, default='nothing'))} and no text tower of an OpenCLIP")
+        _fits(file, tower_size(text), architecture)
         write_tensors(folder / "open_clip_model.safetensors", text)
         (folder / OPEN_CLIP).write_text(said)
 
     commit(target, write)
     return target
+
+
+def _fits(file: Path, size: dict[str, int], architecture: str) -> None:
+    """Refuse a file whose text tower is another architecture's, and name those that have one of its size."""
+    import open_clip
+
+    def odd(name: str) -> list[str]:
+        text = open_clip.get_model_config(name)["text_cfg"]
+        usual = {"vocab_size": 49408, "width": 512, "context_length": 77, "layers": 12} | text
+        return [f"{side} {value} ({name}: {usual[side]})" for side, value in size.items() if usual[side] != value]
+
+    if found := odd(architecture):
+        likely = [name for name in open_clip.list_models() if not odd(name)]
+        way = f"one of {', '.join(likely[:6])}{', ...' if len(likely) > 6 else ''} has this size" if likely else "none known has this size"
+        raise UserError(f"architecture: the text tower of {file} has {', '.join(found)}; {way}")
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ def test_t5_gives_its_own_states(tmp_path: Path) -> None:
     [
         ({"text_cfg": {**CONFIG["text_cfg"], "hf_model_name": "bert"}}, "text_cfg.hf_model_name is not supported"),  # type: ignore[dict-item]
         ({"text_cfg": {**CONFIG["text_cfg"], "no_causal_mask": True}}, "text_cfg.no_causal_mask is not supported"),  # type: ignore[dict-item]
-        ({"text_cfg": {**CONFIG["text_cfg"], "layers": 4}}, "missing: encoder.layers.3"),  # type: ignore[dict-item]
+        ({"text_cfg": {**CONFIG["text_cfg"], "layers": 4}}, "text_cfg says layers 4"),  # type: ignore[dict-item]
         ({"text_cfg": None}, "no model_cfg with a text_cfg"),
     ],
 )
@@ -169,10 +169,29 @@ def test_an_open_clip_by_its_architecture_and_a_file(tmp_path: Path, monkeypatch
         text.adopt(found, tmp_path / "adopted")
         assert torch.equal(TextEncoder.load(tmp_path / "adopted").encode(PROMPTS).tokens, expected)
         assert text.text_shape(print).width == expected.shape[2] and text.find(str(file), print) == found
+    # Fewer layers would load, and draw with half a text encoder.
+    others = {"ViT-tiny": CONFIG, "ViT-short": {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "layers": 1}}}
+    monkeypatch.setattr(open_clip, "list_models", lambda: list(others))
+    monkeypatch.setattr(open_clip, "get_model_config", others.__getitem__)
+    with pytest.raises(UserError, match=r"has layers \d+ \(ViT-short: 1\); one of ViT-tiny has this size"):
+        PretrainedText(path=str(plain), architecture="ViT-short").find(str(plain), print)
+    with pytest.raises(UserError, match=r"an OpenCLIP .*, no whole model; .* architecture="):
+        PretrainedText(path=str(plain)).find(str(plain), print)
     with pytest.raises(UserError, match=r"did you mean ViT-tiny\?"):
         PretrainedText(path=str(plain), architecture="ViT-tini").find(str(plain), print)
     with pytest.raises(UserError, match="no such file; beside architecture"):
         PretrainedText(path="x", architecture="ViT-tiny").find("x", print)
+
+
+@pytest.mark.parametrize("field", ["layers", "context_length"])
+def test_an_open_clip_of_other_size_than_its_configuration_is_named(tmp_path: Path, field: str) -> None:
+    open_clip_folder(tmp_path / "model", False)
+    file = tmp_path / "model" / "open_clip_config.json"
+    said = json.loads(file.read_text())
+    said["model_cfg"]["text_cfg"][field] -= 1
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"text_cfg says {field} "):
+        load_pretrained(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(("field", "value"), [("width", "x"), ("layers", 10**9), ("heads", 0), ("mlp_ratio", []), ("vocab_size", -1)])
