@@ -173,6 +173,11 @@ class ModelConfig:
         """Whether its loss weighs by the data's masks."""
         return False
 
+    @property
+    def learns_masked_out(self) -> bool:
+        """Whether it learns from what is masked out, too."""
+        return False
+
     def views(self) -> tuple[str, ...]:
         """The views of pictures that it learns from, by name; data that has not one of them is refused."""
         return ()

@@ -21,8 +21,9 @@ from ldm.data.concatenation import Mixture
 from ldm.data.dataset import asked
 from ldm.data.file_names import printable
 from ldm.data.filter import Filter, filter_samples
+from ldm.data.masks import masks_say
 from ldm.data.photos import left_out
-from ldm.data.sources import affixes, both_parts
+from ldm.data.sources import affixes, both_parts, has_masks
 from ldm.data.tags import TaggedSamples
 from ldm.diffusion.rng import mix
 from ldm.distributed.environment import calibrate
@@ -83,8 +84,13 @@ class Execution:
         from ldm.runs.report import report
 
         check_data(self.run, self.data, self.val)
-        for line in data_lines(self.data.describe()):
+        described = self.data.describe()
+        for line in data_lines(described):
             self.log.note(line)
+        if has_masks(self.run.data):
+            black_counts = any(model.learns_masked_out for model in self.run.models.values())
+            if said := masks_say(self.data, described, black_counts):
+                self.log.note(said)
         if self.processes.main:
             marks = marks_of(self.data)
             if change := data_change(self.out, marks):

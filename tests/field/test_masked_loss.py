@@ -22,6 +22,7 @@ from ldm.data.cached import CachedLatents
 from ldm.data.concatenation import Concatenation
 from ldm.data.folder import FolderSource
 from ldm.data.images import Rejected, mask_view, view
+from ldm.data.masks import masks_say
 from ldm.data.shards import ShardsSource
 from ldm.diffusion.batch import MomentBatch
 from ldm.families.latent_diffusion.masked_loss import MaskedLoss, weigh
@@ -163,3 +164,40 @@ def test_a_mask_of_other_proportions_is_left_out_and_told(tmp_path: Path) -> Non
             continue
         with pytest.raises(Rejected, match=r"mask of other proportions: .* of a picture of 64x64"):
             mask_view((tmp_path / "m.png").read_bytes(), seen, False, False)
+
+
+@pytest.mark.parametrize("masks", ["beside", "alpha"])
+@pytest.mark.parametrize(
+    ("value", "black_counts", "said"),
+    [
+        (255, False, "white everywhere"),
+        (0, True, "black everywhere, so no part"),
+        (0, False, "black everywhere, and black is not learned"),
+        (102, False, "of one grey, 0.40, everywhere"),
+        (None, False, ""),
+    ],
+)
+def test_masks_that_are_the_same_everywhere_are_told(masks: Any, value: int | None, black_counts: bool, said: str, tmp_path: Path) -> None:
+    for i in range(20):
+        mask = Image.fromarray(grey(60, 60, i)) if value is None else Image.new("L", (60, 60), value)
+        picture = Image.fromarray(np.stack([grey(60, 60, 99 + i)] * 3, 2))
+        if masks == "alpha":
+            picture.putalpha(mask)
+        else:
+            mask.save(tmp_path / f"{i}-masklabel.png")
+        picture.save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("x")
+    data = FolderSource(path=str(tmp_path), masks=masks).build("train")
+    if value == 0 and not black_counts:
+        with pytest.raises(UserError, match=f"the masks of 16 pictures that were looked at are {said}"):
+            masks_say(data, data.describe(), black_counts)
+    else:
+        found = masks_say(data, data.describe(), black_counts)
+        assert said in found and bool(said) == bool(found)
+
+
+def test_pictures_without_a_mask_count_whole_and_that_is_told_where_none_has_one(tmp_path: Path) -> None:
+    some = FolderSource(path=str(folder(tmp_path)), masks="beside", val_share=0).build("train")
+    assert masks_say(some, some.describe(), False) == ""
+    none = FolderSource(path=str(folder(tmp_path / "none", ())), masks="beside", val_share=0).build("train")
+    assert masks_say(none, none.describe(), False).startswith("data.masks: no picture has a mask beside it")

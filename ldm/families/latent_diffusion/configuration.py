@@ -95,6 +95,11 @@ class LatentDiffusionConfig(ModelConfig):
         """Whether its loss is masked."""
         return self.masked_loss is not None
 
+    @property
+    def learns_masked_out(self) -> bool:
+        """As `ldm.families.family.ModelConfig.learns_masked_out`."""
+        return self.masked_loss is not None and self.masked_loss.unmasked > 0
+
     def views(self) -> tuple[str, ...]:
         """Those of its conditions; to align with what is seen of them, the pictures."""
         own = tuple(each.view for each in self.conditions)
