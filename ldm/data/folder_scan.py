@@ -316,7 +316,7 @@ class _Block:
     names: list[str]
     rejected: list[Rejection]
     views: dict[str, Mapping[str, View]]
-    several: list[str]  # names of those that are more than one picture
+    several: list[str]  # names of those, of their masks and of their maps that are more than one picture
     contents: np.ndarray  # uint64, of the hash of each
 
 
@@ -356,7 +356,7 @@ class _Looker:
             contents.append(int.from_bytes(hashlib.blake2b(said[1].encode(), digest_size=8).digest()))
             if told:
                 views[name] = told
-            several += [name] if more else []
+            several += more
         if not rows:
             return _Block(None, names, rejected, views, several, np.zeros(0, np.uint64))
         column = {name: [row[n] for row in rows] for n, name in enumerate(COLUMNS)}
@@ -364,7 +364,7 @@ class _Looker:
         record = ShardRecord(".", 0, 0, "", len(rows), sum(len(said) - _CAPTIONS for said in words))
         return _Block(part_of(record, numbers_of, words), names, rejected, views, several, np.array(contents, np.uint64))
 
-    def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View], bool]:
+    def _one(self, name: str, number: int) -> tuple[tuple[float, ...], list[str], Mapping[str, View], list[str]]:
         source, root = self.source, self.found.root
         times = _times(name) if source.captions == "kohya" else 1
         captions = [affixed(said, source.prefix, source.suffix) for said in _captions(self.found, name, source, self.table)]
@@ -380,7 +380,14 @@ class _Looker:
         if mask := self.masks.get(name, ""):
             content += self.hashes.of(root / mask, mask, (root / mask).stat())
         row = (*size, told.height, told.width, told.aesthetic, told.watermark, times)
-        return row, [name, content, mask, *captions], views, head.several
+        beside = [file for file in (mask, *(files.get(name, "") for files in self.views.maps.values())) if file and self._several(file)]
+        return row, [name, content, mask, *captions], views, [name] * head.several + beside
+
+    def _several(self, name: str) -> bool:
+        try:
+            return header(self.found.root / name, self.source.max_pixels).several
+        except (Rejected, OSError):
+            return False  # it is told of when it is read
 
 
 COLUMNS = ("height", "width", "original_height", "original_width", "aesthetic", "watermark", "times")

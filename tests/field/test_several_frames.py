@@ -61,6 +61,18 @@ def test_training_pictures_that_move_are_counted(tmp_path: Path) -> None:
     assert f"warning: 2 with {FIRST}; the first is a.tar/1" in told(shards)
 
 
+def test_masks_and_maps_that_move_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "edges").mkdir()
+    for n in range(5):
+        (tmp_path / f"{n}.jpg").write_bytes(painted(n))
+        (tmp_path / f"{n}-masklabel.png").write_bytes(film("PNG", 3 if n < 2 else 1))
+        (tmp_path / "edges" / f"{n}.gif").write_bytes(film("GIF", 2 if n == 4 else 1))
+    found = FolderSource(path=str(tmp_path), caption="a thing", val_share=0, masks="beside", views={"edges": "edges"})
+    assert f"warning: 3 with {FIRST}; the first is 0-masklabel.png" in told(found.build("train"))
+    without = FolderSource(path=str(tmp_path), caption="a thing", val_share=0, views={"edges": "edges"}).build("train")
+    assert f"warning: 1 with {FIRST}; the first is edges/4.gif" in told(without)
+
+
 def test_rows_that_move_are_counted(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pytest.importorskip("datasets")
