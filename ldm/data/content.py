@@ -70,24 +70,31 @@ class ContentHashes:
             return {}
         return {k: v for k, v in said.items() if isinstance(v, list) and len(v) == 3} if isinstance(said, dict) else {}
 
-    def of(self, path: Path, name: str, status: FileState) -> str:
+    def known(self, name: str, status: FileState) -> str:
+        """The hash of a file as it was read before; empty: it was not, or has changed since."""
+        known = self._known.get(name)
+        return known[2] if known is not None and known[:2] == [status.st_size, status.st_mtime_ns] and isinstance(known[2], str) else ""
+
+    def of(self, file: Path | bytes, name: str, status: FileState) -> str:
         """The hash of a file.
 
         Args:
+            file: its place, or what it holds.
             name: below the folder.
 
         Raises:
             OSError: if it cannot be read.
         """
-        state: list[object] = [status.st_size, status.st_mtime_ns]
-        known = self._known.get(name)
-        if known is not None and known[:2] == state and isinstance(known[2], str):
-            return known[2]
+        if known := self.known(name, status):
+            return known
         digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as stream:
-            while data := stream.read(_CHUNK):
-                digest.update(data)
-        self._known[name], self._changed = [*state, digest.hexdigest()], True
+        if isinstance(file, bytes):
+            digest.update(file)
+        else:
+            with file.open("rb") as stream:
+                while data := stream.read(_CHUNK):
+                    digest.update(data)
+        self._known[name], self._changed = [status.st_size, status.st_mtime_ns, digest.hexdigest()], True
         return digest.hexdigest()
 
     def save(self, names: Sequence[str]) -> None:

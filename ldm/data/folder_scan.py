@@ -9,7 +9,6 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,13 +22,14 @@ import numpy as np
 
 from ldm.config.errors import UserError
 from ldm.config.schema import plain
+from ldm.data.at_work import worked
 from ldm.data.caption_tables import NEAR, CaptionTable, is_table, read_tables
 from ldm.data.captions import SIDECARS, from_folder, from_name, sidecar
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.fields import Known
 from ldm.data.file_names import FORMATS, OF_SYSTEMS, SUFFIXES, Names, alike, is_text, leads_out, side_pictures, split
 from ldm.data.folder_views import FolderViews, Layout, find_views
-from ldm.data.images import FIRST, Rejected, header
+from ldm.data.images import FIRST, Rejected, header, read_file
 from ldm.data.index_file import DamagedIndex, IndexFile, Part, ShardRecord, part_of, write
 from ldm.data.photos import Rejection, held_out, remarks
 from ldm.data.tags import affixed
@@ -46,6 +46,7 @@ ABOUT = ("readme", "license", "licence", "notice", "credits", "classes", "source
 FORMAT = 3  # of what is remembered
 _THREADS = 8
 _BLOCK = 512  # pictures that a thread looks at before it reports
+_ONCE = 2**24  # bytes of a file that is read as a whole; a longer one is hashed piece by piece
 _IDLE = ("max_bad", "max_seconds", "path")  # settings that a scan does not depend on; the path counts by where it leads
 
 _log = logging.getLogger(__name__)
@@ -368,15 +369,17 @@ class _Looker:
         source, root = self.source, self.found.root
         times = _times(name) if source.captions == "kohya" else 1
         captions = [affixed(said, source.prefix, source.suffix) for said in _captions(self.found, name, source, self.table)]
-        path = root / name
-        head = header(path, source.max_pixels)
+        path, state, data = root / name, self.found.state(number), None
+        if state.st_size <= _ONCE and not self.hashes.known(name, state):
+            data = read_file(path)  # its header and its hash are made of one reading
+        head = header(path if data is None else data, source.max_pixels)
         size = head.height, head.width
         told = self.table.known.get(name, Known()).over(Known(*size))
         size = (size[0], size[1] // 2) if source.layout == "ab" else size
         views = self.views.entries(name, size)
         if min(size) < source.min_side:
             raise Rejected("too small", f"{size[1]}x{size[0]}; at least {source.min_side} px")
-        content = self.hashes.of(path, name, self.found.state(number))
+        content = self.hashes.of(path if data is None else data, name, state)
         if mask := self.masks.get(name, ""):
             content += self.hashes.of(root / mask, mask, (root / mask).stat())
         row = (*size, told.height, told.width, told.aesthetic, told.watermark, times)
@@ -417,8 +420,7 @@ def _looked(
     ]
     looker = _Looker(source, found, table, views, masks)
     chosen = [number for number, name in enumerate(found.images) if name not in side and name not in views.files]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        blocks = list(pool.map(looker.block, (chosen[n : n + _BLOCK] for n in range(0, len(chosen), _BLOCK))))
+    blocks = list(worked(looker.block, [chosen[n : n + _BLOCK] for n in range(0, len(chosen), _BLOCK)], _THREADS))
     looker.hashes.save([*(found.images[number] for number in chosen), *used])
     rejected += [one for block in blocks for one in block.rejected]
     usable = [name for block in blocks for name in block.names]

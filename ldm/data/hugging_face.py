@@ -8,7 +8,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config
+from ldm.data.at_work import worked
 from ldm.data.captions import COLUMNS, caption_texts
 from ldm.data.content import content_hash
 from ldm.data.dataset import Split
@@ -126,8 +126,7 @@ class DatasetsData(Photos):
             column = self._table[start : start + ROWS][self.image_column]
             return [self._header(entry) for entry in column]
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return [found for part in pool.map(look, range(0, len(self._table), ROWS)) for found in part]
+        return [found for part in worked(look, range(0, len(self._table), ROWS), THREADS) for found in part]
 
     def _header(self, entry: Any) -> _Header | Rejected:
         try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from tars import painted
 
 from ldm.config.errors import UserError
-from ldm.data import folder_scan
+from ldm.data import at_work, folder_scan
 from ldm.data.concatenation import ConcatenationSource, RepeatedSource
 from ldm.data.content import ContentHashes, cache_folder
 from ldm.data.folder import FolderData, FolderSource
@@ -36,13 +39,18 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The pictures that are looked at from now on."""
     found: list[object] = []
-    real = folder_scan.header
+    real, read = folder_scan.header, folder_scan.read_file
 
-    def header(path: Path, most: int) -> Header:
+    def header(file: Path | bytes, most: int) -> Header:
+        found.extend([file] if isinstance(file, Path) else [])
+        return real(file, most)
+
+    def read_file(path: Path) -> bytes:
         found.append(path)
-        return real(path, most)
+        return read(path)
 
     monkeypatch.setattr(folder_scan, "header", header)
+    monkeypatch.setattr(folder_scan, "read_file", read_file)
     monkeypatch.setattr(ContentHashes, "_in_memory", {})
     return found
 
@@ -67,6 +75,32 @@ def test_both_parts_and_the_next_start_look_once(root, monkeypatch, options):
     assert [state(source.build(part)) for part in ("train", "val")] == first and len(seen) > len(set(seen))
     monkeypatch.setenv("LDM_CACHE", "/dev/null/nowhere")
     assert [state(source.build(part)) for part in ("train", "val")] == first
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_threads_help_where_a_block_waits_and_not_where_it_computes(monkeypatch, waits):
+    clock, used = [0.0, 0.0], []
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(perf_counter=lambda: clock[0], thread_time=lambda: clock[1]))
+
+    def look(numbers: Sequence[int]) -> Any:
+        used.append(threading.get_ident())
+        clock[0] += 1
+        clock[1] += 0.1 if waits else 0.6
+        return list(numbers)
+
+    assert list(at_work.worked(look, [[n] for n in range(6)], 2)) == [[n] for n in range(6)]
+    assert used[0] == threading.get_ident() and all((one == used[0]) != waits for one in used[1:])
+
+
+def test_a_file_is_hashed_alike_at_once_and_piece_by_piece(root, monkeypatch):
+    source = FolderSource(path=str(root))
+    whole = source.build("train").fingerprint()
+    for place in cache_folder().iterdir():
+        place.unlink()
+    monkeypatch.setattr(ContentHashes, "_in_memory", {})
+    monkeypatch.setattr(folder_scan, "_scans", {})
+    monkeypatch.setattr(folder_scan, "_ONCE", 100)
+    assert source.build("train").fingerprint() == whole
 
 
 def test_both_parts_see_a_folder_in_one_state(root, monkeypatch):
