@@ -159,6 +159,7 @@ def draw_clip(family: Draws, clip: Path, recipe: Recipe, cells: int) -> tuple[Te
 
     from ldm.families.draws import VideoEdit
     from ldm.sampling.animation import read_clip
+    from ldm.sampling.picture_files import Bar
     from ldm.text.prompt_syntax import read
 
     values, said = read_clip(clip, (recipe.height, recipe.width))
@@ -166,4 +167,7 @@ def draw_clip(family: Draws, clip: Path, recipe: Recipe, cells: int) -> tuple[Te
     anew = VideoEdit(
         prompt=read(recipe.prompt), negative=read(recipe.negative), source=source, seed=recipe.seed, strength=recipe.strength, cells=cells
     )
-    return family.restyle(torch.tensor(values), anew, family.settings(recipe.wanted()), tell), replace(recipe, init=said)
+    settings, frames = family.settings(recipe.wanted()), torch.tensor(values)
+    with Bar(len(frames)) as show:  # all go through every step together, so each is as far as all are
+        drawn = family.restyle(frames, anew, settings, tell, lambda done, total: show(len(frames) * done / total))
+    return drawn, replace(recipe, init=said)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.cli.models import model_for
+from ldm.cli.progress import working
 from ldm.config.errors import UserError
 from ldm.config.options import Given
 
@@ -67,19 +69,22 @@ def export(
     _check_room(out, weights)
     notices = list(source.notices)
     done: list[Comparison] = []
+    writing = partial(working, f"writing and comparing {out}")
     if to in GRAPHS:
         from ldm.formats.atomic import commit
         from ldm.formats.graph_folder import beyond_onnx_pipeline, check_graphs, write_graphs
 
         check_graphs(source, to)
-        commit(out, lambda folder: done.extend(write_graphs(source, folder, to, dtype, _tell)))
+        with writing() as tell:
+            commit(out, lambda folder: done.extend(write_graphs(source, folder, to, dtype, tell)))
         if unopened := beyond_onnx_pipeline(source, to):
             notices.append(unopened)
     elif to == "diffusers":
         from ldm.formats.atomic import commit
         from ldm.formats.pipeline_folder import write_pipeline
 
-        commit(out, lambda folder: done.extend(write_pipeline(source, folder, dtype, variant, int(max_shard * 1e9), _tell)))
+        with writing() as tell:
+            commit(out, lambda folder: done.extend(write_pipeline(source, folder, dtype, variant, int(max_shard * 1e9), tell)))
         if not source.network.stock:
             own = source.network.to_diffusers()["_class_name"]
             notices.append(f"its {source.network.folder} is ldm's own ({own}), so only ldm opens this folder")
@@ -93,7 +98,8 @@ def export(
         said = sayable(source)
         if said.obstacles:
             notices.append(f"no YAML, because CompVis' own code cannot draw with it ({'; '.join(said.obstacles)}); ldm can")
-        _commit_beside(out, lambda file: done.extend(write_file(said, file, dtype, _tell)))
+        with writing() as tell:
+            _commit_beside(out, lambda file: done.extend(write_file(said, file, dtype, tell)))
     return _done(out, to, dtype, began, done, notices, as_json)
 
 
@@ -103,7 +109,8 @@ def _publish(model: Draws, out: Path, dtype: str, began: float, as_json: bool) -
 
     done: list[Comparison] = []
     notices: list[str] = []
-    commit(out, lambda folder: done.extend(model.publish(folder, dtype, notices.append)))
+    with working(f"writing and comparing {out}"):
+        commit(out, lambda folder: done.extend(model.publish(folder, dtype, notices.append)))
     return _done(out, "published", dtype, began, done, notices, as_json)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm.cli.command import call
+from ldm.cli.progress import PLANNING, working
 from ldm.cli.train import validated
 from ldm.config.errors import UserError
 from ldm.config.stand_ins import told
@@ -67,22 +68,23 @@ def plan(
     config = configuration(config)
     values = read(config, words or [])
     told(partial(validated, values, config))
-    from ldm.runs.plan import as_json as plain
-    from ldm.runs.plan import make, show
-    from ldm.runs.run import Run, place
-    from ldm.runs.simulation import simulate
-    from ldm.training.throughput import card
+    with working(PLANNING):
+        from ldm.runs.plan import as_json as plain
+        from ldm.runs.plan import make, show
+        from ldm.runs.run import Run, place
+        from ldm.runs.simulation import simulate
+        from ldm.training.throughput import card
 
-    run, out = place(build(values, Run, str(config)), config)
-    share = 0.35 if mfu is None else mfu
-    chosen = card(device) if device else None
-    work = processes or (nodes or 0) * (gpus or 8)
-    found = make(run, out, processes=work, tflops=tflops or peak * share, samples=count, extend=extend, card=chosen, mfu=share)
-    trained = [stage for stage in found.stages if stage.kind == "train"]
-    tried: dict[tuple[int, int], Simulated] = {}
-    for stage in trained:
-        if stage.samples and not stage.buckets:
-            tried.setdefault((stage.samples, stage.batch), simulate(stage.samples, stage.batch, found.processes, run.seed))
+        run, out = place(build(values, Run, str(config)), config)
+        share = 0.35 if mfu is None else mfu
+        chosen = card(device) if device else None
+        work = processes or (nodes or 0) * (gpus or 8)
+        found = make(run, out, processes=work, tflops=tflops or peak * share, samples=count, extend=extend, card=chosen, mfu=share)
+        trained = [stage for stage in found.stages if stage.kind == "train"]
+        tried: dict[tuple[int, int], Simulated] = {}
+        for stage in trained:
+            if stage.samples and not stage.buckets:
+                tried.setdefault((stage.samples, stage.batch), simulate(stage.samples, stage.batch, found.processes, run.seed))
     costs = list(_costs(found, disk, price))
     if as_json:
         extra = {"order": [asdict(each) | {"right": each.right} for each in tried.values()], "costs": costs}

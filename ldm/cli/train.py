@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.progress import PLANNING, working
 from ldm.config.errors import UserError
 from ldm.config.stand_ins import told
 from ldm.config.synonyms import COUNTED, NEEDLESS, place_of
@@ -73,23 +74,33 @@ def main(words: Sequence[str]) -> int:
     values = read(file, fields)
     _refuse_former(values, file)
     told(partial(validated, values, file, "--plan" not in options))
+    if "--plan" in options:
+        print(_plan(values, file, options, extend))
+        return 0
     from ldm.runs.execution import execute
     from ldm.runs.run import Run, place
 
     run, out = place(build(values, Run, str(file)), file)
     check_version(out)
-    if "--plan" not in options:
-        code = execute(run, out, file, extend)
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            from ldm.distributed.processes import leave
+    code = execute(run, out, file, extend)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from ldm.distributed.processes import leave
 
-            leave(code)
-        return code
-    from ldm.runs.plan import as_json, make, show
+        leave(code)
+    return code
 
-    found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0), extend=extend)
-    print(as_json(found) if "--json" in options else show(found))
-    return 0
+
+def _plan(values: Mapping[str, Any], file: Path, options: Mapping[str, float], extend: bool) -> str:
+    """The plan as text, or as JSON."""
+    with working(PLANNING):
+        from ldm.config.schema import build
+        from ldm.runs.plan import as_json, make, show
+        from ldm.runs.run import Run, place
+
+        run, out = place(build(values, Run, str(file)), file)
+        check_version(out)
+        found = make(run, out, processes=int(options.get("--processes", 0)), tflops=options.get("--tflops", 0.0), extend=extend)
+    return as_json(found) if "--json" in options else show(found)
 
 
 def _told_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -425,8 +425,15 @@ class Draws(Protocol):
         """
         self.refuse("classifier", "is guided by none; leave --classifier out")
 
-    def restyle(self, frames: Tensor, clip: VideoEdit, settings: Settings, note: Callable[[str], None]) -> Tensor:
-        """Frames (F,H,W,3) uint8 drawn anew as one clip; all begin with the same noise."""
+    def restyle(
+        self,
+        frames: Tensor,
+        clip: VideoEdit,
+        settings: Settings,
+        note: Callable[[str], None],
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Frames (F,H,W,3) uint8 drawn anew as one clip; all begin with the same noise. `on_step` is told steps done and all steps."""
         self.refuse("clip", "draws no clips anew; leave --clip out")
 
     def captions(self, image: Tensor | None, seeds: Sequence[int], settings: Wanted = OWN) -> list[str]:

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from finished_model import SIDE
 from PIL import Image, ImageSequence
 
 from ldm.__main__ import main
 from ldm.cli.animate import way
+from ldm.families.draws import VideoEdit, Wanted
+from ldm.families.latent_diffusion.edits import ROUNDS
+from ldm.families.latent_diffusion.family import load
 from ldm.sampling.animation import read_clip
 from ldm.sampling.recipe import Recipe, read_recipe
+from ldm.text.prompt_syntax import Prompt, literal
 
 
 def frames(path: Path) -> list[np.ndarray]:
@@ -96,6 +101,17 @@ def test_a_clip_is_drawn_anew(words: list[str], clip: Path, kl_model: Path, tmp_
     told = read_recipe(tmp_path / "d.png")
     assert isinstance(told, Recipe) and told.invert and told.source == "a ring" and told.guidance == 1 and len(told.init) == 64
     assert read_clip(clip, (SIDE, SIDE))[1] == told.init
+
+
+@pytest.mark.parametrize("source", [None, literal("a ring")])
+def test_a_clip_says_how_far_it_is(kl_model: Path, source: Prompt | None) -> None:
+    family = load(kl_model)
+    clip = VideoEdit(prompt=literal("a"), negative=literal(""), source=source, seed=0, strength=1.0, cells=1)
+    told: list[tuple[int, int]] = []
+    frames = torch.zeros(2, SIDE, SIDE, 3, dtype=torch.uint8)
+    family.restyle(frames, clip, family.settings(Wanted(steps=3, guidance=1.0, sampler="ddim")), print, lambda *far: told.append(far))
+    all_steps = 3 if source is None else 3 * (ROUNDS + 1)
+    assert told == [(done, all_steps) for done in range(1, all_steps + 1)]
 
 
 def test_joined_prompts_need_as_many_parts(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -87,7 +88,14 @@ def begin_from(x0: Tensor, strength: float) -> Edit:
     return Edit(strength=strength, start=start if strength < 1 else None)
 
 
-def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Settings, strength: float = 1.0) -> Edit:
+def from_inverted(
+    engine: Engine,
+    image: Tensor,
+    source: Prompt,
+    settings: Settings,
+    strength: float = 1.0,
+    on_call: Callable[[int, int], None] | None = None,
+) -> Edit:
     """Start from the noise from which ddim's steps, told `source` without guidance, lead back to pictures (1 or N,H,W,3).
 
     Where the prompt equals what the picture shows, the result nearly does, too; a prompt that differs changes what differs
@@ -97,6 +105,7 @@ def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Setti
         source: what the pictures show.
         settings: of the drawing; its sampler must be ddim or euler without added noise.
         strength: the share of the steps that is gone back.
+        on_call: told network calls done and all, `ROUNDS` for each step.
 
     Raises:
         UserError: for a sampler that does not lead back, or a UNet made for inpainting.
@@ -112,7 +121,15 @@ def from_inverted(engine: Engine, image: Tensor, source: Prompt, settings: Setti
         empty, steps = literal(""), len(canvas.grid.t)
         shape = shape_of(engine.text, source, empty, steps)
         denoise = engine.guided_denoiser([source] * len(x), empty, shape, canvas, plain)
-        return invert(denoise, canvas.own(x0), canvas.grid.alpha, canvas.grid.sigma, ROUNDS)
+        calls = count(1)
+
+        def told(x: Tensor, i: int) -> Tensor:
+            clean = denoise(x, i)
+            if on_call is not None:
+                on_call(next(calls), steps * ROUNDS)
+            return clean
+
+        return invert(told, canvas.own(x0), canvas.grid.alpha, canvas.grid.sigma, ROUNDS)
 
     return Edit(strength=strength, start=start)
 

@@ -470,9 +470,16 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         """The classifier of noisy latents in a file."""
         return Classifier.load(file, self.codec.hash, self.process, self.device)
 
-    def restyle(self, frames: Tensor, clip: VideoEdit, settings: Settings, note: Callable[[str], None]) -> Tensor:
+    def restyle(
+        self,
+        frames: Tensor,
+        clip: VideoEdit,
+        settings: Settings,
+        note: Callable[[str], None],
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """Frames drawn anew side by side: see `ldm.families.latent_diffusion.video_editing.restyled`."""
-        return restyled(self.engine(note), frames, clip, settings, self.noise([clip.seed], (frames.shape[1], frames.shape[2])))
+        return restyled(self.engine(note), frames, clip, settings, self.noise([clip.seed], (frames.shape[1], frames.shape[2])), on_step)
 
     def adapt(self, loras: Sequence[tuple[Lora, float]], words: Sequence[LearnedEmbedding]) -> None:
         """Merge LoRAs into the UNet and the text encoder, and teach that new words."""

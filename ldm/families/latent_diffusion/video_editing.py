@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,18 +12,33 @@ from torch import Tensor
 from ldm.diffusion.rng import Rng
 from ldm.diffusion.samplers import Denoise
 from ldm.families.draws import Settings, VideoEdit
-from ldm.families.latent_diffusion.edits import begin_from, encoded, from_inverted
+from ldm.families.latent_diffusion.edits import ROUNDS, begin_from, encoded, from_inverted
 from ldm.families.latent_diffusion.engine import Canvas, Edit, Engine
 
 
 @torch.no_grad()
-def restyled(engine: Engine, frames: Tensor, clip: VideoEdit, settings: Settings, noise: Tensor) -> Tensor:
-    """Frames (F,H,W,3) uint8 drawn anew as one clip, all from the same noise (1,c,h,w)."""
+def restyled(
+    engine: Engine, frames: Tensor, clip: VideoEdit, settings: Settings, noise: Tensor, on_step: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Frames (F,H,W,3) uint8 drawn anew as one clip, all from the same noise (1,c,h,w).
+
+    `on_step` is told how far it is: steps done and all, of which an inversion takes `ROUNDS` for each step of the drawing.
+    """
+    before = ROUNDS if clip.source is not None else 0
+
+    def inverting(done: int, total: int) -> None:
+        if on_step is not None:
+            on_step(done, total + total // ROUNDS)
+
+    def drawing(done: int, total: int) -> None:
+        if on_step is not None:
+            on_step(before * total + done, (before + 1) * total)
+
     sheets = together(frames, clip.cells)
     many = len(sheets)
     whole = replace(engine, chunk=many)  # all in one call
     if clip.source is not None:
-        start = from_inverted(whole, sheets, clip.source, settings, clip.strength)
+        start = from_inverted(whole, sheets, clip.source, settings, clip.strength, inverting)
     else:
         start = begin_from(encoded(engine.codec, sheets), clip.strength)
     drawn, _ = whole.draw(
@@ -33,6 +49,7 @@ def restyled(engine: Engine, frames: Tensor, clip: VideoEdit, settings: Settings
         negative=clip.negative,
         latents=noise.repeat(many, 1, clip.cells, clip.cells),
         edits=(start, shuffled(clip.cells, clip.seed)),
+        on_step=drawing,
     )
     return apart(drawn, clip.cells, len(frames))
 
