@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +46,11 @@ class CaptionTable:
     @property
     def unmatched(self) -> str:
         """What to say where tables were read and no row fits a picture; empty: some do, or there are none."""
-        if not self.files or self.captions or self.spare or not (self.absent or self.rejected):
+        if not self.files or any(self.captions.values()) or any(self.spare.values()):
             return ""
         names = ", ".join(self.files)
+        if not (self.absent or self.rejected):
+            return f"{names} was read: {self.rows} rows, of which none has a text" if self.rows else ""
         if not self.absent:
             where, reason, detail = self.rejected[0]
             return f"{names} was read: {len(self.rejected)} rows are unusable, the first is {where}: {reason}: {printable(detail)}"
@@ -99,7 +102,7 @@ def _read(table: CaptionTable, root: Path, name: str, there: Names) -> None:
     suffix = path.suffix.lower()
     if suffix == ".json":
         content = _json(path)
-        if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        if isinstance(content, dict) and content and _by_picture(content, there):
             _kohya(table, root, name, content, there, ())
             return
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
@@ -108,7 +111,7 @@ def _read(table: CaptionTable, root: Path, name: str, there: Names) -> None:
     elif suffix == ".parquet":
         rows = _parquet(path, name)
     else:
-        rows = list(_jsonl(_text(path), name, table) if suffix == ".jsonl" else _csv(_text(path), name, table))
+        rows = list(_jsonl(_text(path), name, table) if suffix == ".jsonl" else _csv(path, name, table))
     table.files.append(name)
     columns: set[str] = set().union(*(row for _, row in rows)) if rows else set()
     file, caption = file_column(columns), caption_column(columns)
@@ -129,6 +132,13 @@ def _read(table: CaptionTable, root: Path, name: str, there: Names) -> None:
                 if (cell := row.get(column)) not in (None, ""):
                     table.views.setdefault(view, {})[found] = (name.rpartition("/")[0], cell)
             table.known[found] = known(row).over(table.known.get(found, Known()))
+
+
+def _by_picture(content: Mapping[str, Any], there: Names) -> bool:
+    """Whether an object has an object, or a text, for each picture; texts alone may be those of some other file."""
+    if all(isinstance(value, dict) for value in content.values()):
+        return True
+    return all(isinstance(value, dict | str) for value in content.values()) and any(is_text(key) and there.find(key) for key in content)
 
 
 def file_column(columns: set[str]) -> str | None:
@@ -186,16 +196,21 @@ def _jsonl(text: str, name: str, table: CaptionTable) -> Iterator[Row]:
             table.rejected.append((f"{name}:{number}", "bad metadata row", "not an object"))
 
 
-def _csv(text: str, name: str, table: CaptionTable) -> Iterator[Row]:
+def _csv(path: Path, name: str, table: CaptionTable) -> Iterator[Row]:
     """Rows under the first line's names, in cells apart by the separator that gives these names.
 
     A row of more cells than names is no row: the text behind an unquoted separator would be lost. Nor is one whose quote is not
     closed: it would take the rows behind it along.
+
+    Raises:
+        UserError: where two columns have the name that counts.
     """
-    lines = io.StringIO(text.replace("\0", " "), newline="")
+    lines = io.StringIO(_text(path).replace("\0", " "), newline="")
     separator = _separator(lines.readline())
     lines.seek(0)
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    spaced = re.search(rf"{re.escape(separator)} ", lines.readline()) is not None  # a, "b": the quotes stand behind a blank
+    lines.seek(0)
+    reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=spaced)
     names: list[str] | None = None
     first = 1
     while True:
@@ -211,6 +226,9 @@ def _csv(text: str, name: str, table: CaptionTable) -> Iterator[Row]:
         where, first = f"{name}:{first}", reader.line_num + 1
         if names is None:
             names = [cell.strip() for cell in cells]
+            for column in (file_column({*names}), caption_column({*names})):
+                if column is not None and names.count(column) > 1:
+                    raise UserError(f"{path}: {names.count(column)} columns are called {column}; rename those that are not meant")
         elif cells and len(cells) > len(names):
             said = f'{len(cells)} cells for {len(names)} columns; put a text with commas into "quotes"'
             table.rejected.append((where, "bad metadata row", said))
@@ -228,14 +246,17 @@ def _separator(header: str) -> str:
 
 
 def _kohya(table: CaptionTable, root: Path, name: str, content: Any, there: Names, images: Sequence[str]) -> None:
-    """A JSON file of kohya's scripts: by picture (its path, or its name without suffix) `caption` and `tags`, joined as these do."""
+    """A JSON file of kohya's scripts: by picture (its path, or its name without suffix) `caption` and `tags`, joined as these do.
+
+    A text stands for its caption.
+    """
     if not isinstance(content, dict):
         table.rejected.append((name, "bad metadata row", "not an object by picture"))
         return
     table.files.append(name)
     anywhere = Names({image.rpartition("/")[2]: image for image in images}, bare=True)
-    for key, row in content.items():
-        where = f"{name}:{printable(key)[:80]}"
+    for key, told in content.items():
+        where, row = f"{name}:{printable(key)[:80]}", {"caption": told} if isinstance(told, str) else told
         if not isinstance(row, dict):
             table.rejected.append((where, "bad metadata row", "not an object"))
             continue
@@ -268,6 +289,12 @@ def _find(table: CaptionTable, root: Path, name: str, where: str, file: object, 
 def _add(captions: list[str], given: object, table: CaptionTable, where: str) -> None:
     """Add the captions in a cell: a text, or a list of them."""
     for text in given if isinstance(given, list) else [given]:
+        if isinstance(text, bytes):  # parquet's column of bytes that nobody has marked as text
+            try:
+                text = decoded(text)
+            except UnicodeDecodeError:
+                table.rejected.append((where, "caption not UTF-8", "bytes"))
+                continue
         if text is None:
             continue
         if not isinstance(text, str):

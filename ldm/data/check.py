@@ -17,11 +17,11 @@ from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import cut_at_most, from_folder, prompt_marks
 from ldm.data.file_names import SUFFIXES, printable
 from ldm.data.folder import FolderData, FolderSource, how_to_unpack
-from ldm.data.folder_scan import ARCHIVES, one_look
+from ldm.data.folder_scan import ARCHIVES, again, one_look
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
 from ldm.data.photos import Photos
-from ldm.data.shards import ShardsSource
+from ldm.data.shards import ShardsData, ShardsSource
 from ldm.data.storage import is_url
 from ldm.data.views import ViewKind
 from ldm.text.lengths import cut_captions
@@ -136,6 +136,10 @@ def check(
     found.notes += described.get("notes", [])
     if isinstance(source, FolderSource):
         found.notes += _views(parts)
+    if isinstance(parts[0], ShardsData):
+        index = parts[0].index
+        found.notes += again(index.name, index.column("hash"))
+        found.notes += _loose(Path(source.path))
     if "with_repeats" in described:
         distinct = len({part.name(i) for part in parts for i in range(len(part))})
         found.notes.append(f"{distinct:,} pictures, counted as often as an epoch has them")
@@ -153,6 +157,14 @@ def check(
         top, times = counted.most_common(1)[0]
         found.notes.append(f"{found.repeated_captions} captions are not unique; the most frequent stands {times} times: {top[:80]!r}")
     return found, parts
+
+
+def _loose(place: Path) -> Iterator[str]:
+    """Pictures that lie beside shards, which are not in them."""
+    if place.is_dir():
+        loose = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if loose:
+            yield f"{len(loose):,} pictures lie beside the shards and are not read, such as {loose[0]}; data.kind=folder reads them"
 
 
 def _views(parts: list[Photos]) -> Iterator[str]:

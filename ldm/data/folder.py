@@ -58,6 +58,8 @@ class FolderSource:
     def __post_init__(self) -> None:
         if self.layout == "ab" and "source" in self.views:
             raise UserError("views.source: layout ab has it in the pictures' left halves; leave one of the two out")
+        if self.caption and not self.caption.strip():
+            raise UserError(f"caption: got {self.caption!r}, a text of blanks alone; set captions=none for no words, or leave it out")
         if self.caption and self.captions in ("txt", "filename", "none"):
             refuse_unread(self, ("captions",), "beside caption, which every picture has; leave one of the two out")
 
@@ -243,10 +245,13 @@ def _refuse_empty(source: FolderSource, found: Listing, usable: int, rejected: l
         raise UserError(f"{root}: no images here; put {', '.join(FORMATS)} files into it or correct data.path")
     uncaptioned = counts["no caption"] + counts["empty caption"]
     if usable == 0 and uncaptioned:
+        blank = counts["empty caption"]
+        blank_of = next((one.name for one in rejected if one.reason == "empty caption"), "")
         near = f"; {found.near[0]} lies there, and a table is read under the name {_nearest(found.near[0])}" if found.near else ""
         raise UserError(
             f"{root}: {uncaptioned} image{'s' * (uncaptioned != 1)} but no captions (data.captions={source.captions}); "
             + (table.unmatched + "; correct it, or " if table.unmatched else "")
+            + (f"{blank} text files are empty, the first is that of {blank_of}; fill them, or " if blank else "")
             + f"write x{SIDECARS[0]} beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
             f" or kohya for folders such as '10_sks dog'{near}"
         )

@@ -425,7 +425,7 @@ def _looked(
     rejected += [one for block in blocks for one in block.rejected]
     usable = [name for block in blocks for name in block.names]
     several = [name for block in blocks for name in block.several]
-    again = _again(usable, np.concatenate([np.zeros(0, np.uint64), *(block.contents for block in blocks)]))
+    twice = again(usable.__getitem__, np.concatenate([np.zeros(0, np.uint64), *(block.contents for block in blocks)]))
     refuse(found, len(usable), rejected, table)
     out = held_out(usable, source.val_share)
     parts = [block.part for block in blocks if block.part is not None]
@@ -436,7 +436,7 @@ def _looked(
             *alike(usable, captioned),
             *_texts_unread(source, found, table, usable),
             *remarks((FIRST, name, 1) for name in several),
-            *again,
+            *twice,
         ],
         "rejected": [(one.name, one.reason, one.detail) for one in rejected],
         "val": np.flatnonzero(out).tolist(),
@@ -585,18 +585,19 @@ def _texts_unread(source: FolderSettings, found: Listing, table: CaptionTable, u
         yield f"{len(alone):,} text files belong to no picture here, such as {alone[0]}"
 
 
-def _again(names: Sequence[str], contents: np.ndarray) -> list[str]:
+def again(name: Callable[[int], str], contents: np.ndarray) -> list[str]:
     """What to say of pictures that are the same file as another, which may be in the other part.
 
     Args:
-        contents: uint64 (N,), one for each name; equal where the files are.
+        name: of a picture by its number.
+        contents: uint64 (N,), one for each picture; equal where the files are.
     """
     order = np.argsort(contents, kind="stable")
     same = np.flatnonzero(contents[order[1:]] == contents[order[:-1]])
     if not len(same):
         return []
     at = same[order[same + 1].argmin()]
-    pair = f"{names[order[at + 1]]} and {names[order[at]]}"
+    pair = f"{name(int(order[at + 1]))} and {name(int(order[at]))}"
     return [f"{len(same):,} pictures are the same file as another, such as {pair}; each is learned from"]
 
 

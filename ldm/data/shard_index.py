@@ -70,6 +70,10 @@ class Index:
         """The numbers of the shards that rows lie in, in `shards`."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
+    def name(self, row: int) -> str:
+        """Shard and key of a sample."""
+        return f"{self.shards[int(self.shard_of(row))].name}/{self.entry(row).key}"
+
     def column(self, name: str) -> NDArray[Any]:
         """A column (N,), mapped where the shards lie one behind the other in the file, as they do where it knows no others."""
         whole, first = self.file.column(name), self.file.starts[self._chosen]

@@ -161,8 +161,7 @@ class ShardsData(Photos):
 
     def name(self, index: int) -> str:
         """Shard and key."""
-        row = self._row(index)
-        return f"{self.index.shards[int(self.index.shard_of(row))].name}/{self.index.entry(row).key}"
+        return self.index.name(self._row(index))
 
     def _place(self, row: int) -> tuple[Place, int]:
         """Where a row's bytes lie, and their hash."""

@@ -138,6 +138,58 @@ def test_a_table_that_gives_nothing_is_named(tmp_path):
     assert "train/metadata.json1 lies there, and a table is read under the name metadata.jsonl" in told(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", '{"file_name": "0.png", "text": 5}', "metadata.jsonl:1: caption not text: int"),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": null}', "metadata.jsonl was read: 1 rows, of which none has a text"),
+        ("metadata.csv", "file_name,text,text\n0.png,a,b", "metadata.csv: 2 columns are called text; rename those that are not meant"),
+        ("0.txt", " \n", "1 text files are empty, the first is that of 0.png; fill them, or write"),
+    ],
+)
+def test_a_table_without_texts_is_told(tmp_path, name, content, said):
+    pictures(tmp_path, "0.png")
+    (tmp_path / name).write_text(content)
+    assert said in told(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.json", '{"0.png": "a ring, red", "1": "a dot"}'),
+        ("metadata.csv", 'file_name, text\n0.png, "a ring, red"\n1.png, a dot'),
+        ("metadata.csv", 'file_name;text\n0.png;a ring, red\n1.png;" a dot"'),
+    ],
+)
+def test_tables_that_people_write_by_hand(tmp_path, name, content):
+    pictures(tmp_path, "0.png", "1.png")
+    (tmp_path / name).write_text(content)
+    assert words(tmp_path)[0] == {"0.png": ["a ring, red"], "1.png": ["a dot"]}
+
+
+def test_texts_in_columns_of_bytes_are_read(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures(tmp_path, "0.png")
+    pq.write_table(pa.table({"file_name": ["0.png"], "text": pa.array(["brûlé".encode()], pa.binary())}), tmp_path / "metadata.parquet")
+    assert words(tmp_path)[0] == {"0.png": ["brûlé"]}
+
+
+def test_some_other_object_of_texts_is_no_table(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "metadata.json").write_text('{"name": "mine", "licence": "none"}')
+    (tmp_path / "0.txt").write_text("a ring")
+    assert words(tmp_path)[0] == {"0.png": ["a ring"]}
+
+
+def test_pictures_twice_in_shards_and_beside_them_are_told(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / name).write_bytes(packed([*sample("a", 0), *sample(f"b{name}", int(name[0]) + 1)]))
+    pictures(tmp_path, "loose.png")
+    notes = check(source_at(str(tmp_path)))[0].notes
+    assert "1 pictures are the same file as another, such as 1.tar/a and 0.tar/a; each is learned from" in notes
+    assert any(f"1 pictures lie beside the shards and are not read, such as {tmp_path / 'loose.png'}" in note for note in notes)
+
+
 def test_captions_beside_pictures_in_letters_of_any_case(tmp_path):
     pictures(tmp_path, "IMG_0.JPG", "IMG_1.JPG", "é.png")
     for name, text in (("IMG_0.TXT", "first"), ("img_1.Caption", "second"), (unicodedata.normalize("NFD", "é.txt"), "third")):
