@@ -222,6 +222,10 @@ class Chain(Draws):
         """As the leading link says."""
         return self.lead.says(prompt, word)
 
+    def untaught(self, prompt: str) -> list[str]:
+        """As the leading link says."""
+        return self.lead.untaught(prompt)
+
     def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
         """As the leading link says."""
         return self.lead.tokens(prompt)

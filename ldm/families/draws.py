@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ldm.config.errors import UserError
 from ldm.config.options import option
+from ldm.text.prompt_syntax import LEARNED
 
 if TYPE_CHECKING:
     import torch
@@ -486,6 +487,10 @@ class Draws(Protocol):
     def says(self, prompt: str, word: str) -> bool:
         """Whether a prompt has a learned word in it."""
         return word.casefold() in prompt.casefold()
+
+    def untaught(self, prompt: str) -> list[str]:
+        """The learned words that a prompt names as ComfyUI does (embedding:NAME), and that the model does not have."""
+        return list(dict.fromkeys(LEARNED.findall(prompt)))
 
     def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
         """The tokens of a prompt, and how many are read at once; None where there is no such number."""

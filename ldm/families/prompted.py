@@ -28,6 +28,10 @@ class Prompted(Draws):
         """Whether a prompt has a learned word in it, as the text encoder reads it."""
         return self.reads_prompts and self.text.says(prompt, word)
 
+    def untaught(self, prompt: str) -> list[str]:
+        """As its text encoder says."""
+        return self.text.untaught(prompt) if self.reads_prompts else []
+
     def tokens(self, prompt: Prompt) -> tuple[int, int] | None:
         """Of the words, without the special tokens; of several prompts joined by AND the longest."""
         if not self.reads_prompts:

@@ -11,6 +11,7 @@ from typing import Any
 from ldm.sampling.comfy_workflow import nodes_of
 from ldm.sampling.foreign_recipe import ForeignRecipe, Reading, shown
 from ldm.sampling.recipe_values import number_of
+from ldm.text.prompt_syntax import LEARNED
 
 PROGRAM = "ComfyUI"
 MAX_NODES = 5000
@@ -53,7 +54,6 @@ HOLDS = re.compile(
 WRITES = re.compile(
     r"generat|random|llm|gpt|llama|gemini|qwen|claude|caption|tagger|interrogat|florence|translat|enhanc|expan", re.IGNORECASE
 )
-EMBEDDING = re.compile(r"embedding:([\w.\-/\\]{1,100})(?::[\d.]{1,8})?")
 
 
 @dataclass(frozen=True)
@@ -400,9 +400,8 @@ class Graph:
             if said is None:
                 self.found.lose(f"{theirs} prompt: cannot be told of the graph", name)
                 continue
-            for word in EMBEDDING.findall(said):
+            for word in LEARNED.findall(said):
                 self.found.lose(f"learned word (textual inversion) {shown(word)}; give it by --embedding FILE", "embedding")
-            said = EMBEDDING.sub("", said).strip()
             if re.search(r"\bAND\b", said):
                 self.found.lose("AND in the prompt, a word there, which joins prompts here")
             self.found.fields[name] = re.sub(r"(?<!\\)([\[\]])", r"\\\1", said)  # square brackets mean nothing there
@@ -426,6 +425,9 @@ class Graph:
             self._aside(node)
             chosen = {0: "positive", 1: "negative"}.get(link[1] if isinstance(link[1], int) else -1, role)
             return self._condition(inputs.get(chosen), role, hops + 1)
+        if node.kind == "ConditioningZeroOut":  # whatever its text: nothing of it is left
+            self._aside(node)
+            return ""
         links = [value for name, value in inputs.items() if name.startswith("conditioning") and self.at(value)]
         if node.kind == "ConditioningConcat" and len(links) == 2:
             both = [self._condition(inputs.get(f"conditioning_{end}"), role, hops + 1) for end in ("to", "from")]
@@ -436,9 +438,6 @@ class Graph:
             elif node.kind != "Reroute" and len(inputs) > 1:
                 self._aside(node)
             return self._condition(inputs.get("conditioning_to", links[0]), role, hops + 1)
-        if node.kind == "ConditioningZeroOut":
-            self._aside(node)
-            return ""
         return self._of_node(id, role, 0)
 
     def _aside(self, node: Node) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm.families.draws import Draws
 from ldm.sampling.recipe import Recipe
 
+# Notation of other programs: a choice, a wildcard, a tag (those of LoRAs are read), a weight with a decimal comma.
+UNREAD = re.compile(r"\{[^{}|]{1,100}\|[^{}]{1,200}\}|\b__\w{1,60}__\b|<\w{1,20}:[^<>]{1,100}>|\([^():]{1,100}:\s*[-+]?\d*,\d+\s*\)")
+LONG = 40  # characters of a word that a line tells
 FAR = 2.0  # times the side that a model was trained at
 
 
@@ -32,15 +36,18 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
             yield f"prompt: this model of kind {family.kind} reads none, so its words change nothing"
         if any(one.negative.strip() for one in recipes):
             yield f"negative: this model of kind {family.kind} reads no prompts, so it changes nothing"
-    elif any(not one.prompt.strip() and not one.given for one in recipes):
-        yield "an empty prompt: what is drawn is whatever the model likes"
+    else:
+        if any(not one.prompt.strip() and not one.given for one in recipes):
+            yield "an empty prompt: what is drawn is whatever the model likes"
+        yield from _not_read(recipes, family)
     if not family.reads_seeds and len({one.seed for one in recipes}) > 1:
         yield f"seed: this model of kind {family.kind} draws one picture of each, whatever the seed, so they are alike"
     meant = {word: near for one in prompts for word, near in family.misspelt(one).items()}
     words = list(dict.fromkeys(word for one in prompts for word in family.unknown(one) if word not in meant))
     if words:
         more = f" and {len(words) - 5} more" if len(words) > 5 else ""
-        yield f"{', '.join(words[:5])}{more}: no text that the text encoder learned from had such a word"
+        said = ", ".join(word if len(word) <= LONG else f"{word[:LONG]}..." for word in words[:5])
+        yield f"{said}{more}: no text that the text encoder learned from had such a word"
     for word, near in list(meant.items())[:5]:
         yield f"{word}: the text encoder has no such word and reads it in pieces; did you mean {near}?"
     height, width = family.defaults["size"]
@@ -51,3 +58,13 @@ def of(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
             f"; draw near that size, and enlarge with --hires {max(2, round(max(size) / max(width, height)))}" if max(size) > width else ""
         )
         yield f"{size[0]}x{size[1]} px is far from the {width}x{height} px that the model was trained at{fix}"
+
+
+def _not_read(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
+    """Notation of other programs in prompts that are not meant literally, which is read as words."""
+    texts = list(dict.fromkeys(text for one in recipes if one.notation for text in (one.prompt, one.negative, one.to, one.source)))
+    for mark in list(dict.fromkeys(mark for text in texts for mark in UNREAD.findall(text)))[:5]:
+        fix = f"; write {mark.replace(',', '.')}" if mark[0] == "(" else ", as nothing here chooses" if mark[0] in "{_" else ""
+        yield f"prompt: {mark} is read as words{fix}"
+    for name in list(dict.fromkeys(name for text in texts for name in family.untaught(text)))[:5]:
+        yield f"prompt: embedding:{name} is read as words, since no such word was taught; give its file by --embedding"

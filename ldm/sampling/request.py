@@ -25,10 +25,12 @@ from ldm.sampling.foreign_recipe import Reading, shown
 from ldm.sampling.prompt_files import Asked, read_prompts
 from ldm.sampling.recipe import Recipe, read_recipe, writable
 from ldm.sampling.recipe_values import MAX_SEED, NAMES, SPACINGS
+from ldm.text.prompt_syntax import LEARNED
 
 MAX_MARGIN = 4096  # px
 TABLES = (".yaml", ".yml", ".toml", ".csv", ".tsv", ".parquet")  # lists of other forms, whose lines are no prompts
 MOST_TEXT = 2**26  # bytes of a list of prompts
+UNTAUGHT = re.compile(LEARNED.pattern + r"(?::[\d.]{1,8})?")  # with its weight
 EDGES = ("left", "top", "right", "bottom")
 STRENGTH = 0.75  # of image-to-image, unless it is told
 REPLACED = {"cross_replace": 0.8, "self_replace": 0.4}  # shares of the steps in which attention is taken, unless they are told
@@ -52,7 +54,7 @@ class PromptOptions:
             raise UserError("prompts: give them as words or by --prompts, not both")
         if given or (file is None and recipe is not None):
             return [Asked(prompt=clean(text)) for text in given or [recipe or ""]]
-        if file is None and sys.stdin.isatty():
+        if file is None and (sys.stdin is None or sys.stdin.isatty()):  # None: closed
             raise UserError('no prompt: write ldm sample "a green ring", or --prompts FILE, or send lines to standard input')
         source = "standard input" if file is None or str(file) == "-" else str(file)
         if file is not None and file.suffix.lower() in TABLES:
@@ -79,15 +81,26 @@ def _whole(file: Path | None) -> str:
         UnicodeDecodeError: if it is no UTF-8.
     """
     if file is None:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "closed; give --prompts FILE")
         text = sys.stdin.read(MOST_TEXT + 1)
         size = len(text)
     else:
         with file.open("rb") as opened:
             data = opened.read(MOST_TEXT + 1)
-        text, size = "" if len(data) > MOST_TEXT else data.decode("utf-8-sig").replace("\r\n", "\n"), len(data)
+        text, size = "" if len(data) > MOST_TEXT else _decoded(data).replace("\r\n", "\n"), len(data)
     if size > MOST_TEXT:
         raise OSError(errno.EFBIG, f"longer than {MOST_TEXT:,} bytes, which no list of prompts is")
     return text
+
+
+def _decoded(data: bytes) -> str:
+    """The text of a file: UTF-8, or what Windows' shells and editors write, UTF-16."""
+    if b"\0" not in data:
+        return data.decode("utf-8-sig")
+    from ldm.data.captions import decoded  # loads torch, and is seldom needed
+
+    return decoded(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +161,11 @@ class Following:
             raise UserError(f"from: {self.recipe}: its prompt cannot be told; write the prompt, too")
         tell(f"{self.recipe}: settings of {found.program}, whose noise of a seed is another: a picture alike, not the same")
         # Other programs' pictures say nothing of it, and mean the notation.
-        words = {"prompt": " ".join([found.fields["prompt"], *by_name])} if by_name and "prompt" in found.fields else {}
+        words = {name: str(found.fields[name]) for name in ("prompt", "negative") if name in found.fields}
+        if "embedding" not in chosen:  # told above, and no words of the prompt
+            words = {name: UNTAUGHT.sub("", text).strip() for name, text in words.items()}
+        if by_name and "prompt" in words:
+            words["prompt"] = " ".join([words["prompt"], *by_name])
         return {"notation": True, **found.fields, **words}
 
     def depart(self, text: str, tell: Callable[[str], None]) -> None:

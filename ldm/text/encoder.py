@@ -27,6 +27,7 @@ from ldm.formats.text_folder import SPECIAL, load_pair, load_text_model, text_pa
 from ldm.formats.tokenizer_files import load_tokenizer, save_tokenizer
 from ldm.models.lora import Part
 from ldm.models.text_tower import CLIPS, TowerPair, towers
+from ldm.text.prompt_syntax import LEARNED
 
 BYTES = 512  # single bytes, within a word and at its end: the symbols that every vocabulary starts from
 ROWS = 8  # captions per call of the encoder, padded: floating-point results depend on the shape, so it is fixed
@@ -363,7 +364,18 @@ class TextEncoder:
         longest_first = sorted((word for word in added if word not in special), key=len, reverse=True)
         self._any_case = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.I)
 
+    def untaught(self, text: str) -> list[str]:
+        """The words that a prompt names as learned ones, in ComfyUI's way (embedding:NAME), and that this model was not taught."""
+        return [name for name in dict.fromkeys(LEARNED.findall(text)) if self._own(name) is None]
+
+    def _own(self, name: str) -> str | None:
+        """A learned word by the name of its file: without folders and ending, in any case."""
+        stem = re.sub(r"\.(safetensors|pt|bin)?$", "", re.split(r"[/\\]", name)[-1])
+        own = next((word for word in self.aliases if word.lower() == stem.lower()), None)
+        return own or self._learned.get(stem) or self._learned.get(stem.lower())
+
     def _spelt(self, line: str) -> str:
+        line = LEARNED.sub(lambda found: self._own(found[1]) or found[0], line) if self._learned else line
         # In any case, as the web UI finds them; where two differ in that alone, each as it is written.
         for word, own in self.aliases.items():
             line = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", own.replace("\\", r"\\"), line, flags=re.I)

@@ -10,6 +10,7 @@ The notation is that of Stable Diffusion web UI:
     [a|b|c]           a, b and c in turn, one each step
     BREAK             what follows begins a new chunk of tokens
     a AND b :0.5      both prompts at once, the second with half the guidance
+    embedding:NAME    a learned word, in ComfyUI's way: the text encoder knows which it has
     \\( \\) \\[ \\] \\\\    the characters themselves
 """
 
@@ -26,6 +27,7 @@ TOKEN = re.compile(r"\\[\\()\[\]:|]|[()\[\]:|]|[^\\()\[\]:|]+|\\")
 JOIN = re.compile(r"\bAND\b")
 PART_WEIGHT = re.compile(r"^(.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
 NUMBER = re.compile(r"^\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
+LEARNED = re.compile(r"embedding:([\w.\-/\\]{1,100})")  # ComfyUI's way to say a learned word, by its file
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 

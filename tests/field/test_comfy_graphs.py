@@ -200,7 +200,12 @@ def test_conditions_that_are_passed_on_joined_and_changed() -> None:
     fields, told = read({"9": net, "5": sampler(positive=["9", 0], negative=["9", 1])})
     assert fields == FIELDS and told == ["node ControlNetApplyAdvanced on the prompt"]
     fields, told = read({"2": node("CLIPTextEncode", text="[x] embedding:easy cat", clip=["1", 1])})
-    assert fields["prompt"] == r"\[x\]  cat" and "learned word (textual inversion) easy" in told[0]
+    assert fields["prompt"] == r"\[x\] embedding:easy cat" and "learned word (textual inversion) easy" in told[0]
+
+
+def test_what_is_zeroed_out_is_no_prompt() -> None:
+    fields, told = read({"8": node("ConditioningZeroOut", conditioning=["2", 0]), "5": sampler(negative=["8", 0])})
+    assert fields == FIELDS | {"negative": ""} and told == ["node ConditioningZeroOut on the prompt"]
 
 
 def test_custom_samplers_are_followed() -> None:

@@ -129,3 +129,9 @@ def test_seeds_that_would_lead_too_far() -> None:
 
     with pytest.raises(UserError, match="seed: 9007199254740990 and 3 more lead beyond 9007199254740992"):
         recipes(Family(), [Asked(prompt="a")], Common(seed=2**53 - 2, n=4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_files_of_windows_are_read(form: str, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("a caf\u00e9\r\na ring --d 5\r\n".encode(form))
+    assert PromptOptions(prompts=tmp_path / "x.txt").read(None) == [Asked(prompt="a caf\u00e9"), Asked(prompt="a ring", seed=5)]
