@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]  # of the package
 CHILD = "import runpy, sys; sys.path[:] = sys.argv.pop(1).split(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with the home folder in place of ~, as a shell has it: where nobody has that name, or a home, it stays as it stands."""
+    return Path(os.path.expanduser(path))
+
+
 def read_bounded(file: Path, most: int) -> bytes:
     """The bytes of a regular file, which is no larger than `most`: a pipe or a device would be read without end.
 
@@ -45,7 +50,7 @@ LOST = re.compile(r"(?:^|: )(?P<path>[^:;]+?)(?:: no such f|: No such f|: there 
 def meant(said: str) -> str:
     """What a message of a missing file or folder may add: the run of that name, or the file or folder whose name is nearest; else empty."""
     found = LOST.search(said)
-    near = nearest(Path(found["path"]).expanduser()) if found and "did you mean" not in said else None
+    near = nearest(at_home(found["path"])) if found and "did you mean" not in said else None
     return f"; did you mean {near}?" if near else ""
 
 

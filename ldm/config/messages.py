@@ -17,6 +17,7 @@ _WANTED = {
     "string_type": "a text, in quotes where it looks like something else",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",

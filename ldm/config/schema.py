@@ -19,6 +19,7 @@ import yaml
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.introspection import (
     CONFIGS,
     PRESET,
@@ -31,18 +32,21 @@ from ldm.config.introspection import (
     without_null,
 )
 from ldm.config.messages import explain
+from ldm.config.terminal import is_text
 from ldm.config.yaml_reader import DEEPEST, LARGEST, Flag, Text, Written, parse, sourced, spoken
 
 __all__ = [
     "BY_KIND",
     "Codes",
     "Count",
+    "Decay",
     "Depth",
     "Finite",
     "Fraction",
     "NonNegative",
     "PathGiven",
     "PathText",
+    "Pixels",
     "Positive",
     "PositiveFloat",
     "Share",
@@ -101,6 +105,8 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 Share = Annotated[float, pydantic.Field(gt=0, lt=1)]  # neither nothing nor all
+Decay = Annotated[float, pydantic.Field(ge=0, lt=1)]  # of a running mean: with 1 it would never take anything in
+Pixels = Annotated[int, pydantic.Field(gt=0, le=2**16)]  # along a side of a picture
 PathText = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]  # a file, folder or pattern, ~ for the home folder; or none
 PathGiven = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(os.path.expanduser)]  # the same; an empty word is none
 
@@ -137,7 +143,7 @@ def configuration(name: str | Path) -> Path:
     Raises:
         UserError: for a folder without one.
     """
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         if (path / "config.yaml").is_file():
             return path / "config.yaml"
@@ -161,6 +167,9 @@ def read(path: Path, words: Sequence[str]) -> dict[str, Any]:
         parts = name.split(".")
         if not sign or not all(parts) or len(parts) > DEEPEST:
             problems.append(f"{word if len(word) <= 80 else f'{word[:77]}...'}: a word is written PATH=VALUE, such as seed=1")
+            continue
+        if not is_text(word):
+            problems.append(f"{name}: {text[:80]} is not UTF-8, which a configuration is written in (half a character?)")
             continue
         value = spoken(text)
         for part in reversed(parts):

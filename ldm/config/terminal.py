@@ -21,6 +21,11 @@ def shown(text: str) -> str:
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
 
 
+def is_text(text: str) -> bool:
+    """Whether a word is Unicode, and not bytes of another encoding, which Python keeps as halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def raw(stream: TextIO) -> TextIO:
     """The stream behind what `guarded` has put before it: for whoever draws on the terminal, such as a progress bar."""
     return cast("TextIO", getattr(stream, "rich_proxied_file", stream))

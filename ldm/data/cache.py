@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Positive
+from ldm.config.schema import Count, Pixels, Positive
 from ldm.data.buckets import Buckets, assign, sizes_of
 from ldm.data.dataset import DataSet, expect
 from ldm.data.images import Shape, mirrored
@@ -45,7 +45,7 @@ class Plan:
     normalisation: dict[str, Any]  # the latent statistics by which the moments are already normalised
     data: str  # fingerprint of the data set
     images: Count
-    resolution: Positive  # px
+    resolution: Pixels  # px
     seed: int  # addresses the crops
     flip: bool  # whether mirrored copies are kept too
     mirrors: bool  # whether the data's captions allow it at all

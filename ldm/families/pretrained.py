@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.schema import Count, PathGiven, Positive, config, plain
 from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
@@ -163,6 +164,14 @@ class PretrainedAutoencoder(ModelConfig):
         """Its path."""
         return self.path
 
+    def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
+        """Itself, of the files at `base`."""
+        return replace(self, path=base) if base else self
+
+    def step_px(self, others: Mapping[str, ModelConfig]) -> int:
+        """Its downsampling factor; of files that are not here, or not open yet, 1."""
+        return 1 if folder_here(self.path) is None else self.latent_network(lambda text: None).factor
+
     def find(self, path: str, note: Callable[[str], None]) -> Found:
         """The autoencoder's folder."""
         return found_autoencoder(path, note)
@@ -214,7 +223,7 @@ def encoding_of(network: Codec, side: int) -> tuple[Cost, int]:
 
 def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) -> Path:
     """The folder of a model by folder, run folder, single file or hub name; `patterns` say which files are wanted of the hub's."""
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     if file := named(path):
         return open_single(*file, note=note)
     if not folder.is_dir():
@@ -225,7 +234,7 @@ def model_folder(path: str, patterns: list[str], note: Callable[[str], None]) ->
 
 def local_folder(path: str) -> Path:
     """Where a model from elsewhere lies, if it is on this machine."""
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     if file := named(path):
         return open_single(*file, note=lambda text: None)
     return folder / "model" if (folder / "model").is_dir() else folder

@@ -12,6 +12,7 @@ from ldm.formats import atomic
 from ldm.formats.latent_codec import autoencoder_folder
 from ldm.formats.model_folder import say
 from ldm.formats.part import content_hash, read_json
+from ldm.runs.run import wrong_steps
 from ldm.training.settings import Train
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def check(run: Run, found: Mapping[str, Found]) -> None:
     for name, stage in run.stages.items():
         if isinstance(stage, Train):
             continued(run, name, stage, found)
+    every = run.everything()
+    read = {name: every[name].counted(str(one.folder), lambda text: None) for name, one in found.items()}
+    known = {name: read.get(name, one) for name, one in every.items() if read.get(name) is not one}  # itself: of its files nothing is read
+    if wrong := list(wrong_steps(run, known)):
+        raise UserError("; ".join(wrong))
 
 
 def make(run: Run, found: Mapping[str, Found], out: Path, write: bool) -> dict[str, Product]:

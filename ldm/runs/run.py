@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ldm.config.errors import UserError
-from ldm.config.schema import BY_KIND, Count, PathText, Positive, config, plain
+from ldm.config.schema import BY_KIND, Count, PathText, Pixels, Positive, config, plain
 from ldm.config.secrets import exposed
 from ldm.data.buckets import Buckets, wrong_step
 from ldm.data.filter import Filter
@@ -33,7 +33,7 @@ class Encode:
 
     kind: Literal["encode"] = "encode"
     model: str = "autoencoder"  # what encodes, by its name in models
-    resolution: Positive  # px, height and width
+    resolution: Pixels  # px, height and width
     batch: Positive = 64  # images per call of the encoder
     images: Count = 0  # how many; 0: all that pass the filter
     filter: Filter = Filter()  # which samples are encoded
@@ -322,12 +322,29 @@ def _missing(run: Run, name: str, needed: list[str], where: str) -> Iterator[str
             yield f"{where}: needs a stage before it that trains {model} (kind: train, model: {model})"
 
 
-def _wrong_sides(run: Run, model: str, sides: tuple[int, ...], buckets: Buckets | None, where: str) -> Iterator[str]:
-    every = run.everything()[model]
-    factor = 1 if run.init else every.step_px(run.others(model))  # a base model's own network is not known here
+def wrong_steps(run: Run, models: Mapping[str, ModelConfig]) -> Iterator[str]:
+    """Sizes of stages that are no multiples of what their models need.
+
+    Args:
+        models: as the files of a base model say, which the run itself does not know; those of which nothing is known are left out.
+    """
+    for name, stage in run.stages.items():
+        if isinstance(stage, Train | Encode) and stage.model in models:
+            others = {role: models[other] for role, other in models[stage.model].inputs().items() if other in models}
+            sides = (stage.resolution, *stage.also) if isinstance(stage, Train) else (stage.resolution,)
+            yield from _uneven(stage.model, sides, models[stage.model].step_px(others), f"stages.{name}")
+
+
+def _uneven(model: str, sides: tuple[int, ...], factor: int, where: str) -> Iterator[str]:
     for side in sides:
         if side % factor:
             yield f"{where}.resolution: got {side}; {model} needs a multiple of {factor}"
+
+
+def _wrong_sides(run: Run, model: str, sides: tuple[int, ...], buckets: Buckets | None, where: str) -> Iterator[str]:
+    every = run.everything()[model]
+    factor = 1 if run.init else every.step_px(run.others(model))  # a base model's own network is not known here: `wrong_steps`
+    yield from _uneven(model, sides, factor, where)
     for view in every.views():
         if wrong := [side for side in sides if side % divided(view)]:
             yield f"{where}.resolution: got {wrong[0]}; {model} is told {view}, which needs a multiple of {divided(view)}"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Fraction, NonNegative, PositiveFloat, config
+from ldm.config.schema import Decay, NonNegative, PositiveFloat, Share, config
 from ldm.training.rate import Rate
 
 Groups = Sequence[list[dict[str, Any]]]  # torch's parameter groups, by who learns
@@ -42,7 +42,7 @@ class Lion(Rate):
     state_bytes: ClassVar[float] = 4.0
     kind: Literal["lion"] = "lion"
     lr: PositiveFloat = 1e-5  # peak rate; a third to a tenth of AdamW's
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)  # of the update and of the momentum
+    betas: tuple[Decay, Decay] = (0.9, 0.99)  # of the update and of the momentum
     weight_decay: NonNegative = 0.1  # of matrices and convolutions; three to ten times AdamW's
 
     def made(self, groups: Groups) -> list[torch.optim.Optimizer]:
@@ -59,7 +59,7 @@ class Prodigy(Rate):
     state_bytes: ClassVar[float] = 16.0
     kind: Literal["prodigy"] = "prodigy"
     lr: PositiveFloat = 1.0  # times the estimated rate
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the first and second moment
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the first and second moment
     weight_decay: NonNegative = 0.01  # of matrices and convolutions
     d_coef: PositiveFloat = 1.0  # times the estimate
     bias_correction: bool = False  # of the moments, as Adam has it
@@ -82,7 +82,7 @@ class ScheduleFree(Rate):
     package: ClassVar[tuple[str, str]] = ("schedulefree", "schedulefree")
     kind: Literal["schedule_free"] = "schedule_free"
     lr: PositiveFloat = 1e-3  # rate
-    betas: tuple[PositiveFloat, Fraction] = (0.9, 0.999)  # share of the average in the iterate; decay of the second moment
+    betas: tuple[Share, Decay] = (0.9, 0.999)  # share of the average in the iterate; decay of the second moment
     weight_decay: NonNegative = 0.01  # of matrices and convolutions
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class AdamW8bit(Rate):
     state_bytes: ClassVar[float] = 2.04
     kind: Literal["adamw_8bit"] = "adamw_8bit"
     lr: PositiveFloat = 1e-4  # peak learning rate
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the first and second moment
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the first and second moment
     weight_decay: NonNegative = 0.01  # of matrices and convolutions; biases and norms have none
 
     def made(self, groups: Groups) -> list[torch.optim.Optimizer]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.config.schema import BY_KIND, Fraction, NonNegative, Positive, PositiveFloat, config
+from ldm.config.schema import BY_KIND, Decay, NonNegative, Positive, PositiveFloat, config
 from ldm.distributed.environment import computed_in
 from ldm.distributed.sharding import is_split, like, whole
 from ldm.families.family import ParameterGroup
@@ -23,7 +23,7 @@ class AdamW(Rate):
 
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-4  # peak learning rate
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the first and second moment
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay of the first and second moment
     weight_decay: NonNegative = 0.01  # of matrices and convolutions; biases and norms have none
 
 
@@ -36,9 +36,9 @@ class Muon(Rate):
     kind: Literal["muon"] = "muon"
     lr: PositiveFloat = 4e-3  # peak rate of matrices; steps are scaled by sqrt(max(1, rows/columns))
     adamw_lr: PositiveFloat = 1e-3  # peak rate of biases, norms, embeddings and output layers
-    momentum: Fraction = 0.95  # Nesterov momentum
+    momentum: Decay = 0.95  # Nesterov momentum
     rounds: Positive = 3  # Newton-Schulz rounds; more flatten the singular values further
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)  # of the AdamW part
+    betas: tuple[Decay, Decay] = (0.9, 0.99)  # of the AdamW part
     weight_decay: NonNegative = 0.0  # decoupled, of matrices and convolutions
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ldm.config.errors import UserError
-from ldm.config.schema import Count, Fraction, PathText, Positive, config, plain
+from ldm.config.schema import Count, Fraction, PathText, Pixels, Positive, config, plain
 from ldm.data.buckets import Buckets
 from ldm.data.filter import Filter
 from ldm.data.tags import Tags
@@ -28,8 +28,8 @@ class Train:
     kind: Literal["train"] = "train"
     model: str  # what learns, by its name in models
     images: Positive  # how many samples the stage sees; progress, schedules and periods count images
-    resolution: Positive  # px, height and width
-    also: tuple[Positive, ...] = ()  # further resolutions, px; updates take all of them in turn
+    resolution: Pixels  # px, height and width
+    also: tuple[Pixels, ...] = ()  # further resolutions, px; updates take all of them in turn
     batch: Positive = 32  # samples of one update, over all processes
     micro_batch: Count = 0  # samples of one forward pass per process; 0: its whole share of the batch
     buckets: Buckets | None = None  # pictures in shapes near their own, of about resolution² pixels; null: squares
