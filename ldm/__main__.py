@@ -127,11 +127,14 @@ def _call(verb: str, words: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room and run the same command again, what is finished is kept" if full else ""
+        if error.errno == errno.EFBIG and not error.filename:
+            advice = "; the file system or this shell (ulimit -f) allows no larger files"
         return _refused(verb, f"{where}{error.strerror or error}{advice}")
     except Exception as error:
         if not out_of_memory(error):
             raise
-        advice = FITS.get(verb, "close other programs, or use a machine with more")
+        advice = "close other programs, or use a machine with more"
+        advice = advice if isinstance(error, ImportError) else FITS.get(verb, advice)
         print(f"ldm {verb}: too little memory ({first_line(error)}); {advice}", file=sys.stderr)
         return 2
 

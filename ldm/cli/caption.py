@@ -13,6 +13,7 @@ from ldm.cli.command import call
 from ldm.cli.models import device_for, tell
 from ldm.cli.progress import bar
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.options import Given, option
 
 Option = typer.Option
@@ -50,7 +51,7 @@ def caption(
         raise UserError("pictures: none; name a folder or files, or give --count for a model of captions alone")
     if paths and count:
         raise UserError("count: is of a model of captions alone, and changes nothing with pictures; leave --count out")
-    place = Path(model).expanduser()
+    place = at_home(model)
     if not place.is_dir():
         raise UserError(f"model: {model}: no such folder; give a run or model folder that writes captions, or one of transformers")
     from ldm.data.captions import clean

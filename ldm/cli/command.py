@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +17,11 @@ from ldm.config.errors import UserError
 from ldm.config.introspection import default_of, hints_of, without_annotation, without_null
 from ldm.config.options import Given, Option, options_of
 from ldm.config.synonyms import option_meant
-from ldm.config.terminal import shown
+from ldm.config.terminal import is_text, shown
 
 # What may open models that are named owner/name, and so takes --hub (ldm.__main__ reads the word, before any module does).
 FETCHES = {"train", "plan", "sample", "demo", "grid", "animate", "classifier", "evaluate", "export", "data encode"}
+TEXTS = {"negative", "to", "source", "prefix", "suffix"}  # options of which an empty text is one
 HUB = "Models named owner/name may be fetched; without it no network is used."
 
 
@@ -50,7 +51,8 @@ def call(function: Callable[..., int], words: Sequence[str], name: str) -> int:
             if one.param_type_name == "argument":
                 _by_name(one)
         with command.make_context(name, list(words)) as context:
-            _check_words([one for one in command.params if one.param_type_name == "option"], words, _paths(whole))
+            _check_words([one for one in command.params if one.param_type_name == "option"], words)
+            _check_texts(context.params)
             _check_needs(function, lambda field: context.get_parameter_source(field).name != "DEFAULT")
             _look(function, context.params)
             return int(command.invoke(context) or 0)
@@ -91,27 +93,16 @@ def _told(error: Any, words: Sequence[str]) -> str:
     return f"{names[0]}: got {given}; it should {wanted}{random}"
 
 
-def _paths(function: Callable[..., int]) -> set[str]:
-    """The parameters that are files or folders."""
-    return {
-        name for name, one in inspect.signature(function).parameters.items() if without_null(without_annotation(one.annotation)) is Path
-    }
-
-
-def _check_words(options: Sequence[Any], words: Sequence[str], paths: Collection[str]) -> None:
-    """Tell of an option that is given several times, of which the last counts, as a script's `"$@"` means it; and refuse an empty path,
-    which would be the current folder, and comes of a variable that is not set.
-
-    Args:
-        options: of the command.
-        paths: names of those that are files or folders.
+def _check_words(options: Sequence[Any], words: Sequence[str]) -> None:
+    """Tell of an option that is given several times, of which the last counts, as a script's `"$@"` means it; and refuse an empty one,
+    which comes of a variable that is not set, and would be the current folder, or as if it had not been given.
 
     Raises:
         UserError: naming the option.
     """
     given: dict[str, list[str]] = {}
     for one, value in _spoken(options, words):
-        if not value and (one.multiple or one.name in paths):
+        if not value and one.name not in TEXTS:
             raise UserError(f"{one.name}: got an empty text; give {one.opts[0]} a value, or leave it out")
         if not one.multiple:
             given.setdefault(one.name, []).append(value)
@@ -119,6 +110,18 @@ def _check_words(options: Sequence[Any], words: Sequence[str], paths: Collection
         if len(set(values)) > 1:
             said = " and as ".join(map(shown, dict.fromkeys(values)))
             print(f"note: {name}: given as {said}; the last counts, {shown(values[-1])}", file=sys.stderr)
+
+
+def _check_texts(given: Mapping[str, Any]) -> None:
+    """Refuse prompts and other texts that are no UTF-8, as those of a script in Latin-1 are; paths may be of any bytes.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in (*TEXTS, "prompt", "watermark", "x", "y", "z"):
+        for value in given[name] if isinstance(given.get(name), list | tuple) else [given.get(name)]:
+            if isinstance(value, str) and not is_text(value):
+                raise UserError(f"{name}: {shown(value[:80])} is not UTF-8 (half a character, or another encoding); write it in UTF-8")
 
 
 def _spoken(options: Sequence[Any], words: Sequence[str]) -> Iterator[tuple[Any, str]]:

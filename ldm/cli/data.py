@@ -15,6 +15,7 @@ import typer
 from ldm.cli.command import call
 from ldm.cli.given import check_captioned
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.options import Given
 from ldm.data.curation.fetch import DownloadOptions
 from ldm.data.curation.rules import UNIQUE, Curation
@@ -45,7 +46,7 @@ def main(words: list[str]) -> int:
         known = (*verbs, "encode")
         near = difflib.get_close_matches(words[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        if Path(words[0]).expanduser().exists():
+        if at_home(words[0]).exists():
             hint = f"did you mean check {words[0]}?"
         raise UserError(f"{words[0]}: no such word; {hint}")
     return call(verbs[words[0]], words[1:], f"ldm data {words[0]}")

@@ -14,6 +14,7 @@ from ldm.cli.given import no_data
 from ldm.cli.models import model_for
 from ldm.config import terminal
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.options import Given, option
 from ldm.families.draws import OWN, Wanted
 from ldm.runs.evaluation import measure
@@ -278,7 +279,7 @@ def _features(text: str, model: str) -> dict[str, str]:
         return {"kind": "own", "path": model}
     name, equals, file = text.partition("=")
     if not equals:
-        if not (Path(text).expanduser() / "config.json").is_file():
+        if not (at_home(text) / "config.json").is_file():
             raise UserError(f"features: {text} has no config.json; a folder is needed as save_pretrained writes it")
         return {"kind": "transformers", "path": text}
     kind, _, model = name.partition("/")

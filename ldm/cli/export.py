@@ -18,6 +18,7 @@ from ldm.cli.command import call
 from ldm.cli.models import model_for
 from ldm.cli.progress import working
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.options import Given
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _check_target(model: str, to: str, out: Path, overwrite: bool) -> None:
     there = [path for path in (out, *(_beside(out) if SUFFIXES[to] else ())) if path.exists() or path.is_symlink()]
     if there and not overwrite:
         raise UserError(f"--out: {there[0]} is there already; choose another name, or add --overwrite")
-    source, target = Path(model).expanduser().resolve(), out.resolve()
+    source, target = at_home(model).resolve(), out.resolve()
     if source.exists() and (target == source or target in source.parents or source in target.parents):
         raise UserError(f"--out: {out} and the model {model} lie within each other; choose a place of its own")
     if (to == "diffusers" or to in GRAPHS) and there and not (out / "model_index.json").is_file():

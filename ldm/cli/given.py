@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.options import Given
 from ldm.config.stand_ins import told
 from ldm.data.file_names import FORMATS, bare
@@ -35,7 +36,7 @@ def look(given: Given, option: str, name: str) -> None:
 def by_run(name: str) -> str:
     """A model's name; for a run's, as pictures and the page tell it, its folder."""
     folder = Path("runs") / name
-    return str(folder) if name and "/" not in name and not Path(name).expanduser().exists() and (folder / "model").is_dir() else name
+    return str(folder) if name and "/" not in name and not at_home(name).exists() and (folder / "model").is_dir() else name
 
 
 def no_data(option: str, name: str) -> str:
@@ -51,7 +52,7 @@ def _no_cache(option: str, name: str) -> str:
 
 
 def _no_clip(option: str, name: str) -> str:
-    judge, folder = option == "judge", Path(name).expanduser()
+    judge, folder = option == "judge", at_home(name)
     names, others = (["own", "scenes"], list[str]()) if judge else (["own"], ["clip", "model/clip"])  # others: of a model and of a run
     if name in names or (folder / "config.json").is_file() or any((folder / own).is_dir() for own in others):
         return ""
@@ -60,21 +61,21 @@ def _no_clip(option: str, name: str) -> str:
 
 
 def _no_lora(option: str, name: str) -> str:
-    file = Path(weighted(name)[0]).expanduser()
+    file = at_home(weighted(name)[0])
     return "" if file.exists() else f"{file}: no such file; give a LoRA's .safetensors file or its folder"
 
 
 def _no_embedding(option: str, name: str) -> str:
     wanted = "give an embedding's file (.safetensors, .pt, .bin), or a folder with learned_embeds.safetensors"
-    return "" if Path(name).expanduser().exists() else f"{name}: no such file; {wanted}"
+    return "" if at_home(name).exists() else f"{name}: no such file; {wanted}"
 
 
 def _no_file(option: str, name: str) -> str:
-    return "" if Path(name).expanduser().exists() else f"{option}: {name}: No such file or directory"
+    return "" if at_home(name).exists() else f"{option}: {name}: No such file or directory"
 
 
 def _no_picture(option: str, name: str) -> str:
-    path = Path(name).expanduser()
+    path = at_home(name)
     if not path.is_file():
         return f"{option}: {name}: {'a folder; give one picture' if path.is_dir() else 'No such file or directory'}"
     from PIL import Image, UnidentifiedImageError
@@ -89,7 +90,7 @@ def _no_picture(option: str, name: str) -> str:
 
 
 def _no_pictures(option: str, name: str) -> str:
-    path = Path(name).expanduser()
+    path = at_home(name)
     return told(partial(_found, path)) if not path.is_dir() or bare(path) else ""
 
 
@@ -106,7 +107,7 @@ def check_captioned(name: str) -> None:
     Raises:
         UserError: as the data set that would be made of it.
     """
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_file() or (path.is_dir() and bare(path)):
         told(partial(_made, name))
 

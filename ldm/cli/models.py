@@ -9,6 +9,7 @@ from textwrap import shorten
 
 from ldm.cli.given import by_run
 from ldm.config.errors import UserError, first_line
+from ldm.config.files import at_home
 from ldm.formats.model_place import factor_of, no_model
 from ldm.sampling.jobs import check_size
 
@@ -43,7 +44,7 @@ def newest() -> str:
 
 def name_of(folder: str) -> str:
     """What a picture says of its model: the run's name, not where it lies."""
-    path = Path(folder.partition("::")[0]).expanduser()
+    path = at_home(folder.partition("::")[0])
     if path.is_file():
         return path.stem
     if not path.is_dir():

@@ -14,6 +14,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error is an out-of-memory error of this machine or its accelerator: torch's CPU allocator has no kind of its own."""
     said = str(error).lower()
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    kind = kind or (isinstance(error, ImportError) and ("failed to map segment" in said or "cannot allocate memory" in said))  # a library
     return kind or (isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said))
 
 

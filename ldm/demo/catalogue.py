@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.families.draws import Draws
 from ldm.sampling.prompt_tags import Tag
 
@@ -161,7 +162,7 @@ def _models_in(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _real(path: str | Path) -> Path:
-    found = Path(path).expanduser().resolve()
+    found = at_home(path).resolve()
     return found / "model" if (found / "model" / INDEX).is_file() else found
 
 

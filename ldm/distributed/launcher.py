@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 
 UNSUPPORTED = {  # variables of accelerate launch, by what they switch on
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -156,7 +157,7 @@ def accelerate_file(command: list[str]) -> str:
         if word.startswith(("--config_file=", "--config-file=")):
             return word.partition("=")[2]
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    default = Path(home).expanduser() / "accelerate" / "default_config.yaml"
+    default = at_home(home) / "accelerate" / "default_config.yaml"
     return str(default) if default.is_file() else ""
 
 

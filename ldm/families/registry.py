@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.introspection import members_of, without_annotation
 from ldm.config.schema import BY_KIND
 from ldm.families.autoencoder import KL, VQ
@@ -82,5 +83,5 @@ def exported(model: str) -> ExportedModel:
     Raises:
         UserError: naming what is missing, damaged or does not belong together, or that its kind has no other form.
     """
-    path = Path(model).expanduser()
+    path = at_home(model)
     return open_finished(model).exported(root_of(path if path.exists() else model), path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.formats.atomic import sha256, write_tensors
 from ldm.formats.weights_file import read_weights
 from ldm.models.lora import LearnedEmbedding
@@ -27,7 +28,7 @@ def read_embedding(path: Path) -> LearnedEmbedding:
     Raises:
         UserError: if there is none.
     """
-    path = path.expanduser()
+    path = at_home(path)
     file = next((path / name for name in FOLDERS if (path / name).is_file()), path)
     if not file.is_file():
         raise UserError(f"{path}: no such file; give an embedding's file (.safetensors, .pt, .bin), or a folder with {DIFFUSERS}")

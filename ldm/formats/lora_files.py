@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.formats.atomic import sha256, write_tensors
 from ldm.formats.embedding_files import embedding_of
 from ldm.formats.lora_keys import BUNDLED, LONGEST, PARTS, place_of
@@ -36,7 +37,7 @@ def read(path: str | Path) -> Lora:
     Raises:
         UserError: if there is none, or naming weights that are no part of an adapter known here, or scales that cannot be applied.
     """
-    file = find(Path(path).expanduser())
+    file = find(at_home(path))
     state, metadata = read_weights(file)
     stated: Mapping[str, Stated] = in_header(metadata, str(file))
     if file.name == PEFT and (file.parent / PEFT_CONFIG).is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.foreign import short
 from ldm.formats.denoiser_folder import denoiser_folder, unconditional
 from ldm.formats.integrity import COUNTED
@@ -37,7 +38,7 @@ def root_of(name: Path | str, note: Callable[[str], None] = say) -> Path:
     Raises:
         UserError: saying what was looked for and where.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if said := mistaken(str(name)):
         raise UserError(said)
     if file := named(str(name)):

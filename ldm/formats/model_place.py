@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ldm.config.files import at_home
+
 OF_MODELS = ("model_index.json", "ldm.json", "scheduler")  # one of which every model folder has
 
 
 def mistaken(name: str) -> str:
     """What is wrong with the name of a model; empty: nothing. A name on the hub may be there."""
-    place = Path(name.partition("::")[0]).expanduser()
+    place = at_home(name.partition("::")[0])
     if place.suffix in (".yaml", ".yml"):
         run = f"runs/{place.stem}" if place.name != "config.yaml" else str(place.parent)
         return f"{place}: a configuration, and no model; train it, and give its run folder, such as {run}"
@@ -23,7 +25,7 @@ def mistaken(name: str) -> str:
 
 def no_model(name: str) -> str:
     """What is wrong with where a model lies; empty: nothing that a look shows."""
-    place = Path(name.partition("::")[0]).expanduser()
+    place = at_home(name.partition("::")[0])
     if (said := mistaken(name)) or not place.is_dir():
         return said
     if (place / "stages").is_dir() and not (place / "model").is_dir():
@@ -36,7 +38,7 @@ def no_model(name: str) -> str:
 
 def factor_of(name: str) -> int:
     """What sides of pictures are multiples of, px, as a model folder with a U-Net tells by its autoencoder; 1: it does not tell."""
-    root = Path(name).expanduser()
+    root = at_home(name)
     place = next((folder for folder in (root, root / "model") if (folder / "unet").is_dir()), None)
     if place is None:
         return 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError
-from ldm.config.files import read_bounded
+from ldm.config.files import at_home, read_bounded
 from ldm.formats import atomic, translator_file
 from ldm.formats.compvis import (
     HUGE,
@@ -66,7 +66,7 @@ def named(name: str) -> tuple[Path, CheckpointChoices] | None:
         UserError: naming what is said behind `::` and not known.
     """
     path, told, said = name.partition("::")
-    file = Path(path).expanduser()
+    file = at_home(path)
     if not file.is_file():
         return None
     choices = CheckpointChoices()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.schema import Count, NonNegative, Positive, config
 from ldm.formats.model_folder import whole_clip
 from ldm.metrics.bench import Bench, Values
@@ -38,7 +39,7 @@ class ClipScore:
 
     def check_weights(self) -> None:
         """Raises UserError for weights that are not here."""
-        path = self.path.expanduser()
+        path = at_home(self.path)
         if not (has_clip(path) or whole_clip(path)):
             what = "a folder that transformers' CLIPModel opens is needed, or a model with a CLIP of its own run"
             raise UserError(f"clip: {path}: no CLIP here; {what}")
@@ -46,7 +47,7 @@ class ClipScore:
     def run(self, bench: Bench) -> Values:
         """Of pictures, and of the real images with the same captions."""
         self.check_weights()
-        path = self.path.expanduser()
+        path = at_home(self.path)
         own = has_clip(path)
         judge = OwnJudge.load(path, bench.device) if own else ClipJudge.load(path, bench.device)
         real = bench.real(self.images)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError, first_line
+from ldm.config.files import at_home
 from ldm.config.schema import BY_KIND, PathGiven, config
 from ldm.formats.model_folder import own_clip, root_of
 from ldm.formats.weights_file import read_weights
@@ -112,7 +113,7 @@ class Timm:
         self.check()
         import timm
 
-        file = self.weights.expanduser()
+        file = at_home(self.weights)
         network = timm.create_model(self.model, pretrained=False, num_classes=0).eval().requires_grad_(False).to(device)
         _fill(network, _state(file), file, ("classifier.", "head.", "fc.", "head_dist."))
         said = timm.data.resolve_model_data_config(network)
@@ -139,7 +140,7 @@ class VisionFolder:
     def check(self) -> None:
         """Raises UserError if the folder is none that save_pretrained wrote."""
         for name in ("config.json", "preprocessor_config.json"):
-            if not (self.path.expanduser() / name).is_file():
+            if not (at_home(self.path) / name).is_file():
                 raise UserError(f"features: {self.path} has no {name}; a folder is needed as save_pretrained writes it")
 
     def load(self, device: torch.device) -> Extractor:
@@ -151,7 +152,7 @@ class VisionFolder:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
         self.check()
-        folder = self.path.expanduser()
+        folder = at_home(self.path)
         try:
             architecture = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             opened: Any = CLIPVisionModelWithProjection if architecture == "clip_vision_model" else AutoModel
@@ -279,7 +280,7 @@ def _resized(images: Tensor, side: tuple[int, int], interpolation: str) -> Tenso
 
 
 def _file(path: Path, field: str, wanted: str) -> Path:
-    path = path.expanduser()
+    path = at_home(path)
     if not path.is_file():
         raise UserError(f"{field}: {path} is not here; it should be {wanted}")
     return path

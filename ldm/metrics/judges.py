@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.errors import UserError, first_line
+from ldm.config.files import at_home
 from ldm.formats.model_folder import own_clip, root_of, whole_clip
 from ldm.formats.part import read_json
 from ldm.text.own_clip import OwnClip
@@ -35,7 +36,7 @@ def judge_of(name: str, model: Path | str, device: str | torch.device = "cpu") -
         return SceneJudge()
     if name == OWN:
         return OwnJudge.load(model, device)
-    return ClipJudge.load(Path(name).expanduser(), device)
+    return ClipJudge.load(at_home(name), device)
 
 
 def has_clip(model: Path) -> bool:

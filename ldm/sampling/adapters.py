@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.families.draws import PLAIN, Draws
 
 LONGEST = 100_000  # characters of what a recipe tells of LoRAs or words
@@ -132,7 +133,7 @@ def told_of(loras: Sequence[str]) -> str:
     from ldm.formats.lora_files import find
 
     parts = [weighted(word) for word in loras]
-    told = [{"file": shown_path(file), "weight": w, "hash": sha256(find(Path(file).expanduser()))} for file, w in parts]
+    told = [{"file": shown_path(file), "weight": w, "hash": sha256(find(at_home(file)))} for file, w in parts]
     return json.dumps(told, ensure_ascii=False) if told else ""
 
 
@@ -148,7 +149,7 @@ def decoded_by(family: Draws, vae: Path | None, old: Mapping[str, Any], note: Ca
     before = remembered(old, "vae", vae is not None)
     if vae is None and not before:
         return {"vae": ""}
-    path = Path(_again(before[0], "vae")) if vae is None else vae.expanduser()
+    path = Path(_again(before[0], "vae")) if vae is None else at_home(vae)
     if not path.exists():
         raise UserError(f"vae: {path}: No such file or directory")
     said = family.take_autoencoder(path, note)

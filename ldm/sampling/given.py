@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.families.draws import Draws
 from ldm.sampling.adapters import remembered, shown_path
 
@@ -86,7 +87,7 @@ class Files:
         before = remembered(old, "given", bool(words))
         entries: list[dict[str, Any]] = []
         for given in [parse(word) for word in words] or [_again(entry) for entry in before]:
-            path, view = Path(given.file).expanduser(), self.named(given.view)
+            path, view = at_home(given.file), self.named(given.view)
             entry = {"view": view, "file": given.file, "weight": given.weight, "hash": "", "of": given.of}
             if self.told[view].form == "embedding" and given.text:
                 entries.append({**entry, "text": True})

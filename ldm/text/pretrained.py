@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.config.foreign import short, typed
 from ldm.config.schema import Codes, Depth, PositiveFloat, Width, config
 from ldm.formats.atomic import commit, write_tensors
@@ -150,7 +151,7 @@ def text_folder(path: str) -> Path:
     Raises:
         UserError: if it is none of them.
     """
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     if not folder.is_dir():
         return _fetch(path)
     return folder / "model" if (folder / "model" / "text_encoder").is_dir() else folder
@@ -248,7 +249,7 @@ def open_clip_folder(path: str, architecture: str) -> Path:
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, 1)
         raise UserError(f"architecture: {short(architecture)} is none of OpenCLIP's{f'; did you mean {near[0]}?' if near else ''}")
-    file = Path(path).expanduser()
+    file = at_home(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file; beside architecture={architecture} path is a file of weights (.safetensors, .bin, .pt)")
     said = json.dumps({"model_cfg": open_clip.get_model_config(architecture)}, sort_keys=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from ldm.config.errors import UserError
+from ldm.config.files import at_home
 from ldm.data import remote, threads
 from ldm.data.storage import is_url
 from ldm.formats.atomic import MANIFEST
@@ -295,7 +296,7 @@ def overlap(url: str, out: Path) -> str:
     protocol, _, path = url.partition("://")
     if protocol.lower() not in _LOCAL:
         return ""
-    store, own = Path(path).expanduser().resolve(), out.expanduser().resolve()
+    store, own = at_home(path).resolve(), at_home(out).resolve()
     if not (store.is_relative_to(own) or own.is_relative_to(store)):
         return ""
     return f"mirror: {url} and the run folder {out} lie in each other; give a place beside it, best on another disk"
