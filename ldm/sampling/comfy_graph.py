@@ -11,7 +11,7 @@ from typing import Any
 from ldm.sampling.comfy_workflow import nodes_of
 from ldm.sampling.foreign_recipe import ForeignRecipe, Reading, shown
 from ldm.sampling.recipe_values import number_of
-from ldm.text.prompt_syntax import LEARNED
+from ldm.text.prompt_syntax import BREAK, LEARNED
 
 PROGRAM = "ComfyUI"
 MAX_NODES = 5000
@@ -285,8 +285,12 @@ class Graph:
             self.found.lose("size: cannot be told of the graph", "size")
             return None
         self._unknown(node for node in way if node is not start)
-        for name in ("width", "height"):
-            self.found.number(name, self.value(start.inputs[name], name), name)
+        sides = {name: self.value(start.inputs[name], name) for name in ("width", "height")}
+        if None in sides.values():
+            self.found.lose("size: cannot be told of the graph", "size")
+            return None
+        for name, side in sides.items():
+            self.found.number(name, side, name)
         if {"width", "height"} <= self.found.fields.keys():
             return self.found.fields["width"], self.found.fields["height"]
         self.found.fields.pop("width", None), self.found.fields.pop("height", None)
@@ -420,7 +424,12 @@ class Graph:
             texts = [self._text(inputs[name], role, 0) for name in ("text_g", "text_l", "clip_l", "t5xxl") if name in inputs]
             if len(set(texts)) > 1:
                 self.found.lose(f"node {shown(node.kind)}: different texts for its text encoders; the first is taken")
-            return texts[0] if texts and texts[0] is not None else self._of_node(id, role, 0)
+            if (led := self.value(inputs.get("guidance"), "guidance")) is not None:  # what Flux is told of it
+                self.found.lose(f"node {shown(node.kind)}: guidance {shown(led)} that the network is told")
+            text = texts[0] if texts and texts[0] is not None else self._of_node(id, role, 0)
+            if text is not None and BREAK.search(text):
+                self.found.lose("BREAK in the prompt, a word there, which begins a chunk of tokens here")
+            return text
         if {"positive", "negative"} & inputs.keys():
             self._aside(node)
             chosen = {0: "positive", 1: "negative"}.get(link[1] if isinstance(link[1], int) else -1, role)
@@ -435,7 +444,7 @@ class Graph:
         if links:
             if len(links) > 1:
                 self.found.lose(f"node {shown(node.kind)}: several prompts at once; the first is taken")
-            elif node.kind != "Reroute" and len(inputs) > 1:
+            elif not re.match("reroute", node.kind, re.IGNORECASE):
                 self._aside(node)
             return self._condition(inputs.get("conditioning_to", links[0]), role, hops + 1)
         return self._of_node(id, role, 0)

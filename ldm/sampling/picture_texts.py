@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -39,7 +40,7 @@ def read_chunks(path: Path) -> dict[str, str]:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path}: {image.width}x{image.height} px; at most {MAX_PIXELS} pixels are read")
-            found = {str(name): str(text) for name, text in getattr(image, "text", {}).items()}
+            found = _named(image)
             for text in _unnamed(image):
                 found = _meant(text) | found
             return {name: text for name, text in found.items() if len(text) <= MAX_TEXT}
@@ -58,6 +59,21 @@ def _no_picture(path: Path) -> str:
         if is_weights(path)
         else "not a picture"
     )
+
+
+def _named(image: Any) -> dict[str, str]:
+    """The named texts of a picture; of a PNG that is cut off those that stand before its pixels.
+
+    Raises:
+        OSError: if it is cut off and has none.
+    """
+    try:
+        return {str(name): str(text) for name, text in getattr(image, "text", {}).items()}
+    except OSError:
+        ahead = {str(name): str(text) for name, text in image.info.items() if isinstance(text, str)}
+        if not ahead:
+            raise OSError(errno.EIO, "damaged or cut off") from None
+        return ahead
 
 
 def _unnamed(image: Any) -> Iterator[str]:

@@ -208,6 +208,24 @@ def test_what_is_zeroed_out_is_no_prompt() -> None:
     assert fields == FIELDS | {"negative": ""} and told == ["node ConditioningZeroOut on the prompt"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"8": node("ConditioningNormalize", conditioning=["2", 0]), "5": sampler(positive=["8", 0])},
+            "node ConditioningNormalize on the prompt",
+        ),
+        ({"2": node("CLIPTextEncodeFlux", clip_l="a", t5xxl="a", guidance=3.5, clip=["1", 1])}, "guidance 3.5 that the network is told"),
+        ({"2": node("CLIPTextEncode", text="a BREAK b", clip=["1", 1])}, "BREAK in the prompt, a word there"),
+        ({"4": node("EmptyLatentImage", width=["8", 0], height=64), "8": node("Ratio", ratio="1:1")}, "size: cannot be told of the graph"),
+    ],
+    ids=["one input", "flux", "break", "size"],
+)
+def test_what_only_looks_followed_is_told(changed: Graph, line: str) -> None:
+    assert [one for one in read(changed)[1] if line in one], read(changed)
+    assert read({"8": node("Reroute (rgthree)", conditioning=["2", 0]), "5": sampler(positive=["8", 0])}) == (FIELDS, [])
+
+
 def test_custom_samplers_are_followed() -> None:
     custom = {
         "5": node("SamplerCustomAdvanced", noise=["10", 0], guider=["11", 0], sampler=["12", 0], sigmas=["13", 0], latent_image=["4", 0]),

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm.config.errors import UserError
 from ldm.sampling.foreign_recipe import ForeignRecipe
 from ldm.sampling.picture_texts import exif_text
-from ldm.sampling.recipe import Recipe, recipe_of
+from ldm.sampling.recipe import Recipe, read_recipe, recipe_of
 from ldm.sampling.recipe_values import LIMITS
 from tests.ends_soon import ends_soon
 
@@ -194,3 +194,16 @@ def test_any_bytes_end_in_a_value_or_a_line(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_ten_thousand_of_each_reader(name: str) -> None:
     fuzz(name, 10_000)
+
+
+def test_a_picture_that_is_cut_off_tells_what_stands_before_its_pixels(tmp_path: Path) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "a ring\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768")
+    noise = Image.effect_noise((64, 64), 90)
+    for name, told in (("told.png", chunks), ("bare.png", None)):
+        noise.save(tmp_path / name, pnginfo=told)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1500])
+    found = read_recipe(tmp_path / "told.png")
+    assert isinstance(found, ForeignRecipe) and (found.fields["prompt"], found.fields["seed"]) == ("a ring", 5)
+    with pytest.raises(UserError, match=r"bare.png: damaged or cut off"):
+        read_recipe(tmp_path / "bare.png")
