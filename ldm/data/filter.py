@@ -80,7 +80,7 @@ def _judge(fields: Fields, chosen: Filter, name: str) -> tuple[NDArray[np.bool_]
         side = np.minimum(fields.height, fields.width)
         return side > 0, side >= chosen.min_side
     score = fields.aesthetic if name == "min_aesthetic" else fields.watermark
-    known = ~np.isnan(score)
+    known = ~np.isnan(score) if name == "min_aesthetic" else (score >= 0) & (score <= 1)  # -1 stands for unknown: it is no probability
     with np.errstate(invalid="ignore"):
         passes = score > chosen.min_aesthetic if name == "min_aesthetic" else score < chosen.max_watermark
     return known, known & passes

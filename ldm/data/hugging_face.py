@@ -240,6 +240,18 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
+def _is_whole(file: str) -> bool:
+    """Whether a file's footer is parquet's."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        pq.ParquetFile(file).close()
+    except (OSError, pyarrow.ArrowException):
+        return False
+    return True
+
+
 def open_table(source: DatasetsSource) -> Any:
     """The `datasets.Dataset` that a source names.
 
@@ -248,7 +260,7 @@ def open_table(source: DatasetsSource) -> Any:
     """
     import datasets
 
-    place = Path(source.path)
+    place, read = Path(source.path), list[str]()
     try:
         if source.hub:
             found = datasets.load_dataset(source.path)
@@ -257,8 +269,8 @@ def open_table(source: DatasetsSource) -> Any:
                 _check_saved(place)
             found = datasets.load_from_disk(source.path)
         elif place.exists() or "*" in source.path or "{" in source.path:
-            files = [glob.escape(file) for file in _files(source)]
-            found = datasets.load_dataset("parquet", data_files=files, split="train")
+            read = _files(source)
+            found = datasets.load_dataset("parquet", data_files=[glob.escape(file) for file in read], split="train")
         else:
             raise UserError(f"data.path: {source.path} does not exist; correct it, or set data.hub=true if it is a name on the hub")
     except UserError:
@@ -268,7 +280,8 @@ def open_table(source: DatasetsSource) -> Any:
         while first.__cause__ is not None:
             first = first.__cause__
         lines = str(first).strip().splitlines() or [type(first).__name__]
-        raise UserError(f"data.path: {source.path} cannot be opened as a data set ({type(first).__name__}: {lines[-1][:300]})") from None
+        named = next((file for file in read if len(read) > 1 and not _is_whole(file)), source.path)
+        raise UserError(f"data.path: {named} cannot be opened as a data set ({type(first).__name__}: {lines[-1][:300]})") from None
     if isinstance(found, dict):
         if source.part not in found:
             raise UserError(f"data.part: {source.path} has no {source.part!r}; it has {', '.join(map(str, found))}")

@@ -321,7 +321,8 @@ class States:
         )
         self.failed += 1
         if must or self.failed >= FAILED_SAVES:
-            raise UserError(f"{text}. Earlier checkpoints are whole; make room and run the same command again") from None
+            fix = "allow larger files (ulimit -f)" if error.errno == errno.EFBIG else "make room"
+            raise UserError(f"{text}. Earlier checkpoints are whole; {fix} and run the same command again") from None
         self.log.note(f"{text}; training goes on and tries again")
 
 

@@ -102,6 +102,16 @@ def test_a_folder_knows_sizes_and_what_its_table_tells(tmp_path: Path) -> None:
     assert kept(Filter(min_aesthetic=5, max_watermark=0.5)) == there & {"picture 0", "picture 4"}
 
 
+def test_what_is_no_probability_is_unknown(tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "photos")
+    told = [-1, 2, 0.9, "nan", 0.0]
+    rows = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}", "pwatermark": value}) for i, value in enumerate(told)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = FolderSource(path=str(folder), val_share=0).build("train")
+    sifted = filter_samples(data, Filter(max_watermark=0.5), "filter")
+    assert sifted.all_captions(list(range(len(sifted)))) == [["picture 4"]]
+
+
 def test_a_folder_without_scores_refuses(tmp_path: Path) -> None:
     folder = photographs(tmp_path / "photos")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]

@@ -109,6 +109,10 @@ def test_what_is_no_data_set_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"cut\.parquet cannot be opened as a data set") as error:
         build(tmp_path / "cut.parquet")
     assert "\n" not in str(error.value)
+    parquet(tmp_path / "many" / "whole.parquet")
+    (tmp_path / "many" / "torn.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(UserError, match=r"many/torn\.parquet cannot be opened"):
+        build(tmp_path / "many")
     with pytest.raises(UserError, match=r"no \.parquet files at"):
         (tmp_path / "bare").mkdir()
         build(tmp_path / "bare")
