@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
 from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.options import Given, option
 from ldm.families.draws import Draws
@@ -127,7 +128,7 @@ def animate(film: Film, base: Base, sampler: SamplerOptions, views: Views, adapt
     save_clip(film.out, [frame.numpy() for frame in drawn], film.rate, first)
     if film.pictures is not None:
         save_all(film.pictures, drawn, recipes)
-    print(f"{len(drawn)} frames of {folder} in {time.monotonic() - started:.1f} s: {film.out}", file=sys.stderr)
+    print(f"{plural(len(drawn), 'frame')} of {folder} in {time.monotonic() - started:.1f} s: {film.out}", file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,7 @@ import typer
 from ldm.cli.command import call
 from ldm.cli.models import device_for, tell
 from ldm.cli.progress import bar
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.files import at_home
 from ldm.config.options import Given, option
@@ -105,9 +106,9 @@ def caption(
         wrote, bad = (sum(row[k] for row in totals) for k in range(2))
         if team.main:
             stand = len(found) - len(todo)
-            parts = [f"{wrote} caption{'s' * (wrote != 1)} {'printed' if dry_run else 'written'}"]
+            parts = [f"{plural(wrote, 'caption')} {'printed' if dry_run else 'written'}"]
             parts += [f"{stand} stood already (--overwrite writes them anew)"] if stand else []
-            parts += [f"{bad} pictures left out"] if bad else []
+            parts += [f"{plural(bad, 'picture')} left out"] if bad else []
             print(", ".join(parts), file=sys.stderr)
     return 1 if bad else 0
 

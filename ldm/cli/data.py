@@ -14,6 +14,7 @@ import typer
 
 from ldm.cli.command import call
 from ldm.cli.given import check_captioned
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.files import at_home
 from ldm.config.options import Given
@@ -118,7 +119,7 @@ def index(
     def tell(record: ShardRecord, number: int, count: int) -> None:
         told.add(record.name)
         left = sum(record.rejected.values())
-        said = f"{record.name}: {record.samples:,} samples" + (f", {left} left out" if left else "")
+        said = f"{record.name}: {plural(record.samples, 'sample')}" + (f", {left} left out" if left else "")
         said += "".join(f"\n  damaged {place}" for place in record.damage[:5])
         print(f"[{number}/{count}] {said}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
@@ -133,13 +134,13 @@ def index(
     for record in found.shards:
         for reason, count in record.rejected.items():
             reasons[reason] = reasons.get(reason, 0) + count
-    many, size = len(found.shards), sum(record.bytes for record in found.shards) / 2**20
-    print(f"{len(found):,} samples in {many:,} shard{'s' * (many != 1)}, {size:,.1f} MiB")
+    size = sum(record.bytes for record in found.shards) / 2**20
+    print(f"{plural(len(found), 'sample')} in {plural(len(found.shards), 'shard')}, {size:,.1f} MiB")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"  {count:>9,}  left out: {reason}")
     for record in found.shards:  # of shards that an earlier call read
         if record.damage and record.name not in told:
-            more = f" and at {len(record.damage) - 1} more places" if len(record.damage) > 1 else ""
+            more = f" and at {plural(len(record.damage) - 1, 'more place')}" if len(record.damage) > 1 else ""
             print(f"  {record.name}: damaged {record.damage[0]}{more}")
     return 0
 
@@ -207,5 +208,5 @@ def hash_pictures(
     with one_look():
         parts = [source.build("train"), source.build("val")]
     count = write(parts, out, threads)
-    print(f"{out}: {count:,} pictures")
+    print(f"{out}: {plural(count, 'picture')}")
     return 0

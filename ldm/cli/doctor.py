@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.command import call
+from ldm.config.counts import plural
 
 # Each package with what it is for, imported to see whether it works: a broken one may be found only then.
 NEEDED = {
@@ -221,4 +222,4 @@ def lines(found: Findings) -> Iterator[str]:
         yield f"note: {note}"
     for problem in found.problems:
         yield f"problem: {problem}"
-    yield f"{len(found.problems)} problem{'s' if len(found.problems) != 1 else ''} found" if found.problems else "nothing stands in the way"
+    yield f"{plural(len(found.problems), 'problem')} found" if found.problems else "nothing stands in the way"

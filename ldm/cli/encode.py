@@ -15,6 +15,7 @@ import typer
 from ldm.cli.command import call
 from ldm.cli.models import model_for
 from ldm.cli.progress import bar
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.options import Given, option
 
@@ -129,7 +130,7 @@ def encode(
                 seconds = time.monotonic() - started
                 size = int(str(described["bytes"])) / 2**20
                 shapes = f" in up to {len(chosen.shapes(options.resolution))} shapes" if chosen else ""
-                what = f"{'codes' if options.codes else 'latents'} of {count:,} pictures"
+                what = f"{'codes' if options.codes else 'latents'} of {plural(count, 'picture')}"
                 print(f"{out}: {what} at {options.resolution} px{shapes}, {size:,.1f} MiB, in {seconds:.1f} s")
     return 0
 

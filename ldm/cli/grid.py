@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import call
 from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.options import option, options_of
 from ldm.families.draws import PLAIN, Draws
@@ -141,7 +142,7 @@ def grid(
     save_picture(plot.out, sheet(drawn, axes), first)
     if plot.pictures is not None:
         save_all(plot.pictures, drawn, made)
-    print(f"{len(made)} pictures of {folder} in {time.monotonic() - started:.1f} s: {plot.out}", file=sys.stderr)
+    print(f"{plural(len(made), 'picture')} of {folder} in {time.monotonic() - started:.1f} s: {plot.out}", file=sys.stderr)
     return 0
 
 

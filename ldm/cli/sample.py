@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.command import call
 from ldm.cli.models import check_sides, device_for, model_for, name_of, tell
 from ldm.cli.starting import loading
+from ldm.config.counts import be, plural
 from ldm.distributed.environment import return_blocks
 from ldm.sampling import doubts
 from ldm.sampling.given import Files
@@ -99,7 +100,7 @@ def _sample(request: Request, loaded: Callable[[], None]) -> int:
                 columns = each if each > 1 else min(len(asked), 8)
                 save_sheet([read_pixels(paths[number]) for number in sorted(paths)], output.grid, columns)
             where = f"{_named(output.out, [paths[number] for number in sorted(paths)])}{f', all on {output.grid}' if output.grid else ''}"
-            said = f"{len(paths)} picture{'s' * (len(paths) != 1)} of {folder} in {time.monotonic() - started:.1f} s: {where}"
+            said = f"{plural(len(paths), 'picture')} of {folder} in {time.monotonic() - started:.1f} s: {where}"
             print(said, file=sys.stderr)
     return 0
 
@@ -154,7 +155,8 @@ def _missing(request: Request, made: list[Recipe]) -> list[Recipe]:
         return made
     groups = [made[i : i + best] for i in range(0, len(made), best)]
     missing = [group for group in groups if not any(one in kept for one in group)]
-    tell(f"{len(groups) - len(missing)} of {len(groups)} pictures are in {request.output.out} already")
+    there = len(groups) - len(missing)
+    tell(f"{there} of {plural(len(groups), 'picture')} {be(there)} in {request.output.out} already")
     return [one for group in missing for one in group]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ldm.cli.command import call
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.terminal import raw
 from ldm.runs.report import duration, report
@@ -82,9 +83,9 @@ def lines(story: Story, page: Path, width: int = 80) -> Iterator[str]:
 def _headline(stage: StageRecord) -> str:
     amount = ""
     if stage.kind == "train" and stage.wanted:
-        amount = f"{stage.images:,} of {stage.wanted:,} images ({stage.images / stage.wanted:.0%})"
+        amount = f"{stage.images:,} of {plural(stage.wanted, 'image')} ({stage.images / stage.wanted:.0%})"
     elif stage.images:
-        amount = f"{stage.images:,} images"
+        amount = plural(stage.images, "image")
     left = _left(stage)
     told = [amount, duration(stage.seconds) if stage.seconds else "", f"{duration(left)} left" if left else ""]
     return f"  {stage.name:<18} {stage.state:<10} {', '.join(filter(None, told))}".rstrip()

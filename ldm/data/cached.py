@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data.cache import DATA, RECORD, VIEW_PARTS, Read, ShardRecord, column, joined, read_plan, rebuilt, shard_folder
 from ldm.data.dataset import draw_captions, draw_flips
@@ -97,7 +98,7 @@ class CachedLatents:
                 numbers.append(np.array(record.buckets, np.int64))
                 rows.append(_places(numbers[-1]))
         if len(self._captions) != len(self):
-            raise UserError(f"{folder}: {len(self._captions)} captions of {len(self)} samples; encode again")
+            raise UserError(f"{folder}: {plural(len(self._captions), 'caption')} of {plural(len(self), 'sample')}; encode again")
         self._names = {name.partition(".")[0] for shard in self._shards for name in shard}
         self._bucket = np.concatenate(numbers) if numbers else None  # (N,) number of each sample's shape
         self._row = np.concatenate(rows) if rows else None  # (N,) its place among those of its shape in its shard

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data import tables
 from ldm.data.captions import COLUMNS, clean, decoded
@@ -50,12 +51,13 @@ class CaptionTable:
             return ""
         names = ", ".join(self.files)
         if not (self.absent or self.rejected):
-            return f"{names} was read: {self.rows} rows, of which none has a text" if self.rows else ""
+            return f"{names} was read: {plural(self.rows, 'row')}, and no text in them" if self.rows else ""
         if not self.absent:
             where, reason, detail = self.rejected[0]
-            return f"{names} was read: {len(self.rejected)} rows are unusable, the first is {where}: {reason}: {printable(detail)}"
+            odd = plural(len(self.rejected), "row is", "rows are")
+            return f"{names} was read: {odd} unusable, the first is {where}: {reason}: {printable(detail)}"
         return (
-            f"{names} was read: {self.rows} rows, none of their files is here; the first is {printable(self.absent[0])};"
+            f"{names} was read: {plural(self.rows, 'row')}, and no file of theirs is here; the first is {printable(self.absent[0])};"
             " file_name is relative to the table's folder"
         )
 

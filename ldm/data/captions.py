@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from ldm.config.counts import plural
 from ldm.data.images import Rejected
 
 SIDECARS = (".txt", ".caption")
@@ -40,7 +41,7 @@ def clean(text: str) -> str:
 def cut_at_most(captions: Iterable[str]) -> str:
     """How many captions are cut by `clean`, in words; empty: none."""
     count = sum(len(text) >= MAX_CHARACTERS - 1 for text in captions)  # a blank at the end has gone
-    return f"{count:,} captions are cut at {MAX_CHARACTERS:,} characters" if count else ""
+    return f"{plural(count, 'caption is', 'captions are')} cut at {MAX_CHARACTERS:,} characters" if count else ""
 
 
 def decoded(data: bytes) -> str:
@@ -117,7 +118,8 @@ def prompt_marks(captions: Iterable[str]) -> str:
     if not found:
         return ""
     mark, caption = found[0]
-    return f"{len(found):,} captions have marks of prompts, such as {mark} in {caption[:60]!r}; in training they are words like others"
+    have = plural(len(found), "caption has", "captions have")
+    return f"{have} marks of prompts, such as {mark} in {caption[:60]!r}; in training they are words like others"
 
 
 def caption_texts(value: object) -> tuple[str, ...]:

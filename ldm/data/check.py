@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data.buckets import Buckets, assign, table
 from ldm.data.captions import cut_at_most, from_folder, prompt_marks
@@ -142,7 +143,7 @@ def check(
         found.notes += _loose(Path(source.path))
     if "with_repeats" in described:
         distinct = len({part.name(i) for part in parts for i in range(len(part))})
-        found.notes.append(f"{distinct:,} pictures, counted as often as an epoch has them")
+        found.notes.append(f"{plural(distinct, 'picture')}, counted as often as an epoch has them")
     if cut := cut_captions(texts, tokenizer or _usual_tokenizer, room):
         found.cut_captions = asdict(cut)
         found.notes.append(str(cut))
@@ -152,10 +153,13 @@ def check(
         found.notes.append(whole)
     small = int((sizes.min(1) < resolution).sum())
     if small:
-        found.notes.append(f"{small} images are enlarged to reach {resolution} px; a filter with min_side leaves them out")
+        found.notes.append(
+            f"{plural(small, 'image is', 'images are')} enlarged to reach {resolution} px; a filter with min_side leaves such out"
+        )
     if found.repeated_captions > len(texts) // 4:
         top, times = counted.most_common(1)[0]
-        found.notes.append(f"{found.repeated_captions} captions are not unique; the most frequent stands {times} times: {top[:80]!r}")
+        repeated = plural(found.repeated_captions, "caption is", "captions are")
+        found.notes.append(f"{repeated} not unique; the most frequent stands {plural(times, 'time')}: {top[:80]!r}")
     return found, parts
 
 
@@ -164,7 +168,8 @@ def _loose(place: Path) -> Iterator[str]:
     if place.is_dir():
         loose = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
         if loose:
-            yield f"{len(loose):,} pictures lie beside the shards and are not read, such as {loose[0]}; data.kind=folder reads them"
+            lie = plural(len(loose), "picture lies", "pictures lie")
+            yield f"{lie} beside the shards, not read, such as {loose[0]}; data.kind=folder reads such"
 
 
 def _views(parts: list[Photos]) -> Iterator[str]:
@@ -183,11 +188,11 @@ def _views(parts: list[Photos]) -> Iterator[str]:
         missing = [picture for picture in names if picture not in there]
         lacking = f", missing of {len(missing)}, such as {missing[0]}" if missing else ""
         kind = kinds.get(name)
-        classes = f" ({kind.channels} classes)" if kind and kind.form == "classes" else ""
-        yield f"view {name}{classes}: of {len(names) - len(missing)} pictures{lacking}"
+        classes = f" ({plural(kind.channels, 'class', 'classes')})" if kind and kind.form == "classes" else ""
+        yield f"view {name}{classes}: of {plural(len(names) - len(missing), 'picture')}{lacking}"
         if broken := found.broken.get(name):
             picture = next(iter(broken))
-            yield f"view {name}: of {len(broken)} pictures it cannot be read, such as {picture}: {broken[picture]}"
+            yield f"view {name}: of {plural(len(broken), 'picture')} it cannot be read, such as {picture}: {broken[picture]}"
 
 
 def _usual_tokenizer() -> Any:
@@ -233,7 +238,7 @@ def _decode(parts: list[Photos], count: int) -> tuple[Counter[str], int]:
 
 def lines(found: DataReport) -> list[str]:
     """For a terminal."""
-    said = [f"{found.path}: {found.images:,} images with {found.captions:,} captions ({found.kind})"]
+    said = [f"{found.path}: {plural(found.images, 'image')} with {plural(found.captions, 'caption')} ({found.kind})"]
     left = sum(found.rejected.values())
     if left:
         said.append(f"left out: {left:,}")

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, NonNegative, config, plain
 from ldm.data.dataset import DataSet, HasViews, asked, expect, loaded
@@ -70,7 +71,7 @@ def filter_samples(data: DataSet, chosen: Filter, where: str) -> DataSet:
         left[name] = int(passes.sum())
     if not kept.any():
         said = ", ".join(f"{name} alone keeps {count:,}" for name, count in left.items())
-        raise UserError(f"{where}: none of {len(data):,} samples passes ({said}); ask for less")
+        raise UserError(f"{where}: none of {plural(len(data), 'sample')} passes ({said}); ask for less")
     return FilteredSamples(data, np.flatnonzero(kept), chosen)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config, refuse_unread
 from ldm.data.caption_tables import TABLES, CaptionTable
@@ -156,8 +157,10 @@ class FolderData(Photos):
             if files is None or name not in self.views():
                 continue
             if lacking := [picture for picture in self.names if picture not in files]:
+                few = len(set(lacking))
                 raise UserError(
-                    f"view {name}: {len(set(lacking))} of {self.distinct} pictures have none, such as {lacking[0]}; add them, or set"
+                    f"view {name}: {few} of {plural(self.distinct, 'picture')} {'has' if few == 1 else 'have'} none, such as {lacking[0]};"
+                    " add them, or set"
                     f" data.views.{name}={self.found_views.places.get(name, name)} to leave these pictures out"
                 )
             hashes, digest = ContentHashes(self.root), hashlib.sha256(found._fingerprint.encode())
@@ -169,9 +172,11 @@ class FolderData(Photos):
         for name in names:
             if broken := self.found_views.broken.get(name):
                 picture, why = next(iter(broken.items()))
-                raise UserError(f"view {name}: what is told of {len(broken)} pictures cannot be read, such as {picture}: {why}")
+                raise UserError(f"view {name}: what is told of {plural(len(broken), 'picture')} cannot be read, such as {picture}: {why}")
             if self.split == "train" and name in self.found_views.words and not any(map(tells, self._words(name))):
-                raise UserError(f"view {name}: nothing is told of any of these {self.distinct} pictures; add some, or leave the view out")
+                raise UserError(
+                    f"view {name}: nothing is told of any of these {plural(self.distinct, 'picture')}; add some, or leave the view out"
+                )
         if any(name in self.found_views.words for name in names):
             told = [self._scan.words.get(picture, {}) for picture in self.names]
             said = [[repr(words.get(name)) for name in names] for words in told]
@@ -249,9 +254,9 @@ def _refuse_empty(source: FolderSource, found: Listing, usable: int, rejected: l
         blank_of = next((one.name for one in rejected if one.reason == "empty caption"), "")
         near = f"; {found.near[0]} lies there, and a table is read under the name {_nearest(found.near[0])}" if found.near else ""
         raise UserError(
-            f"{root}: {uncaptioned} image{'s' * (uncaptioned != 1)} but no captions (data.captions={source.captions}); "
+            f"{root}: {plural(uncaptioned, 'image')} but no captions (data.captions={source.captions}); "
             + (table.unmatched + "; correct it, or " if table.unmatched else "")
-            + (f"{blank} text files are empty, the first is that of {blank_of}; fill them, or " if blank else "")
+            + (f"{plural(blank, 'text file is', 'text files are')} empty, the first is that of {blank_of}; fill them, or " if blank else "")
             + f"write x{SIDECARS[0]} beside each x.jpg, or a {TABLES[0]} with file_name and text, or set data.captions=filename,"
             f" or kohya for folders such as '10_sks dog'{near}"
         )

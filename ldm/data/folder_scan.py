@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import plain
 from ldm.data.at_work import worked
@@ -560,7 +561,8 @@ def _texts_unread(source: FolderSettings, found: Listing, table: CaptionTable, u
         return
     if found.twice:
         read, other = SIDECARS
-        yield f"{len(found.twice):,} pictures have {read} and {other} files, such as {found.twice[0]}; {read} is read, {other} is not"
+        have = plural(len(found.twice), "picture has", "pictures have")
+        yield f"{have} {read} and {other} files, such as {found.twice[0]}; {read} is read, {other} is not"
     first: dict[str, str] = {}  # by text file the first picture that has it
     shared: dict[str, list[str]] = {}
     listed: list[str] = []
@@ -572,17 +574,19 @@ def _texts_unread(source: FolderSettings, found: Listing, table: CaptionTable, u
         if source.captions == "auto" and table.captions.get(name):
             listed.append(name)
     if listed:
-        yield f"{len(listed):,} pictures have a caption in a table and a text file, such as {listed[0]}; the table is read, the file is not"
+        have = plural(len(listed), "picture has", "pictures have")
+        yield f"{have} a caption in a table and a text file, such as {listed[0]}; the table is read, the file is not"
     if shared:
         text, names = next(iter(shared.items()))
         of = ", ".join(names[:3])
-        yield f"{len(shared):,} text files are those of several pictures that differ by their ending alone, such as {text} of {of}"
+        those = plural(len(shared), "text file is that", "text files are those")
+        yield f"{those} of several pictures that differ by their ending alone, such as {text} of {of}"
     if spare := found.texts() - first.keys():
         taken = {text for name in found.images if (text := found.text_of(name))}  # by pictures that are left out, too
         stems = {split(text)[0] for text in taken}
         spare = {text for text in spare - taken if split(text)[0] not in stems}
     if alone := sorted(spare):
-        yield f"{len(alone):,} text files belong to no picture here, such as {alone[0]}"
+        yield f"{plural(len(alone), 'text file belongs', 'text files belong')} to no picture here, such as {alone[0]}"
 
 
 def again(name: Callable[[int], str], contents: np.ndarray) -> list[str]:
@@ -598,7 +602,7 @@ def again(name: Callable[[int], str], contents: np.ndarray) -> list[str]:
         return []
     at = same[order[same + 1].argmin()]
     pair = f"{name(int(order[at + 1]))} and {name(int(order[at]))}"
-    return [f"{len(same):,} pictures are the same file as another, such as {pair}; each is learned from"]
+    return [f"{plural(len(same), 'picture is', 'pictures are')} the same file as another, such as {pair}; each is learned from"]
 
 
 def _spelt(name: str) -> str:

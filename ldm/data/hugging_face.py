@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config
 from ldm.data.at_work import worked
@@ -145,7 +146,9 @@ class DatasetsData(Photos):
         counts = Counter(r.reason for r in self.rejected)
         first = f"the first is {self.rejected[0]}" if self.rejected else ""
         if not self.total:
-            raise UserError(f"{self.where}: {self.total} usable rows of {len(self._table)} ({counted(counts)}); {first or 'it is empty'}")
+            raise UserError(
+                f"{self.where}: {plural(self.total, 'usable row')} of {len(self._table)} ({counted(counts)}); {first or 'it is empty'}"
+            )
         refuse_bad(self.where, self.total, counts, first, self.source.max_bad)
 
     def __len__(self) -> int:

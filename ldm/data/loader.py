@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data import remote, threads
 from ldm.data.dataset import B, Samples, expect, loaded
@@ -102,7 +103,7 @@ def _slices(
     """What makes the parts of each batch; with `foreseen` (shape, Fed), else batches."""
     number, world = rank
     if batch % world:
-        raise UserError(f"batch: {batch} images cannot be shared equally by {world} processes; give a multiple")
+        raise UserError(f"batch: {plural(batch, 'image')} cannot be shared equally by {world} processes; give a multiple")
     size = batch // world
     if len(data) == 0:
         raise UserError("the data set is empty")

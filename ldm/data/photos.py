@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
+from ldm.config.counts import be, plural
 from ldm.config.errors import UserError
 from ldm.data import threads
 from ldm.data.content import MOST, mark
@@ -275,7 +276,7 @@ class Photos(ABC):
                     self._replace(here, error)
             i = self.after(i)
         why = f"{self.name(index)}: {self.replaced[self.name(index)]}"
-        raise UserError(f"{self.where}: none of its {len(self)} images can be used any more, such as {why}")
+        raise UserError(f"{self.where}: none of its {plural(len(self), 'image')} can be used any more, such as {why}")
 
     def _read(self, work: _Work, index: int) -> bytes:
         """A sample's bytes; where reading ends by itself the time for decoding begins behind it."""
@@ -307,7 +308,7 @@ class Photos(ABC):
         self.replaced[name] = str(error)
         if len(self.replaced) > self._tolerated:
             raise UserError(
-                f"{self.where}: {len(self.replaced)} of {len(self)} images could not be decoded "
+                f"{self.where}: {len(self.replaced)} of {plural(len(self), 'image')} could not be decoded "
                 f"({counted(Counter(v.split(':')[0] for v in self.replaced.values()))}; the last was {name}: {error.detail}); "
                 f"mend or remove them, or raise max_bad (now {self._look.max_bad})"
             )
@@ -386,6 +387,6 @@ def refuse_bad(where: str, usable: int, rejected: Counter[str], first: str, max_
     bad = sum(n for reason, n in rejected.items() if reason not in HARMLESS)
     if bad > tolerated(max_bad, usable + rejected.total()):
         raise UserError(
-            f"{where}: {bad} of {usable + rejected.total()} files are unusable ({counted(rejected)}); {first}; "
+            f"{where}: {bad} of {plural(usable + rejected.total(), 'file')} {be(bad)} unusable ({counted(rejected)}); {first}; "
             f"mend or remove them, or raise data.max_bad (now {max_bad})"
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, Fraction, PathGiven, Positive, PositiveFloat, config
 from ldm.data.dataset import Split
@@ -150,7 +151,9 @@ class ShardsData(Photos):
         if not self.total:
             damage = [f"{s.name} is damaged {s.damage[0]}" for s in shards if s.damage]
             said = "; ".join([*damage[:1], *([first] if first else [])]) or "they hold no image"
-            raise UserError(f"{self.where}: {self.total} usable samples in {len(shards)} shards ({counted(self.rejected)}); {said}")
+            raise UserError(
+                f"{self.where}: {plural(self.total, 'usable sample')} in {plural(len(shards), 'shard')} ({counted(self.rejected)}); {said}"
+            )
         refuse_bad(self.where, self.total, self.rejected, first, self.source.max_bad)
 
     def __len__(self) -> int:

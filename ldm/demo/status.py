@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ldm.config.counts import plural
 from ldm.config.options import options_of
 from ldm.demo.orders import Form
 from ldm.demo.studio import Job
@@ -230,9 +231,9 @@ def progress(job: Job, ahead: int, waiting: tuple[int, int] = (1, 0)) -> str:
         waiting: the orders in the queue, this one included, and their pictures.
     """
     many = len(job.order.recipes)
-    queue = f" In the queue: {waiting[0]} orders, {waiting[1]} pictures." if waiting[0] > 1 else ""
+    queue = f" In the queue: {waiting[0]} orders, {plural(waiting[1], 'picture')}." if waiting[0] > 1 else ""
     if job.state == "waiting":
-        before = f"{ahead} turn{'s' * (ahead != 1)} before yours" if ahead else "next"
+        before = f"{plural(ahead, 'turn')} before yours" if ahead else "next"
         return panel(f"Waiting: {before}.{queue}", 0.0, notes=job.notes)
     which = f"picture {min(len(job.pictures) + 1, many)} of {many}" if many > 1 else "the picture"
     step = f", step {job.steps} of {job.of}" if job.of else ""
@@ -256,7 +257,7 @@ def finished(job: Job, extra: str = "") -> str:
     done, many = len(job.pictures), len(job.order.recipes)
     if job.state == "cancelled":
         return panel(f"Cancelled after {done} of {many}." if many > 1 else "Cancelled.")
-    said = f"{many} picture{'s' * (many != 1)} in {job.seconds:.1f} s"
+    said = f"{plural(many, 'picture')} in {job.seconds:.1f} s"
     return f'<div class="ldm-live"><p>{said}</p>{_noted(job.notes)}{extra}</div>'
 
 

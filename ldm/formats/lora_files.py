@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.files import at_home
 from ldm.formats.atomic import sha256, write_tensors
@@ -83,7 +84,8 @@ def _unmoved(adapters: list[LayerAdapter], name: str) -> list[str]:
     if adapters and all(one.idle for one in adapters):
         return [f"{name} changes nothing: in each of its layers alpha or a whole matrix is 0; it has not learned, or was saved wrong"]
     still = sum(not one.scale for one in adapters)
-    return [f"{name}: {still} of its {len(adapters)} layers have the alpha 0, so they change nothing"] if still else []
+    have = "has" if still == 1 else "have"
+    return [f"{name}: {still} of its {plural(len(adapters), 'layer')} {have} the alpha 0 and so no effect"] if still else []
 
 
 def _adapter(weights: dict[str, Tensor], stated: Stated | None, name: str, where: str) -> LayerAdapter | None:

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError, first_line
 from ldm.config.files import isolated
 
@@ -124,7 +125,7 @@ def _check_archive(path: Path) -> None:
         names = archive.namelist()
     if names and not any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
         raise UserError(
-            f"{path}: an archive of {len(names)} files, such as {ascii(names[0])[:100]}, and no checkpoint of torch's; unpack it"
+            f"{path}: an archive of {plural(len(names), 'file')}, such as {ascii(names[0])[:100]}, and no checkpoint of torch's; unpack it"
         )
     if total > size:
         raise UserError(f"{path}: unpacks to {total:,} bytes, but the file has {size:,}; it is damaged or hostile")

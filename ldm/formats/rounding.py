@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,7 +29,7 @@ class Comparison:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.part}: {self.tensors} tensors, {size_text(self.bytes)}, read back: max abs error {self.max_error:.3g}"
+        return f"{self.part}: {plural(self.tensors, 'tensor')}, {size_text(self.bytes)}, read back: max abs error {self.max_error:.3g}"
 
 
 def size_text(count: int) -> str:
@@ -36,7 +37,7 @@ def size_text(count: int) -> str:
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.{max(0, 3 - len(str(int(count // factor))))}f} {unit}"
-    return f"{count} bytes"
+    return plural(count, "byte")
 
 
 def stored_bytes(state: Mapping[str, Tensor]) -> int:

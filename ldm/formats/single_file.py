@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.files import at_home, read_bounded
 from ldm.formats import atomic, translator_file
@@ -178,7 +179,8 @@ def _write(
     parts = recipe.get("parts", {})
     state = _averaged(state, choices.ema, note, file)
     if strange := sorted(name for name in state if "." in name and name.partition(".")[0] not in ROOTS):
-        note(f"{file}: {len(strange):,} weights are of no part that is read here, such as {strange[0]}; it is drawn without them")
+        left = plural(len(strange), "weight is", "weights are")
+        note(f"{file}: {left} of no part that is read here, such as {strange[0]}; it is drawn without")
     unet: UNetConfig | None = None
     if weights := inner("unet", state):
         unet = UNetConfig.from_diffusers(parts["unet"]) if "unet" in parts else unet_config(weights)

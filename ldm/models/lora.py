@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.config.counts import be, plural
 from ldm.config.errors import UserError
 from ldm.models.blocks import Upsample
 from ldm.models.layer_adapters import Difference, Hadamard, Kronecker, LayerAdapter, Pair
@@ -103,7 +104,11 @@ def matched(
             else:
                 found[part, own] = pair
     if foreign:
-        few = f"{len(foreign)} of its {len(lora)} layers are not" if found or misshapen else f"none of its {len(lora)} layers is"
+        few = (
+            f"{len(foreign)} of its {plural(len(lora), 'layer')} {be(len(foreign))} not"
+            if found or misshapen
+            else f"none of its {plural(len(lora), 'layer')} is"
+        )
         raise UserError(f"{lora.name}: {few} in this model: {_few(foreign)}; it was made for another kind of model")
     if misshapen:
         raise UserError(f"{lora.name}: made for a model of another size: {_few(misshapen)} do not fit; use the model it was made for")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError, out_of_memory
 from ldm.config.schema import dump, plain
 from ldm.config.version import __version__
@@ -369,7 +370,7 @@ class Execution:
 
     def story(self) -> dict[str, Any]:
         stages = {
-            name: f"{stage.images:,} images at {stage.resolution} px" if isinstance(stage, Train) else stage.kind
+            name: f"{plural(stage.images, 'image')} at {stage.resolution} px" if isinstance(stage, Train) else stage.kind
             for name, stage in self.run.stages.items()
             if name in self.done
         }
@@ -379,7 +380,7 @@ class Execution:
         captions = self.val.captions(chosen, chosen, 0) if chosen else []
         return {
             "name": self.run.name,
-            "data": f"{described.get('kind', 'data')}, {len(self.data):,} images",
+            "data": f"{described.get('kind', 'data')}, {plural(len(self.data), 'image')}",
             "prompt": self._example_of(caption).replace('"', ""),
             "examples": varied([self._example_of(text)[:200] for text in captions], EXAMPLES),
             "use": self._usage("PROMPT", "MODEL"),
@@ -565,8 +566,8 @@ def _carry_out(run: Run, out: Path, processes: Learners, threads: str, file: str
             "config": plain(run),
             "out": str(out),
             "extend": extend,
-            "data": f"{len(execution.data):,} samples, fingerprint {execution.data.fingerprint()[:16]}",
-            "val": f"{len(execution.val):,} samples, fingerprint {execution.val.fingerprint()[:16]}",
+            "data": f"{plural(len(execution.data), 'sample')}, fingerprint {execution.data.fingerprint()[:16]}",
+            "val": f"{plural(len(execution.val), 'sample')}, fingerprint {execution.val.fingerprint()[:16]}",
         }
         agree(processes, facts, out)
         try:

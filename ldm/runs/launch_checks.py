@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data import remote
 from ldm.data.sources import ScenesSource
@@ -90,8 +91,8 @@ def by_heart(run: Run, samples: int) -> Iterator[str]:
     if passes and max(passes.values()) > MANY:
         name = max(passes, key=lambda stage: passes[stage])
         yield (
-            f"stages.{name} goes {passes[name]:,.0f} times through {samples:,} pictures, which networks that begin with nothing learn"
-            " by heart; with few pictures fine-tune a model:"
+            f"stages.{name} goes {passes[name]:,.0f} times through {plural(samples, 'picture')}, which networks that begin with nothing"
+            " learn by heart; with few pictures fine-tune a model:"
             " python train.py configs/presets/lora-8gb.yaml data.path=DIR --hub (docs/finetune.md)"
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError, first_line
 from ldm.data.buckets import bucket_stage, lines
 from ldm.data.dataset import offered
@@ -131,9 +132,8 @@ def make(
         if run.prior_preservation.path or drawn.is_dir():
             data = run.prior_preservation.mixed(data, drawn)
         else:
-            notes.append(
-                f"{run.prior_preservation.images:,} pictures of prior_preservation.prompts are drawn first; counts are without them"
-            )
+            first = plural(run.prior_preservation.images, "picture")
+            notes.append(f"of prior_preservation.prompts {first} will be drawn first; counts are without them")
     notes += idle(run)
     notes += by_heart(run, samples or (0 if data is None else len(data)))
     elsewhere = _elsewhere(run, notes)
@@ -274,8 +274,8 @@ def _lines(found: RunPlan) -> Iterator[str]:
     counts = f"; {found.training_images:,} training and {found.validation_images:,} validation images" if found.training_images else ""
     yield f"run {found.run} in {found.out}{counts}"
     yield f"parameters: {', '.join(f'{name} {value:,}' for name, value in found.parameters.items())}"
-    plural = "es" if found.processes > 1 else ""
-    yield f"at {found.processes} process{plural} of {found.tflops:g} TFLOP/s ({found.speed_from}): {duration(found.seconds)}"
+    work = plural(found.processes, "process", "processes")
+    yield f"at {work} of {found.tflops:g} TFLOP/s ({found.speed_from}): {duration(found.seconds)}"
     yield from (f"note: {note}" for note in found.notes)
     for stage in found.stages:
         yield f"  {'skip' if stage.skip else 'run '}  {stage.name:<16} {stage.kind:<9} {_amount(stage)}[{stage.why}]"
@@ -285,7 +285,7 @@ def _lines(found: RunPlan) -> Iterator[str]:
 
 def _amount(stage: StagePlan) -> str:
     if stage.kind == "train":
-        return f"{stage.images:,} images at {stage.resolution} px, {stage.steps:,} updates  "
+        return f"{plural(stage.images, 'image')} at {stage.resolution} px, {plural(stage.steps, 'update')}  "
     if stage.kind == "encode":
         return f"{f'{stage.images:,}' if stage.images else 'all'} images at {stage.resolution} px  "
     return ""
@@ -303,7 +303,7 @@ def _details(stage: StagePlan) -> Iterator[str]:
     if stage.kind != "train":
         return
     if stage.samples:
-        yield f"{times(stage.images / stage.samples)} times through {stage.samples:,} samples"
+        yield f"{times(stage.images / stage.samples)} times through {plural(stage.samples, 'sample')}"
     split = f"{stage.passes} x {stage.micro_batch}" if stage.passes > 1 else str(stage.micro_batch)
     yield f"batch {stage.batch}: {split} on each process"
     yield from (f"bucket {line}" for line in lines(stage.buckets))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import PathText, Positive, PositiveFloat, config, refuse_unread
 from ldm.data.concatenation import Mixture
@@ -64,7 +65,7 @@ def draw(prior: PriorPreservation, base: str, folder: Path, device: str, note: C
     missing = [number for number, prompt in wanted.items() if not _there(folder, number, prompt)]
     if not missing:
         return
-    note(f"prior preservation: drawing {len(missing)} of {prior.images} pictures with {base}")
+    note(f"prior preservation: drawing {len(missing)} of {plural(prior.images, 'picture')} with {base}")
     model = load(base, device)
     for start in range(0, len(missing), CHUNK):
         part = missing[start : start + CHUNK]
@@ -73,7 +74,7 @@ def draw(prior: PriorPreservation, base: str, folder: Path, device: str, note: C
             partial = folder / f".{number:05}.png"
             Image.fromarray(pixels).save(partial)
             partial.replace(folder / f"{number:05}.png")
-    note(f"prior preservation: {prior.images} pictures in {folder}")
+    note(f"prior preservation: {plural(prior.images, 'picture')} in {folder}")
 
 
 def _there(folder: Path, number: int, prompt: str) -> bool:

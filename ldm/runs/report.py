@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.config.secrets import redacted, unplaced
 from ldm.formats.records import mapping, number
 from ldm.runs import report_metrics
@@ -81,7 +82,7 @@ def _pictures(story: Story) -> str:
             found = picture(path, PICTURES_BYTES // count, 820 if timed else 540)
             if found is None:
                 continue
-            caption = f"after {int(path.stem):,} images" if timed else caption_of(path.stem)
+            caption = f"after {plural(int(path.stem), 'image')}" if timed else caption_of(path.stem)
             own = prompts.get("" if timed else path.stem)
             figures.append(figure(found + ("" if timed else _folded_prompts(own)), caption))
         if figures:

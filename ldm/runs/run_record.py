@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.yaml_reader import parse
 from ldm.formats.records import Damaged, mapping, number, numbers, read_object
@@ -151,7 +152,7 @@ class StoryReader:
             self._take(line)
         self._odd += odd
         if self._odd:
-            damaged.append(f"{folder / log.LOG}: {self._odd:,} damaged lines")
+            damaged.append(f"{folder / log.LOG}: {plural(self._odd, 'damaged line')}")
         settings = {name: mapping(each) for name, each in mapping(config.get("stages")).items() if is_stage_name(name)}
         there = sorted((p for p in folder.glob("stages/*") if p.is_dir() and is_stage_name(p.name)), key=lambda p: p.stat().st_mtime)
         names = [*settings, *(p.name for p in there if p.name not in settings)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data.order import ShuffledBatches
 from ldm.diffusion.rng import mix
@@ -64,7 +65,7 @@ def simulate(samples: int, batch: int, processes: int, seed: int = 0) -> Simulat
         UserError: for a batch that cannot be shared equally.
     """
     if batch % processes:
-        raise UserError(f"batch: {batch} images cannot be shared equally by {processes} processes; give a multiple")
+        raise UserError(f"batch: {plural(batch, 'image')} cannot be shared equally by {processes} processes; give a multiple")
     started = time.monotonic()
     seed = mix(seed, "simulation") % 2**63
     numbers = _drawn(samples, seed)

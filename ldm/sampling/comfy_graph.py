@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.sampling.comfy_workflow import nodes_of
 from ldm.sampling.foreign_recipe import ForeignRecipe, Reading, shown
 from ldm.sampling.recipe_values import number_of
@@ -345,7 +346,9 @@ class Graph:
         part = number_of("strength", strength)
         if not one.split and part and part < 1 and isinstance(one.steps, int) and 0 < one.steps <= 1000:
             here = int(one.steps * part + 1e-9)
-            self.found.lose(f"{one.steps} steps within strength {part:g}: here {here} of {one.steps} are taken; --steps chooses", "steps")
+            self.found.lose(
+                f"{plural(one.steps, 'step')} within strength {part:g}: here {here} of {one.steps} are taken; --steps chooses", "steps"
+            )
 
     def _after(self, between: list[Node]) -> None:
         """What was done to the picture once it was drawn."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.config.counts import be, plural
+
 LOOKED_AT = 5000  # captions of a data set, spread evenly, that are counted when a training starts
 
 
@@ -20,7 +22,8 @@ class CutCaptions:
     example: str  # the longest itself, its beginning
 
     def __str__(self) -> str:
-        what = f"{self.count:,} of {self.of:,} captions are longer than the {self.room} tokens that the text encoder reads"
+        share = f"{self.count:,} of {plural(self.of, 'caption')} {be(self.count)}"
+        what = f"{share} longer than the {self.room} tokens that the text encoder reads"
         return f"{what}, and what is beyond them is cut (the longest has {self.longest}: {self.example!r})"
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, config, plain
 from ldm.distributed.one_reader import one_reader
@@ -113,7 +114,7 @@ class States:
         if wrong := self._unfit(tensors, optimiser=True, power=True):
             raise UserError(f"{path}: {wrong}; move it away to go on from the one before")
         self._take(tensors, meta, optimiser=True, power=True)
-        self.log.note(f"{self.folder.name}: going on from {meta.images} of {self.stage.images} images ({path.name})")
+        self.log.note(f"{self.folder.name}: going on from {meta.images} of {plural(self.stage.images, 'image')} ({path.name})")
         return meta.step
 
     def extend(self, former: Former) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ldm.config.counts import plural
 from ldm.config.secrets import cleaned, redacted
 from ldm.config.terminal import raw, shown
 from ldm.formats.records import number, parse
@@ -55,7 +56,7 @@ class Log:
             self._earlier = seconds_by_stage(lines)
             self._open()
             if odd:
-                self.note(f"{self.path}: {odd:,} damaged lines; curves and times are told without them")
+                self.note(f"{self.path}: {plural(odd, 'damaged line')}; curves and times are told without them")
         if write and tracker:
             self._tracker = Background(tracker, folder, self.note)
 

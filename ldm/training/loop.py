@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError, first_line, out_of_memory
 from ldm.data.buckets import BucketedStage, bucket_stage, lines
 from ldm.data.captions import cut_at_most, prompt_marks
@@ -152,7 +153,8 @@ class Trainer:
             return ShuffledBatches(self.seed, len(self.data), stage.batch, shapes)
         order = BlockBatches(self.seed, len(self.data), stage.batch, shapes, stage.shuffle_block)
         if order.block < stage.shuffle_block:
-            few = f"{len(self.data)} samples are fewer than batch x shuffle_block ({stage.batch} x {stage.shuffle_block})"
+            few = plural(len(self.data), "sample is", "samples are")
+            few += f" fewer than batch x shuffle_block ({stage.batch} x {stage.shuffle_block})"
             self.log.note(f"{self.folder.name}: {few}; blocks of {order.block} are shuffled")
         return order
 
@@ -503,11 +505,12 @@ def preflight(trainer: Trainer, model: torch.nn.Module, buckets: BucketedStage) 
         UserError: naming the shape that needs more memory than there is.
     """
     stage, name, log = trainer.stage, trainer.folder.name, trainer.log
-    log.note(f"{name}: {len(buckets.rows)} buckets, each batch in one shape")
+    log.note(f"{name}: {plural(len(buckets.rows), 'bucket')}, each batch in one shape")
     for line in lines(buckets.rows):
         log.note(f"  {line}")
     if buckets.missed:
-        log.note(f"{name}: {buckets.missed:,} pictures are never reached in {stage.steps:,} updates; lower batch or raise images")
+        missed = plural(buckets.missed, "picture is", "pictures are")
+        log.note(f"{name}: {missed} never reached in {plural(stage.steps, 'update')}; lower batch or raise images")
     log.record({"buckets": buckets.rows, "stage": name, "images": trainer.step * stage.batch})
     count = stage.micro_batch or stage.batch // trainer.processes.world
     buffers = {key: buffer.clone() for key, buffer in trainer.family.named_buffers()}
@@ -521,7 +524,7 @@ def preflight(trainer: Trainer, model: torch.nn.Module, buckets: BucketedStage) 
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(f"stages.{name}: {count} pictures of {shape[1]}x{shape[0]} px {_too_many(trainer, error)}") from None
+            raise UserError(f"stages.{name}: {plural(count, 'picture')} of {shape[1]}x{shape[0]} px {_too_many(trainer, error)}") from None
         finally:
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -533,7 +536,7 @@ def preflight(trainer: Trainer, model: torch.nn.Module, buckets: BucketedStage) 
 def too_large(trainer: Trainer, error: Exception) -> UserError:
     """What to tell where memory ran out in the middle of training."""
     count = trainer.stage.micro_batch or trainer.stage.batch // trainer.processes.world
-    what = f"at step {trainer.step} {count} pictures of {trainer.stage.resolution} px"
+    what = f"at step {trainer.step} {plural(count, 'picture')} of {trainer.stage.resolution} px"
     goes_on = "the same command goes on from the last checkpoint, with checkpointing too; another changed setting begins the stage anew"
     return UserError(f"stages.{trainer.folder.name}: {what} {_too_many(trainer, error)}; {goes_on}")
 

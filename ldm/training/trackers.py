@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from ldm.config.counts import plural
 from ldm.config.secrets import redacted
 
 KINDS = ("wandb", "tensorboard")
@@ -151,7 +152,7 @@ class Background:
         if self._thread.is_alive():
             self._say(f"tracker: {self.name} did not end within {self.patience_s:g} s; what it was told last may be missing there")
         elif self._dropped:
-            self._say(f"tracker: {self.name} was too slow; {self._dropped} points are in log.jsonl only")
+            self._say(f"tracker: {self.name} was too slow; {plural(self._dropped, 'point is', 'points are')} in log.jsonl only")
 
     def _put(self, what: Callable[[Tracker], None]) -> None:
         self._tell()

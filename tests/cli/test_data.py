@@ -108,12 +108,12 @@ def test_index_tells_what_it_read_and_reads_only_what_is_new(tmp_path, capsys):
     shard(tmp_path, 0, 4)
     (tmp_path / "00001.tar").write_bytes(packed([*sample("a", 1), ("b.txt", b"alone")])[:-700])
     text = said(capsys, "index", tmp_path)
-    assert "5 samples in 2 shards" in text and "00001.tar: 1 samples, 1 left out" in text
+    assert "5 samples in 2 shards" in text and "00001.tar: 1 sample, 1 left out" in text
     assert "cut off" in text and "left out: no image" in text
     again = said(capsys, "index", tmp_path)
     assert "[1/" not in again and again.count("00001.tar: damaged") == 1  # told again, though it is not read again
     (tmp_path / "00001.tar").write_bytes(packed(sample("a", 1)))
-    assert "[1/1] 00001.tar: 1 samples" in said(capsys, "index", tmp_path)
+    assert "[1/1] 00001.tar: 1 sample" in said(capsys, "index", tmp_path)
     assert json.loads(said(capsys, "index", tmp_path, "--json"))["samples"] == 5
     assert "[2/2]" in said(capsys, "index", tmp_path, "--verify")
     whole = bytearray((tmp_path / "00000.tar").read_bytes())

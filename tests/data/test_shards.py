@@ -350,7 +350,7 @@ def test_compressed_and_foreign_archives_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"a\.tar: a compressed archive has no addresses"):
         build(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(UserError, match="0 usable samples in 1 shards"):
+    with pytest.raises(UserError, match="0 usable samples in 1 shard"):
         build(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
     assert "an empty file" in str(open_index(str(tmp_path), renew=True).shards[0].damage)

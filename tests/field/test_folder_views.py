@@ -110,7 +110,7 @@ def test_boxes_and_triples_of_a_table_follow_crop_and_mirror(tmp_path: Path) -> 
     again = asked(source.build("train"), ("boxes",)).load([0], [0], 32, 0, False)
     first = data.load([0], [0], 32, 0, False)
     assert torch.allclose(again.views["boxes"].box, first.views["boxes"].box)  # type: ignore[index,union-attr]
-    with pytest.raises(UserError, match=r"view points: what is told of 1 pictures cannot be read, such as x.png: no points"):
+    with pytest.raises(UserError, match=r"view points: what is told of 1 picture cannot be read, such as x.png: no points"):
         asked(source.build("train"), ("points",))
     with pytest.raises(UserError, match=r"view 'source': this data does not offer it"):
         asked(source.build("train"), ("source",))
@@ -184,7 +184,7 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name in "ac":
         Image.fromarray(picture(0)[..., 0]).save(root / "depth" / f"{name}.png")
     source = FolderSource(path=str(root), val_share=0.0)
-    with pytest.raises(UserError, match=r"view depth: 1 of 3 pictures have none, such as b.png; add them, or set data.views.depth=depth"):
+    with pytest.raises(UserError, match=r"view depth: 1 of 3 pictures has none, such as b.png; add them, or set data.views.depth=depth"):
         asked(source.build("train"), ("depth",))
     strict = FolderSource(path=str(root), val_share=0.0, views={"depth": "depth"})
     assert asked(strict.build("train"), ("depth",)) and strict.build("train").describe()["rejected"] == {"no depth": 1}

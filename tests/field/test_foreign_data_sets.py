@@ -131,7 +131,7 @@ def test_a_table_that_gives_nothing_is_named(tmp_path):
     pictures(tmp_path, "train/0.png", "train/1.png")
     table = tmp_path / "train" / "metadata.jsonl"
     table.write_text('{"file_name": "train/0.png", "text": "x"}')
-    assert "train/metadata.jsonl was read: 1 rows, none of their files is here; the first is train/train/0.png" in told(tmp_path)
+    assert "train/metadata.jsonl was read: 1 row, and no file of theirs is here; the first is train/train/0.png" in told(tmp_path)
     table.write_text('{"file_name": "/elsewhere/0.png", "text": "x"}\n{"file_name": "\\ud800.png", "text": "x"}')
     assert "train/metadata.jsonl:1: bad metadata row: '/elsewhere/0.png' leads out of the folder" in told(tmp_path)
     table.rename(table.with_name("metadata.json1"))
@@ -142,9 +142,9 @@ def test_a_table_that_gives_nothing_is_named(tmp_path):
     ("name", "content", "said"),
     [
         ("metadata.jsonl", '{"file_name": "0.png", "text": 5}', "metadata.jsonl:1: caption not text: int"),
-        ("metadata.jsonl", '{"file_name": "0.png", "text": null}', "metadata.jsonl was read: 1 rows, of which none has a text"),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": null}', "metadata.jsonl was read: 1 row, and no text in them"),
         ("metadata.csv", "file_name,text,text\n0.png,a,b", "metadata.csv: 2 columns are called text; rename those that are not meant"),
-        ("0.txt", " \n", "1 text files are empty, the first is that of 0.png; fill them, or write"),
+        ("0.txt", " \n", "1 text file is empty, the first is that of 0.png; fill them, or write"),
     ],
 )
 def test_a_table_without_texts_is_told(tmp_path, name, content, said):
@@ -186,8 +186,8 @@ def test_pictures_twice_in_shards_and_beside_them_are_told(tmp_path):
         (tmp_path / name).write_bytes(packed([*sample("a", 0), *sample(f"b{name}", int(name[0]) + 1)]))
     pictures(tmp_path, "loose.png")
     notes = check(source_at(str(tmp_path)))[0].notes
-    assert "1 pictures are the same file as another, such as 1.tar/a and 0.tar/a; each is learned from" in notes
-    assert any(f"1 pictures lie beside the shards and are not read, such as {tmp_path / 'loose.png'}" in note for note in notes)
+    assert "1 picture is the same file as another, such as 1.tar/a and 0.tar/a; each is learned from" in notes
+    assert any(f"1 picture lies beside the shards, not read, such as {tmp_path / 'loose.png'}" in note for note in notes)
 
 
 def test_captions_beside_pictures_in_letters_of_any_case(tmp_path):

@@ -186,7 +186,7 @@ def test_a_file_that_changes_nothing_is_told(kind: str, tmp_path: Path) -> None:
 
 def test_layers_of_no_scale_beside_others_are_counted_and_what_changes_a_bias_or_a_magnitude_is_no_idle_file(tmp_path: Path) -> None:
     other = {f"lora_unet_mid_block_attn1_to_v.{end}": torch.ones(shape) for end, shape in FACTORS["lora"].items()}
-    assert "1 of its 2 layers have the alpha 0" in " ".join(of_kind(tmp_path, "lora", 0.0, **other).notes)
+    assert "1 of its 2 layers has the alpha 0" in " ".join(of_kind(tmp_path, "lora", 0.0, **other).notes)
     assert "changes nothing" not in " ".join(
         of_kind(tmp_path, "lora", 2.0, "lora_up.weight", **{f"{HEAD}.dora_scale": torch.ones(8, 1)}).notes
     )

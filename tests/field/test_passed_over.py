@@ -219,7 +219,7 @@ def test_the_same_file_twice_is_told(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
     (tmp_path / "sub" / "copy.txt").write_text("another caption")
-    assert notes(tmp_path) == ["1 pictures are the same file as another, such as sub/copy.png and 3.png; each is learned from"]
+    assert notes(tmp_path) == ["1 picture is the same file as another, such as sub/copy.png and 3.png; each is learned from"]
 
 
 def test_text_files_that_nothing_reads_are_told(tmp_path: Path) -> None:
@@ -228,19 +228,17 @@ def test_text_files_that_nothing_reads_are_told(tmp_path: Path) -> None:
     (tmp_path / "lost.txt").write_text("a picture that went away")
     (tmp_path / "README.txt").write_text("about these pictures")
     assert notes(tmp_path) == [
-        "1 pictures have a caption in a table and a text file, such as 2.png; the table is read, the file is not",
-        "1 text files belong to no picture here, such as lost.txt",
+        "1 picture has a caption in a table and a text file, such as 2.png; the table is read, the file is not",
+        "1 text file belongs to no picture here, such as lost.txt",
     ]
-    assert notes(tmp_path, captions="txt") == ["1 text files belong to no picture here, such as lost.txt"]
+    assert notes(tmp_path, captions="txt") == ["1 text file belongs to no picture here, such as lost.txt"]
     assert notes(tmp_path, caption="a thing") == []  # none is asked for
 
 
 def test_pictures_that_share_a_text_file_are_told(tmp_path: Path) -> None:
     captioned(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "4.jpg")
-    assert notes(tmp_path) == [
-        "1 text files are those of several pictures that differ by their ending alone, such as 4.txt of 4.jpg, 4.png"
-    ]
+    assert notes(tmp_path) == ["1 text file is that of several pictures that differ by their ending alone, such as 4.txt of 4.jpg, 4.png"]
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".webm", ".MOV"])
@@ -255,7 +253,7 @@ MARKED = ["a <lora:sty:0.8> dog", "a (red:1.3) dog", "a {red|blue} dog", "a __co
 
 @pytest.mark.parametrize("caption", MARKED)
 def test_marks_of_prompts_in_captions_are_told(caption: str) -> None:
-    assert "1 captions have marks of prompts, such as " in prompt_marks(["a plain dog", caption])
+    assert "1 caption has marks of prompts, such as " in prompt_marks(["a plain dog", caption])
 
 
 def test_plain_captions_have_no_marks() -> None:

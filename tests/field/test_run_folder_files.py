@@ -270,9 +270,9 @@ def test_an_odd_line_is_skipped_and_counted(odd: bytes, tmp_path: Path) -> None:
         pass
     log.close()
     assert [one["step"] for one in read(tmp_path / LOG) if "step" in one] == [1]  # what is beyond image 8 is cut
-    assert any("1 damaged lines" in one.get("note", "") for one in read(tmp_path / LOG))
+    assert any("1 damaged line" in one.get("note", "") for one in read(tmp_path / LOG))
     assert odd + b"\n" in (tmp_path / LOG).read_bytes()  # nothing is thrown away
-    assert "1 damaged lines" in render(read_story(tmp_path))
+    assert "1 damaged line" in render(read_story(tmp_path))
 
 
 @pytest.mark.parametrize("huge", [2.25e254, -1e300, 1e308, 5e-324, 1e99, 1e-99])

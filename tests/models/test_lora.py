@@ -218,8 +218,8 @@ def test_what_matches_nothing_is_refused_and_changes_nothing(family: LatentDiffu
     good = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     before = {k: v.clone() for k, v in family.denoiser.state_dict().items()}
     for names, said in (
-        (("nowhere.to_q",), "none of its 1 layers is in this model: unet.nowhere.to_q"),
-        ((good, "nowhere.to_q"), "1 of its 2 layers are not in this model: unet.nowhere.to_q"),
+        (("nowhere.to_q",), "none of its 1 layer is in this model: unet.nowhere.to_q"),
+        ((good, "nowhere.to_q"), "1 of its 2 layers is not in this model: unet.nowhere.to_q"),
     ):
         lora = Lora(pairs={"unet": dict.fromkeys(names, pair)}, name="x.safetensors")
         if "2 layers" in said:

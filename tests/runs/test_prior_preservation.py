@@ -101,7 +101,7 @@ def test_as_a_command_with_one_caption_for_all(kl_model: Path, tmp_path: Path, c
         + "\n"
     )
     assert main(["train", str(file), "--plan"]) == 0
-    assert "4 pictures of prior_preservation.prompts are drawn first" in capsys.readouterr().out
+    assert "of prior_preservation.prompts 4 pictures will be drawn first" in capsys.readouterr().out
     assert main(["train", str(file)]) == 0
     assert (
         len(list((tmp_path / "run/pretrained/prior_preservation").glob("*.png"))) == 4

@@ -40,7 +40,7 @@ def test_each_look_reads_what_is_new_and_tells_what_a_fresh_one_tells(tmp_path: 
         assert story == read_story(tmp_path) and story.failed == failed
     (stage,) = story.stages
     assert [step.images for step in stage.steps] == [1, 2, 3, 3, 4] and stage.alarms == ("odd",)
-    assert story.damaged == [f"{file}: 1 damaged lines"] and list(story.notes) == ["went on"]
+    assert story.damaged == [f"{file}: 1 damaged line"] and list(story.notes) == ["went on"]
 
 
 @pytest.mark.parametrize("how", ["shorter", "replaced", "gone"])

@@ -167,7 +167,7 @@ def test_the_page_draws_with_them(base: Path, here: Path) -> None:
         (["--lora", "absent.safetensors"], "no such file"),
         (["--lora", "one.safetensors:inf"], "FILE:WEIGHT"),
         (["--lora", "words/thing.safetensors"], "no weights of an adapter"),
-        (["--lora", "foreign.safetensors"], "none of its 1 layers is in this model"),
+        (["--lora", "foreign.safetensors"], "none of its 1 layer is in this model"),
         (["--embedding", "one.safetensors"], "an embedding's file has one"),
         (["--embedding", "words/thing.safetensors", "--embedding", "words/thing.safetensors"], "knows this word already"),
         (["--embedding", "wide.safetensors"], "made for another model"),

@@ -36,7 +36,7 @@ def test_captions_that_are_cut_are_counted_and_short_ones_cost_nothing():
     words = len(encoder.words(LONG))
     cut = cut_captions([LONG, "a red circle", "é" * 9], lambda: encoder.tokenizer, encoder.room)
     assert cut is not None and (cut.count, cut.of, cut.room) == (1, 3, 18) and cut.longest == words
-    said = "1 of 3 captions are longer than the 18 tokens that the text encoder reads, and what is beyond them is cut"
+    said = "1 of 3 captions is longer than the 18 tokens that the text encoder reads, and what is beyond them is cut"
     assert str(cut).startswith(f"{said} (the longest has {words}")
     assert cut_captions(["short"] * 5, lambda: 1 / 0, 18) is None
     assert list(spread(10, 4)) == [0, 3, 6, 9] and len(spread(10**6)) <= 5000 and list(spread(0)) == []

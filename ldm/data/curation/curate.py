@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.data import remote
 from ldm.data.curation.rules import Curation, Rule, RuleError, literal, rules_of
@@ -86,7 +87,9 @@ def accounted(audit: Audit, out: Path, started: float) -> Audit:
         worst = sorted(audit.rules, key=lambda rule: -rule["removed"])[:3]
         counts = ((rule["removed"], rule["rule"], rule["unknown"] == audit.rows) for rule in worst if rule["removed"])
         said = ", ".join(f"{removed:,} by {name}" + " (unknown)" * unknown for removed, name, unknown in counts)
-        raise UserError(f"none of {audit.rows:,} rows passes: {said}; relax these rules, {out / AUDIT} has examples of what they removed")
+        raise UserError(
+            f"none of {plural(audit.rows, 'row')} passes: {said}; relax these rules, {out / AUDIT} has examples of what they removed"
+        )
     return audit
 
 
@@ -389,7 +392,7 @@ def _peak_mb() -> float:
 def lines(audit: Audit) -> list[str]:
     """The audit for a terminal."""
     named = ", ".join(f"{k} ({v})" if k != v else k for k, v in audit.columns.items())
-    said = [f"{audit.rows:,} rows in {len(audit.files)} file{'s' * (len(audit.files) != 1)}; columns: {named or 'none that is known'}"]
+    said = [f"{plural(audit.rows, 'row')} in {plural(len(audit.files), 'file')}; columns: {named or 'none that is known'}"]
     for rule in audit.rules:
         alone = f", {rule['alone']:,} alone" if rule["alone"] is not None else ""
         unknown = f", {rule['unknown']:,} of them unknown" if rule["unknown"] else ""

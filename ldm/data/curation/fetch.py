@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError, first_line
 from ldm.config.options import option
 
@@ -75,7 +76,7 @@ class DownloadReport:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        said = [f"{self.pictures:,} pictures of {self.links:,} links in {self.shards:,} shards: {self.folder}"]
+        said = [f"{plural(self.pictures, 'picture')} of {plural(self.links, 'link')} in {plural(self.shards, 'shard')}: {self.folder}"]
         said += [f"  {count:>9,}  {reason}" for reason, count in self.reasons.items()]
         if self.failed:
             said.append(f"  the links that gave none: {self.failed}")
@@ -187,7 +188,7 @@ def run(command: Sequence[str], out: Path, options: DownloadOptions, tell: Calla
                     process.wait(every_s)
                 except subprocess.TimeoutExpired:
                     done = stats(out)
-                    said = f"{sum(s['successes'] for s in done):,} pictures in {len(done):,} shards"
+                    said = f"{plural(sum(s['successes'] for s in done), 'picture')} in {plural(len(done), 'shard')}"
                     if said != last:
                         rate = sum(s["count"] for s in done) / max(1e-9, time.monotonic() - started)
                         tell(f"{said}, {rate:,.0f} links/s")
@@ -249,7 +250,9 @@ def look(out: Path) -> DownloadReport:
         if record is None:
             found.wrong.append(f"{shard['name']}.tar is missing")
         elif record.damage or record.samples + sum(record.rejected.values()) < shard["successes"]:
-            found.wrong.append(f"{record.name}: {record.samples} samples of {shard['successes']} that were told; remove it and fetch again")
+            found.wrong.append(
+                f"{record.name}: {plural(record.samples, 'sample')} of {shard['successes']} that were told; remove it and fetch again"
+            )
     return found
 
 
