@@ -311,4 +311,13 @@ ROWS = (
         prepare="pictures:each",
         needs=(),
     ),
+    Row(
+        id="B26",
+        title="UNet training step, cached latents, beside a tuned loop: both fp32, both bf16",
+        peer="diffusers' UNet2DConditionModel in a loop with fused AdamW, averages in one call and no look at the loss",
+        goal="1.15x; 1.6x",
+        where="any",
+        seconds=24,
+        prepare="training:tuned",
+    ),
 )

@@ -31,6 +31,7 @@ def fifty_steps(setup: Setup) -> Iterator[Case]:
     """B7."""
     shape = small(setup.tiny)
     yield drawing(setup, shape, "small UNet and VAE, 256 px, fp32", "equal", "fp32", "fp32")
+    yield drawing(setup, shape, "the same, both bf16", "equal", "bf16", "bf16")
     yield drawing(setup, shape, "the same, ours bf16, theirs fp32", "default", "bf16", "fp32")
 
 
