@@ -15,7 +15,7 @@ from ldm.training.settings import Train
 from ldm.training.throughput import card, peak
 
 ROOT = Path(__file__).parents[1]
-PRESETS = sorted((ROOT / "configs" / "presets").glob("lora-*gb.yaml"))
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*lora-*gb.yaml"))
 MFU = 0.35  # what `ldm plan` and docs/hardware.md take
 
 

@@ -75,6 +75,7 @@ class Footprint:
     extra: int = 0  # FLOPs of one image in the frozen networks
     averaged: int = 0  # parameters with an EMA; 0: all that is learned
     halved: int = 0  # of the frozen parameters, those that lie in the half type that is computed in
+    spared: int = 0  # bytes that quantized ones, which are not among those, lie in less than float32 has
     passed: int = 0  # frozen float32 parameters that gradients pass through, as many as the backward pass needs at a time
 
 
@@ -464,7 +465,7 @@ class Family(nn.Module, ABC):
         return [p for p in self.parameter_groups()[0].parameters]
 
     def compute_in(self, kind: torch.dtype) -> None:
-        """Told the half type that autocast computes in, before the networks go to their device: frozen weights may lie in it."""
+        """Told the type that autocast computes in, before the networks go to their device: frozen weights may lie in it, or in bits."""
 
     def preview(self, batch: ImageBatch, seed: int) -> Tensor | None:
         """A few pictures (N,3,H,W) in [-1,1] for the eye, laid out in rows of `preview_columns`."""

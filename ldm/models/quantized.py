@@ -5,12 +5,13 @@ The forward pass keeps no whole weight for the backward pass: that makes it anew
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 Bits = Literal["int8", "nf4"]
 BLOCK = 64  # weights that share a scale in nf4
@@ -32,7 +33,7 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor, bits: Bits) -> Packed:
-    """A weight (out,in,...) in bits: `int8` by a scale for each output, the greatest value / 127; `nf4` by one for each 64 values in a row."""
+    """A weight (out,in,...) in bits: `int8` by a scale for each output, its greatest value / 127; `nf4` by one for each 64 values."""
     weight = weight.detach().float()
     if bits == "int8":
         scale = weight.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
@@ -77,7 +78,7 @@ class _Computed(torch.autograd.Function):
         weight = unpack(Packed(*ctx.saved_tensors), ctx.call.shape, grads[0].dtype)
         if ctx.call.convolution:
             stride, padding, dilation, groups = ctx.call.convolution
-            back = torch.nn.grad.conv2d_input(ctx.size, weight, grads[0], stride, padding, dilation, groups)
+            back = conv2d_input(ctx.size, weight, grads[0], stride, padding, dilation, groups)
         else:
             back = grads[0] @ weight
         return back, None, None, None, None
@@ -88,7 +89,6 @@ class _Quantized(nn.Module):
 
     codes: Tensor
     scale: Tensor
-    bias: Tensor | None
     _shape: torch.Size
     _kind: torch.dtype
 
@@ -111,12 +111,13 @@ class _Quantized(nn.Module):
     def _answer(self, x: Tensor, *convolution: Any) -> Tensor:
         where = x.device.type
         kind = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else x.dtype
-        bias = None if self.bias is None else self.bias.to(kind)
+        own: Any = self.bias
+        bias = None if own is None else own.to(kind)
         with torch.autocast(where, enabled=False):
             return _Computed.apply(x.to(kind), self.codes, self.scale, bias, _Call(self._shape, convolution))  # type: ignore[no-any-return,no-untyped-call]
 
 
-class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc]
+class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[override]
     """A linear layer with its weight in bits."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc]
         return self._answer(x)
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):  # type: ignore[misc]
+class QuantizedConv2d(_Quantized, nn.Conv2d):  # type: ignore[override]
     """A convolution with its kernel in bits."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,6 +155,13 @@ def quantize(layer: nn.Module, bits: Bits) -> None:
     made._shape, made._kind = weight.shape, weight.dtype
     for name, value in packed._asdict().items():
         layer.register_buffer(name, value)
+
+
+def quantized_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a network that `quantize` has changed, by name."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, _Quantized):
+            yield name, layer
 
 
 def same(layer: nn.Module, weight: Tensor) -> bool:

@@ -70,11 +70,11 @@ class Needs:
 
         Weights, gradients, moments and EMA are in float32 whatever the precision. Activations are what the forward pass keeps,
         counted on the meta device. Under bf16 or fp16 they are half of that, frozen weights that are only computed with are of that type
-        themselves, and there is a cast copy of the learned weights and of the float32 frozen ones that gradients pass through, which
-        autocast makes anew at every use and the graph keeps. The allocator's own losses, workspaces and the frozen parts' passing
-        activations are not in it. With `offload` weights and gradients are of the type that is computed in, and moments and EMA are in
-        the machine's memory. Over several processes that share weights (`sharded`, FSDP2) gradients, moments and EMA are split; the weights
-        are whole within a step.
+        themselves unless they are quantized, and there is a cast copy of the learned weights and of the float32 frozen ones that
+        gradients pass through, which autocast makes anew at every use and the graph keeps. The allocator's own losses, workspaces and
+        the frozen parts' passing activations are not in it. With `offload` weights and gradients are of the type that is computed in,
+        and moments and EMA are in the machine's memory. Over several processes that share weights (`sharded`, FSDP2) gradients, moments
+        and EMA are split; the weights are whole within a step.
 
         A single process that trains on its batch in one pass has no gradients when the forward pass ends, and no activations when
         the backward pass does: measured, at most a quarter of the lesser adds to the greater, and the rest is "freed in turn".
@@ -88,7 +88,9 @@ class Needs:
             "optimiser": 0 if offload else self.optimiser_bytes // shards,
             "EMA": 0 if offload else FLOAT * self.averaged // shards,
             "cast weights": 0 if full else HALF * ((0 if offload else self.learned) + self.footprint.passed),
-            "frozen parts": FLOAT * sum(self.footprint.frozen.values()) - (0 if full else HALF * self.footprint.halved),
+            "frozen parts": FLOAT * sum(self.footprint.frozen.values())
+            - (0 if full else HALF * self.footprint.halved)
+            - self.footprint.spared,
             "activations": self.footprint.cost.activations * micro_batch // (1 if full else 2),
         }
         if processes == 1 and micro_batch >= self.stage.batch and not offload:

@@ -98,8 +98,7 @@ class Trainer:
             raise UserError(f"sharded weights (FSDP2): {'; '.join(refused)}")
         family.ranks = Ranks() if stage.exact else processes.ranks()
         self.precision = computed_in(stage.precision, self.device.type)
-        if self.precision != "fp32":
-            family.compute_in(PRECISION[self.precision])
+        family.compute_in(PRECISION[self.precision])
         family.to(self.device).train()
         for module in family.frozen():
             module.to(self.device).eval()

@@ -38,6 +38,7 @@ from ldm.formats.part import PARTS, content_hash, read_json
 from ldm.models import cost, denoiser
 from ldm.models.cost import TextShape
 from ldm.models.lora import halvable
+from ldm.models.quantized import BYTES, quantizable
 from ldm.text.wordless import SHAPE as WORDLESS
 
 OFF: tuple[tuple[str, Any], ...] = (  # fields that say nothing in an identity
@@ -356,7 +357,11 @@ class LatentDiffusionConfig(ModelConfig):
             extra -= text.cost.forward
         with torch.device("meta"):
             built = network.build().requires_grad_(False)
-            halved = sum(map(cost.count, halvable(built))) if self.adapt.halves else 0
+            frozen_layers = halvable(built) if self.adapt.halves else []
+            halved, spared = sum(map(cost.count, frozen_layers)), 0
+            if bits := self.adapt.bits:
+                few = sum(layer.weight.numel() for layer in quantizable(frozen_layers))  # type: ignore[operator,union-attr,misc]
+                halved, spared = halved - few, int(few * (4 - BYTES[bits]))  # float32 has 4 bytes
             learns, blocks = self.adapt.count(built, text), [cost.count(block) for block in built.recomputed()]
         passed = learned - sum(blocks) + max(blocks, default=0) if network.checkpointing else learned  # recomputed: a block at a time
         return Footprint(
@@ -365,7 +370,8 @@ class LatentDiffusionConfig(ModelConfig):
             cost=spent,
             extra=extra,
             halved=halved,
-            passed=0 if halved else passed,
+            spared=spared,
+            passed=0 if halved or spared else passed,
         )
 
     def assemble(self, products: Mapping[str, Product], target: Path, story: Mapping[str, Any]) -> None:

@@ -55,6 +55,7 @@ from ldm.formats.single_file import open_single
 from ldm.models import denoiser
 from ldm.models.conditioned import Conditioned, base_of
 from ldm.models.lora import LearnedEmbedding, Lora, Merged, halvable, own_state, weighted_modules
+from ldm.models.quantized import Bits, quantizable, quantize, quantized_layers, same
 from ldm.models.vision_tower import Tower
 from ldm.text.encoder import TextEncoder
 from ldm.text.lengths import CutCaptions, cut_captions
@@ -147,6 +148,7 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         self.alignment: Aligned | None = None  # in training, with what sees the clean pictures
         self.anew: Callable[[], denoiser.Denoiser] | None = None  # reads the denoising network's files again
         self.computed: Literal["", "bf16", "fp16"] = ""  # what its frozen weights lie in; empty: float32
+        self.changed = False  # whether any lie in other bits than their files have
 
     @property
     def codec(self) -> LatentCodec:
@@ -319,25 +321,38 @@ class LatentDiffusionFamily(Adaptable, Prompted):
         save_part(self.config.network.to_diffusers(), state, folder / self.config.network.folder)
         write_json(folder / RECORD, {"autoencoder": self.codec.hash, **self.describe(), **said})
 
-    def halve(self, kind: torch.dtype) -> None:
-        """Put the denoising network's frozen weights, where they are only computed with, into a half type: previews compute in it, too."""
-        for layer in halvable(self.denoiser) if self.anew else ():
-            self.computed = "bf16" if kind == torch.bfloat16 else "fp16"
+    def halve(self, kind: torch.dtype, bits: Bits | None = None) -> None:
+        """Put the denoising network's frozen weights, where they are only computed with, into a half type: previews compute in it, too.
+
+        Args:
+            bits: large ones are quantized to these instead.
+        """
+        frozen = halvable(self.denoiser) if self.anew else []
+        if bits is not None:
+            for layer in quantizable(frozen):
+                quantize(layer, bits)
+                self.changed = True
+        for layer in frozen if kind != torch.float32 else ():
+            self.computed, self.changed = "bf16" if kind == torch.bfloat16 else "fp16", True
             layer.to(kind)
 
     def base_denoiser(self) -> denoiser.Denoiser | None:
-        """The denoising network as its files have it; None: nothing has been halved, so its own weights are those.
+        """The denoising network as its files have it; None: its own weights are those, neither halved nor quantized.
 
         Raises:
             UserError: if the files are no longer those that training began with.
         """
-        if not self.computed or self.anew is None:
+        if not self.changed or self.anew is None:
             return None
         found = self.anew()
-        own = own_state(self.denoiser)
+        own, quantized = own_state(self.denoiser), {name.replace(".base_layer", ""): one for name, one in quantized_layers(self.denoiser)}
         learned = {name for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
         for name, value in found.state_dict().items():
-            if name not in learned and not torch.equal(value.to(own[name].dtype), own[name].cpu()):
+            if (layer := quantized.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+                kept = same(layer, value)
+            else:
+                kept = name in learned or torch.equal(value.to(own[name].dtype), own[name].cpu())
+            if not kept:
                 raise UserError(f"init: {name} of the base model has changed since the training began; put its files back, and start again")
         return found
 

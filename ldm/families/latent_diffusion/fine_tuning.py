@@ -45,6 +45,7 @@ from ldm.models.lora import (
     targeted,
     weighted_modules,
 )
+from ldm.models.quantized import Bits
 from ldm.models.text_tower import TowerPair, towers
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import PartlyTrainedEmbedding, add_word, first_embeddings
@@ -67,12 +68,12 @@ class Adaptable(Family):
         """Pictures of a batch's captions (N,3,H,W) in [-1,1]."""
 
     @abstractmethod
-    def halve(self, kind: torch.dtype) -> None:
-        """Put the denoising network's frozen weights, where they are only computed with, into a half type."""
+    def halve(self, kind: torch.dtype, bits: Bits | None = None) -> None:
+        """Put the denoising network's frozen weights, where they are only computed with, into a half type, and large ones into bits."""
 
     @abstractmethod
     def base_denoiser(self) -> Denoiser | None:
-        """The denoising network as its files have it; None: nothing has been halved, so its own weights are those.
+        """The denoising network as its files have it; None: its own weights are those, neither halved nor quantized.
 
         Raises:
             UserError: if the files are no longer those that training began with.
@@ -105,6 +106,8 @@ class AdaptedFamily(Family):
         """The base model with what learns in its place."""
         return self._inner[0]
 
+    bits: Bits | None = None  # that the base's frozen weights lie in
+
     def frozen(self) -> list[nn.Module]:
         """All of the base; the learned parameters, which it shares, move with it."""
         return [self.inner, *self.inner.frozen()]
@@ -126,8 +129,8 @@ class AdaptedFamily(Family):
         return self.inner.known(batch)
 
     def compute_in(self, kind: torch.dtype) -> None:
-        """The denoising network's frozen weights lie in that type, to which autocast would cast them at every use."""
-        self.inner.halve(kind)
+        """The denoising network's frozen weights lie in that type, to which autocast would cast them at every use, or in bits."""
+        self.inner.halve(kind, self.bits)
 
     def averaged(self) -> list[nn.Parameter]:
         """Everything that learns."""
@@ -168,7 +171,7 @@ class LoraFamily(AdaptedFamily):
 
     def __init__(self, config: LowRank, inner: Adaptable, context: Context) -> None:
         super().__init__(inner, context)
-        self.text_lr = config.text_lr
+        self.text_lr, self.bits = config.text_lr, config.bits
         self.unet, self.text = nn.ParameterList(), nn.ParameterList()
         inner.text_learns = config.text_learns
         if config.init:
@@ -338,6 +341,11 @@ class AdaptConfig:
         """Whether the denoising network's frozen weights may lie in a half type."""
         return True
 
+    @property
+    def bits(self) -> Bits | None:
+        """What they are quantized to; None: they are not."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """What the result depends on: all fields."""
         return plain(self)
@@ -366,6 +374,7 @@ class LowRank(AdaptConfig):
     text_rank: Count = 0  # of the text encoder's adapters, of the same alpha / rank; 0: the text encoder stays as it is
     text_targets: tuple[str, ...] = TEXT_TARGETS  # its layers
     text_lr: NonNegative = 0.5  # their learning rate, as a share of the stage's
+    base_precision: Literal["stage", "int8", "nf4"] = "stage"  # of the denoising network's frozen weights: the stage's, or 8 or 4 bits
     init: PathText = ""  # a LoRA or DoRA file (or folder) to continue: method, ranks, alphas and layers are its own; empty: begin anew
 
     @property
@@ -379,6 +388,11 @@ class LowRank(AdaptConfig):
         if self.init:
             return all(getattr(pair, "magnitude", None) is None for pairs in continued(self.init).pairs.values() for pair in pairs.values())
         return self.method != "dora"
+
+    @property
+    def bits(self) -> Bits | None:
+        """What the frozen weights are quantized to."""
+        return None if self.base_precision == "stage" else self.base_precision
 
     def count(self, denoiser: Denoiser, text: TextShape) -> dict[str, int]:
         """Parameters that learn, of a denoiser on any device and a text encoder."""
@@ -396,7 +410,9 @@ class LowRank(AdaptConfig):
     def identity(self) -> dict[str, Any]:
         """What the result depends on, a file by its content; fields that are newer than others only where they say something."""
         found = {
-            name: value for name, value in plain(self).items() if name not in ("method", "factor", "init") or value != getattr(USUAL, name)
+            name: value
+            for name, value in plain(self).items()
+            if name not in ("method", "factor", "init", "base_precision") or value != getattr(USUAL, name)
         }
         return found | ({"init": continued(self.init).hash} if self.init else {})
 
@@ -408,6 +424,10 @@ class LowRank(AdaptConfig):
         """
         if self.factor is not None and self.method != "lokr":
             raise UserError(f"factor: got {self.factor}, which only LoKr has; say method: lokr, or leave it out")
+        if self.bits and not self.halves:
+            raise UserError(
+                f"base_precision: got {self.base_precision}, but DoRA reads the base's weights at every step; leave it out, or the method"
+            )
         if not self.text_learns:
             refuse_unread(self, ("text_lr", "text_targets"), "where the text encoder learns nothing; set text_rank, or leave it out")
         elif self.init:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ldm.__main__ import main
 from ldm.config.errors import UserError
+from ldm.config.schema import build
 from ldm.diffusion.rng import Rng
 from ldm.families.draws import Wanted
 from ldm.families.family import Context, Product
@@ -26,7 +28,9 @@ from ldm.formats.embedding_files import DIFFUSERS, read_embedding
 from ldm.formats.lora_files import read
 from ldm.formats.part import load_part
 from ldm.formats.tensor_file import read_texts
-from ldm.models.lora import Lora, Merged
+from ldm.models.lora import Lora, Merged, own_state
+from ldm.runs.estimate import estimate
+from ldm.runs.run import Run
 from ldm.text.encoder import TextEncoder
 from ldm.text.textual_inversion import add_word, first_embeddings, names
 
@@ -138,6 +142,54 @@ def test_frozen_weights_in_a_half_type_leave_the_product_as_it_is(base: Path, tm
         family.save(tmp_path / "changed")
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_a_quantized_base_is_whole_in_the_product(base: Path, tmp_path: Path, bits: Any, kind: torch.dtype) -> None:
+    from finished_model import Pictures
+
+    family: LoraFamily = made(base, replace(BOTH, base_precision=bits))
+    family.compute_in(kind)
+    assert any(hasattr(layer, "codes") for layer in family.inner.denoiser.modules())
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind != torch.float32):
+        learn(family)
+        with torch.no_grad():
+            assert family.eval().preview(Pictures().load([0], [0], 32, 0, False), 0).shape == (1, 3, 32, 32)
+    family.save(tmp_path)
+    plain = load(base)
+    networks: Any = {"unet": plain.denoiser, "text_encoder": plain.text.model}
+    Merged(networks, [(read(tmp_path / "lora" / "kohya.safetensors"), 1.0)])
+    _, unet = load_part(tmp_path / "unet")
+    assert all(torch.equal(value, unet[name]) for name, value in plain.denoiser.state_dict().items())
+    other = load(base).denoiser
+    name = "mid_block.resnets.0.conv2"
+    layer: Any = other.get_submodule(name)
+    layer.weight.data[0] *= 2
+    family.inner.anew = lambda: other
+    with pytest.raises(UserError, match=rf"{name}\.weight of the base model has changed since the training began"):
+        family.save(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_a_quantized_base_is_planned_as_it_lies(base: Path, bits: str, precision: str) -> None:
+    """Within the scales of int8, which are not counted."""
+    planned, held = [], []
+    for told in ({}, {"base_precision": bits}):
+        run = build(run_of(base, {"kind": "lora", "rank": 2} | told, precision=precision), Run, "run")
+        stage: Any = run.stages["tune"]
+        planned.append(estimate(run).training(stage).memory(1)["frozen parts"])
+        family = made(base, LowRank(rank=2, **told))
+        family.compute_in(torch.bfloat16 if precision == "bf16" else torch.float32)
+        held.append(sum(t.nbytes for t in own_state(family.inner.denoiser).values()))
+    assert planned[1] < planned[0] and planned[0] - planned[1] == pytest.approx(held[0] - held[1], rel=0.02)
+
+
+def test_dora_reads_its_base_so_it_is_not_quantized() -> None:
+    with pytest.raises(UserError, match="base_precision: got nf4, but DoRA reads the base's weights"):
+        LowRank(method="dora", base_precision="nf4").check()
+    assert "base_precision" not in LowRank().identity() and LowRank(base_precision="int8").identity()["base_precision"] == "int8"
+
+
 def test_only_a_word_learns_and_means_the_same_everywhere(base: Path, tmp_path: Path) -> None:
     family: InvertedFamily = made(base, WORD)
     [before] = learn(family)
@@ -224,9 +276,10 @@ def go(folder: Path, run: dict[str, Any], *words: str) -> int:
     ("adapt", "kept"),
     [
         ({"kind": "lora", "rank": 2, "text_rank": 2}, "lora/kohya.safetensors"),
+        ({"kind": "lora", "rank": 2, "base_precision": "nf4"}, "lora/kohya.safetensors"),
         ({"kind": "textual_inversion", "token": "<thing>", "init": "square"}, "embedding/learned_embeds.safetensors"),
     ],
-    ids=["lora", "word"],
+    ids=["lora", "lora-nf4", "word"],
 )
 def test_stopped_and_continued_is_the_same_to_the_bit(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapt: dict[str, Any], kept: str
