@@ -41,7 +41,7 @@ class Wanted:
         if (self.length is None) == (not self.sweep):
             raise UserError("length: give either --length 0.1, which makes a model, or --sweep 0.02,0.05,0.1, which measures")
         try:
-            return [float(word) for word in self.sweep.split(",") if word.strip()]
+            return [float(word) for word in self.sweep.split(",")] if self.sweep else []
         except ValueError:
             raise UserError(f"sweep: got {self.sweep!r}; write lengths with commas, such as 0.02,0.05,0.1") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -290,9 +291,12 @@ def _features(text: str, model: str) -> dict[str, str]:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(word) for word in text.split(",") if word.strip()]
+        found = [float(word) for word in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"guidance: got {text!r}; write numbers with commas, such as 1,2,3,5") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)) or len({*found}) < len(found):
+        raise UserError(f"guidance: got {text!r}; write numbers with commas, each once, such as 1,2,3,5")
+    return found
 
 
 def table(result: dict[str, Any]) -> None:

@@ -123,6 +123,9 @@ def _mapping(loader: Loader, node: Any) -> dict[str, Any]:
             name = name.text
         if not isinstance(name, str):
             raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is not a word", key.start_mark)
+        if name == "<<":
+            said = "<< takes over no fields here; write them out, or put them into a file that base: names"
+            raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
         if name in found:
             raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands here twice", key.start_mark)
         found[name] = loader.construct_object(value, deep=True)

@@ -363,11 +363,14 @@ class Editing:
         if not self.outpaint:
             numbers = str(old.get("outpaint", ""))
             return tuple(int(n) for n in numbers.split(",")) if numbers else None  # type: ignore[return-value]
+        words = [word.strip() for word in self.outpaint.split(",")]
+        named = [word.partition("=")[0] for word in words if "=" in word]
         found = dict.fromkeys(EDGES, 0)
         try:
-            for word in self.outpaint.split(","):
-                edge, equals, number = word.strip().partition("=")
-                found |= {edge: int(number)} if equals else dict.fromkeys(EDGES, int(word))
+            if "=" not in words[0]:  # of all edges but those that are named behind it
+                found = dict.fromkeys(EDGES, int(words.pop(0)))
+            found |= {edge: int(number) for edge, _, number in (word.partition("=") for word in words)}
+            found = found if len(named) == len({*named}) == len(words) else {}
         except ValueError:
             found = {}
         if set(found) != set(EDGES) or min(found.values()) < 0 or not 0 < max(found.values()) <= MAX_MARGIN:

@@ -84,6 +84,8 @@ def test_outpainting_keeps_the_picture_and_draws_around_it(model: list[str], ini
     assert np.array_equal(again[0], wide)
     (around,) = draw(tmp_path / "c", *model, "a red circle", "--init", str(init), "--outpaint", "8")
     assert around.shape == (SIDE + 16, SIDE + 16, 3)
+    (but_left,) = draw(tmp_path / "d", *model, "a red circle", "--init", str(init), "--outpaint", "8,left=0")
+    assert but_left.shape == (SIDE + 16, SIDE + 8, 3)
 
 
 # Out of the noise it came from
@@ -290,6 +292,9 @@ def test_a_mark_is_hidden_and_a_recipe_remembers_it(model: list[str], tmp_path: 
         (["--outpaint", "8"], "outpaint: no picture to go on from; give it by --init"),
         (["--init", "init.png", "--outpaint", "up=8"], "px for some of left, top, right, bottom are needed"),
         (["--init", "init.png", "--outpaint", "left=-8"], "outpaint: got 'left=-8'"),
+        (["--init", "init.png", "--outpaint", "8,16,24,32"], "outpaint: got '8,16,24,32'; px for some of left, top"),
+        (["--init", "init.png", "--outpaint", "left=8,left=16"], "outpaint: got 'left=8,left=16'"),
+        (["--init", "init.png", "--outpaint", "left=8,16"], "outpaint: got 'left=8,16'"),
         (["--init", "init.png", "--outpaint", "left=99999"], "outpaint: got"),
         (["--init", "init.png", "--outpaint", "3"], "both must be multiples of 8"),
         (["--init", "init.png", "--outpaint", "8", "--size", "64"], "not together with --mask or --size"),

@@ -111,3 +111,8 @@ def test_a_size_that_the_base_model_cannot_have_is_refused_by_its_files(tmp_path
     with pytest.raises(UserError, match=r"stages.tune.resolution: got 33; diffusion needs a multiple of \d"):
         check(33)
     check(32)
+
+
+def test_lists_of_numbers_are_whole(kl_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (",", "1,,2", "nan", "1,1.0", "1;2"):
+        assert f"guidance: got {text!r}; write numbers" in refused(capsys, "evaluate", str(kl_model), "--guidance", text)

@@ -24,6 +24,7 @@ TAGS = [
     ("!mine x", "could not determine a constructor"),
     ("!!int []", "expected a scalar node"),
     ("!!float x", "x is no number"),
+    ("{<<: {b: 1}}", "<< takes over no fields here"),
     ('"\\ud800"', "half a character"),
 ]
 
