@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm.families.draws import Draws
 from ldm.sampling.recipe import Recipe
+from ldm.text.prompt_syntax import changes, read
 
 # Notation of other programs: a choice, a wildcard, a tag (those of LoRAs are read), a weight with a decimal comma.
 UNREAD = re.compile(r"\{[^{}|]{1,100}\|[^{}]{1,200}\}|\b__\w{1,60}__\b|<\w{1,20}:[^<>]{1,100}>|\([^():]{1,100}:\s*[-+]?\d*,\d+\s*\)")
@@ -66,5 +67,8 @@ def _not_read(recipes: Sequence[Recipe], family: Draws) -> Iterator[str]:
     for mark in list(dict.fromkeys(mark for text in texts for mark in UNREAD.findall(text)))[:5]:
         fix = f"; write {mark.replace(',', '.')}" if mark[0] == "(" else ", as nothing here chooses" if mark[0] in "{_" else ""
         yield f"prompt: {mark} is read as words{fix}"
+    late = {(when, one.steps): None for one in recipes if one.notation for when in changes(read(one.prompt)) if when >= max(1, one.steps)}
+    for when, steps in list(late)[:5]:
+        yield f"prompt: words change at step {when:g}, but {steps} steps are taken; a share such as 0.5 suits any number"
     for name in list(dict.fromkeys(name for text in texts for name in family.untaught(text)))[:5]:
         yield f"prompt: embedding:{name} is read as words, since no such word was taught; give its file by --embedding"

@@ -126,6 +126,23 @@ def literal(text: str) -> Prompt:
     return Prompt((Subprompt((Words(text),)),))
 
 
+def changes(prompt: Prompt) -> list[float]:
+    """When words of a prompt give way to others: shares of the steps below 1, otherwise numbers of steps."""
+    return [when for part in prompt.parts for when in _changes(part.nodes)]
+
+
+def _changes(nodes: tuple[Node, ...]) -> list[float]:
+    found: list[float] = []
+    for node in nodes:
+        if isinstance(node, Switch):
+            found += [node.when, *_changes(node.before), *_changes(node.after)]
+        elif isinstance(node, Weighted):
+            found += _changes(node.inside)
+        elif isinstance(node, Alternation):
+            found += [when for option in node.options for when in _changes(option)]
+    return found
+
+
 def unweighted(prompt: Prompt) -> Prompt:
     """A prompt without the weights of its words."""
     return replace(prompt, parts=tuple(replace(part, nodes=_unweighted(part.nodes)) for part in prompt.parts))

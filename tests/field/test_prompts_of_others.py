@@ -77,6 +77,7 @@ def test_a_graphs_learned_word_is_said_where_it_was(kl_model: Path, easy: Path, 
         ("a (red:1,3) ring", "prompt: (red:1,3) is read as words; write (red:1.3)"),
         ("a ring <embed:easy>", "prompt: <embed:easy> is read as words"),
         ("a (red:1.3) ring, [dot:0.5], (a, b)", ""),
+        ("a [(red, [blue:20]):dot:0.5] ring", "prompt: words change at step 20, but 2 steps are taken; a share"),
     ],
 )
 def test_notation_that_is_read_as_words_is_told(
@@ -87,4 +88,4 @@ def test_notation_that_is_read_as_words_is_told(
     told = capsys.readouterr().err
     assert (said in told) if said else ("read as words" not in told)
     draw(kl_model, "b", prompt, "--literal")
-    assert "read as words" not in capsys.readouterr().err
+    assert "prompt:" not in capsys.readouterr().err
