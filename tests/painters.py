@@ -29,6 +29,7 @@ class Painter:
     """Draws a perfect answer to each prompt of a tier that it listens to, and a scene of its own instead of others."""
 
     able = frozenset({"sample", "reconstruct"})
+    reads_prompts, told = True, {}
 
     tier: Any = "one"
     seed: int = 0  # of the prompts that it knows

@@ -221,6 +221,12 @@ def evaluate(wanted: Measurement, drawn: Drawn, device: Device) -> int:
                 raise UserError(f"{names}: {name}, a model of kind {family.kind}, draws no pictures; leave it out")
             family.settings(replace(other, sampler=drawn.sampler))  # what it has not is refused before anything is measured
         chosen = [metric for metric in metrics[name] if metric.asks in family.able]
+        if "sample" in family.able and not family.reads_prompts and not family.told:
+            asked_for = {"n": wanted.n, "abilities": wanted.abilities, "diversity": wanted.diversity, "clip": wanted.clip}
+            if option := next((option for option, value in asked_for.items() if value), ""):
+                raise UserError(f"{option}: is of prompts, and {name} reads no words; leave --{option} out")
+            chosen = [metric for metric in chosen if not getattr(metric, "of_prompts", False)]
+            print(f"{terminal.shown(name)} reads no words: whether it follows prompts is not measured", file=sys.stderr)
         unable = [metric for metric in metrics[name] if metric not in chosen and getattr(wanted, metric.kind, False)]
         if unable:  # which was asked for by name
             kind = unable[0].kind

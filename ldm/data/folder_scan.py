@@ -44,7 +44,7 @@ OTHER_IMAGES = (
 )
 ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zst", ".bz2", ".zip", ".7z", ".rar")
 ABOUT = ("readme", "license", "licence", "notice", "credits", "classes", "sources")  # texts of a folder that are no captions
-FORMAT = 3  # of what is remembered
+FORMAT = 4  # of what is remembered
 _THREADS = 8
 _BLOCK = 512  # pictures that a thread looks at before it reports
 _ONCE = 2**24  # bytes of a file that is read as a whole; a longer one is hashed piece by piece

@@ -160,6 +160,11 @@ class ModelConfig:
         return frozenset()
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether words, or views of what they say, change what it makes."""
+        return True
+
+    @property
     def reads_codes(self) -> bool:
         """Whether it reads numbers of codes where others read latents."""
         return False

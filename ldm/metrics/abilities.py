@@ -111,6 +111,7 @@ class Abilities:
     seed: Count = 0  # of prompts and pictures
 
     asks = "sample"  # of the model
+    of_prompts = True  # and it is to read them, or views of what they say
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""

@@ -154,6 +154,7 @@ class Adherence:
     pairs: tuple[str, ...] = ()  # as many prompts more with these colour-shape pairs alone, as in [cyan cross, blue ring]: chosen.bind
 
     asks = "sample"  # of the model
+    of_prompts = True  # and it is to read them, or views of what they say
 
     def __post_init__(self) -> None:
         try:

@@ -32,6 +32,7 @@ class ClipScore:
     seed: Count = 0  # of the pictures
 
     asks = "sample"  # of the model
+    of_prompts = True  # and it is to read them, or views of what they say
 
     def names(self, scenes: bool) -> tuple[str, ...]:
         """The plain values of the result."""

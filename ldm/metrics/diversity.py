@@ -59,6 +59,7 @@ class Diversity:
     seed: Count = 0  # of prompts and pictures
 
     asks = "sample"  # of the model
+    of_prompts = True  # and it is to read them, or views of what they say
 
     def __post_init__(self) -> None:
         if self.pictures < 2:

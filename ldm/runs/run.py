@@ -440,6 +440,8 @@ def _unmeasurable(run: Run, name: str, stage: Evaluate | Export, where: str) -> 
         if metric.asks not in model.answers:
             can = f"can {', '.join(sorted(model.answers))}" if model.answers else "has nothing that is measured so"
             yield f"{where}.metrics: {metric.kind} needs a model that can {metric.asks}, but kind {model.kind} {can}"
+        elif getattr(metric, "of_prompts", False) and not model.reads_prompts:
+            yield f"{where}.metrics: {metric.kind} asks whether words are followed, and models.{train.model} reads none; leave it out"
     given = {f"{m.kind}.{value}" for m in stage.metrics for value in m.names(scenes)}
     for path in stage.require:
         kind, _, value = path.partition(".")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from finished_model import STORY, Pictures
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.diffusion.batch import Cond
 from ldm.diffusion.process import Process
@@ -152,3 +153,21 @@ def test_what_reads_no_text_says_so_in_a_line(model: Path) -> None:
             UNetConfig(channels=(16, 32), layers=1, attention=(False, True), norm_groups=8, context_width=0, **{"heads": (2, 4), **words})
     with pytest.raises(UserError, match="padded_at_end is of networks that read no text"):
         UNetConfig(padded_at_end=True)
+
+
+def test_whether_prompts_are_followed_is_not_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    code, said = (
+        main(["evaluate", str(model), "--tier", "one", "--images", "4", "--steps", "1", "--json", str(out)]),
+        capsys.readouterr().err,
+    )
+    assert code == 0 and "reads no words: whether it follows prompts is not measured" in said, said
+    found = json.loads(out.read_text())
+    assert "frechet" in found and "adherence" not in found
+    assert main(["evaluate", str(model), "--n", "4", "--images", "4"]) == 2
+    assert "n: is of prompts, and" in capsys.readouterr().err
+    stage = "{kind: evaluate, of: diffusion, metrics: [{kind: adherence, tier: one, prompts: 4}]}"
+    assert main(["train", "configs/ddpm.yaml", f"stages.evaluation={stage}", "--plan", f"out={tmp_path / 'run'}"]) == 2
+    assert (
+        "stages.evaluation.metrics: adherence asks whether words are followed, and models.diffusion reads none" in capsys.readouterr().err
+    )

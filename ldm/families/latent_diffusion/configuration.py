@@ -86,6 +86,11 @@ class LatentDiffusionConfig(ModelConfig):
     beside = KEPT
 
     @property
+    def reads_prompts(self) -> bool:
+        """Where it has a text encoder."""
+        return bool(self.text)
+
+    @property
     def requires(self) -> Mapping[str, str]:
         """A text encoder, or where embeddings of pictures are told both sides of a CLIP; and an autoencoder."""
         embeds = any(parted(view)[0] == EMBEDDING for view in self.views())
