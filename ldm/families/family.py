@@ -159,6 +159,10 @@ class ModelConfig:
         """What a metric may ask of the finished model: sample, reconstruct, caption, ..."""
         return frozenset()
 
+    def remarks(self) -> list[str]:
+        """What a user should know of its settings before any work, a line each, beginning with the field's name."""
+        return []
+
     @property
     def reads_prompts(self) -> bool:
         """Whether words, or views of what they say, change what it makes."""

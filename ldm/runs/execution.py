@@ -39,7 +39,7 @@ from ldm.runs.changed_data import data_change, marks_of, remember
 from ldm.runs.evaluation import measure
 from ldm.runs.examples import varied
 from ldm.runs.keys import DONE, IDENTITY, Finished, check_data, finished, hashes_of, identity, key_of, plain_json
-from ldm.runs.launch_checks import by_heart, idle, missing, shares
+from ldm.runs.launch_checks import by_heart, idle, missing, remarks, shares
 from ldm.runs.prior_preservation import PRIOR, PriorPreservation, draw
 from ldm.runs.run import Encode, Evaluate, Export, Run, place
 from ldm.runs.run_folder import only_one, set_aside, sweep
@@ -99,6 +99,8 @@ class Execution:
             remember(self.out, marks)
         for line in (*idle(self.run), *by_heart(self.run, len(self.data))):
             self.log.note(f"warning: {line}")
+        for line in remarks(self.run):
+            self.log.note(line)
         if self.elsewhere:
             pretrained.check(self.run, self.elsewhere)
             if self.processes.main:

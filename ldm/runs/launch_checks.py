@@ -85,6 +85,12 @@ def idle(run: Run) -> Iterator[str]:
             yield f"stages.{name}.flip: captions of scenes name sides, so they are not mirrored"
 
 
+def remarks(run: Run) -> Iterator[str]:
+    """What models that are trained have to say of their settings, a line each."""
+    for name in dict.fromkeys(stage.model for _, stage in _trained(run)):
+        yield from (f"models.{name}.{line}" for line in run.models[name].remarks())
+
+
 def by_heart(run: Run, samples: int) -> Iterator[str]:
     """What from nothing learns so few pictures that it will know them by heart, and what suits them better; a line at most."""
     passes = {name: stage.images / samples for name, stage in _trained(run) if samples and not run.init}

@@ -22,7 +22,7 @@ from ldm.distributed.launcher import Launched, here, unheeded
 from ldm.families.family import Found
 from ldm.runs.dry_run import Planned, planned
 from ldm.runs.estimate import Estimate, estimate
-from ldm.runs.launch_checks import by_heart, idle, missing, shares
+from ldm.runs.launch_checks import by_heart, idle, missing, remarks, shares
 from ldm.runs.pretrained import FOLDER, check, find
 from ldm.runs.prior_preservation import PRIOR
 from ldm.runs.run import Encode, Run, Stage
@@ -135,6 +135,7 @@ def make(
             first = plural(run.prior_preservation.images, "picture")
             notes.append(f"of prior_preservation.prompts {first} will be drawn first; counts are without them")
     notes += idle(run)
+    notes += remarks(run)
     notes += by_heart(run, samples or (0 if data is None else len(data)))
     elsewhere = _elsewhere(run, notes)
     if data is None or val is None or elsewhere is None:

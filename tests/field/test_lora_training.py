@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import yaml
 from finished_model import Pictures
 from pipelines import pipeline_folder
 from safetensors.torch import load_file, save_file
 
+from ldm.__main__ import main
 from ldm.config.errors import UserError
 from ldm.config.schema import build, plain
 from ldm.diffusion.rng import Rng
@@ -160,6 +163,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"targets": ("to_k",)}, "targets"),
     ({"text_rank": 2}, "text_rank: got 2, .* has 1"),
 ]
+
+
+@pytest.mark.slow
+def test_what_is_continued_is_told_before_any_work(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's own config.yaml states rank 8 and alpha 8 where nobody asked for them, and a file of another rank is not refused for it."""
+    file, _ = in_style(base, tmp_path, "kohya", "lora")
+    stage = {"kind": "train", "model": "diffusion", "images": 8, "resolution": 32, "batch": 2, "samples": 0}
+    diffusion = {"kind": "latent_diffusion", "adapt": {"kind": "lora", "init": str(file)}}
+    run = {"data": {"kind": "scenes", "val": 4}, "init": str(base), "models": {"diffusion": diffusion}, "stages": {"tune": stage}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    code, said = main(["train", str(tmp_path / "run.yaml"), f"out={tmp_path / 'run'}", "--plan"]), capsys.readouterr()
+    assert code == 0, said.err
+    wanted = rf"models\.diffusion\.adapt\.init: goes on with {file}: \d+ layers of unet by LoRA of rank 2, alpha 3; "
+    assert re.search(wanted + r"\d+ layers of text_encoder by LoRA of rank 1, alpha 1.5, as the file has them", said.out), said.out
+    assert not LowRank().remarks()
 
 
 def test_what_cannot_be_continued_is_refused(base: Path, tmp_path: Path) -> None:

@@ -85,6 +85,10 @@ class LatentDiffusionConfig(ModelConfig):
     continues = True
     beside = KEPT
 
+    def remarks(self) -> list[str]:
+        """What its adapters have to say."""
+        return [f"adapt.{line}" for line in self.adapt.remarks()] if self.adapt is not None else []
+
     @property
     def reads_prompts(self) -> bool:
         """Where it has a text encoder."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from ldm.config.counts import plural
 from ldm.config.errors import UserError
 from ldm.config.schema import Count, NonNegative, PathText, Positive, PositiveFloat, config, plain, refuse_unread
 from ldm.diffusion.batch import ImageBatch, MomentBatch
@@ -353,6 +354,10 @@ class AdaptConfig:
     def check(self) -> None:
         """Nothing: fields were looked at one by one."""
 
+    def remarks(self) -> list[str]:
+        """What a user should know before any work, a line each, beginning with a field's name."""
+        return []
+
     def suits(self, denoiser: Denoiser) -> None:
         """Any network."""
 
@@ -451,6 +456,18 @@ class LowRank(AdaptConfig):
             if not any(flat(name).endswith(flat(target)) for target in self.targets):
                 raise UserError(f"targets: got {list(self.targets)}, but init continues {self.init}, which has {name}; leave them out")
 
+    def remarks(self) -> list[str]:
+        """Of a file that is continued what it is: a saved configuration states defaults, which cannot be told from what was asked for."""
+        if not self.init:
+            return []
+        found = []
+        for part, pairs in sorted(continued(self.init).pairs.items(), key=lambda one: one[0] != "unet"):
+            own: Any = list(pairs.values())
+            method = "DoRA" if any(pair.magnitude is not None for pair in own) else "LoRA"
+            ranks, alphas = (_few_of({getattr(pair, name) for pair in own}) for name in ("rank", "alpha"))
+            found.append(f"{plural(len(own), 'layer')} of {part} by {method} of rank {ranks}, alpha {alphas}")
+        return [f"init: goes on with {self.init}: {'; '.join(found)}, as the file has them"]
+
     def suits(self, denoiser: Denoiser) -> None:
         """Refuse targets that a denoising network, on any device, has not, and a file to continue that is for another one.
 
@@ -476,6 +493,11 @@ class LowRank(AdaptConfig):
     def _matched(self, lora: Lora, networks: Mapping[Part, nn.Module]) -> dict[tuple[Part, str], LayerAdapter]:
         unet: Any = networks["unet"]
         return matched(lora, networks, sgm_names(unet.config, weighted_modules(unet)))
+
+
+def _few_of(values: set[float]) -> str:
+    """One value, or the range of several."""
+    return f"{min(values):g}" if len(values) == 1 else f"{min(values):g} to {max(values):g}"
 
 
 USUAL = LowRank()
