@@ -18,6 +18,7 @@ from ldm.families.family import Found, ModelConfig, Product
 from ldm.formats.integrity import check
 from ldm.formats.latent_codec import Codec, LatentCodec, autoencoder_folder, codec_config, load_codec
 from ldm.formats.model_folder import OWN_CLIP, hub_folder, own_clip, whole_of
+from ldm.formats.open_clip import architectures, check_architecture
 from ldm.formats.part import PARTS, content_hash, read_config, read_json
 from ldm.formats.single_file import named, open_single
 from ldm.models import cost
@@ -26,7 +27,6 @@ from ldm.models.cost import Cost, TextShape
 from ldm.models.palette import PaletteConfig
 from ldm.models.vision_tower import TowerShape, VisionShape
 from ldm.text.pretrained import (
-    OPEN_CLIP,
     OpenClipShape,
     both_towers,
     load_clip,
@@ -63,6 +63,10 @@ class PretrainedText(ModelConfig):
 
     adopts = True
     encodes_text = True
+
+    def __post_init__(self) -> None:
+        if self.architecture:
+            check_architecture(self.architecture)
 
     @property
     def has_tower(self) -> bool:
@@ -113,8 +117,11 @@ class PretrainedText(ModelConfig):
 
     def text_shape(self, note: Callable[[str], None], width: int = 768) -> TextShape:
         """From its config.json; where that is not here, the published encoder of that width."""
-        folder = open_clip_folder(self.path, self.architecture) if self.architecture else local_folder(self.path)
-        files = iter([folder / OPEN_CLIP]) if self.architecture else config_files(folder, "text_encoder")
+        if self.architecture:  # its weights are not looked at
+            told = _open_clip_shape(self.architecture, read_json(architectures()[self.architecture])["text_cfg"])
+            return replace(told, layers=told.layers - self.skip_last, tokens=min(self.max_tokens, told.positions))
+        folder = local_folder(self.path)
+        files = config_files(folder, "text_encoder")
         found = next((shape for file in files if (shape := _clip_shape(file)) is not None), None)
         if found is not None and (folder / "text_encoder_2" / "config.json").is_file():
             found = replace(found, second=_clip_shape(folder / "text_encoder_2" / "config.json"))
@@ -123,7 +130,7 @@ class PretrainedText(ModelConfig):
             note(f"text encoder {self.path}: its config.json is not here; counted as {found.name}")
         else:
             found = replace(found, layers=found.layers - self.skip_last)
-        return replace(found, tokens=min(self.max_tokens, found.positions), embedding=0 if self.architecture else _embedding(folder))
+        return replace(found, tokens=min(self.max_tokens, found.positions), embedding=_embedding(folder))
 
     def image_tower(self, side: int, note: Callable[[str], None]) -> TowerShape:
         """From its files; where they are not here, that of CLIP ViT-L/14."""
@@ -270,12 +277,16 @@ def _embedding(folder: Path) -> int:
         return 0
 
 
+def _open_clip_shape(name: str, text: Mapping[str, Any]) -> TextShape:
+    shape = OpenClipShape(**{f.name: text[f.name] for f in fields(OpenClipShape) if f.name in text})
+    inner = int(shape.width * shape.mlp_ratio)
+    return TextShape(name, shape.width, shape.layers, shape.context_length, shape.vocab_size, shape.context_length, inner)
+
+
 def _clip_shape(file: Path) -> TextShape | None:
     values = read_json(file)
     if isinstance(text := values.get("model_cfg", {}).get("text_cfg") if isinstance(values.get("model_cfg"), dict) else None, dict):
-        shape = OpenClipShape(**{f.name: text[f.name] for f in fields(OpenClipShape) if f.name in text})
-        inner = int(shape.width * shape.mlp_ratio)
-        return TextShape(file.parent.name, shape.width, shape.layers, shape.context_length, shape.vocab_size, shape.context_length, inner)
+        return _open_clip_shape(file.parent.name, text)
     values = values.get("text_config", values)
     names = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size", "intermediate_size")
     if not all(isinstance(values.get(name), int) for name in names):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm.config.errors import UserError
+from ldm.config.foreign import short
 from ldm.formats.text_folder import SPECIAL
 
 RENAMED = {
@@ -17,6 +22,27 @@ RENAMED = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+
+
+def architectures() -> dict[str, Path]:
+    """OpenCLIP's architectures by name, each with its configuration, found without an import; none: it is not installed."""
+    found = find_spec("open_clip")
+    folders = [] if found is None else found.submodule_search_locations or []
+    return {file.stem: file for folder in folders for file in sorted(Path(folder, "model_configs").glob("*.json"))}
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a name that OpenCLIP has not.
+
+    Raises:
+        UserError: with those that are nearest.
+    """
+    known = architectures()
+    if name not in known:
+        letters = {each.casefold(): each for each in known}
+        near = [letters[each] for each in difflib.get_close_matches(name.casefold().replace("/", "-"), letters)]
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"architecture: {short(name)} is none of OpenCLIP's{meant}")
 
 
 def from_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ldm.formats.atomic import commit, write_tensors
 from ldm.formats.clip_folder import tower_shape
 from ldm.formats.integrity import cache_folder, check, checksums, is_whole
 from ldm.formats.model_folder import INDEX, OWN_CLIP, clip_in, hub_folder
-from ldm.formats.open_clip import from_open_clip, open_clip_tokenizer, tower_size, vision_from_open_clip
+from ldm.formats.open_clip import architectures, check_architecture, from_open_clip, open_clip_tokenizer, tower_size, vision_from_open_clip
 from ldm.formats.part import content_hash, load_module, read_json
 from ldm.formats.text_folder import TEXT_PARTS, load_text_model, tower_state
 from ldm.formats.tokenizer_files import load_tokenizer
@@ -241,18 +241,11 @@ def open_clip_folder(path: str, architecture: str) -> Path:
     Raises:
         UserError: for a name that OpenCLIP has not, or naming what is wrong with the file.
     """
-    import difflib
-
-    import open_clip
-
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, 1)
-        raise UserError(f"architecture: {short(architecture)} is none of OpenCLIP's{f'; did you mean {near[0]}?' if near else ''}")
+    check_architecture(architecture)
     file = at_home(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file; beside architecture={architecture} path is a file of weights (.safetensors, .bin, .pt)")
-    said = json.dumps({"model_cfg": open_clip.get_model_config(architecture)}, sort_keys=True)
+    said = json.dumps({"model_cfg": read_json(architectures()[architecture])}, sort_keys=True)
     key = hashlib.sha256(f"{checksums([file])[0]} {said}".encode()).hexdigest()
     target = cache_folder() / "models" / f"{file.stem}-{key[:24]}"
     if is_whole(target):
@@ -273,15 +266,15 @@ def open_clip_folder(path: str, architecture: str) -> Path:
 
 def _fits(file: Path, size: dict[str, int], architecture: str) -> None:
     """Refuse a file whose text tower is another architecture's, and name those that have one of its size."""
-    import open_clip
+    known = architectures()
 
     def odd(name: str) -> list[str]:
-        text = open_clip.get_model_config(name)["text_cfg"]
+        text = read_json(known[name])["text_cfg"]
         usual = {"vocab_size": 49408, "width": 512, "context_length": 77, "layers": 12} | text
         return [f"{side} {value} ({name}: {usual[side]})" for side, value in size.items() if usual[side] != value]
 
     if found := odd(architecture):
-        likely = [name for name in open_clip.list_models() if not odd(name)]
+        likely = [name for name in known if not odd(name)]
         way = f"one of {', '.join(likely[:6])}{', ...' if len(likely) > 6 else ''} has this size" if likely else "none known has this size"
         raise UserError(f"architecture: the text tower of {file} has {', '.join(found)}; {way}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.config.errors import UserError
-from ldm.formats.part import read_safetensors
+from ldm.config.schema import build
+from ldm.formats import open_clip as open_clip_files
+from ldm.formats.part import read_json, read_safetensors
 from ldm.text.encoder import SmallText, TextEncoder, small_clip_text, train_tokenizer
 from ldm.text.pretrained import load_pretrained
 
@@ -151,15 +154,18 @@ def test_what_open_clip_has_beyond_clip_is_refused(tmp_path: Path, change: dict[
 
 @pytest.mark.slow
 def test_an_open_clip_by_its_architecture_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import open_clip
-
     from ldm.families.pretrained import PretrainedText
 
+    def known_are(configs: dict[str, Any]) -> None:
+        for name, config in configs.items():
+            (tmp_path / "open_clip" / "model_configs").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "open_clip" / "model_configs" / f"{name}.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(open_clip_files, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]))
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     open_clip_folder(tmp_path / "model", False)
     expected = load_pretrained(str(tmp_path / "model")).encode(PROMPTS).tokens
-    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-tiny"])
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG)
+    known_are({"ViT-tiny": CONFIG})
     plain, pickled = tmp_path / "weights.safetensors", tmp_path / "weights.bin"
     (tmp_path / "model" / "open_clip_model.safetensors").rename(plain)
     torch.save({"state_dict": {f"module.{name}": value for name, value in read_safetensors(plain).items()}}, pickled)
@@ -171,16 +177,33 @@ def test_an_open_clip_by_its_architecture_and_a_file(tmp_path: Path, monkeypatch
         assert text.text_shape(print).width == expected.shape[2] and text.find(str(file), print) == found
     # Fewer layers would load, and draw with half a text encoder.
     others = {"ViT-tiny": CONFIG, "ViT-short": {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "layers": 1}}}
-    monkeypatch.setattr(open_clip, "list_models", lambda: list(others))
-    monkeypatch.setattr(open_clip, "get_model_config", others.__getitem__)
+    known_are(others)
     with pytest.raises(UserError, match=r"has layers \d+ \(ViT-short: 1\); one of ViT-tiny has this size"):
         PretrainedText(path=str(plain), architecture="ViT-short").find(str(plain), print)
     with pytest.raises(UserError, match=r"an OpenCLIP .*, no whole model; .* architecture="):
         PretrainedText(path=str(plain)).find(str(plain), print)
-    with pytest.raises(UserError, match=r"did you mean ViT-tiny\?"):
-        PretrainedText(path=str(plain), architecture="ViT-tini").find(str(plain), print)
     with pytest.raises(UserError, match="no such file; beside architecture"):
         PretrainedText(path="x", architecture="ViT-tiny").find("x", print)
+
+
+def test_a_wrong_architecture_is_refused_with_the_configuration(tmp_path: Path) -> None:
+    """A plan took any name, and said so after 70 s."""
+    from ldm.families.pretrained import PretrainedText
+
+    for wrong, right in (("ViT-H/14", "ViT-H-14"), ("vit-b-32", "ViT-B-32")):
+        with pytest.raises(UserError, match=rf"text: architecture: '{wrong}' is none of OpenCLIP's; did you mean {right} or "):
+            build({"path": "x.bin", "architecture": wrong}, PretrainedText, "text")
+    shape = PretrainedText(path=str(tmp_path / "absent.bin"), architecture="ViT-H-14").text_shape(pytest.fail)
+    assert (shape.width, shape.layers, shape.inner, shape.vocabulary) == (1024, 24, 4096, 49408)
+
+
+@pytest.mark.slow
+def test_architectures_are_those_that_open_clip_lists() -> None:
+    import open_clip
+
+    known = open_clip_files.architectures()
+    assert known.keys() == set(open_clip.list_models())
+    assert all(read_json(file) == open_clip.get_model_config(name) for name, file in known.items())
 
 
 @pytest.mark.parametrize("field", ["layers", "context_length"])
