@@ -244,6 +244,10 @@ class ModelConfig:
         """
         return self
 
+    def oversized(self, others: Mapping[str, ModelConfig]) -> Iterator[str]:
+        """What is set larger than the base model can use, a line each, beginning with the field's name; `others` are its inputs by role."""
+        yield from ()
+
     def counted(self, base: str, note: Callable[[str], None]) -> ModelConfig:
         """This configuration as a plan counts it, with what a base model's files on this machine say; `note` is told what is assumed."""
         return self

@@ -103,6 +103,8 @@ class Execution:
             self.log.note(line)
         if self.elsewhere:
             pretrained.check(self.run, self.elsewhere)
+            for line in dict.fromkeys(pretrained.oversized(self.run, self.elsewhere)):
+                self.log.note(f"warning: {line}")
             if self.processes.main:
                 pretrained.make(self.run, self.elsewhere, self.out, write=True)
             self.processes.wait()

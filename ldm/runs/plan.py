@@ -23,7 +23,7 @@ from ldm.families.family import Found
 from ldm.runs.dry_run import Planned, planned
 from ldm.runs.estimate import Estimate, estimate
 from ldm.runs.launch_checks import by_heart, idle, missing, remarks, shares
-from ldm.runs.pretrained import FOLDER, check, find
+from ldm.runs.pretrained import FOLDER, check, find, oversized
 from ldm.runs.prior_preservation import PRIOR
 from ldm.runs.run import Encode, Run, Stage
 from ldm.training.settings import Train
@@ -180,6 +180,7 @@ def _elsewhere(run: Run, notes: list[str]) -> dict[str, Found] | None:
         notes.append(f"planned without what it begins with ({first_line(error, 1000)})")
         return None
     check(run, found)
+    notes += dict.fromkeys(oversized(run, found))
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ldm.config.errors import UserError
 from ldm.families.family import Found, ModelConfig, Product
@@ -67,6 +69,17 @@ def check(run: Run, found: Mapping[str, Found]) -> None:
     known = {name: read.get(name, one) for name, one in every.items() if read.get(name) is not one}  # itself: of its files nothing is read
     if wrong := list(wrong_steps(run, known)):
         raise UserError("; ".join(wrong))
+
+
+def oversized(run: Run, found: Mapping[str, Found]) -> Iterator[str]:
+    """What models set larger than their base can use, a line each; the state of random numbers stays."""
+    every = run.everything()
+    with torch.random.fork_rng(devices=[]):
+        for name, stage in run.stages.items():
+            if isinstance(stage, Train):
+                config = continued(run, name, stage, found)
+                others = {role: every[other] for role, other in config.inputs().items() if other in every}
+                yield from (f"models.{stage.model}.{line}" for line in config.oversized(others))
 
 
 def make(run: Run, found: Mapping[str, Found], out: Path, write: bool) -> dict[str, Product]:

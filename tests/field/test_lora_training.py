@@ -21,10 +21,12 @@ from ldm.diffusion.rng import Rng
 from ldm.families.family import Context, Product
 from ldm.families.latent_diffusion.family import LatentDiffusion, load
 from ldm.families.latent_diffusion.fine_tuning import LoraFamily, LowRank
+from ldm.families.pretrained import PretrainedText
 from ldm.formats.lora_files import read, write
 from ldm.formats.part import load_part
-from ldm.models.lora import Merged, adapted_count, inject
+from ldm.models.lora import Merged, adapted_count, inject, injected, targeted
 from ldm.models.unet import UNetConfig
+from ldm.text.wordless import SHAPE as WORDLESS
 
 TARGETS = ("to_q", "to_out.0", "conv1")
 METHODS = ("lora", "dora", "loha", "lokr")
@@ -215,5 +217,48 @@ def test_a_run_is_told_apart_by_the_file_and_not_by_newer_fields(base: Path, tmp
 def test_other_kinds_are_not_continued_and_that_is_known_before_any_work(method: Any, name: str, base: Path, tmp_path: Path) -> None:
     """The message said that a LoHa is of another kind than LoHa."""
     file, _ = in_style(base, tmp_path, "kohya", method)
-    with pytest.raises(UserError, match=rf"init: .*kohya\.safetensors holds {name}; only LoRA and DoRA are continued"):
+    with pytest.raises(UserError, match=rf"init: .*kohya\.safetensors holds {name}; only LoRA and DoRA are continued: merge it"):
         LowRank(init=str(file), method=method).check()
+
+
+def small() -> Any:
+    network = UNetConfig(channels=(32, 64), attention=(False, True), layers=1, heads=2, norm_groups=8, context_width=32)
+    with torch.device("meta"):
+        return network.build()
+
+
+def test_a_rank_larger_than_a_layer_is_told_once() -> None:
+    targets = ("to_k", "to_out.0")
+    sides = [min(layer.weight.shape) for layer in targeted(small(), targets).values()]
+    over, smaller = sum(side < 40 for side in sides), {side for side in sides if side < 40}
+    [line] = LowRank(rank=40, targets=targets).oversized(small(), WORDLESS)
+    assert f"rank: rank 40 is larger than the smaller side ({min(smaller)}) of {over} of {len(sides)} layers," in line and len(smaller) == 1
+    [line] = LowRank(rank=100, targets=targets, method="dora").oversized(small(), WORDLESS)
+    assert f"smaller side ({min(sides)} to {max(sides)}) of {len(sides)} of {len(sides)} layers, which can use no more" in line
+    assert not list(LowRank(rank=32, targets=targets).oversized(small(), WORDLESS))
+
+
+def test_a_rank_of_lokr_that_makes_factors_whole_is_told(base: Path) -> None:
+    network = small()
+    inject(network, 4, 4.0, ("to_k", "to_out.0"), "lokr")
+    pairs: list[Any] = list(injected(network).values())
+    whole = sum(len(pair.second) == 1 for pair in pairs)
+    [line] = LowRank(rank=4, targets=("to_k", "to_out.0"), method="lokr").oversized(small(), WORDLESS)
+    assert (
+        f"rank 4 is so large that {'all ' if whole == len(pairs) else f'{whole} of '}{len(pairs)} layers learn the second factor whole"
+        in line
+    )
+    assert not list(LowRank(rank=1, targets=("to_k", "to_out.0"), method="lokr").oversized(small(), WORDLESS))
+
+
+def test_a_rank_of_the_text_encoder_and_of_a_file_larger_than_a_layer_is_told(base: Path, tmp_path: Path) -> None:
+    config = LatentDiffusion(adapt=LowRank(rank=1, text_rank=500)).continued(base)
+    [line] = config.oversized({"text": PretrainedText(path=str(base))})
+    assert line.startswith("adapt.text_rank: rank 500 is larger than the smaller side")
+    side = 500
+    state = {"lora_unet_mid_block_attentions_0_proj_in": (side, 16)}
+    head, (rank, width) = next(iter(state.items()))
+    file = tmp_path / "x.safetensors"
+    save_file({f"{head}.lora_down.weight": torch.ones(rank, width), f"{head}.lora_up.weight": torch.ones(width, rank)}, file)
+    [line] = LowRank(init=str(file)).oversized(small(), WORDLESS)
+    assert line.startswith("init: rank 500 is larger than the smaller side (16) of all 1 layers")

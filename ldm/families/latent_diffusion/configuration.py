@@ -302,6 +302,16 @@ class LatentDiffusionConfig(ModelConfig):
             return replace(self, network=replace(denoiser.DEFAULT, checkpointing=self.network.checkpointing))
         return replace(self, network=denoiser.continued(self.network, denoiser.config_of(read_json(file), str(file))))
 
+    def oversized(self, others: Mapping[str, ModelConfig]) -> Iterator[str]:
+        """Ranks of its adapters."""
+        if self.adapt is None:
+            return
+        width = self.network.context_width
+        text = others["text"].text_shape(lambda said: None, width) if self.text and self.adapt.text_learns else WORDLESS
+        with torch.device("meta"):
+            built = self.network.build()
+        yield from (f"adapt.{line}" for line in self.adapt.oversized(built, text))
+
     def fitted(self, others: Mapping[str, ModelConfig], note: Callable[[str], None]) -> tuple[denoiser.Network, TextShape]:
         """The network as its autoencoder and its text encoder make it."""
         text = others["text"].text_shape(note, self.network.context_width) if self.text else WORDLESS

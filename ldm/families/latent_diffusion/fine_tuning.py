@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -361,6 +361,10 @@ class AdaptConfig:
     def suits(self, denoiser: Denoiser) -> None:
         """Any network."""
 
+    def oversized(self, denoiser: Denoiser, text: TextShape) -> Iterator[str]:
+        """What is set larger than a denoiser on the meta device and a text encoder can use: nothing."""
+        yield from ()
+
     def example_of(self, caption: str) -> str:
         """A caption as it is."""
         return caption
@@ -445,7 +449,7 @@ class LowRank(AdaptConfig):
         others = sorted({type(pair).__name__ for pair in (*unet, *text) if not isinstance(pair, Pair) or pair.mid is not None})
         if others:
             kinds = ", ".join(KINDS.get(name, "LoCon with kernels between") for name in others)
-            raise UserError(f"init: {self.init} holds {kinds}; only LoRA and DoRA are continued: merge the file and train anew")
+            raise UserError(f"init: {self.init} holds {kinds}; only LoRA and DoRA are continued: {ANEW}")
         said = (("method", "method", [*unet, *text]), ("rank", "rank", unet), ("alpha", "alpha", unet), ("text_rank", "rank", text))
         for name, field, own in said:
             got, theirs = getattr(self, name), {getattr(pair, field) for pair in own}
@@ -479,6 +483,28 @@ class LowRank(AdaptConfig):
         elif own := continued(self.init).pairs.get("unet"):
             self._matched(replace(continued(self.init), pairs={"unet": own}), {"unet": denoiser})
 
+    def oversized(self, denoiser: Denoiser, text: TextShape) -> Iterator[str]:
+        """Ranks that are larger than their layers' sides."""
+        if self.init:
+            every = [pair for own in continued(self.init).pairs.values() for pair in own.values()]
+            yield from too_large("init", [(getattr(pair, "rank", 0), min(pair.shape or (0,))) for pair in every])
+            return
+        yield from too_large("rank", self._sides(denoiser, self.targets or denoiser.lora_targets, self.rank), self.method)
+        if self.text_rank:
+            with torch.device("meta"):
+                model = text.built()
+            found = [self._sides(tower, read_layers(model, tower, self.text_targets), self.text_rank) for tower in towers(model)]
+            yield from too_large("text_rank", [each for sides in found for each in sides], self.method)
+
+    def _sides(self, network: nn.Module, targets: Sequence[str], rank: int) -> list[tuple[int, int]]:
+        """Of each layer that gets adapters the rank, and the largest that it can use; of LoKr one less where it makes a factor whole."""
+        if self.method != "lokr":
+            weights = [layer.weight for layer in targeted(network, targets).values()]
+            return [(rank, min(len(weight), weight[0].numel())) for weight in weights]
+        inject(network, rank, rank, targets, "lokr", self.factor)
+        pairs: list[Any] = list(injected(network).values())
+        return [(rank, rank - 1 if len(pair.second) == 1 else rank) for pair in pairs]
+
     def continued_in(self, networks: Mapping[Part, nn.Module]) -> dict[Part, dict[str, LayerAdapter]]:
         """What is continued, by part and by the dotted names of the networks' layers.
 
@@ -495,12 +521,30 @@ class LowRank(AdaptConfig):
         return matched(lora, networks, sgm_names(unet.config, weighted_modules(unet)))
 
 
+def too_large(field: str, sides: Sequence[tuple[int, int]], method: Method = "lora") -> Iterator[str]:
+    """What is told of ranks that are larger than layers can use; a line at most.
+
+    Args:
+        sides: of each layer its rank, and the largest that it can use.
+    """
+    over = [(rank, side) for rank, side in sides if rank > side]
+    if not over:
+        return
+    ranks, smaller = (_few_of(set(values)) for values in zip(*over, strict=True))
+    where = f"{len(over)} of {plural(len(sides), 'layer')}"
+    if method == "lokr":
+        yield f"{field}: rank {ranks} is so large that {where} learn the second factor whole; there it only divides alpha"
+    else:
+        yield f"{field}: rank {ranks} is larger than the smaller side ({smaller}) of {where}, which can use no more"
+
+
 def _few_of(values: set[float]) -> str:
     """One value, or the range of several."""
     return f"{min(values):g}" if len(values) == 1 else f"{min(values):g} to {max(values):g}"
 
 
 USUAL = LowRank()
+ANEW = "merge it into its base (LyCORIS' and peft's tools do), and train anew with init=MERGED"
 KINDS = {"Hadamard": "LoHa", "Kronecker": "LoKr", "Difference": "whole differences", "Whole": "whole weights"}
 
 
