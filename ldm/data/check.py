@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldm.data.folder import FolderData, FolderSource, how_to_unpack
 from ldm.data.folder_scan import ARCHIVES, again, one_look
 from ldm.data.hugging_face import DatasetsSource, is_saved
 from ldm.data.images import Rejected, view
+from ldm.data.masks import masks_say
 from ldm.data.photos import Photos
 from ldm.data.shards import ShardsData, ShardsSource
 from ldm.data.storage import is_url
@@ -137,6 +138,8 @@ def check(
     found.notes += described.get("notes", [])
     if isinstance(source, FolderSource):
         found.notes += _views(parts)
+        if source.masks == "none" and described["rejected"].get("side picture"):
+            found.notes += _masks(replace(source, masks="beside"))
     if isinstance(parts[0], ShardsData):
         index = parts[0].index
         found.notes += again(index.name, index.column("hash"))
@@ -170,6 +173,22 @@ def _loose(place: Path) -> Iterator[str]:
         if loose:
             lie = plural(len(loose), "picture lies", "pictures lie")
             yield f"{lie} beside the shards, not read, such as {loose[0]}; data.kind=folder reads such"
+
+
+def _masks(source: FolderSource) -> Iterator[str]:
+    """What a training by the masks beside pictures would say of them."""
+    with one_look():
+        data = source.build("train")
+    described: dict[str, Any] = data.describe()
+    if many := described.get("with_mask", 0):
+        have = plural(many, "picture has a mask", "pictures have masks")
+        yield f"{have} beside them; data.masks=beside and masked_loss learn by them"
+        try:
+            said = masks_say(data, described, black_counts=False)
+        except UserError as error:
+            said = str(error)
+        if said:
+            yield said
 
 
 def _views(parts: list[Photos]) -> Iterator[str]:

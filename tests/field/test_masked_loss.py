@@ -19,6 +19,7 @@ from ldm.config.schema import build
 from ldm.data.buckets import Buckets
 from ldm.data.cache import CacheOptions, write_cache
 from ldm.data.cached import CachedLatents
+from ldm.data.check import check
 from ldm.data.concatenation import Concatenation
 from ldm.data.folder import FolderSource
 from ldm.data.images import Rejected, mask_view, view
@@ -201,3 +202,20 @@ def test_pictures_without_a_mask_count_whole_and_that_is_told_where_none_has_one
     assert masks_say(some, some.describe(), False) == ""
     none = FolderSource(path=str(folder(tmp_path / "none", ())), masks="beside", val_share=0).build("train")
     assert masks_say(none, none.describe(), False).startswith("data.masks: no picture has a mask beside it")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0, "are black everywhere, and black is not learned"), (255, "are white everywhere"), (None, "")]
+)
+def test_data_check_looks_at_masks_as_a_training_does(value: int | None, said: str, tmp_path: Path) -> None:
+    for i in range(4):
+        picture = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a dog")
+        mask = np.full((40, 40), value or 0, np.uint8)
+        mask[:20] = 255 if value is None else value
+        Image.fromarray(mask).save(tmp_path / f"{i}-masklabel.png")
+    found, parts = check(FolderSource(path=str(tmp_path), val_share=0.0, max_bad=1.0), resolution=32)
+    notes = "\n".join(found.notes)
+    assert "4 pictures have masks beside them; data.masks=beside and masked_loss learn by them" in notes and len(parts[0]) == 4
+    assert said in notes and ("everywhere" in notes) == bool(said)
