@@ -192,6 +192,10 @@ class ModelConfig:
         """The views of pictures that it learns from, by name; data that has not one of them is refused."""
         return ()
 
+    def told(self) -> tuple[str, ...]:
+        """Those that it is told when it draws, too."""
+        return self.views()
+
     def example_of(self, caption: str) -> str:
         """A prompt that shows what was learned, made of a caption of the run's data."""
         return caption

@@ -254,8 +254,8 @@ def problems(run: Run) -> Iterator[str]:
             yield f"models.{name}.{AFTER}: {' after '.join([*seen, before])} goes round in a circle; one of them must be the first"
             return
         if before := model.assembled_from().get(AFTER):
-            hands, reads = run.everything()[before].hands, ", ".join(model.views()) or "no view"
-            if [parted(view)[0] for view in model.views()].count(hands) != 1:
+            hands, reads = run.everything()[before].hands, ", ".join(model.told()) or "no view"
+            if [parted(view)[0] for view in model.told()].count(hands) != 1:
                 told = f"{hands}:N" if hands == SMALL else hands
                 yield f"models.{name}.{AFTER}: {before} is told as one view {told}, but {name} reads {reads}; name it in its conditions"
             elif hands == SMALL:

@@ -71,7 +71,8 @@ def test_a_translator_draws_of_one_picture_whatever_the_seed() -> None:
     image = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     with pytest.raises(UserError, match="given: this model of kind cyclegan draws of one picture"):
         found.sample(["night"], edits=(*found.edits(image), *found.edits(image)))
-    asked: list[Any] = [SimpleNamespace(prompt="night", width=16, height=16, seed=seed, given="", negative="", to="") for seed in (1, 2)]
+    told = {"prompt": "night", "width": 16, "height": 16, "given": "", "negative": "", "to": "", "source": "", "notation": False}
+    asked: list[Any] = [SimpleNamespace(**told, seed=seed) for seed in (1, 2)]
     assert [one.split(":")[0] for one in doubts.of(asked, found)] == ["seed"]
     assert not list(doubts.of(asked[:1], found))
 

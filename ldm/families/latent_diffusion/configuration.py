@@ -110,9 +110,13 @@ class LatentDiffusionConfig(ModelConfig):
         """As `ldm.families.family.ModelConfig.learns_masked_out`."""
         return self.masked_loss is not None and self.masked_loss.unmasked > 0
 
+    def told(self) -> tuple[str, ...]:
+        """Those of its conditions."""
+        return tuple(each.view for each in self.conditions)
+
     def views(self) -> tuple[str, ...]:
         """Those of its conditions; to align with what is seen of them, the pictures."""
-        own = tuple(each.view for each in self.conditions)
+        own = self.told()
         return own if self.align is None or EMBEDDING in own else (*own, EMBEDDING)
 
     def inputs(self) -> dict[str, str]:
