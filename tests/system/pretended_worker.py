@@ -31,7 +31,7 @@ DRAWN = {
     **{f"sampler {name}": ["--sampler", name] for name in SAMPLERS},
     "img2img": [*START, "--strength", "0.6"],
     "inpainting": [*START, *MASK],
-    "outpainting": [*START, "--outpaint", "0,8,0,8"],
+    "outpainting": [*START, "--outpaint", "right=8,bottom=8"],
     "inversion": ["--invert", str(pictures / "0.png"), "--sampler", "ddim"],
     "hires fix": ["--hires", "2"],
     "variations": ["--variations", "2"],
